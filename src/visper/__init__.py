@@ -1,0 +1,1 @@
+"""VisPer: training multimodal LLMs that see, by visual embedding distillation."""

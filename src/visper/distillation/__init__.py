@@ -1,0 +1,1 @@
+"""Hidden states and teacher targets become losses."""

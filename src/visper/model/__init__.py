@@ -1,0 +1,1 @@
+"""The student: encoder, projector, LLM and task tokens."""

@@ -1,0 +1,1 @@
+"""The offline world: rendered scenes, tiny models and teachers, the whole pipeline on two cores."""

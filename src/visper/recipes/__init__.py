@@ -1,0 +1,1 @@
+"""Named runs as YAML, one file per stage and base."""
