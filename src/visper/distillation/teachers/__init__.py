@@ -1,1 +1,65 @@
-"""Frozen teachers: what each wants to see, what it gives, how it is drawn."""
+"""Teachers by kind. A new teacher is one file and one entry of ``TEACHERS``.
+
+A kind is imported only when it is asked for, so that nobody needs the packages of teachers they do not use.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_pictures
+
+__all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures"]
+
+TEACHERS: dict[str, str] = {
+    "tower": "visper.distillation.teachers.tower:TowerTeacher",
+    "onnx": "visper.distillation.teachers.onnx:OnnxTeacher",
+    "depth_anything": "visper.distillation.teachers.depth_anything:DepthAnythingTeacher",
+    "oneformer": "visper.distillation.teachers.oneformer:OneFormerTeacher",
+    "unclip": "visper.distillation.teachers.unclip:UnClipTeacher",
+}
+"""Kind -> "module:Class"."""
+
+EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "test", "timm": "timm"}
+"""Package that may be missing -> the extra of this project that brings it."""
+
+
+def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
+    """Loads a frozen teacher.
+
+    Args:
+        kind: a key of ``TEACHERS``, or "module:Class" of a teacher of your own.
+        model: hub id, folder or file, as the kind wants it. Never replaced by another one.
+        **options: the kind's own options, by name.
+
+    Raises:
+        ValueError: unknown kind, or an option the kind does not have.
+        ImportError: the kind needs a package that is not installed; the message names the extra.
+    """
+    place = TEACHERS.get(kind, kind)
+    if ":" not in place:
+        near = get_close_matches(kind, TEACHERS, n=1)
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"known kinds: {', '.join(TEACHERS)}, or 'module:Class' of your own"
+        )
+        raise ValueError(f"unknown teacher kind '{kind}': {hint}")
+    module_name, class_name = place.split(":", 1)
+    try:
+        teacher_class = getattr(import_module(module_name), class_name)
+        teacher = teacher_class(model, **options)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        raise ImportError(
+            f"teacher kind '{kind}' needs the package '{error.name}', which is not installed: pip install 'visper-lm[{extra}]'"
+        ) from error
+    if not isinstance(teacher, Teacher):
+        raise ValueError(
+            f"teacher kind '{kind}' names {place}, which is no Teacher: subclass visper.distillation.teachers.Teacher"
+        )
+    return teacher.freeze()

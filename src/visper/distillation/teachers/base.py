@@ -1,0 +1,146 @@
+"""What every teacher is: a frozen network, what it wants to see, what it gives, how that becomes a picture.
+
+Teachers live beside the student, never inside it: keep them in a plain ``dict``, so that no state dict, optimizer or
+gradient ever meets them.
+
+Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+Self = TypeVar("Self", bound="Teacher")
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The shape of one target: ``tokens`` x ``width``, and the map ``grid`` (rows, columns) the tokens lie on, if any."""
+
+    tokens: int
+    width: int
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.width < 1:
+            raise ValueError(f"a target needs at least one token and one channel, found {self.tokens} x {self.width}")
+        if self.grid is not None and self.grid[0] * self.grid[1] != self.tokens:
+            raise ValueError(
+                f"a target of {self.tokens} tokens cannot lie on a grid of {self.grid[0]} x {self.grid[1]}"
+            )
+
+
+@dataclass(frozen=True)
+class SquashedImage:
+    """Image -> ``[3, height, width]`` float32: squashed to ``size``, then ``(rgb / 255 - mean) / std``.
+
+    A teacher sees the whole image, so the aspect ratio gives way. Holds numbers only: loader workers get this, not the
+    teacher's weights. Channels stay in RGB order (the published depth teacher got them swapped).
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        height, width = self.size
+        rgb = np.asarray(image.convert("RGB").resize((width, height), self.resample), dtype=np.float32)
+        scaled = (rgb / 255.0 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+
+class Teacher(nn.Module, ABC):
+    """A frozen network whose embedding of an image is what the student learns to predict.
+
+    A subclass sets ``spec`` and ``preprocess``, writes ``encode``, ends its ``__init__`` with ``self.freeze()``, and may write ``decode``.
+
+    Attributes:
+        spec: the shape of its targets.
+        preprocess: picklable callable, PIL image -> ``[3, h, w]`` float32 on the CPU; runs in loader workers.
+    """
+
+    spec: TargetSpec
+    preprocess: SquashedImage
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Targets ``[B, tokens, width]`` of preprocessed images ``[B, 3, h, w]``."""
+
+    def decode(self, embedding: Tensor) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or a student's prediction."""
+        return pca_pictures(embedding, self.spec.grid)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``encode`` without a graph, on the teacher's device, its shape checked against ``spec``."""
+        target_BNE = self.encode(pixels.to(self.device))
+        expected = (len(pixels), self.spec.tokens, self.spec.width)
+        if tuple(target_BNE.shape) != expected:
+            raise ValueError(
+                f"{type(self).__name__} gave targets of shape {tuple(target_BNE.shape)} where its spec says {expected}: "
+                "set the teacher's input size or grid so that they agree"
+            )
+        return target_BNE
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are (the CPU for a teacher that has none in torch)."""
+        return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+
+    def freeze(self: Self) -> Self:
+        """Puts the teacher in evaluation mode and turns every gradient off."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """Stays in evaluation mode whatever is asked: a teacher's dropout and batch statistics never move."""
+        return super().train(False)
+
+
+def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Tensor | None = None) -> Tensor:
+    """Three principal components of the tokens as red, green and blue, each stretched to 0..1.
+
+    ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be drawn
+    in its teacher's colours. Embeddings without a grid are drawn channel by channel as one grey square each.
+
+    Args:
+        embedding: ``[B, N, E]``.
+        grid: rows and columns of the tokens.
+        reference: ``[R, N, E]``.
+
+    Returns:
+        ``[B, 3, rows, columns]`` in 0..1.
+    """
+    values = embedding.detach().float()
+    basis_of = values if reference is None else reference.detach().float().to(values.device)
+    if grid is None:
+        return _grey_squares(values, basis_of)
+    tokens_RE = basis_of.flatten(0, 1)
+    mean_E = tokens_RE.mean(0)
+    covariance_EE = (tokens_RE - mean_E).T @ (tokens_RE - mean_E)
+    components_EC = torch.linalg.eigh(covariance_EE).eigenvectors[:, -3:].flip(1)
+    # An eigenvector's sign is arbitrary: fix it, or colours flip from step to step.
+    largest_C = components_EC.gather(0, components_EC.abs().argmax(0, keepdim=True)).sign()
+    components_EC = components_EC * largest_C
+    colours_BNC = _stretched((values - mean_E) @ components_EC, (tokens_RE - mean_E) @ components_EC)
+    if colours_BNC.shape[-1] < 3:
+        colours_BNC = colours_BNC[..., :1].expand(-1, -1, 3)
+    return colours_BNC.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+def _grey_squares(values_BNE: Tensor, reference_BNE: Tensor) -> Tensor:
+    flat_BC = _stretched(values_BNE.flatten(1)[..., None], reference_BNE.flatten()[:, None])[..., 0]
+    side = int(np.ceil(np.sqrt(flat_BC.shape[1])))
+    padded = nn.functional.pad(flat_BC, (0, side * side - flat_BC.shape[1]))
+    return padded.view(-1, 1, side, side).expand(-1, 3, -1, -1).contiguous()
+
+
+def _stretched(values: Tensor, reference_RC: Tensor) -> Tensor:
+    low, high = reference_RC.amin(0), reference_RC.amax(0)
+    return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0.0, 1.0)
