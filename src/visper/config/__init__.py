@@ -1,1 +1,39 @@
 """What a run is: typed, validated, free of torch."""
+
+from visper.config.errors import ConfigError
+from visper.config.load import load_run, parse_overrides, read_recipe, recipe_names, save_run
+from visper.config.schema import (
+    Data,
+    Distillation,
+    Geometry,
+    Logging,
+    Optimisation,
+    Run,
+    Source,
+    Stage,
+    Student,
+    Task,
+    TaskTokenLayout,
+    Teacher,
+)
+
+__all__ = [
+    "ConfigError",
+    "Data",
+    "Distillation",
+    "Geometry",
+    "Logging",
+    "Optimisation",
+    "Run",
+    "Source",
+    "Stage",
+    "Student",
+    "Task",
+    "TaskTokenLayout",
+    "Teacher",
+    "load_run",
+    "parse_overrides",
+    "read_recipe",
+    "recipe_names",
+    "save_run",
+]

@@ -1,0 +1,163 @@
+"""Recipes are YAML files: read, extended, overridden, validated, saved.
+
+A recipe may say ``extends: other.yaml`` (beside itself, or a shipped recipe's name); the command line may add
+``a.b.c=value``. Faults are reported all at once, each with file, key and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from visper.config.errors import ConfigError
+from visper.config.schema import Run
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("visper.recipes")))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, such as ``llama3-8b-vit-l/pt``. Bases (leading underscore) are left out."""
+    root = _shipped()
+    files = sorted(root.rglob("*.yaml"))
+    return [str(f.relative_to(root).with_suffix("")) for f in files if not f.name.startswith("_")]
+
+
+def _find(name: str, beside: Path | None = None) -> Path:
+    candidates = [Path(name)] if beside is None else [beside / name]
+    shipped = _shipped()
+    candidates += [shipped / name, shipped / f"{name}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+    hint = f"; did you mean the shipped recipe '{near[0]}'?" if near else ""
+    raise ConfigError(f"no recipe '{name}': neither a file nor a shipped recipe{hint} `visper recipes` lists them")
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Top over base, mapping by mapping; a ``null`` in top removes the base's section."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | None = None) -> dict[str, Any]:
+    """The recipe as plain data, with what it extends laid under it. Not yet validated."""
+    path = _find(str(name), _beside)
+    if path in _seen:
+        raise ConfigError(f"{path}: recipes extend each other in a circle")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(content).__name__}")
+    parents = content.pop("extends", [])
+    base: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        base = _merge(base, read_recipe(parent, (*_seen, path), path.parent))
+    return _merge(base, content)
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """``["optimisation.lr=1e-4", ...]`` as nested data; values are read as YAML."""
+    nested: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override '{item}': write key=value, for example optimisation.lr=1e-4")
+        branch: dict[str, Any] = {}
+        leaf = branch
+        *parents, last = key.split(".")
+        for parent in parents:
+            leaf = leaf.setdefault(parent, {})
+        parsed = yaml.safe_load(value) if value else None
+        leaf[last] = _number(parsed)
+        nested = _merge(nested, branch)
+    return nested
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_run(name: str | Path, overrides: Iterable[str] = (), **changes: Any) -> Run:
+    """A validated run from a recipe file or a shipped recipe's name.
+
+    ``changes`` are nested data laid on top (from code), then ``overrides`` (``key=value`` strings).
+    Raises ConfigError listing every fault with file and key.
+    """
+    data = _merge(read_recipe(name), changes)
+    try:
+        return Run.model_validate(_merge(data, parse_overrides(overrides)))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(name))) from error
+
+
+def save_run(run: Run, path: Path) -> None:
+    """The resolved run as YAML; ``load_run`` reads it back equal."""
+    path.write_text(run_text(run), encoding="utf-8")
+
+
+def run_text(run: Run) -> str:
+    """The resolved run as YAML text."""
+    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"]) or "(the whole run)"
+        if fault["type"] == "extra_forbidden":
+            valid = _keys_at(Run, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(valid)}"
+            lines.append(f"{name}: unknown key '{place}': {hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"{name}: key '{place}' is missing")
+        else:
+            found = f", found {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
+            lines.append(f"{name}: key '{place}': {fault['msg'].removeprefix('Value error, ')}{found}")
+    return "\n".join(lines)
+
+
+def _keys_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    """The valid keys of the section at ``location``; empty where that is free-form."""
+    current: type[BaseModel] | None = model
+    for part in location:
+        if current is None:
+            return []
+        if isinstance(part, int):
+            continue
+        for name, field in current.model_fields.items():
+            if part in (name, field.alias):
+                current = _section_in(field.annotation)
+                break
+        # A name that is no field is a free key of a mapping (a task's name): stay at its value's section.
+    return [field.alias or name for name, field in current.model_fields.items()] if current else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,174 @@
+"""The run of one stage: student, data, distillation, optimisation, logging, output.
+
+Every model here forbids unknown keys: a misspelt key is an error, never a silent default.
+Numbers of the method come from arXiv 2412.09585; the recipes hold the published values of each base.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+
+class Stage(str, Enum):
+    """The stages of the method, in their order."""
+
+    PT = "pt"
+    VPT = "vpt"
+    IFT = "ift"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Geometry(str, Enum):
+    """How a picture becomes the square that the student and the teachers see."""
+
+    SQUASH = "squash"
+    PAD = "pad"
+    CROP = "crop"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Section(BaseModel):
+    """A part of a run: immutable once read, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskTokenLayout(Section):
+    """The task tokens behind the image tokens, in every stage and at inference (paper, section 3)."""
+
+    order: tuple[str, ...] = ("depth", "seg", "gen")
+    per_task: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _names_once(self) -> TaskTokenLayout:
+        if len(set(self.order)) != len(self.order):
+            raise ValueError(f"a task stands twice in order {list(self.order)}: name each once")
+        return self
+
+
+class Student(Section):
+    """The parts a first stage assembles; a later stage starts from a folder instead."""
+
+    llm: str = Field(description="causal LLM: hub id or folder")
+    encoder: str = Field(description="image encoder: hub id or folder")
+    feature_layer: int = Field(-2, description="encoder layer the projector reads; negative counts from the end")
+    image_size: PositiveInt | None = Field(None, description="pixels a side; default: the encoder's own")
+    system_prompt: str | None = Field(None, description="put first where a conversation has no system turn")
+    task_tokens: TaskTokenLayout | None = Field(TaskTokenLayout(), description="null: a plain LLaVA student")
+    trust_remote_code: bool = False
+
+
+class Source(Section):
+    """One conversation file in LLaVA's JSON (or JSONL) format with the folder its image paths start from."""
+
+    json_file: str = Field(alias="json", description="conversations, .json or .jsonl")
+    images: str = Field(description="folder under which the image paths lie")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Data(Section):
+    """What a stage reads and how rows become batches."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
+    max_tokens: PositiveInt = 4096
+    drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
+    check_first: bool = Field(True, description="look at every row before the first step")
+    group_by_length: bool = Field(False, description="batches of similar length and one modality")
+    workers: int = Field(2, ge=0, description="loader processes")
+
+
+class Teacher(Section):
+    """A frozen model whose output is a target. Keys beyond these two are the kind's own options."""
+
+    kind: str
+    model: str = Field(description="hub id, folder or file; never replaced by another")
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of this kind of teacher."""
+        return dict(self.model_extra or {})
+
+
+class Task(Section):
+    """One distilled task: whose embedding is predicted, from which layers, with what weight."""
+
+    teacher: Teacher
+    layers: tuple[PositiveInt, ...] = Field(min_length=1, description="decoder layers tapped, counted from 1")
+    weight: NonNegativeFloat = 0.5
+    predictor: dict[str, Any] = Field(default_factory=dict, description="changes to the task's default predictor")
+
+
+class Distillation(Section):
+    """The embedding losses of pre-training: weight x (smooth-L1 + contrastive_weight x InfoNCE)."""
+
+    tasks: dict[str, Task] = Field(min_length=1)
+    contrastive_weight: NonNegativeFloat = 0.3
+    init_logit_scale: float = 2.0
+    text_keys: bool = Field(True, description="predictors also read the text's hidden states")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+
+
+class Optimisation(Section):
+    """Batch, rate and length. The global batch is what counts; micro-batch and processes only split it."""
+
+    global_batch: PositiveInt
+    micro_batch: PositiveInt = 8
+    lr: PositiveFloat
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: NonNegativeFloat = 1.0
+    epochs: PositiveFloat = 1.0
+    max_steps: PositiveInt | None = Field(None, description="stop after so many steps, whatever the epochs")
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
+
+
+class Logging(Section):
+    """What is written while training. Console and JSONL are always on."""
+
+    every: PositiveInt = 10
+    save_every: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class Run(Section):
+    """One stage of one model, whole: this is saved beside the weights it makes."""
+
+    name: str
+    stage: Stage
+    output: str = Field(description="folder of this run; refused if it holds another run")
+    start_from: str | None = Field(None, description="folder of the stage before, or any folder this library saved")
+    student: Student | None = None
+    data: Data
+    distillation: Distillation | None = None
+    optimisation: Optimisation
+    logging: Logging = Logging()
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Run:
+        if (self.student is None) == (self.start_from is None):
+            raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
+        if self.distillation is not None and self.stage is not Stage.PT:
+            raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
+        if self.distillation is not None and self.student is not None:
+            tokens = self.student.task_tokens
+            missing = [task for task in self.distillation.tasks if tokens is None or task not in tokens.order]
+            if missing:
+                raise ValueError(f"tasks {missing} have no task tokens: add them to 'student.task_tokens.order'")
+        return self
