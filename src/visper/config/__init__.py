@@ -1,7 +1,7 @@
 """What a run is: typed, validated, free of torch."""
 
 from visper.config.errors import ConfigError
-from visper.config.load import load_run, parse_overrides, read_recipe, recipe_names, save_run
+from visper.config.load import load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
     Data,
     Distillation,
@@ -35,5 +35,6 @@ __all__ = [
     "parse_overrides",
     "read_recipe",
     "recipe_names",
+    "run_text",
     "save_run",
 ]

@@ -27,7 +27,7 @@ def recipe_names() -> list[str]:
     """Names of the shipped recipes, such as ``llama3-8b-vit-l/pt``. Bases (leading underscore) are left out."""
     root = _shipped()
     files = sorted(root.rglob("*.yaml"))
-    return [str(f.relative_to(root).with_suffix("")) for f in files if not f.name.startswith("_")]
+    return [f.relative_to(root).with_suffix("").as_posix() for f in files if not f.name.startswith("_")]
 
 
 def _find(name: str, beside: Path | None = None) -> Path:

@@ -1,0 +1,106 @@
+"""Recipes: everything is validated, every fault names file, key and remedy, and no torch is needed."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from visper.config import ConfigError, Stage, load_run, parse_overrides, recipe_names, run_text, save_run
+
+RECIPE = "llama3-8b-vit-l/pt"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid(name):
+    assert load_run(name).name
+
+
+def test_published_bases_are_shipped_for_every_stage():
+    bases = ("llama3-8b-vit-l", "llama3-8b-convnext-xxl", "phi3-mini-vit-l", "phi3-mini-convnext-xxl")
+    expected = {f"{base}/{stage}" for base in bases for stage in ("pt", "pt-script-layers", "vpt", "ift", "ift-after-vpt")}
+    assert expected <= set(recipe_names())
+
+
+def test_published_settings_of_pre_training():
+    run = load_run(RECIPE)
+    assert run.stage is Stage.PT
+    assert (run.optimisation.global_batch, run.optimisation.lr) == (256, 1e-3)
+    assert {task: settings.layers for task, settings in run.distillation.tasks.items()} == {
+        "depth": (8, 20),
+        "seg": (10, 18),
+        "gen": (12, 20),
+    }
+
+
+def test_a_recipe_is_read_without_torch():
+    code = f"import sys; from visper.config import load_run; load_run('{RECIPE}'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_overrides_win_and_numbers_are_numbers():
+    run = load_run(RECIPE, ["optimisation.lr=1e-4"])
+    assert run.optimisation.lr == 1e-4
+
+
+def test_an_override_needs_an_equals_sign():
+    with pytest.raises(ConfigError, match="key=value"):
+        parse_overrides(["optimisation.lr"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimisation.lrr=1", "unknown key 'optimisation.lrr': did you mean 'lr'"),
+        ("optimization={}", "did you mean 'optimisation'"),
+        ("distillation.tasks.depth.layrs=[1]", "did you mean 'layers'"),
+        ("data.geometry=round", "'data.geometry'.*squash.*found 'round'"),
+        ("optimisation.global_batch=many", "optimisation.global_batch.*found 'many'"),
+        ("distillation.tasks.depth.layers=[0]", "greater than 0"),
+        ("stage=ift", "'distillation' belongs to stage 'pt'"),
+        ("start_from=x", "not both"),
+        ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
+    ],
+)
+def test_faults_name_file_key_and_remedy(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_run(RECIPE, [override])
+    assert str(error.value).startswith(RECIPE)
+
+
+def test_all_faults_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_run(RECIPE, ["optimisation.lrr=1", "data.geometri=pad"])
+    assert "lrr" in str(error.value) and "geometri" in str(error.value)
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(ConfigError, match="llama3-8b-vit-l/pt"):
+        load_run("lama3-8b-vit-l/pt")
+
+
+def test_recipes_extend_files_beside_them_and_null_removes_a_section(tmp_path):
+    (tmp_path / "base.yaml").write_text(run_text(load_run(RECIPE)))
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\ndistillation: null\n")
+    run = load_run(tmp_path / "mine.yaml")
+    assert run.name == "mine" and run.distillation is None
+
+
+def test_recipes_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_run(tmp_path / "a.yaml")
+
+
+def test_broken_yaml_names_the_file(tmp_path):
+    (tmp_path / "broken.yaml").write_text("name: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_run(tmp_path / "broken.yaml")
+
+
+def test_the_resolved_run_reads_back_equal(tmp_path):
+    run = load_run(RECIPE, ["seed=3"])
+    save_run(run, tmp_path / "run.yaml")
+    assert load_run(tmp_path / "run.yaml") == run
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["data"]["sources"][0]["json"]
