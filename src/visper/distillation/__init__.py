@@ -1,1 +1,35 @@
 """Hidden states and teacher targets become losses."""
+
+from visper.distillation.hooks import HiddenStateTap
+from visper.distillation.layout import TokenLayout
+from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
+from visper.distillation.objective import DistilledTask, EmbeddingDistillation
+from visper.distillation.predictors import (
+    PREDICTORS,
+    EmbeddingPredictor,
+    PerceiverResampler,
+    PredictorSpec,
+    predictor_spec,
+)
+from visper.distillation.targets import Targets, gather_targets
+from visper.distillation.teachers import TEACHERS, TargetSpec, Teacher, build_teacher
+
+__all__ = [
+    "PREDICTORS",
+    "TEACHERS",
+    "DistilledTask",
+    "EmbeddingDistillation",
+    "EmbeddingPredictor",
+    "HiddenStateTap",
+    "PerceiverResampler",
+    "PredictorSpec",
+    "TargetSpec",
+    "Targets",
+    "Teacher",
+    "TokenLayout",
+    "build_teacher",
+    "gather_targets",
+    "info_nce_per_sample",
+    "predictor_spec",
+    "smooth_l1_per_sample",
+]

@@ -56,7 +56,8 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
         if extra is None:
             raise
         raise ImportError(
-            f"teacher kind '{kind}' needs the package '{error.name}', which is not installed: pip install 'visper-lm[{extra}]'"
+            f"teacher kind '{kind}' needs the package '{error.name}', which is not installed: "
+            f"pip install 'visper-lm[{extra}]'"
         ) from error
     if not isinstance(teacher, Teacher):
         raise ValueError(

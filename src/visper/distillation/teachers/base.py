@@ -7,6 +7,7 @@ Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ Self = TypeVar("Self", bound="Teacher")
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The shape of one target: ``tokens`` x ``width``, and the map ``grid`` (rows, columns) the tokens lie on, if any."""
+    """The shape of one target: ``tokens`` x ``width``, and the ``grid`` (rows, columns) the tokens lie on, if any."""
 
     tokens: int
     width: int
@@ -58,7 +59,8 @@ class SquashedImage:
 class Teacher(nn.Module, ABC):
     """A frozen network whose embedding of an image is what the student learns to predict.
 
-    A subclass sets ``spec`` and ``preprocess``, writes ``encode``, ends its ``__init__`` with ``self.freeze()``, and may write ``decode``.
+    A subclass sets ``spec`` and ``preprocess``, writes ``encode``, ends its ``__init__`` with ``self.freeze()``, and
+    may write ``decode``.
 
     Attributes:
         spec: the shape of its targets.
@@ -66,32 +68,31 @@ class Teacher(nn.Module, ABC):
     """
 
     spec: TargetSpec
-    preprocess: SquashedImage
+    preprocess: Callable[[Image.Image], Tensor]
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Targets ``[B, tokens, width]`` of preprocessed images ``[B, 3, h, w]``."""
 
     def decode(self, embedding: Tensor) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or a student's prediction."""
+        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted."""
         return pca_pictures(embedding, self.spec.grid)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """``encode`` without a graph, on the teacher's device, its shape checked against ``spec``."""
-        target_BNE = self.encode(pixels.to(self.device))
-        expected = (len(pixels), self.spec.tokens, self.spec.width)
-        if tuple(target_BNE.shape) != expected:
+        """``encode`` in the teacher's precision and without a graph, its shape checked against ``spec``.
+
+        The targets come back on the device of ``pixels``, where the objective wants them.
+        """
+        weight = next(self.parameters(), pixels)
+        target_BNE = self.encode(pixels.to(weight.device, weight.dtype))
+        found, expected = tuple(target_BNE.shape), (len(pixels), self.spec.tokens, self.spec.width)
+        if found != expected:
             raise ValueError(
-                f"{type(self).__name__} gave targets of shape {tuple(target_BNE.shape)} where its spec says {expected}: "
+                f"{type(self).__name__} gave targets of shape {found} where its spec says {expected}: "
                 "set the teacher's input size or grid so that they agree"
             )
-        return target_BNE
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are (the CPU for a teacher that has none in torch)."""
-        return next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+        return target_BNE.to(pixels.device)
 
     def freeze(self: Self) -> Self:
         """Puts the teacher in evaluation mode and turns every gradient off."""
@@ -106,8 +107,8 @@ class Teacher(nn.Module, ABC):
 def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Tensor | None = None) -> Tensor:
     """Three principal components of the tokens as red, green and blue, each stretched to 0..1.
 
-    ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be drawn
-    in its teacher's colours. Embeddings without a grid are drawn channel by channel as one grey square each.
+    ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be
+    drawn in its teacher's colours. Embeddings without a grid are drawn channel by channel as one grey square each.
 
     Args:
         embedding: ``[B, N, E]``.

@@ -1,0 +1,71 @@
+"""Hidden states of chosen decoder layers, caught by forward hooks.
+
+``output_hidden_states`` would keep every layer's states and differs between transformers versions; hooks give the same
+values and gradients with and without (non-reentrant) gradient checkpointing, and under FSDP2.
+"""
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f")
+"""Names under which decoders keep the norm behind their last layer."""
+
+
+class HiddenStateTap:
+    """Catches hidden states while it is open: ``with HiddenStateTap(decoder, (8, 20)) as hidden: ...``.
+
+    Inside, ``hidden`` maps layer -> ``[B, L, D]`` of the latest forward; it is emptied on leaving, so use it there.
+
+    Args:
+        decoder: the text model, with ``layers`` and a final norm (``model.get_decoder()``).
+        layers: decoder layers, counted from 1. The state of the last one is taken after the final norm, as published.
+
+    Raises:
+        ValueError: a layer the decoder does not have, or a last layer without a final norm.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
+        stack = getattr(decoder, "layers", None)
+        if not isinstance(stack, nn.ModuleList):
+            raise ValueError(f"{type(decoder).__name__} has no list 'layers': give the model's get_decoder()")
+        self._modules: dict[int, nn.Module] = {}
+        for layer in layers:
+            if not 1 <= layer <= len(stack):
+                raise ValueError(f"layer {layer} cannot be tapped: the model has layers 1 to {len(stack)}")
+            self._modules[layer] = stack[layer - 1] if layer < len(stack) else _final_norm(decoder, layer)
+        self._handles: list[RemovableHandle] = []
+        self._caught: dict[int, Tensor] = {}
+
+    def __enter__(self) -> dict[int, Tensor]:
+        for layer, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._catcher(layer)))
+        return self._caught
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._caught.clear()
+
+    def _catcher(self, layer: int) -> Any:
+        def catch(module: nn.Module, args: Any, output: Any) -> None:
+            self._caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return catch
+
+
+def _final_norm(decoder: nn.Module, layer: int) -> nn.Module:
+    for name in FINAL_NORMS:
+        norm = getattr(decoder, name, None)
+        if isinstance(norm, nn.Module):
+            return norm
+    raise ValueError(
+        f"layer {layer} is the last of {type(decoder).__name__}, whose final norm is under none of "
+        f"{', '.join(FINAL_NORMS)}: tap an earlier layer"
+    )

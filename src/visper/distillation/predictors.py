@@ -1,0 +1,255 @@
+"""Embedding predictors: from a layer's hidden states and a task's queries to the teacher's embedding.
+
+One predictor per task and tapped layer; they exist in pre-training only. The three published ones differ in the fields
+of ``PredictorSpec``, nothing else.
+
+Shape suffixes: B = samples, K = keys (hidden states), Q = queries, D = LLM width, C = inner width, N = teacher tokens,
+E = teacher width, H = heads.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
+
+from visper.distillation.teachers.base import TargetSpec
+
+
+@dataclass(frozen=True)
+class PredictorSpec:
+    """What sets one task's predictors apart from another's.
+
+    Attributes:
+        queries: "matrix" (the task's whole query matrix) or "states" (mean of the layer's states at the task's tokens).
+        inner: width inside the resampler, the LLM's or the target's.
+        mlp: a Linear-ReLU-Linear behind the resampler.
+        num_queries: rows of the query matrix; None = as many as the target has tokens ("states": as task tokens).
+        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
+    """
+
+    queries: Literal["matrix", "states"] = "matrix"
+    inner: Literal["llm", "target"] = "target"
+    mlp: bool = False
+    num_queries: int | None = None
+    depth: int = 1
+    heads: int = 4
+    head_width: int = 32
+    ff_mult: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("queries", ("matrix", "states")), ("inner", ("llm", "target"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"predictor.{name} is {getattr(self, name)!r}: set it to one of {', '.join(allowed)}")
+        for name in ("depth", "heads", "head_width", "ff_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"predictor.{name} is {getattr(self, name)}: set it to 1 or more")
+
+    def query_rows(self, target: TargetSpec, per_task: int) -> int:
+        """Rows of the task's query matrix, ``per_task`` being its number of task tokens."""
+        if self.num_queries is not None:
+            return self.num_queries
+        return target.tokens if self.queries == "matrix" else per_task
+
+
+PREDICTORS: Mapping[str, PredictorSpec] = {
+    "depth": PredictorSpec(queries="matrix", inner="llm", mlp=True),
+    "seg": PredictorSpec(queries="matrix", inner="target"),
+    "gen": PredictorSpec(queries="states", inner="target"),
+}
+"""The published predictors, by task. A task of another name starts from ``PredictorSpec()``."""
+
+
+def predictor_spec(task: str, changes: Mapping[str, Any] | None = None) -> PredictorSpec:
+    """The predictor of a task: its published one with ``changes`` on top. Raises ValueError on an unknown field."""
+    known = [field.name for field in fields(PredictorSpec)]
+    for name in changes or {}:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(known)}"
+            raise ValueError(f"task '{task}': unknown key 'predictor.{name}': {hint}")
+    return replace(PREDICTORS.get(task, PredictorSpec()), **(changes or {}))
+
+
+class ResamplerAttention(nn.Module):
+    """Queries attend to [keys ; queries], each behind its own LayerNorm."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_keys = nn.LayerNorm(width)
+        self.norm_queries = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, heads * head_width, bias=False)
+        self.to_key_value = nn.Linear(width, 2 * heads * head_width, bias=False)
+        self.to_out = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(self, keys_BKC: Tensor, queries_BQC: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
+        """``[B, Q, C]``. Queries common to all samples may come as ``[1, Q, C]``: they are projected once."""
+        batch = len(keys_BKC)
+        queries = self.norm_queries(queries_BQC)
+        both = torch.cat(
+            (self.to_key_value(self.norm_keys(keys_BKC)), self.to_key_value(queries).expand(batch, -1, -1)), dim=1
+        )
+        key, value = self._split(both).chunk(2, dim=1)
+        query = self._split(self.to_query(queries)).expand(batch, -1, -1, -1)
+        mask = None
+        if key_mask_BK is not None:
+            mask = pad(key_mask_BK, (0, queries.shape[1]), value=True)[:, None, None, :]
+        # The published scaling, head_width^-1/4 on query and key each with a float32 softmax, is what SDPA computes.
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, values: Tensor) -> Tensor:
+        parts = values.shape[-1] // self.to_query.out_features * self.heads
+        return values.unflatten(-1, (parts, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """LayerNorm, linear, exact GELU, linear; no biases in the linears."""
+
+    def __init__(self, width: int, multiple: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.widen = nn.Linear(width, multiple * width, bias=False)
+        self.narrow = nn.Linear(multiple * width, width, bias=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.narrow(gelu(self.widen(self.norm(values))))
+
+
+class ResamplerLayer(nn.Module):
+    """Attention and feed-forward, each added to its input."""
+
+    def __init__(self, width: int, heads: int, head_width: int, ff_mult: int) -> None:
+        super().__init__()
+        self.attention = ResamplerAttention(width, heads, head_width)
+        self.feed_forward = FeedForward(width, ff_mult)
+
+    def forward(self, keys_BKC: Tensor, queries_BQC: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
+        """``[B, Q, C]``."""
+        queries_BQC = queries_BQC + self.attention(keys_BKC, queries_BQC, key_mask_BK)
+        return queries_BQC + self.feed_forward(queries_BQC)
+
+
+class PerceiverResampler(nn.Module):
+    """Reads any number of hidden states into a fixed number of embeddings.
+
+    Args:
+        width_in: width of hidden states and queries (D).
+        width: inner width (C).
+        width_out: width of the embeddings (E).
+        depth, heads, head_width, ff_mult: see ``PredictorSpec``.
+        num_latents: the resampler owns this many queries of the inner width, for use without task tokens (probes).
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        width_out: int,
+        depth: int = 1,
+        heads: int = 4,
+        head_width: int = 32,
+        ff_mult: int = 1,
+        num_latents: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, num_latents, width) / width**0.5) if num_latents else None
+        self.project_in = nn.Linear(width_in, width)
+        self.project_out = nn.Linear(width, width_out)
+        self.norm_out = nn.LayerNorm(width_out)
+        self.layers = nn.ModuleList(ResamplerLayer(width, heads, head_width, ff_mult) for _ in range(depth))
+
+    def forward(
+        self, states_BKD: Tensor, queries_BQD: Tensor | None = None, key_mask_BK: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings ``[B, Q, E]``.
+
+        Args:
+            states_BKD: hidden states.
+            queries_BQD: queries, or ``[1, Q, D]`` for all samples; None = the resampler's own latents.
+            key_mask_BK: True where a state may be read; None = everywhere.
+        """
+        own = queries_BQD is None
+        if own and self.latents is None:
+            raise ValueError("this resampler owns no latents: give queries, or build it with num_latents")
+        queries = self.latents if queries_BQD is None else self.project_in(queries_BQD)
+        keys = self.project_in(states_BKD)
+        for layer in self.layers:
+            queries = layer(keys, queries, key_mask_BK)
+        return self.norm_out(self.project_out(queries))
+
+
+def fit_queries(queries_BQD: Tensor, tokens: int) -> Tensor:
+    """``[B, tokens, D]``: as they are, tiled as a block where they divide ``tokens``, else averaged and repeated."""
+    rows = queries_BQD.shape[1]
+    if rows == tokens:
+        return queries_BQD
+    if tokens % rows == 0:
+        return queries_BQD.repeat(1, tokens // rows, 1)
+    return queries_BQD.mean(1, keepdim=True).expand(-1, tokens, -1)
+
+
+class EmbeddingPredictor(nn.Module):
+    """Predicts a teacher's embedding from the hidden states of one layer.
+
+    Args:
+        llm_width: width of the hidden states (D).
+        target: shape of the teacher's embedding.
+        spec: what this task's predictors look like.
+    """
+
+    def __init__(self, llm_width: int, target: TargetSpec, spec: PredictorSpec) -> None:
+        super().__init__()
+        self.tokens = target.tokens
+        inner = {"llm": llm_width, "target": target.width}[spec.inner]
+        self.resampler = PerceiverResampler(
+            llm_width, inner, target.width, spec.depth, spec.heads, spec.head_width, spec.ff_mult
+        )
+        width = target.width
+        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if spec.mlp else []
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, states_BKD: Tensor, queries_BQD: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
+        """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, queries fitted to the target's tokens."""
+        return self.mlp(self.resampler(states_BKD, fit_queries(queries_BQD, self.tokens), key_mask_BK))
+
+
+PUBLISHED_NAMES: tuple[tuple[str, str | None], ...] = (
+    (r"proj_(in|out)\.", r"project_\1."),
+    (r"layers\.(\d+)\.0\.norm1\.", r"layers.\1.attention.norm_keys."),
+    (r"layers\.(\d+)\.0\.norm2\.", r"layers.\1.attention.norm_queries."),
+    (r"layers\.(\d+)\.0\.to_q\.", r"layers.\1.attention.to_query."),
+    (r"layers\.(\d+)\.0\.to_kv\.", r"layers.\1.attention.to_key_value."),
+    (r"layers\.(\d+)\.0\.to_out\.", r"layers.\1.attention.to_out."),
+    (r"layers\.(\d+)\.1\.0\.", r"layers.\1.feed_forward.norm."),
+    (r"layers\.(\d+)\.1\.1\.", r"layers.\1.feed_forward.widen."),
+    (r"layers\.(\d+)\.1\.3\.", r"layers.\1.feed_forward.narrow."),
+    (r"^projector\.", "resampler."),
+    (r"^linear_1\.", "mlp."),
+    (r"^linear_[23]\.", None),  # computed by the published code, read by no loss, never trained
+)
+"""Pattern in a published parameter name -> ours, or None where we have no such parameter. All that match apply."""
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published resampler's or head's parameters under our names."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        ours = published_name(name)
+        if ours is not None:
+            renamed[ours] = value
+    return renamed
+
+
+def published_name(name: str) -> str | None:
+    """Our name of a published parameter, None where we have no such parameter."""
+    for pattern, replacement in PUBLISHED_NAMES:
+        if replacement is None and re.search(pattern, name):
+            return None
+        name = re.sub(pattern, replacement or "", name)
+    return name

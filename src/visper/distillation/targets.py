@@ -1,0 +1,52 @@
+"""Targets of a batch and of the global batch it belongs to.
+
+Shape suffixes: B = own samples, P = samples in the pool, N = teacher tokens, E = teacher width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One task's targets.
+
+    Attributes:
+        own: ``[B, N, E]`` targets of the samples with an image, in the order of their rows.
+        pool: ``[P, N, E]`` targets of the whole global batch.
+        labels: ``[B]`` row of each own target in the pool.
+    """
+
+    own: Tensor
+    pool: Tensor
+    labels: Tensor
+
+
+@torch.no_grad()
+def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> Targets:
+    """Puts every rank's targets, in rank order, into one pool that all ranks share. No gradient flows through it.
+
+    Ranks may hold different numbers of samples, none included; every rank of ``group`` (default: all) must call. The
+    targets travel in the precision they come in and are pooled in float32. In one process the pool is ``own``.
+    """
+    own = own_BNE.detach()
+    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        own = own.float()
+        return Targets(own, own, torch.arange(len(own), device=own.device))
+    count = torch.tensor([len(own)], device=own.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks)]
+    dist.all_gather(counts, count, group=group)
+    sizes = [int(size) for size in torch.cat(counts).tolist()]
+    # Collectives want equal shapes: pad to the longest, cut off again. No rank has samples: nothing to send.
+    padded = own.new_zeros(max(sizes), *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    if max(sizes):
+        dist.all_gather(parts, padded, group=group)
+    pool = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).float()
+    start = sum(sizes[: dist.get_rank(group)])
+    return Targets(own.float(), pool, torch.arange(start, start + len(own), device=own.device))
