@@ -1,0 +1,57 @@
+"""What tests share: one thread, and where material outside the project lies (tests that need it skip without it)."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+BESIDE_PROJECT = Path(__file__).resolve().parents[2] / "shared"
+
+torch.set_num_threads(1)
+
+
+def outside(*parts: str, variable: str | None = None) -> Path:
+    """A path beside the project, or under ``$variable``; the test skips where it is absent."""
+    given = os.environ.get(variable) if variable else None
+    path = Path(given, *parts[1:]) if given else BESIDE_PROJECT.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"{'/'.join(parts)} is not here" + (f": set ${variable} to its folder" if variable else ""))
+    return path
+
+
+class Golden:
+    """The golden fixtures; see the README beside them."""
+
+    def __call__(self, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The ``config`` and the tensors of one fixture."""
+        folder = outside("golden", variable="VISPER_GOLDEN")
+        config = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["config"]
+        return config, load_file(folder / f"{name}.safetensors")
+
+    @staticmethod
+    def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names start with ``prefix``, without it."""
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    @staticmethod
+    def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        """Largest difference, relative to the published tensor's largest value."""
+        ours, theirs = ours.detach().float(), theirs.detach().float()
+        return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    """Reads golden fixtures by name; the test skips where they are absent."""
+    return Golden()
+
+
+@pytest.fixture(scope="session")
+def beside_project() -> Callable[..., Path]:
+    """Gives the path of material beside the project; the test skips where it is absent."""
+    return outside
