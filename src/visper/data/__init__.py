@@ -1,1 +1,1 @@
-"""Images and conversations become batches."""
+"""Images and conversations become batches: records -> chat, images -> dataset -> collator, in the sampler's order."""

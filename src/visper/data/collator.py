@@ -1,0 +1,95 @@
+"""Samples become batches: right padding, pixels for the rows that have an image and for no others.
+
+Shapes: B = rows, L = tokens, B_img = rows with an image, H and W = pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import Required
+
+from visper.data.chat import IGNORED
+from visper.data.records import Drop
+
+Preprocess = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row ready to be batched. ``picture`` is what teachers are shown; both image fields or none."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor | None = None
+    picture: Image.Image | None = None
+    truncated: bool = False
+
+
+class Batch(TypedDict, total=False):
+    """What the model, the objective and the trainer are given."""
+
+    input_ids: Required[Tensor]  # [B, L] long
+    labels: Required[Tensor]  # [B, L] long, -100 where unsupervised
+    attention_mask: Required[Tensor]  # [B, L] long
+    pixel_values: Tensor  # [B_img, 3, H, W] float32; absent if no row has an image
+    image_rows: Required[Tensor]  # [B_img] long, ascending: which rows have an image
+    teacher_images: dict[str, Tensor]  # task -> [B_img, 3, h, w]; absent without teachers or images
+    sample_ids: Required[list[str]]  # B names
+    dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
+    num_truncated: Required[int]  # rows whose text was cut
+
+
+@dataclass
+class Collator:
+    """Builds a ``Batch``; picklable, so that loader processes can hold it.
+
+    Args:
+        pad_token_id: fills rows on the right, never attended.
+        teachers: task -> what that teacher does to a picture before it can be batched.
+    """
+
+    pad_token_id: int
+    teachers: Mapping[str, Preprocess] = field(default_factory=dict)
+
+    def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
+        """Batches the good rows and passes on the bad ones' names.
+
+        A batch of nothing but bad rows is one unsupervised padding token: every rank still takes its step.
+        """
+        dropped = [item for item in items if isinstance(item, Drop)]
+        samples = [item for item in items if isinstance(item, Sample)]
+        if not samples:
+            samples = [Sample("none", [self.pad_token_id], [IGNORED])]
+        batch: Batch = {
+            "input_ids": _padded([s.input_ids for s in samples], self.pad_token_id),
+            "labels": _padded([s.labels for s in samples], IGNORED),
+            "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
+            "image_rows": torch.tensor(
+                [i for i, s in enumerate(samples) if s.pixel_values is not None], dtype=torch.long
+            ),
+            "sample_ids": [s.id for s in samples],
+            "dropped": dropped,
+            "num_truncated": sum(s.truncated for s in samples),
+        }
+        pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+            pictures = [s.picture for s in samples if s.picture is not None]
+            if self.teachers:
+                batch["teacher_images"] = {
+                    task: torch.stack([preprocess(picture) for picture in pictures])
+                    for task, preprocess in self.teachers.items()
+                }
+        return batch
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)

@@ -1,0 +1,160 @@
+"""Pictures from files, and the one geometry in which student and teachers see them.
+
+``squash`` scales both sides to the square, ``pad`` puts the picture on a square of the encoder's mean colour, ``crop``
+keeps the central square. The student sees what the saved image processor makes, in training as at inference; teachers
+see ``arrange``'s square picture, which covers the same pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import LlavaImageProcessor
+
+from visper.data.records import DataError
+
+GEOMETRIES = ("squash", "pad", "crop")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Opens and decodes a picture: upright RGB, whatever its mode, orientation tag or file name say.
+
+    The content decides about the format (GIF under .jpg occurs; its first frame is taken). Transparency is dropped,
+    16-bit grey is scaled to 8.
+
+    Raises:
+        DataError: the file is missing, empty, truncated or no picture; ``reason`` tells which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            "missing image", f"'{path}': expected a file; are all archives unpacked under the images folder?"
+        )
+    if path.stat().st_size == 0:
+        raise DataError("empty image file", f"'{path}' has no bytes: fetch it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.seek(0)
+                upright = ImageOps.exif_transpose(image)
+                return _to_rgb(upright)
+    except UnidentifiedImageError as error:
+        raise DataError("not an image", f"'{path}': its content is no known image format") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError("broken image", f"'{path}': {error}; fetch it again") from error
+    except Image.DecompressionBombWarning as error:
+        raise DataError("huge image", f"'{path}': {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0, 0)) -> Image.Image:
+    """The part of the picture that the student sees, as a picture whose sides become equal when it is resized.
+
+    Args:
+        image: an RGB picture.
+        geometry: ``squash`` returns it unchanged (whoever resizes it to a square squashes it), ``pad`` a square
+            with ``background`` around it, ``crop`` its central square.
+        background: RGB, 0 to 255, see ``background_of``.
+    """
+    _known(geometry)
+    width, height = image.size
+    if geometry == "squash" or width == height:
+        return image
+    if geometry == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), tuple(background))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def background_of(image_processor: Any) -> tuple[int, int, int]:
+    """The encoder's mean colour as the image processor pads with it: RGB, 0 to 255, fractions cut."""
+    red, green, blue = (int(channel * 255) for channel in image_processor.image_mean)
+    return red, green, blue
+
+
+def build_image_processor(
+    geometry: str, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> LlavaImageProcessor:
+    """A stock image processor that turns any picture into ``[3, image_size, image_size]`` by ``geometry``.
+
+    It is saved with the model, so inference sees what training saw. On torch's bicubic resize it differs from the
+    published PIL code by at most one grey level, at less than one pixel in a hundred.
+
+    Args:
+        geometry: ``squash``, ``pad`` or ``crop``.
+        image_size: side of the square, pixels.
+        mean: the encoder's mean, per channel, of values in 0..1.
+        std: the encoder's standard deviation, likewise.
+    """
+    _known(geometry)
+    return LlavaImageProcessor(image_mean=list(mean), image_std=list(std), **_geometry_options(geometry, image_size))
+
+
+def with_geometry(image_processor: Any, geometry: str) -> LlavaImageProcessor:
+    """The same size and colours as ``image_processor`` in another geometry."""
+    size = output_size(image_processor)
+    return build_image_processor(geometry, size, image_processor.image_mean, image_processor.image_std)
+
+
+def geometry_of(image_processor: Any) -> str:
+    """The geometry that an image processor carries out."""
+    if getattr(image_processor, "do_pad", False):
+        return "pad"
+    return "crop" if image_processor.do_center_crop else "squash"
+
+
+def output_size(image_processor: Any) -> int:
+    """Side of the square that an image processor makes, pixels."""
+    size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+    height = _entry(size, "height") or _entry(size, "shortest_edge")
+    width = _entry(size, "width") or height
+    if height is None or height != width:
+        raise ValueError(f"the image processor makes {size}: expected a square; build it with 'build_image_processor'")
+    return int(height)
+
+
+def student_pixels(image_processor: Any, image: Image.Image) -> torch.Tensor:
+    """What the student sees of a picture, ``[3, H, W]`` float32, by the processor that is saved with it."""
+    # Given as channels-last: a picture 1 or 3 pixels high would be taken for channels-first otherwise.
+    pixels: torch.Tensor = image_processor(image, return_tensors="pt", input_data_format="channels_last")[
+        "pixel_values"
+    ]
+    return pixels[0]
+
+
+def _geometry_options(geometry: str, image_size: int) -> dict[str, Any]:
+    square = {"height": image_size, "width": image_size}
+    crop = geometry == "crop"
+    return {
+        "size": {"shortest_edge": image_size} if crop else square,
+        "crop_size": square,
+        "do_center_crop": crop,
+        "do_pad": geometry == "pad",
+        "resample": Image.Resampling.BICUBIC,
+    }
+
+
+def _entry(size: Any, key: str) -> int | None:
+    return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
+
+
+def _known(geometry: str) -> None:
+    if geometry not in GEOMETRIES:
+        raise ValueError(f"geometry '{geometry}' is unknown: choose one of {', '.join(GEOMETRIES)}")

@@ -1,0 +1,33 @@
+"""One sample, decoded, with what is supervised in colour: the last look before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from visper.data.chat import IGNORED
+
+SUPERVISED_STYLE = "bold green"
+
+
+def show_sample(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], image_token_id: int
+) -> Text:
+    """The sample as text for a rich console: supervised tokens bold green, image tokens as ``<image> x 576``.
+
+    Args:
+        tokenizer: of the run.
+        input_ids: one row.
+        labels: one row of the same length; -100 where unsupervised.
+        image_token_id: whose repetitions are collapsed.
+    """
+    text = Text()
+    tokens = list(zip(input_ids, labels, strict=True))
+    for (is_image, supervised), group in groupby(tokens, key=lambda t: (t[0] == image_token_id, t[1] != IGNORED)):
+        ids = [int(token) for token, _ in group]
+        shown = f"<image> x {len(ids)} " if is_image else str(tokenizer.decode(ids, skip_special_tokens=False))
+        text.append(shown, style=SUPERVISED_STYLE if supervised else "dim")
+    return text
