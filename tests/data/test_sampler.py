@@ -1,0 +1,51 @@
+"""The order of the rows depends on seed and epoch alone, and groups what is alike."""
+
+import pytest
+import torch
+
+from visper.data.sampler import RowSampler
+
+
+def order(sampler: RowSampler, epoch: int = 0) -> list[int]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+def test_every_epoch_holds_every_row_once(rows: int, grouped: bool) -> None:
+    lengths = [i % 5 for i in range(rows)] if grouped else None
+    sampler = RowSampler(rows, lengths=lengths, has_image=[i % 3 == 0 for i in range(rows)], group_size=4)
+    assert sorted(order(sampler, 3)) == list(range(rows)) and len(sampler) == rows
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    torch.manual_seed(1)
+    first = order(RowSampler(50, seed=4), epoch=2)
+    torch.manual_seed(2)
+    assert order(RowSampler(50, seed=4), epoch=2) == first
+    assert order(RowSampler(50, seed=4), epoch=3) != first
+    assert order(RowSampler(50, seed=5), epoch=2) != first
+
+
+def test_whole_groups_hold_one_modality_and_similar_lengths() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 1000, (403,), generator=generator).tolist()
+    has_image = [i % 4 != 0 for i in range(403)]
+    rows = order(RowSampler(403, lengths=lengths, has_image=has_image, group_size=8))
+    groups = [rows[i : i + 8] for i in range(0, 403 - 16, 8)]
+    assert all(len({has_image[i] for i in group}) == 1 for group in groups)
+    spread = [max(lengths[i] for i in group) - min(lengths[i] for i in group) for group in groups]
+    # 8 of some 100 to 300 sorted lengths: a shuffle's groups would spread over some 800 of the 1000.
+    assert sum(spread) / len(spread) < 100
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_one_modality_alone_is_grouped_too(image: bool) -> None:
+    rows = order(RowSampler(20, lengths=list(range(20)), has_image=[image] * 20, group_size=4))
+    assert sorted(rows) == list(range(20))
+
+
+def test_lengths_of_another_dataset_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 entries for 4 rows"):
+        RowSampler(4, lengths=[1, 2, 3])
