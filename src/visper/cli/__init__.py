@@ -1,1 +1,33 @@
-"""One file per verb: parse, call one function, exit code."""
+"""The command line: one file per verb. Each parses, calls one function and gives an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from visper.cli import chat, evaluate, pipeline, quickstart, recipes, train
+
+app = typer.Typer(
+    name="visper",
+    help="Train multimodal LLMs that see: PT with visual embedding distillation, VPT, IFT, and what comes after.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for verb in (quickstart, train, pipeline, recipes, chat, evaluate):
+    app.command(name=verb.NAME)(verb.run)
+
+
+def main() -> None:
+    """Entry point: what a person can mend is one message and exit code 2; anything else is a bug and a traceback."""
+    try:
+        app()
+    except ExpectedErrors as error:
+        Console(stderr=True).print(f"[bold red]error[/bold red] {error}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+ExpectedErrors = (ValueError, FileNotFoundError)
+"""ConfigError, DataError and the library's own ValueErrors all say what to do."""

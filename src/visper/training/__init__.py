@@ -1,1 +1,17 @@
 """Losses become weights."""
+
+from visper.training.module import TrainingModel
+from visper.training.run import run_pipeline, run_stage
+from visper.training.stages import TRAINABLE, apply_stage, count_parts
+from visper.training.trainer import NonFiniteLossError, StageTrainer
+
+__all__ = [
+    "TRAINABLE",
+    "NonFiniteLossError",
+    "StageTrainer",
+    "TrainingModel",
+    "apply_stage",
+    "count_parts",
+    "run_pipeline",
+    "run_stage",
+]

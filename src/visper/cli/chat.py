@@ -1,0 +1,26 @@
+"""``visper chat``: one question to a trained student."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "chat"
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
+    prompt: Annotated[str, typer.Option("--prompt", help="the question")],
+    image: Annotated[Path | None, typer.Option("--image", help="a picture")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
+) -> None:
+    """Ask a model about a picture.
+
+    Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the picture?"`
+    """
+    from visper.data.images import open_image
+    from visper.evaluation import answer
+    from visper.model import load_student
+
+    picture = open_image(image) if image is not None else None
+    print(answer(load_student(model), [prompt], [picture], max_new_tokens)[0])

@@ -1,0 +1,26 @@
+"""``visper pipeline``: stages in order."""
+
+from typing import Annotated
+
+import typer
+
+NAME = "pipeline"
+
+
+def run(
+    recipes: Annotated[list[str], typer.Argument(help="stages in their order", metavar="RUN.yaml ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a change for every stage, such as seed=1; repeat as needed")
+    ] = None,
+) -> None:
+    """Train stages in order. Finished ones are skipped and interrupted ones continued: safe to repeat.
+
+    Example: `visper pipeline llama3-8b-vit-l/pt llama3-8b-vit-l/ift --set seed=1`
+    """
+    from visper.config import load_run
+
+    runs = [load_run(recipe, overrides or []) for recipe in recipes]
+
+    from visper.training import run_pipeline
+
+    run_pipeline(runs)

@@ -1,0 +1,166 @@
+"""Exact-match accuracy on questions ``{image, question, answer}``, with intervals; raw answers are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from visper.data.complete import write_text
+from visper.data.images import open_image
+from visper.data.records import DataError
+from visper.evaluation.answers import answer
+from visper.evaluation.intervals import wilson
+from visper.model import Student
+
+EVERYTHING = "all"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question on one picture (or none), with its right answer and, if given, its kind."""
+
+    question: str
+    answer: str
+    image: str | None = None
+    kind: str = EVERYTHING
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with what the student said, as it said it."""
+
+    image: str | None
+    kind: str
+    question: str
+    expected: str
+    said: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of one kind, with the 95 % interval of their share."""
+
+    kind: str
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0..1."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval, 0..1."""
+        return wilson(self.correct, self.total)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a JSON file: a list of ``{image, question, answer}``, optionally with ``kind``."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from error
+    questions = []
+    for number, row in enumerate(rows):
+        missing = [key for key in ("question", "answer") if key not in row]
+        if missing:
+            raise DataError(f"{path}: question {number} lacks {missing}: expected image, question, answer")
+        kind = str(row.get("kind", EVERYTHING))
+        questions.append(Question(str(row["question"]), str(row["answer"]), row.get("image"), kind))
+    if not questions:
+        raise DataError(f"{path} holds no questions")
+    return questions
+
+
+def normalised(text: str) -> str:
+    """What is compared: lower case, no punctuation at the ends, single spaces. ``(A).`` equals ``a``."""
+    return re.sub(r"\s+", " ", text.lower()).strip(string.punctuation + " ")
+
+
+def evaluate(
+    student: Student,
+    questions: Iterable[Question],
+    images: Path,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    shuffle_images: bool = False,
+) -> list[Answered]:
+    """Asks every question once, greedily.
+
+    Args:
+        images: folder under which the questions' image paths lie.
+        shuffle_images: every question gets another question's picture: what a model scores that does not look.
+    """
+    items = list(questions)
+    shown = [q.image for q in items]
+    if shuffle_images:
+        shown = _others(shown)
+    order = sorted(range(len(items)), key=lambda i: (shown[i] is None, len(items[i].question)))
+    batches = [
+        part
+        for has in (True, False)
+        for part in _chunks([i for i in order if (shown[i] is not None) is has], batch_size)
+    ]
+    said: dict[int, str] = {}
+    columns = (SpinnerColumn(), TextColumn("asking {task.completed}/{task.total}"), TimeElapsedColumn())
+    with torch.inference_mode(), Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        bar = progress.add_task("asking", total=len(items))
+        for part in batches:
+            pictures: list[Image.Image | None] = [open_image(images / n) if (n := shown[i]) else None for i in part]
+            answers = answer(student, [items[i].question for i in part], pictures, max_new_tokens)
+            said.update(zip(part, answers, strict=True))
+            progress.advance(bar, len(part))
+    return [
+        Answered(q.image, q.kind, q.question, q.answer, said[i], normalised(said[i]) == normalised(q.answer))
+        for i, q in enumerate(items)
+    ]
+
+
+def _others(shown: list[str | None]) -> list[str | None]:
+    """For every question a picture that is not its own: the distinct pictures, moved round by half their number."""
+    pictures = sorted({name for name in shown if name is not None})
+    if len(pictures) < 2:
+        raise DataError("shuffling pictures needs at least two different ones")
+    step = len(pictures) // 2
+    swap = {name: pictures[(i + step) % len(pictures)] for i, name in enumerate(pictures)}
+    return [swap[name] if name is not None else None for name in shown]
+
+
+def _chunks(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def scores(answered: Iterable[Answered]) -> list[Score]:
+    """Accuracy by kind in order of appearance, and over all if there is more than one kind."""
+    rows = list(answered)
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    result = [Score(k, sum(r.correct for r in rows if r.kind == k), sum(r.kind == k for r in rows)) for k in kinds]
+    if len(kinds) > 1:
+        result.append(Score(EVERYTHING, sum(r.correct for r in rows), len(rows)))
+    return result
+
+
+def save_answers(path: Path, answered: Iterable[Answered]) -> None:
+    """Every question with its raw answer, one JSON object a line; whole or not at all."""
+    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered))
+
+
+def show_scores(console: Console, rows: list[Score]) -> None:
+    """A table of accuracies with their intervals."""
+    table = Table("kind", "accuracy", "95 % interval", "right / asked")
+    for row in rows:
+        low, high = row.interval
+        table.add_row(row.kind, f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{row.correct} / {row.total}")
+    console.print(table)

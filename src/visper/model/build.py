@@ -1,0 +1,246 @@
+"""Assembles, saves and loads the student: a stock LLaVA made of an encoder, a projector and an LLM.
+
+Paper, section 3. The student is ``LlavaForConditionalGeneration`` with ``LlavaProcessor``; the task tokens are
+vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers and
+vLLM without this package, wherever the encoder is one that stock LLaVA can hold.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from visper.config import ConfigError, Geometry
+from visper.config import Student as StudentConfig
+from visper.data.chat import end_of_turn_token, student_template
+from visper.data.images import build_image_processor
+from visper.model.encoders import Encoder, load_encoder
+from visper.model.task_tokens import task_token_names
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+STUDENT_FILE = "student.json"
+
+
+@dataclass
+class Student:
+    """A vision-language model with its processor, and the vocabulary ids of its task tokens by task."""
+
+    model: LlavaForConditionalGeneration
+    processor: LlavaProcessor
+    task_token_ids: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def image_token_id(self) -> int:
+        """The vocabulary id whose copies hold the image's features."""
+        return int(self.model.config.image_token_id)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the LLM."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the LLM."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def silent_ids(self) -> list[int]:
+        """Vocabulary that stands for inputs only (image, task tokens): never an answer."""
+        return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
+
+
+def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Student:
+    """Assembles a student from published parts.
+
+    The projector is new (two linear layers with GELU between, ``mlp2x_gelu``); LLM and encoder bring their weights.
+    Rows that the vocabulary gains are set to the mean of the rows it had.
+
+    Raises:
+        ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
+    """
+    llm: PreTrainedModel = _load(AutoModelForCausalLM, config.llm, "llm", config, dtype=dtype)
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, config.llm, "llm", config)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
+    try:
+        encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+    except OSError as error:
+        raise ConfigError(_unreachable("encoder", config.encoder, error)) from error
+    encoder.model.to(dtype)
+    task_names = _extend_vocabulary(tokenizer, config)
+    processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
+    model = _assemble(llm, encoder, tokenizer, processor)
+    ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
+    student = Student(model, processor, ids)
+    model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
+    return student
+
+
+def _load(auto: Any, name: str, part: str, config: StudentConfig, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except OSError as error:
+        raise ConfigError(_unreachable(part, name, error)) from error
+
+
+def _unreachable(part: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"student.{part}: cannot load '{name}': {reason} Give a folder that exists or a hub id; "
+        "a gated model needs `hf auth login` and its licence accepted"
+    )
+
+
+def _extend_vocabulary(tokenizer: PreTrainedTokenizerBase, config: StudentConfig) -> dict[str, list[str]]:
+    layout = config.task_tokens
+    names = {task: task_token_names(task, layout.per_task) for task in layout.order} if layout else {}
+    new = [IMAGE_TOKEN, *(name for task in names.values() for name in task)]
+    tokenizer.add_tokens(new, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    return names
+
+
+def _processor(
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    task_names: Mapping[str, list[str]],
+    system_prompt: str | None,
+    geometry: Geometry,
+) -> LlavaProcessor:
+    behind_image = [name for names in task_names.values() for name in names]
+    template = student_template(str(tokenizer.chat_template), IMAGE_TOKEN, behind_image, system_prompt)
+    return LlavaProcessor(
+        image_processor=build_image_processor(geometry.value, encoder.image_size, encoder.mean, encoder.std),
+        tokenizer=tokenizer,
+        patch_size=encoder.patch_size,
+        vision_feature_select_strategy=encoder.select,
+        num_additional_image_tokens=encoder.extra_tokens,
+        image_token=IMAGE_TOKEN,
+        chat_template=template,
+    )
+
+
+def _assemble(
+    llm: PreTrainedModel, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, processor: LlavaProcessor
+) -> LlavaForConditionalGeneration:
+    config = LlavaConfig(
+        vision_config=encoder.model.config,
+        text_config=llm.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=encoder.num_tokens,
+        vision_feature_layer=encoder.feature_layer,
+        vision_feature_select_strategy=encoder.select,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+        dtype=llm.dtype,
+    )
+    # The skeleton costs nothing: its parts are built without memory and then replaced by the loaded ones.
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = encoder.model
+    model.model.language_model = llm.get_decoder()
+    model.lm_head = llm.get_output_embeddings()
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(llm.dtype)
+    for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        linear.reset_parameters()
+    old_size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > old_size:
+        _grow(model, old_size, len(tokenizer))
+    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.tie_weights()
+    return model.eval()
+
+
+def _grow(model: LlavaForConditionalGeneration, old_size: int, new_size: int) -> None:
+    model.resize_token_embeddings(new_size, mean_resizing=False)
+    for table in {id(t): t for t in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
+        with torch.no_grad():
+            table[old_size:] = table[:old_size].float().mean(dim=0).to(table.dtype)
+
+
+def _generation_config(
+    llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, silent_ids: list[int]
+) -> GenerationConfig:
+    base: GenerationConfig = llm.generation_config or GenerationConfig()
+    known = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id]
+    turn_end = tokenizer.convert_tokens_to_ids(end_of_turn_token(tokenizer))
+    ends = {token for token in (*known, tokenizer.eos_token_id, turn_end) if token is not None}
+    base.eos_token_id = sorted(ends)
+    base.pad_token_id = tokenizer.pad_token_id
+    base.suppress_tokens = sorted(silent_ids)
+    return base
+
+
+def save_student(student: Student, folder: Path) -> None:
+    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``artifacts.complete``."""
+    folder.mkdir(parents=True)
+    student.model.save_pretrained(folder)
+    student.processor.save_pretrained(folder)
+    names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
+    (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
+
+
+def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Student:
+    """Loads a student from a stage's output, from its ``model`` folder, or from any LLaVA folder or hub id.
+
+    Raises:
+        ConfigError: there is no such folder or it holds no LLaVA model.
+    """
+    place = Path(folder)
+    if (place / "model" / "config.json").is_file():
+        place = place / "model"
+    source = str(place) if place.is_dir() else str(folder)
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
+    names: dict[str, list[str]] = {}
+    if (place / STUDENT_FILE).is_file():
+        names = json.loads((place / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
+    ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
+    return Student(model.eval(), processor, ids)
+
+
+def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random query matrices ``[rows, D]`` whose group means have the spread of the LLM's word embeddings.
+
+    A mean over a group of g rows shrinks the spread by sqrt(g), so the rows start that much wider.
+    """
+    embedding: nn.Module = student.model.get_input_embeddings()
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    spread = float(weight.detach().float().std()) * float(getattr(embedding, "embed_scale", 1.0))
+    queries = {}
+    for task, ids in student.task_token_ids.items():
+        count = rows.get(task, len(ids))
+        groups = max(1, count // len(ids))
+        queries[task] = torch.randn(count, student.hidden_size, generator=generator) * spread * groups**0.5
+    return queries

@@ -1,0 +1,87 @@
+"""Task tokens: vocabulary entries behind the image, whose embeddings come from query parameters while they learn.
+
+Paper, section 3: a task's query matrix (depth and seg: as many rows as the target has tokens) is the query set of its
+predictors; the means of ``per_task`` consecutive groups of its rows are what the LLM sees as its task tokens.
+Shape suffixes: B = samples, L = sequence, D = LLM width, T = all task tokens, Q = rows of a query matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def task_token_names(task: str, per_task: int) -> list[str]:
+    """The vocabulary entries of a task, for example ``<|depth_1|>`` ... ``<|depth_8|>``."""
+    return [f"<|{task}_{number}|>" for number in range(1, per_task + 1)]
+
+
+class TaskTokens(nn.Module):
+    """The query matrices of the tasks and their place among the input embeddings.
+
+    Args:
+        ids: per task, in sequence order, the vocabulary ids of its tokens.
+        queries: per task a ``[Q, D]`` matrix; Q a multiple of the number of its tokens.
+
+    Raises:
+        ValueError: a matrix does not divide into as many groups as the task has tokens.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, ids: Mapping[str, list[int]], queries: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.ids = {task: list(task_ids) for task, task_ids in ids.items()}
+        for task, task_ids in self.ids.items():
+            rows = queries[task].shape[0]
+            if rows % len(task_ids):
+                raise ValueError(
+                    f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'predictor.num_queries' to a "
+                    f"multiple of {len(task_ids)}"
+                )
+        # float32 whatever the student's precision: they learn by small steps.
+        self.queries = nn.ParameterDict({task: nn.Parameter(queries[task].detach().float()) for task in self.ids})
+        flat = torch.tensor([token for task_ids in self.ids.values() for token in task_ids])
+        self.register_buffer("token_ids", flat, persistent=False)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The tasks, in the order of their tokens in the sequence."""
+        return tuple(self.ids)
+
+    def input_rows(self) -> Tensor:
+        """What the LLM sees: ``[T, D]``, the means of consecutive groups of each query matrix."""
+        rows = [self.queries[task].unflatten(0, (len(task_ids), -1)).mean(dim=1) for task, task_ids in self.ids.items()]
+        return torch.cat(rows)
+
+    def attach(self, embedding: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Puts the rows in place of those looked up, through a forward hook on the input embedding."""
+
+        def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
+            input_ids = args[0]
+            matches = input_ids[..., None] == self.token_ids
+            is_task = matches.any(-1)
+            rows = self.input_rows().to(looked_up_BLD.dtype)
+            return torch.where(is_task[..., None], rows[matches.int().argmax(-1)], looked_up_BLD)
+
+        return embedding.register_forward_hook(replace)
+
+    @torch.no_grad()
+    def write_back(self, embedding: nn.Module) -> None:
+        """Writes the rows into the vocabulary, so that the student needs no hook any more."""
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        scale = getattr(embedding, "embed_scale", 1.0)  # Gemma multiplies what it looks up
+        weight[self.token_ids.to(weight.device)] = (self.input_rows() / scale).to(weight)
+
+    @classmethod
+    def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:
+        """The task tokens of a trained student, held still: their rows get no gradient in later stages."""
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        scale = float(getattr(embedding, "embed_scale", 1.0))
+        tokens = cls(ids, {task: weight[torch.tensor(task_ids)] * scale for task, task_ids in ids.items()})
+        return tokens.requires_grad_(False)

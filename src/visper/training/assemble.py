@@ -1,0 +1,137 @@
+"""From a run's settings to the things that train: teachers, data, training model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+
+from visper.config import ConfigError, Run, Stage
+from visper.data.chat import ConversationEncoder
+from visper.data.collator import Collator, Sample
+from visper.data.dataset import ConversationDataset, Survey, survey
+from visper.data.records import DataError, Drop, DropList, read_records
+from visper.data.sampler import RowSampler
+from visper.data.show import show_sample
+from visper.distillation import EmbeddingDistillation, Teacher, build_teacher, predictor_spec
+from visper.model import Student, TaskTokens, initial_queries
+from visper.training.callbacks import announce
+from visper.training.module import TrainingModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_teachers(run: Run) -> dict[str, Teacher]:
+    """The frozen teachers of a run, by task; none without 'distillation'.
+
+    Raises:
+        ConfigError: a teacher cannot be loaded; the message names task, kind and model.
+    """
+    if run.distillation is None:
+        return {}
+    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
+    name = run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
+    teachers = {}
+    for task, settings in run.distillation.tasks.items():
+        teacher = settings.teacher
+        try:
+            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(DTYPES[name])
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(
+                f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
+            ) from error
+    return teachers
+
+
+def build_training_model(run: Run, student: Student, teachers: Mapping[str, Teacher]) -> TrainingModel:
+    """Student, task tokens (learning in PT, held still later) and, with 'distillation', the objective.
+
+    Raises:
+        ConfigError: a layer beyond the model, a teacher that fits no predictor, a task without task tokens.
+    """
+    embedding = student.model.get_input_embeddings()
+    ids = student.task_token_ids
+    if run.stage is not Stage.PT:
+        return TrainingModel(student, TaskTokens.frozen(ids, embedding) if ids else None)
+    objective, rows = None, {}
+    if run.distillation is not None:
+        missing = [task for task in run.distillation.tasks if task not in ids]
+        if missing:
+            raise ConfigError(f"the student has no task tokens for {missing}: its tasks are {list(ids)}")
+        specs = {task: teacher.spec for task, teacher in teachers.items()}
+        try:
+            objective = EmbeddingDistillation.from_config(
+                run.distillation, specs, student.hidden_size, student.num_layers
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for task, settings in run.distillation.tasks.items():
+            rows[task] = predictor_spec(task, settings.predictor).query_rows(specs[task], len(ids[task]))
+    if not ids:
+        return TrainingModel(student)
+    queries = initial_queries(student, rows, torch.Generator().manual_seed(run.seed))
+    try:
+        return TrainingModel(student, TaskTokens(ids, queries), objective)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What the engine reads: rows, how they are batched, in which order; and the rows left out so far."""
+
+    dataset: ConversationDataset
+    collator: Collator
+    sampler: RowSampler
+    drops: DropList
+    num_rows: int
+
+
+def build_data(
+    run: Run, student: Student, teachers: Mapping[str, Teacher], processes: int, console: Console
+) -> StageData:
+    """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
+
+    Raises:
+        DataError: a source is missing, or the share of bad rows is past ``data.drop_limit``.
+    """
+    settings = run.data
+    drops = DropList()
+    records = read_records([(source.json_file, source.images) for source in settings.sources], drops)
+    total = len(records) + len(drops)
+    encoder = ConversationEncoder(student.processor, settings.max_tokens)
+    looked: Survey | None = None
+    if settings.check_first:
+        looked = survey(records, encoder, drops, quiet=console.quiet)
+        records = looked.records
+    drops.check(total, settings.drop_limit)
+    if not records:
+        raise DataError("no rows", f"none of the {total} rows of {[s.json_file for s in settings.sources]} can be used")
+    dataset = ConversationDataset(records, encoder)
+    lengths = None
+    if settings.group_by_length:
+        lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
+    group = run.optimisation.micro_batch * processes
+    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, group)
+    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
+    collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
+    cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""
+    announce(console, "data", f"{len(dataset)} of {total} rows{left_out}{cut}")
+    _show_first(dataset, sampler, student, console)
+    return StageData(dataset, collator, sampler, drops, total)
+
+
+def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
+    order = sorted(sampler, key=lambda index: dataset.records[index].image is None)
+    for index in order:
+        sample = dataset[index]
+        if isinstance(sample, Drop):
+            continue
+        assert isinstance(sample, Sample)
+        tokenizer = student.processor.tokenizer
+        console.print(show_sample(tokenizer, sample.input_ids, sample.labels, student.image_token_id))
+        return
+    raise DataError("no rows", "not one row could be loaded: see the reasons in the drop list")

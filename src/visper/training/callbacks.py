@@ -1,0 +1,53 @@
+"""What a person sees of a run: a line a log, a JSONL file of every value, a bar with rate and time left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from visper.data.complete import write_text
+
+
+class JsonlCallback(TrainerCallback):
+    """Appends every log to ``log.jsonl``; after a resume the lines past the checkpoint are dropped first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps the lines up to the step that training continues from."""
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            # A killed run may leave half a line behind; it belongs to a step that will be done again.
+            if line.endswith("}") and json.loads(line)["step"] <= state.global_step:
+                kept.append(line + "\n")
+        write_text(self.path, "".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """One line: the step and all values."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class ConsoleCallback(ProgressCallback):
+    """The engine's progress bar, with a short line for each log in place of a printed dictionary."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """``step 20/300  loss 2.13  ntp 1.80  depth/3/smooth_l1 0.21 ...``."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            hidden = {"epoch", "total_flos"}
+            values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in hidden)
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {values}")
+
+
+def announce(console: Console, what: str, detail: str) -> None:
+    """One line of the story of a run."""
+    console.print(f"[bold]{what:<11}[/bold] {detail}", highlight=False)

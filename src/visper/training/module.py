@@ -1,0 +1,117 @@
+"""The training model: student, task tokens and objective as one module that returns the loss and its named terms.
+
+Everything is normalised by the *global* batch (supervised tokens, samples with an image), so that a term summed over
+micro-batches and ranks is the same however the batch is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
+from visper.model import Student, TaskTokens
+
+NTP = "ntp"
+"""Name of the next-token term."""
+
+
+class TrainingModel(nn.Module):
+    """A student that learns.
+
+    Args:
+        student: what is trained and later saved.
+        task_tokens: their learning (PT) or frozen (VPT, IFT) queries; None for a student without task tokens.
+        objective: the embedding losses; None where the stage has none.
+    """
+
+    def __init__(
+        self, student: Student, task_tokens: TaskTokens | None = None, objective: EmbeddingDistillation | None = None
+    ) -> None:
+        super().__init__()
+        self.student = student.model
+        self.task_tokens = task_tokens
+        self.objective = objective
+        self.config = student.model.config  # the engine looks for it
+        self._ids = (student.image_token_id, dict(student.task_token_ids))
+        self.register_buffer("silent", torch.tensor(student.silent_ids), persistent=False)
+        if task_tokens is not None:
+            task_tokens.attach(self.student.get_input_embeddings())
+
+    def recompute_activations(self) -> None:
+        """Turns gradient checkpointing on in the student; never re-entrant, which would lose the hooks' gradients."""
+        # transformers 5.2x renamed the method; 5.17 has the old name only.
+        enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_tokens: Tensor | int,
+        num_images: Tensor | int = 1,
+        pixel_values: Tensor | None = None,
+        image_rows: Tensor | None = None,
+        targets: Mapping[str, Targets] | None = None,
+    ) -> dict[str, Tensor]:
+        """One micro-batch's share of the global loss.
+
+        Args:
+            input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised.
+            num_tokens: supervised tokens in the global batch.
+            num_images: samples with an image in the global batch.
+            pixel_values: ``[B_img, 3, H, W]``.
+            image_rows: ``[B_img]`` rows that have an image.
+            targets: per task, with an objective.
+
+        Returns:
+            ``loss`` and every term by name, each a scalar; unweighted terms, detached.
+        """
+        layers = self.objective.layers if self.objective is not None else ()
+        text_model = self.student.model.language_model
+        tap: Any = HiddenStateTap(text_model, layers) if layers else contextlib.nullcontext({})
+        with tap as hidden:
+            output = self.student.model(
+                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
+            )
+            ntp = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
+            terms = {NTP: ntp}
+            loss = ntp
+            if self.objective is not None:
+                assert self.task_tokens is not None
+                image_token_id, task_ids = self._ids
+                layout = TokenLayout.from_ids(input_ids, attention_mask, image_token_id, task_ids)
+                rows = image_rows if image_rows is not None else input_ids.new_empty(0)
+                distilled = self.objective(
+                    hidden, layout, dict(self.task_tokens.queries), targets or {}, rows, num_images
+                )
+                terms.update(distilled)
+                loss = loss + self.objective.total(distilled)
+        if pixel_values is None:
+            loss = loss + self._untouched()
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+        """Cross-entropy summed over supervised positions; logits exist at those positions only.
+
+        Image and task tokens are inputs, never answers: they take no part in the softmax, so that their rows of a tied
+        head stay as they are.
+        """
+        shifted = labels_BL[:, 1:]
+        supervised = shifted != -100
+        logits: Tensor = self.student.get_output_embeddings()(hidden_BLD[:, :-1][supervised]).float()
+        logits = logits.index_fill(1, self.silent, float("-inf"))
+        return F.cross_entropy(logits, shifted[supervised], reduction="sum")
+
+    def _untouched(self) -> Tensor:
+        """Zero that depends on the parameters a batch without images does not reach: DDP waits for each of them."""
+        vision = (self.student.model.vision_tower, self.student.model.multi_modal_projector)
+        learning = [p for module in vision for p in module.parameters() if p.requires_grad]
+        zero = self.silent.new_zeros((), dtype=torch.float32)
+        return zero + sum((0.0 * p.sum().float() for p in learning), start=zero)

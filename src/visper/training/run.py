@@ -1,0 +1,188 @@
+"""The story of a stage: data, student, objective, engine, weights. Each line announces itself.
+
+Layout of a stage's output::
+
+    run.yaml        the resolved run (whose folder this is)
+    model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
+    distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
+    checkpoints/    what is needed to continue, complete or absent
+    log.jsonl       every logged value
+    dropped.jsonl   rows left out, with the reason
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from visper.config import ConfigError, Run, load_run, run_text, save_run
+from visper.data.complete import complete, write_text
+from visper.data.images import with_geometry
+from visper.model import Student, build_student, load_student, save_student
+from visper.training.assemble import build_data, build_teachers, build_training_model
+from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce
+from visper.training.module import TrainingModel
+from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, count_parts, freeze_unused_vision
+from visper.training.trainer import STAGING, StageTrainer, checkpoints, training_arguments
+
+DROPPED = "dropped.jsonl"
+
+
+def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Trains one stage and returns the folder of the finished student.
+
+    Args:
+        resume: continue from the newest complete checkpoint in the run's output.
+        callbacks: more of the engine's callbacks.
+
+    Raises:
+        ConfigError: the run cannot be, or its output folder holds another one.
+        DataError: too many bad rows.
+    """
+    output = Path(run.output)
+    state = PartialState()
+    console = Console(quiet=not state.is_main_process)
+    if state.is_main_process:
+        claim_output(run, output, resume)
+    state.wait_for_everyone()
+    torch.manual_seed(run.seed)
+    arguments = training_arguments(run, output, state.num_processes)
+
+    student = starting_student(run)
+    announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
+    teachers = build_teachers(run)
+    for task, teacher in teachers.items():
+        announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
+    data = build_data(run, student, teachers, state.num_processes, console)
+    if state.is_main_process:
+        data.drops.write(output / DROPPED)
+    model = build_training_model(run, student, teachers)
+    set_what_learns(run, model, student, console)
+    if run.optimisation.gradient_checkpointing:
+        model.recompute_activations()
+
+    trainer = StageTrainer(
+        model,
+        arguments,
+        data,
+        teachers,
+        callbacks=[JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks],
+    )
+    trainer.drop_limit, trainer.drop_file = run.data.drop_limit, output / DROPPED
+    trainer.remove_callback(PrinterCallback)
+    trainer.keep_checkpoints = run.logging.keep_checkpoints
+    found = checkpoints(output / "checkpoints")
+    newest = str(found[-1]) if resume and found else None
+    announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
+    trainer.train(resume_from_checkpoint=newest)
+    if state.is_main_process:
+        finish(run, output, student, model)
+        announce(console, "saved", str(output / "model"))
+    state.wait_for_everyone()
+    return output / "model"
+
+
+def run_pipeline(runs: Sequence[Run]) -> None:
+    """Trains stages in order; finished ones are skipped, interrupted ones continued from their checkpoint."""
+    console = Console()
+    for run in runs:
+        if is_finished(run):
+            announce(console, "finished", f"{run.name}: {run.output}")
+            continue
+        run_stage(run, resume=True)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the output holds this very run, whole. Raises ConfigError if it holds another one."""
+    output = Path(run.output)
+    _refuse_other(run, output)
+    return (output / "model" / "run.yaml").is_file()
+
+
+def claim_output(run: Run, output: Path, resume: bool) -> None:
+    """Makes the output folder this run's own. What another run left there is never touched.
+
+    Raises:
+        ConfigError: it holds another run, a finished one, or an unfinished one and ``resume`` was not asked for.
+    """
+    _refuse_other(run, output)
+    if (output / "model").exists():
+        raise ConfigError(
+            f"output '{output}' holds this run, finished: remove it to train again, or choose another output"
+        )
+    if checkpoints(output / "checkpoints") and not resume:
+        raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
+    if output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
+        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / "checkpoints" / STAGING, ignore_errors=True)
+    write_text(output / "run.yaml", run_text(run))
+
+
+def _refuse_other(run: Run, output: Path) -> None:
+    if not (output / "run.yaml").is_file():
+        return
+    theirs = load_run(output / "run.yaml").model_dump(exclude={"logging", "output"})
+    ours = run.model_dump(exclude={"logging", "output"})
+    different = sorted(key for key in ours if ours[key] != theirs[key])
+    if different:
+        raise ConfigError(
+            f"output '{output}' holds another run (its {', '.join(different)} differ): "
+            "choose another output, or give back the settings in its run.yaml"
+        )
+
+
+def starting_student(run: Run) -> Student:
+    """The student that the stage starts with: assembled, or the stage before's."""
+    if run.student is not None:
+        return build_student(run.student, run.data.geometry)
+    assert run.start_from is not None
+    student = load_student(run.start_from)
+    processor = student.processor
+    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
+    return student
+
+
+def set_what_learns(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
+    """Applies the stage's table, reports it, and puts what is frozen into the run's precision."""
+    lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
+    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
+    vision = student.model.model.vision_tower
+    if any(p.requires_grad for p in vision.parameters()):
+        size = student.model.config.vision_config.image_size
+        unused = freeze_unused_vision(student.model, vision, torch.zeros(1, 3, size, size, dtype=student.model.dtype))
+        announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
+    for count in count_parts(model):
+        if count.total:
+            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters")
+    if run.optimisation.precision == "bfloat16":
+        # Learning weights stay in float32 under autocast; frozen ones need only be read.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> None:
+    """Writes what the stage made. ``model`` is renamed into place last: where it is, everything is."""
+    if model.task_tokens is not None:
+        model.task_tokens.write_back(student.model.get_input_embeddings())
+    if model.objective is not None and model.task_tokens is not None:
+        with complete(output / "distillation") as partial:
+            partial.mkdir()
+            kept = {f"objective.{n}": t for n, t in model.objective.state_dict().items()}
+            kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
+            save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
+            save_run(run, partial / "run.yaml")
+    if run.optimisation.precision == "bfloat16":
+        student.model.to(torch.bfloat16)
+    with complete(output / "model") as partial:
+        save_student(student, partial)
+        save_run(run, partial / "run.yaml")

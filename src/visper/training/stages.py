@@ -1,0 +1,117 @@
+"""What each stage trains: one table of patterns, applied, counted, and refused where a pattern matches nothing.
+
+Paper, section 3.3: PT learns the projector, the predictors, the task tokens (query matrices) and the logit scales;
+VPT the whole model; IFT the projector and the LLM. Task tokens are held still after PT.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from visper.config import Stage
+
+TRAINABLE: dict[Stage, tuple[str, ...]] = {
+    Stage.PT: ("projector.*", "task_tokens.*", "predictors.*", "logit_scales.*"),
+    Stage.VPT: ("vision.*", "projector.*", "llm.*"),
+    Stage.IFT: ("projector.*", "llm.*"),
+}
+"""Stage -> patterns over part names."""
+
+DISTILLATION_PARTS = ("predictors.*", "logit_scales.*")
+TASK_TOKEN_PARTS = ("task_tokens.*",)
+"""What a run without 'distillation', or a student without task tokens, lacks (plain LLaVA pre-training: both)."""
+
+PARTS: tuple[tuple[str, str], ...] = (
+    ("student.model.vision_tower.", "vision."),
+    ("student.model.multi_modal_projector.", "projector."),
+    ("student.model.language_model.", "llm."),
+    ("student.lm_head.", "llm.lm_head."),
+    ("task_tokens.", "task_tokens."),
+    ("objective.predictors.", "predictors."),
+    ("objective.logit_scales.", "logit_scales."),
+)
+"""Place of a parameter in the training model -> its part name."""
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part: how many there are, how many learn."""
+
+    part: str
+    total: int
+    trainable: int
+
+
+def part_name(parameter: str) -> str:
+    """``student.model.language_model.layers.0...`` -> ``llm.layers.0...``."""
+    for place, part in PARTS:
+        if parameter.startswith(place):
+            return part + parameter[len(place) :]
+    raise ValueError(f"parameter '{parameter}' belongs to no part: add its place to stages.PARTS")
+
+
+def apply_stage(
+    model: nn.Module, stage: Stage, lacks: Iterable[str] = (), freeze: Iterable[str] = ()
+) -> list[PartCount]:
+    """Sets ``requires_grad`` of every parameter by the stage's patterns and returns the counts by part.
+
+    Args:
+        lacks: patterns of the table that this run has no use for, by its own settings.
+        freeze: parts left out of the table, such as ``["vision"]`` for the published VPT script.
+
+    Raises:
+        ValueError: a pattern or a part in ``freeze`` matches no parameter.
+    """
+    names = {name: part_name(name) for name, _ in model.named_parameters()}
+    lacking = set(lacks)
+    patterns = [p for p in TRAINABLE[stage] if p not in lacking]
+    for pattern in patterns:
+        if not fnmatch.filter(names.values(), pattern):
+            raise ValueError(
+                f"stage '{stage}' trains '{pattern}', but the model has no such parameters: "
+                "is 'distillation' missing from the run?"
+            )
+    frozen = tuple(freeze)
+    for part in frozen:
+        if f"{part}.*" not in patterns:
+            valid = ", ".join(p.removesuffix(".*") for p in patterns)
+            raise ValueError(f"optimisation.freeze names '{part}', which stage '{stage}' does not train: use {valid}")
+    patterns = [p for p in patterns if p.removesuffix(".*") not in frozen]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(names[name], p) for p in patterns))
+    return count_parts(model)
+
+
+def count_parts(model: nn.Module) -> list[PartCount]:
+    """Parameters by part, all and learning. A tied embedding counts once, under the LLM."""
+    totals: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        counts = totals.setdefault(part_name(name).split(".")[0], [0, 0])
+        counts[0] += parameter.numel()
+        counts[1] += parameter.numel() * parameter.requires_grad
+    return [PartCount(part, *counts) for part, counts in totals.items()]
+
+
+def freeze_unused_vision(model: nn.Module, vision: nn.Module, pixel_values: torch.Tensor) -> list[str]:
+    """Freezes encoder parameters that no projected feature depends on, and returns their names.
+
+    The projector reads a hidden layer before the last, so the layers behind it never get a gradient; left trainable
+    they break DDP and the resume of a sharded optimizer.
+
+    Args:
+        model: has ``get_image_features``.
+        pixel_values: any picture batch ``[1, 3, H, W]``.
+    """
+    features = model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
+    learning = {name: p for name, p in vision.named_parameters() if p.requires_grad}
+    total = torch.cat(list(features)).float().sum()
+    gradients = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
+    unused = [name for (name, _), gradient in zip(learning.items(), gradients, strict=True) if gradient is None]
+    for name in unused:
+        learning[name].requires_grad_(False)
+    return unused

@@ -1,0 +1,257 @@
+"""The engine: Hugging Face's Trainer, told four things it cannot know.
+
+Which sampler orders the rows; that the loss is a share of the *global* batch (supervised tokens and samples with an
+image are counted over micro-batches and ranks before the first forward); that teachers' targets of the whole global
+batch are computed and gathered first, so that the contrastive term does not depend on how the batch is split; and
+that a checkpoint holds what learns, complete or not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from visper.config import Run
+from visper.data.records import Drop
+from visper.distillation import Targets, Teacher, gather_targets
+from visper.training.assemble import StageData
+
+WEIGHTS = "model.safetensors"
+STAGING = ".staging"
+FORWARD_KEYS = frozenset(
+    ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the rows of the batch."""
+
+
+class EpochCallback(TrainerCallback):
+    """Tells the sampler its epoch, also when resuming: the engine does not reach a custom sampler on every rank."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """``state.epoch`` is a float sum of step shares, hence the small push before the floor."""
+        self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
+
+
+class StageTrainer(Trainer):
+    """Trains one stage. ``teachers``: task -> frozen teacher, outside the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        data: StageData,
+        teachers: Mapping[str, Teacher] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.data = data
+        self.teachers = dict(teachers or {})
+        self._terms: dict[str, Tensor] = {}
+        self._terms_since = 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=data.dataset,
+            data_collator=data.collator,
+            callbacks=[EpochCallback(data.sampler), *callbacks],
+        )
+        # The loss below is already a share of the global batch: the engine must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        for teacher in self.teachers.values():
+            teacher.to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return self.data.sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """The micro-batches of one step, each with the global counts and its targets."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        images = sum(len(batch["image_rows"]) for batch in batches)
+        dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
+        counts = torch.tensor([tokens, images, len(dropped)], device=device, dtype=torch.long)
+        num_tokens, num_images, num_dropped = self.accelerator.reduce(counts, "sum")
+        if num_dropped:
+            self._note_drops(gather_object(dropped))
+        targets = self._targets(batches)
+        for batch, own in zip(batches, targets, strict=True):
+            # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
+            batch["num_tokens"] = num_tokens.clamp(min=1)
+            batch["num_images"] = num_images.clamp(min=1)
+            batch["targets"] = own
+        return batches, num_tokens
+
+    def _note_drops(self, dropped: Sequence[Drop]) -> None:
+        """A row found bad while loading is named in the drop list at once; too many stop the run, on every rank."""
+        self.data.drops.extend(dropped)
+        if self.drop_file is not None and self.is_world_process_zero():
+            self.data.drops.write(self.drop_file)
+        self.data.drops.check(self.data.num_rows, self.drop_limit)
+
+    def _targets(self, batches: list[dict[str, Any]]) -> list[dict[str, Targets]]:
+        """Targets of every micro-batch, against the pool of the whole global batch."""
+        shares: list[dict[str, Targets]] = [{} for _ in batches]
+        sizes = [len(batch["image_rows"]) for batch in batches]
+        for task, teacher in self.teachers.items():
+            with torch.no_grad():
+                seen = [batch["teacher_images"][task] for batch in batches if len(batch["image_rows"])]
+                parts = [teacher(pixels.to(self.args.device)) for pixels in seen]
+            empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=self.args.device)
+            everything = gather_targets(torch.cat(parts) if parts else empty)
+            owns = everything.own.split(sizes)
+            labels = everything.labels.split(sizes)
+            for share, own, own_labels in zip(shares, owns, labels, strict=True):
+                share[task] = Targets(own=own, pool=everything.pool, labels=own_labels)
+        return shares
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This rank's share of the global loss times the ranks, since the engine averages gradients over them."""
+        outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            terms = {name: round(float(term), 4) for name, term in outputs.items()}
+            raise NonFiniteLossError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}; terms {terms}; rows "
+                f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
+            )
+        for name, term in outputs.items():
+            if name != "loss":
+                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term.detach()
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every term, summed over ranks and averaged over the steps since the last log."""
+        steps = self.state.global_step - self._terms_since
+        if "loss" in logs and self._terms and steps > 0:
+            names = sorted(self._terms)
+            summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
+            logs.update({name: value / steps for name, value in zip(names, summed.tolist(), strict=True)})
+            self._terms.clear()
+            self._terms_since = self.state.global_step
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes what learns; what is frozen comes from where the stage started."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {n: p.detach().cpu().contiguous() for n, p in self._bare().named_parameters() if p.requires_grad}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        learning = {n: p for n, p in self._bare().named_parameters() if p.requires_grad}
+        strange = sorted(saved.keys() ^ learning.keys())
+        if strange:
+            raise ValueError(
+                f"checkpoint {resume_from_checkpoint} is of another model or stage: {len(strange)} parameters differ, "
+                f"first {strange[:3]}. Resume with the run that wrote it"
+            )
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(saved[name])
+
+    def _bare(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the checkpoint beside its place and moves it there once whole; then prunes old ones."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            staging = Path(str(self.args.output_dir))
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            place = staging.parent / name
+            if place.exists():
+                shutil.rmtree(place)
+            (staging / name).rename(place)
+            for old in checkpoints(staging.parent)[: -self.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    keep_checkpoints = 2
+    drop_limit = 1.0
+    drop_file: Path | None = None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints under ``folder``, oldest first."""
+    found = [(int(m.group(1)), p) for p in folder.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArguments:
+    """The engine's arguments for a run.
+
+    Raises:
+        ValueError: the global batch does not divide into micro-batches and processes.
+    """
+    opt = run.optimisation
+    together = opt.micro_batch * world_size
+    if opt.global_batch % together:
+        raise ValueError(
+            f"optimisation.global_batch {opt.global_batch} is not a multiple of micro_batch {opt.micro_batch} x "
+            f"{world_size} processes: choose a micro_batch that divides {opt.global_batch // world_size or 1}"
+        )
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints" / STAGING),
+        per_device_train_batch_size=opt.micro_batch,
+        gradient_accumulation_steps=opt.global_batch // together,
+        learning_rate=opt.lr,
+        lr_scheduler_type=opt.schedule,
+        warmup_steps=opt.warmup_ratio,
+        weight_decay=opt.weight_decay,
+        adam_beta1=opt.betas[0],
+        adam_beta2=opt.betas[1],
+        max_grad_norm=opt.max_grad_norm,
+        num_train_epochs=opt.epochs,
+        max_steps=opt.max_steps or -1,
+        bf16=opt.precision == "bfloat16",
+        tf32=True if on_gpu else None,
+        use_cpu=not on_gpu,
+        optim="adamw_torch",
+        save_strategy="steps",
+        save_steps=run.logging.save_every,
+        logging_steps=run.logging.every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=list(run.logging.report_to) or "none",
+        run_name=run.name,
+        remove_unused_columns=False,
+        disable_tqdm=True,  # our own bar shows the terms
+        dataloader_num_workers=run.data.workers,
+        dataloader_persistent_workers=run.data.workers > 0,
+        dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
+        seed=run.seed,
+        label_names=[],
+    )
