@@ -1,0 +1,52 @@
+"""Depth Anything (V1, V2) as teacher: DINOv2 backbone, DPT head (arXiv 2406.09414).
+
+Shape suffixes: B = samples, N = patches, E = backbone width.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForDepthEstimation
+
+from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.pretrained import divided, squashed_as_trained
+
+
+class DepthAnythingTeacher(Teacher):
+    """Target: the mean of the backbone levels that the depth head reads (336 px, Large: 576 x 1024).
+
+    Args:
+        model: hub id or folder of a ``DepthAnythingForDepthEstimation``.
+        size: pixels a side, a multiple of the patch size.
+    """
+
+    def __init__(self, model: str | Path, size: int = 336) -> None:
+        super().__init__()
+        self.model = AutoModelForDepthEstimation.from_pretrained(model)
+        side = divided(size, int(self.model.config.patch_size), "depth_anything")
+        self.levels = len(self.model.config.neck_hidden_sizes)
+        self.spec = TargetSpec(side * side, int(self.model.config.reassemble_hidden_size), (side, side))
+        self.preprocess = squashed_as_trained(model, (size, size))
+        self.freeze()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, N, E]``: mean over levels, without class token."""
+        levels = self.model.backbone(pixels).feature_maps
+        mean: Tensor = torch.stack([level[:, -self.spec.tokens :] for level in levels]).mean(0)
+        return mean
+
+    @torch.no_grad()
+    def decode(self, embedding: Tensor) -> Tensor:
+        """Depth as brightness (near = bright): the head is fed ``embedding`` at each of its inputs.
+
+        Each picture is stretched to 0..1, as relative depth has no unit.
+        """
+        weight = next(self.model.head.parameters())
+        tokens = embedding.to(weight.device, weight.dtype)
+        # The head drops the first token of each level, where the class token stands.
+        level = torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
+        assert self.spec.grid is not None
+        depth = self.model.head(self.model.neck([level] * self.levels, *self.spec.grid), *self.spec.grid).float()
+        low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
+        return ((depth - low) / (high - low).clamp(min=1e-6))[:, None].expand(-1, 3, -1, -1).contiguous()

@@ -1,0 +1,35 @@
+"""OneFormer as teacher (arXiv 2211.06220): the last map of its backbone."""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import OneFormerForUniversalSegmentation
+
+from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.pretrained import divided, squashed_as_trained
+
+
+class OneFormerTeacher(Teacher):
+    """Target: the backbone's last stage (768 px, Swin-L: 24 x 24 tokens x 1536).
+
+    Pictures are the embedding's principal components for now; drawing segments needs the pixel and transformer
+    decoders, which are not kept.
+
+    Args:
+        model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
+        size: pixels a side, a multiple of the last stage's stride.
+    """
+
+    def __init__(self, model: str | Path, size: int = 768) -> None:
+        super().__init__()
+        whole = OneFormerForUniversalSegmentation.from_pretrained(model)
+        side = divided(size, max(whole.config.strides), "oneformer")
+        self.backbone = whole.model.pixel_level_module.encoder
+        self.spec = TargetSpec(side * side, int(self.backbone.channels[-1]), (side, side))
+        self.preprocess = squashed_as_trained(model, (size, size))
+        self.freeze()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, rows * columns, channels]``, row by row."""
+        last: Tensor = self.backbone(pixels).feature_maps[-1]
+        return last.flatten(2).transpose(1, 2)

@@ -1,0 +1,42 @@
+"""What the teachers taken from transformers share: reading their own colour normalisation."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+from visper.distillation.teachers.base import SquashedImage
+
+
+def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any) -> SquashedImage:
+    """Preprocessing with the mean and std that the model's image processor was saved with, squashed to ``size``.
+
+    Args:
+        model: hub id or folder.
+        size: height and width in pixels.
+        **options: for ``from_pretrained``, such as ``subfolder``.
+
+    Raises:
+        ValueError: the model comes without an image processor.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, **options)
+    except OSError as error:
+        place = f"{model}/{options['subfolder']}" if options.get("subfolder") else str(model)
+        raise ValueError(
+            f"no image processor at '{place}': a teacher needs its preprocessor_config.json, which says how its "
+            "colours are normalised; save it beside the weights"
+        ) from error
+    red, green, blue = processor.image_mean
+    wide_red, wide_green, wide_blue = processor.image_std
+    return SquashedImage(size, (red, green, blue), (wide_red, wide_green, wide_blue))
+
+
+def divided(size: int, stride: int, kind: str) -> int:
+    """Cells a side of a ``size`` pixel image; raises ValueError where the stride does not divide it."""
+    if size % stride:
+        raise ValueError(
+            f"teacher '{kind}' divides its image into cells of {stride} pixels, which {size} is no multiple of: "
+            f"set 'size' to {size // stride * stride or stride} or {(size // stride + 1) * stride}"
+        )
+    return size // stride

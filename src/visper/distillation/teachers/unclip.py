@@ -1,0 +1,37 @@
+"""The image encoder of unCLIP pipelines as teacher: CLIP's projected image embedding."""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.pretrained import squashed_as_trained
+
+
+class UnClipTeacher(Teacher):
+    """Target: one token, the projected image embedding (224 px, CLIP-H: 1 x 1024).
+
+    Pictures show the embedding's channels for now; drawing an image needs the diffusion pipeline, which is not kept.
+
+    Args:
+        model: hub id or folder of a ``CLIPVisionModelWithProjection``, or of a pipeline that holds one.
+        subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
+        processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
+            ``subfolder`` is given, else beside the encoder.
+    """
+
+    def __init__(self, model: str | Path, subfolder: str = "", processor_subfolder: str | None = None) -> None:
+        super().__init__()
+        self.encoder = CLIPVisionModelWithProjection.from_pretrained(model, subfolder=subfolder)
+        if processor_subfolder is None:
+            processor_subfolder = "feature_extractor" if subfolder else ""
+        size = int(self.encoder.config.image_size)
+        self.spec = TargetSpec(1, int(self.encoder.config.projection_dim))
+        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder)
+        self.freeze()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, 1, width]``."""
+        embedding: Tensor = self.encoder(pixels).image_embeds
+        return embedding[:, None]
