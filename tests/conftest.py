@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import tiny
+
 BESIDE_PROJECT = Path(__file__).resolve().parents[2] / "shared"
 
 torch.set_num_threads(1)
@@ -55,3 +57,15 @@ def golden() -> Golden:
 def beside_project() -> Callable[..., Path]:
     """Gives the path of material beside the project; the test skips where it is absent."""
     return outside
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four layers with a byte tokenizer and a chat template, as a folder."""
+    return tiny.save_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP image encoder of 16 x 16 pixels and 16 patches, as a folder."""
+    return tiny.save_encoder(tmp_path_factory.mktemp("encoder"))
