@@ -1,0 +1,161 @@
+"""The quickstart's vision encoder: a CLIP vision transformer taught what each patch shows.
+
+LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away: the colour and shape of
+the object over a patch, whether an object is centred there, the depth, the patch's place. The layer behind it does nothing (its
+outputs are zero), as no one reads it. Shape suffixes: B = pictures, P = patches, D = width.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from visper.quickstart.patches import NO_COLOUR, NO_SHAPE
+from visper.quickstart.pictures import Pictures
+from visper.quickstart.progress import Progress
+from visper.quickstart.scenes import GRID, PATCH, SIZE
+
+MEAN, STD = 0.5, 0.25
+WIDTH, LAYERS = 128, 6
+
+
+def new_encoder() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        image_size=SIZE, patch_size=PATCH, projection_dim=WIDTH, hidden_act="gelu",
+    )  # fmt: skip
+    return CLIPVisionModel(config)
+
+
+def image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(
+        size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 ``[B,96,96,3]`` -> normalised ``[B,3,96,96]``, as ``image_processor`` does it."""
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
+
+
+def patch_states(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
+    """Hidden state at layer -2 without the class token, ``[B,P,D]``; the last layer is not computed."""
+    inner = getattr(model, "vision_model", model)
+    hidden = inner.pre_layrnorm(inner.embeddings(pixels))
+    for layer in inner.encoder.layers[:-1]:
+        out = layer(hidden, None)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return hidden[:, 1:]
+
+
+@torch.no_grad()
+def initialise(model: CLIPVisionModel, images: np.ndarray) -> None:
+    """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most of its first epoch."""
+    inner = getattr(model, "vision_model", model)
+    cut = to_pixels(images).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    centred = cut - cut.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(cut))
+    top = vectors.flip(1)[:, :WIDTH] / (values.flip(0)[:WIDTH].clamp(min=0).sqrt() + 0.1)
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    inner.embeddings.patch_embedding.weight.copy_((top @ turn).T.reshape(WIDTH, 3, PATCH, PATCH))
+    places = torch.zeros(GRID * GRID + 1, WIDTH)
+    angles = torch.arange(GRID)[:, None] * torch.pi / GRID * torch.arange(1, WIDTH // 4 + 1)[None] / 4
+    code = torch.cat([angles.sin(), angles.cos()], 1)
+    places[1:] = torch.cat([code.repeat(GRID, 1), code.repeat_interleave(GRID, 0)], 1)
+    inner.embeddings.position_embedding.weight.copy_(places * 0.7)
+    last = inner.encoder.layers[-1]
+    for linear in (last.self_attn.out_proj, last.mlp.fc2):
+        linear.weight.zero_()
+        linear.bias.zero_()
+
+
+class PatchHeads(nn.Module):
+    """Linear readers of one patch state; used in training and to measure, never shipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.sizes = [NO_COLOUR + 1, NO_SHAPE + 1, 1, 1, GRID, GRID]
+        self.out = nn.Linear(WIDTH, sum(self.sizes))
+
+    def forward(self, states_BPD: Tensor) -> tuple[Tensor, ...]:
+        """Logits of colour, shape, centre, then the log depth, then logits of column and row, each ``[B,P,*]``."""
+        return self.out(self.norm(states_BPD)).split(self.sizes, -1)
+
+
+def patch_loss(heads: PatchHeads, states_BPD: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    """``labels``: colour, shape [B,P] long, centre [B,P] float, depth [B,P] float."""
+    colour, shape, centre, depth, column, row = heads(states_BPD)
+    weight = 0.3 + 0.7 * (labels["colour"] < NO_COLOUR).float() + 4.0 * labels["centre"]
+    weight = weight / weight.mean()
+
+    def weighted(loss: Tensor) -> Tensor:
+        return (loss.view_as(weight) * weight).mean()
+
+    loss = weighted(F.cross_entropy(colour.flatten(0, 1), labels["colour"].flatten(), reduction="none"))
+    loss = loss + weighted(F.cross_entropy(shape.flatten(0, 1), labels["shape"].flatten(), reduction="none"))
+    loss = loss + 3 * F.binary_cross_entropy_with_logits(centre[..., 0], labels["centre"])
+    loss = loss + 8 * weighted((depth[..., 0] - labels["depth"]).abs())
+    place = torch.arange(GRID * GRID).expand(len(states_BPD), -1).flatten()
+    loss = loss + 0.1 * F.cross_entropy(column.flatten(0, 1), place % GRID)
+    return loss + 0.1 * F.cross_entropy(row.flatten(0, 1), place // GRID)
+
+
+def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
+    """Train for ``minutes`` on one thread's clock, save model and image processor in ``out``, return held-out scores."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model, heads = new_encoder(), PatchHeads()
+    initialise(model, pictures.images[:400])
+    parameters = [*model.parameters(), *heads.parameters()]
+    decayed = [p for p in parameters if p.ndim > 1]
+    rest = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+    bar = Progress("encoder", minutes)
+    while (done := bar.share()) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1.2e-3 * min(1.0, bar.steps / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
+        images, labels = pictures.batch(rng, 32)
+        loss = patch_loss(heads, patch_states(model, to_pixels(images)), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.step(loss.item())
+        if bar.steps % 800 == 0:
+            bar.say(str({k: round(v, 3) for k, v in encoder_scores(model, heads, held_out, 300).items()}))
+    scores = encoder_scores(model, heads, held_out)
+    model.half().save_pretrained(out)
+    image_processor().save_pretrained(out)
+    torch.save(heads.state_dict(), out.parent / "encoder_heads.pt")
+    return scores
+
+
+@torch.no_grad()
+def encoder_scores(model: CLIPVisionModel, heads: PatchHeads, pictures: Pictures, limit: int | None = None) -> dict[str, float]:
+    """Colour and shape accuracy and median depth error where objects are centred, F1 of the centre tag."""
+    totals: dict[str, list[Tensor]] = {k: [] for k in ("colour", "shape", "depth", "true", "found", "both")}
+    for images, labels in pictures.in_order(128, limit):
+        colour, shape, centre, depth, _, _ = heads(patch_states(model.eval(), to_pixels(images)))
+        at, found = labels["centre"] > 0, centre[..., 0] > 0
+        totals["colour"].append((colour.argmax(-1) == labels["colour"])[at].float())
+        totals["shape"].append((shape.argmax(-1) == labels["shape"])[at].float())
+        totals["depth"].append((depth[..., 0] - labels["depth"])[at].abs())
+        totals["true"].append(at.sum()[None].float())
+        totals["found"].append(found.sum()[None].float())
+        totals["both"].append((found & at).sum()[None].float())
+    model.train()
+    whole = {k: torch.cat(v) for k, v in totals.items()}
+    return {
+        "colour_accuracy": whole["colour"].mean().item(),
+        "shape_accuracy": whole["shape"].mean().item(),
+        "median_depth_error": math.expm1(whole["depth"].median().item() * math.log(15)),
+        "centre_f1": 2 * whole["both"].sum().item() / (whole["true"].sum() + whole["found"].sum()).item(),
+    }

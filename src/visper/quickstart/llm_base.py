@@ -1,0 +1,122 @@
+"""The quickstart's LLM: a small Llama that knows this world's texts and how to look things up in a laid-out scene.
+
+It never sees a pixel. It plays the part of a published instruction-tuned LLM, whose skills a projector only has to reach. Shape
+suffixes: B = conversations, L = sequence, D = width.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from visper.quickstart.laid_out import Conversations, Layouts, collate, embed
+from visper.quickstart.language import COLUMNS, DEPTHS, PHRASES, ROWS, new_tokenizer
+from visper.quickstart.pictures import Pictures
+from visper.quickstart.progress import Progress
+from visper.quickstart.questions import KINDS, draw_questions
+
+WIDTH, LAYERS = 128, 5
+
+
+def new_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    initialise(model, tokenizer)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Names start as colour + shape; columns, rows and depths as smooth curves, so that neighbours are alike."""
+    table = model.get_input_embeddings().weight
+    table.normal_(0, 0.2)
+    at = tokenizer.get_vocab()
+    for name in PHRASES:
+        colour, shape = name.split()
+        table[at[name]] = table[at[colour]] + 0.7 * table[at[shape]]
+    for words in (COLUMNS, ROWS, DEPTHS):
+        angles = torch.linspace(0, math.pi, len(words))[:, None] * torch.arange(1, 5)[None] / 2
+        code = torch.cat([angles.sin(), angles.cos()], 1)
+        table[[at[w] for w in words]] = code @ torch.randn(8, WIDTH) * 0.1
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            linear.weight.normal_(0, 0.06)
+
+
+def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> tuple[Tensor, Tensor]:
+    """Mean next-token loss over the answers, and the logits at the supervised positions ``[T,V]`` in row order."""
+    hidden = model.model(inputs_embeds=embed(model.get_input_embeddings(), talk, noise), use_cache=False).last_hidden_state
+    wanted = talk.supervised[:, 1:]
+    logits = model.lm_head(hidden[:, :-1][wanted])
+    return F.cross_entropy(logits, talk.ids[:, 1:][wanted]), logits
+
+
+def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
+    """Train for ``minutes`` of wall time, save model and tokenizer in ``out``, return the held-out accuracy per kind."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 5])
+    tokenizer = new_tokenizer()
+    model = new_llm(tokenizer)
+    layouts = Layouts(pictures, draw_questions(pictures.objects, seed), tokenizer)
+    tests = Layouts(held_out, draw_questions(held_out.objects, seed), tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = Progress("llm", minutes)
+    while (done := bar.share()) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, bar.steps / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
+        look_ups = max(0.25, 1.0 - 6 * done)
+        scenes = rng.choice(layouts.scenes, 16)
+        loss, _ = answer_loss(model, collate(layouts, rng, scenes, look_ups, most=10), noise=0.3)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.step(loss.item())
+        if bar.steps % 400 == 0:
+            bar.say(str({k: round(v, 3) for k, v in llm_scores(model, tests, 100).items()}))
+    scores = llm_scores(model, tests, len(tests.scenes))
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return scores
+
+
+@torch.no_grad()
+def llm_scores(model: LlamaForCausalLM, tests: Layouts, limit: int) -> dict[str, float]:
+    """Accuracy of the first answer word, per kind of question, on exact layouts with task-token gaps; place words apart."""
+    rng = np.random.default_rng(0)
+    right: dict[str, list[bool]] = {kind: [] for kind in (*KINDS, "place words")}
+    for look_ups in (0.0, 1.0):
+        for start in range(0, min(limit, len(tests.scenes)), 50):
+            scenes = tests.scenes[start : min(start + 50, limit)]
+            talk = collate(tests, rng, scenes, look_ups, most=8, exact=True)
+            _, logits = answer_loss(model, talk, noise=0.0)
+            guesses = torch.full_like(talk.ids, -1)
+            guesses[:, 1:][talk.supervised[:, 1:]] = logits.argmax(-1)
+            _score(right, tests, talk, guesses, look_ups > 0)
+    return {kind: float(np.mean(values)) for kind, values in right.items() if values}
+
+
+def _score(right: dict[str, list[bool]], tests: Layouts, talk: Conversations, guesses: Tensor, look_ups: bool) -> None:
+    ids, at = talk.ids, tests.id
+    if look_ups:
+        place = talk.supervised & torch.isin(ids, torch.tensor([at[w] for w in (*COLUMNS, *ROWS, *DEPTHS)]))
+        right["place words"] += (guesses == ids)[place].tolist()
+        return
+    kinds = {at["many"]: "count", at["seen"]: "relation", at["camera"]: "depth", at["closer"]: "distance"}
+    for row in range(len(ids)):
+        kind = ""
+        for column, token in enumerate(ids[row].tolist()):
+            if token in kinds and not (token == at["closer"] and kind == "depth"):
+                kind = kinds[token]
+            if token == at["<|assistant|>"]:
+                right[kind].append(bool(guesses[row, column + 1] == ids[row, column + 1]))

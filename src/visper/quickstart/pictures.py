@@ -1,0 +1,89 @@
+"""Many scenes as arrays: what the encoder and the teachers are trained on. Mirroring doubles them."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from visper.quickstart.patches import patch_labels
+from visper.quickstart.scenes import GRID, SceneObject, draw_scene
+
+_PATCH_KEYS = ("colour", "shape", "centre", "depth")
+
+
+@dataclass
+class Pictures:
+    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 metres, ``classes`` [S,96,96] uint8, ``patches`` name -> [S,P]."""
+
+    images: npt.NDArray[np.uint8]
+    depths: npt.NDArray[np.float16]
+    classes: npt.NDArray[np.uint8]
+    patches: dict[str, npt.NDArray[np.generic]]
+    objects: list[tuple[SceneObject, ...]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def indices(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        return rng.integers(0, len(self), size), rng.random(size) < 0.5
+
+    def batch(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], dict[str, Tensor]]:
+        """Random pictures and their patch labels, half of them mirrored."""
+        rows, mirror = self.indices(rng, size)
+        images = self.images[rows]
+        images[mirror] = images[mirror][:, :, ::-1]
+        return images, {k: self._labels(k, rows, mirror) for k in _PATCH_KEYS}
+
+    def maps(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor]:
+        """Random pictures, depths [B,96,96] float32 metres, classes [B,96,96] long, half of them mirrored."""
+        rows, mirror = self.indices(rng, size)
+        parts = [self.images[rows], self.depths[rows].astype(np.float32), self.classes[rows].astype(np.int64)]
+        for part in parts:
+            part[mirror] = part[mirror][:, :, ::-1]
+        return parts[0], torch.from_numpy(parts[1]), torch.from_numpy(parts[2])
+
+    def in_order(self, size: int, limit: int | None = None) -> Iterator[tuple[npt.NDArray[np.uint8], dict[str, Tensor]]]:
+        for start in range(0, min(limit or len(self), len(self)), size):
+            rows = np.arange(start, min(start + size, limit or len(self), len(self)))
+            yield self.images[rows], {k: self._labels(k, rows, np.zeros(len(rows), bool)) for k in _PATCH_KEYS}
+
+    def _labels(self, key: str, rows: npt.NDArray[np.int64], mirror: npt.NDArray[np.bool_]) -> Tensor:
+        values = self.patches[key][rows].reshape(-1, GRID, GRID).copy()
+        values[mirror] = values[mirror][:, :, ::-1]
+        flat = torch.from_numpy(values.reshape(-1, GRID * GRID))
+        return flat.long() if key in ("colour", "shape") else flat.float()
+
+
+def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
+    """Draw ``count`` scenes of the series ``seed``, or read them from ``cache`` when it is there (written whole or not at all)."""
+    if cache is not None and cache.exists():
+        with cache.open("rb") as file:
+            pictures = pickle.load(file)
+        if isinstance(pictures, Pictures) and len(pictures) == count:
+            return pictures
+    scenes, labels = [], []
+    for index in range(count):
+        scene = draw_scene(seed, index)
+        scenes.append(scene)
+        labels.append(patch_labels(scene))
+        if (index + 1) % 500 == 0:
+            print(f"scenes of seed {seed}: {index + 1}/{count}", file=sys.stderr, flush=True)
+    pictures = Pictures(
+        np.stack([s.image for s in scenes]), np.stack([s.depth for s in scenes]).astype(np.float16), np.stack([s.classes for s in scenes]),
+        {k: np.stack([getattr(one, k) for one in labels]) for k in _PATCH_KEYS}, [s.objects for s in scenes],
+    )  # fmt: skip
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_suffix(".part")
+        with beside.open("wb") as file:
+            pickle.dump(pictures, file, protocol=5)
+        beside.replace(cache)
+    return pictures

@@ -1,0 +1,229 @@
+"""Questions of CV-Bench's four kinds about scenes, balanced so that neither a blind model nor a cheap cue can answer them.
+
+Every candidate question falls into a cell: which of the cheap cues would answer it rightly. Drawing equally from the cells puts each cue, and
+any combination of those in the cell, at chance. The order of the two named objects is balanced inside each cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from visper.quickstart.scenes import SHAPES, SceneObject
+
+Objects = Sequence[SceneObject]
+KINDS = ("count", "relation", "depth", "distance")
+CHANCE = {"count": 0.25, "relation": 0.5, "depth": 0.5, "distance": 0.5}
+PLURALS = {"sphere": "spheres", "box": "boxes", "cylinder": "cylinders"}
+RELATION_PIXELS = 14.0
+DEPTH_RATIO = 1.25
+DISTANCE_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class Question:
+    """``objects`` index the scene's objects in the order of the text; ``detail`` is the shape counted or the relation's axis."""
+
+    scene: int
+    kind: str
+    objects: tuple[int, ...]
+    detail: str
+    answer: str
+
+    def text(self, objects: Objects) -> str:
+        """The question in words, for the scene's ``objects`` (which may have been recoloured)."""
+        return _TEXTS[self.kind](self, [objects[i].name for i in self.objects])
+
+
+def _relation_text(question: Question, names: list[str]) -> str:
+    pair = "left or right" if question.detail == "x" else "above or below"
+    return f"Where is it seen from the {names[1]} , {pair} : the {names[0]} ?"
+
+
+_TEXTS = {
+    "count": lambda q, names: f"How many {PLURALS[q.detail]} are there : 0 , 1 , 2 or 3 ?",
+    "relation": _relation_text,
+    "depth": lambda q, names: f"Which is closer to the camera : A {names[0]} or B {names[1]} ?",
+    "distance": lambda q, names: f"Which is closer to the {names[2]} : A {names[0]} or B {names[1]} ?",
+}
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A question with its objects in the order that makes the *first* answer right, and the cell it belongs to."""
+
+    scene: int
+    objects: tuple[int, ...]
+    detail: str
+    cell: tuple[object, ...]
+
+
+def apart(one: SceneObject, two: SceneObject) -> float:
+    """Distance of two centres in metres."""
+    return float(np.linalg.norm(np.subtract(one.position, two.position)))
+
+
+def apart_in_picture(one: SceneObject, two: SceneObject) -> float:
+    """Distance of two centres in pixels."""
+    return float(np.hypot(one.column - two.column, one.row - two.row))
+
+
+def _counts(scene: int, objects: Objects) -> Iterator[_Candidate]:
+    for shape in SHAPES:
+        number = sum(o.shape == shape for o in objects)
+        if number <= 3 <= len(objects):
+            yield _Candidate(scene, (), shape, (len(objects), number))
+
+
+def _relations(scene: int, objects: Objects) -> Iterator[_Candidate]:
+    for i, j in itertools.permutations(range(len(objects)), 2):
+        one, two = objects[i], objects[j]
+        bigger, brighter = one.pixels > two.pixels, one.brightness > two.brightness
+        if two.column - one.column >= RELATION_PIXELS:
+            yield _Candidate(scene, (i, j), "x", ("x", bigger, brighter))
+        if two.row - one.row >= RELATION_PIXELS:
+            yield _Candidate(scene, (i, j), "y", ("y", bigger, brighter))
+
+
+def _depths(scene: int, objects: Objects) -> Iterator[_Candidate]:
+    for i, j in itertools.permutations(range(len(objects)), 2):
+        near, far = objects[i], objects[j]
+        if far.depth >= DEPTH_RATIO * near.depth:
+            cell = (near.row > far.row, near.pixels > far.pixels, near.brightness > far.brightness)
+            yield _Candidate(scene, (i, j), "", cell)
+
+
+def _distances(scene: int, objects: Objects) -> Iterator[_Candidate]:
+    for i, j, k in itertools.permutations(range(len(objects)), 3):
+        near, far, to = objects[i], objects[j], objects[k]
+        if apart(far, to) >= DISTANCE_RATIO * apart(near, to):
+            rows = abs(near.row - to.row) < abs(far.row - to.row)
+            closer = apart_in_picture(near, to) < apart_in_picture(far, to)
+            cell = (closer, rows, near.row > far.row, near.pixels > far.pixels)
+            yield _Candidate(scene, (i, j, k), "", cell)
+
+
+_CANDIDATES = {"count": _counts, "relation": _relations, "depth": _depths, "distance": _distances}
+
+
+def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator) -> list[_Candidate]:
+    """Equally many from every cell; for counts, equally many of each answer among scenes of as many objects."""
+    cells: dict[tuple[object, ...], list[_Candidate]] = defaultdict(list)
+    for one in candidates:
+        cells[one.cell].append(one)
+    if kind == "count":
+        groups = [[(n, answer) for answer in range(4)] for n in sorted({int(str(cell[0])) for cell in cells})]
+    else:
+        axes = sorted({str(cell[0]) for cell in cells}) if kind == "relation" else [""]
+        bits = {"relation": 2, "depth": 3, "distance": 4}[kind]
+        flags = list(itertools.product([False, True], repeat=bits))
+        groups = [[((axis, *f) if axis else f) for f in flags] for axis in axes]
+    chosen = []
+    for group in groups:
+        smallest = min(len(cells.get(tuple(cell), ())) for cell in group)
+        for cell in group:
+            members = cells.get(tuple(cell), [])
+            chosen += [members[i] for i in rng.permutation(len(members))[:smallest]]
+    return chosen
+
+
+def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = None) -> list[Question]:
+    """Balanced questions of all four kinds about ``scenes``, in the order of the scenes; at most about ``per_kind`` of each.
+
+    The more scenes, the more questions survive the balancing: about 1.5 of each two-way kind per scene.
+    """
+    rng = np.random.default_rng([seed, 77])
+    questions: list[Question] = []
+    for kind in KINDS:
+        every = [c for scene, objects in enumerate(scenes) for c in _CANDIDATES[kind](scene, objects)]
+        chosen = _balanced(every, kind, rng)
+        if per_kind is not None and len(chosen) > per_kind:
+            # Cells lie one after another: an even stride thins them equally.
+            chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, per_kind)]
+        for turn, one in enumerate(chosen):
+            questions.append(_ask(kind, one, turn % 2 == 1))
+    shuffled = [questions[i] for i in rng.permutation(len(questions))]
+    return sorted(shuffled, key=lambda q: q.scene)
+
+
+def _ask(kind: str, one: _Candidate, swapped: bool) -> Question:
+    if kind == "count":
+        return Question(one.scene, kind, (), one.detail, str(one.cell[1]))
+    objects = (one.objects[1], one.objects[0], *one.objects[2:]) if swapped else one.objects
+    first, second = {"x": ("left", "right"), "y": ("above", "below")}.get(one.detail, ("A", "B"))
+    return Question(one.scene, kind, objects, one.detail, second if swapped else first)
+
+
+def _colour_rank(thing: SceneObject) -> float:
+    return float(sum(ord(c) * (i + 1) for i, c in enumerate(thing.name)) % 97)
+
+
+_PAIR_CUES = {
+    "depth": {
+        "lower in the picture": lambda a, b, c: a.row - b.row,
+        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
+        "brighter": lambda a, b, c: a.brightness - b.brightness,
+        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+    },
+    "distance": {
+        "closer in the picture": lambda a, b, c: apart_in_picture(b, c) - apart_in_picture(a, c),
+        "closer row": lambda a, b, c: abs(b.row - c.row) - abs(a.row - c.row),
+        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
+        "lower in the picture": lambda a, b, c: a.row - b.row,
+        "brighter": lambda a, b, c: a.brightness - b.brightness,
+        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+    },
+    "relation": {
+        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
+        "brighter": lambda a, b, c: a.brightness - b.brightness,
+        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+    },
+}
+_COUNT_CUES = {
+    "number of objects": lambda objects: float(len(objects)),
+    "coloured pixels": lambda objects: float(sum(o.pixels for o in objects)),
+    "brightness": lambda objects: float(np.mean([o.brightness for o in objects])),
+}
+
+
+def cheap_cues(scenes: Sequence[Objects], questions: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """Accuracy that each cheap cue alone would score, ``{kind: {cue: accuracy}}``.
+
+    Two-way kinds: the better of the cue and its opposite. Counts: the most frequent answer in each eighth of the
+    cue's range, found on every second question and scored on the others.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        mine = [q for q in questions if q.kind == kind]
+        if not mine:
+            continue
+        if kind == "count":
+            answers = np.array([int(q.answer) for q in mine])
+            values = {cue: np.array([read(scenes[q.scene]) for q in mine]) for cue, read in _COUNT_CUES.items()}
+            result[kind] = {cue: _count_cue(value, answers) for cue, value in values.items()}
+            continue
+        first = np.array([q.answer in ("A", "left", "above") for q in mine])
+        result[kind] = {}
+        for cue, read in _PAIR_CUES[kind].items():
+            things = [[scenes[q.scene][i] for i in q.objects] for q in mine]
+            says_first = np.array([read(t[0], t[1], t[-1]) for t in things]) > 0
+            # Left against right and above against below are two questions: a cue may point differently in each.
+            parts = [np.array([q.detail == d for q in mine]) for d in sorted({q.detail for q in mine})]
+            right = [float((says_first == first)[part].mean()) for part in parts]
+            result[kind][cue] = float(np.mean([max(share, 1 - share) for share in right]))
+    return result
+
+
+def _count_cue(values: np.ndarray, answers: np.ndarray) -> float:
+    bins = np.digitize(values, np.unique(np.quantile(values, np.linspace(0, 1, 9)[1:-1])))
+    learn = np.arange(len(values)) % 2 == 0
+    right = 0
+    for one in np.unique(bins):
+        known, asked = answers[learn & (bins == one)], answers[~learn & (bins == one)]
+        guess = np.bincount(known, minlength=4).argmax()
+        right += int((asked == guess).sum())
+    return right / max(1, int((~learn).sum()))

@@ -1,0 +1,148 @@
+"""Writes the offline world to a folder: pictures, captions, instructions, and held-out questions with exact maps.
+
+    world/
+      images/            train_000000.png ..., held_out_000000.png ...
+      pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` before or after the prompt)
+      instruct.json      several questions about each picture in LLaVA-Instruct's format
+      questions.json     held-out questions: a list of {image, question, answer, kind}
+      held_out.npz       depth [S,96,96] float16 metres, classes and instances [S,96,96] uint8, images [S] names; in this order
+      held_out_scenes.json   the objects of every held-out scene
+      world.json         seed, sizes and what the cheap cues alone would score
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from visper.quickstart import language
+from visper.quickstart.questions import Objects, Question, cheap_cues, draw_questions
+from visper.quickstart.scenes import Scene, draw_scene
+
+HELD_OUT_SERIES = 1_000_003
+"""Added to a world's seed for its held-out scenes, so that no training series of a sensible seed meets them."""
+IMAGE = "<image>"
+
+
+def write_world(
+    folder: Path, *, seed: int, scenes: int = 4000, held_out: int = 600, turns: int = 6, per_kind: int | None = 400
+) -> dict[str, dict[str, float]]:
+    """Write a world of ``scenes`` training scenes and ``held_out`` scenes for questions; the same arguments give the same files.
+
+    Args:
+        folder: where; complete or absent (written beside it and renamed). An existing folder is refused.
+        seed: of scenes, questions and wording.
+        turns: most questions about one picture in one conversation of ``instruct.json``.
+        per_kind: about how many held-out questions of each kind at most; None for all the balancing leaves.
+
+    Returns:
+        What each cheap cue alone would score on the held-out questions, ``{kind: {cue: accuracy}}``.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: give the new world another folder, or remove that one")
+    beside = folder.with_name(folder.name + ".part")
+    if beside.exists():
+        shutil.rmtree(beside)
+    (beside / "images").mkdir(parents=True)
+    known = _write_split(beside, "train", seed, scenes)
+    asked = _write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+    rng = np.random.default_rng([seed, 11])
+    _write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
+    _write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
+    questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
+    _write_json(beside / "questions.json", evaluation_records(asked, questions))
+    _write_json(beside / "held_out_scenes.json", [[asdict(o) for o in one] for one in asked])
+    cues = cheap_cues(asked, questions)
+    sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
+    _write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
+    beside.rename(folder)
+    return cues
+
+
+def image_name(split: str, index: int) -> str:
+    return f"{split}_{index:06d}.png"
+
+
+def _write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects]:
+    objects: list[Objects] = []
+    maps: list[Scene] = []
+    bar = track(range(count), f"drawing {split} scenes", disable=not sys.stderr.isatty())
+    for index in bar:
+        scene = draw_scene(seed, index)
+        Image.fromarray(scene.image).save(folder / "images" / image_name(split, index), compress_level=1)
+        objects.append(scene.objects)
+        if split == "held_out":
+            maps.append(scene)
+    if maps:
+        np.savez_compressed(
+            folder / "held_out.npz",
+            depth=np.stack([s.depth for s in maps]).astype(np.float16),
+            classes=np.stack([s.classes for s in maps]),
+            instances=np.stack([s.instances for s in maps]),
+            images=np.array([image_name(split, i) for i in range(count)]),
+        )
+    return objects
+
+
+def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Per scene a caption, two look-ups of all its objects in different orders, and one look-up from a place back to a name."""
+    for index, objects in enumerate(scenes):
+        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
+        pairs = [
+            (language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))], language.caption(objects)),
+            language.look_up(orders[0]),
+            language.look_up(orders[1]),
+            language.look_back(orders[2][0]),
+        ]
+        for number, (prompt, answer) in enumerate(pairs):
+            said = f"{IMAGE}\n{prompt}" if rng.random() < 0.75 else f"{prompt}\n{IMAGE}"
+            yield _record(f"scene_{index:06d}_{number}", index, [(said, answer)])
+
+
+def instruct_records(
+    scenes: Sequence[Objects], questions: Sequence[Question], rng: np.random.Generator, turns: int
+) -> Iterator[dict[str, Any]]:
+    """The questions about a scene, shuffled, in conversations of at most ``turns``; about 1.5 conversations a scene."""
+    by_scene: dict[int, list[Question]] = {}
+    for question in questions:
+        by_scene.setdefault(question.scene, []).append(question)
+    for index, mine in sorted(by_scene.items()):
+        mine = [mine[i] for i in rng.permutation(len(mine))]
+        for number, start in enumerate(range(0, len(mine), turns)):
+            pairs = [(q.text(scenes[index]), q.answer) for q in mine[start : start + turns]]
+            pairs[0] = (f"{IMAGE}\n{pairs[0][0]}", pairs[0][1])
+            yield _record(f"scene_{index:06d}_{number}", index, pairs)
+
+
+def evaluation_records(scenes: Sequence[Objects], questions: Sequence[Question]) -> list[dict[str, str]]:
+    """``{image, question, answer, kind}`` of held-out questions."""
+    return [
+        {
+            "image": image_name("held_out", q.scene),
+            "question": q.text(scenes[q.scene]),
+            "answer": q.answer,
+            "kind": q.kind,
+        }
+        for q in questions
+    ]
+
+
+def _record(name: str, scene: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
+    return {"id": name, "image": image_name("train", scene), "conversations": turns}
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1))
