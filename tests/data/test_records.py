@@ -117,7 +117,7 @@ def test_a_file_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: str,
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent.json"):
+    with pytest.raises(DataError, match=r"absent\.json"):
         read_records([(tmp_path / "absent.json", "i")], DropList())
 
 

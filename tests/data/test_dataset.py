@@ -1,0 +1,174 @@
+"""Rows become batches; a bad one is left out, named, and never stops the run or shifts the others."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tests.conftest import outside
+from tests.data.test_chat import CHATML, make_processor
+from visper.data.chat import IGNORED, ConversationEncoder
+from visper.data.collator import Batch, Collator, Sample
+from visper.data.dataset import ConversationDataset, survey
+from visper.data.images import with_geometry
+from visper.data.records import Drop, DropList, Record, Turn, read_records
+from visper.data.sampler import RowSampler
+
+
+def small_pixels(image: Image.Image) -> torch.Tensor:
+    """A teacher's preprocessing."""
+    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy()).permute(2, 0, 1).float() / 255
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    """Image, text, missing image, truncated image, empty answer, image."""
+    for i, name in enumerate(("a.jpg", "b.jpg", "cut.jpg")):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(tmp_path / name)
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    rows: list[dict[str, Any]] = [
+        {"id": 0, "image": "a.jpg", "conversations": conversation("<image>\nWhat?", "A cat.")},
+        {"id": 1, "conversations": conversation("1 + 1?", "2")},
+        {"id": 2, "image": "lost.jpg", "conversations": conversation("<image>\nWhat?", "A dog.")},
+        {"id": 3, "image": "cut.jpg", "conversations": conversation("<image>\nWhat?", "A dog.")},
+        {"id": 4, "conversations": conversation("Well?", "")},
+        {"id": 5, "image": "b.jpg", "conversations": conversation("What do you see?\n<image>", "A tree.")},
+    ]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    return read_records([(tmp_path / "mix.json", tmp_path)], DropList())
+
+
+@pytest.fixture
+def encoder() -> ConversationEncoder:
+    return ConversationEncoder(make_processor(CHATML), 500)
+
+
+@pytest.fixture
+def dataset(records: list[Record], encoder: ConversationEncoder) -> ConversationDataset:
+    return ConversationDataset(records, encoder)
+
+
+def collate(dataset: ConversationDataset, rows: list[int], teachers: bool = True) -> Batch:
+    return Collator(0, {"depth": small_pixels} if teachers else {})([dataset[i] for i in rows])
+
+
+def test_a_batch_pads_right_and_has_pixels_for_its_images_alone(dataset: ConversationDataset) -> None:
+    batch = collate(dataset, [1, 0, 5])
+    assert batch["image_rows"].tolist() == [1, 2]
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["teacher_images"]["depth"].shape == (2, 3, 4, 4)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    for row, (index, length) in enumerate(zip([1, 0, 5], lengths, strict=True)):
+        sample = dataset[index]
+        assert isinstance(sample, Sample)
+        assert batch["input_ids"][row, :length].tolist() == sample.input_ids
+        assert batch["labels"][row, :length].tolist() == sample.labels
+        assert (batch["labels"][row, length:] == IGNORED).all() and (batch["input_ids"][row, length:] == 0).all()
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (max(lengths) - length)
+    assert [name.split("/")[1] for name in batch["sample_ids"]] == ["1", "0", "5"]
+
+
+def test_a_text_batch_has_no_pixels(dataset: ConversationDataset) -> None:
+    batch = collate(dataset, [1])
+    assert "pixel_values" not in batch and "teacher_images" not in batch
+    assert batch["image_rows"].shape == (0,) and batch["image_rows"].dtype == torch.long
+
+
+def test_a_batch_without_teachers_has_no_teacher_images(dataset: ConversationDataset) -> None:
+    assert "teacher_images" not in collate(dataset, [0], teachers=False)
+
+
+def test_bad_rows_are_left_out_and_named(dataset: ConversationDataset) -> None:
+    batch = collate(dataset, [0, 2, 3, 4, 1])
+    assert [drop.reason for drop in batch["dropped"]] == ["missing image", "broken image", "no supervised token"]
+    assert len(batch["sample_ids"]) == len(batch["input_ids"]) == 2
+    assert batch["image_rows"].tolist() == [0]
+
+
+def test_a_batch_of_bad_rows_alone_is_one_unsupervised_token(dataset: ConversationDataset) -> None:
+    batch = collate(dataset, [2, 4])
+    assert len(batch["dropped"]) == 2
+    assert batch["input_ids"].tolist() == [[0]] and batch["attention_mask"].tolist() == [[1]]
+    assert batch["labels"].tolist() == [[IGNORED]]
+    assert "pixel_values" not in batch
+
+
+def test_the_geometry_is_the_processors(records: list[Record], encoder: ConversationEncoder) -> None:
+    encoder.processor.image_processor = with_geometry(encoder.processor.image_processor, "pad")
+    sample = ConversationDataset(records, encoder)[0]
+    assert isinstance(sample, Sample) and sample.picture is not None
+    assert sample.picture.size == (90, 90) and sample.picture.getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(dataset: ConversationDataset, workers: int) -> None:
+    def batches(num_workers: int) -> list[Batch]:
+        sampler = RowSampler(len(dataset), seed=3)
+        loader: DataLoader[Any] = DataLoader(
+            dataset, 2, sampler=sampler, num_workers=num_workers, collate_fn=Collator(0, {"depth": small_pixels})
+        )
+        return list(loader)
+
+    for ours, alone in zip(batches(workers), batches(0), strict=True):
+        assert ours["sample_ids"] == alone["sample_ids"] and ours["dropped"] == alone["dropped"]
+        assert torch.equal(ours["input_ids"], alone["input_ids"])
+
+
+def test_dataset_and_collator_can_be_sent_to_a_spawned_worker(dataset: ConversationDataset) -> None:
+    again = pickle.loads(pickle.dumps(dataset))
+    collator = pickle.loads(pickle.dumps(Collator(0, {"depth": small_pixels})))
+    assert torch.equal(collator([again[0]])["pixel_values"], collate(dataset, [0])["pixel_values"])
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_the_survey_finds_bad_rows_before_the_first_step(
+    records: list[Record], encoder: ConversationEncoder, decode: bool
+) -> None:
+    drops = DropList()
+    found = survey(records, encoder, drops, decode=decode, quiet=True)
+    expected = {"missing image": 1, "no supervised token": 1} | ({"broken image": 1} if decode else {})
+    assert drops.counts() == expected
+    assert len(found.records) == len(found.lengths) == 6 - len(drops)
+    dataset = ConversationDataset(found.records, encoder)
+    kept = [(dataset[i], length) for i, length in enumerate(found.lengths)]
+    assert all(isinstance(item, Drop) or len(item.input_ids) == length for item, length in kept)
+
+
+def test_cut_rows_are_counted(records: list[Record]) -> None:
+    long = Record("long", (records[1].turns[0], Turn("assistant", "word " * 200)))
+    encoder = ConversationEncoder(make_processor(CHATML), 100)
+    assert survey([long, records[1]], encoder, DropList(), quiet=True).num_truncated == 1
+    dataset = ConversationDataset([long, records[1]], encoder)
+    assert collate(dataset, [0, 1])["num_truncated"] == 1
+
+
+def test_estimated_lengths_put_images_and_long_texts_apart(dataset: ConversationDataset) -> None:
+    lengths = dataset.estimated_lengths()
+    assert lengths[0] > lengths[1]
+    assert dataset.has_image == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["pretrain.json", "instruct.json"])
+def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
+    folder = outside("photos")
+    drops = DropList()
+    records = read_records([(folder / name, folder)], drops)
+    encoder.max_tokens = 4096
+    found = survey(records, encoder, drops, quiet=True)
+    assert len(drops) == 0
+    dataset = ConversationDataset(found.records, encoder)
+    rows = list(range(0, len(dataset), 40))
+    batch = collate(dataset, rows)
+    assert len(batch["sample_ids"]) == len(rows) and not batch["dropped"]
+    assert len(batch["pixel_values"]) == sum(dataset.has_image[i] for i in rows)
