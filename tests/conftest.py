@@ -36,6 +36,11 @@ class Golden:
         return config, load_file(folder / f"{name}.safetensors")
 
     @staticmethod
+    def is_here() -> bool:
+        """Whether there are fixtures at all."""
+        return (Path(os.environ.get("VISPER_GOLDEN", BESIDE_PROJECT / "golden"))).is_dir()
+
+    @staticmethod
     def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
         """The tensors whose names start with ``prefix``, without it."""
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -6,6 +6,7 @@ A kind is imported only when it is asked for, so that nobody needs the packages 
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,14 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
     """
     place = TEACHERS.get(kind, kind)
     if ":" not in place:
-        near = get_close_matches(kind, TEACHERS, n=1)
-        hint = (
-            f"did you mean '{near[0]}'?"
-            if near
-            else f"known kinds: {', '.join(TEACHERS)}, or 'module:Class' of your own"
-        )
-        raise ValueError(f"unknown teacher kind '{kind}': {hint}")
+        raise ValueError(f"unknown teacher kind '{kind}': " + _nearest(kind, [*TEACHERS, "module:Class of your own"]))
     module_name, class_name = place.split(":", 1)
     try:
         teacher_class = getattr(import_module(module_name), class_name)
+        known = list(signature(teacher_class).parameters)
+        for name in options:
+            if name not in known:
+                raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + _nearest(name, known[1:]))
         teacher = teacher_class(model, **options)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "")
@@ -64,3 +63,8 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
             f"teacher kind '{kind}' names {place}, which is no Teacher: subclass visper.distillation.teachers.Teacher"
         )
     return teacher.freeze()
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"

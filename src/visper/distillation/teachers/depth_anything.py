@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForDepthEstimation
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import divided, squashed_as_trained
+from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
 
 
 class DepthAnythingTeacher(Teacher):
@@ -23,7 +23,7 @@ class DepthAnythingTeacher(Teacher):
 
     def __init__(self, model: str | Path, size: int = 336) -> None:
         super().__init__()
-        self.model = AutoModelForDepthEstimation.from_pretrained(model)
+        self.model = loaded_whole(AutoModelForDepthEstimation, model)
         side = divided(size, int(self.model.config.patch_size), "depth_anything")
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = TargetSpec(side * side, int(self.model.config.reassemble_hidden_size), (side, side))

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from torch import Tensor
-from transformers import OneFormerForUniversalSegmentation
+from transformers import OneFormerModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import divided, squashed_as_trained
+from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
 
 
 class OneFormerTeacher(Teacher):
@@ -22,9 +22,10 @@ class OneFormerTeacher(Teacher):
 
     def __init__(self, model: str | Path, size: int = 768) -> None:
         super().__init__()
-        whole = OneFormerForUniversalSegmentation.from_pretrained(model)
+        # Without the segmentation model around it, whose loss would ask for scipy.
+        whole = loaded_whole(OneFormerModel, model)
         side = divided(size, max(whole.config.strides), "oneformer")
-        self.backbone = whole.model.pixel_level_module.encoder
+        self.backbone = whole.pixel_level_module.encoder
         self.spec = TargetSpec(side * side, int(self.backbone.channels[-1]), (side, side))
         self.preprocess = squashed_as_trained(model, (size, size))
         self.freeze()

@@ -1,4 +1,4 @@
-"""What the teachers taken from transformers share: reading their own colour normalisation."""
+"""What the teachers taken from transformers share: whole weights, their own colour normalisation, cells that fit."""
 
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,18 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
     red, green, blue = processor.image_mean
     wide_red, wide_green, wide_blue = processor.image_std
     return SquashedImage(size, (red, green, blue), (wide_red, wide_green, wide_blue))
+
+
+def loaded_whole(kind: Any, model: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(model)``, refused where weights are missing: a teacher must not be random in part."""
+    found, info = kind.from_pretrained(model, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"'{model}' lacks {len(missing)} weights of {kind.__name__}, such as '{missing[0]}': is it another kind of "
+            "model than the teacher's 'kind' says?"
+        )
+    return found
 
 
 def divided(size: int, stride: int, kind: str) -> int:

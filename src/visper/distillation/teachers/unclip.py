@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import squashed_as_trained
+from visper.distillation.teachers.pretrained import loaded_whole, squashed_as_trained
 
 
 class UnClipTeacher(Teacher):
@@ -23,7 +23,7 @@ class UnClipTeacher(Teacher):
 
     def __init__(self, model: str | Path, subfolder: str = "", processor_subfolder: str | None = None) -> None:
         super().__init__()
-        self.encoder = CLIPVisionModelWithProjection.from_pretrained(model, subfolder=subfolder)
+        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder)
         if processor_subfolder is None:
             processor_subfolder = "feature_extractor" if subfolder else ""
         size = int(self.encoder.config.image_size)

@@ -1,0 +1,112 @@
+import importlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from visper.distillation import teachers
+from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_pictures
+
+
+class Constant(Teacher):
+    """The smallest teacher there can be."""
+
+    def __init__(self, model, width=3):
+        super().__init__()
+        self.spec = TargetSpec(4, 3, (2, 2))
+        self.preprocess = SquashedImage((2, 2))
+        self.layer = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, width))
+        self.freeze()
+
+    def encode(self, pixels):
+        return self.layer(pixels.flatten(2).transpose(1, 2))
+
+
+HERE = f"{__name__}:Constant"
+
+
+def test_a_teacher_is_frozen_and_stays_in_evaluation_mode():
+    teacher = build_teacher(HERE, "x")
+    nn.Sequential(teacher).train()
+    assert not teacher.training and not teacher.layer[0].training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    pixels = torch.rand(2, 3, 2, 2, requires_grad=True)
+    assert not teacher(pixels).requires_grad
+    assert torch.equal(teacher(pixels), teacher(pixels))
+
+
+def test_targets_that_break_the_spec_are_refused():
+    with pytest.raises(ValueError, match=r"gave targets of shape \(1, 4, 5\) where its spec says \(1, 4, 3\)"):
+        build_teacher(HERE, "x", width=5)(torch.rand(1, 3, 2, 2))
+
+
+def test_an_unknown_kind_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown teacher kind 'depth_anythin': did you mean 'depth_anything'"):
+        build_teacher("depth_anythin", "x")
+    with pytest.raises(ValueError, match="there are tower, onnx"):
+        build_teacher("qqq", "x")
+
+
+def test_a_class_that_is_no_teacher_is_refused():
+    with pytest.raises(ValueError, match="which is no Teacher"):
+        build_teacher("torch.nn:Identity", "x")
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(ValueError, match=r"'sise'.*did you mean 'size'"):
+        build_teacher("depth_anything", "x", sise=3)
+
+
+def test_a_missing_package_names_its_extra(monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr(teachers, "import_module", absent)
+    with pytest.raises(ImportError, match=r"needs the package 'onnxruntime'.*pip install 'visper-lm\[onnx\]'"):
+        build_teacher("onnx", "x")
+
+
+def test_every_kind_of_the_table_names_a_teacher():
+    for place in teachers.TEACHERS.values():
+        module, name = place.split(":")
+        assert issubclass(getattr(importlib.import_module(module), name), Teacher)
+
+
+def test_preprocessing_squashes_and_keeps_the_channel_order():
+    """FAULT of the published code: its depth teacher sees blue for red."""
+    image = Image.fromarray(np.full((5, 9, 3), (255, 0, 51), np.uint8))
+    pixels = SquashedImage((2, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(image)
+    assert pixels.shape == (3, 2, 4) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_preprocessing_travels_to_workers_without_weights():
+    preprocess = build_teacher(HERE, "x").preprocess
+    assert pickle.loads(pickle.dumps(preprocess)) == preprocess
+    assert len(pickle.dumps(preprocess)) < 500
+
+
+def test_spec_refuses_a_grid_of_another_size():
+    with pytest.raises(ValueError, match="4 tokens cannot lie on a grid of 3 x 2"):
+        TargetSpec(4, 3, (3, 2))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 10])
+def test_principal_components_are_pictures(width):
+    pictures = pca_pictures(torch.randn(2, 6, width), (2, 3))
+    assert pictures.shape == (2, 3, 2, 3)
+    assert pictures.min() >= 0 and pictures.max() <= 1
+
+
+def test_a_prediction_can_be_drawn_in_its_teachers_colours():
+    target = torch.randn(2, 6, 5)
+    torch.testing.assert_close(pca_pictures(target[:1], (2, 3), reference=target), pca_pictures(target, (2, 3))[:1])
+
+
+def test_an_embedding_without_a_grid_is_drawn_as_a_square():
+    pictures = build_teacher(HERE, "x").decode(torch.rand(2, 4, 3))
+    assert pictures.shape == (2, 3, 2, 2)
+    assert pca_pictures(torch.rand(2, 1, 10), None).shape == (2, 3, 4, 4)
