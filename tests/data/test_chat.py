@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlavaProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded, end_of_turn_token, student_template
@@ -244,3 +245,33 @@ def test_a_shown_sample_marks_the_answers_and_collapses_the_image() -> None:
     assert "<image> x 4 <|depth_1|>" in text.plain
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["A cat.<|im_end|>"]
+
+
+@pytest.mark.parametrize("rstrip", [True, False])
+@pytest.mark.parametrize("prefix", ["every piece", "first piece"])
+def test_sentencepiece_tokenizers_supervise_the_answers_too(prefix: str, rstrip: bool) -> None:
+    """Phi-3's kind: a space before the first or every piece, marker tokens that swallow the space behind them."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyzABC.?<|>_/0123456789", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *letters, "▁A", "▁c"])}
+    core = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("▁", "A"), ("▁", "c")], byte_fallback=True, unk_token="<unk>")
+    )
+    if prefix == "every piece":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    markers = [AddedToken(f"<|{name}|>", rstrip=rstrip, normalized=False) for name in ("user", "assistant", "end")]
+    tokenizer.add_tokens([*markers, "<image>"], special_tokens=True)
+    processor = LlavaProcessor(
+        image_processor=build_image_processor("squash", 8, [0.5] * 3, [0.5] * 3),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="full",
+        chat_template=student_template(PHI_3, "<image>", []),
+    )
+    encoder = ConversationEncoder(processor, 500)
+    encoded = encoder.encode(record("Say <|end|> and <image>.", "A cat. <|user|>", "é?", "é"))
+    assert [text.lstrip() for text in supervised(tokenizer, encoded)] == ["A cat. <|user|><|end|>", "é<|end|>"]
+    assert encoded.input_ids.count(encoder.image_token_id) == 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from visper.data.images import (
@@ -79,11 +79,24 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
         assert opened.getpixel((0, 0)) == (155, 155, 155)
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_upright(tmp_path: Path, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned: to be shown rotated by 90 degrees
-    (tmp_path / "a.jpg").write_bytes(encoded(picture(40, 30), exif=exif))
-    assert open_image(tmp_path / "a.jpg").size == (30, 40)
+    exif[ExifTags.Base.Orientation] = orientation
+    (tmp_path / "a.png").write_bytes(encoded(picture(40, 30), "PNG", exif=exif))
+    with Image.open(tmp_path / "a.png") as image:
+        expected = ImageOps.exif_transpose(image)
+    assert open_image(tmp_path / "a.png").tobytes() == expected.tobytes()
+
+
+def test_broken_metadata_costs_no_picture(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = encoded(picture(), exif=exif)
+    (tmp_path / "a.jpg").write_bytes(
+        content.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX")
+    )
+    assert open_image(tmp_path / "a.jpg").size == (40, 30)
 
 
 def test_arranged_pictures_have_the_geometry() -> None:

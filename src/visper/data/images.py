@@ -7,18 +7,29 @@ see ``arrange``'s square picture, which covers the same pixels.
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import LlavaImageProcessor
 
 from visper.data.records import DataError
 
 GEOMETRIES = ("squash", "pad", "crop")
+# EXIF's orientation tag -> what makes the picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -42,14 +53,23 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.seek(0)
-                upright = ImageOps.exif_transpose(image)
-                return _to_rgb(upright)
+                image.load()
+                return _to_rgb(_upright(image))
     except UnidentifiedImageError as error:
         raise DataError("not an image", f"'{path}': its content is no known image format") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise DataError("broken image", f"'{path}': {error}; fetch it again") from error
     except Image.DecompressionBombWarning as error:
         raise DataError("huge image", f"'{path}': {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return image  # broken metadata of a sound picture
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
