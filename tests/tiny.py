@@ -1,8 +1,12 @@
 """Tiny random models as ordinary folders: every test loads them through the real ``from_pretrained`` paths."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
@@ -12,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n"
@@ -69,4 +75,52 @@ def save_encoder(folder: Path, size: int = 16, patch: int = 4, width: int = 24, 
     CLIPVisionModel(config).save_pretrained(folder)
     square = {"height": size, "width": size}
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square).save_pretrained(folder)
+    return folder
+
+
+class PooledColours(Teacher):
+    """A teacher without weights to load: mean colours of a ``grid`` x ``grid`` map, mixed into ``width`` channels."""
+
+    def __init__(self, model: str, grid: int = 4, width: int = 8, size: int = 16) -> None:
+        super().__init__()
+        self.spec = TargetSpec(grid * grid, width, (grid, grid) if grid > 1 else None)
+        self.preprocess = SquashedImage((size, size))
+        self.register_buffer("mix", torch.randn(3, width, generator=torch.Generator().manual_seed(len(model))))
+        self.freeze()
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[B, grid*grid, width]``."""
+        side = self.spec.grid[0] if self.spec.grid else 1
+        pooled = torch.nn.functional.adaptive_avg_pool2d(pixels, side)
+        return pooled.flatten(2).transpose(1, 2) @ self.mix
+
+
+def distillation(**changes: Any) -> dict[str, Any]:
+    """Three tasks like the published ones, on four layers, from ``PooledColours``."""
+    teacher = {"kind": "tests.tiny:PooledColours", "model": "colours"}
+    small = {"heads": 2, "head_width": 4}
+    tasks = {
+        "depth": {"teacher": teacher, "layers": [1, 3], "predictor": small},
+        "seg": {"teacher": {**teacher, "width": 6}, "layers": [2, 4], "predictor": small},
+        "gen": {"teacher": {**teacher, "grid": 1, "width": 10}, "layers": [3], "predictor": small},
+    }
+    return {"tasks": tasks, **changes}
+
+
+def write_rows(folder: Path, images: int = 12, text_rows: int = 4, seed: int = 0) -> Path:
+    """``rows.json`` and random pictures in LLaVA's format: image rows, then text-only rows."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for i in range(images):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        turns = [
+            ("human", "<image>\nwhat?" if i % 2 else "what is it?\n<image>"),
+            ("gpt", "thing " + "x" * (1 + i % 5)),
+        ]
+        rows.append({"id": i, "image": f"{i}.png", "conversations": [{"from": f, "value": v} for f, v in turns]})
+    for i in range(text_rows):
+        turns = [("human", f"say {i}"), ("gpt", "word" * (1 + i))]
+        rows.append({"id": f"text-{i}", "conversations": [{"from": f, "value": v} for f, v in turns]})
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder

@@ -18,7 +18,9 @@ def test_every_shipped_recipe_is_valid(name):
 
 def test_published_bases_are_shipped_for_every_stage():
     bases = ("llama3-8b-vit-l", "llama3-8b-convnext-xxl", "phi3-mini-vit-l", "phi3-mini-convnext-xxl")
-    expected = {f"{base}/{stage}" for base in bases for stage in ("pt", "pt-script-layers", "vpt", "ift", "ift-after-vpt")}
+    expected = {
+        f"{base}/{stage}" for base in bases for stage in ("pt", "pt-script-layers", "vpt", "ift", "ift-after-vpt")
+    }
     assert expected <= set(recipe_names())
 
 

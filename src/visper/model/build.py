@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from visper.config import ConfigError, Geometry
@@ -173,6 +174,9 @@ def _assemble(
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.tie_weights()
+    # Assembled, not loaded, so the library does not know which published parameter names to save under: without this
+    # CLIP's `vision_tower.vision_model.` prefix is left out, which vLLM and older transformers expect.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     return model.eval()
 
 

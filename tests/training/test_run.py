@@ -1,0 +1,298 @@
+"""A stage, start to end, on tiny random models: what learns, what is logged, what is kept, what continues."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from tests import tiny
+from visper.config import ConfigError, Run
+from visper.data.records import DataError
+from visper.model import load_student
+from visper.training import NonFiniteLossError, run_pipeline, run_stage
+from visper.training.trainer import StageTrainer
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def make(tiny_llm, tiny_encoder, rows, tmp_path):
+    """Builds a run: ``make("pt", optimisation={...})``."""
+
+    def build(stage, name=None, start=None, **changes):
+        name = name or stage
+        settings = {
+            "name": name,
+            "stage": stage,
+            "output": str(tmp_path / name),
+            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
+            "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 4, "precision": "float32"},
+            "logging": {"every": 1, "save_every": 2},
+        }
+        if start is None:
+            settings["student"] = {"llm": str(tiny_llm), "encoder": str(tiny_encoder)}
+            if stage == "pt":
+                settings["distillation"] = tiny.distillation()
+        else:
+            settings["start_from"] = str(tmp_path / start)
+        for key, value in changes.items():
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = {**settings[key], **value} if both else value
+        return Run.model_validate(settings)
+
+    return build
+
+
+def logs_of(run):
+    return [json.loads(line) for line in (Path(run.output) / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+TERMS = {
+    f"{task}/{layer}/{kind}"
+    for task, layers in (("depth", (1, 3)), ("seg", (2, 4)), ("gen", (3,)))
+    for layer in layers
+    for kind in ("smooth_l1", "contrastive")
+}
+
+
+def test_pt_vpt_ift_in_order_each_learning_exactly_its_parts(make, tmp_path, tiny_llm, tiny_encoder):
+    run_pipeline([make("pt"), make("vpt", start="pt"), make("ift", start="vpt")])
+    llm = weights_of(tiny_llm)["model.layers.0.mlp.up_proj.weight"]
+    encoder = {name: value for name, value in weights_of(tiny_encoder).items() if "layers.0.mlp.fc1.weight" in name}
+    folders = [weights_of(tmp_path / stage / "model") for stage in ("pt", "vpt", "ift")]
+
+    def places(part):
+        return [next(value for name, value in folder.items() if part in name) for folder in folders]
+
+    up = places("layers.0.mlp.up_proj")
+    assert torch.equal(up[0], llm) and not torch.equal(up[1], llm) and not torch.equal(up[2], up[1])
+    fc1 = places("layers.0.mlp.fc1.weight")
+    assert torch.equal(fc1[0], next(iter(encoder.values())))
+    assert not torch.equal(fc1[1], fc1[0]) and torch.equal(fc1[2], fc1[1])
+    projector = places("multi_modal_projector.linear_1.weight")
+    assert not torch.equal(projector[1], projector[0]) and not torch.equal(projector[2], projector[1])
+    tokens = [t for ids in load_student(tmp_path / "pt").task_token_ids.values() for t in ids]
+    table = places("embed_tokens.weight")
+    assert torch.equal(table[0][tokens], table[2][tokens]), "task tokens are held still after PT"
+    assert not torch.equal(table[0], table[2])
+
+
+def test_every_term_is_logged_and_embedding_losses_are_alive(make):
+    run = make("pt")
+    run_stage(run)
+    first = logs_of(run)[0]
+    assert first.keys() >= TERMS | {"ntp", "loss", "learning_rate"}
+    assert all(first[name] > 0 for name in TERMS if "smooth_l1" in name), "the published losses are zero"
+    weighted = sum(0.5 * (0.3 if "contrastive" in name else 1.0) * first[name] for name in TERMS)
+    assert first["loss"] == pytest.approx(first["ntp"] + weighted, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_micro_batches_of_one_times_eight_equal_one_of_eight(make, stage):
+    results = []
+    for micro in (1, 8):
+        run = make(stage, name=f"micro-{micro}", optimisation={"global_batch": 8, "micro_batch": micro, "max_steps": 2})
+        results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
+    (logs_1, weights_1), (logs_8, weights_8) = results
+    for one, eight in zip(logs_1[:2], logs_8[:2], strict=True):
+        for name in one.keys() & (TERMS | {"loss", "ntp", "grad_norm"}):
+            # float32 sums in another order; largest relative difference seen 4e-6
+            assert one[name] == pytest.approx(eight[name], rel=5e-5, abs=1e-6), name
+    for name, value in weights_1.items():
+        torch.testing.assert_close(value, weights_8[name], rtol=0, atol=2e-4)
+
+
+def run_folder(run):
+    return Path(run.output) / "model"
+
+
+def test_finished_folder_is_plain_llava(make, tmp_path):
+    run_stage(make("pt"))
+    folder = tmp_path / "pt" / "model"
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    silent = load_student(folder).silent_ids
+    assert model.generation_config.suppress_tokens == sorted(silent)
+    assert {"run.yaml", "config.json", "generation_config.json", "tokenizer.json"} <= {p.name for p in folder.iterdir()}
+    kept = load_file(tmp_path / "pt" / "distillation" / "weights.safetensors")
+    assert kept["task_tokens.queries.depth"].shape == (16, 32)
+    assert any(name.startswith("objective.predictors.gen_3.") for name in kept)
+
+
+def test_pt_checkpoints_hold_only_what_learns(make, tmp_path):
+    run_stage(make("pt"))
+    saved = load_file(tmp_path / "pt" / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    heads = ("student.model.multi_modal_projector", "task_tokens", "objective.predictors", "objective.logit_scales")
+    assert saved and all(name.startswith(heads) for name in saved)
+
+
+class Stop(Exception):  # noqa: N818 (stands for a kill)
+    pass
+
+
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage):
+    run_stage(make(stage, name="whole"))
+    run = make(stage, name="cut")
+    steps = StageTrainer.training_step
+
+    def cut_in_step_four(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise Stop
+        return steps(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", cut_in_step_four)
+    with pytest.raises(Stop):
+        run_stage(run)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="--resume"):
+        run_stage(run)
+    run_stage(run, resume=True)
+    whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    steps_logged = [entry["step"] for entry in logs_of(run) if "loss" in entry]
+    assert steps_logged == [1, 2, 3, 4]
+    losses = [entry["loss"] for entry in logs_of(run) if "loss" in entry]
+    assert losses == [e["loss"] for e in logs_of(make(stage, name="whole")) if "loss" in e]
+
+
+def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):
+    run = make("pt")
+    save = StageTrainer._save
+
+    def full_at_step_four(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StageTrainer, "_save", full_at_step_four)
+    with pytest.raises(OSError, match="No space left"):
+        run_stage(run)
+    monkeypatch.undo()
+    places = sorted(p.name for p in (tmp_path / "pt" / "checkpoints").glob("checkpoint-*"))
+    assert places == ["checkpoint-2"], "the half-written checkpoint must not be there"
+    assert not (tmp_path / "pt" / "model").exists()
+    run_stage(run, resume=True)
+    assert (tmp_path / "pt" / "model" / "run.yaml").exists()
+
+
+def test_an_output_with_another_run_is_refused_and_untouched(make, tmp_path):
+    run_stage(make("pt"))
+    before = weights_of(tmp_path / "pt" / "model")
+    with pytest.raises(ConfigError, match="holds another run \\(its seed differ"):
+        run_stage(make("pt", seed=7))
+    with pytest.raises(ConfigError, match="finished"):
+        run_stage(make("pt"))
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(tmp_path / "pt" / "model").items())
+
+
+def test_a_foreign_folder_is_refused(make, tmp_path):
+    (tmp_path / "pt").mkdir()
+    (tmp_path / "pt" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        run_stage(make("pt"))
+    assert (tmp_path / "pt" / "thesis.tex").read_text() == "mine"
+
+
+def test_pipeline_skips_what_is_finished(make, capsys):
+    run = make("ift")
+    run_pipeline([run])
+    capsys.readouterr()
+    run_pipeline([run])
+    assert "finished" in capsys.readouterr().out
+
+
+def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(rows, broken)
+    whole = (broken / "images" / "1.png").read_bytes()
+    (broken / "images" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (broken / "images" / "2.png").unlink()
+    source = {"json": str(broken / "rows.json"), "images": str(broken / "images")}
+    data = {"sources": [source], "workers": 0, "drop_limit": 0.2}
+    run_stage(make("pt", data=data, optimisation={"global_batch": 16, "micro_batch": 8, "max_steps": 2}))
+    dropped = [json.loads(line) for line in (tmp_path / "pt" / "dropped.jsonl").read_text().splitlines()]
+    assert len(dropped) == 2 and len({row["reason"] for row in dropped}) == 2
+
+
+def test_too_many_bad_rows_are_refused_before_the_first_step(make, rows, tmp_path):
+    data = {"sources": [{"json": str(rows / "rows.json"), "images": str(tmp_path / "empty")}], "workers": 0}
+    with pytest.raises(DataError, match="drop_limit"):
+        run_stage(make("pt", data=data))
+    assert not (tmp_path / "pt" / "log.jsonl").exists()
+
+
+def test_text_only_batches_train_in_pt(make, tmp_path):
+    text = tiny.write_rows(tmp_path / "text", images=0, text_rows=6)
+    source = {"json": str(text / "rows.json"), "images": str(text / "images")}
+    run = make("pt", data={"sources": [source], "workers": 0})
+    run_stage(run)
+    first = logs_of(run)[0]
+    assert all(first[name] == 0 for name in TERMS) and first["ntp"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
+    from visper.training.module import TrainingModel
+
+    original = TrainingModel.next_token_loss
+    monkeypatch.setattr(TrainingModel, "next_token_loss", lambda *a: original(*a) * float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"rows/\d+/"):
+        run_stage(make("ift"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {
+                "distillation": tiny.distillation(
+                    tasks={
+                        **tiny.distillation()["tasks"],
+                        "depth": {**tiny.distillation()["tasks"]["depth"], "layers": [9]},
+                    }
+                )
+            },
+            "layers 1 to 4",
+        ),
+        (
+            {"distillation": tiny.distillation(tasks={"gen": {**tiny.distillation()["tasks"]["depth"]}})},
+            "queries.*matrix",
+        ),
+        (
+            {
+                "distillation": tiny.distillation(
+                    tasks={"depth": {**tiny.distillation()["tasks"]["depth"], "predictor": {"num_queries": 12}}}
+                )
+            },
+            "num_queries",
+        ),
+        ({"optimisation": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
+        ({"optimisation": {"freeze": ["vision"]}}, "freeze names 'vision'"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_before_training(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_stage(make("pt", **changes))
+
+
+def test_pt_without_distillation_is_llavas_with_learning_task_tokens(make):
+    run = make("pt", distillation=None)
+    run_stage(run)
+    assert not TERMS & logs_of(run)[0].keys()
+
+
+def test_an_encoder_can_be_left_frozen_in_vpt(make, tmp_path, tiny_encoder):
+    run_stage(make("vpt", optimisation={"freeze": ["vision"]}))
+    ours = next(v for n, v in weights_of(tmp_path / "vpt" / "model").items() if "layers.0.mlp.fc1.weight" in n)
+    theirs = next(v for n, v in weights_of(tiny_encoder).items() if "layers.0.mlp.fc1.weight" in n)
+    assert torch.equal(ours, theirs)
