@@ -134,7 +134,6 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
     scores = encoder_scores(model, heads, held_out)
     model.half().save_pretrained(out)
     image_processor().save_pretrained(out)
-    torch.save(heads.state_dict(), out.parent / "encoder_heads.pt")
     return scores
 
 

@@ -20,7 +20,7 @@ from visper.quickstart.language import COLUMNS, DEPTH_STEPS, DEPTHS, ROWS, depth
 from visper.quickstart.patches import NO_COLOUR
 from visper.quickstart.pictures import Pictures
 from visper.quickstart.questions import Question
-from visper.quickstart.scenes import COLOURS, FAR, GRID, NEAR, PATCH, SIZE, SceneObject
+from visper.quickstart.scenes import COLOURS, FAR, GRID, NEAR, SceneObject
 
 TASK_GAPS = 24
 PLACES = GRID * GRID
@@ -99,9 +99,6 @@ class Layouts:
         return singles
 
 
-def mirror_free_columns(objects: Sequence[SceneObject]) -> bool:
-    """Whether every object's place lies inside the grid (always true for drawn scenes)."""
-    return all(0 <= o.column < SIZE and o.place[0] == int(o.column) // PATCH for o in objects)
 
 
 @dataclass

@@ -1,0 +1,80 @@
+"""Builds the quickstart's bases: ``python -m visper.quickstart.bases --out DIR``.
+
+They play the part that published models play in a real run: an image encoder, an LLM that knows the texts, and three
+teachers. One thread, about an hour with the default minutes. Every part is a ``from_pretrained`` folder in float16, complete or absent; run the command
+again and finished parts are skipped. ``quality.json`` holds what each part scores on scenes of a series it was not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from visper.quickstart.encoder_base import train_encoder
+from visper.quickstart.llm_base import train_llm
+from visper.quickstart.pictures import Pictures, draw_pictures
+from visper.quickstart.teacher_bases import CONFIGS, train_teacher
+
+BASES = Path(__file__).parent / "bases"
+"""Where the bases that ship with the package lie."""
+TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
+"""Scene series of the bases; worlds of the quickstart use other seeds."""
+MINUTES = {"encoder": 21.0, "llm": 17.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
+
+Trainer = Callable[[Pictures, Pictures, Path, float], dict[str, float]]
+_TRAINERS: dict[str, Trainer] = {
+    "encoder": train_encoder,
+    "llm": train_llm,
+    **{f"teacher_{task}": partial(train_teacher, task) for task in CONFIGS},
+}
+
+
+def build_bases(out: Path, *, scenes: int = 20_000, held_out: int = 1000, minutes: dict[str, float] | None = None) -> dict[str, dict[str, float]]:
+    """Build whatever part is missing in ``out`` and return the quality of all parts, ``{part: {measure: value}}``.
+
+    Args:
+        out: folder of the bases; the drawn scenes are kept in ``out/.scenes`` while parts are missing.
+        scenes: how many training scenes to draw (2 x with their mirror images).
+        held_out: how many scenes to measure on.
+        minutes: wall time of each part's training, instead of ``MINUTES``.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    spans = {**MINUTES, **(minutes or {})}
+    if unknown := set(spans) - set(_TRAINERS):
+        raise ValueError(f"unknown parts {sorted(unknown)}: the bases are {', '.join(_TRAINERS)}")
+    quality_file = out / "quality.json"
+    quality = json.loads(quality_file.read_text()) if quality_file.exists() else {}
+    missing = [part for part in _TRAINERS if not (out / part).exists()]
+    if missing:
+        train = draw_pictures(TRAIN_SERIES, scenes, out / ".scenes" / "train.pickle")
+        tests = draw_pictures(HELD_OUT_SERIES, held_out, out / ".scenes" / "held_out.pickle")
+        for part in missing:
+            beside = out / f"{part}.part"
+            shutil.rmtree(beside, ignore_errors=True)
+            quality[part] = _TRAINERS[part](train, tests, beside, spans[part])
+            quality_file.write_text(json.dumps(quality, indent=1))
+            beside.rename(out / part)
+        shutil.rmtree(out / ".scenes")
+    return dict(quality)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m visper.quickstart.bases", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the bases; finished parts in it are skipped")
+    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes to draw")
+    parser.add_argument("--speed", type=float, default=1.0, help="divide every part's minutes by this (for trying out)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    minutes = {part: span / options.speed for part, span in MINUTES.items()}
+    for part, scores in build_bases(options.out, scenes=options.scenes, minutes=minutes).items():
+        print(part, {measure: round(value, 4) for measure, value in scores.items()})
+
+
+if __name__ == "__main__":
+    main()

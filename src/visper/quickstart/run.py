@@ -1,0 +1,244 @@
+"""The whole story on two cores: a rendered world, PT with embedding losses, IFT, questions, pictures.
+
+Exactly the code of a real run: two recipes through ``run_stage``; only the bases and the data are small.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from visper.config import Run, load_run
+from visper.data.complete import complete, write_text
+from visper.distillation.teachers.tower import TowerTeacher
+from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
+from visper.model import load_student
+from visper.quickstart.bases import BASES
+from visper.quickstart.questions import CHANCE
+from visper.quickstart.study import Finding, HeldOut, findings
+from visper.quickstart.watch import PredictionWatch, read_predictions
+from visper.quickstart.world import write_world
+from visper.training import is_finished, run_stage
+from visper.training.callbacks import announce
+from visper.training.run import starting_student
+
+TASKS = ("depth", "seg", "gen")
+BLIND, UNTRAINED, TRAINED = "blind", "untrained", "trained"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything; ``judged`` held-out scenes measure the predictions, as many others are their controls."""
+
+    scenes: int
+    held_out: int
+    per_kind: int
+    pt_steps: int | None  # None: the recipe's
+    ift_steps: int | None
+    judged: int
+
+
+FULL = Budget(scenes=4000, held_out=600, per_kind=400, pt_steps=None, ift_steps=None, judged=200)
+FAST = Budget(scenes=200, held_out=80, per_kind=16, pt_steps=30, ift_steps=20, judged=40)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quickstart found, and where it lies."""
+
+    out: Path
+    seed: int
+    runs: dict[str, Run]
+    scores: dict[str, list[Score]]
+    answered: list[Answered]
+    findings: list[Finding]
+    cues: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+
+
+def quickstart(out: Path, seed: int = 0, budget: Budget = FULL, console: Console | None = None) -> Result:
+    """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
+
+    Args:
+        out: everything goes there: ``world/``, ``bases/``, ``pt/``, ``ift/``, ``report.html``.
+        seed: of the world, the projector, the order of the rows.
+        budget: ``FULL`` or ``FAST``.
+    """
+    console = console or Console()
+    seconds = _Stopwatch(out / "seconds.json")
+    with seconds("world"):
+        world = prepare_world(out, seed, budget, console)
+        copy_bases(out / "bases")
+    runs = stage_runs(out, seed, budget)
+    held_out = HeldOut.read(world, 2 * budget.judged)
+    fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
+    steps = watched_steps(runs["pt"])
+    watch = PredictionWatch(out / "watched", judged.pictures, steps)
+    for stage, run in runs.items():
+        if is_finished(run):
+            announce(console, "finished", f"{run.name}: {run.output}")
+            continue
+        with seconds(stage):
+            run_stage(run, resume=True, callbacks=[watch] if stage == "pt" else [])
+    with seconds("questions"):
+        answered = ask_everything(out, runs, world)
+    with seconds("predictions"):
+        teachers = {task: TowerTeacher(out / "bases" / f"teacher_{task}") for task in TASKS}
+        found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
+    table = {name: scores(rows) for name, rows in answered.items()}
+    cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
+    result = Result(out, seed, runs, table, answered[TRAINED], found, cues, seconds.taken)
+    save_result(result)
+    show_result(result, console)
+    return result
+
+
+def prepare_world(out: Path, seed: int, budget: Budget, console: Console) -> Path:
+    """Renders the world once; a world of another seed or size in its place is an error."""
+    world = out / "world"
+    wanted = {"seed": seed, "scenes": budget.scenes, "held_out": budget.held_out, "per_kind": budget.per_kind}
+    if world.exists():
+        there = json.loads((world / "world.json").read_text(encoding="utf-8"))
+        if any(there[key] != value for key, value in wanted.items()):
+            raise ValueError(f"'{world}' holds a world of other seed or size: choose another --out, or remove it")
+        announce(console, "finished", f"world: {world}")
+        return world
+    out.mkdir(parents=True, exist_ok=True)
+    announce(console, "world", f"{budget.scenes} scenes to learn from, {budget.held_out} held out, into {world}")
+    write_world(world, **wanted)
+    return world
+
+
+def copy_bases(folder: Path) -> None:
+    """Puts the shipped bases where the recipes look: they are ordinary model folders, for people to see and use."""
+    if not folder.exists():
+        with complete(folder) as partial:
+            shutil.copytree(BASES, partial)
+
+
+def stage_runs(out: Path, seed: int, budget: Budget, **pt_changes: Any) -> dict[str, Run]:
+    """The two recipes, with their paths under ``out``."""
+    bases, world = out / "bases", out / "world"
+    tasks = {task: {"teacher": {"model": str(bases / f"teacher_{task}")}} for task in TASKS}
+    pt: dict[str, Any] = {
+        "seed": seed,
+        "output": str(out / "pt"),
+        "student": {"llm": str(bases / "llm"), "encoder": str(bases / "encoder")},
+        "data": {"sources": [{"json": str(world / "pretrain.json"), "images": str(world / "images")}]},
+        "distillation": {"tasks": tasks},
+    }
+    ift: dict[str, Any] = {
+        "seed": seed,
+        "output": str(out / "ift"),
+        "start_from": str(out / "pt"),
+        "data": {"sources": [{"json": str(world / "instruct.json"), "images": str(world / "images")}]},
+    }
+    steps = (
+        [f"optimisation.max_steps={budget.pt_steps}"] if budget.pt_steps else [],
+        [f"optimisation.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
+    )
+    return {
+        "pt": load_run("quickstart/pt", steps[0], **{**pt, **pt_changes}),
+        "ift": load_run("quickstart/ift", steps[1], **ift),
+    }
+
+
+def watched_steps(run: Run) -> list[int]:
+    """When to look: before the first step, after an eighth, half and all of them."""
+    total = run.optimisation.max_steps
+    assert total is not None
+    return sorted({0, max(1, total // 8), total // 2, total})
+
+
+def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str, list[Answered]]:
+    """The trained model with its own and with another's pictures, and the untrained one; raw answers are kept."""
+    questions = read_questions(world / "questions.json")
+    images = world / "images"
+    trained = load_student(out / "ift")
+    untrained = starting_student(runs["pt"])
+    answered = {
+        TRAINED: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4),
+        BLIND: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4, shuffle_images=True),
+        UNTRAINED: evaluate(untrained, questions, images, batch_size=64, max_new_tokens=4),
+    }
+    for name, rows in answered.items():
+        save_answers(out / "answers" / f"{name}.jsonl", rows)
+    return answered
+
+
+def save_result(result: Result) -> None:
+    """``result.json``: every figure of the run, for people and for `--ablate`."""
+    rows = {
+        "seed": result.seed,
+        "scores": {
+            name: {row.kind: {"correct": row.correct, "total": row.total, "interval": row.interval} for row in table}
+            for name, table in result.scores.items()
+        },
+        "chance": CHANCE,
+        "cheap_cues": result.cues,
+        "predictions": [
+            {"layer": f.name, "measure": f.measure, "value": f.value, "controls": f.controls} for f in result.findings
+        ],
+        "seconds": result.seconds,
+    }
+    write_text(result.out / "result.json", json.dumps(rows, indent=1))
+
+
+def show_result(result: Result, console: Console) -> None:
+    """The table of accuracies, and the predictions beside their controls."""
+    table = Table("kind", "trained", "95 % interval", "blind", "untrained", "chance", "best cheap cue")
+    blind = {row.kind: row for row in result.scores[BLIND]}
+    before = {row.kind: row for row in result.scores[UNTRAINED]}
+    for row in result.scores[TRAINED]:
+        low, high = row.interval
+        cue = max(result.cues.get(row.kind, {"": 0.0}).items(), key=lambda item: item[1])
+        table.add_row(
+            row.kind,
+            f"{row.accuracy:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{blind[row.kind].accuracy:.1%}",
+            f"{before[row.kind].accuracy:.1%}",
+            f"{CHANCE[row.kind]:.0%}" if row.kind in CHANCE else "",
+            f"{cue[0]} {cue[1]:.1%}" if cue[0] else "",
+        )
+    console.print(table)
+    drawn = Table("layer", "measure", "value", "controls")
+    for finding in result.findings:
+        controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
+        drawn.add_row(finding.name, finding.measure, f"{finding.value:.3f}", controls)
+    console.print(drawn)
+
+
+class _Stopwatch:
+    """Seconds each part took, kept on disk so that a repeated command still knows them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.taken: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def __call__(self, part: str) -> _Lap:
+        return _Lap(self, part)
+
+
+@dataclass
+class _Lap:
+    watch: _Stopwatch
+    part: str
+    start: float = 0.0
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            # A part that was finished before takes no time now: its first time stands.
+            self.watch.taken.setdefault(self.part, time.perf_counter() - self.start)
+            write_text(self.watch.file, json.dumps(self.watch.taken))
