@@ -1,8 +1,9 @@
 """Builds the quickstart's bases: ``python -m visper.quickstart.bases --out DIR``.
 
 They play the part that published models play in a real run: an image encoder, an LLM that knows the texts, and three
-teachers. One thread, about an hour with the default minutes. Every part is a ``from_pretrained`` folder in float16, complete or absent; run the command
-again and finished parts are skipped. ``quality.json`` holds what each part scores on scenes of a series it was not trained on.
+teachers. One thread, about an hour with the default minutes. Every part is a ``from_pretrained`` folder in float16,
+complete or absent; run the command again and finished parts are skipped. ``quality.json`` holds what each part
+scores on scenes of a series it was not trained on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _TRAINERS: dict[str, Trainer] = {
 }
 
 
-def build_bases(out: Path, *, scenes: int = 20_000, held_out: int = 1000, minutes: dict[str, float] | None = None) -> dict[str, dict[str, float]]:
+def build_bases(
+    out: Path, *, scenes: int = 20_000, held_out: int = 1000, minutes: dict[str, float] | None = None
+) -> dict[str, dict[str, float]]:
     """Build whatever part is missing in ``out`` and return the quality of all parts, ``{part: {measure: value}}``.
 
     Args:
@@ -65,7 +68,9 @@ def build_bases(out: Path, *, scenes: int = 20_000, held_out: int = 1000, minute
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m visper.quickstart.bases", description=str(__doc__).split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m visper.quickstart.bases", description=str(__doc__).split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the bases; finished parts in it are skipped")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes to draw")
     parser.add_argument("--speed", type=float, default=1.0, help="divide every part's minutes by this (for trying out)")

@@ -1,8 +1,9 @@
 """The quickstart's vision encoder: a CLIP vision transformer taught what each patch shows.
 
-LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away: the colour and shape of
-the object over a patch, whether an object is centred there, the depth, the patch's place. The layer behind it does nothing (its
-outputs are zero), as no one reads it. Shape suffixes: B = pictures, P = patches, D = width.
+LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away:
+the colour and shape of the object over a patch, whether an object is centred there, the depth, the patch's place.
+The layer behind it does nothing (its outputs are zero), as no one reads it. Shape suffixes: B = pictures, P =
+patches, D = width.
 """
 
 from __future__ import annotations
@@ -27,9 +28,15 @@ WIDTH, LAYERS = 128, 6
 
 def new_encoder() -> CLIPVisionModel:
     config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-        image_size=SIZE, patch_size=PATCH, projection_dim=WIDTH, hidden_act="gelu",
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=WIDTH,
+        hidden_act="gelu",
+    )
     return CLIPVisionModel(config)
 
 
@@ -56,9 +63,17 @@ def patch_states(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: CLIPVisionModel, images: np.ndarray) -> None:
-    """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most of its first epoch."""
+    """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most
+    of its first epoch."""
     inner = getattr(model, "vision_model", model)
-    cut = to_pixels(images).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    cut = (
+        to_pixels(images)
+        .unfold(2, PATCH, PATCH)
+        .unfold(3, PATCH, PATCH)
+        .permute(0, 2, 3, 1, 4, 5)
+        .flatten(3)
+        .flatten(0, 2)
+    )
     centred = cut - cut.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(cut))
     top = vectors.flip(1)[:, :WIDTH] / (values.flip(0)[:WIDTH].clamp(min=0).sqrt() + 0.1)
@@ -108,7 +123,8 @@ def patch_loss(heads: PatchHeads, states_BPD: Tensor, labels: dict[str, Tensor])
 
 
 def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
-    """Train for ``minutes`` on one thread's clock, save model and image processor in ``out``, return held-out scores."""
+    """Train for ``minutes`` on one thread's clock, save model and image processor in ``out``, return held-out
+    scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, heads = new_encoder(), PatchHeads()
@@ -138,7 +154,9 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
 
 
 @torch.no_grad()
-def encoder_scores(model: CLIPVisionModel, heads: PatchHeads, pictures: Pictures, limit: int | None = None) -> dict[str, float]:
+def encoder_scores(
+    model: CLIPVisionModel, heads: PatchHeads, pictures: Pictures, limit: int | None = None
+) -> dict[str, float]:
     """Colour and shape accuracy and median depth error where objects are centred, F1 of the centre tag."""
     totals: dict[str, list[Tensor]] = {k: [] for k in ("colour", "shape", "depth", "true", "found", "both")}
     for images, labels in pictures.in_order(128, limit):

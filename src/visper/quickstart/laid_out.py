@@ -1,8 +1,10 @@
 """Scenes laid out in the LLM's own words: what its pre-training sees in the place of a picture.
 
-Each patch becomes one input embedding, the sum of the word embeddings of what is there: its column, row and depth, and the object's name where one
-is centred ("part" and a hint of the colour where one reaches, "ground" elsewhere). Noise, loss and a random scale keep the LLM from relying on an exactness no projector has.
-Behind the places come task-token gaps: small random vectors, or nothing. Shape suffixes: B = conversations, L = sequence, P = patches, D = width.
+Each patch becomes one input embedding, the sum of the word embeddings of what is there: its column, row and depth,
+and the object's name where one is centred ("part" and a hint of the colour where one reaches, "ground" elsewhere).
+Noise, loss and a random scale keep the LLM from relying on an exactness no projector has. Behind the places come
+task-token gaps: small random vectors, or nothing. Shape suffixes: B = conversations, L = sequence, P = patches, D =
+width.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Layouts:
         names = list(COLOURS)
         return [replace(o, colour=names[order[names.index(o.colour)]]) for o in self.pictures.objects[scene]], order
 
-    def lay_out(self, rng: np.random.Generator, scene: int, objects: list[SceneObject], order: np.ndarray, exact: bool = False) -> LaidOut:
+    def lay_out(
+        self, rng: np.random.Generator, scene: int, objects: list[SceneObject], order: np.ndarray, exact: bool = False
+    ) -> LaidOut:
         """Words of the 64 places of a scene; ``exact`` leaves out all noise on the depth and all hints."""
         patches = self.pictures.patches
         depth = NEAR * (FAR / NEAR) ** patches["depth"][scene].astype(np.float64)
@@ -80,11 +84,18 @@ class Layouts:
         for thing in objects:
             column, row = thing.place
             at = row * GRID + column
-            words[at, 4], weights[at, 4], weights[at, 5] = self.id[thing.name], 1.0 if exact else rng.uniform(0.8, 1.3), 0
+            words[at, 4], weights[at, 4], weights[at, 5] = (
+                self.id[thing.name],
+                1.0 if exact else rng.uniform(0.8, 1.3),
+                0,
+            )
         return LaidOut(torch.from_numpy(words), torch.from_numpy(weights))
 
-    def turns(self, rng: np.random.Generator, scene: int, objects: list[SceneObject], look_ups: float, most: int) -> list[tuple[str, str]]:
-        """Questions and answers about one scene; a share ``look_ups`` of the conversations are captions and look-ups."""
+    def turns(
+        self, rng: np.random.Generator, scene: int, objects: list[SceneObject], look_ups: float, most: int
+    ) -> list[tuple[str, str]]:
+        """Questions and answers about one scene; a share ``look_ups`` of the conversations are captions and
+        look-ups."""
         if rng.random() >= look_ups:
             asked = self.by_scene[scene]
             picked = rng.permutation(len(asked))[:most]
@@ -99,11 +110,10 @@ class Layouts:
         return singles
 
 
-
-
 @dataclass
 class Conversations:
-    """Token ids [B,L] (places and gaps hold pads), their supervision [B,L] bool and the laid-out scenes, ready to embed."""
+    """Token ids [B,L] (places and gaps hold pads), their supervision [B,L] bool and the laid-out scenes, ready to
+    embed."""
 
     ids: Tensor
     supervised: Tensor
@@ -112,7 +122,9 @@ class Conversations:
     gaps: list[int]
 
 
-def collate(layouts: Layouts, rng: np.random.Generator, scenes: Sequence[int], look_ups: float, most: int, exact: bool = False) -> Conversations:
+def collate(
+    layouts: Layouts, rng: np.random.Generator, scenes: Sequence[int], look_ups: float, most: int, exact: bool = False
+) -> Conversations:
     """Conversations about ``scenes`` in the chat template, the places inside the first user turn as LLaVA puts them."""
     tokenizer, rows, places, starts, gaps = layouts.tokenizer, [], [], [], []
     for scene in scenes:
@@ -155,7 +167,9 @@ def answers_of(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return inside & (ids != tokenizer.pad_token_id) & ((closed == 1) | (ids != end))
 
 
-def embed(table: torch.nn.Embedding, talk: Conversations, noise: float, generator: torch.Generator | None = None) -> Tensor:
+def embed(
+    table: torch.nn.Embedding, talk: Conversations, noise: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Input embeddings ``[B,L,D]``: words looked up, places summed from words with ``noise`` relative to their size."""
     embedded = table(talk.ids)
     words = torch.stack([p.words for p in talk.places])

@@ -1,8 +1,8 @@
 """The world's language: names, places, captions and look-ups, and the tokenizer that knows just these words.
 
-Every named object is one token ("red sphere"). A place is three words, the object's patch column, patch row and depth step: "x3 y4 z5".
-Captions and look-ups ("red sphere ?" -> "x3 y4 z5") are what teaches a model to find a named thing in a picture; questions alone
-never did (80,000 of them, answered at chance).
+Every named object is one token ("red sphere"). A place is three words, the object's patch column, patch row and
+depth step: "x3 y4 z5". Captions and look-ups ("red sphere ?" -> "x3 y4 z5") are what teaches a model to find a
+named thing in a picture; questions alone never did (80,000 of them, answered at chance).
 """
 
 from __future__ import annotations
@@ -27,11 +27,61 @@ ROWS = tuple(f"y{i}" for i in range(GRID))
 DEPTHS = tuple(f"z{i}" for i in range(DEPTH_STEPS))
 NUMBERS = ("0", "1", "2", "3", "4", "5", "6")
 WORDS = (
-    *COLOURS, *SHAPES, *PLURALS.values(), *COLUMNS, *ROWS, *DEPTHS, *NUMBERS, "A", "B", "left", "right", "above", "below",
-    ".", ",", ":", "?", "a", "the", "and", "at", "or", "is", "are", "it", "to", "from", "of", "in", "there", "nothing", "ground", "part",
-    "How", "many", "Which", "closer", "camera", "Where", "seen", "What", "Describe", "picture", "Find", "things", "You", "see", "one",
-    "Answer", "questions", "about", "with", "words", "few",
-)  # fmt: skip
+    *COLOURS,
+    *SHAPES,
+    *PLURALS.values(),
+    *COLUMNS,
+    *ROWS,
+    *DEPTHS,
+    *NUMBERS,
+    "A",
+    "B",
+    "left",
+    "right",
+    "above",
+    "below",
+    ".",
+    ",",
+    ":",
+    "?",
+    "a",
+    "the",
+    "and",
+    "at",
+    "or",
+    "is",
+    "are",
+    "it",
+    "to",
+    "from",
+    "of",
+    "in",
+    "there",
+    "nothing",
+    "ground",
+    "part",
+    "How",
+    "many",
+    "Which",
+    "closer",
+    "camera",
+    "Where",
+    "seen",
+    "What",
+    "Describe",
+    "picture",
+    "Find",
+    "things",
+    "You",
+    "see",
+    "one",
+    "Answer",
+    "questions",
+    "about",
+    "with",
+    "words",
+    "few",
+)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -48,7 +98,8 @@ CAPTION_PROMPTS = ("Describe the picture .", "What is in the picture ?", "What i
 
 
 def depth_step(depth: float) -> float:
-    """Depth in metres on the scale of the depth words, 0..``DEPTH_STEPS`` - 1 at the words' centres, clipped to their range."""
+    """Depth in metres on the scale of the depth words, 0..``DEPTH_STEPS`` - 1 at the words' centres, clipped to
+    their range."""
     step = np.log(max(depth, 1e-6) / NEAREST) / np.log(FARTHEST / NEAREST) * DEPTH_STEPS - 0.5
     return float(np.clip(step, 0, DEPTH_STEPS - 1))
 
@@ -87,8 +138,14 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
     inner.add_tokens([AddedToken(name, single_word=True, normalized=False) for name in PHRASES])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>", unk_token="<unk>",
-        model_max_length=1024, padding_side="right", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=1024,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -1,6 +1,7 @@
 """The quickstart's LLM: a small Llama that knows this world's texts and how to look things up in a laid-out scene.
 
-It never sees a pixel. It plays the part of a published instruction-tuned LLM, whose skills a projector only has to reach. Shape
+It never sees a pixel. It plays the part of a published instruction-tuned LLM, whose skills a projector only has to
+reach. Shape
 suffixes: B = conversations, L = sequence, D = width.
 """
 
@@ -27,25 +28,36 @@ WIDTH, LAYERS = 128, 4
 
 def new_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     initialise(model, tokenizer)
     return model
 
 
 NAME, PLACE, PLACE_FLAG, NAME_FLAG, FOUND, OTHER = slice(0, 11), slice(32, 62), 64, 65, slice(66, 96), slice(98, WIDTH)
-"""Where the initial embeddings keep a name's colour and shape, a place, the two flags, a place that was looked up, all other words."""
+"""Where the initial embeddings keep a name's colour and shape, a place, the two flags, a place that was looked up,
+all other words."""
 
 
 @torch.no_grad()
 def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Initial weights in which the look-up from a name to its place exists already, in one head of the first layer.
 
-    Found by gradient descent alone the look-up is a sudden step after some 500 to 1000 training steps (10 CPU-minutes); written down, it costs nothing.
-    Everything is trained from there. Names are one-hot colour and shape; columns, rows and depths are bumps, so that neighbours are alike.
+    Found by gradient descent alone the look-up is a sudden step after some 500 to 1000 training steps (10
+    CPU-minutes); written down, it costs nothing. Everything is trained from there. Names are one-hot colour and
+    shape; columns, rows and depths are bumps, so that neighbours are alike.
     """
     table = model.get_input_embeddings().weight
     table.normal_(0, 0.04)
@@ -72,13 +84,14 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> N
 
 @torch.no_grad()
 def _write_look_up_head(model: LlamaForCausalLM) -> None:
-    """Head 0 of layer 0: a name finds the place that holds the same colour and copies what is known of it into ``FOUND``."""
+    """Head 0 of layer 0: a name finds the place that holds the same colour and copies what is known of it into
+    ``FOUND``."""
     head = WIDTH // 4
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.weight[:head] *= 0.2
     attention.o_proj.weight[:, :head] *= 0.2
-    # Rotary pairs (i, i + 16): from i = 8 on they turn less than 0.3 rad in 300 tokens, so matching survives the distance.
+    # Rotary pairs (i, i + 16): from i = 8 on they turn less than 0.3 rad in 300 tokens: far matches survive.
     slow = [*range(8, 16), *range(24, 32)]
     for channel, dim in enumerate(range(NAME.start, NAME.stop)):
         strength = 1.4 if channel < len(COLOURS) else 0.5
@@ -93,14 +106,17 @@ def _write_look_up_head(model: LlamaForCausalLM) -> None:
 
 def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> tuple[Tensor, Tensor]:
     """Mean next-token loss over the answers, and the logits at the supervised positions ``[T,V]`` in row order."""
-    hidden = model.model(inputs_embeds=embed(model.get_input_embeddings(), talk, noise), use_cache=False).last_hidden_state
+    hidden = model.model(
+        inputs_embeds=embed(model.get_input_embeddings(), talk, noise), use_cache=False
+    ).last_hidden_state
     wanted = talk.supervised[:, 1:]
     logits = model.lm_head(hidden[:, :-1][wanted])
     return F.cross_entropy(logits, talk.ids[:, 1:][wanted]), logits
 
 
 def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
-    """Train for ``minutes`` of wall time, save model and tokenizer in ``out``, return the held-out accuracy per kind."""
+    """Train for ``minutes`` of wall time, save model and tokenizer in ``out``, return the held-out accuracy per
+    kind."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 5])
     tokenizer = new_tokenizer()
@@ -114,7 +130,7 @@ def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float,
             group["lr"] = 2e-3 * min(1.0, bar.steps / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
         look_ups = max(0.3, 0.8 - 2.5 * done)
         scenes = rng.choice(layouts.scenes, 16)
-        loss, _ = answer_loss(model, collate(layouts, rng, scenes, look_ups, most=10), noise=0.3)
+        loss, _ = answer_loss(model, collate(layouts, rng, scenes.tolist(), look_ups, most=10), noise=0.3)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -130,7 +146,8 @@ def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float,
 
 @torch.no_grad()
 def llm_scores(model: LlamaForCausalLM, tests: Layouts, limit: int) -> dict[str, float]:
-    """Accuracy of the first answer word, per kind of question, on exact layouts with task-token gaps; place words apart."""
+    """Accuracy of the first answer word, per kind of question, on exact layouts with task-token gaps; place words
+    apart."""
     rng = np.random.default_rng(0)
     right: dict[str, list[bool]] = {kind: [] for kind in (*KINDS, "place words")}
     for look_ups in (0.0, 1.0):

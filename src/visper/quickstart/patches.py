@@ -27,9 +27,11 @@ def log_depth(depth: npt.NDArray[np.floating[Any]] | float) -> npt.NDArray[np.fl
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """Per patch: ``colour`` [P] (8 = none), ``shape`` [P] (3 = none), ``centre`` [P] bool, ``depth`` [P] in ``log_depth`` units.
+    """Per patch: ``colour`` [P] (8 = none), ``shape`` [P] (3 = none), ``centre`` [P] bool, ``depth`` [P] in
+    ``log_depth`` units.
 
-    Where an object is centred, colour, shape and depth are that object's; elsewhere those of the object that covers most, and the mean depth.
+    Where an object is centred, colour, shape and depth are that object's; elsewhere those of the object that covers
+    most, and the mean depth.
     """
 
     colour: npt.NDArray[np.int64]

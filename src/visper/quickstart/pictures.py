@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ _PATCH_KEYS = ("colour", "shape", "centre", "depth")
 
 @dataclass
 class Pictures:
-    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 metres, ``classes`` [S,96,96] uint8, ``patches`` name -> [S,P]."""
+    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 metres, ``classes`` [S,96,96] uint8, ``patches``
+    name -> [S,P]."""
 
     images: npt.NDArray[np.uint8]
     depths: npt.NDArray[np.float16]
@@ -45,12 +47,18 @@ class Pictures:
     def maps(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor]:
         """Random pictures, depths [B,96,96] float32 metres, classes [B,96,96] long, half of them mirrored."""
         rows, mirror = self.indices(rng, size)
-        parts = [self.images[rows], self.depths[rows].astype(np.float32), self.classes[rows].astype(np.int64)]
+        parts: list[npt.NDArray[Any]] = [
+            self.images[rows],
+            self.depths[rows].astype(np.float32),
+            self.classes[rows].astype(np.int64),
+        ]
         for part in parts:
             part[mirror] = part[mirror][:, :, ::-1]
         return parts[0], torch.from_numpy(parts[1]), torch.from_numpy(parts[2])
 
-    def in_order(self, size: int, limit: int | None = None) -> Iterator[tuple[npt.NDArray[np.uint8], dict[str, Tensor]]]:
+    def in_order(
+        self, size: int, limit: int | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.uint8], dict[str, Tensor]]]:
         for start in range(0, min(limit or len(self), len(self)), size):
             rows = np.arange(start, min(start + size, limit or len(self), len(self)))
             yield self.images[rows], {k: self._labels(k, rows, np.zeros(len(rows), bool)) for k in _PATCH_KEYS}
@@ -63,7 +71,8 @@ class Pictures:
 
 
 def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
-    """Draw ``count`` scenes of the series ``seed``, or read them from ``cache`` when it is there (written whole or not at all)."""
+    """Draw ``count`` scenes of the series ``seed``, or read them from ``cache`` when it is there (written whole or
+    not at all)."""
     if cache is not None and cache.exists():
         with cache.open("rb") as file:
             pictures = pickle.load(file)
@@ -77,9 +86,12 @@ def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
         if (index + 1) % 500 == 0:
             print(f"scenes of seed {seed}: {index + 1}/{count}", file=sys.stderr, flush=True)
     pictures = Pictures(
-        np.stack([s.image for s in scenes]), np.stack([s.depth for s in scenes]).astype(np.float16), np.stack([s.classes for s in scenes]),
-        {k: np.stack([getattr(one, k) for one in labels]) for k in _PATCH_KEYS}, [s.objects for s in scenes],
-    )  # fmt: skip
+        np.stack([s.image for s in scenes]),
+        np.stack([s.depth for s in scenes]).astype(np.float16),
+        np.stack([s.classes for s in scenes]),
+        {k: np.stack([getattr(one, k) for one in labels]) for k in _PATCH_KEYS},
+        [s.objects for s in scenes],
+    )
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         beside = cache.with_suffix(".part")

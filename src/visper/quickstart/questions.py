@@ -1,7 +1,9 @@
-"""Questions of CV-Bench's four kinds about scenes, balanced so that neither a blind model nor a cheap cue can answer them.
+"""Questions of CV-Bench's four kinds about scenes, balanced so that neither a blind model nor a cheap cue can
+answer them.
 
-Every candidate question falls into a cell: which of the cheap cues would answer it rightly. Drawing equally from the cells puts each cue, and
-any combination of those in the cell, at chance. The order of the two named objects is balanced inside each cell.
+Every candidate question falls into a cell: which of the cheap cues would answer it rightly. Drawing equally from
+the cells puts each cue, and any combination of those in the cell, at chance. The order of the two named objects is
+balanced inside each cell.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ DISTANCE_RATIO = 1.5
 
 @dataclass(frozen=True)
 class Question:
-    """``objects`` index the scene's objects in the order of the text; ``detail`` is the shape counted or the relation's axis."""
+    """``objects`` index the scene's objects in the order of the text; ``detail`` is the shape counted or the
+    relation's axis."""
 
     scene: int
     kind: str
@@ -116,7 +119,9 @@ def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator)
     for one in candidates:
         cells[one.cell].append(one)
     if kind == "count":
-        groups = [[(n, answer) for answer in range(4)] for n in sorted({int(str(cell[0])) for cell in cells})]
+        groups: list[list[tuple[object, ...]]] = [
+            [(n, answer) for answer in range(4)] for n in sorted({int(str(cell[0])) for cell in cells})
+        ]
     else:
         axes = sorted({str(cell[0]) for cell in cells}) if kind == "relation" else [""]
         bits = {"relation": 2, "depth": 3, "distance": 4}[kind]
@@ -132,7 +137,8 @@ def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator)
 
 
 def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = None) -> list[Question]:
-    """Balanced questions of all four kinds about ``scenes``, in the order of the scenes; at most about ``per_kind`` of each.
+    """Balanced questions of all four kinds about ``scenes``, in the order of the scenes; at most about ``per_kind``
+    of each.
 
     The more scenes, the more questions survive the balancing: about 1.5 of each two-way kind per scene.
     """

@@ -1,7 +1,7 @@
 """Ray casting of spheres, upright boxes and upright cylinders over a ground plane, with numpy.
 
-Each solid is intersected only inside the rectangle of pixels that its bounding box covers: that, and not a larger batch, is what
-makes a scene cost about 4 ms on one thread. Shape suffixes: H, W = pixels.
+Each solid is intersected only inside the rectangle of pixels that its bounding box covers: that, and not a larger
+batch, is what makes a scene cost about 4 ms on one thread. Shape suffixes: H, W = pixels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Hits(NamedTuple):
 def _turned(vectors: Array, yaw: float) -> Array:
     """Into the solid's own frame (turn by -yaw about y)."""
     c, s = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
-    return np.stack([c * vectors[..., 0] - s * vectors[..., 2], vectors[..., 1], s * vectors[..., 0] + c * vectors[..., 2]], -1)
+    return np.stack(
+        [c * vectors[..., 0] - s * vectors[..., 2], vectors[..., 1], s * vectors[..., 0] + c * vectors[..., 2]], -1
+    )
 
 
 def _sphere(solid: Solid, origin: Array, rays: Array) -> tuple[Array, Array]:
@@ -98,7 +100,8 @@ def _rectangle(solid: Solid, camera_at: Array, axes: Array, focal: float, size: 
 
 
 def cast(rays: Array, height: float, axes: Array, focal: float, solids: list[Solid], far: float) -> Hits:
-    """Nearest hit of every ray ``[H,W,3]`` that leaves ``(0, height, 0)``; ``axes`` are the camera's right, up, forward."""
+    """Nearest hit of every ray ``[H,W,3]`` that leaves ``(0, height, 0)``; ``axes`` are the camera's right, up,
+    forward."""
     camera_at = np.array([0, height, 0], np.float32)
     down = rays[..., 1]
     ground = np.where(down < -1e-4, -height / np.minimum(down, -1e-4), _FAR_AWAY).astype(np.float32)
@@ -121,7 +124,8 @@ def cast(rays: Array, height: float, axes: Array, focal: float, solids: list[Sol
 
 
 def shadowed(points: Array, owner: npt.NDArray[np.int64], solids: list[Solid]) -> npt.NDArray[np.bool_]:
-    """Which of ``points`` [P,3] lie under another solid, the light being straight above. ``owner`` [P] as in ``Hits``."""
+    """Which of ``points`` [P,3] lie under another solid, the light being straight above. ``owner`` [P] as in
+    ``Hits``."""
     dark = np.zeros(len(points), bool)
     for index, solid in enumerate(solids):
         dx, dz = points[:, 0] - solid.centre[0], points[:, 2] - solid.centre[2]

@@ -1,11 +1,13 @@
 """Procedural 3-D scenes, ray-cast with numpy: a picture, its exact depth and its exact segmentation.
 
-Geometry (metres, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that their component along the
-optical axis is 1; the ray parameter is then the z-depth that the depth map holds. Light falls straight down, so an object's shadow
-lies at its ground point: with floating objects this, and not the image row, tells the depth. Nothing fades with distance.
+Geometry (metres, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that
+their component along the optical axis is 1; the ray parameter is then the z-depth that the depth map holds. Light
+falls straight down, so an object's shadow lies at its ground point: with floating objects this, and not the image
+row, tells the depth. Nothing fades with distance.
 
-Objects are drawn in *screen space* (place, depth and apparent radius independently), because drawing them on the ground plane makes
-"lower in the picture" the same as "nearer" (99 % of depth questions in a first trial) and "bigger" a good second.
+Objects are drawn in *screen space* (place, depth and apparent radius independently), because drawing them on the
+ground plane makes "lower in the picture" the same as "nearer" (99 % of depth questions in a first trial) and
+"bigger" a good second.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """``image`` [96,96,3] uint8; ``depth`` [96,96] float32 metres; ``classes`` and ``instances`` [96,96] uint8 (0 = no object, i+1 = objects[i])."""
+    """``image`` [96,96,3] uint8; ``depth`` [96,96] float32 metres; ``classes`` and ``instances`` [96,96] uint8 (0 =
+    no object, i+1 = objects[i])."""
 
     image: npt.NDArray[np.uint8]
     depth: Array
@@ -210,7 +213,9 @@ def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
     return (base + grey[:, None]).astype(np.float32)
 
 
-def _paint(rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, solids: list[Solid], colours: list[Array]) -> npt.NDArray[np.uint8]:
+def _paint(
+    rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, solids: list[Solid], colours: list[Array]
+) -> npt.NDArray[np.uint8]:
     owner, depth, normal = hits
     points = (rays * depth[..., None]).reshape(-1, 3)
     points[:, 1] += camera.height
@@ -233,7 +238,8 @@ def _paint(rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, so
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """The ``index``-th scene of the series ``seed``: the same arguments always give the same bits (for one numpy version)."""
+    """The ``index``-th scene of the series ``seed``: the same arguments always give the same bits (for one numpy
+    version)."""
     for attempt in range(100):
         rng = np.random.default_rng([seed, index, attempt])
         camera = draw_camera(rng)
@@ -242,7 +248,9 @@ def draw_scene(seed: int, index: int) -> Scene:
         shown = _visible(placed, rays, camera)
         if len(shown) >= 2:
             return _finish(rng, camera, rays, shown)
-    raise RuntimeError(f"scene {index} of seed {seed}: no layout with two visible objects in 100 attempts; use another seed")
+    raise RuntimeError(
+        f"scene {index} of seed {seed}: no layout with two visible objects in 100 attempts; use another seed"
+    )
 
 
 def _visible(placed: list[_Placed], rays: Array, camera: Camera) -> list[_Placed]:
@@ -285,19 +293,26 @@ def _finish(rng: np.random.Generator, camera: Camera, rays: Array, placed: list[
         at = camera.to_camera(one.solid.centre)
         objects.append(
             SceneObject(
-                one.colour, one.solid.shape, float(columns.mean()), float(rows.mean()),
-                (float(at[0]), float(at[1]), float(at[2])), len(rows), float(grey[rows, columns].mean()),
+                one.colour,
+                one.solid.shape,
+                float(columns.mean()),
+                float(rows.mean()),
+                (float(at[0]), float(at[1]), float(at[2])),
+                len(rows),
+                float(grey[rows, columns].mean()),
             )
-        )  # fmt: skip
+        )
     return Scene(image, np.clip(hits.depth, NEAR, FAR), classes, instances, tuple(objects))
 
 
 def mirrored(scene: Scene) -> Scene:
     """The scene seen in a mirror: still a legal scene, used to double the training pictures."""
+
     def flip(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         return np.ascontiguousarray(array[:, ::-1])
 
     objects = tuple(
-        replace(o, column=SIZE - 1 - o.column, position=(-o.position[0], o.position[1], o.position[2])) for o in scene.objects
+        replace(o, column=SIZE - 1 - o.column, position=(-o.position[0], o.position[1], o.position[2]))
+        for o in scene.objects
     )
     return Scene(flip(scene.image), flip(scene.depth), flip(scene.classes), flip(scene.instances), objects)  # type: ignore[arg-type]

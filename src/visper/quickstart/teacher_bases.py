@@ -56,15 +56,19 @@ def _image_loss(values: Tensor, images: Tensor, depth_BHW: Tensor, classes_BHW: 
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "depth": _depth_loss, "seg": _class_loss, "gen": _image_loss,
-}  # fmt: skip
+    "depth": _depth_loss,
+    "seg": _class_loss,
+    "gen": _image_loss,
+}
 
 
-def train_teacher(task: str, pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
+def train_teacher(
+    task: str, pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0
+) -> dict[str, float]:
     """Train the teacher of ``task`` for ``minutes``, save it in ``out``, return its held-out scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 9])
-    model = TowerModel(CONFIGS[task]).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = TowerModel(CONFIGS[task]).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     bar = Progress(f"teacher {task}", minutes)
     while (done := bar.share()) < 1:
@@ -85,7 +89,8 @@ def train_teacher(task: str, pictures: Pictures, held_out: Pictures, out: Path, 
 
 @torch.no_grad()
 def teacher_scores(task: str, model: TowerModel, pictures: Pictures) -> dict[str, float]:
-    """Depth: mean relative error over the picture and on objects. Seg: pixel accuracy, the same. Gen: mean absolute error of colours in 0..1."""
+    """Depth: mean relative error over the picture and on objects. Seg: pixel accuracy, the same. Gen: mean absolute
+    error of colours in 0..1."""
     kept: dict[str, list[Tensor]] = {"everywhere": [], "on_objects": []}
     for start in range(0, len(pictures), 100):
         rows = slice(start, start + 100)

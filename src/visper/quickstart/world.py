@@ -1,13 +1,15 @@
 """Writes the offline world to a folder: pictures, captions, instructions, and held-out questions with exact maps.
 
-    world/
-      images/            train_000000.png ..., held_out_000000.png ...
-      pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` before or after the prompt)
-      instruct.json      several questions about each picture in LLaVA-Instruct's format
-      questions.json     held-out questions: a list of {image, question, answer, kind}
-      held_out.npz       depth [S,96,96] float16 metres, classes and instances [S,96,96] uint8, images [S] names; in this order
-      held_out_scenes.json   the objects of every held-out scene
-      world.json         seed, sizes and what the cheap cues alone would score
+world/
+  images/            train_000000.png ..., held_out_000000.png ...
+  pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` before or after the
+  prompt)
+  instruct.json      several questions about each picture in LLaVA-Instruct's format
+  questions.json     held-out questions: a list of {image, question, answer, kind}
+  held_out.npz       depth [S,96,96] float16 metres, classes and instances [S,96,96] uint8, images [S] names; in
+  this order
+  held_out_scenes.json   the objects of every held-out scene
+  world.json         seed, sizes and what the cheap cues alone would score
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ IMAGE = "<image>"
 def write_world(
     folder: Path, *, seed: int, scenes: int = 4000, held_out: int = 600, turns: int = 6, per_kind: int | None = 400
 ) -> dict[str, dict[str, float]]:
-    """Write a world of ``scenes`` training scenes and ``held_out`` scenes for questions; the same arguments give the same files.
+    """Write a world of ``scenes`` training scenes and ``held_out`` scenes for questions; the same arguments give
+    the same files.
 
     Args:
         folder: where; complete or absent (written beside it and renamed). An existing folder is refused.
@@ -97,7 +100,8 @@ def _write_split(folder: Path, split: str, seed: int, count: int) -> list[Object
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Per scene a caption, two look-ups of all its objects in different orders, and one look-up from a place back to a name."""
+    """Per scene a caption, two look-ups of all its objects in different orders, and one look-up from a place back
+    to a name."""
     for index, objects in enumerate(scenes):
         orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
         pairs = [

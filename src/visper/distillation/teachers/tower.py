@@ -1,7 +1,9 @@
-"""Small convolutional teachers: a ``transformers`` model folder that encodes a picture into tokens and decodes tokens into a picture.
+"""Small convolutional teachers: a ``transformers`` model folder that encodes a picture into tokens and decodes
+tokens into a picture.
 
-Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image`` (an autoencoder whose whole
-picture is one token). The tokens are standardised per channel, so that the same loss weights fit all of them.
+Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image``
+(an autoencoder whose whole picture is one token). The tokens are standardised per channel, so that the same loss
+weights fit all of them.
 
 Shape suffixes: B = pictures, N = tokens, E = token width, H, W = pixels.
 """
@@ -20,15 +22,27 @@ from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
 
 HEADS = ("depth", "classes", "image")
 CLASS_COLOURS = (
-    (0.55, 0.50, 0.45), (0.70, 0.80, 0.92), (0.86, 0.22, 0.22), (0.20, 0.45, 0.86), (0.95, 0.75, 0.15), (0.45, 0.25, 0.55),
-    (0.20, 0.65, 0.35), (0.90, 0.50, 0.70), (0.30, 0.75, 0.80), (0.60, 0.60, 0.20), (0.35, 0.35, 0.35), (0.95, 0.95, 0.95),
-)  # fmt: skip
+    (0.55, 0.50, 0.45),
+    (0.70, 0.80, 0.92),
+    (0.86, 0.22, 0.22),
+    (0.20, 0.45, 0.86),
+    (0.95, 0.75, 0.15),
+    (0.45, 0.25, 0.55),
+    (0.20, 0.65, 0.35),
+    (0.90, 0.50, 0.70),
+    (0.30, 0.75, 0.80),
+    (0.60, 0.60, 0.20),
+    (0.35, 0.35, 0.35),
+    (0.95, 0.95, 0.95),
+)
 
 
 class TowerConfig(PretrainedConfig):
-    """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the whole picture).
+    """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the whole
+    picture).
 
-    ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colours); ``near`` and ``far`` (metres) the range of a decoded depth.
+    ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colours); ``near`` and ``far``
+    (metres) the range of a decoded depth.
     """
 
     model_type = "visper_tower"
@@ -88,8 +102,8 @@ class TowerModel(PreTrainedModel):
             raise ValueError(f"unknown head '{config.head}' of a tower teacher: expected one of {', '.join(HEADS)}")
         if config.image_size % 12 or config.grid not in (1, config.image_size // 12):
             raise ValueError(
-                f"image_size {config.image_size} with grid {config.grid}: expected a multiple of 12 pixels and a grid of "
-                f"{config.image_size // 12}, or 1 for one token"
+                f"image_size {config.image_size} with grid {config.grid}: expected a multiple of 12 pixels and a grid "
+                f"of {config.image_size // 12}, or 1 for one token"
             )
         cells, inner = config.image_size // 12, config.inner
         self.trunk = _trunk(inner)
@@ -151,7 +165,8 @@ class TowerTeacher(Teacher):
         return self.model.encode(pixels)
 
     def decode_values(self, embedding: Tensor) -> Tensor:
-        """Depth in metres ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colours in 0..1 ``[B,3,H,W]``, by the model's head."""
+        """Depth in metres ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colours in 0..1 ``[B,3,H,W]``, by the
+        model's head."""
         config = self.model.config
         values = self.model.decode(embedding.float())
         if config.head == "depth":
