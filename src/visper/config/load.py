@@ -97,13 +97,15 @@ def _number(value: Any) -> Any:
     return value
 
 
-def load_run(name: str | Path, overrides: Iterable[str] = (), **changes: Any) -> Run:
+def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[Mapping[str, Any]] = ()) -> Run:
     """A validated run from a recipe file or a shipped recipe's name.
 
     ``changes`` are nested data laid on top (from code), then ``overrides`` (``key=value`` strings).
     Raises ConfigError listing every fault with file and key.
     """
-    data = _merge(read_recipe(name), changes)
+    data = read_recipe(name)
+    for change in changes:
+        data = _merge(data, change)
     try:
         return Run.model_validate(_merge(data, parse_overrides(overrides)))
     except ValidationError as error:

@@ -15,7 +15,8 @@ h1{font-size:1.9rem;margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:1px s
 table{border-collapse:collapse;margin:.8rem 0}td,th{padding:.3rem .8rem;text-align:left;border-bottom:1px solid #e4e8ef}
 th{font-weight:600;background:#f4f6fa}td.number{text-align:right;font-variant-numeric:tabular-nums}
 .good{color:#146c43;font-weight:600}.bad{color:#a3341f;font-weight:600}.note{color:#5a6475;font-size:.92rem}
-.sheet{display:grid;gap:6px;align-items:center;overflow-x:auto}.sheet div{font-size:.78rem;color:#5a6475;text-align:center}
+.sheet{display:grid;gap:6px;align-items:center;overflow-x:auto}
+.sheet div{font-size:.78rem;color:#5a6475;text-align:center}
 .sheet img{width:100%;image-rendering:pixelated;border-radius:3px;display:block}
 .curves{display:flex;flex-wrap:wrap;gap:14px}.curve{border:1px solid #e4e8ef;border-radius:6px;padding:6px 8px}
 .curve b{font-size:.82rem;font-weight:600}pre{background:#f4f6fa;padding:.7rem;border-radius:6px;overflow-x:auto}
@@ -37,7 +38,9 @@ def note(text: str) -> str:
     return f"<p class='note'>{html.escape(text)}</p>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], flags: Mapping[tuple[int, int], str] | None = None) -> str:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], flags: Mapping[tuple[int, int], str] | None = None
+) -> str:
     """A table; numbers are set right; ``flags`` gives cells (row, column) a class such as ``good``."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = []
@@ -63,7 +66,8 @@ def sheet(header: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> str:
     """A grid of pictures with a caption over each column."""
     captions = "".join(f"<div>{html.escape(name)}</div>" for name in header)
     cells = "".join(picture(image) for row in rows for image in row)
-    return f"<div class='sheet' style='grid-template-columns:repeat({len(header)},minmax(64px,1fr))'>{captions}{cells}</div>"
+    columns = f"grid-template-columns:repeat({len(header)},minmax(64px,1fr))"
+    return f"<div class='sheet' style='{columns}'>{captions}{cells}</div>"
 
 
 def curve(name: str, points: Sequence[tuple[float, float]], width: int = 240, height: int = 96) -> str:
@@ -72,7 +76,8 @@ def curve(name: str, points: Sequence[tuple[float, float]], width: int = 240, he
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
     across, up = (right - left) or 1.0, (high - low) or 1.0
     path = " ".join(
-        f"{4 + (x - left) / across * (width - 8):.1f},{height - 4 - (y - low) / up * (height - 8):.1f}" for x, y in points
+        f"{4 + (x - left) / across * (width - 8):.1f},{height - 4 - (y - low) / up * (height - 8):.1f}"
+        for x, y in points
     )
     return (
         f"<div class='curve'><b>{html.escape(name)}</b> <span class='note'>{ys[0]:.3g} to {ys[-1]:.3g} "

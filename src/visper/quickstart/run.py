@@ -64,35 +64,41 @@ class Result:
     seconds: dict[str, float]
 
 
-def quickstart(out: Path, seed: int = 0, budget: Budget = FULL, console: Console | None = None) -> Result:
+def quickstart(
+    out: Path, seed: int = 0, budget: Budget = FULL, console: Console | None = None, **pt_changes: Any
+) -> Result:
     """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
 
     Args:
         out: everything goes there: ``world/``, ``bases/``, ``pt/``, ``ift/``, ``report.html``.
         seed: of the world, the projector, the order of the rows.
         budget: ``FULL`` or ``FAST``.
+        pt_changes: laid over the pre-training recipe, such as ``distillation=None``.
     """
     console = console or Console()
     seconds = _Stopwatch(out / "seconds.json")
     with seconds("world"):
         world = prepare_world(out, seed, budget, console)
         copy_bases(out / "bases")
-    runs = stage_runs(out, seed, budget)
+    runs = stage_runs(out, seed, budget, **pt_changes)
     held_out = HeldOut.read(world, 2 * budget.judged)
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
     steps = watched_steps(runs["pt"])
-    watch = PredictionWatch(out / "watched", judged.pictures, steps)
+    distils = runs["pt"].distillation is not None
+    watch = [PredictionWatch(out / "watched", judged.pictures, steps)] if distils else []
     for stage, run in runs.items():
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
         with seconds(stage):
-            run_stage(run, resume=True, callbacks=[watch] if stage == "pt" else [])
+            run_stage(run, resume=True, callbacks=watch if stage == "pt" else [])
     with seconds("questions"):
         answered = ask_everything(out, runs, world)
-    with seconds("predictions"):
-        teachers = {task: TowerTeacher(out / "bases" / f"teacher_{task}") for task in TASKS}
-        found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
+    found: list[Finding] = []
+    if distils:
+        with seconds("predictions"):
+            teachers = {task: TowerTeacher(out / "bases" / f"teacher_{task}") for task in TASKS}
+            found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
     result = Result(out, seed, runs, table, answered[TRAINED], found, cues, seconds.taken)
@@ -146,8 +152,8 @@ def stage_runs(out: Path, seed: int, budget: Budget, **pt_changes: Any) -> dict[
         [f"optimisation.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
     )
     return {
-        "pt": load_run("quickstart/pt", steps[0], **{**pt, **pt_changes}),
-        "ift": load_run("quickstart/ift", steps[1], **ift),
+        "pt": load_run("quickstart/pt", steps[0], changes=(pt, pt_changes)),
+        "ift": load_run("quickstart/ift", steps[1], changes=(ift,)),
     }
 
 
@@ -172,6 +178,22 @@ def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str,
     for name, rows in answered.items():
         save_answers(out / "answers" / f"{name}.jsonl", rows)
     return answered
+
+
+def check_learning(result: Result) -> None:
+    """Refuses a run whose losses did not fall: every term of PT, and IFT's next-token loss.
+
+    Raises:
+        RuntimeError: names the terms that are no lower at the end than at the start.
+    """
+    stuck = []
+    for stage in result.runs:
+        lines = (result.out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        logs = [entry for entry in map(json.loads, lines) if "loss" in entry]
+        terms = [name for name in logs[0] if name == "ntp" or name.endswith(("/smooth_l1", "/contrastive"))]
+        stuck += [f"{stage}: {name}" for name in terms if not logs[-1][name] < logs[0][name]]
+    if stuck:
+        raise RuntimeError(f"these losses did not fall, so nothing was learnt from them: {', '.join(stuck)}")
 
 
 def save_result(result: Result) -> None:

@@ -25,9 +25,9 @@ class HeldOut:
     """Held-out scenes: pictures and exact maps (depth in metres, classes), in one order."""
 
     pictures: list[Image.Image]
-    depth_SHW: Tensor
-    classes_SHW: Tensor
-    objects_SHW: Tensor  # True on named objects
+    depth: Tensor  # [S, H, W] metres
+    classes: Tensor  # [S, H, W]
+    objects: Tensor  # [S, H, W], True on named objects
 
     @classmethod
     def read(cls, world: Path, limit: int) -> HeldOut:
@@ -46,7 +46,7 @@ class HeldOut:
     def part(self, start: int, stop: int) -> HeldOut:
         """Scenes ``start`` up to ``stop``."""
         cut = slice(start, stop)
-        return HeldOut(self.pictures[cut], self.depth_SHW[cut], self.classes_SHW[cut], self.objects_SHW[cut])
+        return HeldOut(self.pictures[cut], self.depth[cut], self.classes[cut], self.objects[cut])
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def targets_of(teacher: Teacher, pictures: list[Image.Image], batch: int = 100) 
 
 
 def centred_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> float:
-    """Mean cosine between prediction and target, each less the mean target: the scenes' common layout does not count."""
+    """Mean cosine between prediction and target, each less the mean target: what all scenes share does not count."""
     return float(F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1)).mean())
 
 
@@ -104,25 +104,25 @@ def _drawn(
     """The decoded prediction against the exact maps, where the teacher's picture is a map."""
     head = teacher.model.config.head
     ours, ceiling = teacher.decode_values(values), teacher.decode_values(target)
-    on = judged.objects_SHW
+    on = judged.objects
     if head == "depth":
-        mean_map = fit.depth_SHW.log().mean(0).exp().expand_as(judged.depth_SHW)
+        mean_map = fit.depth.log().mean(0).exp().expand_as(judged.depth)
         result = []
         for where, mask in (("picture", torch.ones_like(on)), ("objects", on)):
-            error = [_relative_error(d, judged.depth_SHW, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
+            error = [_relative_error(d, judged.depth, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
             controls = {"mean map": error[1], "teacher": error[2]}
             result.append(Finding(name, f"depth error, {where}", error[0], controls, False))
         return result
     if head == "classes":
-        counts = F.one_hot(fit.classes_SHW).sum(0)
-        by_position = counts.argmax(-1).expand_as(judged.classes_SHW)
+        counts = F.one_hot(fit.classes).sum(0)
+        by_position = counts.argmax(-1).expand_as(judged.classes)
         # On object pixels the guess by position is the most frequent *object* class there, the strongest blind one.
-        object_counts = (F.one_hot(fit.classes_SHW) * fit.objects_SHW[..., None]).sum(0)
-        on_objects = object_counts.argmax(-1).expand_as(judged.classes_SHW)
+        object_counts = (F.one_hot(fit.classes) * fit.objects[..., None]).sum(0)
+        on_objects = object_counts.argmax(-1).expand_as(judged.classes)
         result = []
         for where, mask, guess in (("picture", torch.ones_like(on), by_position), ("objects", on, on_objects)):
             right = [
-                float((classes == judged.classes_SHW)[mask].float().mean())
+                float((classes == judged.classes)[mask].float().mean())
                 for classes in (ours.argmax(1), guess, ceiling.argmax(1))
             ]
             controls = {"guess by position": right[1], "teacher": right[2]}

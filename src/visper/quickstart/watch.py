@@ -49,9 +49,9 @@ class PredictionWatch(TrainerCallback):
         model.eval()
         predicted = predict_pictures(model, self.pictures)
         model.train(mode)
-        with complete(self.folder / f"step_{state.global_step:06d}.npz") as partial:
-            with partial.open("wb") as file:
-                np.savez(file, **{name.replace("/", "."): value.numpy() for name, value in predicted.items()})
+        with complete(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
+            arrays: dict[str, Any] = {name.replace("/", "."): value.numpy() for name, value in predicted.items()}
+            np.savez(file, **arrays)
 
 
 def predict_pictures(model: TrainingModel, pictures: Sequence[Image.Image], batch: int = 50) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Losses become weights."""
 
 from visper.training.module import TrainingModel
-from visper.training.run import run_pipeline, run_stage
+from visper.training.run import is_finished, run_pipeline, run_stage
 from visper.training.stages import TRAINABLE, apply_stage, count_parts
 from visper.training.trainer import NonFiniteLossError, StageTrainer
 
@@ -12,6 +12,7 @@ __all__ = [
     "TrainingModel",
     "apply_stage",
     "count_parts",
+    "is_finished",
     "run_pipeline",
     "run_stage",
 ]

@@ -30,11 +30,14 @@ class TrainingModel(nn.Module):
         objective: the embedding losses; None where the stage has none.
     """
 
+    silent: Tensor
+
     def __init__(
         self, student: Student, task_tokens: TaskTokens | None = None, objective: EmbeddingDistillation | None = None
     ) -> None:
         super().__init__()
         self.student = student.model
+        self.processor = student.processor
         self.task_tokens = task_tokens
         self.objective = objective
         self.config = student.model.config  # the engine looks for it
@@ -96,6 +99,25 @@ class TrainingModel(nn.Module):
         if pixel_values is None:
             loss = loss + self._untouched()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    @torch.no_grad()
+    def predict(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, image_rows: Tensor
+    ) -> dict[str, Tensor]:
+        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[B_img, N, E]``. Needs an objective."""
+        if self.objective is None or self.task_tokens is None:
+            raise ValueError("this model has no objective to predict with: add 'distillation' to the run")
+        with HiddenStateTap(self.student.model.language_model, self.objective.layers) as hidden:
+            self.student.model(
+                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
+            )
+            layout = TokenLayout.from_ids(input_ids, attention_mask, *self._ids)
+            queries = dict(self.task_tokens.queries)
+            return {
+                f"{task}/{layer}": predicted
+                for task in self.objective.tasks
+                for layer, predicted in self.objective.predict(task, hidden, layout, queries, image_rows).items()
+            }
 
     def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
         """Cross-entropy summed over supervised positions; logits exist at those positions only.

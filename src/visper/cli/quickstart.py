@@ -1,0 +1,35 @@
+"""``visper quickstart``: the whole story on a laptop, without network or GPU."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "quickstart"
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("visper-quickstart"),
+    seed: Annotated[int, typer.Option(help="of the world, the projector and the order of rows")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="two minutes: everything runs, little is learnt")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="with and without embedding losses, over seeds")] = False,
+    seeds: Annotated[int, typer.Option(help="how many seeds, with --ablate")] = 5,
+) -> None:
+    """Render a world, pre-train with distillation, fine-tune, ask, and draw a report. No network, no GPU.
+
+    Example: `visper quickstart --seed 1 --out my-quickstart`
+    """
+    from rich.console import Console
+
+    from visper.quickstart.ablate import ablate as run_ablation
+    from visper.quickstart.report import write_report
+    from visper.quickstart.run import FAST, FULL, check_learning, quickstart
+
+    console = Console()
+    budget = FAST if fast else FULL
+    if ablate:
+        run_ablation(out, seeds, budget, console)
+        return
+    result = quickstart(out, seed, budget, console)
+    check_learning(result)
+    console.print(f"report: {write_report(result, budget)}")

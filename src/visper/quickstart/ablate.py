@@ -1,0 +1,121 @@
+"""Does distillation help here? The same budget with and without the embedding losses, over seeds.
+
+Arms: the recipe; other loss weights; no embedding losses (task tokens kept) at equal steps; and the same at equal
+compute, since a step with losses costs more. Differences are paired by seed: an arm and its baseline share world,
+projector and row order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from visper.quickstart.run import FULL, TASKS, TRAINED, Budget, quickstart, stage_runs
+
+BASELINE = "no losses"
+EQUAL_COMPUTE = "no losses, equal compute"
+
+ARMS: dict[str, dict[str, Any]] = {
+    BASELINE: {"distillation": None},
+    "weight 0.5": {},
+    "weight 0.1": {"distillation": {"tasks": {task: {"weight": 0.1} for task in TASKS}}},
+    "weight 2.0": {"distillation": {"tasks": {task: {"weight": 2.0} for task in TASKS}}},
+    EQUAL_COMPUTE: {"distillation": None},
+}
+"""Arm -> what it changes in the pre-training recipe."""
+
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95 % quantiles of Student's t, for 1 to 10 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's accuracy less the baseline's, in points, paired by seed, with its 95 % t-interval."""
+
+    arm: str
+    kind: str
+    mean: float
+    low: float
+    high: float
+
+
+def ablate(out: Path, seeds: int, budget: Budget = FULL, console: Console | None = None) -> list[Difference]:
+    """Runs every arm with every seed (finished ones are read, not run again) and reports the differences.
+
+    Raises:
+        ValueError: fewer than two seeds give no interval.
+    """
+    if seeds < 2:
+        raise ValueError(f"--seeds {seeds}: an interval over seeds needs at least 2, a claim at least 5")
+    console = console or Console()
+    accuracies: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        for arm in ARMS:
+            accuracies[arm].append(run_arm(out, arm, seed, budget, console))
+    found = [d for arm in ARMS if arm != BASELINE for d in differences(arm, accuracies[arm], accuracies[BASELINE])]
+    show(accuracies, found, console)
+    return found
+
+
+def run_arm(out: Path, arm: str, seed: int, budget: Budget, console: Console) -> dict[str, float]:
+    """Accuracy by kind of one arm with one seed."""
+    place = out / f"seed-{seed}" / arm.replace(" ", "-").replace(",", "")
+    finished = place / "result.json"
+    if not finished.exists():
+        if arm == EQUAL_COMPUTE:
+            budget = replace(budget, pt_steps=equal_compute_steps(out, seed, budget))
+        quickstart(place, seed, budget, console, **ARMS[arm])
+    table = json.loads(finished.read_text(encoding="utf-8"))["scores"][TRAINED]
+    return {kind: row["correct"] / row["total"] for kind, row in table.items()}
+
+
+def equal_compute_steps(out: Path, seed: int, budget: Budget) -> int:
+    """Steps without losses that take the seconds of the recipe's steps with them, as measured with this seed."""
+    taken = {}
+    for arm in (BASELINE, "weight 0.5"):
+        folder = out / f"seed-{seed}" / arm.replace(" ", "-")
+        taken[arm] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seconds"]["pt"]
+    steps = stage_runs(out, seed, budget)["pt"].optimisation.max_steps
+    assert steps is not None
+    return round(steps * taken["weight 0.5"] / taken[BASELINE])
+
+
+def differences(
+    arm: str, ours: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]]
+) -> list[Difference]:
+    """Per kind the mean paired difference in points and its t-interval."""
+    rows = []
+    for kind in ours[0]:
+        points = [100 * (a[kind] - b[kind]) for a, b in zip(ours, baseline, strict=True)]
+        mean = statistics.fmean(points)
+        freedom = len(points) - 1
+        quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
+        spread = quantile * statistics.stdev(points) / math.sqrt(len(points))
+        rows.append(Difference(arm, kind, mean, mean - spread, mean + spread))
+    return rows
+
+
+def show(
+    accuracies: Mapping[str, Sequence[Mapping[str, float]]], found: Sequence[Difference], console: Console
+) -> None:
+    """Mean accuracy of every arm, then the differences from the baseline; Markdown, to be put into the docs."""
+    kinds = list(next(iter(accuracies.values()))[0])
+    means: Callable[[str, str], float] = lambda arm, kind: statistics.fmean(row[kind] for row in accuracies[arm])  # noqa: E731
+    table = Table("arm", *kinds, title="mean accuracy over seeds")
+    for arm in accuracies:
+        table.add_row(arm, *(f"{means(arm, kind):.1%}" for kind in kinds))
+    console.print(table)
+    table = Table("arm", *kinds, title=f"points more than '{BASELINE}', 95 % interval")
+    for arm in accuracies:
+        mine = {d.kind: d for d in found if d.arm == arm}
+        if mine:
+            table.add_row(arm, *(f"{d.mean:+.1f} ({d.low:+.1f} to {d.high:+.1f})" for d in map(mine.get, kinds) if d))
+    console.print(table)
