@@ -40,6 +40,10 @@ NEAR, FAR = 2.0, 30.0
 """Depths are clipped to this range (metres); the sky is at ``FAR``."""
 MIN_VISIBLE_PIXELS = 50
 MIN_VISIBLE_SHARE = 0.55
+BAND, BAND_CONTRAST = 0.28, 0.3
+"""Every named object is painted with level bands this many metres high, this much darker: a near object shows few broad
+bands, a far one many narrow ones, however big it is. With feet and shadows alone a small encoder's depth was 12 % off
+(22 % standard deviation) and bounded the depth questions at 81 %, the distance questions at 72 %."""
 
 Array = npt.NDArray[np.float32]
 
@@ -153,6 +157,8 @@ def _draw_object(rng: np.random.Generator, camera: Camera, colour: str, shape: s
         return None
     radius = per_depth * depth
     centre = np.array([0, camera.height, 0], np.float32) + depth * ray
+    if not _foot_in_sight(camera, centre):
+        return None
     half = half_heights[shape] * radius
     bottom = float(centre[1]) - half
     yaw = float(rng.uniform(0, np.pi / 2))
@@ -164,12 +170,18 @@ def _draw_object(rng: np.random.Generator, camera: Camera, colour: str, shape: s
     footprint = max(width, length) * (1.2 if shape == "box" else 1.0)
     if standing >= 0.2 and bottom > 0.08:
         step = bottom < 1.0 and rng.random() < 0.7
-        if step or rng.random() < 0.7:
-            wide = float(rng.uniform(0.9, 1.25) * width) if step else float(rng.uniform(0.16, 0.3) * radius)
+        if step or rng.random() < 0.85:
+            wide = float(rng.uniform(0.9, 1.25) * width) if step else float(rng.uniform(0.2, 0.35) * radius)
             middle = np.array([centre[0], bottom / 2, centre[2]], np.float32)
             supports = (Solid("box" if step else "cylinder", middle, (wide, bottom / 2, wide), yaw),)
             footprint = max(footprint, wide * (1.3 if step else 1.0))
     return _Placed(colour, solid, supports, footprint)
+
+
+def _foot_in_sight(camera: Camera, centre: Array) -> bool:
+    """Whether the ground point under an object is in the picture: without it nobody could tell where it stands."""
+    foot = camera.to_camera(centre * np.array([1, 0, 1], np.float32))
+    return bool(foot[2] > 0.5 and SIZE / 2 - camera.focal * foot[1] / foot[2] < SIZE + 2)
 
 
 def _draw_objects(rng: np.random.Generator, camera: Camera) -> list[_Placed]:
@@ -214,7 +226,7 @@ def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
 
 
 def _paint(
-    rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, solids: list[Solid], colours: list[Array]
+    rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, solids: list[Solid], colours: list[Array], count: int
 ) -> npt.NDArray[np.uint8]:
     owner, depth, normal = hits
     points = (rays * depth[..., None]).reshape(-1, 3)
@@ -225,7 +237,10 @@ def _paint(
     albedo[sky] = np.array([0.66, 0.72, 0.80]) + rng.uniform(-0.06, 0.06, 3)
     palette = np.stack([*colours, np.zeros(3, np.float32)])
     solid = flat >= 0
-    albedo[solid] = palette[flat[solid]]
+    bottoms = np.array([s.centre[1] - s.half[1] for s in solids], np.float32)
+    named = np.arange(len(solids)) < count
+    bands = np.floor((points[solid, 1] - bottoms[flat[solid]]) / BAND).astype(np.int32) & 1
+    albedo[solid] = palette[flat[solid]] * (1 - BAND_CONTRAST * bands * named[flat[solid]])[:, None]
     fill = np.array([-0.45, 0.35, -0.82], np.float32)
     facing = normal.reshape(-1, 3)
     light = 0.42 + 0.22 * np.maximum(facing @ fill, 0)
@@ -282,7 +297,7 @@ def _finish(rng: np.random.Generator, camera: Camera, rays: Array, placed: list[
     hits = cast(rays, camera.height, camera.axes, camera.focal, solids, FAR)
     colours = [np.clip(np.array(COLOURS[p.colour]) + rng.normal(0, 0.025, 3), 0, 1).astype(np.float32) for p in placed]
     colours += [np.full(3, rng.uniform(0.35, 0.7), np.float32) for _ in supports]
-    image = _paint(rng, hits, rays, camera, solids, colours)
+    image = _paint(rng, hits, rays, camera, solids, colours, len(placed))
     table = np.array([CLASSES.index(p.solid.shape) for p in placed] + [5] * len(supports) + [1, 0], np.uint8)
     classes = table[hits.owner]
     instances = np.where((hits.owner >= 0) & (hits.owner < len(placed)), hits.owner + 1, 0).astype(np.uint8)
