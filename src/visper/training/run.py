@@ -48,7 +48,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         DataError: too many bad rows.
     """
     output = Path(run.output)
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(quiet=not state.is_main_process)
     if state.is_main_process:
         claim_output(run, output, resume)

@@ -1,0 +1,136 @@
+"""The training model: logits where labels are, batches without labels or images, teachers left outside."""
+
+import pytest
+import torch
+
+from tests import tiny
+from visper.config import Geometry
+from visper.config import Student as StudentConfig
+from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec, predictor_spec
+from visper.model import TaskTokens, build_student, initial_queries
+from visper.training import TrainingModel, apply_stage
+from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, part_name
+
+TOKENS, WIDTH = 16, 8
+
+
+@pytest.fixture
+def model(tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    queries = initial_queries(student, {"depth": TOKENS}, torch.Generator().manual_seed(0))
+    task = DistilledTask(TargetSpec(TOKENS, WIDTH, (4, 4)), (2,), predictor_spec("depth"))
+    objective = EmbeddingDistillation({"depth": task}, student.hidden_size, student.num_layers)
+    built = TrainingModel(student, TaskTokens(student.task_token_ids, queries), objective)
+    apply_stage(built, "pt")
+    return built
+
+
+def batch_of(model, images=2, text=1):
+    """Rows of one length: an image block and text; the last five tokens are supervised."""
+    image_id, task_ids = model._ids
+    block = [image_id] * 16 + [token for ids in task_ids.values() for token in ids]
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(0, 200, (images + text, len(block) + 12), generator=generator)
+    for row in range(images):
+        words[row, 3 : 3 + len(block)] = torch.tensor(block)
+    labels = torch.full_like(words, -100)
+    labels[:, -5:] = words[:, -5:]
+    batch = {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
+    batch |= {"num_tokens": 5 * (images + text), "num_images": max(1, images), "image_rows": torch.arange(images)}
+    if images:
+        batch["pixel_values"] = torch.randn(images, 3, 16, 16, generator=generator)
+        own = torch.randn(images, TOKENS, WIDTH, generator=generator)
+        batch["targets"] = {"depth": Targets(own, own, torch.arange(images))}
+    return batch
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    model(**batch)["loss"].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_logits_exist_at_supervised_positions_only(model):
+    seen = []
+    model.student.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    model(**batch_of(model))
+    assert seen == [(3 * 5, 32)], "the published code computes them at every position"
+
+
+def test_the_loss_is_stock_llavas_up_to_silent_tokens(model):
+    batch = batch_of(model, images=0, text=2)
+    ours = model(**batch)["ntp"]
+    with torch.no_grad():
+        logits = model.student(input_ids=batch["input_ids"]).logits[:, :-1].float()
+        logits[..., model.silent] = float("-inf")
+        theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_without_labels_is_zero_not_nan(model):
+    batch = batch_of(model, images=0, text=2)
+    batch |= {"labels": torch.full_like(batch["labels"], -100), "num_tokens": 1}
+    outputs = model(**batch)
+    assert outputs["loss"] == 0 and outputs["ntp"] == 0
+
+
+def test_every_learning_parameter_gets_a_gradient_in_every_batch(model):
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    for images in (2, 0):
+        missing = learning - gradients(model, batch_of(model, images=images)).keys()
+        assert not missing, f"plain DDP would stop at step 2: {missing}"
+
+
+def test_text_only_batches_move_nothing_in_pt_but_their_own_tokens(model):
+    found = gradients(model, batch_of(model, images=0, text=3))
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_text_only_rows_do_not_dilute_the_embedding_losses(model):
+    alone, together = batch_of(model, images=2, text=0), batch_of(model, images=2, text=3)
+    for key in ("input_ids", "attention_mask", "labels"):
+        together[key] = torch.cat((alone[key], together[key][2:]))
+    together |= {"pixel_values": alone["pixel_values"], "targets": alone["targets"]}
+    with torch.no_grad():
+        one, other = model(**alone), model(**together)
+    for name in ("depth/2/smooth_l1", "depth/2/contrastive"):
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
+
+
+def test_teachers_are_in_no_state_dict(model):
+    teacher = tiny.PooledColours("colours")
+    assert not any("mix" in name for name in model.state_dict())
+    assert not any(p is q for p in model.parameters() for q in teacher.parameters())
+
+
+def test_each_stage_trains_exactly_its_parts(model):
+    expected = {
+        "pt": {"projector", "task_tokens", "predictors", "logit_scales"},
+        "vpt": {"vision", "projector", "llm"},
+        "ift": {"projector", "llm"},
+    }
+    for stage, parts in expected.items():
+        counts = apply_stage(model, stage)
+        assert {c.part for c in counts if c.trainable} == parts
+        assert all(c.trainable in (0, c.total) for c in counts)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(model):
+    model.objective = None
+    with pytest.raises(ValueError, match=r"trains 'predictors\.\*', but the model has no such parameters"):
+        apply_stage(model, "pt")
+    apply_stage(model, "pt", lacks=DISTILLATION_PARTS)
+    model.task_tokens = None
+    apply_stage(model, "pt", lacks=DISTILLATION_PARTS + TASK_TOKEN_PARTS)
+
+
+def test_a_parameter_of_no_part_is_refused():
+    with pytest.raises(ValueError, match="belongs to no part"):
+        part_name("teacher.weight")
+
+
+def test_predictions_have_the_teachers_shape(model):
+    batch = batch_of(model)
+    keys = ("input_ids", "attention_mask", "pixel_values", "image_rows")
+    predicted = model.predict(**{key: batch[key] for key in keys})
+    assert {name: tuple(value.shape) for name, value in predicted.items()} == {"depth/2": (2, TOKENS, WIDTH)}
