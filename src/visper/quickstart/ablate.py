@@ -72,7 +72,7 @@ def run_arm(out: Path, arm: str, seed: int, budget: Budget, console: Console) ->
     if not finished.exists():
         if arm == EQUAL_COMPUTE:
             budget = replace(budget, pt_steps=equal_compute_steps(out, seed, budget))
-        quickstart(place, seed, budget, console, **ARMS[arm])
+        quickstart(place, seed, budget, console, out / f"seed-{seed}" / "world", ARMS[arm])
     table = json.loads(finished.read_text(encoding="utf-8"))["scores"][TRAINED]
     return {kind: row["correct"] / row["total"] for kind, row in table.items()}
 
@@ -83,7 +83,7 @@ def equal_compute_steps(out: Path, seed: int, budget: Budget) -> int:
     for arm in (BASELINE, "weight 0.5"):
         folder = out / f"seed-{seed}" / arm.replace(" ", "-")
         taken[arm] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seconds"]["pt"]
-    steps = stage_runs(out, seed, budget)["pt"].optimisation.max_steps
+    steps = stage_runs(out, out, seed, budget)["pt"].optimisation.max_steps
     assert steps is not None
     return round(steps * taken["weight 0.5"] / taken[BASELINE])
 

@@ -50,7 +50,7 @@ Sheet = tuple[list[str], list[list[Image.Image]]]
 
 def prediction_sheets(result: Result, budget: Budget) -> dict[str, Sheet]:
     """Per tapped layer a grid: picture, teacher, and the prediction at each watched step."""
-    held_out = HeldOut.read(result.out / "world", 2 * budget.judged)
+    held_out = HeldOut.read(result.world, 2 * budget.judged)
     judged = held_out.part(budget.judged, 2 * budget.judged)
     chosen = [len(judged.pictures) * i // SHOWN for i in range(SHOWN)]
     pictures = [judged.pictures[i] for i in chosen]
@@ -139,7 +139,7 @@ def answers_section(result: Result) -> str:
     for kind, rows in by_kind.items():
         chosen = rows[:: max(1, len(rows) // 3)][:3]
         for row in chosen:
-            with Image.open(result.out / "world" / "images" / str(row.image)) as file:
+            with Image.open(result.world / "images" / str(row.image)) as file:
                 shown = page.picture(file.convert("RGB"))
             mark = "right" if row.correct else f"wrong, it is {row.expected}"
             text = page.note(f"{kind}: {row.question}") + page.note(f"answer: {row.said} ({mark})")

@@ -55,6 +55,7 @@ class Result:
     """What a quickstart found, and where it lies."""
 
     out: Path
+    world: Path
     seed: int
     runs: dict[str, Run]
     scores: dict[str, list[Score]]
@@ -65,7 +66,12 @@ class Result:
 
 
 def quickstart(
-    out: Path, seed: int = 0, budget: Budget = FULL, console: Console | None = None, **pt_changes: Any
+    out: Path,
+    seed: int = 0,
+    budget: Budget = FULL,
+    console: Console | None = None,
+    world: Path | None = None,
+    pt_changes: Mapping[str, Any] | None = None,
 ) -> Result:
     """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
 
@@ -73,14 +79,15 @@ def quickstart(
         out: everything goes there: ``world/``, ``bases/``, ``pt/``, ``ift/``, ``report.html``.
         seed: of the world, the projector, the order of the rows.
         budget: ``FULL`` or ``FAST``.
-        pt_changes: laid over the pre-training recipe, such as ``distillation=None``.
+        world: where the world is or is to be; default ``out/world``.
+        pt_changes: laid over the pre-training recipe, such as ``{"distillation": None}``.
     """
     console = console or Console()
     seconds = _Stopwatch(out / "seconds.json")
     with seconds("world"):
-        world = prepare_world(out, seed, budget, console)
+        world = prepare_world(world or out / "world", seed, budget, console)
         copy_bases(out / "bases")
-    runs = stage_runs(out, seed, budget, **pt_changes)
+    runs = stage_runs(out, world, seed, budget, pt_changes or {})
     held_out = HeldOut.read(world, 2 * budget.judged)
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
     steps = watched_steps(runs["pt"])
@@ -101,15 +108,14 @@ def quickstart(
             found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
-    result = Result(out, seed, runs, table, answered[TRAINED], found, cues, seconds.taken)
+    result = Result(out, world, seed, runs, table, answered[TRAINED], found, cues, seconds.taken)
     save_result(result)
     show_result(result, console)
     return result
 
 
-def prepare_world(out: Path, seed: int, budget: Budget, console: Console) -> Path:
+def prepare_world(world: Path, seed: int, budget: Budget, console: Console) -> Path:
     """Renders the world once; a world of another seed or size in its place is an error."""
-    world = out / "world"
     wanted = {"seed": seed, "scenes": budget.scenes, "held_out": budget.held_out, "per_kind": budget.per_kind}
     if world.exists():
         there = json.loads((world / "world.json").read_text(encoding="utf-8"))
@@ -117,7 +123,7 @@ def prepare_world(out: Path, seed: int, budget: Budget, console: Console) -> Pat
             raise ValueError(f"'{world}' holds a world of other seed or size: choose another --out, or remove it")
         announce(console, "finished", f"world: {world}")
         return world
-    out.mkdir(parents=True, exist_ok=True)
+    world.parent.mkdir(parents=True, exist_ok=True)
     announce(console, "world", f"{budget.scenes} scenes to learn from, {budget.held_out} held out, into {world}")
     write_world(world, **wanted)
     return world
@@ -130,9 +136,11 @@ def copy_bases(folder: Path) -> None:
             shutil.copytree(BASES, partial)
 
 
-def stage_runs(out: Path, seed: int, budget: Budget, **pt_changes: Any) -> dict[str, Run]:
+def stage_runs(
+    out: Path, world: Path, seed: int, budget: Budget, pt_changes: Mapping[str, Any] | None = None
+) -> dict[str, Run]:
     """The two recipes, with their paths under ``out``."""
-    bases, world = out / "bases", out / "world"
+    bases = out / "bases"
     tasks = {task: {"teacher": {"model": str(bases / f"teacher_{task}")}} for task in TASKS}
     pt: dict[str, Any] = {
         "seed": seed,
@@ -152,7 +160,7 @@ def stage_runs(out: Path, seed: int, budget: Budget, **pt_changes: Any) -> dict[
         [f"optimisation.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
     )
     return {
-        "pt": load_run("quickstart/pt", steps[0], changes=(pt, pt_changes)),
+        "pt": load_run("quickstart/pt", steps[0], changes=(pt, pt_changes or {})),
         "ift": load_run("quickstart/ift", steps[1], changes=(ift,)),
     }
 
