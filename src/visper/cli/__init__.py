@@ -6,6 +6,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from visper.cli import chat, evaluate, pipeline, quickstart, recipes, train
 
@@ -25,9 +26,9 @@ def main() -> None:
     try:
         app()
     except ExpectedErrors as error:
-        Console(stderr=True).print(f"[bold red]error[/bold red] {error}", highlight=False, markup=True)
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error ", "bold red"), str(error)))
         sys.exit(2)
 
 
-ExpectedErrors = (ValueError, FileNotFoundError)
-"""ConfigError, DataError and the library's own ValueErrors all say what to do."""
+ExpectedErrors = (ValueError, OSError, ArithmeticError)
+"""ConfigError, DataError and the library's own ValueErrors, a full disk, a loss that is not finite: they say it all."""

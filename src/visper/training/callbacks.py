@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -50,4 +51,4 @@ class ConsoleCallback(ProgressCallback):
 
 def announce(console: Console, what: str, detail: str) -> None:
     """One line of the story of a run."""
-    console.print(f"[bold]{what:<11}[/bold] {detail}", highlight=False)
+    console.print(Text.assemble((f"{what:<11} ", "bold"), detail))

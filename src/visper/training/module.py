@@ -46,6 +46,14 @@ class TrainingModel(nn.Module):
         if task_tokens is not None:
             task_tokens.attach(self.student.get_input_embeddings())
 
+    def train(self, mode: bool = True) -> TrainingModel:
+        """As always, but a frozen encoder stays in evaluation mode: training sees the features that inference sees."""
+        super().train(mode)
+        vision = self.student.model.vision_tower
+        if not any(parameter.requires_grad for parameter in vision.parameters()):
+            vision.eval()
+        return self
+
     def recompute_activations(self) -> None:
         """Turns gradient checkpointing on in the student; never re-entrant, which would lose the hooks' gradients."""
         # transformers 5.2x renamed the method; 5.17 has the old name only.

@@ -35,7 +35,7 @@ FORWARD_KEYS = frozenset(
 )
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the message names the rows of the batch."""
 
 

@@ -1,0 +1,98 @@
+"""Every verb: its help has an example, it does its one thing, and people's mistakes end in one message."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests import tiny
+from visper.cli import app, main
+from visper.config import load_run
+from visper.training import run_stage
+
+VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llm, tiny_encoder):
+    """A finished fine-tuning of a tiny student, with the recipe that made it."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = tiny.write_rows(folder / "rows")
+    recipe = {
+        "name": "tiny",
+        "stage": "ift",
+        "output": str(folder / "out"),
+        "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
+        "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
+        "optimisation": {"global_batch": 2, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+    }
+    (folder / "tiny.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    run_stage(load_run(folder / "tiny.yaml"))
+    return folder
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb):
+    result = call(verb, "--help")
+    assert result.exit_code == 0 and "Example" in result.output
+
+
+def test_recipes_are_listed_and_shown_resolved():
+    assert "phi3-mini" in call("recipes").output
+    assert "global_batch: 256" in call("recipes", "phi3-mini-vit-l/pt").output
+
+
+def test_train_takes_overrides(trained):
+    result = call("train", str(trained / "tiny.yaml"), f"output={trained / 'other'}", "seed=5")
+    assert result.exit_code == 0
+    assert load_run(trained / "other" / "run.yaml").seed == 5
+
+
+def test_pipeline_skips_finished_stages(trained):
+    assert "finished" in call("pipeline", str(trained / "tiny.yaml")).output
+
+
+def test_chat_answers(trained):
+    Image.new("RGB", (9, 7), "blue").save(trained / "blue.png")
+    asked = (
+        "chat",
+        str(trained / "out"),
+        "--image",
+        str(trained / "blue.png"),
+        "--prompt",
+        "what?",
+        "--max-new-tokens",
+    )
+    assert call(*asked, "--max-new-tokens", "3").exit_code == 0
+
+
+def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
+    questions = [{"image": "1.png", "question": "what?", "answer": "thing"}, {"question": "say 1", "answer": "word"}]
+    (trained / "questions.json").write_text(json.dumps(questions))
+    place = ("--questions", str(trained / "questions.json"), "--images", str(trained / "rows" / "images"))
+    result = call("evaluate", str(trained / "out"), *place, "--max-new-tokens", "2")
+    assert "95 % interval" in result.output
+    kept = [json.loads(line) for line in (trained / "questions.answers.jsonl").read_text().splitlines()]
+    assert [row["expected"] for row in kept] == ["thing", "word"] and all("said" in row for row in kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
+        (["train", "llama3-8b-vit-l/pt", "optimisation.lrr=1"], "did you mean 'lr'?"),
+        (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
+        (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["visper", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and message in shown and "Traceback" not in shown
