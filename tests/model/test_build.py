@@ -208,6 +208,17 @@ def test_feature_maps_are_read_row_by_row(tmp_path):
     assert torch.equal(tokens[0, 1], feature_map[0, :, 0, 1])
 
 
+def test_a_training_tower_keeps_its_batch_statistics(tmp_path):
+    ENCODERS["timm"][0](tmp_path)
+    tower = load_encoder(str(tmp_path), image_size=64).model.train()
+    pixels = torch.randn(4, 3, 64, 64)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    together = tower(pixels).last_hidden_state
+    assert tower.training
+    assert torch.allclose(together[:1], tower(pixels[:1]).last_hidden_state, atol=1e-5)  # 3e-7 measured
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
 def test_a_timm_encoder_keeps_its_own_colours(tmp_path):
     ENCODERS["timm"][0](tmp_path)
     assert load_encoder(str(tmp_path)).mean == (0.5, 0.5, 0.5)

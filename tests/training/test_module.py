@@ -115,6 +115,13 @@ def test_each_stage_trains_exactly_its_parts(model):
         assert all(c.trainable in (0, c.total) for c in counts)
 
 
+def test_only_a_learning_encoder_is_in_training_mode(model):
+    vision = model.student.model.vision_tower
+    assert not model.train().student.model.vision_tower.training
+    vision.requires_grad_(True)
+    assert model.train().student.model.vision_tower.training and model.student.model.language_model.training
+
+
 def test_a_pattern_that_matches_nothing_is_refused(model):
     model.objective = None
     with pytest.raises(ValueError, match=r"trains 'predictors\.\*', but the model has no such parameters"):

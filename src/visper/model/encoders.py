@@ -75,6 +75,18 @@ class FeatureMapTower(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing of its own to initialise: the backbone brings its weights."""
 
+    def train(self, mode: bool = True) -> FeatureMapTower:
+        """Trains everything but batch normalisation, whose statistics stay the backbone's own, also while it learns.
+
+        Else a frozen tower's answer to a picture depends on the others of its batch, differs from what inference
+        sees, and moves in every step by buffers that no checkpoint of learning weights holds.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Tokens ``[B, N, C]`` of ``pixel_values`` ``[B, 3, H, W]``, as the only hidden state."""
         features = self.backbone(pixel_values).last_hidden_state

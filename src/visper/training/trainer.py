@@ -140,6 +140,8 @@ class StageTrainer(Trainer):
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}; terms {terms}; rows "
                 f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
             )
+        if not self._terms:
+            self._terms_since = self.state.global_step  # also the first step after a resume
         for name, term in outputs.items():
             if name != "loss":
                 self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term.detach()
@@ -154,7 +156,6 @@ class StageTrainer(Trainer):
             summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
             logs.update({name: value / steps for name, value in zip(names, summed.tolist(), strict=True)})
             self._terms.clear()
-            self._terms_since = self.state.global_step
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
