@@ -1,0 +1,97 @@
+"""The photographs recipe on real photographs, a real encoder and a real teacher; only the LLM is tiny and random."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from visper.config import load_run
+from visper.model import load_student
+from visper.training import run_stage
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("timm")
+
+pytestmark = pytest.mark.slow
+
+ROWS = 6
+DEEPLAB = ("models", "deeplabv3-mnv2-voc", "deeplab_v3_1_default_1.onnx")
+
+
+@pytest.fixture(scope="module")
+def first_rows(beside_project, tmp_path_factory):
+    """A few rows of the captioned photographs and the folder their pictures lie in."""
+    photos = beside_project("photos")
+    rows = json.loads((photos / "pretrain.json").read_text(encoding="utf-8"))[:ROWS]
+    file = tmp_path_factory.mktemp("photographs") / "rows.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return {"json": str(file), "images": str(photos)}
+
+
+@pytest.fixture(scope="module")
+def changes(beside_project, tiny_llm, first_rows):
+    """What turns the shipped recipe into two steps of a tiny LLM, tapped at layers that it has."""
+    teacher = {"model": str(beside_project(*DEEPLAB)), "threads": 1}
+    return {
+        "student": {"llm": str(tiny_llm), "encoder": str(beside_project("models", "efficientnet-lite0"))},
+        "data": {"sources": [first_rows]},
+        "distillation": {"tasks": {task: {"teacher": teacher, "layers": [2, 4]} for task in ("seg", "gen")}},
+        "optimisation": {"global_batch": 3, "micro_batch": 3},
+        "logging": {"every": 1, "save_every": 100},
+    }
+
+
+@pytest.fixture(scope="module")
+def pre_trained(changes, tmp_path_factory):
+    """The output of the recipe's pre-training, shortened."""
+    out = tmp_path_factory.mktemp("runs") / "pt"
+    run_stage(load_run("photographs/pt", [f"output={out}"], changes=[changes]))
+    return out
+
+
+def logs_of(out: Path) -> list[dict[str, float]]:
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_every_embedding_loss_is_finite_and_not_zero(pre_trained):
+    steps = logs_of(pre_trained)
+    terms = {
+        f"{task}/{layer}/{kind}" for task in ("seg", "gen") for layer in (2, 4) for kind in ("smooth_l1", "contrastive")
+    }
+    assert len(steps) == ROWS // 3
+    for step in steps:
+        assert terms <= step.keys()
+        assert all(math.isfinite(step[term]) and step[term] > 0 for term in terms)
+
+
+def test_targets_differ_from_photograph_to_photograph(changes, first_rows):
+    from visper.data.images import open_image
+    from visper.training.assemble import build_teachers
+
+    pictures = [
+        open_image(Path(first_rows["images"]) / row["image"])
+        for row in json.loads(Path(first_rows["json"]).read_text(encoding="utf-8"))[:2]
+    ]
+    teachers = build_teachers(load_run("photographs/pt", changes=[changes]))
+    assert (teachers["seg"].spec.grid, teachers["gen"].spec.tokens) == ((8, 8), 1)
+    for teacher in teachers.values():
+        one, other = teacher(torch.stack([teacher.preprocess(picture) for picture in pictures]))
+        assert (one - other).abs().mean() > 0.05 * one.abs().mean()
+
+
+def test_fine_tuning_starts_from_it_and_leaves_a_student_that_answers(pre_trained, changes, first_rows):
+    from visper.data.images import open_image
+    from visper.evaluation import answer
+
+    out = pre_trained.parent / "ift"
+    shared = {key: changes[key] for key in ("data", "optimisation", "logging")}
+    run_stage(load_run("photographs/ift", [f"output={out}", f"start_from={pre_trained}"], changes=[shared]))
+    assert all(math.isfinite(step["ntp"]) for step in logs_of(out))
+    picture = open_image(next(Path(first_rows["images"]).rglob("*.jpg")))
+    assert isinstance(answer(load_student(out), ["What is in the photo?"], [picture], 4)[0], str)
+    assert AutoProcessor.from_pretrained(out / "model").tokenizer.convert_tokens_to_ids("<|seg_1|>") > 0
