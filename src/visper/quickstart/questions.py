@@ -144,12 +144,16 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     """
     rng = np.random.default_rng([seed, 77])
     questions: list[Question] = []
+    balanced = {}
     for kind in KINDS:
         every = [c for scene, objects in enumerate(scenes) for c in _CANDIDATES[kind](scene, objects)]
-        chosen = _balanced(every, kind, rng)
-        if per_kind is not None and len(chosen) > per_kind:
+        balanced[kind] = _balanced(every, kind, rng)
+    # Relations are ten times as many as distances: left so, a model learns little else.
+    most = int(1.5 * min(map(len, balanced.values()))) if per_kind is None else per_kind
+    for kind, chosen in balanced.items():
+        if len(chosen) > most:
             # Cells lie one after another: an even stride thins them equally.
-            chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, per_kind)]
+            chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, most)]
         for turn, one in enumerate(chosen):
             questions.append(_ask(kind, one, turn % 2 == 1))
     shuffled = [questions[i] for i in rng.permutation(len(questions))]

@@ -226,7 +226,13 @@ def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
 
 
 def _paint(
-    rng: np.random.Generator, hits: Hits, rays: Array, camera: Camera, solids: list[Solid], colours: list[Array], count: int
+    rng: np.random.Generator,
+    hits: Hits,
+    rays: Array,
+    camera: Camera,
+    solids: list[Solid],
+    colours: list[Array],
+    count: int,
 ) -> npt.NDArray[np.uint8]:
     owner, depth, normal = hits
     points = (rays * depth[..., None]).reshape(-1, 3)
