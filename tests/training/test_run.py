@@ -299,3 +299,9 @@ def test_an_encoder_can_be_left_frozen_in_vpt(make, tmp_path, tiny_encoder):
     ours = next(v for n, v in weights_of(tmp_path / "vpt" / "model").items() if "layers.0.mlp.fc1.weight" in n)
     theirs = next(v for n, v in weights_of(tiny_encoder).items() if "layers.0.mlp.fc1.weight" in n)
     assert torch.equal(ours, theirs)
+
+
+def test_tensorboard_is_a_key(make, tmp_path):
+    run_stage(make("pt", logging={"report_to": ["tensorboard"]}))
+    events = list((tmp_path / "pt" / "tensorboard").glob("events*"))
+    assert events and b"depth/1/smooth_l1" in events[0].read_bytes()

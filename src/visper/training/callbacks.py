@@ -38,6 +38,23 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+def tensorboard(folder: Path) -> TrainerCallback:
+    """The engine's TensorBoard callback, writing beside the run: its default is the folder of half-written checkpoints.
+
+    Raises:
+        ImportError: TensorBoard is not installed; the message names the extra.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "logging.report_to names tensorboard, which is not installed: pip install 'visper-lm[tensorboard]'"
+        ) from error
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
+
+
 class ConsoleCallback(ProgressCallback):
     """The engine's progress bar, with a short line for each log in place of a printed dictionary."""
 

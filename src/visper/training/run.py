@@ -28,12 +28,10 @@ from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
 from visper.model import Student, build_student, load_student, save_student
 from visper.training.assemble import build_data, build_teachers, build_training_model
-from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce
+from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
 from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, count_parts, freeze_unused_vision
-from visper.training.trainer import STAGING, StageTrainer, checkpoints, training_arguments
-
-DROPPED = "dropped.jsonl"
+from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, training_arguments
 
 
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -69,16 +67,11 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if run.optimisation.gradient_checkpointing:
         model.recompute_activations()
 
-    trainer = StageTrainer(
-        model,
-        arguments,
-        data,
-        teachers,
-        callbacks=[JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks],
-    )
-    trainer.drop_limit, trainer.drop_file = run.data.drop_limit, output / DROPPED
+    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
+    if "tensorboard" in run.logging.report_to and state.is_main_process:
+        watchers.append(tensorboard(output / "tensorboard"))
+    trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
-    trainer.keep_checkpoints = run.logging.keep_checkpoints
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")

@@ -30,6 +30,7 @@ from visper.training.assemble import StageData
 
 WEIGHTS = "model.safetensors"
 STAGING = ".staging"
+DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
 )
@@ -58,10 +59,12 @@ class StageTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         data: StageData,
+        run: Run,
         teachers: Mapping[str, Teacher] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.data = data
+        self.run = run
         self.teachers = dict(teachers or {})
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
@@ -104,9 +107,9 @@ class StageTrainer(Trainer):
     def _note_drops(self, dropped: Sequence[Drop]) -> None:
         """A row found bad while loading is named in the drop list at once; too many stop the run, on every rank."""
         self.data.drops.extend(dropped)
-        if self.drop_file is not None and self.is_world_process_zero():
-            self.data.drops.write(self.drop_file)
-        self.data.drops.check(self.data.num_rows, self.drop_limit)
+        if self.is_world_process_zero():
+            self.data.drops.write(Path(self.run.output) / DROPPED)
+        self.data.drops.check(self.data.num_rows, self.run.data.drop_limit)
 
     def _targets(self, batches: list[dict[str, Any]]) -> list[dict[str, Targets]]:
         """Targets of every micro-batch, against the pool of the whole global batch."""
@@ -194,13 +197,9 @@ class StageTrainer(Trainer):
             if place.exists():
                 shutil.rmtree(place)
             (staging / name).rename(place)
-            for old in checkpoints(staging.parent)[: -self.keep_checkpoints]:
+            for old in checkpoints(staging.parent)[: -self.run.logging.keep_checkpoints]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-    keep_checkpoints = 2
-    drop_limit = 1.0
-    drop_file: Path | None = None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -245,7 +244,7 @@ def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArgum
         logging_steps=run.logging.every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=list(run.logging.report_to) or "none",
+        report_to=[name for name in run.logging.report_to if name != "tensorboard"] or "none",  # see callbacks
         run_name=run.name,
         remove_unused_columns=False,
         disable_tqdm=True,  # our own bar shows the terms
