@@ -21,11 +21,13 @@ from visper.quickstart import language
 from visper.quickstart.language import COLUMNS, DEPTH_STEPS, DEPTHS, ROWS, depth_step
 from visper.quickstart.patches import NO_COLOUR
 from visper.quickstart.pictures import Pictures
-from visper.quickstart.questions import Question
+from visper.quickstart.questions import Question, count_turns
 from visper.quickstart.scenes import COLOURS, FAR, GRID, NEAR, SceneObject
 
 TASK_GAPS = 24
 PLACES = GRID * GRID
+COUNT_SHARE = 0.3
+"""Share of the question conversations that only count: at chance still when the other kinds were above 86 %."""
 
 
 @dataclass
@@ -92,11 +94,19 @@ class Layouts:
         return LaidOut(torch.from_numpy(words), torch.from_numpy(weights))
 
     def turns(
-        self, rng: np.random.Generator, scene: int, objects: list[SceneObject], look_ups: float, most: int
+        self,
+        rng: np.random.Generator,
+        scene: int,
+        objects: list[SceneObject],
+        look_ups: float,
+        most: int,
+        counts: float,
     ) -> list[tuple[str, str]]:
         """Questions and answers about one scene; a share ``look_ups`` of the conversations are captions and
         look-ups."""
         if rng.random() >= look_ups:
+            if rng.random() < counts:
+                return count_turns(objects, rng)
             asked = self.by_scene[scene]
             picked = rng.permutation(len(asked))[:most]
             return [(asked[i].text(objects), asked[i].answer) for i in picked]
@@ -129,7 +139,7 @@ def collate(
     tokenizer, rows, places, starts, gaps = layouts.tokenizer, [], [], [], []
     for scene in scenes:
         objects, order = layouts.recoloured(rng, scene)
-        turns = layouts.turns(rng, scene, objects, look_ups, most)
+        turns = layouts.turns(rng, scene, objects, look_ups, most, 0.0 if exact else COUNT_SHARE)
         gap = TASK_GAPS if exact or rng.random() < 0.7 else 0
         image = " <unk>" * (PLACES + gap)
         messages = [] if exact or rng.random() < 0.85 else [{"role": "system", "content": language.SYSTEM_PROMPT}]

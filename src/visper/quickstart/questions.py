@@ -55,6 +55,16 @@ _TEXTS = {
 }
 
 
+def count_turns(objects: Objects, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The count question about every shape that there are at most three of, with its answer; not balanced."""
+    turns = []
+    for i in rng.permutation(len(SHAPES)):
+        number = sum(o.shape == SHAPES[i] for o in objects)
+        if number <= 3:
+            turns.append((Question(0, "count", (), SHAPES[i], str(number)).text(objects), str(number)))
+    return turns
+
+
 @dataclass(frozen=True)
 class _Candidate:
     """A question with its objects in the order that makes the *first* answer right, and the cell it belongs to."""
