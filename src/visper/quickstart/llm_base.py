@@ -80,6 +80,7 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> N
         model.lm_head.weight[rows, FOUND.start + 10 * part : FOUND.start + 10 * (part + 1)] += 0.3 * code
     table[[at[w] for w in COLUMNS], PLACE_FLAG] += 1.0
     _write_look_up_head(model)
+    _write_count_head(model)
 
 
 @torch.no_grad()
@@ -102,6 +103,22 @@ def _write_look_up_head(model: LlamaForCausalLM) -> None:
     for channel in range(PLACE.stop - PLACE.start):
         attention.v_proj.weight[channel, PLACE.start + channel] += 0.6
         attention.o_proj.weight[FOUND.start + channel, channel] += 0.6
+
+
+@torch.no_grad()
+def _write_count_head(model: LlamaForCausalLM) -> None:
+    """Head 3 of layer 0: a shape's plural looks at every place that holds the shape; the share of its attention that
+    they get beside everything else grows with their number and is written into one channel of ``OTHER``."""
+    first = 3 * WIDTH // 4
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.weight[first:] *= 0.2
+    attention.o_proj.weight[:, first:] *= 0.2
+    for channel, shape in enumerate(range(len(COLOURS), len(COLOURS) + len(SHAPES))):
+        attention.q_proj.weight[first + 8 + channel, shape] += 1.1
+        attention.k_proj.weight[first + 8 + channel, shape] += 1.1
+    attention.v_proj.weight[first, NAME_FLAG] += 0.5
+    attention.o_proj.weight[OTHER.start, first] += 1.0
 
 
 def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> tuple[Tensor, Tensor]:

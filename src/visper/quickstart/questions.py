@@ -48,7 +48,9 @@ def _relation_text(question: Question, names: list[str]) -> str:
 
 
 _TEXTS = {
-    "count": lambda q, names: f"How many {PLURALS[q.detail]} are there : 0 , 1 , 2 or 3 ?",
+    # What is asked for stands last, right before the answer, as in the other kinds: with the plural in front, counts
+    # stayed at 25 % of laid-out scenes after every other kind was above 85 %.
+    "count": lambda q, names: f"How many are there , 0 , 1 , 2 or 3 : the {PLURALS[q.detail]} ?",
     "relation": _relation_text,
     "depth": lambda q, names: f"Which is closer to the camera : A {names[0]} or B {names[1]} ?",
     "distance": lambda q, names: f"Which is closer to the {names[2]} : A {names[0]} or B {names[1]} ?",
