@@ -59,15 +59,7 @@ def test_pipeline_skips_finished_stages(trained):
 
 def test_chat_answers(trained):
     Image.new("RGB", (9, 7), "blue").save(trained / "blue.png")
-    asked = (
-        "chat",
-        str(trained / "out"),
-        "--image",
-        str(trained / "blue.png"),
-        "--prompt",
-        "what?",
-        "--max-new-tokens",
-    )
+    asked = ("chat", str(trained / "out"), "--image", str(trained / "blue.png"), "--prompt", "what?")
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
 
 

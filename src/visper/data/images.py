@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.transforms.functional import pil_to_tensor
 from transformers import LlavaImageProcessor
 
 from visper.data.records import DataError
@@ -152,8 +153,10 @@ def output_size(image_processor: Any) -> int:
 
 def student_pixels(image_processor: Any, image: Image.Image) -> torch.Tensor:
     """What the student sees of a picture, ``[3, H, W]`` float32, by the processor that is saved with it."""
-    # Given as channels-last: a picture 1 or 3 pixels high would be taken for channels-first otherwise.
-    pixels: torch.Tensor = image_processor(image, return_tensors="pt", input_data_format="channels_last")[
+    # Given as a tensor whose channels are named first: a picture 1 or 3 pixels high would be misread otherwise, and
+    # transformers 5.17 turns a picture's axes twice when told they come last.
+    tensor = pil_to_tensor(image)
+    pixels: torch.Tensor = image_processor(tensor, return_tensors="pt", input_data_format="channels_first")[
         "pixel_values"
     ]
     return pixels[0]
