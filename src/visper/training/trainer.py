@@ -120,7 +120,8 @@ class StageTrainer(Trainer):
                 seen = [batch["teacher_images"][task] for batch in batches if len(batch["image_rows"])]
                 parts = [teacher(pixels.to(self.args.device)) for pixels in seen]
             empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=self.args.device)
-            everything = gather_targets(torch.cat(parts) if parts else empty)
+            # float32 on every rank: one without pictures cannot know what a teacher in half precision would give.
+            everything = gather_targets(torch.cat(parts).float() if parts else empty)
             owns = everything.own.split(sizes)
             labels = everything.labels.split(sizes)
             for share, own, own_labels in zip(shares, owns, labels, strict=True):
