@@ -77,6 +77,7 @@ def test_saved_folder_answers_identically_without_this_package(student, tmp_path
     torch.save({"inputs": dict(inputs), "logits": expected}, tmp_path / "expected.pt")
     code = f"""
 import sys, torch
+torch.set_num_threads(1)  # as here: bits depend on it
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from PIL import Image
 from safetensors.torch import load_file

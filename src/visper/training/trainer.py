@@ -139,7 +139,7 @@ class StageTrainer(Trainer):
         outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
         loss = outputs["loss"]
         if not torch.isfinite(loss):
-            terms = {name: round(float(term), 4) for name, term in outputs.items()}
+            terms = {name: round(float(term.detach()), 4) for name, term in outputs.items()}
             raise NonFiniteLossError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}; terms {terms}; rows "
                 f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
