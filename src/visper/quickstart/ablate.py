@@ -21,13 +21,14 @@ from rich.table import Table
 from visper.quickstart.run import FULL, TASKS, TRAINED, Budget, quickstart, stage_runs
 
 BASELINE = "no losses"
+RECIPE = "weight 0.1"
 EQUAL_COMPUTE = "no losses, equal compute"
 
 ARMS: dict[str, dict[str, Any]] = {
     BASELINE: {"distillation": None},
-    "weight 0.5": {},
-    "weight 0.1": {"distillation": {"tasks": {task: {"weight": 0.1} for task in TASKS}}},
-    "weight 2.0": {"distillation": {"tasks": {task: {"weight": 2.0} for task in TASKS}}},
+    RECIPE: {},
+    "weight 0.02": {"distillation": {"tasks": {task: {"weight": 0.02} for task in TASKS}}},
+    "weight 0.5": {"distillation": {"tasks": {task: {"weight": 0.5} for task in TASKS}}},
     EQUAL_COMPUTE: {"distillation": None},
 }
 """Arm -> what it changes in the pre-training recipe."""
@@ -80,12 +81,12 @@ def run_arm(out: Path, arm: str, seed: int, budget: Budget, console: Console) ->
 def equal_compute_steps(out: Path, seed: int, budget: Budget) -> int:
     """Steps without losses that take the seconds of the recipe's steps with them, as measured with this seed."""
     taken = {}
-    for arm in (BASELINE, "weight 0.5"):
+    for arm in (BASELINE, RECIPE):
         folder = out / f"seed-{seed}" / arm.replace(" ", "-")
         taken[arm] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["seconds"]["pt"]
     steps = stage_runs(out, out, seed, budget)["pt"].optimisation.max_steps
     assert steps is not None
-    return round(steps * taken["weight 0.5"] / taken[BASELINE])
+    return round(steps * taken[RECIPE] / taken[BASELINE])
 
 
 def differences(
