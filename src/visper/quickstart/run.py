@@ -47,7 +47,7 @@ class Budget:
 
 
 FULL = Budget(scenes=4000, held_out=600, per_kind=400, pt_steps=None, ift_steps=None, judged=200)
-FAST = Budget(scenes=200, held_out=80, per_kind=16, pt_steps=30, ift_steps=20, judged=40)
+FAST = Budget(scenes=200, held_out=80, per_kind=16, pt_steps=45, ift_steps=20, judged=40)
 
 
 @dataclass(frozen=True)
