@@ -15,7 +15,6 @@ world/
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from visper.data.complete import complete
 from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, cheap_cues, draw_questions
 from visper.quickstart.scenes import Scene, draw_scene
@@ -55,22 +55,19 @@ def write_world(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: give the new world another folder, or remove that one")
-    beside = folder.with_name(folder.name + ".part")
-    if beside.exists():
-        shutil.rmtree(beside)
-    (beside / "images").mkdir(parents=True)
-    known = _write_split(beside, "train", seed, scenes)
-    asked = _write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
-    rng = np.random.default_rng([seed, 11])
-    _write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
-    _write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
-    questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
-    _write_json(beside / "questions.json", evaluation_records(asked, questions))
-    _write_json(beside / "held_out_scenes.json", [[asdict(o) for o in one] for one in asked])
-    cues = cheap_cues(asked, questions)
-    sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
-    _write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
-    beside.rename(folder)
+    with complete(folder) as beside:
+        (beside / "images").mkdir(parents=True)
+        known = _write_split(beside, "train", seed, scenes)
+        asked = _write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+        rng = np.random.default_rng([seed, 11])
+        _write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
+        _write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
+        questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
+        _write_json(beside / "questions.json", evaluation_records(asked, questions))
+        _write_json(beside / "held_out_scenes.json", [[asdict(o) for o in one] for one in asked])
+        cues = cheap_cues(asked, questions)
+        sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
+        _write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
     return cues
 
 
