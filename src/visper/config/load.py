@@ -109,7 +109,7 @@ def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[
     try:
         return Run.model_validate(_merge(data, parse_overrides(overrides)))
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(name))) from error
+        raise ConfigError(explain(error, str(name), Run)) from error
 
 
 def save_run(run: Run, path: Path) -> None:
@@ -122,12 +122,13 @@ def run_text(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
 
 
-def _explain(error: ValidationError, name: str) -> str:
+def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
+    """Every fault of a validation against ``model``, one a line, with file, key and the nearest valid key."""
     lines = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"]) or "(the whole run)"
+        place = ".".join(str(part) for part in fault["loc"]) or f"(the whole {model.__name__.lower()})"
         if fault["type"] == "extra_forbidden":
-            valid = _keys_at(Run, fault["loc"][:-1])
+            valid = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(valid)}"
             lines.append(f"{name}: unknown key '{place}': {hint}")

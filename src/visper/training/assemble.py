@@ -14,6 +14,7 @@ from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, survey
 from visper.data.records import DataError, Drop, DropList, read_records
 from visper.data.sampler import RowSampler
+from visper.data.sets import row_files
 from visper.data.show import show_sample
 from visper.distillation import EmbeddingDistillation, Teacher, build_teacher, predictor_spec
 from visper.model import Student, TaskTokens, initial_queries
@@ -99,7 +100,8 @@ def build_data(
     """
     settings = run.data
     drops = DropList()
-    records = read_records([(source.json_file, source.images) for source in settings.sources], drops)
+    files = row_files(settings)
+    records = read_records(files, drops)
     total = len(records) + len(drops)
     encoder = ConversationEncoder(student.processor, settings.max_tokens)
     looked: Survey | None = None
@@ -108,7 +110,7 @@ def build_data(
         records = looked.records
     drops.check(total, settings.drop_limit)
     if not records:
-        raise DataError("no rows", f"none of the {total} rows of {[s.json_file for s in settings.sources]} can be used")
+        raise DataError("no rows", f"none of the {total} rows of {[file for file, _ in files]} can be used")
     dataset = ConversationDataset(records, encoder)
     lengths = None
     if settings.group_by_length:

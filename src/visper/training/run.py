@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from visper.config import ConfigError, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
+from visper.data.sets import row_files
 from visper.model import Student, build_student, load_student, save_student
 from visper.training.assemble import build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
@@ -45,6 +46,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         ConfigError: the run cannot be, or its output folder holds another one.
         DataError: too many bad rows.
     """
+    row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
     state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(quiet=not state.is_main_process)
