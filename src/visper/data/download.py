@@ -27,6 +27,8 @@ from visper.data.ledger import Entry, Ledger
 from visper.data.records import DataError
 
 CHUNK = 1 << 20
+PIECE = 1 << 16
+"""Bytes read from a connection at once; when it breaks, up to so many that had come are lost."""
 FOUND = "found in place"
 """Recorded as the source of a file that a person put there."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -133,7 +135,9 @@ def obtain(
     """
     known = ledger.entry(remote.name, remote.source)
     if place.is_file():
-        return _accept(remote, place, archive, ledger, meter)
+        found = _accept(remote, place, archive, ledger, meter)
+        _discard(part)
+        return found
     for attempt in (1, 2):
         fetch(remote, part, meter, patience)
         try:
@@ -247,17 +251,17 @@ def _continue(session: requests.Session, remote: Remote, part: Path, meter: Mete
             total = _check_range(reply, offset, state, remote, part)
         else:
             offset, total = 0, _length(reply)
+            _refuse_size(remote, total)
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(b"")  # before its state: a kill in between leaves nothing to continue wrongly
-        if remote.bytes is not None and total is not None and total != remote.bytes:
-            raise SourceError(f"the server offers {total} bytes, published are {remote.bytes}")
+        _refuse_size(remote, total)
         new = {"source": remote.source, "validator": _validator(reply), "total": total}
         if new != state:
             write_text(_state_of(part), json.dumps(new, sort_keys=True))
         require_room(part.parent, (total or offset) - offset, remote.name)
         meter.show("fetching", offset, total)
         with part.open("ab") as file:
-            for chunk in reply.iter_content(CHUNK):
+            for chunk in reply.iter_content(PIECE):
                 file.write(chunk)
                 meter.advance(len(chunk))
     if total is not None and _size(part) != total:
@@ -272,6 +276,11 @@ def _refuse_bad(reply: requests.Response) -> None:
         raise SourceError(f"HTTP {status} {reply.reason}: not allowed; a hub data set may ask for `hf auth login`")
     if status not in (200, 206):
         raise SourceError(f"HTTP {status} {reply.reason}")
+
+
+def _refuse_size(remote: Remote, total: int | None) -> None:
+    if None not in (remote.bytes, total) and total != remote.bytes:
+        raise SourceError(f"the server offers {total} bytes, published are {remote.bytes}")
 
 
 def _check_range(

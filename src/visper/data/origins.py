@@ -11,8 +11,8 @@ from huggingface_hub.utils import HfHubHTTPError, HFValidationError, build_hf_he
 from visper.data.download import Remote, SourceError
 from visper.data.sets import Download, Origin
 
-HUB_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
-"""The errors of the hub's HTTP client (httpx or httpx2, by its version) and OSError."""
+HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
+"""What asking the hub raises: the bases are its HTTP client's own error (httpx's or httpx2's, by version), OSError."""
 
 
 def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
@@ -36,7 +36,7 @@ def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -
     try:
         listing = api.dataset_info(repository, revision=origin.revision, files_metadata=True)
         headers = build_hf_headers()
-    except (*HUB_ERRORS, HFValidationError, RuntimeError) as error:
+    except HUB_ERRORS as error:
         raise SourceError(
             f"the hub does not list it: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error

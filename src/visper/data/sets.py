@@ -63,7 +63,8 @@ class Part(BaseModel):
 class Origin(Part):
     """One place a file comes from: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
 
-    On the hub, ``path`` may be a pattern: for a download whose ``file`` is a folder, all that match are taken. ``sha256`` holds for this origin alone.
+    On the hub, ``path`` may be a pattern: for a download whose ``file`` is a folder, all that match are taken.
+    ``sha256`` holds for this origin alone.
     """
 
     url: str | None = Field(None, pattern="^https?://")
@@ -99,7 +100,7 @@ class Unpack(Part):
 
 
 class Download(Part):
-    """One file, or several in one folder (``file`` ends with '/'); they lie there, with ``unpack`` under ``archives/``."""
+    """One file, or several in a folder (``file`` ends with '/'). They lie there; with ``unpack`` in ``archives/``."""
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
     sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
