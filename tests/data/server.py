@@ -1,4 +1,4 @@
-"""A server of small files on this machine, with the faults of real ones: each request takes the next fault of its file."""
+"""A server of small files on this machine with the faults of real ones: a request takes its file's next fault."""
 
 import hashlib
 import json
@@ -93,10 +93,10 @@ class Handler(BaseHTTPRequestHandler):
         files = {path.removeprefix(prefix): c for path, c in self.shelf.files.items() if path.startswith(prefix)}
         if not files:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        siblings = [
-            {"rfilename": name, "size": len(c), "lfs": {"size": len(c), "sha256": hashlib.sha256(c).hexdigest(), "pointerSize": 1}}
-            for name, c in files.items()
-        ]  # fmt: skip
+        siblings = []
+        for name, c in files.items():
+            large = {"size": len(c), "sha256": hashlib.sha256(c).hexdigest(), "pointerSize": 1}
+            siblings.append({"rfilename": name, "size": len(c), "lfs": large})
         body = {"id": repository, "siblings": siblings, "tags": [], "private": False, "downloads": 0, "likes": 0}
         self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 

@@ -1,4 +1,4 @@
-"""Every fault of a server ends in the right bytes or in a message that says what to do; nothing half is left in place."""
+"""Every fault of a server ends in the right bytes or in a message with a remedy; nothing half is left in place."""
 
 import hashlib
 import random
@@ -42,7 +42,7 @@ class Place:
         return obtain(remote, self.place, self.part, False, self.ledger, meter, self.patience)
 
     def is_whole(self, content=CONTENT):
-        left = [file for file in self.part.parent.glob("*")] if self.part.parent.exists() else []
+        left = list(self.part.parent.glob("*")) if self.part.parent.exists() else []
         return self.place.read_bytes() == content and not left
 
 
@@ -203,7 +203,7 @@ def test_what_was_recorded_must_come_again(shelf, here):
 def test_a_file_in_place_is_never_overwritten(shelf, here):
     here.get(shelf.put("/rows.json", CONTENT))
     here.place.write_bytes(b"[1]")
-    with pytest.raises(DataError, match="3 bytes, 5002 were recorded. Move it away"):
+    with pytest.raises(DataError, match=r"3 bytes, 5002 were recorded\. Move it away"):
         here.get(shelf.address + "/rows.json")
     assert here.place.read_bytes() == b"[1]"
 
@@ -231,6 +231,6 @@ def test_a_kill_between_record_and_rename_loses_nothing(shelf, here):
 
 def test_a_full_disk_is_said_before_the_bytes(shelf, here, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(DataError, match="disk full.*--drop-archives"):
+    with pytest.raises(DataError, match=r"disk full.*--drop-archives"):
         here.get(shelf.put("/rows.json", CONTENT))
     assert not here.place.exists()

@@ -54,7 +54,7 @@ def prepare_sets(
     """
     from visper.data.prepare import prepare
 
-    console = Console()
+    console = Console(soft_wrap=True)
     for name in names:
         outcome = prepare(name, root, everything, drop_archives, workers, console)
         console.print(f"{name}: {outcome}", markup=False, highlight=False)

@@ -123,6 +123,9 @@ def places(
         DataError: a name leads outside, nothing lies where it should, or two members have one place.
     """
     checked = [(plain_path(member.name), member) for member in members if member.inner == (inner or "")]
+    nameless = next((member.name for name, member in checked if not name), None)
+    if nameless is not None:
+        raise DataError("unsafe name", f"{nameless!r} names no file")
     found: dict[str, Member] = {}
     for name, member in checked:
         if inside and not name.startswith(f"{inside}/"):

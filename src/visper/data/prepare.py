@@ -83,7 +83,7 @@ class _Preparation:
         self.stop = threading.Event()
         self.ledger = Ledger(root / LEDGER)
         self.outcome = Outcome()
-        self.failures: list[str] = []
+        self.failures: dict[str, str] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self.unpacker = Unpacker(root, self.ledger, self.outcome, self.progress, self.stop)
@@ -97,16 +97,19 @@ class _Preparation:
         with self.progress:
             self._bring([Wanted(d, f, set() if d.unpack else None, not _waits(d)) for d, f in downloads if _first(d)])
             files = [(self.root / part.json_file, part.images) for part in rows]
-            unread = [str(file) for file, _ in files if not file.is_file()]
+            unread = [part.json_file for part in rows if not (self.root / part.json_file).is_file()]
             if unread and not self.failures:
-                self.failures.append(f"no download of the set brings its rows {unread}: name them in 'only' or 'file'")
-            if not unread:
+                self.failures[unread[0]] = "no download of the set brings these rows: name them in 'file' or 'only'"
+            if not unread and not any(part.json_file in self.failures for part in rows):
                 names = None if self.everything or not rows else self._named(files)
                 self._bring([Wanted(d, f, names) for d, f in downloads if _waits(d)])
                 if names is not None:
                     self.outcome.named, self.outcome.absent = len(names), sorted(absent(self.root, names))
         if self.failures:
-            raise DataError("not everything could be prepared", "\n".join(self.failures))
+            raise DataError(
+                "not everything could be prepared",
+                "\n".join(f"{file}: {fault}" for file, fault in self.failures.items()),
+            )
         self.ledger.set_unfinished(set_names, False)
         return self.outcome
 
@@ -137,7 +140,7 @@ class _Preparation:
                     self._unpack(item, future.result())
                     self._drop_archives(item)
                 except DataError as error:
-                    self.failures.append(f"{item.download.file}: {error}")
+                    self.failures[item.download.file] = str(error)
         except BaseException:
             self.stop.set()
             raise
@@ -151,7 +154,7 @@ class _Preparation:
         """Whether something of a download is missing, or a local file may have changed."""
         if item.download.unpack:
             return self.unpacker.lacks(item)
-        return not self._at_hand(item.download) or any(not (o.url or o.hub) for o in item.download.sources)
+        return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
 
     def _at_hand(self, download: Download) -> list[Path]:
         """The files of a download if all lie in their places with the recorded sizes; else none."""
@@ -175,6 +178,12 @@ class _Preparation:
         download = item.download
         if download.unpack and (found := self._at_hand(download)):
             return found
+        place = download.place(self.root, download.file)
+        if place.is_file() and not any(origin.is_local for origin in download.sources):
+            known = Remote(download.file, FOUND, "", None, {}, download.exact_bytes, download.sha256, download.md5)
+            meter = Meter(self.progress, self.stop, download.file)
+            self.ledger.set_parts(download.file, {download.file: self._fetch(known, download, meter)})
+            return [place]
         errors = []
         for origin, label in zip(download.sources, download.labels, strict=True):
             meter = Meter(self.progress, self.stop, download.file)
@@ -191,7 +200,6 @@ class _Preparation:
                 meter.end()
             self.ledger.set_parts(download.file, parts)
             return [download.place(self.root, name) for name in parts]
-        place = download.place(self.root, download.file)
         raise DataError(
             "no source gave it",
             f"{'; '.join(errors)}. What came is kept: repeat later, or put the file at '{place}' yourself",

@@ -80,6 +80,11 @@ class Origin(Part):
             raise ValueError("give 'url', or 'hub' and 'path', or a local 'path'")
         return self
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine."""
+        return self.url is None and self.hub is None
+
 
 class Unpack(Part):
     """Which members of an archive go where."""
