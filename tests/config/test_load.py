@@ -105,4 +105,4 @@ def test_the_resolved_run_reads_back_equal(tmp_path):
     run = load_run(RECIPE, ["seed=3"])
     save_run(run, tmp_path / "run.yaml")
     assert load_run(tmp_path / "run.yaml") == run
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["data"]["sources"][0]["json"]
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["data"]["sources"][0]["set"] == "llava-pretrain"

@@ -75,8 +75,13 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, content, headers, cut=cut)
 
     def answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None, cut: int | None = None
-    ) -> None:  # fmt: skip
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        length: int | None = None,
+        cut: int | None = None,
+    ) -> None:
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)

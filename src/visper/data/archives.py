@@ -161,8 +161,17 @@ def _is_junk(name: str) -> bool:
     return "__MACOSX" in parts or parts[-1] == ".DS_Store" or parts[-1].startswith("._")
 
 
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except _BROKEN:  # a compressed one that is cut
+        return False
+
+
 def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo]:
     for entry in archive.infolist():
+        if not entry.filename:  # zipfile itself trips over it
+            raise DataError("unsafe archive", f"'{path}': a member has no name")
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if entry.is_dir():
             continue
@@ -212,6 +221,6 @@ def look_at(path: Path, archive: bool, name: str) -> str | None:
         return f"a web page, not {Path(name).suffix}: it starts with {head[:40]!r}"
     if Path(name).suffix == ".json" and not (head.lstrip()[:1] in (b"[", b"{") and tail[-1:] in (b"]", b"}")):
         return f"no JSON (cut short or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
-    if archive and not (zipfile.is_zipfile(path) or tarfile.is_tarfile(path)):
+    if archive and not (zipfile.is_zipfile(path) or _is_tar(path)):
         return f"no zip or tar archive (cut short or damaged): it starts with {head[:16]!r}"
     return None
