@@ -69,7 +69,7 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
     place = ("--questions", str(trained / "questions.json"), "--images", str(trained / "rows" / "images"))
     result = call("evaluate", str(trained / "out"), *place, "--max-new-tokens", "2")
     assert "95 % interval" in result.output
-    kept = [json.loads(line) for line in (trained / "questions.answers.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (trained / "out" / "answers" / "questions.jsonl").read_text().splitlines()]
     assert [row["expected"] for row in kept] == ["thing", "word"] and all("said" in row for row in kept)
 
 
@@ -79,6 +79,7 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
         (["train", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
         (["train", "llama3-8b-vit-l/pt", "optimisation.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
+        (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
     ],
 )
