@@ -19,8 +19,6 @@ from transformers import (
     DINOv3ViTModel,
     SiglipVisionConfig,
     SiglipVisionModel,
-    TimmWrapperConfig,
-    TimmWrapperModel,
 )
 
 from tests import tiny
@@ -169,16 +167,7 @@ ENCODERS = {
         lambda f: ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 24])).save_pretrained(f),
         4,
     ),
-    "timm": (
-        lambda f: TimmWrapperModel(
-            TimmWrapperConfig(
-                architecture="test_efficientnet",
-                do_pooling=False,
-                pretrained_cfg={"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3},
-            )
-        ).save_pretrained(f),
-        4,
-    ),
+    "timm": (tiny.save_cnn, 4),
 }
 
 

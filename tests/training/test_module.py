@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests import tiny
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec, predictor_spec
@@ -95,12 +94,6 @@ def test_text_only_rows_do_not_dilute_the_embedding_losses(model):
         one, other = model(**alone), model(**together)
     for name in ("depth/2/smooth_l1", "depth/2/contrastive"):
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
-
-
-def test_teachers_are_in_no_state_dict(model):
-    teacher = tiny.PooledColours("colours")
-    assert not any("mix" in name for name in model.state_dict())
-    assert not any(p is q for p in model.parameters() for q in teacher.parameters())
 
 
 def test_each_stage_trains_exactly_its_parts(model):

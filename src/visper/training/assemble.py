@@ -89,9 +89,7 @@ class StageData:
     num_rows: int
 
 
-def build_data(
-    run: Run, student: Student, teachers: Mapping[str, Teacher], processes: int, console: Console
-) -> StageData:
+def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console) -> StageData:
     """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
 
     Raises:
@@ -113,8 +111,9 @@ def build_data(
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
-    group = run.optimisation.micro_batch * processes
-    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, group)
+    # Alike are the rows of a global batch, so that the order does not depend on how that is split.
+    alike = run.optimisation.global_batch
+    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, alike)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
     collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
