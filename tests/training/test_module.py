@@ -66,6 +66,16 @@ def test_the_loss_is_stock_llavas_up_to_silent_tokens(model):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
+    apply_stage(model, "ift", lacks=("task_tokens.*",))
+    batch = batch_of(model)
+    whole, expected = model(**batch)["ntp"], gradients(model, batch)
+    monkeypatch.setattr("visper.training.module.LOGIT_ROWS", 4)
+    torch.testing.assert_close(model(**batch)["ntp"], whole, rtol=1e-6, atol=0)
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
 def test_a_batch_without_labels_is_zero_not_nan(model):
     batch = batch_of(model, images=0, text=2)
     batch |= {"labels": torch.full_like(batch["labels"], -100), "num_tokens": 1}
