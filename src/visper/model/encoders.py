@@ -162,7 +162,13 @@ def load_encoder(
             model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     mean, std, own_size = _normalisation(name, model, trust_remote_code) if weights else _colours(model.config)
     size = image_size or own_size
-    states, last = _shapes(model, size)
+    try:
+        states, last = _shapes(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"encoder '{name}' takes no pictures of {size} px ({error}): set 'student.image_size' to another size, or "
+            f"leave it out for its own {own_size}"
+        ) from error
     if not states:
         return _wrap(model, last, size, mean, std)
     if not -len(states) <= feature_layer < len(states):
@@ -187,32 +193,27 @@ def _is_timm(model: PreTrainedModel) -> bool:
 
 
 def _shapes(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
-    """Shapes of the hidden states that stock LLaVA could read (none: it cannot) and of the last output.
+    """Shapes of the hidden states that stock LLaVA could read (none: it cannot) and of the last output."""
+    if model.device.type == "meta":
+        return _probed(model, size)
+    try:
+        # On the meta device: a forward of the real thing is slow where pictures are large (ConvNeXt-XXL, 768 px).
+        with torch.device("meta"):
+            return _probed(type(model)(model.config), size)
+    except RuntimeError:  # it computes with values, of which there are none
+        return _probed(model, size)
 
-    Computed on the meta device: a forward of the real thing is slow where pictures are large (ConvNeXt-XXL, 768 px).
-    """
-    with torch.device("meta"), torch.no_grad():
-        twin = type(model)(model.config).eval()
-        pixels = torch.zeros(1, 3, size, size, dtype=twin.dtype)
-        if _is_timm(twin):  # its hidden states are maps where it has any
-            return [], _timm_shape(twin, pixels)
-        output = twin(pixels, output_hidden_states=True)
+
+@torch.no_grad()
+def _probed(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
+    pixels = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
+    if _is_timm(model):  # its hidden states are maps, where it has any
+        return [], model.eval()(pixels, do_pooling=False).last_hidden_state.shape
+    output = model.eval()(pixels, output_hidden_states=True)
     states = output.hidden_states
     if states is None or states[-1].ndim != 3 or not hasattr(model.config, "hidden_size"):
         return [], output.last_hidden_state.shape
     return [state.shape for state in states], states[-1].shape
-
-
-def _timm_shape(model: PreTrainedModel, pixels: Tensor) -> torch.Size:
-    try:
-        shape: torch.Size = model(pixels, do_pooling=False).last_hidden_state.shape
-    except AssertionError as error:
-        own = _colours(model.config)[2]
-        raise ValueError(
-            f"timm's {model.config.architecture} takes no pictures of {pixels.shape[-1]} px ({error}): leave "
-            f"'student.image_size' out, for its own {own}"
-        ) from error
-    return shape
 
 
 def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Colour, std: Colour) -> Encoder:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from visper.config import ConfigError, Run, Stage, load_run, recipe_names
 from visper.distillation import TargetSpec, target_spec
 from visper.model import build_skeleton
@@ -41,6 +43,7 @@ def part_sizes(run: Run) -> list[PartSize]:
     first = first_stage(run)
     assert first.student is not None
     teachers = planned_teachers(first)
+    student = build_skeleton(first.student)
     totals: dict[str, int] = {}
     learning: dict[str, dict[Stage, int]] = {}
     for stage in Stage:  # pt first: it has the predictors and the whole query matrices
@@ -48,8 +51,8 @@ def part_sizes(run: Run) -> list[PartSize]:
         changes = {"stage": stage, "optimisation": run.optimisation.model_copy(update={"freeze": freeze})}
         distillation = first.distillation if stage is Stage.PT else None
         staged = first.model_copy(update={**changes, "distillation": distillation})
-        student = build_skeleton(first.student)
-        model = build_training_model(staged, student, teachers)
+        with torch.device("meta"):
+            model = build_training_model(staged, student, teachers)
         apply_run(staged, model, student)
         for count in count_parts(model):
             totals.setdefault(count.part, count.total)
