@@ -53,8 +53,8 @@ class ModelFacts:
         config = getattr(model, "config", None)
         decoder = get_decoder() if callable(get_decoder) else None
         image_token_id = getattr(config, "image_token_id", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
-        width = getattr(text_config, "hidden_size", None)
+        get_text_config = getattr(config, "get_text_config", None)
+        width = getattr(get_text_config() if callable(get_text_config) else None, "hidden_size", None)
         facts = {"get_decoder().layers": getattr(decoder, "layers", None), "config.image_token_id": image_token_id}
         facts["config.get_text_config().hidden_size"] = width
         missing = [name for name, value in facts.items() if value is None]
@@ -181,7 +181,7 @@ class AttachedDistillation(nn.Module):
         given = {task: t if isinstance(t, Targets) else gather_targets(t) for task, t in targets.items()}
         queries = dict(self.task_tokens.queries if self.task_tokens is not None else self.queries)
         count = len(image_rows) if num_images is None else num_images
-        return self.objective(hidden, layout, queries, given, image_rows, count)  # type: ignore[no-any-return]
+        return self.objective(hidden, layout, queries, given, image_rows, count)
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms: add it to the model's own loss."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -238,11 +239,11 @@ def save_student(student: Student, folder: Path) -> None:
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
-    if isinstance(student.model.model.vision_tower, FeatureMapTower):
-        config = student.model.model.vision_tower.config
-        backbone = getattr(config.backbone_config, "architecture", config.backbone_config.model_type)
-        timm_note = "[timm]" if config.backbone_config.model_type == "timm_wrapper" else ""
-        card = MODEL_CARD.format(backbone=backbone, extra=timm_note)
+    tower = student.model.model.vision_tower
+    if isinstance(tower, FeatureMapTower):
+        backbone: Any = tower.config.backbone_config
+        name = getattr(backbone, "architecture", backbone.model_type)
+        card = MODEL_CARD.format(backbone=name, extra="[timm]" if backbone.model_type == "timm_wrapper" else "")
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
