@@ -47,6 +47,11 @@ def test_recipes_are_listed_and_shown_resolved():
     assert "global_batch: 256" in call("recipes", "phi3-mini-vit-l/pt").output
 
 
+def test_parameters_of_a_recipe_are_counted_by_part_and_stage():
+    shown = call("recipes", "phi3-mini-vit-l/ift", "--parameters").output
+    assert "3,821,079,552" in shown and "learn in vpt" in shown and "predictors" in shown
+
+
 def test_train_takes_overrides(trained):
     result = call("train", str(trained / "tiny.yaml"), f"output={trained / 'other'}", "seed=5")
     assert result.exit_code == 0
@@ -80,6 +85,8 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
         (["train", "llama3-8b-vit-l/pt", "optimisation.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
         (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
+        (["recipes", "photographs/pt", "--parameters"], "models/"),
+        (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
     ],
 )

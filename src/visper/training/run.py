@@ -31,10 +31,10 @@ from visper.config import ConfigError, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
 from visper.model import Student, build_student, load_student, save_student
-from visper.training.assemble import build_data, build_teachers, build_training_model
+from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
-from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, count_parts, freeze_unused_vision
+from visper.training.stages import count_parts
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
 MAY_DIFFER: dict[str, Any] = {
@@ -172,12 +172,8 @@ def starting_student(run: Run) -> Student:
 
 def set_what_learns(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
     """Applies the stage's table, reports it, and puts what is frozen into the run's precision."""
-    lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
-    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
-    vision = student.model.model.vision_tower
-    if any(p.requires_grad for p in vision.parameters()):
-        size = student.model.config.vision_config.image_size
-        unused = freeze_unused_vision(student.model, vision, torch.zeros(1, 3, size, size, dtype=student.model.dtype))
+    unused = apply_run(run, model, student)
+    if unused:
         announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
     for count in count_parts(model):
         if count.total:
