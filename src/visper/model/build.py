@@ -1,14 +1,13 @@
 """Assembles, saves and loads the student: a stock LLaVA made of an encoder, a projector and an LLM.
 
 Paper, section 3. The student is ``LlavaForConditionalGeneration`` with ``LlavaProcessor``; the task tokens are
-vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers and
-vLLM without this package, wherever the encoder is one that stock LLaVA can hold.
+vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers
+without this package, wherever the encoder is one that stock LLaVA can hold.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import cached_file
 
 from visper.config import ConfigError, Geometry
 from visper.config import Student as StudentConfig
@@ -37,8 +37,6 @@ from visper.data.images import build_image_processor
 from visper.model.encoders import Encoder, FeatureMapTower, load_encoder
 from visper.model.hub import loading, sizes_of, vocabulary_of
 from visper.model.task_tokens import random_rows, task_token_names
-
-logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -265,8 +263,9 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
     names: dict[str, list[str]] = {}
-    if (place / STUDENT_FILE).is_file():
-        names = json.loads((place / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
+    found = cached_file(source, STUDENT_FILE, _raise_exceptions_for_missing_entries=False)  # of a hub id, too
+    if found is not None:
+        names = json.loads(Path(found).read_text(encoding="utf-8"))["task_tokens"]
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
 

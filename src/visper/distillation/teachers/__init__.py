@@ -24,7 +24,7 @@ TEACHERS: dict[str, str] = {
 }
 """Kind -> "module:Class"."""
 
-EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "test", "timm": "timm"}
+EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "timm"}
 """Package that may be missing -> the extra of this project that brings it."""
 
 
