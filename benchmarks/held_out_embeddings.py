@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visper.config import load_run
 from visper.data.images import open_image
-from visper.evaluation.answers import conversation
+from visper.evaluation.answers import model_inputs
 from visper.model import load_student
 from visper.training.assemble import build_teachers, build_training_model
 from visper.training.module import TrainingModel
@@ -35,11 +35,10 @@ def load_pre_trained(output: Path) -> TrainingModel:
 def predict(model: TrainingModel, pictures: Sequence[Image.Image], prompt: str, batch: int) -> dict[str, Tensor]:
     """``{"seg/10": [S, N, E]}`` for ``S`` pictures."""
     processor = model.processor
-    text = processor.apply_chat_template(conversation(prompt, True), add_generation_prompt=True, tokenize=False)
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(pictures), batch):
         chosen = list(pictures[start : start + batch])
-        inputs = processor(text=[text] * len(chosen), images=chosen, return_tensors="pt", add_special_tokens=False)
+        inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
         rows = torch.arange(len(chosen))
         found = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)
         for name, value in found.items():

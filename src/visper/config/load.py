@@ -7,6 +7,7 @@ A recipe may say ``extends: other.yaml`` (beside itself, or a shipped recipe's n
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from visper.config.errors import ConfigError
 from visper.config.schema import Run
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _shipped() -> Path:
@@ -81,20 +84,17 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for parent in parents:
             leaf = leaf.setdefault(parent, {})
-        parsed = yaml.safe_load(value) if value else None
-        leaf[last] = _number(parsed)
+        try:
+            leaf[last] = _number(yaml.safe_load(value)) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from error
         nested = _merge(nested, branch)
     return nested
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads ``1e-4`` as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[Mapping[str, Any]] = ()) -> Run:
@@ -118,8 +118,8 @@ def save_run(run: Run, path: Path) -> None:
 
 
 def run_text(run: Run) -> str:
-    """The resolved run as YAML text."""
-    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+    """The resolved run as YAML text; nulls are written too, where they differ from the default they say something."""
+    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:

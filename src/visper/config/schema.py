@@ -9,7 +9,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Stage(str, Enum):
@@ -107,8 +116,8 @@ class Teacher(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of this kind of teacher."""
-        return dict(self.model_extra or {})
+        """The options of this kind of teacher; a null gives the kind's own default back."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
 
 class Task(Section):
@@ -128,6 +137,12 @@ class Distillation(Section):
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="predictors also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _without_removed(cls, tasks: Any) -> Any:
+        """A null takes a task away that an extended recipe has."""
+        return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
 
 
 class Optimisation(Section):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from visper.data.complete import complete, write_text
 from visper.quickstart.encoder_base import train_encoder
 from visper.quickstart.llm_base import train_llm
 from visper.quickstart.pictures import Pictures, draw_pictures
@@ -58,11 +59,9 @@ def build_bases(
         train = draw_pictures(TRAIN_SERIES, scenes, out / ".scenes" / "train.pickle")
         tests = draw_pictures(HELD_OUT_SERIES, held_out, out / ".scenes" / "held_out.pickle")
         for part in missing:
-            beside = out / f"{part}.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            quality[part] = _TRAINERS[part](train, tests, beside, spans[part])
-            quality_file.write_text(json.dumps(quality, indent=1))
-            beside.rename(out / part)
+            with complete(out / part) as beside:
+                quality[part] = _TRAINERS[part](train, tests, beside, spans[part])
+            write_text(quality_file, json.dumps(quality, indent=1))
         shutil.rmtree(out / ".scenes")
     return dict(quality)
 

@@ -6,13 +6,16 @@ Exactly the code of a real run: two recipes through ``run_stage``; only the base
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -63,6 +66,7 @@ class Result:
     findings: list[Finding]
     cues: dict[str, dict[str, float]]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
 
 
 def quickstart(
@@ -108,7 +112,7 @@ def quickstart(
             found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
-    result = Result(out, world, seed, runs, table, answered[TRAINED], found, cues, seconds.taken)
+    result = Result(out, world, seed, runs, table, answered[TRAINED], found, cues, seconds.wall, seconds.cpu)
     save_result(result)
     show_result(result, console)
     return result
@@ -177,6 +181,7 @@ def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str,
     questions = read_questions(world / "questions.json")
     images = world / "images"
     trained = load_student(out / "ift")
+    torch.manual_seed(runs["pt"].seed)  # the projector that PT began with
     untrained = starting_student(runs["pt"])
     answered = {
         TRAINED: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4),
@@ -223,6 +228,7 @@ def save_result(result: Result) -> None:
             {"layer": f.name, "measure": f.measure, "value": f.value, "controls": f.controls} for f in result.findings
         ],
         "seconds": result.seconds,
+        "cpu_seconds": result.cpu_seconds,
     }
     write_text(result.out / "result.json", json.dumps(rows, indent=1))
 
@@ -253,27 +259,26 @@ def show_result(result: Result, console: Console) -> None:
 
 
 class _Stopwatch:
-    """Seconds each part took, kept on disk so that a repeated command still knows them."""
+    """Seconds each part took, by the clock and of the processors, kept on disk so that a repeated command still knows
+    them."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.taken: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        taken = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"wall": {}, "cpu": {}}
+        self.wall: dict[str, float] = taken["wall"]
+        self.cpu: dict[str, float] = taken["cpu"]
 
-    def __call__(self, part: str) -> _Lap:
-        return _Lap(self, part)
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), _cpu_seconds()
+        yield
+        # A part that was finished before takes no time now: its first time stands.
+        self.wall.setdefault(part, time.perf_counter() - wall)
+        self.cpu.setdefault(part, _cpu_seconds() - cpu)
+        write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu}))
 
 
-@dataclass
-class _Lap:
-    watch: _Stopwatch
-    part: str
-    start: float = 0.0
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None:
-            # A part that was finished before takes no time now: its first time stands.
-            self.watch.taken.setdefault(self.part, time.perf_counter() - self.start)
-            write_text(self.watch.file, json.dumps(self.watch.taken))
+def _cpu_seconds() -> float:
+    """Processor seconds of this process and of the loader workers that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system

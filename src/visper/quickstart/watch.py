@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from visper.data.complete import complete
-from visper.evaluation.answers import conversation
+from visper.evaluation.answers import model_inputs
 from visper.quickstart.language import CAPTION_PROMPTS
 from visper.training import TrainingModel
 
@@ -57,13 +57,10 @@ class PredictionWatch(TrainerCallback):
 def predict_pictures(model: TrainingModel, pictures: Sequence[Image.Image], batch: int = 50) -> dict[str, torch.Tensor]:
     """Predictions ``{"depth/3": [S, N, E]}`` (float16, CPU) for the fixed prompt over every picture."""
     processor = model.processor
-    text = processor.apply_chat_template(conversation(PROMPT, True), add_generation_prompt=True, tokenize=False)
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(pictures), batch):
         chosen = list(pictures[start : start + batch])
-        inputs = processor(
-            text=[text] * len(chosen), images=chosen, return_tensors="pt", padding=True, add_special_tokens=False
-        )
+        inputs = model_inputs(processor, [PROMPT] * len(chosen), chosen)
         device = next(model.parameters()).device
         predicted = model.predict(
             inputs["input_ids"].to(device),

@@ -1,12 +1,14 @@
 """OneFormer as teacher (arXiv 2211.06220): the last map of its backbone."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import OneFormerModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
 
 
 class OneFormerTeacher(Teacher):
@@ -24,13 +26,22 @@ class OneFormerTeacher(Teacher):
         super().__init__()
         # Without the segmentation model around it, whose loss would ask for scipy.
         whole = loaded_whole(OneFormerModel, model)
-        side = divided(size, max(whole.config.strides), "oneformer")
         self.backbone = whole.pixel_level_module.encoder
-        self.spec = TargetSpec(side * side, int(self.backbone.channels[-1]), (side, side))
+        self.spec = _spec(whole.config, size)
         self.preprocess = squashed_as_trained(model, (size, size))
         self.freeze()
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, size: int = 768, **options: Any) -> TargetSpec:
+        """Read from the configuration alone."""
+        return _spec(sizes_of(str(model), "oneformer teacher"), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, channels]``, row by row."""
         last: Tensor = self.backbone(pixels).feature_maps[-1]
         return last.flatten(2).transpose(1, 2)
+
+
+def _spec(config: Any, size: int) -> TargetSpec:
+    side = divided(size, max(config.strides), "oneformer")
+    return TargetSpec(side * side, int(config.backbone_config.hidden_size), (side, side))

@@ -1,12 +1,14 @@
 """The image encoder of unCLIP pipelines as teacher: CLIP's projected image embedding."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
 
 
 class UnClipTeacher(Teacher):
@@ -30,6 +32,11 @@ class UnClipTeacher(Teacher):
         self.spec = TargetSpec(1, int(self.encoder.config.projection_dim))
         self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder)
         self.freeze()
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, subfolder: str = "", **options: Any) -> TargetSpec:
+        """Read from the configuration alone."""
+        return TargetSpec(1, int(sizes_of(str(model), "unclip teacher", subfolder).projection_dim))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, 1, width]``."""

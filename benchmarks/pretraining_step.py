@@ -1,0 +1,362 @@
+"""What a step of pre-training costs: seconds by part, peak memory, tokens a second, utilisation.
+
+Random weights and random rows of one length; geometry as published or tiny. Nothing is downloaded.
+
+    python benchmarks/pretraining_step.py tiny --micro-batch 8                      # one CPU thread, minutes
+    python benchmarks/pretraining_step.py llama3-8b --micro-batch 8 16 32 --teachers   # one 80 GB GPU or larger
+
+Parts: each teacher, the forward (the predictors and their losses also apart), backward, the optimizer. On a GPU
+utilisation counts the operations of forward and backward as torch's counter does (recomputed activations not counted
+twice), against ``--peak`` operations a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OneFormerConfig,
+    OneFormerModel,
+    PreTrainedModel,
+    SwinConfig,
+)
+
+from visper.config import Stage
+from visper.distillation import EmbeddingDistillation, Targets, TargetSpec, Teacher, build_teacher, predictor_spec
+from visper.distillation.objective import DistilledTask
+from visper.model import Student, TaskTokens, initial_queries
+from visper.training.module import TrainingModel
+from visper.training.stages import apply_stage
+
+TASKS = ("depth", "seg", "gen")
+PER_TASK = 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a student and of what it predicts."""
+
+    llm: dict[str, Any]
+    vision: dict[str, Any]
+    targets: dict[str, TargetSpec]
+    layers: dict[str, tuple[int, ...]]
+    text: int
+    """Text tokens of a row, behind 576 image tokens and 24 task tokens."""
+
+
+GEOMETRIES = {
+    "tiny": Geometry(
+        llm={
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        vision={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 48,
+            "patch_size": 2,
+        },
+        targets={"depth": TargetSpec(576, 24), "seg": TargetSpec(64, 16), "gen": TargetSpec(1, 20)},
+        layers={"depth": (3, 5), "seg": (2, 4), "gen": (2, 6)},
+        text=90,
+    ),
+    "llama3-8b": Geometry(
+        llm={
+            "vocab_size": 128_256 + 26,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        vision={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        targets={"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)},
+        layers={"depth": (8, 20), "seg": (10, 18), "gen": (12, 20)},
+        text=90,
+    ),
+}
+SUPERVISED = 20
+
+
+def published_teachers(folder: Path) -> dict[str, Teacher]:
+    """The three published teachers at full size with random weights, saved and loaded as a run loads them."""
+    depth = DepthAnythingConfig(
+        backbone_config=Dinov2Config(
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=518,
+            patch_size=14,
+            out_features=["stage5", "stage12", "stage18", "stage24"],
+            reshape_hidden_states=False,
+            apply_layernorm=True,
+        ),
+        reassemble_hidden_size=1024,
+        neck_hidden_sizes=[256, 512, 1024, 1024],
+        fusion_hidden_size=256,
+    )
+    swin = SwinConfig(
+        image_size=384,
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    image = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=1024,
+    )
+    parts: dict[str, tuple[str, PreTrainedModel]] = {
+        "depth": ("depth_anything", DepthAnythingForDepthEstimation(depth)),
+        "seg": ("oneformer", OneFormerModel(OneFormerConfig(backbone_config=swin, is_training=False))),
+        "gen": ("unclip", CLIPVisionModelWithProjection(image)),
+    }
+    teachers = {}
+    for task, (kind, model) in parts.items():
+        model.save_pretrained(folder / task)
+        teachers[task] = build_teacher(kind, folder / task)
+    return teachers
+
+
+def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointing: bool) -> TrainingModel:
+    """A student with random weights and its objective, set up for PT."""
+    image_token = geometry.llm["vocab_size"] - 1
+    config = LlavaConfig(
+        text_config=LlamaConfig(**geometry.llm),
+        vision_config=CLIPVisionConfig(**geometry.vision),
+        image_token_index=image_token,
+    )
+    with torch.device(device):
+        llava = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    ids = {t: [image_token - 24 + PER_TASK * i + j for j in range(PER_TASK)] for i, t in enumerate(TASKS)}
+    student = Student(llava, None, ids)  # type: ignore[arg-type]  # no text is processed here
+    specs = {task: predictor_spec(task) for task in TASKS}
+    tasks = {t: DistilledTask(geometry.targets[t], geometry.layers[t], specs[t]) for t in TASKS}
+    rows = {task: specs[task].query_rows(geometry.targets[task], PER_TASK) for task in TASKS}
+    queries = initial_queries(student, rows, torch.Generator().manual_seed(0))
+    objective = EmbeddingDistillation(tasks, student.hidden_size, student.num_layers)
+    model = TrainingModel(student, TaskTokens(ids, queries), objective).to(device)
+    apply_stage(model, Stage.PT)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if checkpointing:
+        model.recompute_activations()
+    return model.train()
+
+
+def random_batch(geometry: Geometry, model: TrainingModel, size: int, device: str) -> dict[str, Any]:
+    """Rows of one length: image, task tokens, text whose last tokens are supervised."""
+    image_token, task_ids = model._ids
+    side = geometry.vision["image_size"]
+    tokens = (side // geometry.vision["patch_size"]) ** 2
+    block = [image_token] * tokens + [token for ids in task_ids.values() for token in ids]
+    text = torch.randint(3, geometry.llm["vocab_size"] - 30, (size, geometry.text))
+    ids = torch.cat((torch.tensor(block).expand(size, -1), text), dim=1)
+    labels = torch.full_like(ids, -100)
+    labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
+    pixels = torch.randn(size, 3, side, side, dtype=next(model.student.parameters()).dtype)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "pixel_values": pixels,
+        "image_rows": torch.arange(size),
+    }
+    return {name: value.to(device) for name, value in batch.items()} | {
+        "num_tokens": SUPERVISED * size,
+        "num_images": size,
+    }
+
+
+class Stopwatch:
+    """Seconds by part; the device is waited for before and after each."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.parts: dict[str, list[float]] = {}
+
+    def now(self) -> float:
+        """Seconds: of the clock on a GPU, of the processor on a CPU, where other jobs would count in the clock."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.parts.setdefault(part, []).append(self.now() - start)
+
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module, part: str) -> Iterator[None]:
+        """Times every forward of ``module`` meanwhile."""
+        timers: list[Any] = []
+
+        def enter(*_: Any) -> None:
+            timers.append(self(part))
+            timers[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            timers.pop().__exit__(None, None, None)
+
+        handles = (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each part."""
+        return {part: statistics.median(taken) for part, taken in self.parts.items()}
+
+
+def targets_of(
+    geometry: Geometry, teachers: dict[str, Teacher], size: int, device: str, watch: Stopwatch
+) -> dict[str, Targets]:
+    """Targets of live teachers, each timed, or random ones as a store would give them."""
+    found: dict[str, Tensor] = {}
+    for task in TASKS:
+        spec = geometry.targets[task]
+        if task in teachers:
+            side = {"depth": 336, "seg": 768, "gen": 224}[task]
+            pixels = torch.randn(size, 3, side, side, device=device)
+            with watch(f"teacher {task}"):
+                found[task] = teachers[task](pixels).float()
+        else:
+            found[task] = torch.randn(size, spec.tokens, spec.width, device=device)
+    return {task: Targets(own, own, torch.arange(size, device=device)) for task, own in found.items()}
+
+
+def measure(
+    geometry: Geometry, model: TrainingModel, teachers: dict[str, Teacher], size: int, steps: int, device: str
+) -> dict[str, float]:
+    """Medians over ``steps`` steps, after two that are not counted."""
+    batch = random_batch(geometry, model, size, device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda")
+    watch = Stopwatch(device)
+    half = next(model.student.parameters()).dtype != torch.float32
+    assert model.objective is not None
+    for step in range(steps + 2):
+        if step == 2:
+            watch.parts.clear()
+        with watch("step"):
+            targets = targets_of(geometry, teachers, size, device, watch)
+            with (
+                torch.autocast(device, torch.bfloat16, enabled=half),
+                watch("forward"),
+                watch.inside(model.objective, "of it predictors"),
+            ):
+                loss = model(**batch, targets=targets)["loss"]
+            with watch("backward"):
+                loss.backward()
+            with watch("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    assert torch.isfinite(loss)
+    return watch.medians()
+
+
+def operations(geometry: Geometry, model: TrainingModel, device: str) -> float:
+    """Operations of one row's forward and backward, teachers and recomputation left out."""
+    batch = random_batch(geometry, model, 1, device)
+    targets = targets_of(geometry, {}, 1, device, Stopwatch(device))
+    half = next(model.student.parameters()).dtype != torch.float32
+    with FlopCounterMode(display=False) as counter, torch.autocast(device, torch.bfloat16, enabled=half):
+        model(**batch, targets=targets)["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops())
+
+
+def peak_gib(device: str) -> float:
+    """Most memory held so far: the allocator's on a GPU, the process's on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(*cells: str) -> None:
+    """One row of a Markdown table."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Prints one Markdown table."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("geometry", choices=GEOMETRIES)
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--teachers", action="store_true", help="live teachers at published size; else given targets")
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
+    parser.add_argument("--peak", type=float, default=989e12, help="the device's bf16 operations a second (H100, H200)")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    geometry = GEOMETRIES[options.geometry]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    on_gpu = device == "cuda"
+    counted = operations(geometry, build_model(geometry, device, dtype, False), device) if on_gpu else 0.0
+    model = build_model(geometry, device, dtype, not options.no_checkpointing)
+    teachers: dict[str, Teacher] = {}
+    if options.teachers:
+        with tempfile.TemporaryDirectory() as folder:
+            teachers = {t: teacher.to(device, dtype) for t, teacher in published_teachers(Path(folder)).items()}
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    print(f"{options.geometry}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    for number, size in enumerate(options.micro_batch):
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found = measure(geometry, model, teachers, size, options.steps, device)
+        tokens = size * random_batch(geometry, model, 1, device)["input_ids"].shape[1]
+        if number == 0:
+            report("micro-batch", *(f"{part} s" for part in found), "peak GiB", "tokens/s", "utilisation")
+            report(*["---"] * (len(found) + 4))
+        share = f"{counted * size / found['step'] / options.peak:.1%}" if on_gpu else ""
+        seconds = (f"{value:.3f}" for value in found.values())
+        report(str(size), *seconds, f"{peak_gib(device):.2f}", f"{tokens / found['step']:.0f}", share)
+
+
+if __name__ == "__main__":
+    main()
