@@ -1,6 +1,14 @@
 """The student: encoder, projector, LLM and task tokens."""
 
-from visper.model.build import Student, build_student, initial_queries, load_student, save_student
+from visper.model.build import (
+    Student,
+    assemble_student,
+    build_student,
+    initial_queries,
+    load_student,
+    save_processor,
+    save_student,
+)
 from visper.model.encoders import Encoder, FeatureMapTower, FeatureMapTowerConfig, load_encoder
 from visper.model.task_tokens import TaskTokens, task_token_names
 
@@ -10,10 +18,12 @@ __all__ = [
     "FeatureMapTowerConfig",
     "Student",
     "TaskTokens",
+    "assemble_student",
     "build_student",
     "initial_queries",
     "load_encoder",
     "load_student",
+    "save_processor",
     "save_student",
     "task_token_names",
 ]
