@@ -11,7 +11,7 @@ from visper.cli import app, main
 from visper.config import load_run
 from visper.training import run_stage
 
-VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate")
+VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate", "convert")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,11 @@ def test_chat_answers(trained):
     Image.new("RGB", (9, 7), "blue").save(trained / "blue.png")
     asked = ("chat", str(trained / "out"), "--image", str(trained / "blue.png"), "--prompt", "what?")
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
+
+
+def test_convert_gives_a_run_its_published_form(trained):
+    result = call("convert", str(trained / "out"), str(trained / "published"), "--to", "published")
+    assert "converted" in result.output and (trained / "published" / "config.json").is_file()
 
 
 def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):

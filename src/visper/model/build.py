@@ -106,6 +106,20 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
         raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
     encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
     encoder.model.to(dtype)
+    return assemble_student(llm, tokenizer, encoder, config, geometry)
+
+
+def assemble_student(
+    llm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    config: StudentConfig,
+    geometry: Geometry,
+) -> Student:
+    """A student from loaded parts, or from parts on the meta device: then it has everything but weights.
+
+    The tokenizer gains the image token, the task tokens and, where it has none, a padding token.
+    """
     task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -234,6 +248,11 @@ def save_student(student: Student, folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     student.model.save_pretrained(folder)
+    save_processor(student, folder)
+
+
+def save_processor(student: Student, folder: Path) -> None:
+    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of task tokens."""
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
