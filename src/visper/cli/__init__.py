@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, evaluate, pipeline, quickstart, recipes, train
+from visper.cli import chat, data_check, evaluate, pipeline, quickstart, recipes, train
 
 app = typer.Typer(
     name="visper",
@@ -19,6 +19,11 @@ app = typer.Typer(
 )
 for verb in (quickstart, train, pipeline, recipes, chat, evaluate):
     app.command(name=verb.NAME)(verb.run)
+
+data = typer.Typer(help="What a data set holds, and how it is kept.", no_args_is_help=True)
+data.command("check")(data_check.check)
+data.command("shard")(data_check.shard)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

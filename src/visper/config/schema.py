@@ -66,12 +66,20 @@ class Student(Section):
 
 
 class Source(Section):
-    """One conversation file in LLaVA's JSON (or JSONL) format with the folder its image paths start from."""
+    """One conversation file in LLaVA's JSON (or JSONL) format with the folder its image paths start from, or shards."""
 
-    json_file: str = Field(alias="json", description="conversations, .json or .jsonl")
-    images: str = Field(description="folder under which the image paths lie")
+    json_file: str | None = Field(None, alias="json", description="conversations, .json or .jsonl")
+    images: str | None = Field(None, description="folder under which the image paths lie")
+    shards: str | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Source:
+        given = (self.json_file is not None, self.images is not None, self.shards is not None)
+        if given not in ((True, True, False), (False, False, True)):
+            raise ValueError("give either 'json' and 'images', or 'shards'")
+        return self
 
 
 class Data(Section):
@@ -81,6 +89,7 @@ class Data(Section):
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
+    drop_list: tuple[str, ...] = Field((), description="rows to leave out: files that `visper data check --drop` wrote")
     check_first: bool = Field(True, description="look at every row before the first step")
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
     workers: int = Field(2, ge=0, description="loader processes")

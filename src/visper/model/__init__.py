@@ -1,6 +1,14 @@
 """The student: encoder, projector, LLM and task tokens."""
 
-from visper.model.build import Student, build_student, initial_queries, load_student, save_student
+from visper.model.build import (
+    Student,
+    build_processor,
+    build_student,
+    initial_queries,
+    load_processor,
+    load_student,
+    save_student,
+)
 from visper.model.encoders import Encoder, FeatureMapTower, FeatureMapTowerConfig, load_encoder
 from visper.model.task_tokens import TaskTokens, task_token_names
 
@@ -10,9 +18,11 @@ __all__ = [
     "FeatureMapTowerConfig",
     "Student",
     "TaskTokens",
+    "build_processor",
     "build_student",
     "initial_queries",
     "load_encoder",
+    "load_processor",
     "load_student",
     "save_student",
     "task_token_names",

@@ -83,6 +83,26 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
     llm: PreTrainedModel = _load(AutoModelForCausalLM, config.llm, "llm", config, dtype=dtype)
+    encoder, processor, task_names = _reading_parts(config, geometry)
+    encoder.model.to(dtype)
+    tokenizer = processor.tokenizer
+    model = _assemble(llm, encoder, tokenizer, processor)
+    ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
+    student = Student(model, processor, ids)
+    model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
+    return student
+
+
+def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor:
+    """The processor that ``build_student`` gives the student, without loading the LLM.
+
+    Raises:
+        ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
+    """
+    return _reading_parts(config, geometry)[1]
+
+
+def _reading_parts(config: StudentConfig, geometry: Geometry) -> tuple[Encoder, LlavaProcessor, dict[str, list[str]]]:
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, config.llm, "llm", config)
     if not tokenizer.chat_template:
         raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
@@ -90,14 +110,8 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
         encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
     except OSError as error:
         raise ConfigError(_unreachable("encoder", config.encoder, error)) from error
-    encoder.model.to(dtype)
     task_names = _extend_vocabulary(tokenizer, config)
-    processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
-    model = _assemble(llm, encoder, tokenizer, processor)
-    ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
-    student = Student(model, processor, ids)
-    model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
-    return student
+    return encoder, _processor(tokenizer, encoder, task_names, config.system_prompt, geometry), task_names
 
 
 def _load(auto: Any, name: str, part: str, config: StudentConfig, **options: Any) -> Any:
@@ -215,12 +229,8 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
-    place = Path(folder)
-    if (place / "model" / "config.json").is_file():
-        place = place / "model"
-    source = str(place) if place.is_dir() else str(folder)
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    source = _student_place(folder)
+    place = Path(source)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source)
@@ -231,6 +241,27 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
         names = json.loads((place / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
+
+
+def load_processor(folder: str | Path) -> LlavaProcessor:
+    """The processor that ``load_student`` gives the student, without loading its weights.
+
+    Raises:
+        ConfigError: there is no such folder or it holds no LLaVA model.
+    """
+    try:
+        return AutoProcessor.from_pretrained(_student_place(folder))
+    except OSError as error:
+        raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
+
+
+def _student_place(folder: str | Path) -> str:
+    place = Path(folder)
+    if (place / "model" / "config.json").is_file():
+        place = place / "model"
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    return str(place) if place.is_dir() else str(folder)
 
 
 def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
