@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 
 from tests import tiny
 from tests.conftest import outside
@@ -129,6 +130,13 @@ def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monke
     assert list((tmp_path / "out").iterdir()) == []
 
 
+class Batches(list):  # type: ignore[type-arg]
+    """Batches as a batch sampler."""
+
+    batch_size = 4
+    drop_last = False
+
+
 def batches(blocks: list[int], processes: int, micro: int, grouped: bool, epoch: int = 0) -> list[list[int]]:
     lengths = [i % 7 for i in range(len(blocks))] if grouped else None
     has_image = [i % 3 > 0 for i in range(len(blocks))] if grouped else None
@@ -144,7 +152,11 @@ def batches(blocks: list[int], processes: int, micro: int, grouped: bool, epoch:
 def test_each_rank_reads_its_own_shards(processes: int, grouped: bool) -> None:
     blocks = [i // 24 for i in range(24 * 16)]
     found = batches(blocks, processes, 4, grouped)
-    ranks = [[blocks[i] for batch in found[rank::processes] for i in batch] for rank in range(processes)]
+    # as the engine deals them
+    ranks = [
+        [blocks[i] for batch in BatchSamplerShard(Batches(found), processes, rank) for i in batch]
+        for rank in range(processes)
+    ]
     assert all(not set(a) & set(b) for i, a in enumerate(ranks) for b in ranks[:i])
     if not grouped:  # and one after the other
         assert all(len({*rank[i : i + 24]}) == 1 for rank in ranks for i in range(0, len(rank), 24))

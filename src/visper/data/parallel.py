@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,9 +36,11 @@ def in_order(
     """
     if workers is None:
         workers = num_cores() if len(items) >= FEW else 0
+    # A generator of its own: a loader draws a seed, and from the global one a run that fills the cache would begin with
+    # other weights than one that finds it filled.
     chunk = max(1, min(CHUNK, len(items) // (4 * max(workers, 1))))
     loader: DataLoader[list[Result]] = DataLoader(
-        _Each(function, items), chunk, num_workers=workers, collate_fn=_as_list
+        _Each(function, items), chunk, num_workers=workers, collate_fn=_as_list, generator=torch.Generator()
     )
     everything = (result for results in loader for result in results)
     return iter(track(everything, description=description, total=len(items), disable=quiet))
