@@ -1,8 +1,9 @@
 """The rows of a conversation file, one at a time: memory holds one row and a megabyte, whatever the file's size.
 
 The rows are those of ``json.load``, to the last escape: the standard library's own decoder reads them, from a window
-that moves over the file. (ijson, the usual choice, turns half a surrogate pair into other text, so that a row which no
-tokenizer can read would pass; and it is slower.)
+that moves over the file. ijson, the usual choice, does not give them: its C reader (3.6, yajl2) turns half a surrogate
+pair into a question mark, so that a row which no tokenizer can read would pass, and gives up the whole file at a long
+integer or at two halves in one text.
 """
 
 from __future__ import annotations
