@@ -11,7 +11,19 @@ from visper.cli import app, main
 from visper.config import load_run
 from visper.training import run_stage
 
-VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate", "convert")
+VERBS = (
+    ["quickstart"],
+    ["train"],
+    ["pipeline"],
+    ["recipes"],
+    ["chat"],
+    ["evaluate"],
+    ["convert"],
+    ["data", "list"],
+    ["data", "prepare"],
+    ["data", "check"],
+    ["data", "shard"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +48,9 @@ def call(*arguments):
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_shows_an_example(verb):
-    result = call(verb, "--help")
+    result = call(*verb, "--help")
     assert result.exit_code == 0 and "Example" in result.output
 
 
@@ -101,3 +113,16 @@ def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypa
         main()
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+def test_data_is_checked_with_a_runs_tokenizer_then_sharded_and_trained_from(trained, tmp_path):
+    rows = trained / "rows"
+    recipe, drops, shards = trained / "tiny.yaml", tmp_path / "dropped.jsonl", tmp_path / "shards"
+    file = ["data", "check", str(rows / "rows.json"), "--images", str(rows / "images")]
+    assert call(*file, "--run", str(recipe)).exit_code == 0
+    tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
+    assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
+    made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(shards))
+    assert made.exit_code == 0 and "4 rows in 1 shards" in made.output
+    source = f"data.sources=[{{shards: {shards}}}]"
+    assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0

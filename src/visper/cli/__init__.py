@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, convert, data, evaluate, pipeline, quickstart, recipes, train
+from visper.cli import chat, convert, data, data_check, evaluate, pipeline, quickstart, recipes, train
 
 app = typer.Typer(
     name="visper",
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 for verb in (quickstart, train, pipeline, recipes, chat, evaluate, convert):
     app.command(name=verb.NAME)(verb.run)
+data.app.command("check")(data_check.check)
+data.app.command("shard")(data_check.shard)
 app.add_typer(data.app, name=data.NAME)
 
 

@@ -99,12 +99,8 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
     with loading("student.llm", config.llm):
-        options = {"trust_remote_code": config.trust_remote_code}
-        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(config.llm, **options)
-    if not tokenizer.chat_template:
-        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
-    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    tokenizer, encoder = _reading_parts(config)
     encoder.model.to(dtype)
     return assemble_student(llm, tokenizer, encoder, config, geometry)
 
@@ -128,6 +124,25 @@ def assemble_student(
     student = Student(model, processor, ids)
     model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
     return student
+
+
+def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor:
+    """The processor that ``build_student`` gives the student, without loading the LLM.
+
+    Raises:
+        ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
+    """
+    tokenizer, encoder = _reading_parts(config)
+    return _processor(tokenizer, encoder, _extend_vocabulary(tokenizer, config), config.system_prompt, geometry)
+
+
+def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
+    with loading("student.llm", config.llm):
+        tokenizer = AutoTokenizer.from_pretrained(config.llm, trust_remote_code=config.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
+    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+    return tokenizer, encoder
 
 
 def build_skeleton(config: StudentConfig) -> Student:
@@ -270,12 +285,7 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
-    place = Path(folder)
-    if (place / "model" / "config.json").is_file():
-        place = place / "model"
-    source = str(place) if place.is_dir() else str(folder)
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    source = _student_place(folder)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # never asks on the console
@@ -287,6 +297,27 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
         names = json.loads(Path(found).read_text(encoding="utf-8"))["task_tokens"]
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
+
+
+def load_processor(folder: str | Path) -> LlavaProcessor:
+    """The processor that ``load_student`` gives the student, without loading its weights.
+
+    Raises:
+        ConfigError: there is no such folder or it holds no LLaVA model.
+    """
+    try:
+        return AutoProcessor.from_pretrained(_student_place(folder), trust_remote_code=False)
+    except OSError as error:
+        raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
+
+
+def _student_place(folder: str | Path) -> str:
+    place = Path(folder)
+    if (place / "model" / "config.json").is_file():
+        place = place / "model"
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    return str(place) if place.is_dir() else str(folder)
 
 
 def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
