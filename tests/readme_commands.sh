@@ -8,7 +8,7 @@ bin=.venv/bin
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
 
 "$bin/visper" --help | expect quickstart
-for verb in quickstart train pipeline recipes chat evaluate; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in quickstart train pipeline recipes chat evaluate look; do "$bin/visper" "$verb" --help | expect Example; done
 "$bin/visper" recipes | expect phi3-mini
 "$bin/visper" recipes llama3-8b-vit-l/pt | expect "global_batch: 256"
 "$bin/visper" pipeline "$made/pt/run.yaml" "$made/ift/run.yaml" | expect finished

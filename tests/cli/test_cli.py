@@ -11,7 +11,7 @@ from visper.cli import app, main
 from visper.config import load_run
 from visper.training import run_stage
 
-VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate")
+VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate", "look")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, evaluate, pipeline, quickstart, recipes, train
+from visper.cli import chat, evaluate, look, pipeline, quickstart, recipes, train
 
 app = typer.Typer(
     name="visper",
@@ -17,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for verb in (quickstart, train, pipeline, recipes, chat, evaluate):
+for verb in (quickstart, train, pipeline, recipes, chat, evaluate, look):
     app.command(name=verb.NAME)(verb.run)
 
 

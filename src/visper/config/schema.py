@@ -9,7 +9,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 
 class Stage(str, Enum):
@@ -117,6 +126,14 @@ class Distillation(Section):
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="predictors also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _without_removed(cls, tasks: Any) -> Any:
+        """``depth: null`` in a recipe removes the task of the one it extends, as null removes any section."""
+        if not isinstance(tasks, dict):
+            return tasks
+        return {name: task for name, task in tasks.items() if task is not None}
 
 
 class Optimisation(Section):

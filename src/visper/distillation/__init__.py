@@ -9,6 +9,7 @@ from visper.distillation.predictors import (
     EmbeddingPredictor,
     PerceiverResampler,
     PredictorSpec,
+    check_predictor,
     predictor_spec,
 )
 from visper.distillation.targets import Targets, gather_targets
@@ -28,6 +29,7 @@ __all__ = [
     "Teacher",
     "TokenLayout",
     "build_teacher",
+    "check_predictor",
     "gather_targets",
     "info_nce_per_sample",
     "predictor_spec",

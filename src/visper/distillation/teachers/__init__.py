@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_pictures
+from visper.distillation.teachers.pretrained import why_not_loaded
 
 __all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures"]
 
@@ -20,10 +21,11 @@ TEACHERS: dict[str, str] = {
     "depth_anything": "visper.distillation.teachers.depth_anything:DepthAnythingTeacher",
     "oneformer": "visper.distillation.teachers.oneformer:OneFormerTeacher",
     "unclip": "visper.distillation.teachers.unclip:UnClipTeacher",
+    "features": "visper.distillation.teachers.features:FeaturesTeacher",
 }
 """Kind -> "module:Class"."""
 
-EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "test", "timm": "timm"}
+EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "test", "timm": "timm", "diffusers": "diffusion"}
 """Package that may be missing -> the extra of this project that brings it."""
 
 
@@ -36,7 +38,7 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
         **options: the kind's own options, by name.
 
     Raises:
-        ValueError: unknown kind, or an option the kind does not have.
+        ValueError: unknown kind, an option the kind does not have, or weights that cannot be had; the message says why.
         ImportError: the kind needs a package that is not installed; the message names the extra.
     """
     place = TEACHERS.get(kind, kind)
@@ -58,6 +60,8 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
             f"teacher kind '{kind}' needs the package '{error.name}', which is not installed: "
             f"pip install 'visper-lm[{extra}]'"
         ) from error
+    except OSError as error:
+        raise ValueError(why_not_loaded(model, error)) from error
     if not isinstance(teacher, Teacher):
         raise ValueError(
             f"teacher kind '{kind}' names {place}, which is no Teacher: subclass visper.distillation.teachers.Teacher"

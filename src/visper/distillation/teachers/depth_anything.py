@@ -9,25 +9,31 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForDepthEstimation
 
-from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
+from visper.distillation.teachers.depth_original import read_original
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 
 class DepthAnythingTeacher(Teacher):
     """Target: the mean of the backbone levels that the depth head reads (336 px, Large: 576 x 1024).
 
     Args:
-        model: hub id or folder of a ``DepthAnythingForDepthEstimation``.
+        model: hub id or folder of a ``DepthAnythingForDepthEstimation``, or an original V2 ``.pth`` file.
         size: pixels a side, a multiple of the patch size.
     """
 
     def __init__(self, model: str | Path, size: int = 336) -> None:
         super().__init__()
-        self.model = loaded_whole(AutoModelForDepthEstimation, model)
+        original = Path(model).suffix == ".pth"
+        self.model = read_original(model) if original else loaded_whole(AutoModelForDepthEstimation, model)
         side = divided(size, int(self.model.config.patch_size), "depth_anything")
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = TargetSpec(side * side, int(self.model.config.reassemble_hidden_size), (side, side))
-        self.preprocess = squashed_as_trained(model, (size, size))
+        if original:  # the file does not say; every Depth Anything was trained so
+            self.preprocess = SquashedImage((size, size), IMAGENET_MEAN, IMAGENET_STD)
+        else:
+            self.preprocess = squashed_as_trained(model, (size, size))
         self.freeze()
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -37,7 +43,7 @@ class DepthAnythingTeacher(Teacher):
         return mean
 
     @torch.no_grad()
-    def decode(self, embedding: Tensor) -> Tensor:
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Depth as brightness (near = bright): the head is fed ``embedding`` at each of its inputs.
 
         Each picture is stretched to 0..1, as relative depth has no unit.
