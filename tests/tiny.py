@@ -15,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TimmWrapperConfig,
+    TimmWrapperModel,
 )
 
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher
@@ -75,6 +77,15 @@ def save_encoder(folder: Path, size: int = 16, patch: int = 4, width: int = 24, 
     CLIPVisionModel(config).save_pretrained(folder)
     square = {"height": size, "width": size}
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square).save_pretrained(folder)
+    return folder
+
+
+def save_cnn(folder: Path) -> Path:
+    """A random CNN of timm with batch normalisation: 4 tokens of a 64-pixel picture."""
+    torch.manual_seed(2)
+    picture = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, pretrained_cfg=picture)
+    TimmWrapperModel(config).save_pretrained(folder)
     return folder
 
 

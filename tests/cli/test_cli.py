@@ -47,6 +47,11 @@ def test_recipes_are_listed_and_shown_resolved():
     assert "global_batch: 256" in call("recipes", "phi3-mini-vit-l/pt").output
 
 
+def test_parameters_of_a_recipe_are_counted_by_part_and_stage():
+    shown = call("recipes", "phi3-mini-vit-l/ift", "--parameters").output
+    assert "3,821,079,552" in shown and "learn in vpt" in shown and "predictors" in shown
+
+
 def test_train_takes_overrides(trained):
     result = call("train", str(trained / "tiny.yaml"), f"output={trained / 'other'}", "seed=5")
     assert result.exit_code == 0
@@ -69,7 +74,7 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
     place = ("--questions", str(trained / "questions.json"), "--images", str(trained / "rows" / "images"))
     result = call("evaluate", str(trained / "out"), *place, "--max-new-tokens", "2")
     assert "95 % interval" in result.output
-    kept = [json.loads(line) for line in (trained / "questions.answers.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (trained / "out" / "answers" / "questions.jsonl").read_text().splitlines()]
     assert [row["expected"] for row in kept] == ["thing", "word"] and all("said" in row for row in kept)
 
 
@@ -79,6 +84,9 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
         (["train", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
         (["train", "llama3-8b-vit-l/pt", "optimisation.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
+        (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
+        (["recipes", "photographs/pt", "--parameters"], "models/"),
+        (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
     ],
 )

@@ -45,6 +45,16 @@ def test_overrides_win_and_numbers_are_numbers():
     assert run.optimisation.lr == 1e-4
 
 
+def test_text_of_digits_stays_text():
+    assert load_run(RECIPE, ["name='123'", "optimisation.lr=2E-5"]).name == "123"
+
+
+def test_a_null_takes_a_task_or_an_option_away():
+    run = load_run(RECIPE, ["distillation.tasks.seg=", "distillation.tasks.depth.teacher.size="])
+    assert list(run.distillation.tasks) == ["depth", "gen"]
+    assert run.distillation.tasks["depth"].teacher.options == {}
+
+
 def test_an_override_needs_an_equals_sign():
     with pytest.raises(ConfigError, match="key=value"):
         parse_overrides(["optimisation.lr"])
@@ -101,8 +111,14 @@ def test_broken_yaml_names_the_file(tmp_path):
         load_run(tmp_path / "broken.yaml")
 
 
-def test_the_resolved_run_reads_back_equal(tmp_path):
-    run = load_run(RECIPE, ["seed=3"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_resolved_recipe_reads_back_equal(name, tmp_path):
+    save_run(load_run(name), tmp_path / "run.yaml")
+    assert load_run(tmp_path / "run.yaml") == load_run(name)
+
+
+def test_a_null_that_differs_from_the_default_is_kept(tmp_path):
+    run = load_run(RECIPE, ["seed=3", "distillation=", "student.task_tokens="])
     save_run(run, tmp_path / "run.yaml")
-    assert load_run(tmp_path / "run.yaml") == run
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["data"]["sources"][0]["json"]
+    assert load_run(tmp_path / "run.yaml") == run and run.student.task_tokens is None
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["data"]["sources"][0]["set"] == "llava-pretrain"

@@ -17,10 +17,10 @@ from transformers import (
     Dinov2Model,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
-    TimmWrapperConfig,
-    TimmWrapperModel,
 )
 
 from tests import tiny
@@ -130,6 +130,41 @@ def test_task_tokens_written_back_equal_the_hook(student):
     assert torch.equal(logits_of(student, inputs), hooked)
 
 
+@pytest.fixture
+def gemma(tmp_path, tiny_encoder):
+    """A student on a random Gemma 3: it multiplies the rows it looks up by sqrt(32)."""
+    torch.manual_seed(0)
+    tokenizer = tiny.byte_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=tokenizer.pad_token_id, sliding_window=64,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    config = StudentConfig(llm=str(tmp_path / "gemma"), encoder=str(tiny_encoder))
+    return build_student(config, Geometry.SQUASH)
+
+
+# bfloat16 rounds twice, each time by up to 2^-8: the row written, and the row scaled.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_gemmas_scale_is_taken_out_of_task_tokens_written_back(gemma, dtype, tolerance):
+    queries = initial_queries(gemma, {"depth": 16, "seg": 16}, torch.Generator().manual_seed(0))
+    tokens = TaskTokens(gemma.task_token_ids, queries)
+    embedding = gemma.model.get_input_embeddings().to(dtype)
+    tokens.write_back(embedding)
+    torch.testing.assert_close(embedding(tokens.token_ids).float(), tokens.input_rows(), rtol=tolerance, atol=1e-6)
+    held = TaskTokens.frozen(gemma.task_token_ids, embedding)
+    torch.testing.assert_close(held.input_rows(), tokens.input_rows(), rtol=2 * tolerance, atol=1e-6)
+    spread = embedding.weight.detach().float().std() * 32**0.5
+    assert queries["gen"].std() == pytest.approx(float(spread), rel=0.2)
+
+
+def test_a_gemma_student_answers_identically_when_loaded(gemma, tmp_path):
+    save_student(gemma, tmp_path / "model")
+    inputs = inputs_of(gemma)
+    assert torch.equal(logits_of(load_student(tmp_path), inputs), logits_of(gemma, inputs))
+
+
 def test_input_rows_are_means_of_consecutive_groups():
     queries = {"depth": torch.arange(12.0).reshape(6, 2)}
     rows = TaskTokens({"depth": [5, 6, 7]}, queries).input_rows()
@@ -169,16 +204,7 @@ ENCODERS = {
         lambda f: ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 24])).save_pretrained(f),
         4,
     ),
-    "timm": (
-        lambda f: TimmWrapperModel(
-            TimmWrapperConfig(
-                architecture="test_efficientnet",
-                do_pooling=False,
-                pretrained_cfg={"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3},
-            )
-        ).save_pretrained(f),
-        4,
-    ),
+    "timm": (tiny.save_cnn, 4),
 }
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests import tiny
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec, predictor_spec
@@ -67,6 +66,16 @@ def test_the_loss_is_stock_llavas_up_to_silent_tokens(model):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
+    apply_stage(model, "ift", lacks=("task_tokens.*",))
+    batch = batch_of(model)
+    whole, expected = model(**batch)["ntp"], gradients(model, batch)
+    monkeypatch.setattr("visper.training.module.LOGIT_ROWS", 4)
+    torch.testing.assert_close(model(**batch)["ntp"], whole, rtol=1e-6, atol=0)
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
 def test_a_batch_without_labels_is_zero_not_nan(model):
     batch = batch_of(model, images=0, text=2)
     batch |= {"labels": torch.full_like(batch["labels"], -100), "num_tokens": 1}
@@ -95,12 +104,6 @@ def test_text_only_rows_do_not_dilute_the_embedding_losses(model):
         one, other = model(**alone), model(**together)
     for name in ("depth/2/smooth_l1", "depth/2/contrastive"):
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
-
-
-def test_teachers_are_in_no_state_dict(model):
-    teacher = tiny.PooledColours("colours")
-    assert not any("mix" in name for name in model.state_dict())
-    assert not any(p is q for p in model.parameters() for q in teacher.parameters())
 
 
 def test_each_stage_trains_exactly_its_parts(model):

@@ -102,7 +102,8 @@ def test_every_term_is_logged_and_embedding_losses_are_alive(make):
 def test_micro_batches_of_one_times_eight_equal_one_of_eight(make, stage):
     results = []
     for micro in (1, 8):
-        run = make(stage, name=f"micro-{micro}", optimisation={"global_batch": 8, "micro_batch": micro, "max_steps": 2})
+        split = {"global_batch": 8, "micro_batch": micro, "max_steps": 2}
+        run = make(stage, name=f"micro-{micro}", optimisation=split, data={"group_by_length": stage == "ift"})
         results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
     (logs_1, weights_1), (logs_8, weights_8) = results
     for one, eight in zip(logs_1[:2], logs_8[:2], strict=True):
@@ -136,22 +137,44 @@ def test_pt_checkpoints_hold_only_what_learns(make, tmp_path):
     assert saved and all(name.startswith(heads) for name in saved)
 
 
+def test_teachers_are_in_no_model_optimizer_or_checkpoint(make, monkeypatch, tmp_path):
+    seen = []
+    train = StageTrainer.train
+
+    def look(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held |= {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        seen.extend(id(tensor) in held for t in self.teachers.values() for tensor in (*t.parameters(), *t.buffers()))
+        return result
+
+    monkeypatch.setattr(StageTrainer, "train", look)
+    run_stage(make("pt"))
+    assert seen and not any(seen)
+    files = (tmp_path / "pt").rglob("*.safetensors")
+    assert not any("mix" in name for file in files for name in load_file(file))
+
+
 class Stop(Exception):  # noqa: N818 (stands for a kill)
     pass
+
+
+def cut_behind(monkeypatch, step):
+    steps = StageTrainer.training_step
+
+    def cut(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Stop
+        return steps(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "training_step", cut)
 
 
 @pytest.mark.parametrize("stage", ["pt", "ift"])
 def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage):
     run_stage(make(stage, name="whole"))
     run = make(stage, name="cut")
-    steps = StageTrainer.training_step
-
-    def cut_in_step_four(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise Stop
-        return steps(self, *args, **kwargs)
-
-    monkeypatch.setattr(StageTrainer, "training_step", cut_in_step_four)
+    cut_behind(monkeypatch, 3)
     with pytest.raises(Stop):
         run_stage(run)
     monkeypatch.undo()
@@ -167,6 +190,69 @@ def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage):
     assert len(named) == (12 if stage == "pt" else 2)
     for name in named:
         assert [e[name] for e in cut_log if name in e] == [e[name] for e in whole_log if name in e], name
+
+
+def test_resume_in_a_later_epoch_meets_that_epochs_order(make, monkeypatch, tmp_path):
+    longer = {"max_steps": 7}  # four steps are an epoch
+    run_stage(make("ift", name="whole", optimisation=longer))
+    cut_behind(monkeypatch, 6)
+    with pytest.raises(Stop):
+        run_stage(make("ift", name="cut", optimisation=longer))
+    monkeypatch.undo()
+    run_stage(make("ift", name="cut", optimisation=longer), resume=True)
+    whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
+    run_stage(make("pt", name="whole"))
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(make("pt", name="cut"))
+    monkeypatch.undo()
+    run_stage(make("pt", name="cut", optimisation={"micro_batch": 1, "gradient_checkpointing": False}), resume=True)
+    whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
+
+
+def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tmp_path):
+    settings = {
+        "optimisation": {"max_steps": 3, "schedule": "constant_with_warmup"},
+        "logging": {"save_every": 1},
+    }
+    run_stage(make("pt", name="whole", **settings))
+
+    def killed(*_):
+        raise Stop
+
+    monkeypatch.setattr("visper.training.run.finish", killed)
+    with pytest.raises(Stop):
+        run_stage(make("pt", name="cut", **settings))
+    monkeypatch.undo()
+    run_stage(make("pt", name="cut", **settings), resume=True)
+    whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
+BFLOAT16 = {"precision": "bfloat16", "max_steps": 2}
+
+
+@pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
+def test_stages_train_in_bfloat16(make, stage, tmp_path):
+    run = make(stage, optimisation=BFLOAT16)
+    run_stage(run)
+    assert all(entry["ntp"] == entry["ntp"] for entry in logs_of(run) if "ntp" in entry)
+    assert {value.dtype for value in weights_of(tmp_path / stage / "model").values()} == {torch.bfloat16}
+
+
+def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, tiny_llm):
+    tiny.save_cnn(tmp_path / "cnn")
+    student = {"llm": str(tiny_llm), "encoder": str(tmp_path / "cnn"), "image_size": 64}
+    run_stage(make("pt", student=student, optimisation=BFLOAT16))
+    saved = weights_of(tmp_path / "pt" / "model")
+    statistics = [value for name, value in saved.items() if "running_" in name]
+    assert statistics and all(value.dtype == torch.float32 for value in statistics)
 
 
 def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, evaluate, look, pipeline, quickstart, recipes, train
+from visper.cli import chat, data, evaluate, look, pipeline, quickstart, recipes, train
 
 app = typer.Typer(
     name="visper",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 for verb in (quickstart, train, pipeline, recipes, chat, evaluate, look):
     app.command(name=verb.NAME)(verb.run)
+app.add_typer(data.app, name=data.NAME)
 
 
 def main() -> None:

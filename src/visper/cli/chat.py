@@ -19,8 +19,7 @@ def run(
     Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the picture?"`
     """
     from visper.data.images import open_image
-    from visper.evaluation import answer
-    from visper.model import load_student
+    from visper.evaluation import answer, load_to_ask
 
     picture = open_image(image) if image is not None else None
-    print(answer(load_student(model), [prompt], [picture], max_new_tokens)[0])
+    print(answer(load_to_ask(model), [prompt], [picture], max_new_tokens)[0])

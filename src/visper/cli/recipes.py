@@ -1,31 +1,60 @@
 """``visper recipes``: what is shipped."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from visper.config import Run
 
 NAME = "recipes"
 
 
 def run(
     name: Annotated[str | None, typer.Argument(help="show this recipe, resolved", metavar="[NAME]")] = None,
+    parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters, all and learning")] = False,
 ) -> None:
-    """List the shipped recipes, or show one with everything it extends.
+    """List the shipped recipes, or show one with everything it extends, or the size of its model.
 
-    Example: `visper recipes llama3-8b-vit-l/pt`
+    Sizes need no weights; bases other than the published ones are looked up by their id.
+
+    Example: `visper recipes llama3-8b-vit-l/pt --parameters`
     """
-    from visper.config import load_run, recipe_names, run_text
+    from visper.config import ConfigError, load_run, recipe_names, run_text
 
-    if name is not None:
+    if name is None:
+        if parameters:
+            raise ConfigError("--parameters counts one recipe's: name it, as in visper recipes NAME --parameters")
+        Console().print(_listed({recipe: load_run(recipe) for recipe in recipe_names()}))
+    elif parameters:
+        Console().print(_sizes(name, load_run(name)))
+    else:
         print(run_text(load_run(name)), end="")
-        return
+
+
+def _listed(runs: "dict[str, Run]") -> Table:
     table = Table("recipe", "stage", "starts from", "global batch", "rate")
-    for recipe in recipe_names():
-        settings = load_run(recipe)
+    for recipe, settings in runs.items():
         student = settings.student
         start = f"{student.llm} + {student.encoder}" if student else str(settings.start_from)
         optimisation = settings.optimisation
         table.add_row(recipe, str(settings.stage), start, str(optimisation.global_batch), f"{optimisation.lr:g}")
-    Console().print(table)
+    return table
+
+
+def _sizes(name: str, settings: "Run") -> Table:
+    from visper.config import Stage
+    from visper.training.sizes import part_sizes
+
+    sizes = part_sizes(settings)
+    table = Table("part", title=f"{name}: parameters", show_footer=True)
+    table.columns[0].footer = "total"
+    columns = {"all": [size.total for size in sizes]}
+    columns |= {f"learn in {stage}": [size.learning[stage] for size in sizes] for stage in Stage}
+    for header, counts in columns.items():
+        table.add_column(header, f"{sum(counts):,}", justify="right", no_wrap=True)
+    for row, size in enumerate(sizes):
+        table.add_row(size.part, *(f"{counts[row]:,}" for counts in columns.values()))
+    return table

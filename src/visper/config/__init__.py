@@ -1,7 +1,7 @@
 """What a run is: typed, validated, free of torch."""
 
 from visper.config.errors import ConfigError
-from visper.config.load import load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
+from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
     Data,
     Distillation,
@@ -31,6 +31,7 @@ __all__ = [
     "Task",
     "TaskTokenLayout",
     "Teacher",
+    "explain",
     "load_run",
     "parse_overrides",
     "read_recipe",

@@ -7,6 +7,7 @@ A recipe may say ``extends: other.yaml`` (beside itself, or a shipped recipe's n
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from visper.config.errors import ConfigError
 from visper.config.schema import Run
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _shipped() -> Path:
@@ -81,20 +84,17 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         for parent in parents:
             leaf = leaf.setdefault(parent, {})
-        parsed = yaml.safe_load(value) if value else None
-        leaf[last] = _number(parsed)
+        try:
+            leaf[last] = _number(yaml.safe_load(value)) if value else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from error
         nested = _merge(nested, branch)
     return nested
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads ``1e-4`` as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[Mapping[str, Any]] = ()) -> Run:
@@ -109,7 +109,7 @@ def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[
     try:
         return Run.model_validate(_merge(data, parse_overrides(overrides)))
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(name))) from error
+        raise ConfigError(explain(error, str(name), Run)) from error
 
 
 def save_run(run: Run, path: Path) -> None:
@@ -118,16 +118,17 @@ def save_run(run: Run, path: Path) -> None:
 
 
 def run_text(run: Run) -> str:
-    """The resolved run as YAML text."""
-    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+    """The resolved run as YAML text; nulls are written too, where they differ from the default they say something."""
+    return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
-def _explain(error: ValidationError, name: str) -> str:
+def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
+    """Every fault of a validation against ``model``, one a line, with file, key and the nearest valid key."""
     lines = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"]) or "(the whole run)"
+        place = ".".join(str(part) for part in fault["loc"]) or f"(the whole {model.__name__.lower()})"
         if fault["type"] == "extra_forbidden":
-            valid = _keys_at(Run, fault["loc"][:-1])
+            valid = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(valid)}"
             lines.append(f"{name}: unknown key '{place}': {hint}")

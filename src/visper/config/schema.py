@@ -75,18 +75,29 @@ class Student(Section):
 
 
 class Source(Section):
-    """One conversation file in LLaVA's JSON (or JSONL) format with the folder its image paths start from."""
+    """A data set by name, or one conversation file (LLaVA's JSON, JSONL) with the folder its image paths start from."""
 
-    json_file: str = Field(alias="json", description="conversations, .json or .jsonl")
-    images: str = Field(description="folder under which the image paths lie")
+    data_set: str | None = Field(
+        None, alias="set", description="name in the catalogue, or a YAML file like its entries"
+    )
+    json_file: str | None = Field(None, alias="json", description="conversations, .json or .jsonl")
+    images: str | None = Field(None, description="folder under which the image paths lie")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Source:
+        given = (self.data_set is not None, self.json_file is not None, self.images is not None)
+        if given not in ((True, False, False), (False, True, True)):
+            raise ValueError("give either 'set' (a data set's name), or 'json' and 'images'")
+        return self
 
 
 class Data(Section):
     """What a stage reads and how rows become batches."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
+    root: str = Field("data", description="folder of the data sets that 'set' names")
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
@@ -105,8 +116,8 @@ class Teacher(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of this kind of teacher."""
-        return dict(self.model_extra or {})
+        """The options of this kind of teacher; a null gives the kind's own default back."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
 
 class Task(Section):
@@ -130,10 +141,8 @@ class Distillation(Section):
     @field_validator("tasks", mode="before")
     @classmethod
     def _without_removed(cls, tasks: Any) -> Any:
-        """``depth: null`` in a recipe removes the task of the one it extends, as null removes any section."""
-        if not isinstance(tasks, dict):
-            return tasks
-        return {name: task for name, task in tasks.items() if task is not None}
+        """A null takes a task away that an extended recipe has."""
+        return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
 
 
 class Optimisation(Section):

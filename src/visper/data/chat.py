@@ -244,9 +244,7 @@ class ConversationEncoder:
 
     def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans ``(start, end)`` in ``text``."""
-        # As the processor does at inference: the tokenizer adds its first token unless the template has written it.
-        bos = self.tokenizer.bos_token
-        ids, offsets = self._piece(text[: cuts[0]] if cuts else text, not (bos and text.startswith(bos)))
+        ids, offsets = self._piece(text[: cuts[0]] if cuts else text, lacks_first_token(self.tokenizer, text))
         for start, end in pairwise([*cuts, len(text)]):
             # Behind a newline, or SentencePiece would put a space before the piece; then without it.
             more, spans = self._piece("\n" + text[start:end], False)
@@ -270,6 +268,14 @@ class ConversationEncoder:
         ids = [*ids[:at], *[self.image_token_id] * more, *ids[at:]]
         labels = [*labels[:at], *[IGNORED] * more, *labels[at:]]
         return ids, labels, (at, behind + more)
+
+
+def lacks_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer is to add its first token to a rendered conversation: its template has not written it.
+
+    As transformers' processors decide at inference; training, `answer` and what looks inside must not differ.
+    """
+    return not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
 
 
 def _num_image_tokens(processor: Any) -> int:

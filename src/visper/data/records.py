@@ -145,6 +145,17 @@ def read_records(sources: Sequence[tuple[str | Path, str | Path]], drops: DropLi
     return records
 
 
+def image_names(file: Path) -> Iterator[str]:
+    """The image paths that a conversation file names, as they stand there; bad rows are left to ``read_records``.
+
+    Raises:
+        DataError: the file is missing or is not a list of rows.
+    """
+    for row in _rows(file):
+        named = row.get("image") if isinstance(row, dict) else None
+        yield from (name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name)
+
+
 def parse_row(row: Any, sample_id: str, images: Path) -> Record:
     """One row of LLaVA's JSON as a record. The tag, wherever it stands in its turn, is taken out of the text.
 

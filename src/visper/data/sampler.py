@@ -22,7 +22,7 @@ class RowSampler(Sampler[int]):
         seed: of the run.
         lengths: tokens of each row, to put rows of similar length side by side; None: a plain shuffle.
         has_image: which rows show an image; with ``lengths``, groups hold one modality.
-        group_size: rows that are to be alike: the micro-batch times the processes.
+        group_size: rows that are to be alike: the global batch.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Hidden states and teacher targets become losses."""
 
+from visper.distillation.attach import AttachedDistillation, ModelFacts, attach
 from visper.distillation.hooks import HiddenStateTap
 from visper.distillation.layout import TokenLayout
 from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
@@ -13,25 +14,29 @@ from visper.distillation.predictors import (
     predictor_spec,
 )
 from visper.distillation.targets import Targets, gather_targets
-from visper.distillation.teachers import TEACHERS, TargetSpec, Teacher, build_teacher
+from visper.distillation.teachers import TEACHERS, TargetSpec, Teacher, build_teacher, target_spec
 
 __all__ = [
     "PREDICTORS",
     "TEACHERS",
+    "AttachedDistillation",
     "DistilledTask",
     "EmbeddingDistillation",
     "EmbeddingPredictor",
     "HiddenStateTap",
+    "ModelFacts",
     "PerceiverResampler",
     "PredictorSpec",
     "TargetSpec",
     "Targets",
     "Teacher",
     "TokenLayout",
+    "attach",
     "build_teacher",
     "check_predictor",
     "gather_targets",
     "info_nce_per_sample",
     "predictor_spec",
     "smooth_l1_per_sample",
+    "target_spec",
 ]

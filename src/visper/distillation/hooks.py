@@ -1,7 +1,7 @@
 """Hidden states of chosen decoder layers, caught by forward hooks.
 
 ``output_hidden_states`` would keep every layer's states and differs between transformers versions; hooks give the same
-values and gradients with and without (non-reentrant) gradient checkpointing, and under FSDP2.
+values and gradients with and without (non-reentrant) gradient checkpointing.
 """
 
 from collections.abc import Iterable

@@ -74,7 +74,13 @@ class TokenLayout:
         return KeyPlaces(index, None if shortest == longest else mask)
 
     def own_tokens(self, task: str, rows: Tensor) -> Tensor:
-        """``[R, L]``, True at the task's own tokens. Raises ValueError for a row that has none."""
+        """``[R, L]``, True at the task's own tokens; of a model without any task tokens, True at the image's.
+
+        Raises:
+            ValueError: there are task tokens but none of this task, or a row has none of them.
+        """
+        if not self.tasks:
+            return self.image[rows]
         if task not in self.tasks:
             raise ValueError(f"the layout knows no task '{task}', only {list(self.tasks)}: add it to the task tokens")
         own = self.tasks[task][rows]

@@ -112,7 +112,7 @@ class EmbeddingDistillation(nn.Module):
         Args:
             hidden: per tapped layer ``[B, L, D]``.
             layout: where image, task tokens and text lie.
-            queries: per task its query matrix ``[Q, D]``.
+            queries: per task its query matrix ``[Q, D]``; not read for predictors with queries "states".
             targets: per task the targets of the image rows and the pool; not read without image rows.
             image_rows: ``[R]`` rows that have an image.
             num_images: samples with an image in the global batch.
@@ -176,10 +176,11 @@ class EmbeddingDistillation(nn.Module):
     def _zero_terms(self, queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            matrix = queries[name]
+            state = self.logit_scales[name].new_zeros(1, 1, self.llm_width)
+            query = queries[name][None] if name in queries else state
             for layer in task.layers:
                 # A real pass over one state of zeros: ZeRO-3 gathers a module's parameters only where it is called.
-                predicted = self._predictor(name, layer, matrix.new_zeros(1, 1, self.llm_width), matrix[None], None)
+                predicted = self._predictor(name, layer, state, query, None)
                 terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted.float().sum()
                 terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float()
         return terms
@@ -204,7 +205,10 @@ def _target_of(name: str, targets: Mapping[str, Targets], rows: int) -> Targets:
         raise ValueError(f"the batch brings targets of {list(targets)} but none of '{name}': give every task's teacher")
     target = targets[name]
     if len(target.own) != rows:
-        raise ValueError(f"task '{name}': {len(target.own)} targets for {rows} rows with an image: give one a row")
+        raise ValueError(
+            f"task '{name}': {len(target.own)} targets for {rows} rows with an image: give one a row; leave a row that "
+            "shows several images out of 'image_rows', or give each image a row of its own"
+        )
     return target
 
 

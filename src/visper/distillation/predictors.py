@@ -25,7 +25,8 @@ class PredictorSpec:
     """What sets one task's predictors apart from another's.
 
     Attributes:
-        queries: "matrix" (the task's whole query matrix) or "states" (mean of the layer's states at the task's tokens).
+        queries: "matrix" (the task's whole query matrix) or "states" (mean of the layer's states at the task's tokens;
+            of a model without task tokens, at the image's).
         inner: width inside the resampler, the LLM's or the target's.
         mlp: a Linear-ReLU-Linear behind the resampler.
         num_queries: rows of the query matrix; None = as many as the target has tokens ("states": as task tokens).

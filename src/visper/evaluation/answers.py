@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import BatchFeature, LlavaProcessor
 
-from visper.model import Student
+from visper.data.chat import lacks_first_token
+from visper.model import Student, load_student
 
 
 def conversation(prompt: str, has_image: bool) -> list[dict[str, object]]:
@@ -15,6 +18,36 @@ def conversation(prompt: str, has_image: bool) -> list[dict[str, object]]:
     content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
     content.append({"type": "text", "text": prompt})
     return [{"role": "user", "content": content}]
+
+
+def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> BatchFeature:
+    """Ids, mask and pixels of one-turn conversations, padded on the left; the ids that training would give them.
+
+    Args:
+        pictures: one for each prompt, or none at all.
+    """
+    texts = [
+        processor.apply_chat_template(conversation(prompt, bool(pictures)), add_generation_prompt=True, tokenize=False)
+        for prompt in prompts
+    ]
+    return processor(
+        text=texts,
+        images=list(pictures) or None,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=lacks_first_token(processor.tokenizer, texts[0]),
+        return_token_type_ids=False,
+    )
+
+
+def load_to_ask(folder: str | Path) -> Student:
+    """A student ready to answer: on a GPU in bfloat16 where there is one, else on the CPU in float32."""
+    if not torch.cuda.is_available():
+        return load_student(folder)
+    student = load_student(folder, torch.bfloat16)
+    student.model.to("cuda")
+    return student
 
 
 @torch.inference_mode()
@@ -36,21 +69,7 @@ def answer(
     pictures = [image for image in images if image is not None]
     if pictures and len(pictures) != len(images):
         raise ValueError("a batch mixes questions with and without a picture: ask them apart")
-    texts = [
-        student.processor.apply_chat_template(
-            conversation(prompt, image is not None), add_generation_prompt=True, tokenize=False
-        )
-        for prompt, image in zip(prompts, images, strict=True)
-    ]
-    inputs = student.processor(
-        text=texts,
-        images=pictures or None,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,  # the template writes them
-        return_token_type_ids=False,
-    ).to(student.model.device, student.model.dtype)
+    inputs = model_inputs(student.processor, prompts, pictures).to(student.model.device, student.model.dtype)
     generated = student.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]

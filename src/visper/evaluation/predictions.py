@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visper.config import ConfigError, Run, Stage, load_run
 from visper.distillation import Teacher
-from visper.evaluation.answers import conversation
+from visper.evaluation.answers import model_inputs
 from visper.model import load_student
 from visper.training.assemble import build_teachers, build_training_model
 from visper.training.module import TrainingModel
@@ -79,13 +79,11 @@ def predict_pictures(
     The predictors read the text too: a caption would tell them what is there.
     """
     processor = model.processor
-    text = processor.apply_chat_template(conversation(prompt, True), add_generation_prompt=True, tokenize=False)
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(pictures), batch):
         chosen = list(pictures[start : start + batch])
-        inputs = processor(
-            text=[text] * len(chosen), images=chosen, return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.student.device, model.student.dtype)
+        inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
+        inputs = inputs.to(model.student.device, model.student.dtype)
         rows = torch.arange(len(chosen), device=model.student.device)
         predicted = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)
         for name, value in predicted.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import string
 from collections.abc import Iterable
@@ -22,6 +23,8 @@ from visper.evaluation.answers import answer
 from visper.evaluation.intervals import wilson
 from visper.model import Student
 
+logger = logging.getLogger(__name__)
+
 EVERYTHING = "all"
 
 
@@ -37,13 +40,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with what the student said, as it said it."""
+    """A question with the picture that was shown and what the student said, as it said it.
+
+    ``said`` is None where the picture could not be read: the question counts as asked and not answered.
+    """
 
     image: str | None
     kind: str
     question: str
     expected: str
-    said: str
+    said: str | None
     correct: bool
 
 
@@ -72,11 +78,12 @@ def read_questions(path: Path) -> list[Question]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} holds {type(rows).__name__}: expected a list of {{image, question, answer}}")
     questions = []
     for number, row in enumerate(rows):
-        missing = [key for key in ("question", "answer") if key not in row]
-        if missing:
-            raise DataError(f"{path}: question {number} lacks {missing}: expected image, question, answer")
+        if not isinstance(row, dict) or "question" not in row or "answer" not in row:
+            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected image, question, answer")
         kind = str(row.get("kind", EVERYTHING))
         questions.append(Question(str(row["question"]), str(row["answer"]), row.get("image"), kind))
     if not questions:
@@ -102,30 +109,61 @@ def evaluate(
     Args:
         images: folder under which the questions' image paths lie.
         shuffle_images: every question gets another question's picture: what a model scores that does not look.
+
+    Raises:
+        DataError: pictures that are not there, before the first question.
     """
     items = list(questions)
     shown = [q.image for q in items]
     if shuffle_images:
         shown = _others(shown)
+    absent = sorted({name for name in shown if name is not None and not (images / name).is_file()})
+    if absent:
+        raise DataError(f"{len(absent)} pictures of the questions are not under '{images}', the first '{absent[0]}'")
     order = sorted(range(len(items)), key=lambda i: (shown[i] is None, len(items[i].question)))
     batches = [
         part
         for has in (True, False)
         for part in _chunks([i for i in order if (shown[i] is not None) is has], batch_size)
     ]
-    said: dict[int, str] = {}
+    said: dict[int, str | None] = {}
     columns = (SpinnerColumn(), TextColumn("asking {task.completed}/{task.total}"), TimeElapsedColumn())
     with torch.inference_mode(), Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
         bar = progress.add_task("asking", total=len(items))
         for part in batches:
-            pictures: list[Image.Image | None] = [open_image(images / n) if (n := shown[i]) else None for i in part]
-            answers = answer(student, [items[i].question for i in part], pictures, max_new_tokens)
-            said.update(zip(part, answers, strict=True))
+            pictures = {i: _picture(images, shown[i]) for i in part}
+            readable = [i for i in part if shown[i] is None or pictures[i] is not None]
+            if readable:
+                asked = [items[i].question for i in readable]
+                answers = answer(student, asked, [pictures[i] for i in readable], max_new_tokens)
+                said.update(zip(readable, answers, strict=True))
             progress.advance(bar, len(part))
-    return [
-        Answered(q.image, q.kind, q.question, q.answer, said[i], normalised(said[i]) == normalised(q.answer))
-        for i, q in enumerate(items)
-    ]
+    return [_judged(question, shown[i], said.get(i)) for i, question in enumerate(items)]
+
+
+def _judged(question: Question, image: str | None, said: str | None) -> Answered:
+    correct = said is not None and normalised(said) == normalised(question.answer)
+    return Answered(image, question.kind, question.question, question.answer, said, correct)
+
+
+def _picture(folder: Path, name: str | None) -> Image.Image | None:
+    if name is None:
+        return None
+    try:
+        return open_image(folder / name)
+    except DataError as error:
+        logger.warning("%s: %s; its questions count as not answered", name, error)
+        return None
+
+
+def answers_file(model: str, questions: Path, shuffle_images: bool) -> Path:
+    """Where raw answers go by default: with the model that gave them, the blind control's apart.
+
+    ``MODEL/answers/QUESTIONS.jsonl``; for a hub id a folder of its name here.
+    """
+    name = f"{questions.stem}-shuffled" if shuffle_images else questions.stem
+    folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
+    return folder / "answers" / f"{name}.jsonl"
 
 
 def _others(shown: list[str | None]) -> list[str | None]:

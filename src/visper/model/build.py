@@ -1,14 +1,13 @@
 """Assembles, saves and loads the student: a stock LLaVA made of an encoder, a projector and an LLM.
 
 Paper, section 3. The student is ``LlavaForConditionalGeneration`` with ``LlavaProcessor``; the task tokens are
-vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers and
-vLLM without this package, wherever the encoder is one that stock LLaVA can hold.
+vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers
+without this package, wherever the encoder is one that stock LLaVA can hold.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +28,36 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import cached_file
 
 from visper.config import ConfigError, Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import end_of_turn_token, student_template
 from visper.data.images import build_image_processor
-from visper.model.encoders import Encoder, load_encoder
-from visper.model.task_tokens import task_token_names
-
-logger = logging.getLogger(__name__)
+from visper.model.encoders import Encoder, FeatureMapTower, load_encoder
+from visper.model.hub import loading, sizes_of, vocabulary_of
+from visper.model.task_tokens import random_rows, task_token_names
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 STUDENT_FILE = "student.json"
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+A LLaVA model whose image encoder ({backbone}) gives a feature map, which stock LLaVA cannot read. Loading it needs the
+package that registers its tower, `pip install 'visper-lm{extra}'`, imported before transformers loads:
+
+```python
+import visper.model  # registers the image encoder's tower
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("this folder")
+processor = AutoProcessor.from_pretrained("this folder")
+```
+"""
+"""What a folder says that stock transformers alone cannot load."""
 
 
 @dataclass
@@ -49,7 +65,7 @@ class Student:
     """A vision-language model with its processor, and the vocabulary ids of its task tokens by task."""
 
     model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    processor: LlavaProcessor  # None in a skeleton
     task_token_ids: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -82,37 +98,47 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
     Raises:
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
-    llm: PreTrainedModel = _load(AutoModelForCausalLM, config.llm, "llm", config, dtype=dtype)
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, config.llm, "llm", config)
+    with loading("student.llm", config.llm):
+        options = {"trust_remote_code": config.trust_remote_code}
+        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(config.llm, **options)
     if not tokenizer.chat_template:
         raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
-    try:
-        encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
-    except OSError as error:
-        raise ConfigError(_unreachable("encoder", config.encoder, error)) from error
+    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
     encoder.model.to(dtype)
     task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
-    model = _assemble(llm, encoder, tokenizer, processor)
+    image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    model = _assemble(llm, encoder, len(tokenizer), image_id, tokenizer.pad_token_id)
     ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
     student = Student(model, processor, ids)
     model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
     return student
 
 
-def _load(auto: Any, name: str, part: str, config: StudentConfig, **options: Any) -> Any:
-    try:
-        return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    except OSError as error:
-        raise ConfigError(_unreachable(part, name, error)) from error
+def build_skeleton(config: StudentConfig) -> Student:
+    """The student that ``build_student`` would make, at full size but without weights: parameters on the meta device.
 
+    Needs configurations only (``hub.sizes_of``), so a published base takes no download. It has no processor.
 
-def _unreachable(part: str, name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
-    return (
-        f"student.{part}: cannot load '{name}': {reason} Give a folder that exists or a hub id; "
-        "a gated model needs `hf auth login` and its licence accepted"
-    )
+    Raises:
+        ConfigError: a part's configuration cannot be had.
+    """
+    trust = config.trust_remote_code
+    llm_config = sizes_of(config.llm, "student.llm", trust_remote_code=trust)
+    vocabulary = vocabulary_of(config.llm, "student.llm", trust)
+    with loading("student.llm", config.llm), torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(llm_config, trust_remote_code=trust)
+    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, trust, weights=False)
+    # In the order of _extend_vocabulary: image, task tokens, padding.
+    image_id = vocabulary.size
+    layout = config.task_tokens
+    order, per_task = (layout.order, layout.per_task) if layout else ((), 0)
+    starts = {task: image_id + 1 + at * per_task for at, task in enumerate(order)}
+    ids = {task: list(range(start, start + per_task)) for task, start in starts.items()}
+    size = image_id + 1 + len(order) * per_task + (not vocabulary.has_pad)
+    pad_id = llm_config.pad_token_id if vocabulary.has_pad else size - 1
+    return Student(_assemble(llm, encoder, size, image_id, pad_id), None, ids)
 
 
 def _extend_vocabulary(tokenizer: PreTrainedTokenizerBase, config: StudentConfig) -> dict[str, list[str]]:
@@ -146,12 +172,12 @@ def _processor(
 
 
 def _assemble(
-    llm: PreTrainedModel, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, processor: LlavaProcessor
+    llm: PreTrainedModel, encoder: Encoder, vocabulary_size: int, image_id: int, pad_id: int | None
 ) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=encoder.model.config,
         text_config=llm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=image_id,
         image_seq_length=encoder.num_tokens,
         vision_feature_layer=encoder.feature_layer,
         vision_feature_select_strategy=encoder.select,
@@ -165,14 +191,15 @@ def _assemble(
     model.model.vision_tower = encoder.model
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
-    model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(llm.dtype)
+    with llm.device:
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(llm.dtype)
     for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
         linear.reset_parameters()
     old_size = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > old_size:
-        _grow(model, old_size, len(tokenizer))
-    model.config.text_config.pad_token_id = tokenizer.pad_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if vocabulary_size > old_size:
+        _grow(model, old_size, vocabulary_size)
+    model.config.text_config.pad_token_id = pad_id
+    model.config.pad_token_id = pad_id
     model.tie_weights()
     # Assembled, not loaded, so the library does not know which published parameter names to save under: without this
     # CLIP's `vision_tower.vision_model.` prefix is left out, which vLLM and older transformers expect.
@@ -201,12 +228,21 @@ def _generation_config(
 
 
 def save_student(student: Student, folder: Path) -> None:
-    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``artifacts.complete``."""
+    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``data.complete``.
+
+    Where stock LLaVA cannot hold the encoder, a README.md says what the folder needs.
+    """
     folder.mkdir(parents=True)
     student.model.save_pretrained(folder)
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
+    tower = student.model.model.vision_tower
+    if isinstance(tower, FeatureMapTower):
+        backbone: Any = tower.config.backbone_config
+        name = getattr(backbone, "architecture", backbone.model_type)
+        card = MODEL_CARD.format(backbone=name, extra="[timm]" if backbone.model_type == "timm_wrapper" else "")
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Student:
@@ -223,28 +259,21 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
         raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # never asks on the console
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
     names: dict[str, list[str]] = {}
-    if (place / STUDENT_FILE).is_file():
-        names = json.loads((place / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
+    found = cached_file(source, STUDENT_FILE, _raise_exceptions_for_missing_entries=False)  # of a hub id, too
+    if found is not None:
+        names = json.loads(Path(found).read_text(encoding="utf-8"))["task_tokens"]
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
 
 
 def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random query matrices ``[rows, D]`` whose group means have the spread of the LLM's word embeddings.
-
-    A mean over a group of g rows shrinks the spread by sqrt(g), so the rows start that much wider.
-    """
+    """Random query matrices ``[rows, D]`` whose group means have the spread of the LLM's word embeddings."""
     embedding: nn.Module = student.model.get_input_embeddings()
-    weight = embedding.weight
-    assert isinstance(weight, torch.Tensor)
-    spread = float(weight.detach().float().std()) * float(getattr(embedding, "embed_scale", 1.0))
-    queries = {}
-    for task, ids in student.task_token_ids.items():
-        count = rows.get(task, len(ids))
-        groups = max(1, count // len(ids))
-        queries[task] = torch.randn(count, student.hidden_size, generator=generator) * spread * groups**0.5
-    return queries
+    return {
+        task: random_rows(embedding, rows.get(task, len(ids)), student.hidden_size, len(ids), generator)
+        for task, ids in student.task_token_ids.items()
+    }

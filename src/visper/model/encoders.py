@@ -1,14 +1,15 @@
 """One interface to every image encoder: tokens in a row, behind one hidden layer.
 
 Stock LLaVA reads ``encoder(pixels).hidden_states[layer]`` and optionally drops the class token. ViTs of transformers
-(CLIP, SigLIP, DINOv2, DINOv3) give that; backbones that give a feature map (ConvNeXt, timm's CNNs) do not, so they
+(CLIP, SigLIP, DINOv2, DINOv3) give that; backbones that give a feature map (ConvNeXt) and all of timm's do not, so they
 are wrapped in a small registered tower that lays the map out in rows. A folder with such a tower needs this package
-to load (``import visper.model``); every other folder needs only transformers.
+to load (``import visper.model``) and says so in its README.md; every other folder needs only transformers.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,24 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from visper.model.hub import loading, sizes_of
+
+logger = logging.getLogger(__name__)
+
+Colour = tuple[float, ...]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureMapTowerConfig(PreTrainedConfig):
-    """A backbone whose output map is read as tokens, row by row."""
+    """A backbone whose output map is read as tokens, row by row.
+
+    Args:
+        backbone_config: of a backbone that transformers knows, timm's included.
+        hidden_size: width of the tokens.
+        image_size, patch_size: pixels a side of the picture and of one token's cell.
+        channels_last: the map comes as ``[B, H, W, C]`` (timm's Swin), not ``[B, C, H, W]``.
+        prefix_tokens: class and register tokens of a backbone that gives tokens (timm's ViTs); left out.
+    """
 
     model_type = "visper_feature_map_tower"
 
@@ -37,6 +51,8 @@ class FeatureMapTowerConfig(PreTrainedConfig):
         hidden_size: int = 0,
         image_size: int = 224,
         patch_size: int = 32,
+        channels_last: bool = False,
+        prefix_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -45,6 +61,8 @@ class FeatureMapTowerConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.image_size = image_size
         self.patch_size = patch_size
+        self.channels_last = channels_last
+        self.prefix_tokens = prefix_tokens
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +108,10 @@ class FeatureMapTower(PreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Tokens ``[B, N, C]`` of ``pixel_values`` ``[B, 3, H, W]``, as the only hidden state."""
         features = self.backbone(pixel_values).last_hidden_state
-        tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        if features.ndim == 3:
+            tokens = features[:, self.config.prefix_tokens :]
+        else:
+            tokens = features.flatten(1, 2) if self.config.channels_last else features.flatten(2).transpose(1, 2)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
 
@@ -109,36 +130,51 @@ class Encoder:
     patch_size: int
     num_tokens: int  # as the projector receives them
     extra_tokens: int  # beside the patches, before the class token is dropped (class, registers)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Colour
+    std: Colour
 
 
 def load_encoder(
-    name: str, feature_layer: int = -2, image_size: int | None = None, trust_remote_code: bool = False
+    name: str,
+    feature_layer: int = -2,
+    image_size: int | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Encoder:
-    """Loads the image encoder ``name`` (hub id or folder), wrapping it where it gives maps.
+    """Loads the image encoder ``name`` (hub id or folder, timm's included), wrapping it where it gives maps.
 
     Args:
         feature_layer: hidden state the projector reads; a wrapped tower has one only, so it is ignored there.
         image_size: pixels a side; default: the encoder's own.
+        weights: False = the sizes alone: parameters on the meta device, colours not looked up.
 
     Raises:
+        ConfigError: the encoder cannot be had.
         ValueError: the layer does not exist, or the picture does not divide into patches.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP: its image half
-    model = AutoModel.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
-    mean, std, own_size = _normalisation(name, model)
+    if weights:
+        with loading("student.encoder", name):
+            config = _image_half(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
+            model = AutoModel.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
+    else:
+        config = _image_half(sizes_of(name, "student.encoder", trust_remote_code=trust_remote_code))
+        with loading("student.encoder", name), torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    mean, std, own_size = _normalisation(name, model, trust_remote_code) if weights else _colours(model.config)
     size = image_size or own_size
-    layers = getattr(model.config, "num_hidden_layers", None)
-    with torch.no_grad():
-        output = model(torch.zeros(1, 3, size, size, dtype=model.dtype), output_hidden_states=True)
-    states = output.hidden_states
-    if states is None or states[-1].ndim != 3 or not hasattr(model.config, "hidden_size"):
-        return _wrap(model, output.last_hidden_state, size, mean, std)
+    try:
+        states, last = _shapes(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"encoder '{name}' takes no pictures of {size} px ({error}): set 'student.image_size' to another size, or "
+            f"leave it out for its own {own_size}"
+        ) from error
+    if not states:
+        return _wrap(model, last, size, mean, std)
     if not -len(states) <= feature_layer < len(states):
+        layers = len(states) - 1
         raise ValueError(f"encoder '{name}' has {layers} layers, feature_layer is {feature_layer}: choose one of them")
-    tokens = states[feature_layer].shape[1]
+    tokens = states[feature_layer][1]
     patch = int(model.config.patch_size)
     if size % patch:
         raise ValueError(f"image_size {size} does not divide into the encoder's patches of {patch}: choose a multiple")
@@ -147,30 +183,99 @@ def load_encoder(
     return Encoder(model, feature_layer, select, size, patch, tokens - (extra > 0), extra, mean, std)
 
 
-def _wrap(model: PreTrainedModel, features: Tensor, size: int, mean: tuple, std: tuple) -> Encoder:
-    if features.ndim == 4:
-        channels, side = features.shape[1], features.shape[2]
+def _image_half(config: PreTrainedConfig) -> PreTrainedConfig:
+    half: PreTrainedConfig = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP
+    return half
+
+
+def _is_timm(model: PreTrainedModel) -> bool:
+    return hasattr(model, "timm_model")
+
+
+def _shapes(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
+    """Shapes of the hidden states that stock LLaVA could read (none: it cannot) and of the last output."""
+    if model.device.type == "meta":
+        return _probed(model, size)
+    try:
+        # On the meta device: a forward of the real thing is slow where pictures are large (ConvNeXt-XXL, 768 px).
+        with torch.device("meta"):
+            return _probed(type(model)(model.config), size)
+    except RuntimeError:  # it computes with values, of which there are none
+        return _probed(model, size)
+
+
+@torch.no_grad()
+def _probed(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
+    pixels = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
+    if _is_timm(model):  # its hidden states are maps, where it has any
+        return [], model.eval()(pixels, do_pooling=False).last_hidden_state.shape
+    output = model.eval()(pixels, output_hidden_states=True)
+    states = output.hidden_states
+    if states is None or states[-1].ndim != 3 or not hasattr(model.config, "hidden_size"):
+        return [], output.last_hidden_state.shape
+    return [state.shape for state in states], states[-1].shape
+
+
+def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Colour, std: Colour) -> Encoder:
+    timm_model = getattr(model, "timm_model", None)
+    channels_last = str(getattr(timm_model, "output_fmt", None)) == "NHWC"
+    prefix = 0
+    if len(shape) == 4:
+        width, cells = (shape[3], shape[1] * shape[2]) if channels_last else (shape[1], shape[2] * shape[3])
+    elif len(shape) == 3 and timm_model is not None:
+        prefix = int(getattr(timm_model, "num_prefix_tokens", 0))
+        width, cells = shape[2], shape[1] - prefix
     else:
         raise ValueError(
-            f"encoder {type(model).__name__} gives {tuple(features.shape)} and no hidden states: "
+            f"encoder {type(model).__name__} gives {tuple(shape)} and no hidden states: "
             "expected a feature map [B, C, H, W]; load it through its own transformers class instead"
         )
-    patch = size // side
+    side = math.isqrt(cells)
+    patch = size // max(side, 1)
+    if not side or side * side != cells or size // patch != side:
+        raise ValueError(
+            f"encoder {type(model).__name__} makes {cells} tokens of a picture of {size} px, no square of equal cells: "
+            "set 'student.image_size' to a multiple of its stride"
+        )
+    if hasattr(model.config, "do_pooling"):
+        model.config.do_pooling = False  # timm's pooled output: computed for nobody
     config = FeatureMapTowerConfig(
-        backbone_config=model.config, hidden_size=channels, image_size=size, patch_size=patch, dtype=model.dtype
+        backbone_config=model.config,
+        hidden_size=width,
+        image_size=size,
+        patch_size=patch,
+        channels_last=channels_last,
+        prefix_tokens=prefix,
+        dtype=model.dtype,
     )
-    return Encoder(FeatureMapTower(config, model), -1, "full", size, patch, side * side, 0, mean, std)
+    return Encoder(FeatureMapTower(config, model), -1, "full", size, patch, cells, 0, mean, std)
 
 
-def _normalisation(name: str, model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+def _colours(config: PreTrainedConfig) -> tuple[Colour, Colour, int]:
+    """Mean, standard deviation and size that a configuration itself tells; ImageNet's colours where it is silent."""
+    timm_config: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
+    if not timm_config and getattr(config, "model_type", "") == "timm_wrapper":
+        import timm
+
+        found = timm.get_pretrained_cfg(config.architecture)
+        timm_config = found.to_dict() if found is not None else {}
+    own = getattr(config, "image_size", 224)
+    size = timm_config.get("input_size", (3, own, own))[-1]
+    return tuple(timm_config.get("mean", IMAGENET_MEAN)), tuple(timm_config.get("std", IMAGENET_STD)), int(size)
+
+
+def _normalisation(name: str, model: PreTrainedModel, trust_remote_code: bool) -> tuple[Colour, Colour, int]:
     """Mean, standard deviation and size of the pictures the encoder was trained on."""
-    timm_config = getattr(model.config, "pretrained_cfg", None)
-    if timm_config:
-        size = int(timm_config.get("input_size", (3, 224, 224))[-1])
-        return tuple(timm_config.get("mean", IMAGENET_MEAN)), tuple(timm_config.get("std", IMAGENET_STD)), size
+    mean, std, size = _colours(model.config)
+    if _is_timm(model):
+        return mean, std, size
     processor: Any = None
-    with contextlib.suppress(OSError):  # a bare encoder folder, without its processor: ImageNet's values stand in
-        processor = AutoImageProcessor.from_pretrained(name)
-    mean = tuple(getattr(processor, "image_mean", None) or IMAGENET_MEAN)
-    std = tuple(getattr(processor, "image_std", None) or IMAGENET_STD)
-    return mean, std, int(getattr(model.config, "image_size", 224))
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError:
+        logger.warning("encoder '%s' has no preprocessor_config.json: its pictures get ImageNet's mean and std", name)
+    return (
+        tuple(getattr(processor, "image_mean", None) or mean),
+        tuple(getattr(processor, "image_std", None) or std),
+        size,
+    )

@@ -19,6 +19,31 @@ def task_token_names(task: str, per_task: int) -> list[str]:
     return [f"<|{task}_{number}|>" for number in range(1, per_task + 1)]
 
 
+def embed_scale(embedding: nn.Module) -> Tensor | float:
+    """What an input embedding multiplies the rows of its table by; 1 but in Gemma.
+
+    Gemma rounds it to the table's precision, so that sqrt(2560) = 50.6 is 50.5 in bfloat16.
+    """
+    scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return scale.to(weight.dtype).float() if isinstance(scale, Tensor) else scale
+
+
+def random_rows(embedding: nn.Module, count: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
+    """``[count, width]`` whose means over ``groups`` groups have the spread of the input embedding's rows.
+
+    A mean over g rows shrinks the spread by sqrt(g), so they start that much wider. For a model on the meta device only
+    their shape is made.
+    """
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        return torch.empty(count, width, device="meta")
+    spread = float(weight.detach().float().std() * embed_scale(embedding))
+    return torch.randn(count, width, generator=generator) * spread * max(1, count // groups) ** 0.5
+
+
 class TaskTokens(nn.Module):
     """The query matrices of the tasks and their place among the input embeddings.
 
@@ -74,14 +99,13 @@ class TaskTokens(nn.Module):
         """Writes the rows into the vocabulary, so that the student needs no hook any more."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
-        scale = getattr(embedding, "embed_scale", 1.0)  # Gemma multiplies what it looks up
-        weight[self.token_ids.to(weight.device)] = (self.input_rows() / scale).to(weight)
+        weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
 
     @classmethod
     def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:
         """The task tokens of a trained student, held still: their rows get no gradient in later stages."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
-        scale = float(getattr(embedding, "embed_scale", 1.0))
+        scale = embed_scale(embedding)
         tokens = cls(ids, {task: weight[torch.tensor(task_ids)] * scale for task, task_ids in ids.items()})
         return tokens.requires_grad_(False)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -180,6 +181,7 @@ def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str,
     questions = read_questions(world / "questions.json")
     images = world / "images"
     trained = load_student(out / "ift")
+    torch.manual_seed(runs["pt"].seed)  # the projector that PT began with
     untrained = starting_student(runs["pt"])
     answered = {
         TRAINED: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -14,11 +15,20 @@ from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, survey
 from visper.data.records import DataError, Drop, DropList, read_records
 from visper.data.sampler import RowSampler
+from visper.data.sets import row_files
 from visper.data.show import show_sample
-from visper.distillation import EmbeddingDistillation, Teacher, build_teacher, check_predictor, predictor_spec
+from visper.distillation import (
+    EmbeddingDistillation,
+    TargetSpec,
+    Teacher,
+    build_teacher,
+    check_predictor,
+    predictor_spec,
+)
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.callbacks import announce
 from visper.training.module import TrainingModel
+from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +62,14 @@ def build_teachers(run: Run) -> dict[str, Teacher]:
     return teachers
 
 
-def build_training_model(run: Run, student: Student, teachers: Mapping[str, Teacher]) -> TrainingModel:
+class HasSpec(Protocol):
+    """All that the objective must know of a teacher: the shape of its targets."""
+
+    @property
+    def spec(self) -> TargetSpec: ...
+
+
+def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasSpec]) -> TrainingModel:
     """Student, task tokens (learning in PT, held still later) and, with 'distillation', the objective.
 
     Raises:
@@ -69,6 +86,9 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, Teac
             raise ConfigError(f"the student has no task tokens for {missing}: its tasks are {list(ids)}")
         specs = {task: teacher.spec for task, teacher in teachers.items()}
         try:
+            for task, settings in run.distillation.tasks.items():
+                spec = predictor_spec(task, settings.predictor)
+                check_predictor(task, spec, specs[task], len(ids[task]))
             objective = EmbeddingDistillation.from_config(
                 run.distillation, specs, student.hidden_size, student.num_layers
             )
@@ -85,6 +105,18 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, Teac
         raise ConfigError(str(error)) from error
 
 
+def apply_run(run: Run, model: TrainingModel, student: Student) -> list[str]:
+    """Applies the stage's table to what this run has, and returns the encoder parameters frozen as never reached."""
+    lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
+    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
+    vision = student.model.model.vision_tower
+    if not any(p.requires_grad for p in vision.parameters()):
+        return []
+    size = student.model.config.vision_config.image_size
+    pixels = torch.zeros(1, 3, size, size, dtype=student.model.dtype, device=student.model.device)
+    return freeze_unused_vision(student.model, vision, pixels)
+
+
 @dataclass(frozen=True)
 class StageData:
     """What the engine reads: rows, how they are batched, in which order; and the rows left out so far."""
@@ -96,9 +128,7 @@ class StageData:
     num_rows: int
 
 
-def build_data(
-    run: Run, student: Student, teachers: Mapping[str, Teacher], processes: int, console: Console
-) -> StageData:
+def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console) -> StageData:
     """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
 
     Raises:
@@ -106,7 +136,8 @@ def build_data(
     """
     settings = run.data
     drops = DropList()
-    records = read_records([(source.json_file, source.images) for source in settings.sources], drops)
+    files = row_files(settings)
+    records = read_records(files, drops)
     total = len(records) + len(drops)
     encoder = ConversationEncoder(student.processor, settings.max_tokens)
     looked: Survey | None = None
@@ -115,13 +146,14 @@ def build_data(
         records = looked.records
     drops.check(total, settings.drop_limit)
     if not records:
-        raise DataError("no rows", f"none of the {total} rows of {[s.json_file for s in settings.sources]} can be used")
+        raise DataError("no rows", f"none of the {total} rows of {[file for file, _ in files]} can be used")
     dataset = ConversationDataset(records, encoder)
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
-    group = run.optimisation.micro_batch * processes
-    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, group)
+    # Alike are the rows of a global batch, so that the order does not depend on how that is split.
+    alike = run.optimisation.global_batch
+    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, alike)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
     collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())

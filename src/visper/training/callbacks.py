@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from visper.config import ConfigError
 from visper.data.complete import write_text
 
 
@@ -42,12 +43,12 @@ def tensorboard(folder: Path) -> TrainerCallback:
     """The engine's TensorBoard callback, writing beside the run: its default is the folder of half-written checkpoints.
 
     Raises:
-        ImportError: TensorBoard is not installed; the message names the extra.
+        ConfigError: TensorBoard is not installed; the message names the extra.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise ConfigError(
             "logging.report_to names tensorboard, which is not installed: pip install 'visper-lm[tensorboard]'"
         ) from error
     from transformers.integrations import TensorBoardCallback

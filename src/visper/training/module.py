@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import Student, TaskTokens
 
 NTP = "ntp"
 """Name of the next-token term."""
+LOGIT_ROWS = 2048
+"""Positions whose logits are held at once: 1 GB in float32 with 128k words."""
 
 
 class TrainingModel(nn.Module):
@@ -128,16 +131,24 @@ class TrainingModel(nn.Module):
             }
 
     def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
-        """Cross-entropy summed over supervised positions; logits exist at those positions only.
+        """Cross-entropy summed over supervised positions; logits exist at those positions only, and of ``LOGIT_ROWS``
+        of them at a time: with a vocabulary of 128k a batch of long answers would fill a GPU with logits alone.
 
         Image and task tokens are inputs, never answers: they take no part in the softmax, so that their rows of a tied
         head stay as they are.
         """
         shifted = labels_BL[:, 1:]
         supervised = shifted != -100
-        logits: Tensor = self.student.get_output_embeddings()(hidden_BLD[:, :-1][supervised]).float()
-        logits = logits.index_fill(1, self.silent, float("-inf"))
-        return F.cross_entropy(logits, shifted[supervised], reduction="sum")
+        states_TD, wanted_T = hidden_BLD[:, :-1][supervised], shifted[supervised]
+        if len(states_TD) <= LOGIT_ROWS:
+            return self._cross_entropy(states_TD, wanted_T)
+        parts = zip(states_TD.split(LOGIT_ROWS), wanted_T.split(LOGIT_ROWS), strict=True)
+        sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum()
+
+    def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor) -> Tensor:
+        logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
+        return F.cross_entropy(logits.index_fill_(1, self.silent, float("-inf")), wanted_T, reduction="sum")
 
     def _untouched(self) -> Tensor:
         """Zero that depends on the parameters a batch without images does not reach: DDP waits for each of them."""

@@ -14,24 +14,40 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from visper.config import ConfigError, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
+from visper.data.sets import row_files
 from visper.model import Student, build_student, load_student, save_student
-from visper.training.assemble import build_data, build_teachers, build_training_model
+from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
-from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, count_parts, freeze_unused_vision
-from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, training_arguments
+from visper.training.stages import count_parts
+from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
+
+MAY_DIFFER: dict[str, Any] = {
+    "output": True,
+    "logging": True,
+    "data": {"workers"},
+    "optimisation": {"micro_batch", "gradient_checkpointing"},
+}
+"""What may change when a run is continued: how it is split, watched and stored, not what it computes."""
+
+BARRIER = timedelta(hours=2)
+"""How long ranks wait for each other: the first may be writing tens of GB to a slow disk."""
 
 
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -45,8 +61,15 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         ConfigError: the run cannot be, or its output folder holds another one.
         DataError: too many bad rows.
     """
+    row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
+    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"one process sees {count} GPUs: start one process a GPU (`torchrun --nproc-per-node {count} -m visper "
+            "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
     console = Console(quiet=not state.is_main_process)
     if state.is_main_process:
         claim_output(run, output, resume)
@@ -59,7 +82,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     teachers = build_teachers(run)
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
-    data = build_data(run, student, teachers, state.num_processes, console)
+    data = build_data(run, student, teachers, console)
     if state.is_main_process:
         data.drops.write(output / DROPPED)
     model = build_training_model(run, student, teachers)
@@ -75,7 +98,10 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
-    trainer.train(resume_from_checkpoint=newest)
+    if newest is not None and is_last(Path(newest)):
+        trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=newest)
     if state.is_main_process:
         finish(run, output, student, model)
         announce(console, "saved", str(output / "model"))
@@ -116,6 +142,8 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
     if output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
         raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
     output.mkdir(parents=True, exist_ok=True)
+    for leftover in output.glob(".*.partial-*"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     shutil.rmtree(output / "checkpoints" / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))
 
@@ -123,8 +151,8 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
 def _refuse_other(run: Run, output: Path) -> None:
     if not (output / "run.yaml").is_file():
         return
-    theirs = load_run(output / "run.yaml").model_dump(exclude={"logging", "output"})
-    ours = run.model_dump(exclude={"logging", "output"})
+    theirs = load_run(output / "run.yaml").model_dump(exclude=MAY_DIFFER)
+    ours = run.model_dump(exclude=MAY_DIFFER)
     different = sorted(key for key in ours if ours[key] != theirs[key])
     if different:
         raise ConfigError(
@@ -146,21 +174,26 @@ def starting_student(run: Run) -> Student:
 
 def set_what_learns(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
     """Applies the stage's table, reports it, and puts what is frozen into the run's precision."""
-    lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
-    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
-    vision = student.model.model.vision_tower
-    if any(p.requires_grad for p in vision.parameters()):
-        size = student.model.config.vision_config.image_size
-        unused = freeze_unused_vision(student.model, vision, torch.zeros(1, 3, size, size, dtype=student.model.dtype))
+    unused = apply_run(run, model, student)
+    if unused:
         announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
     for count in count_parts(model):
         if count.total:
             announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters")
     if run.optimisation.precision == "bfloat16":
-        # Learning weights stay in float32 under autocast; frozen ones need only be read.
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
+        # Learning weights stay in float32 under autocast; parts that are frozen whole need only be read.
+        inner = student.model.model
+        for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.model.lm_head):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                to_bfloat16(part)
+
+
+def to_bfloat16(module: nn.Module) -> None:
+    """Casts the weights, but not batch normalisation's: its statistics are sums that half precision rounds away."""
+    kept = {id(p) for m in module.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> None:
@@ -175,7 +208,7 @@ def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> No
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             save_run(run, partial / "run.yaml")
     if run.optimisation.precision == "bfloat16":
-        student.model.to(torch.bfloat16)
+        to_bfloat16(student.model)
     with complete(output / "model") as partial:
         save_student(student, partial)
         save_run(run, partial / "run.yaml")

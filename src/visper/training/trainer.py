@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.config import Run
@@ -141,7 +141,7 @@ class StageTrainer(Trainer):
         if not torch.isfinite(loss):
             terms = {name: round(float(term.detach()), 4) for name, term in outputs.items()}
             raise NonFiniteLossError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; terms {terms}; rows "
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; terms {terms}; rows "
                 f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
             )
         if not self._terms:
@@ -170,6 +170,14 @@ class StageTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu().contiguous() for n, p in self._bare().named_parameters() if p.requires_grad}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def restore(self, checkpoint: str) -> None:
+        """Puts the weights of ``checkpoint`` into the model without training on.
+
+        Raises:
+            ValueError: it is of another model or stage.
+        """
+        self._load_from_checkpoint(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -207,6 +215,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints under ``folder``, oldest first."""
     found = [(int(m.group(1)), p) for p in folder.glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     return [path for _, path in sorted(found)]
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether no step is left to train behind ``checkpoint``."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.global_step >= state.max_steps)
 
 
 def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArguments:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tiny_teachers
-from visper.distillation.teachers import build_teacher
+from visper.distillation.teachers import build_teacher, target_spec
 from visper.distillation.teachers.depth_original import from_original, original_config
 
 
@@ -119,6 +119,7 @@ def test_an_original_file_is_the_transformers_model(small, original):
         levels = small.backbone(pixels).feature_maps
     assert torch.equal(teacher(pixels), torch.stack([level[:, 1:] for level in levels]).mean(0))
     assert teacher.preprocess.mean == (0.485, 0.456, 0.406)
+    assert target_spec("depth_anything", original, size=56) == teacher.spec
     assert teacher.decode(teacher(pixels)).shape == (2, 3, 56, 56)
     assert not [name for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()) if tensor.is_meta]
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from tests import tiny_teachers
-from visper.distillation.teachers import build_teacher
+from visper.distillation.teachers import build_teacher, target_spec
 
 FAMILIES = {
     # family: what differs in its configuration, tokens before the patches
@@ -40,7 +40,7 @@ def test_targets_are_the_models_own_patch_tokens(family, layer):
 
 def test_another_size_gives_another_grid(family):
     teacher = build_teacher("features", family[0], size=42)
-    assert teacher.spec.grid == (3, 3)
+    assert teacher.spec.grid == (3, 3) and target_spec("features", family[0], size=42) == teacher.spec
     assert teacher(torch.rand(1, 3, 42, 42)).shape == (1, 9, 16)
 
 
@@ -63,7 +63,7 @@ def test_a_feature_map_is_read_row_by_row(tmp_path):
         tmp_path, "convnextv2", hidden_sizes=[4, 4, 8, 12], depths=[1, 1, 1, 1], image_size=64, patch_size=4
     )
     teacher = build_teacher("features", folder)
-    assert (teacher.spec.grid, teacher.spec.width) == ((2, 2), 12)
+    assert (teacher.spec.grid, teacher.spec.width) == ((2, 2), 12) and target_spec("features", folder) == teacher.spec
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         whole = AutoModel.from_pretrained(folder).eval()(pixels).last_hidden_state

@@ -9,11 +9,10 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import DepthAnythingForDepthEstimation
+from transformers import AutoConfig, AutoModelForDepthEstimation, DepthAnythingForDepthEstimation, PreTrainedModel
 
 from tests import tiny_teachers
-from visper.distillation.teachers import build_teacher
-from visper.distillation.teachers.pretrained import why_not_loaded
+from visper.distillation.teachers import build_teacher, target_spec
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +76,42 @@ def test_no_processor_of_the_hub_is_needed_for_the_colours(oneformer_folder, tmp
 def test_an_id_out_of_reach_says_how_to_fetch_it(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for kind in ("depth_anything", "oneformer", "unclip", "features"):
-        with pytest.raises(ValueError, match=r"hub cannot be reached.*`hf download nobody/nothing`"):
+        with pytest.raises(ValueError, match=r"Without network: `hf download nobody/nothing`"):
             build_teacher(kind, "nobody/nothing")
 
 
-def test_a_folder_that_is_not_there_is_no_matter_of_the_hub():
-    with pytest.raises(ValueError, match="no file or folder '/nowhere/teacher' here"):
+def test_a_folder_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"'/nowhere/teacher'.*Give a folder that exists"):
         build_teacher("features", "/nowhere/teacher")
 
 
+@pytest.mark.parametrize("kind", ["depth_anything", "oneformer", "unclip", "features"])
 @pytest.mark.parametrize(
-    ("cause", "remedy"),
+    ("cause", "message"),
     [
-        (GatedRepoError, "ask for it at https://huggingface.co/some/teacher, then `hf auth login` or set HF_TOKEN"),
-        (RepositoryNotFoundError, "knows no such id, or it is private"),
+        (GatedRepoError, r"it is gated.*https://huggingface.co/some/teacher, then `hf auth login`"),
+        (RepositoryNotFoundError, "no such model, or it is private"),
     ],
 )
-def test_a_refusal_of_the_hub_says_what_to_do(cause, remedy):
-    error = OSError("long text")
-    error.__cause__ = cause("401", response=SimpleNamespace(headers={}, request=None))
-    assert remedy in why_not_loaded("some/teacher", error)
+def test_a_refusal_of_the_hub_says_what_to_do(kind, cause, message, monkeypatch):
+    def refuse(*args, **kwargs):
+        error = OSError("You are trying to access ...")
+        raise error from cause("401", response=SimpleNamespace(headers={}, request=None))
+
+    for loader in (AutoConfig, PreTrainedModel, AutoModelForDepthEstimation):
+        monkeypatch.setattr(loader, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=message):
+        build_teacher(kind, "some/teacher")
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "options"),
+    [
+        ("depth_anything", "depth_folder", {"size": 56}),
+        ("oneformer", "oneformer_folder", {"size": 64}),
+        ("unclip", "unclip_folder", {"subfolder": "image_encoder"}),
+    ],
+)
+def test_the_planned_shape_is_the_loaded_one(kind, folder, options, request):
+    place = request.getfixturevalue(folder)
+    assert target_spec(kind, place, **options) == build_teacher(kind, place, **options).spec

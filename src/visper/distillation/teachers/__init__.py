@@ -3,7 +3,8 @@
 A kind is imported only when it is asked for, so that nobody needs the packages of teachers they do not use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_pictures
-from visper.distillation.teachers.pretrained import why_not_loaded
+from visper.model.hub import remedy
 
-__all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures"]
+__all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures", "target_spec"]
 
 TEACHERS: dict[str, str] = {
     "tower": "visper.distillation.teachers.tower:TowerTeacher",
@@ -25,7 +26,7 @@ TEACHERS: dict[str, str] = {
 }
 """Kind -> "module:Class"."""
 
-EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "test", "timm": "timm", "diffusers": "diffusion"}
+EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "timm", "diffusers": "diffusion"}
 """Package that may be missing -> the extra of this project that brings it."""
 
 
@@ -41,17 +42,40 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
         ValueError: unknown kind, an option the kind does not have, or weights that cannot be had; the message says why.
         ImportError: the kind needs a package that is not installed; the message names the extra.
     """
+    with _explained(kind, model):
+        return _class_of(kind, options)(model, **options).freeze()
+
+
+def target_spec(kind: str, model: str | Path, **options: Any) -> TargetSpec:
+    """The shape of a teacher's targets. The published kinds read it from a configuration, without weights.
+
+    Arguments and errors are ``build_teacher``'s; ConfigError where a configuration cannot be had.
+    """
+    with _explained(kind, model):
+        return _class_of(kind, options).planned_spec(model, **options)
+
+
+def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
     place = TEACHERS.get(kind, kind)
     if ":" not in place:
         raise ValueError(f"unknown teacher kind '{kind}': " + _nearest(kind, [*TEACHERS, "module:Class of your own"]))
     module_name, class_name = place.split(":", 1)
+    teacher_class = getattr(import_module(module_name), class_name)
+    if not (isinstance(teacher_class, type) and issubclass(teacher_class, Teacher)):
+        raise ValueError(
+            f"teacher kind '{kind}' names {place}, which is no Teacher: subclass visper.distillation.teachers.Teacher"
+        )
+    known = list(signature(teacher_class).parameters)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + _nearest(name, known[1:]))
+    return teacher_class
+
+
+@contextmanager
+def _explained(kind: str, model: str | Path) -> Iterator[None]:
     try:
-        teacher_class = getattr(import_module(module_name), class_name)
-        known = list(signature(teacher_class).parameters)
-        for name in options:
-            if name not in known:
-                raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + _nearest(name, known[1:]))
-        teacher = teacher_class(model, **options)
+        yield
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "")
         if extra is None:
@@ -61,12 +85,7 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
             f"pip install 'visper-lm[{extra}]'"
         ) from error
     except OSError as error:
-        raise ValueError(why_not_loaded(model, error)) from error
-    if not isinstance(teacher, Teacher):
-        raise ValueError(
-            f"teacher kind '{kind}' names {place}, which is no Teacher: subclass visper.distillation.teachers.Teacher"
-        )
-    return teacher.freeze()
+        raise ValueError(remedy(str(model), error)) from error
 
 
 def _nearest(name: str, known: list[str]) -> str:

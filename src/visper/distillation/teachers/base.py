@@ -9,7 +9,8 @@ Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -69,6 +70,11 @@ class Teacher(nn.Module, ABC):
 
     spec: TargetSpec
     preprocess: Callable[[Image.Image], Tensor]
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, **options: Any) -> TargetSpec:
+        """The ``spec`` that ``cls(model, **options)`` would have. A large teacher answers without loading itself."""
+        return cls(model, **options).spec
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

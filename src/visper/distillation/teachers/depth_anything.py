@@ -4,6 +4,7 @@ Shape suffixes: B = samples, N = patches, E = backbone width.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
 from visper.distillation.teachers.depth_original import read_original
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
 from visper.model.encoders import IMAGENET_MEAN, IMAGENET_STD
+from visper.model.hub import sizes_of
 
 
 class DepthAnythingTeacher(Teacher):
@@ -25,16 +27,22 @@ class DepthAnythingTeacher(Teacher):
 
     def __init__(self, model: str | Path, size: int = 336) -> None:
         super().__init__()
-        original = Path(model).suffix == ".pth"
+        original = _is_original(model)
         self.model = read_original(model) if original else loaded_whole(AutoModelForDepthEstimation, model)
-        side = divided(size, int(self.model.config.patch_size), "depth_anything")
         self.levels = len(self.model.config.neck_hidden_sizes)
-        self.spec = TargetSpec(side * side, int(self.model.config.reassemble_hidden_size), (side, side))
+        self.spec = _spec(self.model.config, size)
         if original:  # the file does not say; every Depth Anything was trained so
             self.preprocess = SquashedImage((size, size), IMAGENET_MEAN, IMAGENET_STD)
         else:
             self.preprocess = squashed_as_trained(model, (size, size))
         self.freeze()
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, size: int = 336, **options: Any) -> TargetSpec:
+        """Read from the configuration, or the shapes in an original file."""
+        if _is_original(model):
+            return _spec(read_original(model).config, size)
+        return _spec(sizes_of(str(model), "depth_anything teacher"), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, N, E]``: mean over levels, without class token."""
@@ -56,3 +64,12 @@ class DepthAnythingTeacher(Teacher):
         depth = self.model.head(self.model.neck([level] * self.levels, *self.spec.grid), *self.spec.grid).float()
         low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
         return ((depth - low) / (high - low).clamp(min=1e-6))[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def _is_original(model: str | Path) -> bool:
+    return Path(model).suffix == ".pth"
+
+
+def _spec(config: Any, size: int) -> TargetSpec:
+    side = divided(size, int(config.patch_size), "depth_anything")
+    return TargetSpec(side * side, int(config.reassemble_hidden_size), (side, side))

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
 
 
 class FeaturesTeacher(Teacher):
@@ -51,6 +52,16 @@ class FeaturesTeacher(Teacher):
             states = self._states(torch.zeros(1, 3, size, size, dtype=self.encoder.dtype))
         rows, columns = self._grid(states, size)
         self.spec = TargetSpec(rows * columns, states.shape[1 if states.ndim == 4 else 2], (rows, columns))
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, size: int | None = None, **options: Any) -> TargetSpec:
+        """Read from the configuration alone, where it says how large a patch is; else by loading."""
+        config = sizes_of(str(model), "features teacher")
+        config = getattr(config, "vision_config", config)
+        if not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
+            return cls(model, size=size, **options).spec
+        side = divided(size or _side(config.image_size), _side(config.patch_size), "features")
+        return TargetSpec(side * side, int(config.hidden_size), (side, side))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, width]``, row by row."""

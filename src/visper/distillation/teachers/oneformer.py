@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, OneFormerImageProcessor, OneFormerModel
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pictures import Segmentation, segment_pictures
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
 
 PICTURE = (384, 384)
 """Height and width of what is drawn: half of 768, names still legible."""
@@ -38,11 +39,15 @@ class OneFormerTeacher(Teacher):
         # Without the segmentation model around it, whose loss would ask for scipy; its outputs are all here. The text
         # branch serves training only.
         self.model = loaded_whole(OneFormerModel, model, is_training=False)
-        side = divided(size, max(self.model.config.strides), "oneformer")
-        self.spec = TargetSpec(side * side, int(self.model.pixel_level_module.encoder.channels[-1]), (side, side))
+        self.spec = _spec(self.model.config, size)
         self.preprocess = squashed_as_trained(model, (size, size))
         self.picture, self.place = picture, str(model)
         self.freeze()
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, size: int = 768, **options: Any) -> TargetSpec:
+        """Read from the configuration alone."""
+        return _spec(sizes_of(str(model), "oneformer teacher"), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, channels]``, row by row."""
@@ -131,3 +136,8 @@ def _panoptic(segments: Tensor, info: Sequence[dict[str, Any]], names: dict[int,
 
 def _known(classes: Sequence[int], names: dict[int, str]) -> dict[int, str]:
     return {index: names.get(index, f"class {index}") for index in classes}
+
+
+def _spec(config: Any, size: int) -> TargetSpec:
+    side = divided(size, max(config.strides), "oneformer")
+    return TargetSpec(side * side, int(config.backbone_config.hidden_size), (side, side))

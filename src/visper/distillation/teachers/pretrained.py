@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers.image_processing_base import ImageProcessingMixin
 
 from visper.distillation.teachers.base import SquashedImage
@@ -55,30 +54,3 @@ def divided(size: int, stride: int, kind: str) -> int:
             f"set 'size' to {size // stride * stride or stride} or {(size // stride + 1) * stride}"
         )
     return size // stride
-
-
-def why_not_loaded(model: str | Path, error: OSError) -> str:
-    """What keeps ``model`` from being loaded, and what to do: gated, not there, not reachable, or as ``error`` says."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    page = f"https://huggingface.co/{model}"
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return f"the hub gives it only to those with access: ask for it at {page}, then `hf auth login` or set HF_TOKEN"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return "the hub knows no such id, or it is private: check its spelling, or `hf auth login`"
-    path = Path(model)
-    if not path.exists() and (path.is_absolute() or path.suffix == ".pth" or str(model).count("/") > 1):
-        return f"there is no file or folder '{model}' here: set the teacher's 'model' to where it is"
-    # Cannot be told from a hub out of reach by type alone: httpx has errors of its own, by version.
-    if not path.exists() and ("couldn't connect" in str(error) or any(map(_no_network, causes))):
-        return (
-            "it is no folder here, not in the hub's cache, and the hub cannot be reached: set 'model' to a folder, or "
-            f"where there is a network run `hf download {model}`"
-        )
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _no_network(error: BaseException) -> bool:
-    package = type(error).__module__.split(".")[0]
-    return isinstance(error, ConnectionError | TimeoutError) or package in ("httpx", "httpx2")

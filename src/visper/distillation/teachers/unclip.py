@@ -11,6 +11,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
 
 
 class UnClipTeacher(Teacher):
@@ -56,6 +57,11 @@ class UnClipTeacher(Teacher):
     def has_pictures(self) -> bool:
         """Whether the diffusion pipeline draws."""
         return self.draw == "diffusion"
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, subfolder: str = "", **options: Any) -> TargetSpec:
+        """Read from the configuration alone."""
+        return TargetSpec(1, int(sizes_of(str(model), "unclip teacher", subfolder).projection_dim))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, 1, width]``."""

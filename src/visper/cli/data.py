@@ -1,0 +1,60 @@
+"""``visper data``: what data sets there are, and how they come under one folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+NAME = "data"
+app = typer.Typer(help="Data sets: list them, bring them under one folder.", no_args_is_help=True)
+
+Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'data.root' of a run")]
+
+
+@app.command("list")
+def list_sets(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="only these: names, or YAML files of your own", metavar="[NAME|FILE.yaml]"),
+    ] = None,
+    root: Root = Path("data"),
+) -> None:
+    """List data sets: what for, how large, and what of them is under the root; named ones with licence.
+
+    Example: `visper data list --root data`
+    """
+    from visper.data.sets import listing, set_names
+
+    console = Console()
+    table = Table("set", "for", "downloads", f"under '{root}'", box=None, pad_edge=False)
+    entries = listing(names or set_names(), root)
+    for entry in entries:
+        table.add_row(entry.name, entry.use, entry.size, entry.state)
+    console.print(table)
+    console.print(
+        "Unpacked, a set takes up to its downloads' size once more, until they are dropped (--drop-archives)."
+    )
+    for entry in entries if names else ():
+        console.print(f"{entry.name}: {entry.title}. Licence: {entry.licence}", markup=False)
+
+
+@app.command("prepare")
+def prepare_sets(
+    names: Annotated[list[str], typer.Argument(help="sets, or YAML files of your own", metavar="NAME|FILE.yaml ...")],
+    root: Root = Path("data"),
+    everything: Annotated[bool, typer.Option("--all", help="unpack all files, not only those the rows name")] = False,
+    drop_archives: Annotated[bool, typer.Option("--drop-archives", help="delete archives once unpacked")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="downloads at once")] = 4,
+) -> None:
+    """Download, verify and unpack data sets, with all they need. Safe to interrupt and to repeat.
+
+    Example: `visper data prepare llava-pretrain llava-665k --root data --drop-archives`
+    """
+    from visper.data.prepare import prepare
+
+    console = Console(soft_wrap=True)
+    for name in names:
+        outcome = prepare(name, root, everything, drop_archives, workers, console)
+        console.print(f"{name}: {outcome}", markup=False, highlight=False)

@@ -1,0 +1,127 @@
+"""Parts from the hub, a folder, or nothing but their published sizes; and what to do where one cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TimmWrapperConfig
+
+from visper.config import ConfigError
+
+
+@contextlib.contextmanager
+def loading(part: str, name: str) -> Iterator[None]:
+    """Around whatever loads ``name``: a failure becomes a ConfigError that names ``part``, the id and the remedy.
+
+    Other ValueErrors (a layer that does not exist) say it all and pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{part}: cannot load '{name}': {remedy(name, error)}") from error
+    except ImportError as error:
+        extra = "pip install 'visper-lm[timm]', or a newer timm" if "timm" in str(error) else "install what it names"
+        raise ConfigError(f"{part}: cannot load '{name}': {_first_line(error)} Remedy: {extra}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{part}: '{name}' brings code of its own, which is not run unasked: read it, then set "
+            "'student.trust_remote_code: true' in the recipe"
+        ) from error
+
+
+def remedy(name: str, error: OSError) -> str:
+    """Why ``name`` cannot be loaded, and what to do: it is gated, not there, or out of reach."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__
+    reason = _first_line(error)
+    if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
+        return (
+            f"it is gated, and this machine's token (if any) may not read it: accept its licence on "
+            f"https://huggingface.co/{name}, then `hf auth login`"
+        )
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        return "the hub has no such model, or it is private: check the spelling, or `hf auth login`"
+    return (
+        f"{reason} Give a folder that exists or a hub id. Without network: `hf download {name}` where there is one, "
+        "then give the folder it made"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer holds before a student adds to it: its entries, and whether padding is one of them."""
+
+    size: int
+    has_pad: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """Read from a tokenizer."""
+        return cls(len(tokenizer), tokenizer.pad_token is not None)
+
+
+@lru_cache(maxsize=1)
+def known_sizes() -> dict[str, dict[str, Any]]:
+    """The published bases' configurations by hub id, so that sizes need neither network nor licence.
+
+    Of each: ``config`` as in its config.json (what sizes depend on), of LLMs also ``vocabulary``.
+    """
+    file = resources.files("visper.model") / "known_sizes.json"
+    known: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return known
+
+
+def sizes_of(name: str, part: str, subfolder: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of ``name``, for its sizes alone: from its folder, the shipped table, timm, or the hub.
+
+    Raises:
+        ConfigError: none of these has it; the message names ``part`` and the id.
+    """
+    key = f"{name}/{subfolder}" if subfolder else name
+    if not Path(name).is_dir():
+        if key in known_sizes():
+            return AutoConfig.for_model(**known_sizes()[key]["config"])
+        timm_config = _timm_config(name)
+        if timm_config is not None:
+            return timm_config
+    with loading(part, name):
+        return AutoConfig.from_pretrained(name, subfolder=subfolder, trust_remote_code=trust_remote_code)
+
+
+def vocabulary_of(name: str, part: str, trust_remote_code: bool = False) -> Vocabulary:
+    """The size of a tokenizer's vocabulary, from its folder, the shipped table or the hub. Raises as ``sizes_of``."""
+    if not Path(name).is_dir() and name in known_sizes():
+        return Vocabulary(**known_sizes()[name]["vocabulary"])
+    with loading(part, name):
+        return Vocabulary.of(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+
+
+def _timm_config(name: str) -> PreTrainedConfig | None:
+    """timm keeps the configurations of its own hub ids."""
+    if not name.startswith("timm/"):
+        return None
+    with contextlib.suppress(ImportError):
+        import timm
+
+        found = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        if found is not None:
+            return TimmWrapperConfig(architecture=found.architecture, pretrained_cfg=found.to_dict())
+    return None

@@ -1,0 +1,68 @@
+"""Questions: what is asked is what training saw, what cannot be read is counted, what was shown is kept."""
+
+import json
+
+import pytest
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+
+from visper.config import Geometry
+from visper.config import Student as StudentConfig
+from visper.data.chat import ConversationEncoder
+from visper.data.records import DataError, Record, Turn
+from visper.evaluation import Question, evaluate, read_questions, scores
+from visper.evaluation.answers import model_inputs
+from visper.evaluation.questions import answers_file
+from visper.model import build_student
+
+
+@pytest.fixture
+def student(tiny_llm, tiny_encoder):
+    return build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+
+
+def test_a_first_token_that_only_the_tokenizer_writes_is_there_when_asked_too(student):
+    tokenizer = student.processor.tokenizer
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    student.processor.chat_template = student.processor.chat_template.replace("{{ bos_token }}", "")
+    picture = Image.new("RGB", (16, 16))
+    asked = model_inputs(student.processor, ["What?"], [picture])["input_ids"][0].tolist()
+    record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), "1.png", 0)
+    trained = ConversationEncoder(student.processor, 500).encode(record).input_ids
+    assert asked[0] == start and trained[: len(asked)] == asked
+
+
+def test_an_unreadable_picture_counts_as_asked_and_not_answered(student, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    asked = [Question("what?", "", "cut.png"), Question("what?", "red", "red.png")]
+    answered = evaluate(student, asked, tmp_path, max_new_tokens=2)
+    assert answered[0].said is None and not answered[0].correct and answered[1].said is not None
+    assert scores(answered)[0].total == 2
+
+
+def test_absent_pictures_are_named_before_the_first_question(student, tmp_path):
+    with pytest.raises(DataError, match=r"1 pictures of the questions are not under .*'nowhere\.png'"):
+        evaluate(student, [Question("what?", "red", "nowhere.png")], tmp_path)
+
+
+def test_the_blind_control_keeps_the_picture_that_was_shown(student, tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    asked = [Question("what?", colour, f"{colour}.png") for colour in ("red", "blue")]
+    answered = evaluate(student, asked, tmp_path, max_new_tokens=1, shuffle_images=True)
+    assert [row.image for row in answered] == ["blue.png", "red.png"]
+
+
+@pytest.mark.parametrize("content", [{"question": "q"}, [3], [{"question": "q"}]])
+def test_other_json_than_questions_is_refused(content, tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="expected"):
+        read_questions(tmp_path / "q.json")
+
+
+def test_answers_lie_with_the_model_that_gave_them(tmp_path):
+    place = answers_file(str(tmp_path), tmp_path / "cv.json", shuffle_images=False)
+    assert place == tmp_path / "answers" / "cv.jsonl"
+    assert answers_file(str(tmp_path), tmp_path / "cv.json", shuffle_images=True) != place

@@ -1,0 +1,74 @@
+"""What cannot be had names its id and the remedy; sizes of published bases need no network."""
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from tests import tiny
+from visper.config import ConfigError, load_run, recipe_names
+from visper.config import Student as StudentConfig
+from visper.model import build_skeleton
+from visper.model.hub import known_sizes, loading, sizes_of, vocabulary_of
+
+
+class Response:
+    """As much of an HTTP response as the hub's errors read."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012
+    request = None
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (GatedRepoError, "student.llm: cannot load 'a/b': it is gated.*huggingface.co/a/b, then `hf auth login`"),
+        (RepositoryNotFoundError, "cannot load 'a/b': the hub has no such model, or it is private"),
+        (ConnectionError, "cannot load 'a/b': who knows. Give a folder.*`hf download a/b`"),
+    ],
+)
+def test_what_cannot_be_had_says_what_to_do(cause, message):
+    reason = cause("x") if cause is ConnectionError else cause("x", response=Response())
+    with pytest.raises(ConfigError, match=message), loading("student.llm", "a/b"):
+        raise OSError("who knows") from reason
+
+
+def test_a_missing_package_and_unasked_code_say_what_to_do():
+    with (
+        pytest.raises(ConfigError, match=r"cannot load 'timm/x': needs timm\. Remedy: pip install 'visper-lm\[timm\]'"),
+        loading("student.encoder", "timm/x"),
+    ):
+        raise ImportError("needs timm")
+    with pytest.raises(ConfigError, match=r"student.trust_remote_code: true"), loading("student.llm", "a/b"):
+        raise ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
+    with pytest.raises(ValueError, match=r"^another$"), loading("student.llm", "a/b"):
+        raise ValueError("another")
+
+
+def test_code_of_a_folder_is_run_only_where_the_recipe_says_so(tmp_path, tiny_encoder):
+    folder = tmp_path / "llm"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    (folder / "mine.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ConfigError, match=f"student.llm: '{folder}' brings code of its own"):
+        build_skeleton(StudentConfig(llm=str(folder), encoder=str(tiny_encoder)))
+
+
+def test_an_unreachable_id_is_named(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"student.llm: cannot load 'nobody/nothing': .*`hf download nobody/nothing`"):
+        sizes_of("nobody/nothing", "student.llm")
+
+
+def test_a_folder_comes_before_the_table_of_known_sizes(tiny_llm):
+    config = sizes_of(str(tiny_llm), "student.llm")
+    assert config.hidden_size == 32
+    assert vocabulary_of(str(tiny_llm), "student.llm").size == len(tiny.byte_tokenizer())
+
+
+def test_every_published_recipe_is_known_without_network():
+    for name in recipe_names():
+        student = load_run(name).student
+        if student is None or name.startswith(("quickstart", "photographs")):
+            continue
+        assert "vocabulary" in known_sizes()[student.llm]
+        assert student.encoder in known_sizes() or student.encoder.startswith("timm/")
