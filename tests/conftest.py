@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ def outside(*parts: str, variable: str | None = None) -> Path:
     if not path.exists():
         pytest.skip(f"{'/'.join(parts)} is not here" + (f": set ${variable} to its folder" if variable else ""))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what tests cache out of the material beside the project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISPER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 class Golden:

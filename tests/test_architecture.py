@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "visper"
-ORDER = ("config", "data", "model", "distillation", "training", "evaluation", "quickstart", "cli")
-SIDE_BY_SIDE = {"evaluation": set(), "quickstart": {"evaluation"}}
+ORDER = ("config", "data", "model", "distillation", "training", "evaluation", "interop", "quickstart", "cli")
+SIDE_BY_SIDE = {"evaluation": set(), "interop": set(), "quickstart": {"evaluation"}}
 """Packages to the right of training, and which of their neighbours each may use."""
 
 

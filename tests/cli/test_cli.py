@@ -11,7 +11,20 @@ from visper.cli import app, main
 from visper.config import load_run
 from visper.training import run_stage
 
-VERBS = ("quickstart", "train", "pipeline", "recipes", "chat", "evaluate", "look")
+VERBS = (
+    ["quickstart"],
+    ["train"],
+    ["pipeline"],
+    ["recipes"],
+    ["chat"],
+    ["evaluate"],
+    ["look"],
+    ["convert"],
+    ["data", "list"],
+    ["data", "prepare"],
+    ["data", "check"],
+    ["data", "shard"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +49,9 @@ def call(*arguments):
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_shows_an_example(verb):
-    result = call(verb, "--help")
+    result = call(*verb, "--help")
     assert result.exit_code == 0 and "Example" in result.output
 
 
@@ -66,6 +79,11 @@ def test_chat_answers(trained):
     Image.new("RGB", (9, 7), "blue").save(trained / "blue.png")
     asked = ("chat", str(trained / "out"), "--image", str(trained / "blue.png"), "--prompt", "what?")
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
+
+
+def test_convert_gives_a_run_its_published_form(trained):
+    result = call("convert", str(trained / "out"), str(trained / "published"), "--to", "published")
+    assert "converted" in result.output and (trained / "published" / "config.json").is_file()
 
 
 def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
@@ -96,3 +114,16 @@ def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypa
         main()
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+def test_data_is_checked_with_a_runs_tokenizer_then_sharded_and_trained_from(trained, tmp_path):
+    rows = trained / "rows"
+    recipe, drops, shards = trained / "tiny.yaml", tmp_path / "dropped.jsonl", tmp_path / "shards"
+    file = ["data", "check", str(rows / "rows.json"), "--images", str(rows / "images")]
+    assert call(*file, "--run", str(recipe)).exit_code == 0
+    tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
+    assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
+    made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(shards))
+    assert made.exit_code == 0 and "4 rows in 1 shards" in made.output
+    source = f"data.sources=[{{shards: {shards}}}]"
+    assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0

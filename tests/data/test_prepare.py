@@ -302,7 +302,7 @@ def test_rows_may_lie_in_the_archive_of_the_pictures(tmp_path, root):
 def test_two_runs_at_once_take_turns(shelf, tmp_path, root):
     url = shelf.put("/pictures.zip", zipped({f"{n}.jpg": picture(n) for n in range(20)}), server.slow(0.2, 10))
     file = own_set(tmp_path, {"downloads": [{"file": "p.zip", "sources": [{"url": url}], "unpack": [{"to": "p"}]}]})
-    command = [sys.executable, "-m", "visper.cli", "data", "prepare", str(file), "--root", str(root)]
+    command = [sys.executable, "-m", "visper", "data", "prepare", str(file), "--root", str(root)]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [" ".join(run.communicate(timeout=60)[0].split()) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]

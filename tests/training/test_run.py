@@ -11,7 +11,9 @@ from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
 from visper.config import ConfigError, Run
-from visper.data.records import DataError
+from visper.data.records import DataError, Drop, DropList
+from visper.data.shards import GROUP_ROWS, write_shards
+from visper.data.sources import open_records
 from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
 from visper.training.trainer import StageTrainer
@@ -170,10 +172,20 @@ def cut_behind(monkeypatch, step):
     monkeypatch.setattr(StageTrainer, "training_step", cut)
 
 
-@pytest.mark.parametrize("stage", ["pt", "ift"])
-def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage):
-    run_stage(make(stage, name="whole"))
-    run = make(stage, name="cut")
+@pytest.fixture
+def shards(rows, tmp_path, monkeypatch):
+    """The same rows as a source of shards."""
+    monkeypatch.setattr("visper.data.shards._AT_ONCE", GROUP_ROWS // 4)
+    records = open_records([(rows / "rows.json", rows / "images")], DropList())
+    write_shards(records, tmp_path / "shards", DropList(), 2000)
+    return {"sources": [{"shards": str(tmp_path / "shards")}], "workers": 2, "group_by_length": True}
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("pt", "json"), ("ift", "json"), ("pt", "shards")])
+def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, shards):
+    data = shards if kind == "shards" else {}
+    run_stage(make(stage, name="whole", data=data))
+    run = make(stage, name="cut", data=data)
     cut_behind(monkeypatch, 3)
     with pytest.raises(Stop):
         run_stage(run)
@@ -185,7 +197,7 @@ def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage):
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
     steps_logged = [entry["step"] for entry in logs_of(run) if "loss" in entry]
     assert steps_logged == [1, 2, 3, 4]
-    whole_log, cut_log = logs_of(make(stage, name="whole")), logs_of(run)
+    whole_log, cut_log = logs_of(make(stage, name="whole", data=data)), logs_of(run)
     named = [name for name in whole_log[0] if name == "loss" or name == "ntp" or "/" in name]
     assert len(named) == (12 if stage == "pt" else 2)
     for name in named:
@@ -312,6 +324,14 @@ def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path)
     run_stage(make("pt", data=data, optimisation={"global_batch": 16, "micro_batch": 8, "max_steps": 2}))
     dropped = [json.loads(line) for line in (tmp_path / "pt" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 2 and len({row["reason"] for row in dropped}) == 2
+
+
+def test_rows_of_a_drop_list_are_left_out_and_no_limit_counts_them(make, tmp_path, capsys):
+    listed = tmp_path / "listed.jsonl"
+    DropList([Drop(f"rows/{i}/{i}", "blurred") for i in range(5)]).write(listed)
+    run_stage(make("pt", data={"drop_list": [str(listed)], "drop_limit": 0.0}))
+    assert "11 of 11 rows, 5 by drop list" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "pt" / "dropped.jsonl").read_text() == listed.read_text()
 
 
 def test_too_many_bad_rows_are_refused_before_the_first_step(make, rows, tmp_path):

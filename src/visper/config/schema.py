@@ -75,21 +75,23 @@ class Student(Section):
 
 
 class Source(Section):
-    """A data set by name, or one conversation file (LLaVA's JSON, JSONL) with the folder its image paths start from."""
+    """A data set by name; or a conversation file (LLaVA's JSON, JSONL) and the folder its image paths start from; or
+    shards."""
 
     data_set: str | None = Field(
         None, alias="set", description="name in the catalogue, or a YAML file like its entries"
     )
     json_file: str | None = Field(None, alias="json", description="conversations, .json or .jsonl")
     images: str | None = Field(None, description="folder under which the image paths lie")
+    shards: str | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @model_validator(mode="after")
     def _one_way(self) -> Source:
-        given = (self.data_set is not None, self.json_file is not None, self.images is not None)
-        if given not in ((True, False, False), (False, True, True)):
-            raise ValueError("give either 'set' (a data set's name), or 'json' and 'images'")
+        given = [name for name in ("data_set", "json_file", "images", "shards") if getattr(self, name) is not None]
+        if given not in (["data_set"], ["json_file", "images"], ["shards"]):
+            raise ValueError("give either 'set' (a data set's name), or 'json' and 'images', or 'shards'")
         return self
 
 
@@ -101,6 +103,7 @@ class Data(Section):
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
+    drop_list: tuple[str, ...] = Field((), description="rows to leave out: files that `visper data check --drop` wrote")
     check_first: bool = Field(True, description="look at every row before the first step")
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
     workers: int = Field(2, ge=0, description="loader processes")

@@ -6,19 +6,24 @@ and the ranks' step stay what they were.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
-from rich.progress import track
+import numpy as np
 from torch.utils.data import Dataset
 
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Sample
 from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
+from visper.data.lengths import Lengths, measure
 from visper.data.records import DataError, Drop, DropList, Record
+from visper.data.table import Records
 
 CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
+THREADS = 32  # that wait for the file system, mostly
 
 
 class ConversationDataset(Dataset[Sample | Drop]):
@@ -45,7 +50,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             encoded = self.encoder.encode(record)
             if record.image is None:
                 return Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
-            image = open_image(record.image)
+            held = self.records.picture(index) if isinstance(self.records, Records) else None
+            image = open_image(record.image, held)
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
         return Sample(
@@ -60,28 +66,35 @@ class ConversationDataset(Dataset[Sample | Drop]):
     @property
     def has_image(self) -> list[bool]:
         """Which rows show an image."""
+        if isinstance(self.records, Records):
+            return list(self.records.has_image.tolist())
         return [record.image is not None for record in self.records]
 
     def estimated_lengths(self) -> list[int]:
         """Tokens of each row by its characters, without tokenising."""
-        image = self.encoder.num_image_tokens
-        return [
-            sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + image * (record.image is not None)
-            for record in self.records
-        ]
+        if isinstance(self.records, Records):
+            characters = self.records.characters
+        else:
+            characters = np.asarray([sum(len(turn.text) for turn in r.turns) for r in self.records], dtype=np.int64)
+        image = self.encoder.num_image_tokens * np.asarray(self.has_image, dtype=np.int64)
+        return list((characters // CHARACTERS_PER_TOKEN + image).tolist())
 
 
 @dataclass(frozen=True)
 class Survey:
     """What a look at every row found: the good rows, their lengths in tokens, and how many had text cut."""
 
-    records: list[Record]
+    records: Sequence[Record]
     lengths: list[int]
     num_truncated: int
 
 
 def survey(
-    records: Sequence[Record], encoder: ConversationEncoder, drops: DropList, decode: bool = False, quiet: bool = False
+    records: Sequence[Record],
+    encoder: ConversationEncoder,
+    drops: DropList,
+    decode: bool = False,
+    quiet: bool = False,
 ) -> Survey:
     """Looks at every row before training: encodes its text, finds its image; bad rows go to ``drops``.
 
@@ -92,21 +105,49 @@ def survey(
         decode: also decode every image (slow: a broken image is otherwise met, and skipped, when its turn comes).
         quiet: no progress bar.
     """
-    good, lengths, truncated = [], [], 0
-    for record in track(records, description="checking rows", disable=quiet):
-        try:
-            encoded = encoder.encode(record)
-            if record.image is not None:
-                _check_image(Path(record.image), decode)
-        except DataError as error:
-            drops.add(record.id, error.reason, error.detail)
+    found = measure(records, encoder, quiet)
+    return keep_good(records, found, lost_images(records, found, decode), drops)
+
+
+def keep_good(
+    records: Sequence[Record], found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
+) -> Survey:
+    """The rows that ``measure`` and ``lost_images`` found nothing against; the others go to ``drops``, in order."""
+    bad = {**lost, **found.problems}
+    for index in sorted(bad):
+        drops.add(records[index].id, *bad[index])
+    kept = np.ones(len(records), dtype=bool)
+    kept[list(bad)] = False
+    good = records.select(kept) if isinstance(records, Records) else [records[i] for i in np.flatnonzero(kept).tolist()]
+    return Survey(good, found.lengths[kept].tolist(), int(found.truncated[kept].sum()))
+
+
+def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
+    """The rows that can be encoded but whose image file is missing or empty: index -> reason, detail.
+
+    Every file is looked at once, however many rows show it. Pictures in shards were looked at when these were written.
+    """
+    files = records.image_files() if isinstance(records, Records) else [record.image for record in records]
+    rows: dict[str, list[int]] = {}
+    for index, file in enumerate(files):
+        if file is not None and index not in found.problems:
+            rows.setdefault(file, []).append(index)
+    with ThreadPoolExecutor(THREADS) as threads:
+        sound = list(threads.map(_has_content, rows, chunksize=256))
+    lost = {}
+    for path, looks_sound in zip(rows, sound, strict=True):
+        if looks_sound and not decode:
             continue
-        good.append(record)
-        lengths.append(len(encoded.input_ids))
-        truncated += encoded.truncated
-    return Survey(good, lengths, truncated)
+        try:
+            open_image(path)
+        except DataError as error:
+            lost.update(dict.fromkeys(rows[path], (error.reason, error.detail)))
+    return lost
 
 
-def _check_image(path: Path, decode: bool) -> None:
-    if decode or not path.is_file() or path.stat().st_size == 0:
-        open_image(path)
+def _has_content(path: str) -> bool:
+    try:
+        found = os.stat(path)  # noqa: PTH116 (a third of the time, for 350,000 files)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0

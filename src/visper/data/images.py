@@ -7,9 +7,11 @@ see ``arrange``'s square picture, which covers the same pixels.
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +35,40 @@ _TURNS = {
 }
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Opens and decodes a picture: upright RGB, whatever its mode, orientation tag or file name say.
 
     The content decides about the format (GIF under .jpg occurs; its first frame is taken). Transparency is dropped,
     16-bit grey is scaled to 8.
 
+    Args:
+        path: the file, or the name of a picture whose ``content`` is at hand.
+        content: of a picture that is kept in a shard.
+
     Raises:
         DataError: the file is missing, empty, truncated or no picture; ``reason`` tells which.
     """
+    with opened(path, content) as image:
+        image.seek(0)
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+@contextmanager
+def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """The picture, not yet decoded; what goes wrong with it inside becomes a ``DataError``; see ``open_image``."""
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise DataError(
             "missing image", f"'{path}': expected a file; are all archives unpacked under the images folder?"
         )
-    if path.stat().st_size == 0:
+    if not (path.stat().st_size if content is None else content):
         raise DataError("empty image file", f"'{path}' has no bytes: fetch it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.seek(0)
-                image.load()
-                return _to_rgb(_upright(image))
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
+                yield image
     except UnidentifiedImageError as error:
         raise DataError("not an image", f"'{path}': its content is no known image format") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

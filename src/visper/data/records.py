@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visper.data.complete import write_text
+from visper.data.rows import NotAListError, read_rows
 
 IMAGE_TAG = "<image>"
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
@@ -69,10 +70,15 @@ class Drop:
 
 
 class DropList:
-    """The rows left out of a run, each counted once however often it is met."""
+    """The rows left out of a run, each counted once however often it is met.
 
-    def __init__(self, drops: Iterable[Drop] = ()) -> None:
+    Rows of a list that the run names (``data.drop_list``) are written with the others, but are agreed: no limit counts
+    them.
+    """
+
+    def __init__(self, drops: Iterable[Drop] = (), agreed: Iterable[Drop] = ()) -> None:
         self._drops: dict[str, Drop] = {}
+        self.agreed = {drop.sample_id: drop for drop in agreed}
         self.extend(drops)
 
     def __len__(self) -> int:
@@ -99,7 +105,26 @@ class DropList:
 
     def write(self, path: Path) -> None:
         """Writes one JSON object a line (``sample_id``, ``reason``, ``detail``), the whole file or nothing."""
-        write_text(path, "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in self))
+        write_text(
+            path,
+            "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in [*self.agreed.values(), *self]),
+        )
+
+    @staticmethod
+    def read(path: Path) -> list[Drop]:
+        """The drops that ``write`` wrote.
+
+        Raises:
+            DataError: the file is missing or is no drop list.
+        """
+        try:
+            return [Drop(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        except FileNotFoundError as error:
+            raise DataError("no such file", f"'{path}': expected a drop list; check 'data.drop_list'") from error
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                "not a drop list", f"'{path}': expected lines of sample_id, reason and detail: {error}"
+            ) from error
 
     def check(self, total: int, limit: float) -> None:
         """Refuses a run that would lose too much.
@@ -123,7 +148,9 @@ class DropList:
 
 
 def read_records(sources: Sequence[tuple[str | Path, str | Path]], drops: DropList) -> list[Record]:
-    """Reads conversation files in order; rows that are no conversation go to ``drops``.
+    """Reads conversation files whole, in order; rows that are no conversation go to ``drops``.
+
+    For files that fit in memory. Training reads ``table.open_records``, which gives the same records.
 
     Args:
         sources: pairs of a ``.json`` or ``.jsonl`` file and the folder under which its image paths lie.
@@ -132,12 +159,11 @@ def read_records(sources: Sequence[tuple[str | Path, str | Path]], drops: DropLi
     Raises:
         DataError: a file is missing or is not a list of rows.
     """
-    names = _source_names([Path(file) for file, _ in sources])
+    names = source_names([Path(file) for file, _ in sources])
     records = []
     for name, (file, images) in zip(names, sources, strict=True):
-        for index, row in enumerate(_rows(Path(file))):
-            own = row.get("id", "") if isinstance(row, dict) else ""
-            sample_id = f"{name}/{index}/{own}"
+        for index, row in enumerate(rows_of(Path(file))):
+            sample_id = sample_id_of(name, index, row)
             try:
                 records.append(parse_row(row, sample_id, Path(images)))
             except DataError as error:
@@ -151,7 +177,7 @@ def image_names(file: Path) -> Iterator[str]:
     Raises:
         DataError: the file is missing or is not a list of rows.
     """
-    for row in _rows(file):
+    for row in rows_of(file):
         named = row.get("image") if isinstance(row, dict) else None
         yield from (name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name)
 
@@ -214,38 +240,38 @@ def _image(image: Any) -> str | None:
         return None
     if not isinstance(image, str):
         raise DataError("bad image path", f"expected a path, found {type(image).__name__}")
+    if _HALF_PAIR.search(image) or "\0" in image:
+        raise DataError("bad image path", f"no file can have the name {image!r}")
     return image
 
 
-def _rows(file: Path) -> Iterator[Any]:
+def rows_of(file: Path) -> Iterator[Any]:
+    """The rows of a conversation file as they stand there, read one at a time.
+
+    Raises:
+        DataError: the file is missing or is not a list of rows.
+    """
     if not file.is_file():
         raise DataError(
             "no such file", f"'{file}': expected a conversation file (.json or .jsonl); check 'data.sources'"
         )
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield _json_line(line)
-        return
     try:
-        rows = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        yield from read_rows(file)
+    except NotAListError as error:
+        raise DataError("not a list of rows", f"'{file}' {error}; name it .jsonl if it has a row a line") from error
+    except ValueError as error:
         raise DataError(
             "not JSON", f"'{file}': {error}; download it again, or name it .jsonl if it has a row a line"
         ) from error
-    if not isinstance(rows, list):
-        raise DataError("not a list of rows", f"'{file}' holds {type(rows).__name__}: expected a list of conversations")
-    yield from rows
 
 
-def _json_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return line
+def sample_id_of(name: str, index: int, row: Any) -> str:
+    """How a row is called in logs and drop lists: source, place, own id."""
+    own = row.get("id", "") if isinstance(row, dict) else ""
+    return f"{name}/{index}/{own}".encode("utf-8", "backslashreplace").decode()
 
 
-def _source_names(files: Sequence[Path]) -> list[str]:
+def source_names(files: Sequence[Path]) -> list[str]:
+    """A name for each source: the file's, numbered where several have it."""
     stems = Counter(file.stem for file in files)
     return [file.stem if stems[file.stem] == 1 else f"{file.stem}-{i}" for i, file in enumerate(files)]

@@ -1,13 +1,16 @@
 """The order of the rows: a function of (seed, epoch) alone, in groups of similar length if asked.
 
 Every rank builds the same global order and takes its share of the batches (accelerate does), so that neither the
-number of workers nor a restart changes which rows meet in a batch.
+number of workers nor a restart changes which rows meet in a batch. Rows of shards come so that each rank reads its own
+shards, one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Sampler
 
@@ -22,7 +25,9 @@ class RowSampler(Sampler[int]):
         seed: of the run.
         lengths: tokens of each row, to put rows of similar length side by side; None: a plain shuffle.
         has_image: which rows show an image; with ``lengths``, groups hold one modality.
-        group_size: rows that are to be alike: the global batch.
+        group_size: rows that are to be alike: the global batch; with ``blocks`` the micro-batch times the processes.
+        blocks: the shard of each row; a shard's rows then all go to one process, and are alike by micro-batch.
+        processes: that share the blocks.
     """
 
     def __init__(
@@ -32,14 +37,23 @@ class RowSampler(Sampler[int]):
         lengths: Sequence[int] | None = None,
         has_image: Sequence[bool] | None = None,
         group_size: int = 1,
+        blocks: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        processes: int = 1,
     ) -> None:
-        for name, values in (("lengths", lengths), ("has_image", has_image)):
+        for name, values in (("lengths", lengths), ("has_image", has_image), ("blocks", blocks)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one a row")
         self.num_rows = num_rows
         self.seed = seed
         self.epoch = 0
         self.group_size = group_size
+        self.processes = processes
+        self.blocks = None if blocks is None else torch.as_tensor(blocks)
+        if self.blocks is not None and len(self.blocks.unique()) < processes:
+            raise ValueError(
+                f"{len(self.blocks.unique())} shards for {processes} processes: write smaller shards, "
+                "`visper data shard --shard-mb N`"
+            )
         self.lengths = None if lengths is None else torch.tensor(list(lengths))
         self.has_image = torch.zeros(num_rows, dtype=torch.bool) if has_image is None else torch.tensor(list(has_image))
 
@@ -53,20 +67,48 @@ class RowSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator)
-        if self.lengths is not None:
-            order = self._grouped(order, self.lengths, generator)
+        if self.blocks is not None:
+            order = self._dealt(order, self.blocks, generator)
+        elif self.lengths is not None:
+            groups, rest = self._grouped(order, self.group_size, generator)
+            # What fills no group comes last, so that the groups before it stay whole.
+            order = torch.cat([*groups, *rest])
         return iter(order.tolist())
 
-    def _grouped(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _grouped(
+        self, order: torch.Tensor, size: int, generator: torch.Generator
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Groups of ``size`` like rows, shuffled, and the rows that fill none."""
+        assert self.lengths is not None
         groups: list[torch.Tensor] = []
         rest: list[torch.Tensor] = []
         for modality in (True, False):
             rows = order[self.has_image[order] == modality]
-            whole = len(rows) // self.group_size * self.group_size
+            whole = len(rows) // size * size
             rest.append(rows[whole:])
-            for pool in rows[:whole].split(self.group_size * POOL_BATCHES):
-                by_length = pool[torch.argsort(lengths[pool], descending=True, stable=True)]
-                groups.extend(by_length.split(self.group_size))
-        shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
-        # What fills no group comes last, so that the groups before it stay whole.
-        return torch.cat([*shuffled, *rest])
+            for pool in rows[:whole].split(size * POOL_BATCHES):
+                by_length = pool[torch.argsort(self.lengths[pool], descending=True, stable=True)]
+                groups.extend(by_length.split(size))
+        return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()], rest
+
+    def _dealt(self, order: torch.Tensor, blocks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Whole blocks for each process, in micro-batches in turn: the engine gives batch j to process j mod P."""
+        size = self.group_size // self.processes
+        by_block = order[torch.argsort(blocks[order], stable=True)].split(torch.bincount(blocks).tolist())
+        shares: list[list[torch.Tensor]] = [[] for _ in range(self.processes)]
+        rests: list[list[torch.Tensor]] = [[] for _ in range(self.processes)]
+        held = [0] * self.processes
+        for i in torch.randperm(len(by_block), generator=generator).tolist():
+            process = held.index(min(held))
+            held[process] += len(by_block[i])
+            groups: list[torch.Tensor] = [by_block[i]]
+            rest: list[torch.Tensor] = []
+            if self.lengths is not None:
+                groups, rest = self._grouped(by_block[i], size, generator)
+            shares[process].extend(groups)
+            rests[process].extend(rest)
+        rows = [torch.cat([*share, *rest]) for share, rest in zip(shares, rests, strict=True)]
+        whole = min(len(share) for share in rows) // size * size
+        in_turn = torch.stack([share[:whole].view(-1, size) for share in rows], dim=1)
+        # Shares differ by a block at most: its rows, the last of the epoch, go to whoever is next.
+        return torch.cat([in_turn.flatten(), *(share[whole:] for share in rows)])

@@ -250,22 +250,22 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
     return lines
 
 
-def row_files(data: Data) -> list[tuple[str, str]]:
-    """Conversation files with the folders of their image paths, in the order of ``data.sources``.
+def row_files(data: Data) -> list[tuple[str, str | None]]:
+    """Conversation files with the folders of their image paths, and shards with None, in ``data.sources``' order.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
     """
-    files: list[tuple[str, str]] = []
+    files: list[tuple[str, str | None]] = []
     for source in data.sources:
-        if source.data_set is None:
-            files.append((str(source.json_file), str(source.images)))
-            continue
-        files += _rows_of(source.data_set, Path(data.root))
+        if source.data_set is not None:
+            files += _rows_of(source.data_set, Path(data.root))
+        else:
+            files.append((str(source.shards or source.json_file), source.images))
     return files
 
 
-def _rows_of(name: str, root: Path) -> list[tuple[str, str]]:
+def _rows_of(name: str, root: Path) -> list[tuple[str, str | None]]:
     sets = [data_set for data_set, _ in with_needs(name)]
     absent = [place for data_set in sets for place in missing(data_set, root)]
     if absent:
@@ -273,7 +273,9 @@ def _rows_of(name: str, root: Path) -> list[tuple[str, str]]:
             f"data set '{name}' is not whole under '{root}': no {_some(absent)}. "
             f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to where it lies"
         )
-    rows = [(str(root / rows.json_file), str(root / rows.images)) for data_set in sets for rows in data_set.rows]
+    rows: list[tuple[str, str | None]] = [
+        (str(root / rows.json_file), str(root / rows.images)) for data_set in sets for rows in data_set.rows
+    ]
     if not rows:
         raise ConfigError(f"data set '{name}' has no rows to train on: it is for {sets[0].use}")
     return rows

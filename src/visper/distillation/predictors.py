@@ -252,21 +252,24 @@ class EmbeddingPredictor(nn.Module):
         return self.mlp(self.resampler(states_BKD, fit_queries(queries_BQD, self.tokens), key_mask_BK))
 
 
-PUBLISHED_NAMES: tuple[tuple[str, str | None], ...] = (
-    (r"proj_(in|out)\.", r"project_\1."),
-    (r"layers\.(\d+)\.0\.norm1\.", r"layers.\1.attention.norm_keys."),
-    (r"layers\.(\d+)\.0\.norm2\.", r"layers.\1.attention.norm_queries."),
-    (r"layers\.(\d+)\.0\.to_q\.", r"layers.\1.attention.to_query."),
-    (r"layers\.(\d+)\.0\.to_kv\.", r"layers.\1.attention.to_key_value."),
-    (r"layers\.(\d+)\.0\.to_out\.", r"layers.\1.attention.to_out."),
-    (r"layers\.(\d+)\.1\.0\.", r"layers.\1.feed_forward.norm."),
-    (r"layers\.(\d+)\.1\.1\.", r"layers.\1.feed_forward.widen."),
-    (r"layers\.(\d+)\.1\.3\.", r"layers.\1.feed_forward.narrow."),
-    (r"^projector\.", "resampler."),
-    (r"^linear_1\.", "mlp."),
-    (r"^linear_[23]\.", None),  # computed by the published code, read by no loss, never trained
+PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
+    ("projector.", "resampler."),
+    ("linear_1.", "mlp."),
+    ("proj_in.", "project_in."),
+    ("proj_out.", "project_out."),
+    ("layers.#.0.norm1.", "layers.#.attention.norm_keys."),
+    ("layers.#.0.norm2.", "layers.#.attention.norm_queries."),
+    ("layers.#.0.to_q.", "layers.#.attention.to_query."),
+    ("layers.#.0.to_kv.", "layers.#.attention.to_key_value."),
+    ("layers.#.0.to_out.", "layers.#.attention.to_out."),
+    ("layers.#.1.0.", "layers.#.feed_forward.norm."),
+    ("layers.#.1.1.", "layers.#.feed_forward.widen."),
+    ("layers.#.1.3.", "layers.#.feed_forward.narrow."),
 )
-"""Pattern in a published parameter name -> ours, or None where we have no such parameter. All that match apply."""
+"""Parts of a published head's parameter names and ours, # being a number; read in both directions."""
+
+UNUSED_HEAD_PARTS = ("linear_2.", "linear_3.")
+"""More MLPs of the published depth head: computed there, read by no loss, never trained. Ours has the first alone."""
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -281,8 +284,16 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def published_name(name: str) -> str | None:
     """Our name of a published parameter, None where we have no such parameter."""
-    for pattern, replacement in PUBLISHED_NAMES:
-        if replacement is None and re.search(pattern, name):
-            return None
-        name = re.sub(pattern, replacement or "", name)
+    return None if name.startswith(UNUSED_HEAD_PARTS) else _renamed(name, PUBLISHED_NAMES)
+
+
+def to_published_name(name: str) -> str:
+    """The published name of a parameter of ours: the way back of ``published_name``."""
+    return _renamed(name, tuple((ours, theirs) for theirs, ours in PUBLISHED_NAMES))
+
+
+def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for old, new in pairs:
+        # Only from the start of a part: "proj_in." must not match inside another word.
+        name = re.sub(r"(?<![^.])" + re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
     return name

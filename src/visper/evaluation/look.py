@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from visper.config import Run
+from visper.config import ConfigError, Run
 from visper.data.images import arrange, background_of, geometry_of, open_image
-from visper.data.records import DataError, DropList, read_records
+from visper.data.records import DataError, DropList
+from visper.data.sets import row_files
+from visper.data.sources import open_records
+from visper.data.table import Records
 from visper.distillation import Teacher
 from visper.distillation.teachers.unclip import nearest
 from visper.evaluation.predictions import PreTrained, predict_pictures, teacher_targets
@@ -62,27 +65,36 @@ def needs_gallery(found: PreTrained) -> bool:
 def run_gallery(run: Run, count: int = GALLERY) -> list[Image.Image]:
     """The first ``count`` pictures of a run's data; fewer, or none, where they are not here any more."""
     try:
-        records = read_records([(source.json_file, source.images) for source in run.data.sources], DropList())
-    except (DataError, OSError):
+        records = open_records(row_files(run.data), DropList())
+    except (ConfigError, DataError, OSError):
         return []
-    return _opened(dict.fromkeys(Path(record.image) for record in records if record.image is not None), count)
+    return _opened(_pictures_of(records), count)
 
 
 def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
     """The first ``count`` pictures of a folder, by name. Raises DataError where it has none."""
-    pictures = _opened(sorted(file for file in folder.rglob("*") if file.is_file()), count)
+    pictures = _opened(((file, None) for file in sorted(folder.rglob("*")) if file.is_file()), count)
     if not pictures:
         raise DataError("no pictures", f"no picture can be read in '{folder}': give a folder with pictures")
     return pictures
 
 
-def _opened(files: Sequence[Path] | dict[Path, None], count: int) -> list[Image.Image]:
+def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
+    """Each picture once, with its content where a shard holds it."""
+    seen = set()
+    for index, record in enumerate(records):
+        if record.image is not None and record.image not in seen:
+            seen.add(record.image)
+            yield Path(record.image), records.picture(index)
+
+
+def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Image.Image]:
     pictures: list[Image.Image] = []
-    for file in files:
+    for path, content in places:
         if len(pictures) == count:
             break
         try:
-            pictures.append(open_image(file))
+            pictures.append(open_image(path, content))
         except DataError:
             continue
     return pictures

@@ -1,6 +1,17 @@
 """The student: encoder, projector, LLM and task tokens."""
 
-from visper.model.build import Student, build_skeleton, build_student, initial_queries, load_student, save_student
+from visper.model.build import (
+    Student,
+    assemble_student,
+    build_processor,
+    build_skeleton,
+    build_student,
+    initial_queries,
+    load_processor,
+    load_student,
+    save_processor,
+    save_student,
+)
 from visper.model.encoders import Encoder, FeatureMapTower, FeatureMapTowerConfig, load_encoder
 from visper.model.task_tokens import TaskTokens, random_rows, task_token_names
 
@@ -10,12 +21,16 @@ __all__ = [
     "FeatureMapTowerConfig",
     "Student",
     "TaskTokens",
+    "assemble_student",
+    "build_processor",
     "build_skeleton",
     "build_student",
     "initial_queries",
     "load_encoder",
+    "load_processor",
     "load_student",
     "random_rows",
+    "save_processor",
     "save_student",
     "task_token_names",
 ]

@@ -99,13 +99,23 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
     with loading("student.llm", config.llm):
-        options = {"trust_remote_code": config.trust_remote_code}
-        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(config.llm, **options)
-    if not tokenizer.chat_template:
-        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
-    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    tokenizer, encoder = _reading_parts(config)
     encoder.model.to(dtype)
+    return assemble_student(llm, tokenizer, encoder, config, geometry)
+
+
+def assemble_student(
+    llm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    config: StudentConfig,
+    geometry: Geometry,
+) -> Student:
+    """A student from loaded parts, or from parts on the meta device: then it has everything but weights.
+
+    The tokenizer gains the image token, the task tokens and, where it has none, a padding token.
+    """
     task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
@@ -114,6 +124,25 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
     student = Student(model, processor, ids)
     model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
     return student
+
+
+def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor:
+    """The processor that ``build_student`` gives the student, without loading the LLM.
+
+    Raises:
+        ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
+    """
+    tokenizer, encoder = _reading_parts(config)
+    return _processor(tokenizer, encoder, _extend_vocabulary(tokenizer, config), config.system_prompt, geometry)
+
+
+def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
+    with loading("student.llm", config.llm):
+        tokenizer = AutoTokenizer.from_pretrained(config.llm, trust_remote_code=config.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
+    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+    return tokenizer, encoder
 
 
 def build_skeleton(config: StudentConfig) -> Student:
@@ -234,6 +263,11 @@ def save_student(student: Student, folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     student.model.save_pretrained(folder)
+    save_processor(student, folder)
+
+
+def save_processor(student: Student, folder: Path) -> None:
+    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of task tokens."""
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
@@ -251,12 +285,7 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
-    place = Path(folder)
-    if (place / "model" / "config.json").is_file():
-        place = place / "model"
-    source = str(place) if place.is_dir() else str(folder)
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    source = _student_place(folder)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # never asks on the console
@@ -268,6 +297,27 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Stud
         names = json.loads(Path(found).read_text(encoding="utf-8"))["task_tokens"]
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
+
+
+def load_processor(folder: str | Path) -> LlavaProcessor:
+    """The processor that ``load_student`` gives the student, without loading its weights.
+
+    Raises:
+        ConfigError: there is no such folder or it holds no LLaVA model.
+    """
+    try:
+        return AutoProcessor.from_pretrained(_student_place(folder), trust_remote_code=False)
+    except OSError as error:
+        raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
+
+
+def _student_place(folder: str | Path) -> str:
+    place = Path(folder)
+    if (place / "model" / "config.json").is_file():
+        place = place / "model"
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
+    return str(place) if place.is_dir() else str(folder)
 
 
 def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:

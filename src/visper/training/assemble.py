@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from visper.config import ConfigError, Run, Stage
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator, Sample
-from visper.data.dataset import ConversationDataset, Survey, survey
-from visper.data.records import DataError, Drop, DropList, read_records
+from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images
+from visper.data.lengths import measure
+from visper.data.records import DataError, Drop, DropList, Record
 from visper.data.sampler import RowSampler
 from visper.data.sets import row_files
 from visper.data.show import show_sample
+from visper.data.sources import blocks_of, open_records
 from visper.distillation import (
     EmbeddingDistillation,
     TargetSpec,
@@ -135,36 +140,56 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
         DataError: a source is missing, or the share of bad rows is past ``data.drop_limit``.
     """
     settings = run.data
-    drops = DropList()
-    files = row_files(settings)
-    records = read_records(files, drops)
-    total = len(records) + len(drops)
+    drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
     encoder = ConversationEncoder(student.processor, settings.max_tokens)
-    looked: Survey | None = None
-    if settings.check_first:
-        looked = survey(records, encoder, drops, quiet=console.quiet)
-        records = looked.records
+    records, looked, total = _look(run, encoder, drops, console)
     drops.check(total, settings.drop_limit)
     if not records:
-        raise DataError("no rows", f"none of the {total} rows of {[file for file, _ in files]} can be used")
+        places = [place for place, _ in row_files(settings)]
+        raise DataError("no rows", f"none of the {total} rows of {places} can be used")
     dataset = ConversationDataset(records, encoder)
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
-    # Alike are the rows of a global batch, so that the order does not depend on how that is split.
-    alike = run.optimisation.global_batch
-    sampler = RowSampler(len(dataset), run.seed, lengths, dataset.has_image if lengths else None, alike)
+    blocks = blocks_of(records)
+    # Alike are the rows of a global batch, so that the order does not depend on how that is split; rows of shards
+    # are dealt to the processes that read them, so theirs does.
+    processes = PartialState().num_processes
+    alike = run.optimisation.global_batch if blocks is None else run.optimisation.micro_batch * processes
+    has_image = dataset.has_image if lengths else None
+    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
     collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
+    left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""
     announce(console, "data", f"{len(dataset)} of {total} rows{left_out}{cut}")
     _show_first(dataset, sampler, student, console)
     return StageData(dataset, collator, sampler, drops, total)
 
 
+def _look(
+    run: Run, encoder: ConversationEncoder, drops: DropList, console: Console
+) -> tuple[Sequence[Record], Survey | None, int]:
+    """The rows to train on, what the survey found, and how many rows there were.
+
+    The first process reads, counts and looks at files; the others take what it has kept, and its word on the files.
+    """
+    state = PartialState()
+    with state.main_process_first():
+        records = open_records(row_files(run.data), drops, quiet=console.quiet)
+        found = measure(records, encoder, console.quiet) if run.data.check_first else None
+    total = len(records) + len(drops)
+    if found is None:
+        return records, None, total
+    lost = broadcast_object_list([lost_images(records, found) if state.is_main_process else None])[0]
+    looked = keep_good(records, found, lost, drops)
+    return looked.records, looked, total
+
+
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
-    order = sorted(sampler, key=lambda index: dataset.records[index].image is None)
+    has_image = dataset.has_image
+    order = sorted(sampler, key=lambda index: not has_image[index])
     for index in order:
         sample = dataset[index]
         if isinstance(sample, Drop):

@@ -31,7 +31,7 @@ from visper.config import ConfigError, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
 from visper.data.sets import row_files
-from visper.model import Student, build_student, load_student, save_student
+from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
@@ -170,6 +170,16 @@ def starting_student(run: Run) -> Student:
     processor = student.processor
     processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
     return student
+
+
+def starting_processor(run: Run) -> Any:
+    """The processor of ``starting_student``, without the student's weights: for looking at data."""
+    if run.student is not None:
+        return build_processor(run.student, run.data.geometry)
+    assert run.start_from is not None
+    processor = load_processor(run.start_from)
+    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
+    return processor
 
 
 def set_what_learns(run: Run, model: TrainingModel, student: Student, console: Console) -> None:

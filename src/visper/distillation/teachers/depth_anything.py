@@ -28,7 +28,11 @@ class DepthAnythingTeacher(Teacher):
     def __init__(self, model: str | Path, size: int = 336) -> None:
         super().__init__()
         original = _is_original(model)
-        self.model = read_original(model) if original else loaded_whole(AutoModelForDepthEstimation, model)
+        self.model = (
+            read_original(model)
+            if original
+            else loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False)
+        )
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
         if original:  # the file does not say; every Depth Anything was trained so

@@ -22,16 +22,23 @@ class FeaturesTeacher(Teacher):
             patches of 14 (DINOv2) and 384 in patches of 16 (DINOv3, SigLIP 2).
         layer: whose hidden state, as transformers counts them (0 = embeddings, -1 = last); default: the encoder's
             output, which most encoders normalise once more.
+        trust_remote_code: run code that the model brings; read it first.
 
     Raises:
         ValueError: an encoder that takes no square images, a layer it does not have, a size that does not divide.
     """
 
-    def __init__(self, model: str | Path, size: int | None = None, layer: int | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        size: int | None = None,
+        layer: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         super().__init__()
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         config = getattr(config, "vision_config", config)
-        self.encoder = loaded_whole(AutoModel, model, config=config)
+        self.encoder = loaded_whole(AutoModel, model, config=config, trust_remote_code=trust_remote_code)
         takes = signature(self.encoder.forward).parameters
         if "spatial_shapes" in takes:
             raise ValueError(
@@ -55,10 +62,13 @@ class FeaturesTeacher(Teacher):
 
     @classmethod
     def planned_spec(cls, model: str | Path, size: int | None = None, **options: Any) -> TargetSpec:
-        """Read from the configuration alone, where it says how large a patch is; else by loading."""
-        config = sizes_of(str(model), "features teacher")
+        """Read from the configuration alone where all tokens are patches; else by loading."""
+        trusted = bool(options.get("trust_remote_code", False))
+        config = sizes_of(str(model), "features teacher", trust_remote_code=trusted)
         config = getattr(config, "vision_config", config)
-        if not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
+        # Stages that merge patches have depths or widths of their own.
+        in_stages = hasattr(config, "depths") or hasattr(config, "hidden_sizes")
+        if in_stages or not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
             return cls(model, size=size, **options).spec
         side = divided(size or _side(config.image_size), _side(config.patch_size), "features")
         return TargetSpec(side * side, int(config.hidden_size), (side, side))

@@ -1,0 +1,223 @@
+"""What a conversation file costs: read whole by ``json.load``, read once into a table, opened from the table.
+
+The file is generated: LLaVA-665K's rows per source as published, with turns and lengths of texts assumed so that it has
+that file's 1.03 GB; text rows without the key ``image``, ids as strings and integers. Every measurement is a process of
+its own. With ``--photos``, the look at images is timed as well; with ``--run``, the counting of tokens.
+
+    python benchmarks/records.py --folder /tmp/records --photos photos/pretrain.json
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import resource
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# rows (published), folder, question-answer pairs, characters of a question, of an answer (all three assumed means)
+MIXTURE = (
+    (157_712, "coco/train2017", 3, 60, 500),
+    (82_783, "coco/train2017", 5, 45, 5),
+    (8_998, "coco/train2017", 1, 90, 8),
+    (66_160, "coco/train2017", 1, 190, 2),
+    (48_447, "coco/train2017", 5, 90, 30),
+    (72_140, "gqa/images", 12, 50, 5),
+    (80_000, "ocr_vqa/images", 5, 40, 25),
+    (21_953, "textvqa/train_images", 1, 300, 12),
+    (86_417, "vg/VG_100K", 11, 85, 30),
+    (40_688, None, 4, 250, 1200),
+)
+
+
+def generate(file: Path, rows: int) -> None:
+    """Writes a shuffled list of about ``rows`` rows."""
+    rng = random.Random(0)
+    letters = "".join(rng.choices(string.ascii_lowercase + '     .,\n"é中', k=1 << 20))
+
+    def text(mean: int) -> str:
+        start = rng.randrange(len(letters) - 10 * mean)
+        return letters[start : start + max(1, min(10 * mean, int(rng.expovariate(1 / mean))))]
+
+    share = rows / sum(source[0] for source in MIXTURE)
+    plan = [source for source in MIXTURE for _ in range(round(source[0] * share))]
+    rng.shuffle(plan)
+    with file.open("w", encoding="utf-8") as out:
+        for i, (_, folder, pairs, question, answer) in enumerate(plan):
+            turns = []
+            for _ in range(rng.randint(1, 2 * pairs - 1)):
+                turns += [{"from": "human", "value": text(question)}, {"from": "gpt", "value": text(answer)}]
+            row: dict[str, Any] = {"id": i if i % 3 else f"{i:012d}"}
+            if folder is None:
+                row["model"] = ""
+            else:
+                row["image"] = f"{folder}/{rng.randrange(118_287):012d}.jpg"
+                turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            out.write(("[" if i == 0 else ", ") + json.dumps(row | {"conversations": turns}))
+        out.write("]")
+
+
+def whole(file: Path) -> dict[str, Any]:
+    """What the published code does, in every process."""
+    with file.open(encoding="utf-8") as stream:
+        return {"rows": len(json.load(stream))}
+
+
+def with_ijson(file: Path) -> dict[str, Any]:
+    """The usual streaming reader, rows alone."""
+    import ijson
+
+    with file.open("rb") as stream:
+        return {"rows": sum(1 for _ in ijson.items(stream, "item", use_float=True)), "backend": ijson.backend}
+
+
+def streamed(file: Path) -> dict[str, Any]:
+    """Our streaming reader, rows alone."""
+    from visper.data.rows import read_rows
+
+    return {"rows": sum(1 for _ in read_rows(file))}
+
+
+def build(file: Path) -> dict[str, Any]:
+    """Reading the file once into the table."""
+    from visper.data.table import open_table
+
+    table = open_table(file)
+    return {"rows": len(table), "table_mb": table.path.stat().st_size >> 20}
+
+
+def opened(file: Path) -> dict[str, Any]:
+    """Opening the kept table, then rows at random; the imports are not counted."""
+    from visper.data.records import DropList
+    from visper.data.sources import open_records
+
+    before, start = anonymous(), time.perf_counter()
+    records = open_records([(file, "images")], DropList())
+    seconds, grown = time.perf_counter() - start, anonymous() - before
+    rng = random.Random(1)
+    times = []
+    for _ in range(20_000):
+        index, begin = rng.randrange(len(records)), time.perf_counter()
+        assert records[index].turns
+        times.append(time.perf_counter() - begin)
+    times.sort()
+    return {
+        "open_s": round(seconds, 4),
+        "own_mb_after_open": grown >> 10,
+        "own_mb_after_reading": (anonymous() - before) >> 10,
+        "row_us_median": round(1e6 * times[len(times) // 2], 1),
+        "row_us_99.9%": round(1e6 * times[int(len(times) * 0.999)], 1),
+        "row_us_slowest": round(1e6 * times[-1], 1),
+    }
+
+
+def images(file: Path) -> dict[str, Any]:
+    """The look at every image on one core, and decoding them as training does."""
+    from visper.data.images import open_image
+    from visper.data.verdicts import look
+
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    paths = [str(file.parent / row["image"]) for row in rows if "image" in row]
+    rates = {"images": len(paths)}
+    for path in paths:
+        Path(path).read_bytes()
+    for name, function in (("look_per_s", look), ("decode_per_s", open_image)):
+        start = time.perf_counter()
+        for path in paths:
+            function(path)
+        rates[name] = round(len(paths) / (time.perf_counter() - start))
+    return rates
+
+
+def tokens(file: Path, run: str) -> dict[str, Any]:
+    """Counting tokens on one core, then looking the counts up."""
+    from visper.config import load_run
+    from visper.data.chat import ConversationEncoder
+    from visper.data.lengths import measure
+    from visper.data.records import DropList
+    from visper.data.sources import open_records
+    from visper.training.run import starting_processor
+
+    records = open_records([(file, "images")], DropList())
+    encoder = ConversationEncoder(starting_processor(load_run(run)), 4096)
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        measure(records, encoder, quiet=True)
+        times.append(time.perf_counter() - start)
+    return {"rows": len(records), "rows_per_s": round(len(records) / times[0]), "looked_up_s": round(times[1], 2)}
+
+
+def anonymous() -> int:
+    """This process's own memory, KiB: what is mapped from a file is shared and not in it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
+
+
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    step.__name__: step for step in (whole, with_ijson, streamed, build, opened, images, tokens)
+}
+
+
+def in_process(step: str, *arguments: str) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--step", step, *arguments], capture_output=True, check=True)
+    result = {"step": step, **json.loads(done.stdout.splitlines()[-1])}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    """Measures, prints, and writes the results with command, machine, versions and date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="takes the file and its cache, 2 GB")
+    parser.add_argument("--rows", type=int, default=665_298)
+    parser.add_argument("--photos", help="a conversation file beside whose folder its images lie")
+    parser.add_argument("--run", help="a recipe whose tokenizer is here")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        name, place, *more = options.step
+        start = time.perf_counter()
+        found = STEPS[name](Path(place), *more)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        print(json.dumps({"seconds": round(time.perf_counter() - start, 2), "peak_mb": peak, **found}))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / f"mix-{options.rows}.json"
+    if not file.is_file():
+        generate(file, options.rows)
+    steps = ["whole", "streamed", "build", "opened", "opened"]
+    if importlib.util.find_spec("ijson"):
+        steps.insert(1, "with_ijson")
+    results = [in_process(step, str(file)) for step in steps]
+    if options.photos:
+        results.append(in_process("images", options.photos))
+    if options.run:
+        results.append(in_process("tokens", str(file), options.run))
+    if options.out:
+        packages = ("pyarrow", "pillow", "tokenizers", "transformers", "torch")
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+            "load": os.getloadavg(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "file_mb": file.stat().st_size >> 20,
+            "results": results,
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What a conversation file and its images hold, counted per source, before a run pays for it.
+
+A row is *unusable* where training would leave it out: it is no conversation, its picture is missing, empty or cannot be
+decoded, or nothing of it would be supervised. Everything else found (a GIF named .jpg, a tag without an image, an empty
+answer, a duplicate) is counted and trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from rich.table import Table
+
+from visper.data.cache import cache_folder, key
+from visper.data.chat import ConversationEncoder
+from visper.data.complete import write_text
+from visper.data.lengths import measure
+from visper.data.records import IMAGE_TAG, DataError, Drop, DropList, source_names
+from visper.data.table import Part, Records, RecordTable, open_table
+from visper.data.verdicts import Verdict, look_at_all, reencode, verdicts_file
+
+TOTAL = "total"
+TEXT_ONLY = "(text only)"
+EXAMPLES = 5
+COLUMNS = (
+    "rows",
+    "images",
+    "missing image",
+    "empty image file",
+    "not an image",
+    "broken image",
+    "huge image",
+    "mislabelled image",
+    "image without tag",
+    "tag without image",
+    "empty answer",
+    "no supervised token",
+    "text cut",
+    "duplicate",
+    "unusable",
+)
+Fetch = Callable[[Path], bool]
+
+
+@dataclass
+class Report:
+    """What ``check`` found: counts per source of images, the unusable rows, the verdicts on the images."""
+
+    file: Path
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    drops: DropList = field(default_factory=DropList)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    encoded: bool = False
+
+    def note(self, source: str, what: str, sample: str = "") -> None:
+        """Counts something of a source; the first few are kept as examples."""
+        self.counts[source][what] += 1
+        self.counts[TOTAL][what] += 1
+        if sample and len(self.examples[what]) < EXAMPLES:
+            self.examples[what].append(sample)
+
+    def write(self, place: Path) -> None:
+        """Writes the report as JSON, whole or not at all."""
+        content = {
+            "file": str(self.file),
+            "total": dict(self.counts[TOTAL]),
+            "sources": {name: dict(counts) for name, counts in self.counts.items() if name != TOTAL},
+            "examples": self.examples,
+            "unusable": self.drops.counts(),
+            "supervision checked": self.encoded,
+        }
+        write_text(place, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def table(self) -> Table:
+        """The counts for a console; columns without a single row are left out."""
+        reasons = [name for name in self.counts[TOTAL] if name not in COLUMNS]
+        shown = [name for name in (*COLUMNS, *reasons) if self.counts[TOTAL][name] or name in ("rows", "unusable")]
+        table = Table("source", title=self.file.name)
+        for name in shown:
+            table.add_column(name, justify="right")
+        for source in [*sorted(self.counts.keys() - {TOTAL}), TOTAL]:
+            table.add_row(source, *(f"{self.counts[source][name]:,}" for name in shown))
+        return table
+
+
+def source_of(image: str | None) -> str:
+    """Where a row comes from, by its image's first folder; numbered folders (LLaVA-Pretrain's) are one source."""
+    if image is None:
+        return TEXT_ONLY
+    folders = PurePath(image).parts[:-1]
+    return "(images)" if not folders or folders[0].isdecimal() else folders[0]
+
+
+def check(
+    file: Path,
+    images: Path,
+    encoder: ConversationEncoder | None = None,
+    quiet: bool = False,
+    workers: int | None = None,
+) -> Report:
+    """Looks at every row and every image of one conversation file.
+
+    Args:
+        file: ``.json`` or ``.jsonl``.
+        images: folder under which its image paths lie.
+        encoder: of a run; None: supervision is not checked.
+        quiet: no progress bar.
+        workers: processes; default: one a core.
+
+    Raises:
+        DataError: the file is missing or is not a list of rows.
+    """
+    table = open_table(file, quiet)
+    (name,) = source_names([file])
+    report = Report(file, encoded=encoder is not None)
+    for drop in table.drops(name):
+        report.drops.add(drop.sample_id, drop.reason, drop.detail)
+        report.note("(no conversation)", "rows")
+        report.note("(no conversation)", drop.reason, drop.sample_id)
+        report.note("(no conversation)", "unusable")
+    named = {image: str(images / image) for image in table.column("image").to_pylist() if image is not None}
+    kept = verdicts_file(cache_folder(file.resolve().parent), images)
+    by_file = look_at_all(list(dict.fromkeys(named.values())), kept, quiet, workers)
+    report.verdicts = by_file
+    for image, path in named.items():
+        report.note(source_of(image), "images")
+        if by_file[path].mislabelled(path):
+            report.note(source_of(image), "mislabelled image", f"{path}: {by_file[path].format}")
+    records = Records([Part(name, table, images)])
+    found = measure(records, encoder, quiet) if encoder is not None else None
+    seen: set[str] = set()
+    for index, row in enumerate(records.rows.tolist()):
+        image = table.value("image", row)
+        source, sample_id = source_of(image), f"{name}/{row}/{table.value('id', row)}"
+        report.note(source, "rows")
+        for what in _oddities(table, row, image, seen):
+            report.note(source, what, sample_id)
+        if found is not None and found.truncated[index]:
+            report.note(source, "text cut")
+        for reason, detail in _faults(index, found.problems if found else {}, by_file.get(named.get(image, ""))):
+            report.note(source, reason, sample_id)
+            report.drops.add(sample_id, reason, detail)
+        if sample_id in report.drops:
+            report.note(source, "unusable")
+    return report
+
+
+def _oddities(table: RecordTable, row: int, image: str | None, seen: set[str]) -> Iterator[str]:
+    """What is strange about a row and no reason to leave it out."""
+    roles, texts = table.value("roles", row), table.value("texts", row)
+    if image is not None and not table.value("image_tags", row):
+        yield "image without tag"
+    if image is None and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
+        yield "tag without image"
+    if any(not text.strip() for role, text in zip(roles, texts, strict=True) if role == "a"):
+        yield "empty answer"
+    content = key(str(image), roles, *texts)
+    if content in seen:
+        yield "duplicate"
+    seen.add(content)
+
+
+def _faults(index: int, problems: dict[int, tuple[str, str]], verdict: Verdict | None) -> Iterator[tuple[str, str]]:
+    """Why training would leave a row out."""
+    if index in problems:
+        yield problems[index]
+    if verdict is not None and verdict.reason is not None:
+        yield verdict.reason, verdict.detail
+
+
+def repair(report: Report, fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
+    """Re-encodes pictures whose content is another format than their name says, and fetches lost ones anew.
+
+    Args:
+        report: of ``check``; check again afterwards.
+        fetch: given the path of a missing, empty or broken file, puts a sound one there and returns whether it could.
+
+    Returns:
+        How many files were mended, and those that could not be.
+    """
+    mended, lost = 0, []
+    for path, verdict in report.verdicts.items():
+        if verdict.reason is not None:
+            done = fetch is not None and fetch(Path(path))
+            mended += done
+            if not done:
+                lost.append(Drop(path, verdict.reason, verdict.detail))
+        elif verdict.mislabelled(path):
+            try:
+                reencode(Path(path))
+                mended += 1
+            except (DataError, OSError) as error:
+                lost.append(Drop(path, "cannot be written", str(error)))
+    return mended, lost
+
+
+def summary(report: Report) -> str:
+    """One line: how many rows training would leave out, and why."""
+    counts: Sequence[Any] = [f"{reason} {count}" for reason, count in report.drops.counts().items()]
+    rows = report.counts[TOTAL]["rows"]
+    return f"{len(report.drops)} of {rows} rows are unusable" + (f": {', '.join(counts)}" if counts else "")
