@@ -139,7 +139,10 @@ def test_convnext_towers_there_and_back(tmp_path):
     assert any(name.startswith("model.vision_tower.vision_tower.stem.") for name in state)
     source = save_published(tmp_path / "source", {**config, "mm_vision_tower": "laion/CLIP-convnext-res160"}, state)
     convert_published(str(source), tmp_path / "there", encoder=str(tmp_path / "convnext"))
-    assert load_student(tmp_path / "there").processor.patch_size == 32
+    student = load_student(tmp_path / "there")
+    assert student.processor.patch_size == 32
+    stem = student.model.model.vision_tower.backbone.timm_model.stem[0].weight
+    assert torch.equal(stem, state["model.vision_tower.vision_tower.stem.0.weight"].to(stem.dtype))
     convert_to_published(tmp_path / "there", tmp_path / "back")
     tower = {name: value for name, value in state.items() if "vision_tower" in name}
     assert_same({n: v for n, v in weights_in(tmp_path / "back").items() if "vision_tower" in n}, tower)
