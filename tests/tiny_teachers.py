@@ -31,7 +31,10 @@ def save(model: PreTrainedModel, folder: Path, processor_folder: Path | None = N
 
 
 def depth_model(width: int = 16, layers: int = 4, levels: tuple[int, ...] = (1, 2, 3, 4), heads: int = 2) -> Any:
-    """A random Depth Anything of 28 pixels (56 in tests: positions are interpolated, as published at 336)."""
+    """A random Depth Anything of 28 pixels (56 in tests: positions are interpolated, as published at 336).
+
+    Fresh layers are alike (zero biases, unit scales) and give next to no depth: noise on all weights lets mix-ups show.
+    """
     torch.manual_seed(0)
     backbone = AutoConfig.for_model(
         "dinov2", hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, mlp_ratio=1, image_size=28,
@@ -41,7 +44,12 @@ def depth_model(width: int = 16, layers: int = 4, levels: tuple[int, ...] = (1, 
         backbone_config=backbone, reassemble_hidden_size=width, neck_hidden_sizes=[4, 5, 6, 7], fusion_hidden_size=8,
         head_hidden_size=4,
     )  # fmt: skip
-    return DepthAnythingForDepthEstimation(config).eval()
+    model = DepthAnythingForDepthEstimation(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.head.conv3.bias.fill_(1.0)  # the head ends in a ReLU
+    return model
 
 
 def save_oneformer(folder: Path) -> Path:
