@@ -36,7 +36,7 @@ def test_teachers_take_the_precision_of_the_recipe(places):
     [
         (["distillation.tasks.depth.teacher.size=70"], "25 queries for the teacher's 25 tokens do not divide among 8"),
         (["distillation.tasks.depth.predictor={num_queries: 100}"], "100 queries cannot give the teacher's 576 tokens"),
-        (["distillation.tasks.seg.predictor={queries: states}"], "'distillation.tasks.seg.predictor.queries' to 'matri"),
+        (["distillation.tasks.seg.predictor={queries: states}"], "'distillation.tasks.seg.predictor.queries' to 'mat"),
         (["distillation.tasks.gen.predictor={queries: matrix}"], "predictor.queries' to 'states'"),
         (["distillation.tasks.seg.teacher.size=100"], "task 'seg'.*cells of 32 pixels"),
         (["distillation.tasks.gen.teacher.subfolder=encoder"], "task 'gen'.*cannot load the unclip teacher"),
