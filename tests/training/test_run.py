@@ -269,14 +269,14 @@ def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, ti
 
 def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):
     run = make("pt")
-    save = StageTrainer._save
+    save = StageTrainer.save_model
 
-    def full_at_step_four(self, output_dir=None, state_dict=None):
-        save(self, output_dir, state_dict)
+    def full_at_step_four(self, output_dir=None, _internal_call=False):
+        save(self, output_dir, _internal_call)
         if self.state.global_step == 4:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(StageTrainer, "_save", full_at_step_four)
+    monkeypatch.setattr(StageTrainer, "save_model", full_at_step_four)
     with pytest.raises(OSError, match="No space left"):
         run_stage(run)
     monkeypatch.undo()

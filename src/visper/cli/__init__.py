@@ -31,6 +31,13 @@ def main() -> None:
     except ExpectedErrors as error:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("error ", "bold red"), str(error)))
         sys.exit(2)
+    except Exception as error:
+        # A run that was stopped says with which code; to ask for its class would import torch for every verb.
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("stopped ", "bold"), str(error)))
+        sys.exit(code)
 
 
 ExpectedErrors = (ValueError, OSError, ArithmeticError)

@@ -175,6 +175,24 @@ class Logging(Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
+class Engine(str, Enum):
+    """How a stage is spread over processes."""
+
+    DDP = "ddp"
+    FSDP = "fsdp"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Launch(Section):
+    """How many processes train, and what they share. It decides speed and memory, not what is computed."""
+
+    processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
+    engine: Engine = Field(default=Engine.DDP, description="ddp: each holds the model; fsdp: weights are shared out")
+    timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
+
+
 class Run(Section):
     """One stage of one model, whole: this is saved beside the weights it makes."""
 
@@ -187,6 +205,7 @@ class Run(Section):
     distillation: Distillation | None = None
     optimisation: Optimisation
     logging: Logging = Logging()
+    launch: Launch = Launch()
     seed: int = 0
 
     @model_validator(mode="after")

@@ -53,7 +53,7 @@ class EmbeddingDistillation(nn.Module):
     Attributes:
         layers: every tapped layer, ascending.
         predictors: one per task and layer, named "depth_20".
-        logit_scales: one scalar per task.
+        logit_scales: ``[1]`` per task.
 
     Raises:
         ValueError: a layer beyond the model, a target that the task's predictor cannot give.
@@ -84,7 +84,8 @@ class EmbeddingDistillation(nn.Module):
             }
         )
         self.logit_scales = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(float(init_logit_scale))) for name in tasks}
+            # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
+            {name: nn.Parameter(torch.full((1,), float(init_logit_scale))) for name in tasks}
         )
 
     @classmethod
@@ -182,7 +183,7 @@ class EmbeddingDistillation(nn.Module):
                 # A real pass over one state of zeros: ZeRO-3 gathers a module's parameters only where it is called.
                 predicted = self._predictor(name, layer, state, query, None)
                 terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted.float().sum()
-                terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float()
+                terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()
         return terms
 
 

@@ -1,5 +1,6 @@
 """Losses become weights."""
 
+from visper.training.launch import start_processes
 from visper.training.module import TrainingModel
 from visper.training.run import is_finished, run_pipeline, run_stage
 from visper.training.stages import TRAINABLE, apply_stage, count_parts
@@ -15,4 +16,5 @@ __all__ = [
     "is_finished",
     "run_pipeline",
     "run_stage",
+    "start_processes",
 ]

@@ -13,7 +13,10 @@ Layout of a stage's output::
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,27 +30,27 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.config import ConfigError, Run, load_run, run_text, save_run
+from visper.config import ConfigError, Engine, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
 from visper.data.sets import row_files
 from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
+from visper.training.launch import StoppedError
 from visper.training.module import TrainingModel
+from visper.training.sharding import shard, unshard
 from visper.training.stages import count_parts
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
     "logging": True,
+    "launch": True,
     "data": {"workers"},
     "optimisation": {"micro_batch", "gradient_checkpointing"},
 }
 """What may change when a run is continued: how it is split, watched and stored, not what it computes."""
-
-BARRIER = timedelta(hours=2)
-"""How long ranks wait for each other: the first may be writing tens of GB to a slow disk."""
 
 
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -63,7 +66,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     """
     row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     if state.num_processes == 1 and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         raise ConfigError(
@@ -75,9 +78,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         claim_output(run, output, resume)
     state.wait_for_everyone()
     torch.manual_seed(run.seed)
-    arguments = training_arguments(run, output, state.num_processes)
-
     student = starting_student(run)
+    arguments = training_arguments(run, output, state.num_processes)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     teachers = build_teachers(run)
     for task, teacher in teachers.items():
@@ -90,6 +92,9 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if run.optimisation.gradient_checkpointing:
         model.recompute_activations()
 
+    if run.launch.engine is Engine.FSDP and state.num_processes > 1:
+        shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
+
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:
         watchers.append(tensorboard(output / "tensorboard"))
@@ -101,12 +106,40 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
     else:
-        trainer.train(resume_from_checkpoint=newest)
+        with stopping_on_sigterm(trainer):
+            trainer.train(resume_from_checkpoint=newest)
+        if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+            raise StoppedError(
+                f"told to stop (SIGTERM): saved at step {trainer.state.global_step} of {trainer.state.max_steps} in "
+                f"{output / 'checkpoints'}; add --resume to go on"
+            )
+    if trainer.sharded:
+        unshard(model, keep=state.is_main_process)
     if state.is_main_process:
         finish(run, output, student, model)
         announce(console, "saved", str(output / "model"))
     state.wait_for_everyone()
     return output / "model"
+
+
+@contextmanager
+def stopping_on_sigterm(trainer: StageTrainer) -> Iterator[None]:
+    """SIGTERM, which spot machines and schedulers send before they take a machine away, ends training at the next step.
+
+    In a thread that is not the main one nothing can be caught, and nothing is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        trainer.stop_asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_pipeline(runs: Sequence[Run]) -> None:

@@ -19,6 +19,11 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,8 +32,11 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.sharding import is_sharded, put, whole
 
 WEIGHTS = "model.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
@@ -51,6 +59,18 @@ class EpochCallback(TrainerCallback):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
 
 
+class StopCallback(TrainerCallback):
+    """Saves and ends training after the step in which any process was told to stop."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine saves before it ends."""
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+
+
 class StageTrainer(Trainer):
     """Trains one stage. ``teachers``: task -> frozen teacher, outside the model."""
 
@@ -68,18 +88,29 @@ class StageTrainer(Trainer):
         self.teachers = dict(teachers or {})
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
+        self.sharded = is_sharded(model)
+        self.stop_asked = False
+        self.stopping = False
         super().__init__(
             model=model,
             args=args,
             train_dataset=data.dataset,
             data_collator=data.collator,
-            callbacks=[EpochCallback(data.sampler), *callbacks],
+            callbacks=[EpochCallback(data.sampler), StopCallback(self), *callbacks],
         )
         # The loss below is already a share of the global batch: the engine must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
+        if self.sharded:
+            # Only the run's precision is left to do: with this mark accelerate does not wrap the model in DDP.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.sharded:  # shards are where they belong
+            super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.data.sampler
@@ -92,8 +123,10 @@ class StageTrainer(Trainer):
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         images = sum(len(batch["image_rows"]) for batch in batches)
         dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
-        counts = torch.tensor([tokens, images, len(dropped)], device=device, dtype=torch.long)
-        num_tokens, num_images, num_dropped = self.accelerator.reduce(counts, "sum")
+        # Whether one was told to stop travels along, so that all stop after the same step.
+        counts = torch.tensor([tokens, images, len(dropped), self.stop_asked], device=device, dtype=torch.long)
+        num_tokens, num_images, num_dropped, stopping = self.accelerator.reduce(counts, "sum")
+        self.stopping = bool(stopping)
         if num_dropped:
             self._note_drops(gather_object(dropped))
         targets = self._targets(batches)
@@ -162,14 +195,32 @@ class StageTrainer(Trainer):
             self._terms.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes what learns; what is frozen comes from where the stage started."""
-        if not self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what learns; what is frozen comes from where the stage started. Every process must call."""
+        weights = whole(self._kept().items(), keep=self.args.should_save)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
+        state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self._bare().named_parameters() if p.requires_grad}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
 
     def restore(self, checkpoint: str) -> None:
         """Puts the weights of ``checkpoint`` into the model without training on.
@@ -181,16 +232,29 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        learning = {n: p for n, p in self._bare().named_parameters() if p.requires_grad}
-        strange = sorted(saved.keys() ^ learning.keys())
+        kept = self._kept()
+        strange = sorted(saved.keys() ^ kept.keys())
         if strange:
             raise ValueError(
                 f"checkpoint {resume_from_checkpoint} is of another model or stage: {len(strange)} parameters differ, "
                 f"first {strange[:3]}. Resume with the run that wrote it"
             )
-        with torch.no_grad():
-            for name, parameter in learning.items():
-                parameter.copy_(saved[name])
+        for name, tensor in kept.items():
+            put(tensor, saved[name])
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: learning parameters, and the buffers of modules that learn (batch statistics)."""
+        model = self._bare()
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        saved = model.state_dict().keys()
+        buffers = {
+            f"{place}.{name}": buffer
+            for place, module in model.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+            for name, buffer in module.named_buffers(recurse=False)
+            if f"{place}.{name}" in saved
+        }
+        return {**learning, **buffers}
 
     def _bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
