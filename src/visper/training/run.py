@@ -36,6 +36,7 @@ from visper.training.assemble import apply_run, build_data, build_teachers, buil
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
 from visper.training.stages import count_parts
+from visper.training.stored import open_targets
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
 MAY_DIFFER: dict[str, Any] = {
@@ -79,10 +80,11 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     student = starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
-    teachers = build_teachers(run)
+    targets = open_targets(run, student.processor.image_processor)
+    teachers = build_teachers(run) if targets is None else targets.teachers()
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
-    data = build_data(run, student, teachers, console)
+    data = build_data(run, student, teachers, console, targets)
     if state.is_main_process:
         data.drops.write(output / DROPPED)
     model = build_training_model(run, student, teachers)

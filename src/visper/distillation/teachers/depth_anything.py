@@ -21,14 +21,15 @@ class DepthAnythingTeacher(Teacher):
     Args:
         model: hub id or folder of a ``DepthAnythingForDepthEstimation``.
         size: pixels a side, a multiple of the patch size.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 336) -> None:
+    def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
         super().__init__()
-        self.model = loaded_whole(AutoModelForDepthEstimation, model)
+        self.model = loaded_whole(AutoModelForDepthEstimation, model, revision=revision)
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
-        self.preprocess = squashed_as_trained(model, (size, size))
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
 
     @classmethod

@@ -20,15 +20,16 @@ class OneFormerTeacher(Teacher):
     Args:
         model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
         size: pixels a side, a multiple of the last stage's stride.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 768) -> None:
+    def __init__(self, model: str | Path, size: int = 768, revision: str | None = None) -> None:
         super().__init__()
         # Without the segmentation model around it, whose loss would ask for scipy.
-        whole = loaded_whole(OneFormerModel, model)
+        whole = loaded_whole(OneFormerModel, model, revision=revision)
         self.backbone = whole.pixel_level_module.encoder
         self.spec = _spec(whole.config, size)
-        self.preprocess = squashed_as_trained(model, (size, size))
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
 
     @classmethod

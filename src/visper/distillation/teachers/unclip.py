@@ -21,16 +21,23 @@ class UnClipTeacher(Teacher):
         subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
         processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
             ``subfolder`` is given, else beside the encoder.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, subfolder: str = "", processor_subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        subfolder: str = "",
+        processor_subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder)
+        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)
         if processor_subfolder is None:
             processor_subfolder = "feature_extractor" if subfolder else ""
         size = int(self.encoder.config.image_size)
         self.spec = TargetSpec(1, int(self.encoder.config.projection_dim))
-        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder)
+        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder, revision=revision)
         self.freeze()
 
     @classmethod
