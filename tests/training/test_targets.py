@@ -128,6 +128,7 @@ def test_pictures_are_computed_once_by_content_and_text_rows_not_at_all(make, tm
     plan = build_targets(make("build"), tmp_path / "store", quiet=True)
     assert plan.pictures == 6 and plan.sizes == {"depth": 6 * 256, "seg": 6 * 192, "gen": 6 * 20}
     assert not build_targets(make("build"), tmp_path / "store", quiet=True).parts, "nothing to do"
+    assert len({file.stat().st_mode for file in (tmp_path / "store").glob("*/*")}) == 1, "parts are shared as all else"
 
 
 def test_size_and_check_say_what_a_build_would_do(make, tmp_path):

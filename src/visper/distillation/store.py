@@ -64,6 +64,8 @@ def write_part(
         tensors["scales"] = scales
     with complete(folder / f"{name}.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": FORMAT})
+        # safetensors lets nobody else read what it writes; a store is shared as far as its other files are.
+        partial.chmod((folder / TEACHER).stat().st_mode & 0o777)
 
 
 def _as_tensor(digests: list[bytes]) -> Tensor:
