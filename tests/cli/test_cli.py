@@ -18,6 +18,7 @@ VERBS = (
     ["recipes"],
     ["chat"],
     ["evaluate"],
+    ["look"],
     ["convert"],
     ["data", "list"],
     ["data", "prepare"],

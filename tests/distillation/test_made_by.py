@@ -37,13 +37,14 @@ def test_weights_configuration_options_and_geometry_change_the_key(folder):
     assert len(keys) == 7
 
 
-def test_place_notes_and_a_colour_that_is_not_used_do_not(folder, tmp_path):
+def test_place_notes_drawing_and_a_colour_that_is_not_used_do_not(folder, tmp_path):
     before = key_of(folder)
     (folder / "README.md").write_text("notes")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "state").write_text("x")
     folder.rename(tmp_path / "moved")
     assert key_of(tmp_path / "moved") == before == key_of(tmp_path / "moved", background=(0, 0, 0))
+    assert key_of(tmp_path / "moved", threads=2, picture="classes") == before
 
 
 def test_a_file_counts_with_the_weights_that_onnx_keeps_beside_it(tmp_path):

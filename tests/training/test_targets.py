@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import visper.quickstart
-from tests import tiny
+from tests import tiny, tiny_teachers
 from tests.data.killed import in_fork
-from tests.distillation.test_pretrained_teachers import depth_folder, oneformer_folder, unclip_folder  # noqa: F401
 from visper.cli import app
 from visper.config import ConfigError, Run, save_run
 from visper.data.records import DataError, DropList
@@ -85,28 +84,29 @@ def test_training_cannot_tell_stored_targets_from_teachers(make, tmp_path, monke
     assert stored.keys() == live.keys() and all(torch.equal(stored[name], live[name]) for name in live)
 
 
-def of_transformers(request, tmp_path):
-    folders = {name: str(request.getfixturevalue(f"{name}_folder")) for name in ("depth", "oneformer", "unclip")}
+def of_transformers(folder):
+    depth = tiny_teachers.save(tiny_teachers.depth_model(), folder / "depth")
+    seg, gen = tiny_teachers.save_oneformer(folder / "seg"), tiny_teachers.save_unclip(folder / "gen")
     return {
-        "depth": {"kind": "depth_anything", "model": folders["depth"], "size": 56},
-        "seg": {"kind": "oneformer", "model": folders["oneformer"], "size": 128},
-        "gen": {"kind": "unclip", "model": folders["unclip"], "subfolder": "image_encoder"},
+        "depth": {"kind": "depth_anything", "model": str(depth), "size": 56},
+        "seg": {"kind": "oneformer", "model": str(seg), "size": 128},
+        "gen": {"kind": "unclip", "model": str(gen), "subfolder": "image_encoder"},
     }
 
 
-def towers_and_onnx(request, tmp_path):
+def towers_and_onnx(folder):
     save_onnx = pytest.importorskip("tests.distillation.test_onnx").save
     bases = Path(visper.quickstart.__file__).parent / "bases"
     return {
         "depth": {"kind": "tower", "model": str(bases / "teacher_depth")},
-        "seg": {"kind": "onnx", "model": str(save_onnx(tmp_path / "m.onnx")), "grid": 4},
+        "seg": {"kind": "onnx", "model": str(save_onnx(folder / "m.onnx")), "grid": 4},
         "gen": {"kind": "tower", "model": str(bases / "teacher_gen")},
     }
 
 
 @pytest.mark.parametrize("kinds", [of_transformers, towers_and_onnx])
-def test_every_kind_of_teacher_can_be_stored(make, tmp_path, request, kinds):
-    teachers = kinds(request, tmp_path)
+def test_every_kind_of_teacher_can_be_stored(make, tmp_path, kinds):
+    teachers = kinds(tmp_path)
     build_targets(make("build", teachers=teachers), tmp_path / "store", "float32", quiet=True)
     (live, *_), _ = train(make("live", teachers=teachers))
     (stored, *_), _ = train(make("stored", tmp_path / "store", teachers=teachers))

@@ -14,10 +14,14 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 
 from visper.config import Teacher as TeacherSettings
 from visper.data.cache import key
+from visper.distillation.teachers import TEACHERS
 
 COMPUTATION = 1
 """Raise it when our own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) gives another
 target of the same picture: what was kept before is then no longer met. A test watches the pixels."""
+
+WITHOUT_EFFECT = frozenset(("picture", "draw", "steps", "threads"))
+"""Options of our kinds that change how a prediction is drawn, or how fast a target is made, and no target."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = 1 << 22
@@ -30,7 +34,7 @@ class MadeBy:
     Attributes:
         kind: of the teacher.
         revision: of its weights; None: a hub model of which neither the hub nor the hub's cache could be asked.
-        options: of the kind.
+        options: of the kind, as far as targets follow from them.
         geometry: in which the teacher sees the picture; ``background`` with ``pad`` only, RGB.
         code: of a teacher of your own, a hash of its module.
         computation: of our code, ``COMPUTATION``.
@@ -55,6 +59,8 @@ class MadeBy:
         """
         options = json.loads(json.dumps(teacher.options))  # as they will be read back: tuples become lists
         wanted = options.pop("revision", None)
+        if teacher.kind in TEACHERS:
+            options = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
         return cls(
             teacher.kind,
             revision_of(teacher.model, wanted),

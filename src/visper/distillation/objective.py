@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visper.config import Distillation
 from visper.distillation.layout import KeyPlaces, TokenLayout
 from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation.predictors import EmbeddingPredictor, PredictorSpec, predictor_spec
+from visper.distillation.predictors import EmbeddingPredictor, PredictorSpec, check_predictor, predictor_spec
 from visper.distillation.targets import Targets
 from visper.distillation.teachers.base import TargetSpec
 
@@ -197,18 +197,7 @@ def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
             f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, each to be "
             f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
         )
-    rows, tokens = task.predictor.num_queries, task.target.tokens
-    key = f"distillation.tasks.{name}.predictor"
-    if task.predictor.queries == "matrix" and rows is not None and tokens > 1 and tokens % rows:
-        raise ValueError(
-            f"task '{name}': {rows} queries cannot give the teacher's {tokens} tokens: set '{key}.num_queries' to "
-            f"{tokens} or a divisor of it"
-        )
-    if task.predictor.queries == "states" and tokens > 1:
-        raise ValueError(
-            f"task '{name}': a predictor with queries 'states' gives one token, the teacher's target has {tokens}: set "
-            f"'{key}.queries' to 'matrix'"
-        )
+    check_predictor(name, task.predictor, task.target)
 
 
 def _target_of(name: str, targets: Mapping[str, Targets], rows: int) -> Targets:

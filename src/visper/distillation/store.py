@@ -179,7 +179,7 @@ class UnpackedTargets(Teacher):
         """``[B, N, E]`` float32."""
         return self.packing.unpack(pixels)
 
-    def decode(self, embedding: Tensor) -> Tensor:
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Only the teacher itself can draw."""
         raise ValueError("a targets store has no teacher to draw with: build the teacher (visper.distillation)")
 

@@ -22,7 +22,14 @@ from visper.data.sampler import RowSampler
 from visper.data.sets import row_files
 from visper.data.show import show_sample
 from visper.data.sources import blocks_of, open_records
-from visper.distillation import EmbeddingDistillation, TargetSpec, Teacher, build_teacher, predictor_spec
+from visper.distillation import (
+    EmbeddingDistillation,
+    TargetSpec,
+    Teacher,
+    build_teacher,
+    check_predictor,
+    predictor_spec,
+)
 from visper.distillation.store import TargetStore
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.callbacks import announce
@@ -44,10 +51,13 @@ def build_teachers(run: Run) -> dict[str, Teacher]:
     """The frozen teachers of a run, by task; none without 'distillation'.
 
     Raises:
-        ConfigError: a teacher cannot be loaded; the message names task, kind and model.
+        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or fits no predictor: told
+            here, before every row of the data is looked at.
     """
     if run.distillation is None:
         return {}
+    tokens = run.student.task_tokens if run.student is not None else None
+    per_task = tokens.per_task if tokens is not None else None
     teachers = {}
     for task, settings in run.distillation.tasks.items():
         teacher = settings.teacher
@@ -59,6 +69,10 @@ def build_teachers(run: Run) -> dict[str, Teacher]:
             raise ConfigError(
                 f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
             ) from error
+        try:
+            check_predictor(task, predictor_spec(task, settings.predictor), teachers[task].spec, per_task)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return teachers
 
 
@@ -86,6 +100,9 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasS
             raise ConfigError(f"the student has no task tokens for {missing}: its tasks are {list(ids)}")
         specs = {task: teacher.spec for task, teacher in teachers.items()}
         try:
+            for task, settings in run.distillation.tasks.items():
+                spec = predictor_spec(task, settings.predictor)
+                check_predictor(task, spec, specs[task], len(ids[task]))
             objective = EmbeddingDistillation.from_config(
                 run.distillation, specs, student.hidden_size, student.num_layers
             )
