@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, convert, data, data_check, evaluate, look, pipeline, quickstart, recipes, train
+from visper.cli import chat, convert, data, data_check, evaluate, look, pipeline, quickstart, recipes, targets, train
 
 app = typer.Typer(
     name="visper",
@@ -22,6 +22,7 @@ for verb in (quickstart, train, pipeline, recipes, chat, evaluate, look, convert
 data.app.command("check")(data_check.check)
 data.app.command("shard")(data_check.shard)
 app.add_typer(data.app, name=data.NAME)
+app.add_typer(targets.app, name=targets.NAME)
 
 
 def main() -> None:

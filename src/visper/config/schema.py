@@ -140,6 +140,7 @@ class Distillation(Section):
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="predictors also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+    targets: str | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
 
     @field_validator("tasks", mode="before")
     @classmethod

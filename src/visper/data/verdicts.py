@@ -69,7 +69,7 @@ def look_at_all(
     Image.init()  # the table of extensions
     before = _read(kept)
     with ThreadPoolExecutor(32) as threads:
-        stamps = dict(zip(paths, threads.map(_stamp, paths, chunksize=256), strict=True))
+        stamps = dict(zip(paths, threads.map(stamp_of, paths, chunksize=256), strict=True))
     verdicts = {path: before[path][1] for path in paths if path in before and before[path][0] == stamps[path] != ""}
     new = [path for path in paths if path not in verdicts]
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def verdicts_file(folder: Path, root: Path) -> Path:
     return folder / f"images-{key(str(root.resolve()), code_key(images))}.jsonl"
 
 
-def _stamp(path: str) -> str:
+def stamp_of(path: str) -> str:
     """What changes when the file does; empty where there is no file, on which no verdict is kept."""
     try:
         found = os.stat(path)  # noqa: PTH116 (a third of the time, for 350,000 files)

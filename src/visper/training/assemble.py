@@ -30,12 +30,21 @@ from visper.distillation import (
     check_predictor,
     predictor_spec,
 )
+from visper.distillation.store import TargetStore
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.callbacks import announce
 from visper.training.module import TrainingModel
 from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
+from visper.training.stored import require_targets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def teacher_dtype(run: Run) -> str:
+    """The precision that the run's teachers are put in on this machine."""
+    assert run.distillation is not None
+    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
+    return run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
 
 
 def build_teachers(run: Run) -> dict[str, Teacher]:
@@ -47,15 +56,15 @@ def build_teachers(run: Run) -> dict[str, Teacher]:
     """
     if run.distillation is None:
         return {}
-    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
-    name = run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
     tokens = run.student.task_tokens if run.student is not None else None
     per_task = tokens.per_task if tokens is not None else None
     teachers = {}
     for task, settings in run.distillation.tasks.items():
         teacher = settings.teacher
         try:
-            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(DTYPES[name])
+            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(
+                DTYPES[teacher_dtype(run)]
+            )
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
@@ -133,8 +142,12 @@ class StageData:
     num_rows: int
 
 
-def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console) -> StageData:
+def build_data(
+    run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console, targets: TargetStore | None = None
+) -> StageData:
     """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
+
+    With stored ``targets``, the loaders read these in place of pictures for ``teachers``.
 
     Raises:
         DataError: a source is missing, or the share of bad rows is past ``data.drop_limit``.
@@ -147,7 +160,9 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     if not records:
         places = [place for place, _ in row_files(settings)]
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
-    dataset = ConversationDataset(records, encoder)
+    if targets is not None and run.data.check_first:
+        require_targets(targets, records, console.quiet)
+    dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
@@ -158,7 +173,7 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     alike = run.optimisation.global_batch if blocks is None else run.optimisation.micro_batch * processes
     has_image = dataset.has_image if lengths else None
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
-    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
+    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""

@@ -41,6 +41,7 @@ from visper.training.launch import StoppedError
 from visper.training.module import TrainingModel
 from visper.training.sharding import shard, unshard
 from visper.training.stages import count_parts
+from visper.training.stored import open_targets
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
 MAY_DIFFER: dict[str, Any] = {
@@ -81,10 +82,11 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     student = starting_student(run)
     arguments = training_arguments(run, output, state.num_processes)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
-    teachers = build_teachers(run)
+    targets = open_targets(run, student.processor.image_processor)
+    teachers = build_teachers(run) if targets is None else targets.teachers()
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
-    data = build_data(run, student, teachers, console)
+    data = build_data(run, student, teachers, console, targets)
     if state.is_main_process:
         data.drops.write(output / DROPPED)
     model = build_training_model(run, student, teachers)

@@ -23,22 +23,23 @@ class DepthAnythingTeacher(Teacher):
     Args:
         model: hub id or folder of a ``DepthAnythingForDepthEstimation``, or an original V2 ``.pth`` file.
         size: pixels a side, a multiple of the patch size.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 336) -> None:
+    def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
         super().__init__()
         original = _is_original(model)
         self.model = (
             read_original(model)
             if original
-            else loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False)
+            else loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
         )
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
         if original:  # the file does not say; every Depth Anything was trained so
             self.preprocess = SquashedImage((size, size), IMAGENET_MEAN, IMAGENET_STD)
         else:
-            self.preprocess = squashed_as_trained(model, (size, size))
+            self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
 
     @classmethod

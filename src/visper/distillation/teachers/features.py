@@ -23,6 +23,7 @@ class FeaturesTeacher(Teacher):
         layer: whose hidden state, as transformers counts them (0 = embeddings, -1 = last); default: the encoder's
             output, which most encoders normalise once more.
         trust_remote_code: run code that the model brings; read it first.
+        revision: commit, tag or branch of a hub id; default: its main branch.
 
     Raises:
         ValueError: an encoder that takes no square images, a layer it does not have, a size that does not divide.
@@ -34,11 +35,14 @@ class FeaturesTeacher(Teacher):
         size: int | None = None,
         layer: int | None = None,
         trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
         config = getattr(config, "vision_config", config)
-        self.encoder = loaded_whole(AutoModel, model, config=config, trust_remote_code=trust_remote_code)
+        self.encoder = loaded_whole(
+            AutoModel, model, config=config, trust_remote_code=trust_remote_code, revision=revision
+        )
         takes = signature(self.encoder.forward).parameters
         if "spatial_shapes" in takes:
             raise ValueError(
@@ -52,7 +56,7 @@ class FeaturesTeacher(Teacher):
         self.extras: dict[str, Any] = {}
         if size != own and "interpolate_pos_encoding" in takes:
             self.extras["interpolate_pos_encoding"] = True
-        self.preprocess = squashed_as_trained(model, (size, size))
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
         # What an encoder puts before its patches is known by trying, and a layer that is not there shows at once.
         with torch.no_grad():

@@ -28,20 +28,25 @@ class OneFormerTeacher(Teacher):
         model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
         size: pixels a side, a multiple of the last stage's stride.
         picture: what ``decode`` draws. Needs the model's tokenizer, as OneFormer is told its task in words.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
     def __init__(
-        self, model: str | Path, size: int = 768, picture: Literal["panoptic", "semantic"] = "panoptic"
+        self,
+        model: str | Path,
+        size: int = 768,
+        picture: Literal["panoptic", "semantic"] = "panoptic",
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         if picture not in ("panoptic", "semantic"):
             raise ValueError(f"'picture' is {picture!r}: set it to panoptic or semantic")
         # Without the segmentation model around it, whose loss would ask for scipy; its outputs are all here. The text
         # branch serves training only.
-        self.model = loaded_whole(OneFormerModel, model, is_training=False)
+        self.model = loaded_whole(OneFormerModel, model, is_training=False, revision=revision)
         self.spec = _spec(self.model.config, size)
-        self.preprocess = squashed_as_trained(model, (size, size))
-        self.picture, self.place = picture, str(model)
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
+        self.picture, self.place, self.revision = picture, str(model), revision
         self.freeze()
 
     @classmethod
@@ -109,7 +114,7 @@ class OneFormerTeacher(Teacher):
             "the weights"
         )
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.place)
+            tokenizer = AutoTokenizer.from_pretrained(self.place, revision=self.revision)
         except (OSError, ValueError) as error:
             raise fault from error
         length = self.model.config.task_seq_len

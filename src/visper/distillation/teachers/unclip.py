@@ -28,6 +28,7 @@ class UnClipTeacher(Teacher):
         draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbours" draws none: whoever shows
             the embedding looks for the images whose embeddings are nearest.
         steps: the diffusion's steps.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
     def __init__(
@@ -37,19 +38,20 @@ class UnClipTeacher(Teacher):
         processor_subfolder: str | None = None,
         draw: Literal["neighbours", "diffusion"] = "neighbours",
         steps: int = 20,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         if draw not in ("neighbours", "diffusion"):
             raise ValueError(f"'draw' is {draw!r}: set it to neighbours or diffusion")
         if draw == "diffusion" and find_spec("diffusers") is None:
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
-        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder)
+        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)
         if processor_subfolder is None:
             processor_subfolder = "feature_extractor" if subfolder else ""
         size = int(self.encoder.config.image_size)
         self.spec = TargetSpec(1, int(self.encoder.config.projection_dim))
-        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder)
-        self.place, self.draw, self.steps = str(model), draw, steps
+        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder, revision=revision)
+        self.place, self.draw, self.steps, self.revision = str(model), draw, steps, revision
         self._pipeline: Any = None
         self.freeze()
 
@@ -89,7 +91,7 @@ class UnClipTeacher(Teacher):
             from diffusers import StableUnCLIPImg2ImgPipeline
 
             self._pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
-                self.place, image_encoder=self.encoder, feature_extractor=None
+                self.place, image_encoder=self.encoder, feature_extractor=None, revision=self.revision
             )
             self._pipeline.set_progress_bar_config(disable=True)
         return self._pipeline
