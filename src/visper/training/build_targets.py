@@ -12,6 +12,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from visper.distillation.store import (
 )
 from visper.training.assemble import build_teachers, teacher_dtype
 from visper.training.callbacks import announce
-from visper.training.run import BARRIER, starting_processor
+from visper.training.run import starting_processor
 from visper.training.sizes import planned_teachers
 from visper.training.stored import makers
 
@@ -109,7 +110,7 @@ def build_targets(
     if run.distillation is None:
         raise ConfigError(f"'{run.name}' has no 'distillation', so it needs no targets: give the run of stage pt")
     row_files(run.data)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     console = Console(quiet=quiet or not state.is_main_process, soft_wrap=True)
     dtype = dtype or read_dtype(out) or DTYPE
     processor = starting_processor(run).image_processor
