@@ -35,6 +35,7 @@ from visper.model import Student, build_processor, build_student, load_processor
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
+from visper.training.position import refuse_other_order
 from visper.training.stages import count_parts
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
@@ -97,6 +98,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     trainer.remove_callback(PrinterCallback)
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
+    if newest is not None:
+        refuse_other_order(Path(newest), data)
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more

@@ -27,6 +27,7 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.position import write_order
 
 WEIGHTS = "model.safetensors"
 STAGING = ".staging"
@@ -170,6 +171,7 @@ class StageTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu().contiguous() for n, p in self._bare().named_parameters() if p.requires_grad}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        write_order(folder, self.data)
 
     def restore(self, checkpoint: str) -> None:
         """Puts the weights of ``checkpoint`` into the model without training on.
