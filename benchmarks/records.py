@@ -224,10 +224,10 @@ def main() -> None:
     if options.out:
         packages = ("pyarrow", "pillow", "tokenizers", "transformers", "torch")
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            "last_command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-            "load": [round(load, 1) for load in os.getloadavg()],
+            "load_at_the_end": [round(load, 1) for load in os.getloadavg()],
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "file_mb": file.stat().st_size >> 20,
         }
