@@ -41,8 +41,9 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     assert code == 1 and "llava_v1_5_mix665k.json: 2 of 14 rows are unusable" in said, (
         "one is lost, one corrupt for good"
     )
-    assert totals(report, "ocr_vqa") == {"rows": 6, "images": 6, "not an image": 1, "missing image": 1, "unusable": 2}
-    assert totals(report, "coco") == {"rows": 3, "images": 2, "duplicate": 1}
+    ocr = {"rows": 6, "images": 6, "images present": 5, "not an image": 1, "missing image": 1, "unusable": 2}
+    assert totals(report, "ocr_vqa") == ocr
+    assert totals(report, "coco") == {"rows": 3, "images": 2, "images present": 2, "duplicate": 1}
     assert totals(report, "(text only)") == {"rows": 1, "tag without image": 1}
     assert len(drops.read_text().splitlines()) == 2
 

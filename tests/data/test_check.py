@@ -66,6 +66,7 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
     assert total == {
         "rows": 13,
         "images": 7,
+        "images present": 6,
         "mislabelled image": 1,
         "empty image file": 1,
         "broken image": 1,
@@ -79,7 +80,13 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
         "no answer": 1,
         "unusable": 6,
     }
-    assert report.counts["coco"] == {"rows": 4, "images": 2, "duplicate": 1, "image without tag": 1}
+    assert report.counts["coco"] == {
+        "rows": 4,
+        "images": 2,
+        "images present": 2,
+        "duplicate": 1,
+        "image without tag": 1,
+    }
     assert report.counts["ocr"]["unusable"] == 4 and report.counts[TEXT_ONLY]["unusable"] == 1
     assert len(report.drops) == 6
     assert all(sum(counts[what] for name, counts in report.counts.items() if name != TOTAL) == n

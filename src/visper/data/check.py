@@ -31,6 +31,7 @@ EXAMPLES = 5
 COLUMNS = (
     "rows",
     "images",
+    "images present",
     "missing image",
     "empty image file",
     "not an image",
@@ -132,6 +133,8 @@ def check(
     report.verdicts = by_file
     for image, path in named.items():
         report.note(source_of(image), "images")
+        if by_file[path].reason != "missing image":
+            report.note(source_of(image), "images present")
         if by_file[path].mislabelled(path):
             report.note(source_of(image), "mislabelled image", f"{path}: {by_file[path].format}")
     records = Records([Part(name, table, images)])
