@@ -228,6 +228,16 @@ def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
         torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
 
 
+def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards):
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(make("ift", name="cut", data=shards))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="micro_batch 2 x 1 processes, this run has micro_batch 1 x 1"):
+        run_stage(make("ift", name="cut", data=shards, optimisation={"micro_batch": 1}), resume=True)
+    run_stage(make("ift", name="cut", data=shards), resume=True)
+
+
 def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tmp_path):
     settings = {
         "optimisation": {"max_steps": 3, "schedule": "constant_with_warmup"},

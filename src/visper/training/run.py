@@ -39,6 +39,7 @@ from visper.training.assemble import apply_run, build_data, build_teachers, buil
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.launch import StoppedError
 from visper.training.module import TrainingModel
+from visper.training.position import refuse_other_order
 from visper.training.sharding import shard, unshard
 from visper.training.stages import count_parts
 from visper.training.stored import open_targets
@@ -104,6 +105,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     trainer.remove_callback(PrinterCallback)
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
+    if newest is not None:
+        refuse_other_order(Path(newest), data)
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more

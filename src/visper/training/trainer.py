@@ -32,6 +32,7 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.position import write_order
 from visper.training.sharding import is_sharded, put, whole
 
 WEIGHTS = "model.safetensors"
@@ -202,6 +203,7 @@ class StageTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            write_order(folder, self.data)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
