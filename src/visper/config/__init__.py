@@ -7,6 +7,7 @@ from visper.config.schema import (
     Distillation,
     Geometry,
     Logging,
+    Lora,
     Optimisation,
     Run,
     Source,
@@ -15,6 +16,7 @@ from visper.config.schema import (
     Task,
     TaskTokenLayout,
     Teacher,
+    Watch,
 )
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Distillation",
     "Geometry",
     "Logging",
+    "Lora",
     "Optimisation",
     "Run",
     "Source",
@@ -31,6 +34,7 @@ __all__ = [
     "Task",
     "TaskTokenLayout",
     "Teacher",
+    "Watch",
     "explain",
     "load_run",
     "parse_overrides",

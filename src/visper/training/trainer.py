@@ -27,6 +27,9 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
+from visper.training.rates import parameter_groups
+from visper.training.watch import Watcher
 
 WEIGHTS = "model.safetensors"
 STAGING = ".staging"
@@ -34,10 +37,6 @@ DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
 )
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the rows of the batch."""
 
 
 class EpochCallback(TrainerCallback):
@@ -49,6 +48,17 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """``state.epoch`` is a float sum of step shares, hence the small push before the floor."""
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
+
+
+class OptimizerClock(TrainerCallback):
+    """Marks the end of the optimizer's step."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Behind the optimizer come the schedule, logs and checkpoints."""
+        self.watcher.clock.mark(OPTIMIZER)
 
 
 class StageTrainer(Trainer):
@@ -77,6 +87,8 @@ class StageTrainer(Trainer):
         )
         # The loss below is already a share of the global batch: the engine must not divide it again.
         self.model_accepts_loss_kwargs = True
+        self.watcher = Watcher(run, self.accelerator)
+        self.add_callback(OptimizerClock(self.watcher))
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
@@ -88,15 +100,24 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, each with the global counts and its targets."""
+        self.watcher.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.watcher.clock.mark(DATA)
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         images = sum(len(batch["image_rows"]) for batch in batches)
         dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
-        counts = torch.tensor([tokens, images, len(dropped)], device=device, dtype=torch.long)
-        num_tokens, num_images, num_dropped = self.accelerator.reduce(counts, "sum")
+        counts = torch.tensor(
+            [tokens, images, len(dropped), *self.watcher.count(batches)], device=device, dtype=torch.long
+        )
+        sums = self.accelerator.reduce(counts, "sum")
+        num_tokens, num_images = sums[0], sums[1]
+        _, images_seen, num_dropped, num_rows, tokens_seen, unlabelled = sums.tolist()
         if num_dropped:
             self._note_drops(gather_object(dropped))
+        if batches:
+            self.watcher.counted(num_rows, tokens_seen, images_seen, unlabelled, self.state.global_step + 1)
         targets = self._targets(batches)
+        self.watcher.clock.mark(TEACHER)
         for batch, own in zip(batches, targets, strict=True):
             # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
             batch["num_tokens"] = num_tokens.clamp(min=1)
@@ -138,19 +159,46 @@ class StageTrainer(Trainer):
         """This rank's share of the global loss times the ranks, since the engine averages gradients over them."""
         outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
         loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            terms = {name: round(float(term.detach()), 4) for name, term in outputs.items()}
-            raise NonFiniteLossError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; terms {terms}; rows "
-                f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
-            )
+        self.watcher.see(outputs, inputs)
         if not self._terms:
             self._terms_since = self.state.global_step  # also the first step after a resume
         for name, term in outputs.items():
             if name != "loss":
-                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term.detach()
+                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + self._countable(term.detach())
+        self.watcher.clock.mark(FORWARD)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward; behind the last micro-batch of a step the watcher says whether it may count."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            if not self.watcher.settle(step):
+                model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
+            if step == 1 or step % self.args.logging_steps == 0:
+                self.watcher.norms(self._bare())
+        self.watcher.clock.mark(BACKWARD)
+        return self._countable(loss)
+
+    def _countable(self, value: Tensor) -> Tensor:
+        """Where a step may be left out, what is not finite must not enter the sums that are logged."""
+        return value if self.watcher.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The engine's AdamW; with ``optimisation.lr_of`` in groups of one part each."""
+        if self.optimizer is None and self.run.optimisation.lr_of:
+            learner = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
+            groups = parameter_groups(self.run, self._bare(), set(self.get_decay_parameter_names(self._bare())))
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def _rates(self) -> dict[str, float]:
+        groups = self.optimizer.param_groups if self.optimizer is not None else ()
+        return {f"lr/{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term, summed over ranks and averaged over the steps since the last log."""
@@ -158,8 +206,9 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._terms and steps > 0:
             names = sorted(self._terms)
             summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
-            logs.update({name: value / steps for name, value in zip(names, summed.tolist(), strict=True)})
+            terms = {name: value / steps for name, value in zip(names, summed.tolist(), strict=True)}
             self._terms.clear()
+            logs.update(terms | self._rates() | self.watcher.report(terms, steps, self.state.global_step))
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
