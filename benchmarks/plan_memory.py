@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", choices=("planned", "measured"), help="internal: one half, in this process")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.only is None:
         result: dict[str, Any] = {"recipe": options.recipe}
         for half in ("planned", "measured"):

@@ -42,7 +42,7 @@ def run(
 
 
 def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -> None:
-    from visper.training.plan import ASSUMED_MFU, cheapest_that_fits
+    from visper.training.plan import ASSUMED_MFU, USABLE, cheapest_that_fits
 
     console.print(_parts(planner))
     rows, machine, opt = planner.rows, planner.machine, planner.run.optimisation
@@ -53,8 +53,8 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
     place = f"{machine.gpus} x {gpu}, {machine.engine}" if machine.gpus else "CPU, the training process"
     console.print(_memory(memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
     if machine.memory is not None:
-        fits = memory.total <= machine.memory
-        console.print(f"{memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB: {'fits' if fits else 'does NOT fit'}")
+        fits = memory.total <= USABLE * machine.memory
+        console.print(f"{memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({USABLE:.0%} may be filled): {'fits' if fits else 'does NOT fit'}")
         if not fits:
             found = cheapest_that_fits(planner)
             console.print(

@@ -69,7 +69,7 @@ class ConsoleCallback(ProgressCallback):
 
 FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "mfu", "data_wait", "memory_gib")
 """What a line of the console says first; then come the other losses."""
-UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time/", "grad_norm/", "lr/")
+UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time_", "grad_norm_", "lr_")
 """Never in the console: starts of names."""
 
 

@@ -123,9 +123,7 @@ def merge_updates(run: Run, student: Student) -> Student:
             module.merge(safe_merge=True)
             parent, _, last = name.rpartition(".")
             setattr(student.model.get_submodule(parent), last, module.base_layer)
-    for leftover in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(student.model, leftover):
-            delattr(student.model, leftover)
+    student.model.__dict__.pop("peft_config", None)
     return student
 
 

@@ -35,6 +35,11 @@ ASSUMED_MFU = 0.4
 """Share of a GPU's peak that a run reaches. Assumed: 0.35 to 0.5 is usual for models of this size."""
 CUDA_CONTEXT = 700e6
 """Bytes of the driver and its libraries on each GPU. Assumed."""
+CPU_CACHES = 0.10
+"""What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every run, from
+``benchmarks/results/plan_memory.md``."""
+USABLE = 0.95
+"""Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
 ADAM = 8
 """Bytes of AdamW's two float32 moments a learning parameter."""
 TEACHERS: dict[str, tuple[str, str]] = {
@@ -203,6 +208,8 @@ class Planner:
         running = max((teacher.transient for teacher in self.teachers.values()), default=0.0)
         teaching = {"teachers' activations": 0.0 if choice.stored_targets else running}
         held.parts |= max((step, update, teaching), key=lambda parts: sum(parts.values()))
+        if not machine.gpus:
+            held.parts["allocator, kernels (assumed)"] = CPU_CACHES * held.total
         held.parts = {name: size for name, size in held.parts.items() if size}
         return held
 
@@ -273,7 +280,7 @@ def cheapest_that_fits(planner: Planner) -> tuple[Choice, Memory, str] | None:
         return None
     for choice in sorted(_choices(planner), key=lambda other: _cost(planner.choice, other)):
         memory = planner.memory(choice)
-        if memory.total <= limit:
+        if memory.total <= USABLE * limit:
             return choice, memory, describe(planner.choice, choice)
     return None
 

@@ -198,7 +198,7 @@ class StageTrainer(Trainer):
 
     def _rates(self) -> dict[str, float]:
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
-        return {f"lr/{group['part']}": float(group["lr"]) for group in groups if "part" in group}
+        return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term, summed over ranks and averaged over the steps since the last log."""

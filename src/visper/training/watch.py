@@ -148,12 +148,12 @@ class Watcher:
         """What is logged beside the losses, as means over the ``steps`` since the last log; looks for dead terms."""
         seconds = self.clock.collect()
         total = sum(seconds.values())
-        found = {f"grad_norm/{part}": float(norm) for part, norm in self._norms.items()}
+        found = {f"grad_norm_{part}": float(norm) for part, norm in self._norms.items()}
         self._norms.clear()
         if total > 0 and steps > 0:
             rows, tokens, images = self._counts
             found |= {"tokens_per_s": tokens / total, "images_per_s": images / total, "step_s": total / steps}
-            found |= {f"time/{part}": seconds[part] / steps for part in PARTS}
+            found |= {f"time_{part}": seconds[part] / steps for part in PARTS}
             found["data_wait"] = seconds[DATA] / total
             if self.operations and self.peak:
                 found["mfu"] = rows * self.operations / total / self.peak / self.accelerator.num_processes
@@ -196,7 +196,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def _rows_of(batch: Mapping[str, Any]) -> list[str]:
-    dropped = [f"{drop.id} (dropped: {drop.reason})" for drop in batch.get("dropped", ())]
+    dropped = [f"{drop.sample_id} (dropped: {drop.reason})" for drop in batch.get("dropped", ())]
     return [*(row for row in batch.get("sample_ids", ()) if row != "none" or not dropped), *dropped]
 
 
