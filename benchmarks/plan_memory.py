@@ -59,7 +59,12 @@ def main() -> None:
         print(json.dumps(result))
         return
     torch.set_num_threads(1)
-    changes = [*options.overrides, f"optimisation.max_steps={options.steps}", "logging.every=1", "logging.save_every=500"]
+    changes = [
+        *options.overrides,
+        f"optimisation.max_steps={options.steps}",
+        "logging.every=1",
+        "logging.save_every=500",
+    ]
     run = load_run(options.recipe, changes)
     print(json.dumps((planned if options.only == "planned" else measured)(run)))
 

@@ -47,14 +47,18 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
     console.print(_parts(planner))
     rows, machine, opt = planner.rows, planner.machine, planner.run.optimisation
     console.print(
-        f"rows: {rows.count:,}; tokens a row {rows.mean} on average, {rows.longest} at most ({rows.source})", markup=False
+        f"rows: {rows.count:,}; tokens a row {rows.mean} on average, {rows.longest} at most ({rows.source})",
+        markup=False,
     )
     memory = planner.memory(planner.choice)
     place = f"{machine.gpus} x {gpu}, {machine.engine}" if machine.gpus else "CPU, the training process"
     console.print(_memory(memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
     if machine.memory is not None:
         fits = memory.total <= USABLE * machine.memory
-        console.print(f"{memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({USABLE:.0%} may be filled): {'fits' if fits else 'does NOT fit'}")
+        verdict = "fits" if fits else "does NOT fit"
+        console.print(
+            f"{memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({USABLE:.0%} may be filled): {verdict}"
+        )
         if not fits:
             found = cheapest_that_fits(planner)
             console.print(
@@ -67,8 +71,8 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
     steps = planner.steps()
     total = (student + teachers) * opt.global_batch
     console.print(
-        f"operations: {total:.3g} a step, {total * steps:.3g} in {steps:,} steps; teachers {teachers / (student + teachers):.0%}"
-        " of them (those of kinds tower, onnx and your own are not counted)"
+        f"operations: {total:.3g} a step, {total * steps:.3g} in {steps:,} steps; teachers "
+        f"{teachers / (student + teachers):.0%} of them (those of kinds tower, onnx and your own are not counted)"
     )
     seconds = planner.seconds(opt.gradient_checkpointing)
     if seconds is None:
@@ -76,7 +80,9 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
     else:
         hours = seconds / 3600
         cost = f"; cost {hours * machine.gpus * price:,.0f} at {price:g} a GPU hour" if price else ""
-        console.print(f"time: {hours:.1f} h, {hours * machine.gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}")
+        console.print(
+            f"time: {hours:.1f} h, {hours * machine.gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}"
+        )
     for what, size in planner.disk().items():
         console.print(f"disk: {what}: {size / 1e9:,.2f} GB")
 

@@ -199,7 +199,7 @@ class Logging(Section):
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    watch: Watch = Watch()
+    watch: Watch = Field(default_factory=lambda: Watch.model_validate({}))
 
 
 class Run(Section):
@@ -214,7 +214,7 @@ class Run(Section):
     distillation: Distillation | None = None
     optimisation: Optimisation
     lora: Lora | None = Field(None, description="stage ift: learn low-rank updates of the LLM, not the LLM")
-    logging: Logging = Logging()
+    logging: Logging = Field(default_factory=Logging)
     seed: int = 0
 
     @model_validator(mode="after")

@@ -27,9 +27,9 @@ class StepClock:
     def mark(self, part: str) -> None:
         """What happened since the last mark was ``part``."""
         if self._on_gpu:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-            self._marks.append((part, now))
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
             return
         now = time.perf_counter()
         if self._last is not None:

@@ -44,7 +44,7 @@ def peft_config(run: Run, student: Student) -> Any:
     assert run.lora is not None
     return LoraConfig(
         r=run.lora.rank,
-        lora_alpha=run.lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=run.lora.alpha,
         lora_dropout=run.lora.dropout,
         target_modules=rf".*\.{_LLM}\..*\.({'|'.join(_targets(run, student))})",
     )
@@ -117,9 +117,9 @@ def merge_updates(run: Run, student: Student) -> Student:
         student = _onto_whole(run, student)
     from peft.tuners.lora import LoraLayer
 
-    for name, module in list(student.model.named_modules()):
+    modules: list[tuple[str, Any]] = list(student.model.named_modules())
+    for name, module in modules:
         if isinstance(module, LoraLayer):
-            assert isinstance(module, nn.Module)
             module.merge(safe_merge=True)
             parent, _, last = name.rpartition(".")
             setattr(student.model.get_submodule(parent), last, module.base_layer)

@@ -36,8 +36,8 @@ ASSUMED_MFU = 0.4
 CUDA_CONTEXT = 700e6
 """Bytes of the driver and its libraries on each GPU. Assumed."""
 CPU_CACHES = 0.10
-"""What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every run, from
-``benchmarks/results/plan_memory.md``."""
+"""What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every
+run, from ``benchmarks/results/plan_memory.md``."""
 USABLE = 0.95
 """Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
 ADAM = 8
@@ -136,7 +136,7 @@ class Planner:
 
         run = self.run if lora else self.run.model_copy(update={"lora": None})
         if lora and run.lora is None:
-            run = run.model_copy(update={"lora": Lora()})
+            run = run.model_copy(update={"lora": Lora.model_validate({})})
         student = self._student()
         with torch.device("meta"):
             add_updates(run, student)
@@ -207,7 +207,8 @@ class Planner:
         update = {"gradients": gradients / ways + ddp, "update": gradients / ways if machine.gpus else 2 * largest}
         running = max((teacher.transient for teacher in self.teachers.values()), default=0.0)
         teaching = {"teachers' activations": 0.0 if choice.stored_targets else running}
-        held.parts |= max((step, update, teaching), key=lambda parts: sum(parts.values()))
+        phases: list[dict[str, float]] = [step, update, teaching]
+        held.parts |= phases[max(range(len(phases)), key=lambda at: sum(phases[at].values()))]
         if not machine.gpus:
             held.parts["allocator, kernels (assumed)"] = CPU_CACHES * held.total
         held.parts = {name: size for name, size in held.parts.items() if size}
@@ -274,7 +275,7 @@ def utilisation(run: Run, device: torch.device) -> tuple[float | None, float | N
 
 
 def cheapest_that_fits(planner: Planner) -> tuple[Choice, Memory, str] | None:
-    """The change that makes the run fit at the least cost, with its memory and what it costs; None where nothing does."""
+    """The change that makes the run fit at the least cost, with its memory and its settings; None: nothing does."""
     limit = planner.machine.memory
     if limit is None:
         return None
@@ -343,7 +344,7 @@ def _assembled_by(run: Run) -> Run:
 def _skeleton_of(folder: Path) -> Student:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        return Student(LlavaForConditionalGeneration(config), None, {})  # type: ignore[arg-type]
+        return Student(LlavaForConditionalGeneration(config), None, {})
 
 
 def _largest_layer(model: TrainingModel) -> int:

@@ -23,7 +23,7 @@ def check_rates(run: Run, model: nn.Module) -> None:
             near = difflib.get_close_matches(part, learning, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(learning)}"
             raise ConfigError(
-                f"optimisation.lr_of names '{part}', which is no part that this run's stage '{run.stage}' trains: {hint}"
+                f"optimisation.lr_of names '{part}', which this run's stage '{run.stage}' does not train: {hint}"
             )
 
 

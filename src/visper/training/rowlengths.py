@@ -1,4 +1,4 @@
-"""How many rows a run has and how long they are: measured on a sample where the files are, else published or assumed."""
+"""How many rows a run has and how long they are: measured on a sample where they are, else published or assumed."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from visper.distillation import HiddenStateTap, predictors
@@ -184,7 +184,10 @@ def trace_step(model: TrainingModel, shape: StepShape, half: bool, pool: int, ac
 
 def trace_forward(module: nn.Module, pixels: tuple[int, ...], dtype: torch.dtype) -> Traced:
     """The same of a frozen network that sees pictures of shape ``pixels``."""
-    alive, fused = _Alive({t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}), _FusedAttention()
+    alive, fused = (
+        _Alive({t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}),
+        _FusedAttention(),
+    )
     with torch.no_grad(), alive, fused:
         module(torch.empty(pixels, dtype=dtype))
     return Traced(alive.most, 0, alive.operations + fused.operations)

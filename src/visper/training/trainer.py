@@ -197,7 +197,8 @@ class StageTrainer(Trainer):
         return super().create_optimizer(model)
 
     def _rates(self) -> dict[str, float]:
-        groups = self.optimizer.param_groups if self.optimizer is not None else ()
+        optimizer: Any = getattr(self, "optimizer", None)
+        groups = optimizer.param_groups if optimizer is not None else ()
         return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

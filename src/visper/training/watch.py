@@ -89,8 +89,8 @@ class Watcher:
         if unlabelled and self.rules.no_labels != "ignore":
             named = gather_object(self._unlabelled)
             text = (
-                f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They teach nothing: look for "
-                "empty answers, or for answers cut off by data.max_tokens"
+                f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They teach nothing: look "
+                "for empty answers, or for answers cut off by data.max_tokens"
             )
             self._say(self.rules.no_labels, DataError("no labels", text), text)
 
@@ -174,8 +174,8 @@ class Watcher:
             elif name not in self._dead:
                 self._dead.add(name)
                 text = (
-                    f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}: nothing learns "
-                    "from it. Look at its teacher's targets, its weight, and whether batches show pictures"
+                    f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}: nothing "
+                    "learns from it. Look at its teacher's targets, its weight, and whether batches show pictures"
                 )
                 self._say(self.rules.dead_term, DeadTermError(text), text)
 
