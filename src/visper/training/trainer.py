@@ -189,7 +189,8 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's AdamW; with ``optimisation.lr_of`` in groups of one part each."""
-        if self.optimizer is None and self.run.optimisation.lr_of:
+        made: Any = getattr(self, "optimizer", None)
+        if made is None and self.run.optimisation.lr_of:
             learner = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
             groups = parameter_groups(self.run, self._bare(), set(self.get_decay_parameter_names(self._bare())))
