@@ -15,6 +15,7 @@ VERBS = (
     ["quickstart"],
     ["train"],
     ["pipeline"],
+    ["plan"],
     ["recipes"],
     ["chat"],
     ["evaluate"],

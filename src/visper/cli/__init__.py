@@ -8,7 +8,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from visper.cli import chat, convert, data, data_check, evaluate, look, pipeline, quickstart, recipes, targets, train
+from visper.cli import (
+    chat,
+    convert,
+    data,
+    data_check,
+    evaluate,
+    look,
+    pipeline,
+    plan,
+    quickstart,
+    recipes,
+    targets,
+    train,
+)
 
 app = typer.Typer(
     name="visper",
@@ -17,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for verb in (quickstart, train, pipeline, recipes, chat, evaluate, look, convert):
+for verb in (quickstart, train, pipeline, plan, recipes, chat, evaluate, look, convert):
     app.command(name=verb.NAME)(verb.run)
 data.app.command("check")(data_check.check)
 data.app.command("shard")(data_check.shard)

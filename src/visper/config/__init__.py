@@ -9,6 +9,7 @@ from visper.config.schema import (
     Geometry,
     Launch,
     Logging,
+    Lora,
     Optimisation,
     Run,
     Source,
@@ -17,6 +18,7 @@ from visper.config.schema import (
     Task,
     TaskTokenLayout,
     Teacher,
+    Watch,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Geometry",
     "Launch",
     "Logging",
+    "Lora",
     "Optimisation",
     "Run",
     "Source",
@@ -35,6 +38,7 @@ __all__ = [
     "Task",
     "TaskTokenLayout",
     "Teacher",
+    "Watch",
     "explain",
     "load_run",
     "parse_overrides",

@@ -165,6 +165,32 @@ class Optimisation(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
+    lr_of: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="part of the stage's table -> its own rate, e.g. {projector: 1e-3}"
+    )
+
+
+class Lora(Section):
+    """Fine-tuning of the LLM by low-rank updates (peft), merged into a plain folder at the stage's end."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="linear layers of the LLM by their last name, e.g. [q_proj, v_proj]"
+    )
+    quantize: Literal["4bit"] | None = Field(None, description="4bit: the frozen LLM is kept so (QLoRA; a GPU)")
+
+
+class Watch(Section):
+    """What happens when a run goes wrong; the rows at hand are named each time, and all processes act together."""
+
+    non_finite: Literal["stop", "skip"] = Field("stop", description="NaN or infinite loss; skip: leave the step out")
+    spike: Literal["stop", "warn", "ignore"] = "warn"
+    spike_size: PositiveFloat = Field(8.0, description="deviations above the median of the last 50 steps")
+    dead_term: Literal["stop", "warn", "ignore"] = Field("warn", description="a loss term that stays zero or constant")
+    dead_after: PositiveInt = Field(10, description="logs without any change")
+    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="a micro-batch with nothing to learn")
 
 
 class Logging(Section):
@@ -174,6 +200,7 @@ class Logging(Section):
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    watch: Watch = Field(default_factory=lambda: Watch.model_validate({}))
 
 
 class Engine(str, Enum):
@@ -205,7 +232,8 @@ class Run(Section):
     data: Data
     distillation: Distillation | None = None
     optimisation: Optimisation
-    logging: Logging = Logging()
+    lora: Lora | None = Field(None, description="stage ift: learn low-rank updates of the LLM, not the LLM")
+    logging: Logging = Field(default_factory=Logging)
     launch: Launch = Launch()
     seed: int = 0
 
@@ -215,6 +243,9 @@ class Run(Section):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
         if self.distillation is not None and self.stage is not Stage.PT:
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
+        if self.lora is not None and self.stage is not Stage.IFT:
+            why = "its LLM is frozen anyway" if self.stage is Stage.PT else "it trains the whole model"
+            raise ValueError(f"'lora' belongs to stage 'ift', this is '{self.stage}' ({why}): remove it")
         if self.distillation is not None and self.student is not None:
             tokens = self.student.task_tokens
             missing = [task for task in self.distillation.tasks if tokens is None or task not in tokens.order]

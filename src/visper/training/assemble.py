@@ -34,7 +34,8 @@ from visper.distillation.store import TargetStore
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.callbacks import announce
 from visper.training.module import TrainingModel
-from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
+from visper.training.rates import check_rates
+from visper.training.stages import DISTILLATION_PARTS, LORA, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
 from visper.training.stored import require_targets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,7 +123,9 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasS
 def apply_run(run: Run, model: TrainingModel, student: Student) -> list[str]:
     """Applies the stage's table to what this run has, and returns the encoder parameters frozen as never reached."""
     lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
-    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
+    lacks += ("llm.*",) if run.lora else ()
+    apply_stage(model, run.stage, lacks, run.optimisation.freeze, (f"{LORA}.*",) if run.lora else ())
+    check_rates(run, model)
     vision = student.model.model.vision_tower
     if not any(p.requires_grad for p in vision.parameters()):
         return []

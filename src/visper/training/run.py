@@ -3,6 +3,7 @@
 Layout of a stage's output::
 
     run.yaml        the resolved run (whose folder this is)
+    adapter/        with 'lora': the low-rank updates in peft's format; model/ holds them merged
     model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
     distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
     checkpoints/    what is needed to continue, complete or absent
@@ -38,8 +39,11 @@ from visper.model import Student, build_processor, build_student, load_processor
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.launch import StoppedError
+from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
+from visper.training.plan import utilisation
 from visper.training.position import refuse_other_order
+from visper.training.rates import rate_of
 from visper.training.sharding import shard, unshard
 from visper.training.stages import count_parts
 from visper.training.stored import open_targets
@@ -80,8 +84,9 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         claim_output(run, output, resume)
     state.wait_for_everyone()
     torch.manual_seed(run.seed)
-    student = starting_student(run)
     arguments = training_arguments(run, output, state.num_processes)
+
+    student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     targets = open_targets(run, student.processor.image_processor)
     teachers = build_teachers(run) if targets is None else targets.teachers()
@@ -90,6 +95,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     data = build_data(run, student, teachers, console, targets)
     if state.is_main_process:
         data.drops.write(output / DROPPED)
+    add_updates(run, student)
     model = build_training_model(run, student, teachers)
     set_what_learns(run, model, student, console)
     if run.optimisation.gradient_checkpointing:
@@ -103,6 +109,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         watchers.append(tensorboard(output / "tensorboard"))
     trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
+    trainer.watcher.operations, trainer.watcher.peak = utilisation(run, trainer.args.device)
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
     if newest is not None:
@@ -227,12 +234,17 @@ def set_what_learns(run: Run, model: TrainingModel, student: Student, console: C
         announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
     for count in count_parts(model):
         if count.total:
-            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters")
+            rate = f" at {rate_of(run, count.part):g}" if count.trainable else ""
+            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
     if run.optimisation.precision == "bfloat16":
         # Learning weights stay in float32 under autocast; parts that are frozen whole need only be read.
         inner = student.model.model
         for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.model.lm_head):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
+            if run.lora is not None and part is inner.language_model:
+                for parameter in part.parameters():
+                    if not parameter.requires_grad and parameter.is_floating_point():
+                        parameter.data = parameter.data.to(torch.bfloat16)
+            elif not any(parameter.requires_grad for parameter in part.parameters()):
                 to_bfloat16(part)
 
 
@@ -255,6 +267,10 @@ def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> No
             kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             save_run(run, partial / "run.yaml")
+    if run.lora is not None:
+        with complete(output / ADAPTER) as partial:
+            save_adapter(run, student, partial)
+        student = merge_updates(run, student)
     if run.optimisation.precision == "bfloat16":
         to_bfloat16(student.model)
     with complete(output / "model") as partial:

@@ -32,21 +32,20 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
 from visper.training.position import write_order
+from visper.training.rates import parameter_groups
 from visper.training.sharding import is_sharded, put, whole
+from visper.training.watch import Watcher
 
 WEIGHTS = "model.safetensors"
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
 )
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the rows of the batch."""
 
 
 class EpochCallback(TrainerCallback):
@@ -70,6 +69,17 @@ class StopCallback(TrainerCallback):
         """The engine saves before it ends."""
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
+
+
+class OptimizerClock(TrainerCallback):
+    """Marks the end of the optimizer's step."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Behind the optimizer come the schedule, logs and checkpoints."""
+        self.watcher.clock.mark(OPTIMIZER)
 
 
 class StageTrainer(Trainer):
@@ -101,6 +111,8 @@ class StageTrainer(Trainer):
         )
         # The loss below is already a share of the global batch: the engine must not divide it again.
         self.model_accepts_loss_kwargs = True
+        self.watcher = Watcher(run, self.accelerator)
+        self.add_callback(OptimizerClock(self.watcher))
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
@@ -120,17 +132,28 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, each with the global counts and its targets."""
+        self.watcher.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.watcher.clock.mark(DATA)
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         images = sum(len(batch["image_rows"]) for batch in batches)
         dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
         # Whether one was told to stop travels along, so that all stop after the same step.
-        counts = torch.tensor([tokens, images, len(dropped), self.stop_asked], device=device, dtype=torch.long)
-        num_tokens, num_images, num_dropped, stopping = self.accelerator.reduce(counts, "sum")
-        self.stopping = bool(stopping)
+        counts = torch.tensor(
+            [tokens, images, len(dropped), self.stop_asked, *self.watcher.count(batches)],
+            device=device,
+            dtype=torch.long,
+        )
+        sums = self.accelerator.reduce(counts, "sum")
+        num_tokens, num_images = sums[0], sums[1]
+        _, images_seen, num_dropped, stopping, num_rows, tokens_seen, unlabelled = sums.tolist()
+        self.stopping = stopping > 0
         if num_dropped:
             self._note_drops(gather_object(dropped))
+        if batches:
+            self.watcher.counted(num_rows, tokens_seen, images_seen, unlabelled, self.state.global_step + 1)
         targets = self._targets(batches)
+        self.watcher.clock.mark(TEACHER)
         for batch, own in zip(batches, targets, strict=True):
             # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
             batch["num_tokens"] = num_tokens.clamp(min=1)
@@ -172,19 +195,48 @@ class StageTrainer(Trainer):
         """This rank's share of the global loss times the ranks, since the engine averages gradients over them."""
         outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
         loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            terms = {name: round(float(term.detach()), 4) for name, term in outputs.items()}
-            raise NonFiniteLossError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; terms {terms}; rows "
-                f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
-            )
+        self.watcher.see(outputs, inputs)
         if not self._terms:
             self._terms_since = self.state.global_step  # also the first step after a resume
         for name, term in outputs.items():
             if name != "loss":
-                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term.detach()
+                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + self._countable(term.detach())
+        self.watcher.clock.mark(FORWARD)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward; behind the last micro-batch of a step the watcher says whether it may count."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            if not self.watcher.settle(step):
+                model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
+            if step == 1 or step % self.args.logging_steps == 0:
+                self.watcher.norms(self._bare())
+        self.watcher.clock.mark(BACKWARD)
+        return self._countable(loss)
+
+    def _countable(self, value: Tensor) -> Tensor:
+        """Where a step may be left out, what is not finite must not enter the sums that are logged."""
+        return value if self.watcher.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The engine's AdamW; with ``optimisation.lr_of`` in groups of one part each."""
+        made: Any = getattr(self, "optimizer", None)
+        if made is None and self.run.optimisation.lr_of:
+            learner = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
+            groups = parameter_groups(self.run, self._bare(), set(self.get_decay_parameter_names(self._bare())))
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def _rates(self) -> dict[str, float]:
+        optimizer: Any = getattr(self, "optimizer", None)
+        groups = optimizer.param_groups if optimizer is not None else ()
+        return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term, summed over ranks and averaged over the steps since the last log."""
@@ -192,8 +244,9 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._terms and steps > 0:
             names = sorted(self._terms)
             summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
-            logs.update({name: value / steps for name, value in zip(names, summed.tolist(), strict=True)})
+            terms = {name: value / steps for name, value in zip(names, summed.tolist(), strict=True)}
             self._terms.clear()
+            logs.update(terms | self._rates() | self.watcher.report(terms, steps, self.state.global_step))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -209,15 +262,15 @@ class StageTrainer(Trainer):
         """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
         state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        state = torch.load(Path(checkpoint) / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
