@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from visper.cli import app
-from visper.config import Run
-from visper.training.plan import ENGINES, Machine, Planner, cheapest_that_fits
+from visper.config import Engine, Run
+from visper.training.plan import Machine, Planner, cheapest_that_fits
 from visper.training.trace import StepShape
 
 
@@ -85,11 +85,11 @@ def test_traced_activations_are_those_a_real_step_holds(planner):
 def test_every_engine_has_a_figure_and_sharding_lowers_it(planner):
     alone = planner.machine
     totals = {}
-    for engine in ENGINES:
+    for engine in Engine:
         planner.machine = Machine(8, 80e9, engine, 1e15)
         totals[engine] = planner.memory(planner.choice).parts["optimizer"]
     planner.machine = alone
-    assert totals["zero2"] == totals["fsdp"] == totals["zero3"] == totals["ddp"] / 8
+    assert totals[Engine.FSDP] == totals[Engine.DDP] / 8
 
 
 def test_the_cheapest_change_that_fits_is_found(planner):

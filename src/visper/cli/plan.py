@@ -18,26 +18,22 @@ def run(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs, of all nodes together; 0: the CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="GPU by name, for its peak and memory")] = "H100",
     gpu_memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) of one; default: the GPU's own")] = None,
-    engine: Annotated[str | None, typer.Option(help="single, ddp, fsdp, zero2 or zero3; default: ddp")] = None,
     hourly_price: Annotated[float | None, typer.Option(help="price of one GPU for an hour")] = None,
 ) -> None:
     """Say what a run needs: parameters, memory, operations, time, cost, disk; and what to change where it does not fit.
 
     Nothing is loaded: sizes come from configurations, a step is traced without values.
 
-    Example: `visper plan llama3-8b-vit-l/ift --gpus 8 --gpu H100 --engine fsdp --hourly-price 2.5`
+    Example: `visper plan llama3-8b-vit-l/ift launch.engine=fsdp --gpus 8 --gpu H100 --hourly-price 2.5`
     """
-    from visper.config import ConfigError, load_run
+    from visper.config import load_run
     from visper.training.machines import known_gpu
-    from visper.training.plan import ENGINES, Machine, Planner
+    from visper.training.plan import Machine, Planner
 
-    chosen = engine or ("ddp" if gpus > 1 else "single")
-    if chosen not in ENGINES:
-        raise ConfigError(f"--engine {chosen}: use one of {', '.join(ENGINES)}")
     settings = load_run(recipe, overrides or [])
     kind = known_gpu(gpu) if gpus else None
     memory = (gpu_memory or kind.memory_gb) * 1e9 if kind else (gpu_memory * 1e9 if gpu_memory else None)
-    planner = Planner(settings, Machine(gpus, memory, chosen, kind.peak if kind else None))
+    planner = Planner(settings, Machine(gpus, memory, settings.launch.engine, kind.peak if kind else None))
     _show(planner, gpu, hourly_price, Console())
 
 

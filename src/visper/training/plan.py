@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from visper.config import ConfigError, Lora, Run, Stage
+from visper.config import ConfigError, Engine, Lora, Run, Stage
 from visper.data.sets import with_needs
 from visper.distillation import TargetSpec, Teacher, build_teacher
 from visper.model import Student, build_skeleton
@@ -30,7 +30,6 @@ from visper.training.sizes import PlannedTeacher, first_stage, planned_teachers
 from visper.training.stages import PartCount, count_parts
 from visper.training.trace import StepShape, Traced, trace_forward, trace_step, without_values
 
-ENGINES = ("single", "ddp", "fsdp", "zero2", "zero3")
 ASSUMED_MFU = 0.4
 """Share of a GPU's peak that a run reaches. Assumed: 0.35 to 0.5 is usual for models of this size."""
 CUDA_CONTEXT = 700e6
@@ -56,7 +55,7 @@ class Machine:
 
     gpus: int
     memory: float | None
-    engine: str = "single"
+    engine: Engine = Engine.DDP
     peak: float | None = None
 
     @property
@@ -71,7 +70,7 @@ class Choice:
 
     micro_batch: int
     checkpointing: bool
-    engine: str
+    engine: Engine
     stored_targets: bool
     lora: bool
 
@@ -118,10 +117,9 @@ class Planner:
     @property
     def choice(self) -> Choice:
         """The run as it stands."""
-        opt = self.run.optimisation
-        return Choice(
-            opt.micro_batch, opt.gradient_checkpointing, self.machine.engine, False, self.run.lora is not None
-        )
+        opt, lora = self.run.optimisation, self.run.lora is not None
+        stored = self.run.distillation is not None and self.run.distillation.targets is not None
+        return Choice(opt.micro_batch, opt.gradient_checkpointing, self.machine.engine, stored, lora)
 
     def _student(self) -> Student:
         place = Path(self.run.start_from or "")
@@ -186,8 +184,8 @@ class Planner:
         weights = float(sum(t.nbytes for t in parameters))
         gradients = float(sum(p.nbytes for p in learning))
         moments = float(sum(p.numel() for p in learning) * ADAM)
-        sharded = choice.engine in ("fsdp", "zero3")
-        ways = machine.shards if choice.engine in ("fsdp", "zero2", "zero3") else 1
+        sharded = choice.engine is Engine.FSDP
+        ways = machine.shards if sharded else 1
         accumulates = opt.global_batch > choice.micro_batch * machine.shards or ways > 1
         images = max(1, round(choice.micro_batch * self.rows.pictures)) if self.rows.pictures else 0
         shape = StepShape(choice.micro_batch, self.rows.longest, self.rows.most_supervised, images)
@@ -195,12 +193,14 @@ class Planner:
         held = Memory({"process" if not machine.gpus else "CUDA context": self.process})
         held.parts["weights"] = weights / (ways if sharded else 1)
         if sharded:
+            layers = model.student.model.language_model.layers.parameters()
             held.parts["gathered layers"] = 2.0 * _largest_layer(model) * (2 if opt.precision == "bfloat16" else 4)
+            held.parts["gathered, all else"] = weights - sum(p.nbytes for p in layers)
         held.parts["optimizer"] = moments / ways
         if not choice.stored_targets:
             held.parts["teachers"] = sum(teacher.weights for teacher in self.teachers.values())
         held.parts["targets"] = self._targets()
-        ddp = gradients if machine.gpus > 1 and choice.engine == "ddp" else 0.0
+        ddp = gradients if machine.gpus > 1 and choice.engine is Engine.DDP else 0.0
         step = {"gradients": gradients / ways + ddp, "activations": max(0.0, peak - gradients)}
         largest = max((float(p.nbytes) for p in learning), default=0.0)
         # AdamW's fused-by-lists version holds one more copy of what learns; on a CPU, of one tensor.
@@ -291,8 +291,8 @@ def _choices(planner: Planner) -> list[Choice]:
     micro = [now.micro_batch]
     while micro[-1] % 2 == 0:
         micro.append(micro[-1] // 2)
-    engines = [now.engine] + (["fsdp"] if planner.machine.gpus > 1 and now.engine != "fsdp" else [])
-    stored = [False] + ([True] if planner.teachers else [])
+    engines = [now.engine] + ([Engine.FSDP] if planner.machine.gpus > 1 and now.engine is not Engine.FSDP else [])
+    stored = [now.stored_targets] + ([True] if planner.teachers and not now.stored_targets else [])
     lora = [now.lora] + ([True] if planner.run.stage is Stage.IFT and not now.lora else [])
     return [
         Choice(size, checkpointing, engine, store, low_rank)
@@ -310,7 +310,7 @@ def _cost(now: Choice, other: Choice) -> float:
         0.03 * math.log2(now.micro_batch / other.micro_batch)
         + 0.33 * (other.checkpointing and not now.checkpointing)
         + 0.10 * (other.engine != now.engine)
-        + 0.05 * other.stored_targets
+        + 0.05 * (other.stored_targets and not now.stored_targets)
         + 1.00 * (other.lora and not now.lora)
     )
 
@@ -323,9 +323,9 @@ def describe(now: Choice, other: Choice) -> str:
     if other.checkpointing and not now.checkpointing:
         parts.append("optimisation.gradient_checkpointing=true (about a third more time)")
     if other.engine != now.engine:
-        parts.append(f"--engine {other.engine}")
-    if other.stored_targets:
-        parts.append("targets stored beforehand, no teacher in memory")
+        parts.append(f"launch.engine={other.engine}")
+    if other.stored_targets and not now.stored_targets:
+        parts.append("distillation.targets=STORE (`visper targets build` makes it; no teacher in memory)")
     if other.lora and not now.lora:
         parts.append("'lora: {rank: 64}' (learns low-rank updates of the LLM only)")
     return ", ".join(parts)
@@ -349,8 +349,7 @@ def _skeleton_of(folder: Path) -> Student:
 
 def _largest_layer(model: TrainingModel) -> int:
     layers: Any = model.student.model.language_model.layers
-    tables = (model.student.get_output_embeddings().weight, model.student.get_input_embeddings().weight)
-    return max(*(t.numel() for t in tables), sum(p.numel() for p in layers[0].parameters()))
+    return sum(p.numel() for p in layers[0].parameters())
 
 
 def _teacher_skeleton(kind: str, model: str, options: dict[str, Any]) -> nn.Module:
