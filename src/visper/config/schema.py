@@ -164,6 +164,10 @@ class Optimisation(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
+    packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="the LLM's attention while training; default: the model's own choice"
+    )
 
 
 class Logging(Section):
@@ -195,6 +199,8 @@ class Run(Section):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
         if self.distillation is not None and self.stage is not Stage.PT:
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
+        if self.distillation is not None and self.optimisation.packing:
+            raise ValueError("'optimisation.packing' goes with no 'distillation', whose rows hold one image: remove it")
         if self.distillation is not None and self.student is not None:
             tokens = self.student.task_tokens
             missing = [task for task in self.distillation.tasks if tokens is None or task not in tokens.order]

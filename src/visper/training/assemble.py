@@ -17,6 +17,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images
 from visper.data.lengths import measure
+from visper.data.packed import PackingCollator
 from visper.data.records import DataError, Drop, DropList, Record
 from visper.data.sampler import RowSampler
 from visper.data.sets import row_files
@@ -110,7 +111,7 @@ class StageData:
     """What the engine reads: rows, how they are batched, in which order; and the rows left out so far."""
 
     dataset: ConversationDataset
-    collator: Collator
+    collator: Collator | PackingCollator
     sampler: RowSampler
     drops: DropList
     num_rows: int
@@ -142,7 +143,9 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     has_image = dataset.has_image if lengths else None
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
-    collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    collator: Collator | PackingCollator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    if run.optimisation.packing:
+        collator = PackingCollator(collator)
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""

@@ -35,6 +35,7 @@ from visper.model import Student, build_processor, build_student, load_processor
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.module import TrainingModel
+from visper.training.pack import choose_attention
 from visper.training.stages import count_parts
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
@@ -42,7 +43,7 @@ MAY_DIFFER: dict[str, Any] = {
     "output": True,
     "logging": True,
     "data": {"workers"},
-    "optimisation": {"micro_batch", "gradient_checkpointing"},
+    "optimisation": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
 }
 """What may change when a run is continued: how it is split, watched and stored, not what it computes."""
 
@@ -79,6 +80,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     student = starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
+    choose_attention(run, student.model.model.language_model)
     teachers = build_teachers(run)
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")

@@ -33,7 +33,7 @@ STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
-)
+) | {"position_ids", "sample_lengths"}
 
 
 class NonFiniteLossError(ArithmeticError):
