@@ -345,8 +345,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             teachers = {t: teacher.to(device, dtype) for t, teacher in published_teachers(Path(folder)).items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
-    print(f"{options.geometry}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}; "
-          f"{imports:.2f} GiB of the process's memory are imports\n")
+    print(
+        f"{options.geometry}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{imports:.2f} GiB of the process's memory are imports\n"
+    )
     for number, size in enumerate(options.micro_batch):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -122,6 +122,7 @@ def test_packing_changes_no_loss_and_no_weight(make):
         split = {"global_batch": 8, "micro_batch": 4, "max_steps": 2, "packing": packing}
         run = make("ift", name=f"packing-{packing}", optimisation=split)
         results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
+    assert "visper" not in (run_folder(run) / "config.json").read_text(), "a plain LLaVA folder, whatever trained it"
     (logs, weights), (packed_logs, packed_weights) = results
     for padded, packed in zip(logs[:2], packed_logs[:2], strict=True):
         for name in ("loss", "ntp", "grad_norm"):

@@ -59,7 +59,7 @@ class TrainingModel(nn.Module):
         return self
 
     def recompute_activations(self) -> None:
-        """Turns gradient checkpointing on in student and predictors; never re-entrant: hooks would lose their gradients."""
+        """Turns gradient checkpointing on in student and predictors; never re-entrant, which loses hooks' gradients."""
         # transformers 5.2x renamed the method; 5.17 has the old name only.
         enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})

@@ -253,7 +253,7 @@ def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArgum
         bf16=opt.precision == "bfloat16",
         tf32=True if on_gpu else None,
         use_cpu=not on_gpu,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         save_strategy="steps",
         save_steps=run.logging.save_every,
         logging_steps=run.logging.every,
