@@ -143,9 +143,8 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     has_image = dataset.has_image if lengths else None
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
-    collator: Collator | PackingCollator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
-    if run.optimisation.packing:
-        collator = PackingCollator(collator)
+    padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    collator = PackingCollator(padded) if run.optimisation.packing else padded
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""
