@@ -8,42 +8,13 @@ is absent: the predictors read the prompt's text only.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
-from visper.config import load_run
 from visper.data.images import open_image
-from visper.evaluation.answers import model_inputs
-from visper.model import load_student
-from visper.training.assemble import build_teachers, build_training_model
-from visper.training.module import TrainingModel
-
-
-def load_pre_trained(output: Path) -> TrainingModel:
-    """The model that PT left in ``output``, its predictors and queries included."""
-    run = load_run(output / "run.yaml")
-    model = build_training_model(run, load_student(output), build_teachers(run))
-    model.load_state_dict(load_file(output / "distillation" / "weights.safetensors"), strict=False)
-    return model.eval()
-
-
-def predict(model: TrainingModel, pictures: Sequence[Image.Image], prompt: str, batch: int) -> dict[str, Tensor]:
-    """``{"seg/10": [S, N, E]}`` for ``S`` pictures."""
-    processor = model.processor
-    parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(pictures), batch):
-        chosen = list(pictures[start : start + batch])
-        inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
-        rows = torch.arange(len(chosen))
-        found = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)
-        for name, value in found.items():
-            parts.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in parts.items()}
+from visper.evaluation.predictions import load_pre_trained, predict_pictures, teacher_targets
 
 
 def centred_cosine(predicted_SNE: Tensor, target_SNE: Tensor) -> Tensor:
@@ -69,13 +40,9 @@ def main() -> None:
     options = parser.parse_args()
     files = sorted(file for file in options.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
     pictures = [open_image(file) for file in files]
-    model = load_pre_trained(options.output)
-    predicted = predict(model, pictures, options.prompt, options.batch)
-    teachers = build_teachers(load_run(options.output / "run.yaml"))
-    targets = {
-        task: torch.cat([teacher(teacher.preprocess(picture)[None]) for picture in pictures])
-        for task, teacher in teachers.items()
-    }
+    found = load_pre_trained(options.output)
+    predicted = predict_pictures(found.model, pictures, options.prompt, options.batch)
+    targets = {task: teacher_targets(teacher, pictures, 1) for task, teacher in found.teachers.items()}
     print(f"{len(pictures)} pictures; centred cosine (95 % interval) | with the pictures swapped")
     for name, values in predicted.items():
         target = targets[name.split("/")[0]]

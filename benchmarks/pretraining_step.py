@@ -29,6 +29,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     DepthAnythingConfig,
@@ -154,6 +155,7 @@ def published_teachers(folder: Path) -> dict[str, Teacher]:
     teachers = {}
     for task, (kind, model) in parts.items():
         model.save_pretrained(folder / task)
+        CLIPImageProcessor().save_pretrained(folder / task)  # a teacher is not built without its colours
         teachers[task] = build_teacher(kind, folder / task)
     return teachers
 

@@ -1,10 +1,12 @@
 """What a conversation file costs: read whole by ``json.load``, read once into a table, opened from the table.
 
-The file is generated: LLaVA-665K's rows per source as published, with turns and lengths of texts assumed so that it has
-that file's 1.03 GB; text rows without the key ``image``, ids as strings and integers. Every measurement is a process of
-its own. With ``--photos``, the look at images is timed as well; with ``--run``, the counting of tokens.
+The file is generated: LLaVA-665K's rows per source as published, with turns and lengths of texts assumed; escaped, it
+has 1.27 GB where the published file has 1.03. Text rows lack the key ``image``, ids are strings and integers. Every
+measurement is a process of its own. With ``--photos``, the look at images is timed as well; with ``--run``, the
+counting of tokens.
 
-    python benchmarks/records.py --folder /tmp/records --photos photos/pretrain.json
+    python benchmarks/records.py --folder /tmp/records --photos photos/pretrain.json \\
+        --out benchmarks/results/records.json
 """
 
 import argparse
@@ -104,10 +106,11 @@ def opened(file: Path) -> dict[str, Any]:
     records = open_records([(file, "images")], DropList())
     seconds, grown = time.perf_counter() - start, anonymous() - before
     rng = random.Random(1)
-    times = []
+    times, busy = [], []
     for _ in range(20_000):
-        index, begin = rng.randrange(len(records)), time.perf_counter()
+        index, begin, used = rng.randrange(len(records)), time.perf_counter(), time.thread_time()
         assert records[index].turns
+        busy.append(time.thread_time() - used)
         times.append(time.perf_counter() - begin)
     times.sort()
     return {
@@ -117,12 +120,16 @@ def opened(file: Path) -> dict[str, Any]:
         "row_us_median": round(1e6 * times[len(times) // 2], 1),
         "row_us_99.9%": round(1e6 * times[int(len(times) * 0.999)], 1),
         "row_us_slowest": round(1e6 * times[-1], 1),
+        "row_us_slowest_on_the_cpu": round(1e6 * max(busy), 1),  # without the waits for other processes
+        "rows_over_1_ms": sum(seconds > 1e-3 for seconds in times),
+        "rows_asked": len(times),
     }
 
 
 def images(file: Path) -> dict[str, Any]:
-    """The look at every image on one core, and decoding them as training does."""
+    """The look at every image, on one core and on all, and decoding them as training does."""
     from visper.data.images import open_image
+    from visper.data.parallel import in_order, num_cores
     from visper.data.verdicts import look
 
     rows = json.loads(file.read_text(encoding="utf-8"))
@@ -135,7 +142,16 @@ def images(file: Path) -> dict[str, Any]:
         for path in paths:
             function(path)
         rates[name] = round(len(paths) / (time.perf_counter() - start))
-    return rates
+    start, often = time.perf_counter(), paths * 10
+    assert all(verdict.reason is None for verdict in in_order(look, often, "", quiet=True, workers=num_cores()))
+    return rates | {"cores": num_cores(), "look_all_cores_per_s": round(len(often) / (time.perf_counter() - start))}
+
+
+def named(file: Path) -> dict[str, Any]:
+    """What ``visper data prepare`` reads of the file: the distinct pictures that its rows name."""
+    from visper.data.records import image_names
+
+    return {"distinct_images": len(set(image_names(file)))}
 
 
 def tokens(file: Path, run: str) -> dict[str, Any]:
@@ -164,15 +180,15 @@ def anonymous() -> int:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    step.__name__: step for step in (whole, with_ijson, streamed, build, opened, images, tokens)
+    step.__name__: step for step in (whole, with_ijson, streamed, named, build, opened, images, tokens)
 }
 
 
 def in_process(step: str, *arguments: str) -> dict[str, Any]:
     """One measurement in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--step", step, *arguments], capture_output=True, check=True)
-    result = {"step": step, **json.loads(done.stdout.splitlines()[-1])}
-    print(json.dumps(result), flush=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(step, json.dumps(result), flush=True)
     return result
 
 
@@ -183,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=665_298)
     parser.add_argument("--photos", help="a conversation file beside whose folder its images lie")
     parser.add_argument("--run", help="a recipe whose tokenizer is here")
+    parser.add_argument("--only", nargs="+", choices=STEPS, help="these measurements; the others stay in --out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -190,32 +207,33 @@ def main() -> None:
         name, place, *more = options.step
         start = time.perf_counter()
         found = STEPS[name](Path(place), *more)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(json.dumps({"seconds": round(time.perf_counter() - start, 2), "peak_mb": peak, **found}))
+        seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        cost = {"seconds": round(seconds, 2), "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
+        print(json.dumps(cost | {"peak_mb": used.ru_maxrss >> 10, **found}))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / f"mix-{options.rows}.json"
     if not file.is_file():
         generate(file, options.rows)
-    steps = ["whole", "streamed", "build", "opened", "opened"]
-    if importlib.util.find_spec("ijson"):
+    steps = options.only or ["whole", "streamed", "named", "build", "opened"]
+    if importlib.util.find_spec("ijson") and not options.only:
         steps.insert(1, "with_ijson")
-    results = [in_process(step, str(file)) for step in steps]
-    if options.photos:
-        results.append(in_process("images", options.photos))
-    if options.run:
-        results.append(in_process("tokens", str(file), options.run))
+    more = {"images": [options.photos], "tokens": [str(file), options.run]}
+    steps += [step for step, arguments in more.items() if arguments[-1] and step not in steps]
+    results = {step: in_process(step, *more.get(step, [str(file)])) for step in steps}
     if options.out:
         packages = ("pyarrow", "pillow", "tokenizers", "transformers", "torch")
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            "last_command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-            "load": os.getloadavg(),
+            "load_at_the_end": [round(load, 1) for load in os.getloadavg()],
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "file_mb": file.stat().st_size >> 20,
-            "results": results,
         }
+        if options.out.is_file():
+            results = json.loads(options.out.read_text(encoding="utf-8"))["results"] | results
+        record["results"] = results
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,12 +8,14 @@ bin=.venv/bin
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
 
 "$bin/visper" --help | expect quickstart
-for verb in quickstart train pipeline recipes chat evaluate; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in quickstart train pipeline recipes chat evaluate look convert; do "$bin/visper" "$verb" --help | expect Example; done
 "$bin/visper" recipes | expect phi3-mini
 "$bin/visper" recipes llama3-8b-vit-l/pt | expect "global_batch: 256"
 "$bin/visper" pipeline "$made/pt/run.yaml" "$made/ift/run.yaml" | expect finished
 picture=$(find "$made/world/images" -name 'held_out_*' | sort | sed -n 1p)
 "$bin/visper" chat "$made/ift" --image "$picture" --prompt "What is in the picture ?"
+"$bin/visper" look "$made/pt" --image "$picture" -o "$made/look.png" | expect look.png
+test -s "$made/look.png"
 "$bin/visper" evaluate "$made/ift" --questions "$made/world/questions.json" --images "$made/world/images" \
     --answers "$made/answers/cli.jsonl" --max-new-tokens 4
 "$bin/visper" train "$made/ift/run.yaml" output="$made/again" optimisation.max_steps=2 logging.save_every=1

@@ -106,6 +106,14 @@ class PooledColours(Teacher):
         return pooled.flatten(2).transpose(1, 2) @ self.mix
 
 
+class HalfColours(PooledColours):
+    """``PooledColours`` whose targets are numbers that float16 has, whatever the batch."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[B, grid*grid, width]``, rounded to a 64th."""
+        return (super().encode(pixels) * 64).round() / 64
+
+
 def distillation(**changes: Any) -> dict[str, Any]:
     """Three tasks like the published ones, on four layers, from ``PooledColours``."""
     teacher = {"kind": "tests.tiny:PooledColours", "model": "colours"}

@@ -17,7 +17,8 @@ from visper.cli import app
 from visper.data import verdicts
 from visper.data.chat import ConversationEncoder
 from visper.data.check import TEXT_ONLY, TOTAL, Report, check, repair, source_of
-from visper.data.records import DropList
+from visper.data.images import open_image
+from visper.data.records import DataError, DropList
 from visper.data.verdicts import look
 
 
@@ -65,6 +66,7 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
     assert total == {
         "rows": 13,
         "images": 7,
+        "images present": 6,
         "mislabelled image": 1,
         "empty image file": 1,
         "broken image": 1,
@@ -78,7 +80,13 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
         "no answer": 1,
         "unusable": 6,
     }
-    assert report.counts["coco"] == {"rows": 4, "images": 2, "duplicate": 1, "image without tag": 1}
+    assert report.counts["coco"] == {
+        "rows": 4,
+        "images": 2,
+        "images present": 2,
+        "duplicate": 1,
+        "image without tag": 1,
+    }
     assert report.counts["ocr"]["unusable"] == 4 and report.counts[TEXT_ONLY]["unusable"] == 1
     assert len(report.drops) == 6
     assert all(sum(counts[what] for name, counts in report.counts.items() if name != TOTAL) == n
@@ -94,13 +102,11 @@ def test_without_a_tokenizer_supervision_is_not_judged(faulty: tuple[Path, Path]
 def test_repair_mends_names_and_asks_for_what_is_lost(faulty: tuple[Path, Path]) -> None:
     asked: list[str] = []
 
-    def fetch(path: Path) -> bool:
-        asked.append(path.name)
-        if path.name == "lost.jpg":
-            path.write_bytes(picture("JPEG", 5))
-        return path.name == "lost.jpg"
+    def fetch(paths: list[Path]) -> None:
+        asked.extend(path.name for path in paths)
+        (faulty[1] / "ocr/lost.jpg").write_bytes(picture("JPEG", 5))
 
-    mended, lost = repair(check(*faulty, quiet=True), fetch)
+    mended, lost = repair([check(*faulty, quiet=True)], fetch)
     assert mended == 2 and sorted(asked) == ["cut.jpg", "empty.jpg", "lost.jpg", "page.jpg"]
     assert len(lost) == 3
     again = check(*faulty, quiet=True)
@@ -142,10 +148,16 @@ def test_a_quick_look_finds_what_full_decoding_finds(tmp_path: Path, progressive
         (tmp_path / "a.jpg").write_bytes(whole[:length])
         verdict = look(str(tmp_path / "a.jpg"))
         try:
-            verdicts.open_image(tmp_path / "a.jpg")
+            open_image(tmp_path / "a.jpg")
             assert verdict.reason is None, length
-        except verdicts.DataError as error:
+        except DataError as error:
             assert verdict.reason == error.reason, length
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (1, 500), (8, 8)])
+def test_the_smallest_pictures_are_looked_at(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "a.jpg")
+    assert look(str(tmp_path / "a.jpg")) == verdicts.Verdict("JPEG")
 
 
 @pytest.mark.parametrize(
@@ -163,10 +175,12 @@ def test_the_command_reports_writes_a_drop_list_and_fails(faulty: tuple[Path, Pa
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
     assert "5 of 13 rows are unusable" in done.output
-    assert json.loads(report.read_text())["sources"]["ocr"]["missing image"] == 1
+    written = json.loads(report.read_text())
+    assert (written["rows"], written["unusable"]) == (13, 5)
+    assert written["files"][0]["sources"]["ocr"]["missing image"] == 1
     assert len(DropList.read(drops)) == 5
     mended = CliRunner().invoke(app, [*command, "--repair"])
-    assert mended.exit_code == 1 and "mended 1 images; 4 must be fetched again" in mended.output
+    assert mended.exit_code == 1 and "mended 1 images; 4 cannot be" in mended.output
 
 
 @pytest.mark.parametrize(("name", "rows"), [("pretrain.json", 850), ("instruct.json", None)])

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps, features
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from visper.data.images import (
@@ -54,6 +56,24 @@ def test_a_file_that_is_no_picture_says_why(tmp_path: Path, content: bytes | Non
         open_image(file)
     assert error.value.reason == reason
     assert str(file) in str(error.value)
+
+
+FORMATS = ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", *(["AVIF"] if features.check("avif") else [])]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=8), kept=st.integers(0, 5000))
+def test_no_bytes_whatever_break_more_than_their_row(kind: str, changes: list[tuple[int, int]], kept: int) -> None:
+    content = bytearray(encoded(picture(), kind))
+    for place, value in changes:
+        content[place % len(content)] = value
+    try:
+        image = open_image("a", bytes(content[: max(1, kept % (2 * len(content)))]))
+    except DataError:
+        return
+    assert image.mode == "RGB"
 
 
 def test_a_folder_is_no_picture(tmp_path: Path) -> None:

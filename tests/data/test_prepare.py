@@ -310,6 +310,42 @@ def test_two_runs_at_once_take_turns(shelf, tmp_path, root):
     assert len(tree(root)) == 20 and shelf.asked("/pictures.zip") == [None]
 
 
+def test_what_others_write_under_the_root_is_left_alone(tmp_path, root):
+    """A run keeps its tables in the same hidden folder, and shards may be written beside."""
+    (root / ".shards.partial-1").mkdir(parents=True)
+    (root / ".visper").mkdir()
+    table = root / ".visper" / ".rows.json-0123.arrow.partial-1"
+    table.write_bytes(b"half")
+    own = [root / ".visper-data.lock.json.partial-1", root / ".visper/members/.a.zip.json.partial-1",
+           root / ".visper/parts/b/.a.zip.state.json.partial-1"]  # fmt: skip
+    for leftover in own:
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.write_bytes(b"half")
+    (tmp_path / "a").write_bytes(b"1")
+    bring(own_set(tmp_path, {"downloads": [{"file": "a", "sources": [{"path": "a"}]}]}), root)
+    assert table.is_file() and (root / ".shards.partial-1").is_dir() and not any(leftover.exists() for leftover in own)
+
+
+def test_files_that_are_asked_for_again_are_replaced_once_whole(shelf, root):
+    published.put_llava_665k(shelf)
+    bring("llava-665k", root)
+    broken = {"gqa/images/1.jpg", "ocr_vqa/images/15.jpg"}  # the second is in no archive
+    (root / "gqa/images/1.jpg").write_bytes(b"broken")
+    outcome = bring("llava-665k", root, again=broken)
+    assert outcome.unpacked == 1 and not outcome.fetched
+    assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
+
+
+def test_a_file_of_no_archive_can_be_asked_for_again(shelf, root, tmp_path):
+    url = shelf.put("/one.jpg", picture(5))
+    file = own_set(tmp_path, {"downloads": [{"file": "p/one.jpg", "sources": [{"url": url}]}]})
+    bring(file, root)
+    (root / "p/one.jpg").write_bytes(b"x" * len(picture(5)))
+    assert bring(file, root).nothing_done
+    assert bring(file, root, again={"p/one.jpg"}).fetched == ["p/one.jpg"]
+    assert (root / "p/one.jpg").read_bytes() == picture(5)
+
+
 def test_the_photographs_are_a_set_of_ones_own(beside_project, tmp_path, root):
     photos = beside_project("photos", variable="VISPER_PHOTOS")
     description = {

@@ -105,7 +105,7 @@ def test_list_shows_sizes_what_is_there_and_licences(tmp_path):
     (tmp_path / "root" / "mine").mkdir(parents=True)
     file = own_set(tmp_path, {"downloads": [{"file": "mine/a.txt", "sources": [{"path": "a"}], "size": "2 GB"}]})
     shown = CliRunner().invoke(app, ["data", "list", str(file), "llava-665k", "--root", str(tmp_path / "root")]).output
-    assert "2.0 GB" in shown and "60.0 GB +" in shown and "Licence: l" in shown
+    assert "2.0 GB" in shown and "60.0 GB +" in shown and "119.0 GB +" in shown and "Licence: l" in shown
     (tmp_path / "root" / "mine" / "a.txt").write_text("x")
     assert "ready" in CliRunner().invoke(app, ["data", "list", str(file), "--root", str(tmp_path / "root")]).output
 

@@ -1,7 +1,10 @@
 """A row from a shard is the row it was; each rank reads its own shards; the position is the step."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -128,6 +131,18 @@ def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monke
     with pytest.raises(OSError, match="disk full"):
         write_shards(plain(rows), tmp_path / "out" / "shards", DropList(), SMALL)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_killed_writing_left_is_removed_by_the_next(rows: Path, tmp_path: Path) -> None:
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    for process in (finished.pid, os.getppid()):
+        (tmp_path / f".shards.partial-{process}").mkdir()
+    write_shards(plain(rows), tmp_path / "shards", DropList(), SMALL)
+    assert {entry.name for entry in tmp_path.iterdir()} >= {"shards", f".shards.partial-{os.getppid()}"}, (
+        "still at work"
+    )
+    assert not (tmp_path / f".shards.partial-{finished.pid}").exists()
 
 
 class Batches(list):  # type: ignore[type-arg]

@@ -1,66 +1,198 @@
-"""Two processes train what one trains: same global batch, same weights, also where a rank meets no image."""
+"""Two processes train what one trains: same global batch, same weights, under every engine, also where a rank meets no
+image; and a run that is killed, told to stop, or loses a process goes on exactly, or ends.
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-
-SCRIPT = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-from visper.config import Run
-from visper.training import run_stage
-run_stage(Run.model_validate(json.loads(sys.argv[1])))
-"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+WAIT = 240
 
 
-def train(settings, processes):
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = Path(settings["output"]).with_suffix(".py")
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
-    command = [*launch, str(script), json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = (Path(settings["output"]) / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if '"ntp"' in line]
+@pytest.fixture
+def make(tiny_llm, tiny_encoder, tmp_path):
+    """Writes a recipe: ``make("pt", "name", images=9, optimisation={...})`` returns its file."""
+
+    def build(stage, name, images=9, start=None, **changes):
+        rows = tmp_path / f"rows-{images}"
+        if not rows.exists():
+            tiny.write_rows(rows, images=images, text_rows=12 - images)
+        settings = {
+            "name": name,
+            "stage": stage,
+            "output": str(tmp_path / name),
+            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
+            "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32"},
+            "logging": {"every": 1, "save_every": 2},
+        }
+        if start is None:
+            settings["student"] = {"llm": str(tiny_llm), "encoder": str(tiny_encoder)}
+            if stage == "pt":
+                settings["distillation"] = tiny.distillation()
+        else:
+            settings["start_from"] = str(start)
+        for key, value in changes.items():
+            settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    return build
+
+
+def start(recipe, *more):
+    command = [sys.executable, "-m", "visper", "train", str(recipe), *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train(recipe, *more):
+    run = start(recipe, *more)
+    said, _ = run.communicate(timeout=WAIT)
+    assert run.returncode == 0, said[-3000:]
+    return said
+
+
+def logs(recipe):
+    """What was computed at each step: the losses and the gradient's norm, without times and memory."""
+    lines = (recipe.with_suffix("") / "log.jsonl").read_text().splitlines()
+    kept = ("step", "loss", "ntp", "grad_norm", "learning_rate")
+    entries = [json.loads(line) for line in lines if '"ntp"' in line]
+    return [{name: value for name, value in e.items() if name in kept or "/" in name} for e in entries]
+
+
+def weights(recipe):
+    return load_file(recipe.with_suffix("") / "model" / "model.safetensors")
+
+
+def assert_equal_runs(one, two):
+    """Sums in another order: largest relative difference of a term seen 2e-6, of a weight 3e-8."""
+    one_logs, two_logs = logs(one), logs(two)
+    assert len(one_logs) == len(two_logs) == 3
+    for a, b in zip(one_logs, two_logs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=5e-5, abs=1e-6), name
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5)
+
+
+def steps_reached(recipe):
+    try:
+        return len(logs(recipe))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+def wait_for(condition, run):
+    until = time.monotonic() + WAIT
+    while not condition():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.002)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [9, 3], ids=["both ranks see", "some ranks see no image"])
-def test_two_ranks_equal_one(images, tiny_llm, tiny_encoder, tmp_path):
-    rows = tiny.write_rows(tmp_path / "rows", images=images, text_rows=12 - images)
-    results = {}
-    for processes in (1, 2):
-        settings = {
-            "name": "pt",
-            "stage": "pt",
-            "output": str(tmp_path / f"ranks-{processes}"),
-            "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
-            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
-            "distillation": tiny.distillation(),
-            "optimisation": {"global_batch": 4, "micro_batch": 4 // processes, "lr": 1e-3, "precision": "float32"},
-            "logging": {"every": 1},
-        }
-        results[processes] = (train(settings, processes), settings["output"])
-    (one_logs, one), (two_logs, two) = results[1], results[2]
-    assert len(one_logs) == len(two_logs) == 3
-    for a, b in zip(one_logs, two_logs, strict=True):
-        for name, value in a.items():
-            # float32, summed in another order; largest relative difference seen 2e-6
-            assert b[name] == pytest.approx(value, rel=5e-5, abs=1e-6), name
-    ours, theirs = (load_file(Path(folder) / "model" / "model.safetensors") for folder in (one, two))
-    for name, value in ours.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-4)
+def test_two_ranks_equal_one_under_every_engine(images, make):
+    one = make("pt", "one", images)
+    train(one)
+    for engine in ("ddp", "fsdp"):
+        two = make("pt", engine, images, launch={"processes": 2, "engine": engine})
+        train(two)
+        assert_equal_runs(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vpt", "ift"])
+def test_later_stages_shard_too_and_go_on_under_another_engine(stage, make, tmp_path):
+    one = make(stage, "one")
+    train(one)
+    two = make(stage, "two", launch={"processes": 2, "engine": "fsdp"})
+    train(two, "optimisation.precision=float32")
+    assert_equal_runs(one, two)
+    # Cut behind step 2: what two processes have sharded, one goes on from alone.
+    folder = two.with_suffix("")
+    for made in ("model", "checkpoints/checkpoint-3"):
+        (folder / made).rename(tmp_path / f"away-{Path(made).name}")
+    train(two, "launch.processes=1", "launch.engine=ddp", "--resume")
+    assert_equal_runs(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_a_run_killed_at_any_moment_continues_bit_for_bit(stage, make):
+    often = {"logging": {"save_every": 1}, "optimisation": {"max_steps": 7}}  # three steps are an epoch
+    whole, cut = make(stage, "whole", **often), make(stage, "cut", **often)
+    train(whole)
+    staging = cut.with_suffix("") / "checkpoints" / ".staging"
+    moments = [
+        lambda: steps_reached(cut) >= 2,  # mid-epoch
+        (staging / "checkpoint-5" / "model.safetensors").exists,  # while a checkpoint is being written
+    ]
+    for moment in moments:
+        run = start(cut, *(["--resume"] if steps_reached(cut) else []))
+        wait_for(moment, run)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        assert not (cut.with_suffix("") / "model").exists()
+    train(cut, "--resume")
+    ours, theirs = weights(whole), weights(cut)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert logs(cut) == logs(whole)
+
+
+@pytest.mark.slow
+def test_told_to_stop_every_process_saves_and_the_run_goes_on(make):
+    long = {"optimisation": {"max_steps": 400}, "logging": {"save_every": 1000}}
+    recipe = make("pt", "long", launch={"processes": 2}, **long)
+    run = start(recipe)
+    wait_for(lambda: steps_reached(recipe) >= 3, run)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=WAIT)
+    assert run.returncode == 128 + signal.SIGTERM, said[-3000:]
+    saved = [p.name for p in (recipe.with_suffix("") / "checkpoints").glob("checkpoint-*")]
+    assert len(saved) == 1 and "--resume" in said
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run(make):
+    recipe = make("pt", "torn", launch={"processes": 2}, optimisation={"max_steps": 400})
+    run = start(recipe)
+    wait_for(lambda: steps_reached(recipe) >= 1, run)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1 and "the others were stopped" in said
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run(make):
+    recipe = make("pt", "hung", launch={"processes": 2, "timeout_minutes": 0.15}, optimisation={"max_steps": 400})
+    run = start(recipe)
+    wait_for(lambda: steps_reached(recipe) >= 1, run)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGSTOP)
+    said, _ = run.communicate(timeout=90)
+    assert run.returncode == 1 and "the others were stopped" in said
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_divide_the_batch_are_refused(make):
+    run = start(make("pt", "odd", launch={"processes": 2}, optimisation={"global_batch": 3, "micro_batch": 1}))
+    said, _ = run.communicate(timeout=WAIT)
+    assert run.returncode == 1 and "is not a multiple of" in said

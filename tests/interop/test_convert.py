@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, TimmWrapperConfig, TimmWrapperModel
 
 from tests import tiny
 from tests.interop.checkpoints import random_state, save_clip, save_published, small_config
@@ -128,6 +128,24 @@ def test_encoder_from_its_own_folder_where_the_checkpoint_has_none(pt, clip, tmp
     for name, value in load_file(clip / "model.safetensors").items():
         assert torch.equal(found[f"vision_tower.vision_model.{name}"], value.bfloat16())
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_convnext_towers_there_and_back(tmp_path):
+    """The published tower is timm's trunk; its id is no model of transformers, so --encoder names one that is."""
+    backbone = TimmWrapperConfig(architecture="test_convnext", num_classes=0)
+    TimmWrapperModel(backbone).save_pretrained(tmp_path / "convnext")
+    config = small_config(tmp_path / "convnext")
+    state = random_state(tmp_path, config)
+    assert any(name.startswith("model.vision_tower.vision_tower.stem.") for name in state)
+    source = save_published(tmp_path / "source", {**config, "mm_vision_tower": "laion/CLIP-convnext-res160"}, state)
+    convert_published(str(source), tmp_path / "there", encoder=str(tmp_path / "convnext"))
+    student = load_student(tmp_path / "there")
+    assert student.processor.patch_size == 32
+    stem = student.model.model.vision_tower.backbone.timm_model.stem[0].weight
+    assert torch.equal(stem, state["model.vision_tower.vision_tower.stem.0.weight"].to(stem.dtype))
+    convert_to_published(tmp_path / "there", tmp_path / "back")
+    tower = {name: value for name, value in state.items() if "vision_tower" in name}
+    assert_same({n: v for n, v in weights_in(tmp_path / "back").items() if "vision_tower" in n}, tower)
 
 
 def test_the_converted_student_answers_and_fine_tunes(pt, tmp_path):

@@ -53,9 +53,3 @@ def test_the_page_needs_nothing_from_outside():
     text = page.page("title", "lead", sections)
     assert "http" not in text.replace("http://www.w3.org", "") and "<script" not in text
     assert "a &lt;b&gt;" in text and "data:image/png;base64," in text and "<polyline" in text
-
-
-def test_the_contact_sheet_is_a_grid():
-    image = Image.new("RGB", (8, 8), "red")
-    sheet = page.contact_sheet(["a", "b"], [[image, image]], side=16)
-    assert sheet.width > 2 * 16 and sheet.getpixel((sheet.width // 4, sheet.height - 10)) == (255, 0, 0)

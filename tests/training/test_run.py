@@ -243,6 +243,16 @@ def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
         torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
 
 
+def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards):
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(make("ift", name="cut", data=shards))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="micro_batch 2 x 1 processes, this run has micro_batch 1 x 1"):
+        run_stage(make("ift", name="cut", data=shards, optimisation={"micro_batch": 1}), resume=True)
+    run_stage(make("ift", name="cut", data=shards), resume=True)
+
+
 def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tmp_path):
     settings = {
         "optimisation": {"max_steps": 3, "schedule": "constant_with_warmup"},
@@ -284,14 +294,14 @@ def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, ti
 
 def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):
     run = make("pt")
-    save = StageTrainer._save
+    save = StageTrainer.save_model
 
-    def full_at_step_four(self, output_dir=None, state_dict=None):
-        save(self, output_dir, state_dict)
+    def full_at_step_four(self, output_dir=None, _internal_call=False):
+        save(self, output_dir, _internal_call)
         if self.state.global_step == 4:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(StageTrainer, "_save", full_at_step_four)
+    monkeypatch.setattr(StageTrainer, "save_model", full_at_step_four)
     with pytest.raises(OSError, match="No space left"):
         run_stage(run)
     monkeypatch.undo()

@@ -28,13 +28,14 @@ def list_sets(
     from visper.data.sets import listing, set_names
 
     console = Console()
-    table = Table("set", "for", "downloads", f"under '{root}'", box=None, pad_edge=False)
+    table = Table("set", "for", "downloads", "disk", f"under '{root}'", box=None, pad_edge=False)
     entries = listing(names or set_names(), root)
     for entry in entries:
-        table.add_row(entry.name, entry.use, entry.size, entry.state)
+        table.add_row(entry.name, entry.use, entry.size, entry.disk, entry.state)
     console.print(table)
     console.print(
-        "Unpacked, a set takes up to its downloads' size once more, until they are dropped (--drop-archives)."
+        "disk: at most, archives and pictures together; --drop-archives frees the archives' part. "
+        "'+': and what has no published size."
     )
     for entry in entries if names else ():
         console.print(f"{entry.name}: {entry.title}. Licence: {entry.licence}", markup=False)

@@ -1,77 +1,115 @@
 """``visper data check`` and ``visper data shard``: what a data set holds, and the same in a few large files."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-File = Annotated[Path, typer.Argument(help="conversations, .json or .jsonl", metavar="FILE.json", show_default=False)]
-Images = Annotated[Path, typer.Option("--images", help="folder under which the image paths lie")]
+What = Annotated[
+    str,
+    typer.Argument(
+        help="conversations (.json, .jsonl), or a set: a name of the catalogue, a YAML file of your own",
+        metavar="FILE.json|NAME|FILE.yaml",
+        show_default=False,
+    ),
+]
+Images = Annotated[Path | None, typer.Option("--images", help="of a conversation file: where its image paths start")]
+Root = Annotated[Path, typer.Option("--root", help="folder of all data sets")]
 DropLists = Annotated[list[Path] | None, typer.Option("--drop-list", help="rows to leave out; repeat as needed")]
 
 
 def check(
-    file: File,
-    images: Images,
+    what: What,
+    images: Images = None,
+    root: Root = Path("data"),
     run: Annotated[
         str | None, typer.Option("--run", help="a recipe, by whose tokenizer and max_tokens supervision is checked")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeat")] = None,
     report: Annotated[Path | None, typer.Option(help="write the counts here, as JSON")] = None,
     drop: Annotated[Path | None, typer.Option(help="write the unusable rows here, for a run's data.drop_list")] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="re-encode images whose name tells another format")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="re-encode images of another format than their name; of a set, fetch lost ones"),
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
 ) -> None:
     """Count what is there, missing, broken and odd, per source. Exit code 1: rows that training would leave out.
 
     Safe to interrupt and repeat: files looked at before are not looked at again.
 
-    Example: `visper data check llava_v1_5_mix665k.json --images data --report report.json --drop dropped.jsonl`
+    Example: `visper data check llava-665k --root data --report report.json --drop dropped.jsonl`
     """
     from visper.data import check as checking
+    from visper.data.records import DropList, source_names
+    from visper.data.sets import sources_of
 
     console = Console()
+    sources = sources_of(what, images, root, whole=False)
+    names = source_names([file for file, _ in sources])
     encoder = _encoder(run, overrides or []) if run is not None else None
-    found = checking.check(file, images, encoder, workers=workers)
+
+    def look() -> list[checking.Report]:
+        pairs = zip(names, sources, strict=True)
+        return [checking.check(file, folder, encoder, workers=workers, name=name) for name, (file, folder) in pairs]
+
+    found = look()
     if repair:
-        mended, lost = checking.repair(found)
-        console.print(f"mended {mended} images; {len(lost)} must be fetched again (`visper data prepare`)")
-        found = checking.check(file, images, encoder, workers=workers)
-    console.print(found.table())
-    for reason in found.drops.counts():
-        console.print(f"{reason}: {', '.join(found.examples[reason])}", style="dim", markup=False, highlight=False)
+        mended, lost = checking.repair(found, None if images is not None else _fetch_from(what, root, console))
+        rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
+        console.print(f"mended {mended} images{rest}", markup=False)
+        found = look()
+    for part in found:
+        console.print(part.table())
+        for reason in part.drops.counts():
+            console.print(f"{reason}: {', '.join(part.examples[reason])}", style="dim", markup=False, highlight=False)
+        console.print(f"{part.file.name}: {checking.summary(part)}", markup=False)
     if report is not None:
-        found.write(report)
+        checking.write_report(found, report)
+    drops = DropList(row for part in found for row in part.drops)
     if drop is not None:
-        found.drops.write(drop)
-    console.print(checking.summary(found), markup=False)
-    if len(found.drops):
+        drops.write(drop)
+    if len(drops):
         raise typer.Exit(1)
 
 
 def shard(
-    file: File,
-    images: Images,
+    what: What,
     out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    images: Images = None,
+    root: Root = Path("data"),
     drop_list: DropLists = None,
-    shard_mb: Annotated[int, typer.Option(help="size of a shard, MiB; give every process several")] = 256,
+    shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard, MiB; give every process several")] = 256,
     seed: Annotated[int, typer.Option(help="of the order in which rows are written")] = 0,
 ) -> None:
     """Write a data set as Parquet shards, shuffled; train from them by `data.sources=[{shards: FOLDER_OR_ADDRESS}]`.
 
-    Example: `visper data shard llava_v1_5_mix665k.json --images data --out shards/mix665k --shard-mb 256`
+    Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
     from visper.data.records import DropList
+    from visper.data.sets import sources_of
     from visper.data.shards import write_shards
     from visper.data.sources import open_records
 
     drops = DropList(agreed=(row for path in drop_list or [] for row in DropList.read(path)))
-    records = open_records([(file, images)], drops, quiet=False)
+    records = open_records(sources_of(what, images, root), drops, quiet=False)
     shards = write_shards(records, out, drops, shard_mb << 20, seed, quiet=False)
     Console().print(
         f"{sum(shard.rows for shard in shards):,} rows in {len(shards)} shards: {out}; left out: {drops.counts() or 0}"
     )
+
+
+def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:
+    """What brings files under ``root`` anew, as `visper data prepare` brings them."""
+    from visper.data.prepare import prepare
+
+    def fetch(files: list[Path]) -> None:
+        again = {file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)}
+        console.print(f"{name}: {prepare(name, root, console=console, again=again)}", markup=False, highlight=False)
+
+    return fetch
 
 
 def _encoder(recipe: str, overrides: list[str]):  # type: ignore[no-untyped-def]

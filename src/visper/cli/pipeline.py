@@ -17,10 +17,14 @@ def run(
 
     Example: `visper pipeline llama3-8b-vit-l/pt llama3-8b-vit-l/ift --set seed=1`
     """
-    from visper.config import load_run
+    from visper.config import ConfigError, load_run
 
     runs = [load_run(recipe, overrides or []) for recipe in recipes]
 
-    from visper.training import run_pipeline
+    from visper.training import run_pipeline, start_processes
 
+    if len({settings.launch.processes for settings in runs}) > 1:
+        raise ConfigError("stages of one pipeline ask for different launch.processes: --set launch.processes=N")
+    if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):
+        return
     run_pipeline(runs)

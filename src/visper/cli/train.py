@@ -20,6 +20,8 @@ def run(
 
     settings = load_run(recipe, overrides or [])
 
-    from visper.training import run_stage
+    from visper.training import run_stage, start_processes
 
+    if start_processes(settings.launch, ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]):
+        return
     run_stage(settings, resume=resume)

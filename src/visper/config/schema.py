@@ -140,6 +140,7 @@ class Distillation(Section):
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="predictors also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+    targets: str | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -168,6 +169,32 @@ class Optimisation(Section):
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
         None, description="the LLM's attention while training; default: the model's own choice"
     )
+    lr_of: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="part of the stage's table -> its own rate, e.g. {projector: 1e-3}"
+    )
+
+
+class Lora(Section):
+    """Fine-tuning of the LLM by low-rank updates (peft), merged into a plain folder at the stage's end."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 128.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="linear layers of the LLM by their last name, e.g. [q_proj, v_proj]"
+    )
+    quantize: Literal["4bit"] | None = Field(None, description="4bit: the frozen LLM is kept so (QLoRA; a GPU)")
+
+
+class Watch(Section):
+    """What happens when a run goes wrong; the rows at hand are named each time, and all processes act together."""
+
+    non_finite: Literal["stop", "skip"] = Field("stop", description="NaN or infinite loss; skip: leave the step out")
+    spike: Literal["stop", "warn", "ignore"] = "warn"
+    spike_size: PositiveFloat = Field(8.0, description="deviations above the median of the last 50 steps")
+    dead_term: Literal["stop", "warn", "ignore"] = Field("warn", description="a loss term that stays zero or constant")
+    dead_after: PositiveInt = Field(10, description="logs without any change")
+    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="a micro-batch with nothing to learn")
 
 
 class Logging(Section):
@@ -177,6 +204,25 @@ class Logging(Section):
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    watch: Watch = Field(default_factory=lambda: Watch.model_validate({}))
+
+
+class Engine(str, Enum):
+    """How a stage is spread over processes."""
+
+    DDP = "ddp"
+    FSDP = "fsdp"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Launch(Section):
+    """How many processes train, and what they share. It decides speed and memory, not what is computed."""
+
+    processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
+    engine: Engine = Field(default=Engine.DDP, description="ddp: each holds the model; fsdp: weights are shared out")
+    timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
 
 
 class Run(Section):
@@ -190,7 +236,9 @@ class Run(Section):
     data: Data
     distillation: Distillation | None = None
     optimisation: Optimisation
-    logging: Logging = Logging()
+    lora: Lora | None = Field(None, description="stage ift: learn low-rank updates of the LLM, not the LLM")
+    logging: Logging = Field(default_factory=Logging)
+    launch: Launch = Launch()
     seed: int = 0
 
     @model_validator(mode="after")
@@ -201,6 +249,9 @@ class Run(Section):
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
         if self.distillation is not None and self.optimisation.packing:
             raise ValueError("'optimisation.packing' goes with no 'distillation', whose rows hold one image: remove it")
+        if self.lora is not None and self.stage is not Stage.IFT:
+            why = "its LLM is frozen anyway" if self.stage is Stage.PT else "it trains the whole model"
+            raise ValueError(f"'lora' belongs to stage 'ift', this is '{self.stage}' ({why}): remove it")
         if self.distillation is not None and self.student is not None:
             tokens = self.student.task_tokens
             missing = [task for task in self.distillation.tasks if tokens is None or task not in tokens.order]

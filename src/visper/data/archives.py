@@ -45,7 +45,7 @@ def plain_path(name: str) -> str:
     if (
         name.startswith("/")
         or ".." in parts
-        or re.match(r"[A-Za-z]:", name)
+        or re.match(r"[A-Za-z]:", "/".join(parts))
         or re.search(r"[\\\x00-\x1f\x7f\ud800-\udfff]", name)
         or any(len(part.encode()) > 255 for part in parts)
         or len(name.encode(errors="replace")) > 2000

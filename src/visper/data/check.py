@@ -17,12 +17,13 @@ from typing import Any
 from rich.table import Table
 
 from visper.data.cache import cache_folder, key
+from visper.data.canonical import reencode
 from visper.data.chat import ConversationEncoder
-from visper.data.complete import write_text
+from visper.data.complete import complete, write_text
 from visper.data.lengths import measure
 from visper.data.records import IMAGE_TAG, DataError, Drop, DropList, source_names
 from visper.data.table import Part, Records, RecordTable, open_table
-from visper.data.verdicts import Verdict, look_at_all, reencode, verdicts_file
+from visper.data.verdicts import Verdict, look, look_at_all, verdicts_file
 
 TOTAL = "total"
 TEXT_ONLY = "(text only)"
@@ -30,6 +31,7 @@ EXAMPLES = 5
 COLUMNS = (
     "rows",
     "images",
+    "images present",
     "missing image",
     "empty image file",
     "not an image",
@@ -44,7 +46,7 @@ COLUMNS = (
     "duplicate",
     "unusable",
 )
-Fetch = Callable[[Path], bool]
+Fetch = Callable[[list[Path]], None]
 
 
 @dataclass
@@ -65,17 +67,16 @@ class Report:
         if sample and len(self.examples[what]) < EXAMPLES:
             self.examples[what].append(sample)
 
-    def write(self, place: Path) -> None:
-        """Writes the report as JSON, whole or not at all."""
-        content = {
+    def content(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
             "file": str(self.file),
             "total": dict(self.counts[TOTAL]),
             "sources": {name: dict(counts) for name, counts in self.counts.items() if name != TOTAL},
-            "examples": self.examples,
+            "examples": dict(self.examples),
             "unusable": self.drops.counts(),
             "supervision checked": self.encoded,
         }
-        write_text(place, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def table(self) -> Table:
         """The counts for a console; columns without a single row are left out."""
@@ -103,6 +104,7 @@ def check(
     encoder: ConversationEncoder | None = None,
     quiet: bool = False,
     workers: int | None = None,
+    name: str | None = None,
 ) -> Report:
     """Looks at every row and every image of one conversation file.
 
@@ -112,12 +114,13 @@ def check(
         encoder: of a run; None: supervision is not checked.
         quiet: no progress bar.
         workers: processes; default: one a core.
+        name: of the source in drop lists; default: the file's, as in a run that reads this file alone.
 
     Raises:
         DataError: the file is missing or is not a list of rows.
     """
     table = open_table(file, quiet)
-    (name,) = source_names([file])
+    name = name or source_names([file])[0]
     report = Report(file, encoded=encoder is not None)
     for drop in table.drops(name):
         report.drops.add(drop.sample_id, drop.reason, drop.detail)
@@ -130,6 +133,8 @@ def check(
     report.verdicts = by_file
     for image, path in named.items():
         report.note(source_of(image), "images")
+        if by_file[path].reason != "missing image":
+            report.note(source_of(image), "images present")
         if by_file[path].mislabelled(path):
             report.note(source_of(image), "mislabelled image", f"{path}: {by_file[path].format}")
     records = Records([Part(name, table, images)])
@@ -174,30 +179,45 @@ def _faults(index: int, problems: dict[int, tuple[str, str]], verdict: Verdict |
         yield verdict.reason, verdict.detail
 
 
-def repair(report: Report, fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
+def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
     """Re-encodes pictures whose content is another format than their name says, and fetches lost ones anew.
 
     Args:
-        report: of ``check``; check again afterwards.
-        fetch: given the path of a missing, empty or broken file, puts a sound one there and returns whether it could.
+        reports: of ``check``; check again afterwards.
+        fetch: given the missing, empty and broken files, puts sound ones there as far as it can.
 
     Returns:
         How many files were mended, and those that could not be.
+
+    Raises:
+        DataError: of ``fetch``; what could be re-encoded is.
     """
     mended, lost = 0, []
-    for path, verdict in report.verdicts.items():
-        if verdict.reason is not None:
-            done = fetch is not None and fetch(Path(path))
-            mended += done
-            if not done:
-                lost.append(Drop(path, verdict.reason, verdict.detail))
-        elif verdict.mislabelled(path):
+    verdicts = {path: verdict for report in reports for path, verdict in report.verdicts.items()}
+    for path, verdict in verdicts.items():
+        if verdict.mislabelled(path):
             try:
-                reencode(Path(path))
+                with complete(Path(path)) as partial:
+                    reencode(Path(path), path, partial)
                 mended += 1
             except (DataError, OSError) as error:
                 lost.append(Drop(path, "cannot be written", str(error)))
-    return mended, lost
+    bad = {path: verdict for path, verdict in verdicts.items() if verdict.reason is not None}
+    if fetch is not None and bad:
+        fetch([Path(path) for path in bad])
+        bad = {path: verdict for path in bad if (verdict := look(path)).reason is not None}
+        mended += sum(verdict.reason is not None for verdict in verdicts.values()) - len(bad)
+    return mended, lost + [Drop(path, str(verdict.reason), verdict.detail) for path, verdict in bad.items()]
+
+
+def write_report(reports: Sequence[Report], place: Path) -> None:
+    """Writes what was found as JSON, an entry a conversation file; whole or not at all."""
+    content = {
+        "rows": sum(report.counts[TOTAL]["rows"] for report in reports),
+        "unusable": sum(len(report.drops) for report in reports),
+        "files": [report.content() for report in reports],
+    }
+    write_text(place, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def summary(report: Report) -> str:

@@ -23,13 +23,15 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One row ready to be batched. ``picture`` is what teachers are shown; both image fields or none."""
+    """One row ready to be batched. With ``pixel_values`` comes ``picture``, which teachers are shown, or ``stored``:
+    what they would say, by task, as it is stored."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     pixel_values: Tensor | None = None
     picture: Image.Image | None = None
+    stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
 
 
@@ -43,7 +45,8 @@ class Batch(TypedDict, total=False):
     sample_lengths: list[int]  # tokens of each sample, T in sum
     pixel_values: Tensor  # [B_img, 3, H, W] float32; absent if no row has an image
     image_rows: Required[Tensor]  # [B_img] long, ascending: which rows have an image
-    teacher_images: dict[str, Tensor]  # task -> [B_img, 3, h, w]; absent without teachers or images
+    # task -> [B_img, 3, h, w], or stored targets [B_img, bytes] uint8; absent without teachers or images
+    teacher_images: dict[str, Tensor]
     sample_ids: Required[list[str]]  # B names
     dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
     num_truncated: Required[int]  # rows whose text was cut
@@ -84,8 +87,11 @@ class Collator:
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
         if pixels:
             batch["pixel_values"] = torch.stack(pixels)
-            pictures = [s.picture for s in samples if s.picture is not None]
-            if self.teachers:
+            stored = [s.stored for s in samples if s.stored is not None]
+            if stored:
+                batch["teacher_images"] = {task: torch.stack([own[task] for own in stored]) for task in stored[0]}
+            elif self.teachers:
+                pictures = [s.picture for s in samples if s.picture is not None]
                 batch["teacher_images"] = {
                     task: torch.stack([preprocess(picture) for picture in pictures])
                     for task, preprocess in self.teachers.items()

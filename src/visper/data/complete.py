@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,24 @@ def complete(path: Path) -> Iterator[Path]:
         _remove(outgoing)
     else:
         partial.replace(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes of this machine left beside ``path`` when they were killed writing it."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        process = partial.name.rpartition("-")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            _remove(partial)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # of another user
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Sample
+from visper.data.digests import content_of
 from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
 from visper.data.lengths import Lengths, measure
 from visper.data.records import DataError, Drop, DropList, Record
@@ -24,6 +26,7 @@ from visper.data.table import Records
 
 CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
 THREADS = 32  # that wait for the file system, mostly
+StoredTargets = Callable[[bytes], Mapping[str, Tensor]]
 
 
 class ConversationDataset(Dataset[Sample | Drop]):
@@ -32,10 +35,15 @@ class ConversationDataset(Dataset[Sample | Drop]):
     Args:
         records: the rows.
         encoder: makes their tokens; its processor's image processor makes the pixels, in its geometry.
+        stored: the bytes of a picture's file -> its targets as they are stored, by task, in place of a picture for the
+            teachers; raises DataError where there are none.
     """
 
-    def __init__(self, records: Sequence[Record], encoder: ConversationEncoder) -> None:
+    def __init__(
+        self, records: Sequence[Record], encoder: ConversationEncoder, stored: StoredTargets | None = None
+    ) -> None:
         self.records = records
+        self.stored = stored
         self.encoder = encoder
         self.image_processor = encoder.processor.image_processor
         self.geometry = geometry_of(self.image_processor)
@@ -51,7 +59,10 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if record.image is None:
                 return Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
             held = self.records.picture(index) if isinstance(self.records, Records) else None
+            if self.stored is not None:
+                held = content_of(self.records, index)  # read once: what is looked up is what is decoded
             image = open_image(record.image, held)
+            stored = None if self.stored is None or held is None else self.stored(held)
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
         return Sample(
@@ -59,7 +70,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             encoded.input_ids,
             encoded.labels,
             pixel_values=student_pixels(self.image_processor, image),
-            picture=arrange(image, self.geometry, self.background),
+            picture=arrange(image, self.geometry, self.background) if stored is None else None,
+            stored=stored,
             truncated=encoded.truncated,
         )
 

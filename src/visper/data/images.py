@@ -1,4 +1,4 @@
-"""Pictures from files, and the one geometry in which student and teachers see them.
+"""The one geometry in which student and teachers see pictures.
 
 ``squash`` scales both sides to the square, ``pad`` puts the picture on a square of the encoder's mean colour, ``crop``
 keeps the central square. The student sees what the saved image processor makes, in training as at inference; teachers
@@ -7,91 +7,17 @@ see ``arrange``'s square picture, which covers the same pixels.
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import LlavaImageProcessor
 
-from visper.data.records import DataError
+from visper.data.decoding import open_image as open_image  # whoever looks at pictures needs both
 
 GEOMETRIES = ("squash", "pad", "crop")
-# EXIF's orientation tag -> what makes the picture upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Opens and decodes a picture: upright RGB, whatever its mode, orientation tag or file name say.
-
-    The content decides about the format (GIF under .jpg occurs; its first frame is taken). Transparency is dropped,
-    16-bit grey is scaled to 8.
-
-    Args:
-        path: the file, or the name of a picture whose ``content`` is at hand.
-        content: of a picture that is kept in a shard.
-
-    Raises:
-        DataError: the file is missing, empty, truncated or no picture; ``reason`` tells which.
-    """
-    with opened(path, content) as image:
-        image.seek(0)
-        image.load()
-        return _to_rgb(_upright(image))
-
-
-@contextmanager
-def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
-    """The picture, not yet decoded; what goes wrong with it inside becomes a ``DataError``; see ``open_image``."""
-    path = Path(path)
-    if content is None and not path.is_file():
-        raise DataError(
-            "missing image", f"'{path}': expected a file; are all archives unpacked under the images folder?"
-        )
-    if not (path.stat().st_size if content is None else content):
-        raise DataError("empty image file", f"'{path}' has no bytes: fetch it again")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path if content is None else io.BytesIO(content)) as image:
-                yield image
-    except UnidentifiedImageError as error:
-        raise DataError("not an image", f"'{path}': its content is no known image format") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError("broken image", f"'{path}': {error}; fetch it again") from error
-    except Image.DecompressionBombWarning as error:
-        raise DataError("huge image", f"'{path}': {error}") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return image  # broken metadata of a sound picture
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0, 0)) -> Image.Image:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import filecmp
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from heapq import nlargest
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,7 +27,9 @@ from visper.data.ledger import LEDGER, Entry, Ledger
 from visper.data.origins import remotes
 from visper.data.records import DataError, image_names
 from visper.data.sets import DataSet, Download, with_needs
-from visper.data.unpack import STATE, Outcome, Unpacker, Wanted, absent
+from visper.data.unpack import MEMBERS, STATE, Outcome, Unpacker, Wanted, absent
+
+PARTS = "parts"
 
 
 def prepare(
@@ -37,6 +40,7 @@ def prepare(
     workers: int = 4,
     console: Console | None = None,
     patience: Patience | None = None,
+    again: Collection[str] = (),
 ) -> Outcome:
     """Brings a set and what it needs under a root. Safe to kill at any moment and to repeat; a second run waits.
 
@@ -45,6 +49,7 @@ def prepare(
         everything: unpack all members, not only those that the rows name.
         drop_archives: delete archives once nothing of them is missing.
         workers: downloads at once.
+        again: places under the root to bring anew though something lies there; it stays until the new file is whole.
 
     Raises:
         ConfigError: the name is unknown or a description wrong.
@@ -53,9 +58,12 @@ def prepare(
     sets = with_needs(name)
     console = console or Console()
     with only_one(root, console):
-        for leftover in (*root.glob(".*.partial-*"), *(root / STATE).rglob(".*.partial-*")):
+        # Only what a preparation writes: a run may be writing its tables beside, into the same folder.
+        own = ((root / STATE / folder).rglob(".*.partial-*") for folder in (PARTS, MEMBERS))
+        for leftover in chain(root.glob(f".{LEDGER}.partial-*"), *own):
             leftover.unlink()
-        return _Preparation(root, everything, drop_archives, workers, console, patience or Patience()).run(sets)
+        preparation = _Preparation(root, everything, drop_archives, workers, console, patience or Patience())
+        return preparation.run(sets, set(again))
 
 
 @contextmanager
@@ -88,8 +96,9 @@ class _Preparation:
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self.unpacker = Unpacker(root, self.ledger, self.outcome, self.progress, self.stop)
 
-    def run(self, sets: list[tuple[DataSet, Path]]) -> Outcome:
+    def run(self, sets: list[tuple[DataSet, Path]], again: set[str]) -> Outcome:
         """The story: rows first, then what they name, then a look at what is still absent."""
+        self.unpacker.again = again
         set_names = [data_set.name for data_set, _ in sets]
         rows = [part for data_set, _ in sets for part in data_set.rows]
         downloads = [(download, folder) for data_set, folder in sets for download in data_set.downloads]
@@ -154,6 +163,8 @@ class _Preparation:
         """Whether something of a download is missing, or a local file may have changed."""
         if item.download.unpack:
             return self.unpacker.lacks(item)
+        for name in self.unpacker.again & {*self.ledger.parts(item.download.file), item.download.file}:
+            (self.root / name).unlink(missing_ok=True)  # of no archive: nothing would be fetched over it
         return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
 
     def _at_hand(self, download: Download) -> list[Path]:
@@ -171,7 +182,7 @@ class _Preparation:
         return max(0, (download.estimate or 0) - (part.stat().st_size if part.is_file() else 0))
 
     def _part(self, name: str) -> Path:
-        return self.root / STATE / "parts" / name
+        return self.root / STATE / PARTS / name
 
     def _obtain(self, item: Wanted) -> list[Path]:
         """All files of a download, from the first source that gives them; runs in a thread of its own."""

@@ -230,23 +230,28 @@ class Listed:
     name: str
     use: str
     size: str
+    disk: str
     state: str
     licence: str
     title: str
 
 
 def listing(names: Sequence[str], root: Path) -> list[Listed]:
-    """Sets with the size of their archives, needs included ('+': some unpublished), and what is under the root."""
+    """Sets with their downloads and the disk that these and the unpacked files take at most, needs included ('+': some
+    sizes are unpublished), and what is under the root."""
     lines = []
     for name in names:
         sets = [data_set for data_set, _ in with_needs(name)]
-        sizes = [download.estimate for data_set in sets for download in data_set.downloads]
-        known = sum(size or 0 for size in sizes)
-        size = f"{known / 1e9:.1f} GB{' +' if None in sizes else ''}" if known else "?"
+        downloads = [download for data_set in sets for download in data_set.downloads]
+        known = sum(download.estimate or 0 for download in downloads)
+        # Pictures do not shrink in an archive: unpacked whole they take its size once more.
+        both = sum((download.estimate or 0) * (2 if download.unpack else 1) for download in downloads)
+        more = " +" if any(download.estimate is None for download in downloads) else ""
+        size, disk = (f"{total / 1e9:.1f} GB{more}" if total else "?" for total in (known, both))
         absent = [place for data_set in sets for place in missing(data_set, root)]
         places = sum(len(places_of(data_set)) for data_set in sets)
         state = "ready" if not absent else "-" if len(absent) >= places else f"no {_some(absent, 2)}"
-        lines.append(Listed(name, sets[0].use, size, state, sets[0].licence, sets[0].title))
+        lines.append(Listed(name, sets[0].use, size, disk, state, sets[0].licence, sets[0].title))
     return lines
 
 
@@ -265,20 +270,48 @@ def row_files(data: Data) -> list[tuple[str, str | None]]:
     return files
 
 
-def _rows_of(name: str, root: Path) -> list[tuple[str, str | None]]:
+def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str | None]]:
     sets = [data_set for data_set, _ in with_needs(name)]
-    absent = [place for data_set in sets for place in missing(data_set, root)]
+    rows = [part for data_set in sets for part in data_set.rows]
+    if not rows:
+        shown = "".join(f"; rows of '{other}' name its pictures" for other in sets[0].needed_by)
+        raise ConfigError(f"data set '{name}' has no rows to train on: it is for {sets[0].use}{shown}")
+    if whole:
+        absent = [place for data_set in sets for place in missing(data_set, root)]
+    else:
+        absent = [part.json_file for part in rows if not (root / part.json_file).is_file()]
     if absent:
         raise ConfigError(
             f"data set '{name}' is not whole under '{root}': no {_some(absent)}. "
             f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to where it lies"
         )
-    rows: list[tuple[str, str | None]] = [
-        (str(root / rows.json_file), str(root / rows.images)) for data_set in sets for rows in data_set.rows
-    ]
-    if not rows:
-        raise ConfigError(f"data set '{name}' has no rows to train on: it is for {sets[0].use}")
-    return rows
+    return [(str(root / part.json_file), str(root / part.images)) for part in rows]
+
+
+def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
+    """The conversation files that a person means, each with the folder its image paths start from.
+
+    Args:
+        name: a conversation file (.json or .jsonl), a set of the catalogue, or a YAML file like its entries.
+        images: folder of a conversation file's images; a set knows its own.
+        root: where sets lie.
+        whole: a set's pictures must be there, not only its rows.
+
+    Raises:
+        ConfigError: a file without ``images``, or a set with them; the set is unknown or not there.
+    """
+    if is_rows_file(name):
+        if images is None:
+            raise ConfigError(f"'{name}' is a conversation file: say with --images where its image paths start")
+        return [(Path(name), images)]
+    if images is not None:
+        raise ConfigError(f"'{name}' is a data set, which knows its images: leave out --images, or name a .json file")
+    return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
+
+
+def is_rows_file(name: str) -> bool:
+    """Whether a conversation file is meant, not a set."""
+    return Path(name).suffix in (".json", ".jsonl")
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

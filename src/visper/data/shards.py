@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from rich.progress import track
 
 from visper.data.cache import cache_folder, key
-from visper.data.complete import complete, write_text
+from visper.data.complete import complete, remove_leftovers, write_text
 from visper.data.records import DataError, Drop, DropList
 from visper.data.table import SCHEMA, Part, Records, RecordTable, write_table
 
@@ -70,6 +70,7 @@ def write_shards(
     """
     if out.exists():
         raise DataError("shards exist", f"'{out}' is already there: remove it, or name another folder")
+    remove_leftovers(out)
     order = np.random.default_rng(seed).permutation(len(records))
     with complete(out) as partial, ThreadPoolExecutor(_THREADS) as threads, _Writer(partial, shard_bytes) as writer:
         partial.mkdir(parents=True)

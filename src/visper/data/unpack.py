@@ -23,6 +23,7 @@ from visper.data.sets import ARCHIVES, Download, Unpack
 
 STATE = ".visper"
 """Folder under the root for what is unfinished, and for the lists of members."""
+MEMBERS = "members"
 
 
 @dataclass
@@ -78,6 +79,8 @@ class Unpacker:
         self.progress, self.stop = progress, stop
         self.staged = root / STATE / "staged"
         self.staged.unlink(missing_ok=True)
+        self.again: set[str] = set()
+        """Places that count as absent though something lies there, until they are written."""
 
     def lacks(self, item: Wanted) -> bool:
         """Whether something of a download's archives is absent, as far as can be told without them."""
@@ -90,7 +93,7 @@ class Unpacker:
                 here = _under(item.names, unpack)
             else:
                 return True
-            if absent(self.root, here):
+            if self._absent(here):
                 return True
         return False
 
@@ -113,7 +116,7 @@ class Unpacker:
                     f"'{path}' holds none of the files that the rows name under '{unpack.to}/'; "
                     f"unpacked, its files would be, for example, {sorted(here)[:3]}",
                 )
-            for place in absent(self.root, needed):
+            for place in self._absent(needed):
                 todo.setdefault(here[place], []).append(place)
         self._list(download, path, members)
         if todo:
@@ -152,7 +155,11 @@ class Unpacker:
         place = self.root / name
         place.parent.mkdir(parents=True, exist_ok=True)
         self.staged.replace(place)
+        self.again.discard(name)
         self.outcome.unpacked += 1
+
+    def _absent(self, names: set[str]) -> set[str]:
+        return absent(self.root, names) | (names & self.again)
 
     def _list(self, download: Download, path: Path, members: list[Member]) -> None:
         """Keeps an archive's list of members for the time when the archive is gone."""
@@ -175,7 +182,7 @@ class Unpacker:
         return found or None
 
     def _list_file(self, name: str) -> Path:
-        return self.root / STATE / "members" / f"{name}.json"
+        return self.root / STATE / MEMBERS / f"{name}.json"
 
 
 def absent(root: Path, names: Iterable[str]) -> set[str]:

@@ -13,16 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from visper.data import images
+from visper.data import decoding
 from visper.data.cache import code_key, key
-from visper.data.complete import complete
-from visper.data.images import open_image, opened
+from visper.data.canonical import mislabelled
+from visper.data.decoding import opened
 from visper.data.parallel import in_order
 from visper.data.records import DataError
 
-_SAME = {"MPO": "JPEG"}  # a camera's JPEG with a second picture behind it
 _WRITE_EVERY = 256
 
 
@@ -36,10 +33,7 @@ class Verdict:
 
     def mislabelled(self, path: str) -> bool:
         """Whether the content is a sound picture of another format than the name says."""
-        if self.format is None:
-            return False
-        named = Image.registered_extensions().get(Path(path).suffix.lower())
-        return named is not None and _SAME.get(self.format, self.format) != named
+        return self.format is not None and mislabelled(self.format, path)
 
 
 def look(path: str) -> Verdict:
@@ -48,7 +42,7 @@ def look(path: str) -> Verdict:
         with opened(path) as image:
             image.seek(0)
             content = image.format
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except DataError as error:
         return Verdict(None, error.reason, error.detail)
@@ -66,10 +60,9 @@ def look_at_all(
         quiet: no progress bar.
         workers: processes; default: one a core, or none for a few files.
     """
-    Image.init()  # the table of extensions
     before = _read(kept)
     with ThreadPoolExecutor(32) as threads:
-        stamps = dict(zip(paths, threads.map(_stamp, paths, chunksize=256), strict=True))
+        stamps = dict(zip(paths, threads.map(stamp_of, paths, chunksize=256), strict=True))
     verdicts = {path: before[path][1] for path in paths if path in before and before[path][0] == stamps[path] != ""}
     new = [path for path in paths if path not in verdicts]
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +81,10 @@ def look_at_all(
 
 def verdicts_file(folder: Path, root: Path) -> Path:
     """Where verdicts on the files under ``root`` are kept; others for another version of the look."""
-    return folder / f"images-{key(str(root.resolve()), code_key(images))}.jsonl"
+    return folder / f"images-{key(str(root.resolve()), code_key(decoding))}.jsonl"
 
 
-def _stamp(path: str) -> str:
+def stamp_of(path: str) -> str:
     """What changes when the file does; empty where there is no file, on which no verdict is kept."""
     try:
         found = os.stat(path)  # noqa: PTH116 (a third of the time, for 350,000 files)
@@ -111,16 +104,3 @@ def _read(kept: Path) -> Mapping[str, tuple[str, Verdict]]:
         except (ValueError, TypeError):
             continue  # empty, or half written when the machine stopped
     return found
-
-
-def reencode(path: Path) -> None:
-    """Writes the picture again, in the format that its name says: upright RGB, first frame, JPEG quality 95.
-
-    Raises:
-        DataError: the file is no picture; nothing is written.
-    """
-    image = open_image(path)
-    named = Image.registered_extensions().get(path.suffix.lower(), "JPEG")
-    options = {"quality": 95} if named == "JPEG" else {}
-    with complete(path) as partial:
-        image.save(partial, named, **options)

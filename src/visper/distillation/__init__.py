@@ -10,6 +10,7 @@ from visper.distillation.predictors import (
     EmbeddingPredictor,
     PerceiverResampler,
     PredictorSpec,
+    check_predictor,
     predictor_spec,
 )
 from visper.distillation.targets import Targets, gather_targets
@@ -32,6 +33,7 @@ __all__ = [
     "TokenLayout",
     "attach",
     "build_teacher",
+    "check_predictor",
     "gather_targets",
     "info_nce_per_sample",
     "predictor_spec",

@@ -41,7 +41,7 @@ def info_nce_per_sample(predicted_BNE: Tensor, pool_PNE: Tensor, labels_B: Tenso
         predicted_BNE: predictions.
         pool_PNE: targets of the whole global batch; they receive no gradient.
         labels_B: for each sample, the row of its own target in the pool.
-        logit_scale: learnable scalar, the logarithm of the factor.
+        logit_scale: learnable, a scalar or one element: the logarithm of the factor.
 
     Returns:
         ``[B]``.

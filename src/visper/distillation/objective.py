@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from visper.config import Distillation
 from visper.distillation.layout import KeyPlaces, TokenLayout
 from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation.predictors import EmbeddingPredictor, PredictorSpec, predictor_spec
+from visper.distillation.predictors import EmbeddingPredictor, PredictorSpec, check_predictor, predictor_spec
 from visper.distillation.targets import Targets
 from visper.distillation.teachers.base import TargetSpec
 
@@ -54,7 +54,7 @@ class EmbeddingDistillation(nn.Module):
     Attributes:
         layers: every tapped layer, ascending.
         predictors: one per task and layer, named "depth_20".
-        logit_scales: one scalar per task.
+        logit_scales: ``[1]`` per task.
 
     Raises:
         ValueError: a layer beyond the model, a target that the task's predictor cannot give.
@@ -87,7 +87,8 @@ class EmbeddingDistillation(nn.Module):
             }
         )
         self.logit_scales = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(float(init_logit_scale))) for name in tasks}
+            # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
+            {name: nn.Parameter(torch.full((1,), float(init_logit_scale))) for name in tasks}
         )
 
     @classmethod
@@ -193,7 +194,7 @@ class EmbeddingDistillation(nn.Module):
                 # A real pass over one state of zeros: ZeRO-3 gathers a module's parameters only where it is called.
                 predicted = self._predictor(name, layer, state, query, None)
                 terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted.float().sum()
-                terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float()
+                terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()
         return terms
 
 
@@ -208,18 +209,7 @@ def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
             f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, each to be "
             f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
         )
-    rows, tokens = task.predictor.num_queries, task.target.tokens
-    key = f"distillation.tasks.{name}.predictor"
-    if task.predictor.queries == "matrix" and rows is not None and tokens > 1 and tokens % rows:
-        raise ValueError(
-            f"task '{name}': {rows} queries cannot give the teacher's {tokens} tokens: set '{key}.num_queries' to "
-            f"{tokens} or a divisor of it"
-        )
-    if task.predictor.queries == "states" and tokens > 1:
-        raise ValueError(
-            f"task '{name}': a predictor with queries 'states' gives one token, the teacher's target has {tokens}: set "
-            f"'{key}.queries' to 'matrix'"
-        )
+    check_predictor(name, task.predictor, task.target)
 
 
 def _target_of(name: str, targets: Mapping[str, Targets], rows: int) -> Targets:

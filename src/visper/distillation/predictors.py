@@ -76,6 +76,38 @@ def predictor_spec(task: str, changes: Mapping[str, Any] | None = None) -> Predi
     return replace(PREDICTORS.get(task, PredictorSpec()), **(changes or {}))
 
 
+def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task: int | None = None) -> None:
+    """Refuses a target that the task's predictors and its ``per_task`` task tokens (None: not known) cannot give.
+
+    Raises:
+        ValueError: with what to set.
+    """
+    rows, tokens, key = spec.num_queries, target.tokens, f"distillation.tasks.{task}.predictor"
+    if spec.queries == "states":
+        if tokens > 1:
+            raise ValueError(
+                f"task '{task}': a predictor with queries 'states' gives one token, the teacher's target has {tokens}: "
+                f"set '{key}.queries' to 'matrix'"
+            )
+        return
+    if rows is not None and tokens > 1 and tokens % rows:
+        raise ValueError(
+            f"task '{task}': {rows} queries cannot give the teacher's {tokens} tokens: set '{key}.num_queries' to "
+            f"{tokens} or a divisor of it"
+        )
+    if per_task is not None and spec.query_rows(target, per_task) % per_task:
+        remedy = (
+            f"set '{key}.queries' to 'states'"
+            if tokens == 1
+            else "set the teacher's 'size' so that its grid has a multiple (24 x 24 = 576 is one of 8), or "
+            "'student.task_tokens.per_task' to a divisor"
+        )
+        raise ValueError(
+            f"task '{task}': {spec.query_rows(target, per_task)} queries for the teacher's {tokens} tokens do not "
+            f"divide among {per_task} task tokens: {remedy}"
+        )
+
+
 class ResamplerAttention(nn.Module):
     """Queries attend to [keys ; queries], each behind its own LayerNorm."""
 

@@ -156,7 +156,10 @@ def _published_heads(ours: Ours, weights: Weights) -> dict[str, Tensor]:
         # After IFT only the rows in the vocabulary are left: as many queries as task tokens, each its own mean.
         table = weights.read([INPUT_TABLE])[INPUT_TABLE]
         tensors |= {f"{QUERIES}{task}": table[ids] for task, ids in ours.task_ids.items()}
-    named = {published_head_name(name, ours.layers): value for name, value in tensors.items()}
+    named = {
+        published_head_name(name, ours.layers): value.reshape(()) if "logit_scales." in name else value
+        for name, value in tensors.items()
+    }
     # The published depth head has three MLPs, one for each use it never makes; all get the one that learnt.
     copies = {
         name.replace(".linear_1.", f".linear_{number}."): value.clone()

@@ -74,7 +74,8 @@ class Frame:
         found = {published_model_name(n): Slot(MODEL, n, tuple(t.shape)) for n, t in self.state.items()}
         for folder, shapes in self.heads.items():
             for name, shape in shapes.items():
-                found[published_head_name(name, self.layers)] = Slot(folder, name, shape)
+                theirs = () if "logit_scales." in name else shape  # published as scalars
+                found[published_head_name(name, self.layers)] = Slot(folder, name, theirs)
         return found
 
 

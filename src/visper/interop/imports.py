@@ -113,7 +113,7 @@ def _write_model(
         for name, tensor in weights.tensors(file, wanted):
             place, ours, shape = slots[name]
             if place != MODEL:
-                heads.setdefault(place, {})[ours] = tensor.clone()
+                heads.setdefault(place, {})[ours] = tensor.clone().reshape(frame.heads[place][ours])
             elif ours in (INPUT_TABLE, OUTPUT_TABLE):
                 shard[ours] = _grown(tensor, shape[0])
                 if ours == INPUT_TABLE and tokens is not None:

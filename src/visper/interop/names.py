@@ -25,7 +25,9 @@ MODEL_PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
     ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    # Inside a LLaVA, transformers writes a timm backbone without its wrapper's name; older versions keep it.
     ("vision_tower.backbone.timm_model.", PUBLISHED_TOWER),
+    ("vision_tower.backbone.", PUBLISHED_TOWER),
     (TOWER, PUBLISHED_TOWER),
 )
 """How a parameter's name begins in our model folder and in a published checkpoint. The first that matches counts."""

@@ -279,15 +279,18 @@ def save_processor(student: Student, folder: Path) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_student(folder: str | Path, dtype: torch.dtype = torch.float32) -> Student:
+def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
     """Loads a student from a stage's output, from its ``model`` folder, or from any LLaVA folder or hub id.
+
+    Args:
+        **options: more for ``from_pretrained``, such as a quantization.
 
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
     source = _student_place(folder)
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype)
+        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # never asks on the console
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error

@@ -26,7 +26,7 @@ def loading(part: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{part}: cannot load '{name}': {_remedy(name, error)}") from error
+        raise ConfigError(f"{part}: cannot load '{name}': {remedy(name, error)}") from error
     except ImportError as error:
         extra = "pip install 'visper-lm[timm]', or a newer timm" if "timm" in str(error) else "install what it names"
         raise ConfigError(f"{part}: cannot load '{name}': {_first_line(error)} Remedy: {extra}") from error
@@ -39,7 +39,8 @@ def loading(part: str, name: str) -> Iterator[None]:
         ) from error
 
 
-def _remedy(name: str, error: OSError) -> str:
+def remedy(name: str, error: OSError) -> str:
+    """Why ``name`` cannot be loaded, and what to do: it is gated, not there, or out of reach."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:

@@ -95,19 +95,3 @@ def curves(logs: Sequence[Mapping[str, float]], skip: Sequence[str] = ()) -> str
         if len(points) > 1:
             drawn.append(curve(name, points))
     return f"<div class='curves'>{''.join(drawn)}</div>"
-
-
-def contact_sheet(header: Sequence[str], rows: Sequence[Sequence[Image.Image]], side: int = 128) -> Image.Image:
-    """The same grid as one picture, for a README."""
-    from PIL import ImageDraw, ImageFont
-
-    gap, top = 6, 24
-    canvas = Image.new("RGB", (len(header) * (side + gap) + gap, top + len(rows) * (side + gap)), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
-    for c, name in enumerate(header):
-        centre = gap + c * (side + gap) + side / 2
-        draw.text((centre, top / 2), name, fill="#1c2330", font=font, anchor="mm")
-        for r, row in enumerate(rows):
-            tile = row[c].convert("RGB").resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(tile, (gap + c * (side + gap), top + r * (side + gap)))
-    return canvas

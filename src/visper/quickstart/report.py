@@ -14,10 +14,12 @@ from PIL import Image
 from visper.data.complete import complete, write_text
 from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation import Answered
+from visper.evaluation.predictions import teacher_targets
+from visper.evaluation.sheet import contact_sheet, images_of
 from visper.quickstart import page
 from visper.quickstart.questions import CHANCE
 from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result
-from visper.quickstart.study import HeldOut, pictures_of, targets_of
+from visper.quickstart.study import HeldOut
 from visper.quickstart.watch import read_predictions
 
 SHOWN = 5
@@ -59,8 +61,8 @@ def prediction_sheets(result: Result, budget: Budget) -> dict[str, Sheet]:
     for name in next(iter(watched.values())):
         task = name.split("/")[0]
         teacher = TowerTeacher(result.out / "bases" / f"teacher_{task}")
-        columns = [pictures, pictures_of(targets_of(teacher, pictures), teacher)]
-        columns += [pictures_of(values[name][chosen], teacher) for values in watched.values()]
+        columns = [pictures, images_of(teacher.decode(teacher_targets(teacher, pictures)))]
+        columns += [images_of(teacher.decode(values[name][chosen])) for values in watched.values()]
         header = ["picture", f"{task} teacher", *(f"layer {name.split('/')[1]}, step {step}" for step in watched)]
         sheets[name] = (header, [list(row) for row in zip(*columns, strict=True)])
     return sheets
@@ -74,7 +76,8 @@ def overview(sheets: dict[str, Sheet]) -> Image.Image:
         header += [f"{task}: teacher", f"{task}: {names[-1].split(',')[0]}"]
         for row, shown in zip(rows, pictures, strict=True):
             row += [shown[1], shown[-1]]
-    return page.contact_sheet(header, rows)
+    captioned = [list(zip(header if r == 0 else [""] * len(header), row, strict=True)) for r, row in enumerate(rows)]
+    return contact_sheet(captioned)
 
 
 def scores_section(result: Result) -> str:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from visper.distillation import Teacher
 from visper.distillation.teachers.tower import TowerTeacher
+from visper.evaluation.predictions import teacher_targets
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,6 @@ class Finding:
         return all(self.value > other if self.higher else self.value < other for other in others)
 
 
-def targets_of(teacher: Teacher, pictures: list[Image.Image], batch: int = 100) -> Tensor:
-    """A teacher's targets ``[S, N, E]``."""
-    parts = []
-    for start in range(0, len(pictures), batch):
-        parts.append(teacher(torch.stack([teacher.preprocess(p) for p in pictures[start : start + batch]])).cpu())
-    return torch.cat(parts)
-
-
 def centred_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> float:
     """Mean cosine between prediction and target, each less the mean target: what all scenes share does not count."""
     return float(F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1)).mean())
@@ -85,8 +77,8 @@ def findings(
     """Every tapped layer's findings; ``predicted`` are of the judged scenes, in their order."""
     found = []
     for task, teacher in teachers.items():
-        mean_NE = targets_of(teacher, fit.pictures).mean(0)
-        target_SNE = targets_of(teacher, judged.pictures)
+        mean_NE = teacher_targets(teacher, fit.pictures).mean(0)
+        target_SNE = teacher_targets(teacher, judged.pictures)
         shuffled = target_SNE.roll(len(target_SNE) // 2, dims=0)
         for name, values in predicted.items():
             if name.split("/")[0] != task:
@@ -133,9 +125,3 @@ def _drawn(
 
 def _relative_error(depth: Tensor, exact: Tensor, mask: Tensor) -> float:
     return float(((depth - exact).abs() / exact)[mask].mean())
-
-
-def pictures_of(embedding: Tensor, teacher: Teacher) -> list[Image.Image]:
-    """Embeddings ``[S, N, E]`` as the teacher draws them."""
-    drawn = (teacher.decode(embedding).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in drawn]

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from visper.data.complete import complete
-from visper.evaluation.answers import model_inputs
+from visper.evaluation.predictions import predict_pictures
 from visper.quickstart.language import CAPTION_PROMPTS
 from visper.training import TrainingModel
 
@@ -47,30 +47,11 @@ class PredictionWatch(TrainerCallback):
             return
         mode = model.training
         model.eval()
-        predicted = predict_pictures(model, self.pictures)
+        predicted = predict_pictures(model, self.pictures, PROMPT)
         model.train(mode)
         with complete(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
-            arrays: dict[str, Any] = {name.replace("/", "."): value.numpy() for name, value in predicted.items()}
+            arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}
             np.savez(file, **arrays)
-
-
-def predict_pictures(model: TrainingModel, pictures: Sequence[Image.Image], batch: int = 50) -> dict[str, torch.Tensor]:
-    """Predictions ``{"depth/3": [S, N, E]}`` (float16, CPU) for the fixed prompt over every picture."""
-    processor = model.processor
-    parts: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, len(pictures), batch):
-        chosen = list(pictures[start : start + batch])
-        inputs = model_inputs(processor, [PROMPT] * len(chosen), chosen)
-        device = next(model.parameters()).device
-        predicted = model.predict(
-            inputs["input_ids"].to(device),
-            inputs["attention_mask"].to(device),
-            inputs["pixel_values"].to(device),
-            torch.arange(len(chosen), device=device),
-        )
-        for name, value in predicted.items():
-            parts.setdefault(name, []).append(value.half().cpu())
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def read_predictions(folder: Path) -> dict[int, dict[str, torch.Tensor]]:

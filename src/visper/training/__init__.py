@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from visper.training.launch import start_processes
     from visper.training.module import TrainingModel
     from visper.training.run import is_finished, run_pipeline, run_stage
     from visper.training.stages import TRAINABLE, apply_stage, count_parts
-    from visper.training.trainer import NonFiniteLossError, StageTrainer
+    from visper.training.trainer import StageTrainer
+    from visper.training.watch import NonFiniteLossError
 
 PLACES = {
     "TRAINABLE": "stages",
-    "NonFiniteLossError": "trainer",
+    "NonFiniteLossError": "watch",
     "StageTrainer": "trainer",
     "TrainingModel": "module",
     "apply_stage": "stages",
@@ -19,6 +21,7 @@ PLACES = {
     "is_finished": "run",
     "run_pipeline": "run",
     "run_stage": "run",
+    "start_processes": "launch",
 }
 """Fetched when first asked for: the engine alone brings 100 MB of libraries that a step by hand does not need."""
 
@@ -39,4 +42,5 @@ __all__ = [
     "is_finished",
     "run_pipeline",
     "run_stage",
+    "start_processes",
 ]

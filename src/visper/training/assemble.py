@@ -23,34 +23,58 @@ from visper.data.sampler import RowSampler
 from visper.data.sets import row_files
 from visper.data.show import show_sample
 from visper.data.sources import blocks_of, open_records
-from visper.distillation import EmbeddingDistillation, TargetSpec, Teacher, build_teacher, predictor_spec
+from visper.distillation import (
+    EmbeddingDistillation,
+    TargetSpec,
+    Teacher,
+    build_teacher,
+    check_predictor,
+    predictor_spec,
+)
+from visper.distillation.store import TargetStore
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.callbacks import announce
 from visper.training.module import TrainingModel
-from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
+from visper.training.rates import check_rates
+from visper.training.stages import DISTILLATION_PARTS, LORA, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
+from visper.training.stored import require_targets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def teacher_dtype(run: Run) -> str:
+    """The precision that the run's teachers are put in on this machine."""
+    assert run.distillation is not None
+    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
+    return run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
 
 
 def build_teachers(run: Run) -> dict[str, Teacher]:
     """The frozen teachers of a run, by task; none without 'distillation'.
 
     Raises:
-        ConfigError: a teacher cannot be loaded; the message names task, kind and model.
+        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or fits no predictor: told
+            here, before every row of the data is looked at.
     """
     if run.distillation is None:
         return {}
-    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
-    name = run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
+    tokens = run.student.task_tokens if run.student is not None else None
+    per_task = tokens.per_task if tokens is not None else None
     teachers = {}
     for task, settings in run.distillation.tasks.items():
         teacher = settings.teacher
         try:
-            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(DTYPES[name])
+            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(
+                DTYPES[teacher_dtype(run)]
+            )
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
             ) from error
+        try:
+            check_predictor(task, predictor_spec(task, settings.predictor), teachers[task].spec, per_task)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     return teachers
 
 
@@ -78,6 +102,9 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasS
             raise ConfigError(f"the student has no task tokens for {missing}: its tasks are {list(ids)}")
         specs = {task: teacher.spec for task, teacher in teachers.items()}
         try:
+            for task, settings in run.distillation.tasks.items():
+                spec = predictor_spec(task, settings.predictor)
+                check_predictor(task, spec, specs[task], len(ids[task]))
             objective = EmbeddingDistillation.from_config(
                 run.distillation, specs, student.hidden_size, student.num_layers
             )
@@ -97,7 +124,9 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasS
 def apply_run(run: Run, model: TrainingModel, student: Student) -> list[str]:
     """Applies the stage's table to what this run has, and returns the encoder parameters frozen as never reached."""
     lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
-    apply_stage(model, run.stage, lacks, run.optimisation.freeze)
+    lacks += ("llm.*",) if run.lora else ()
+    apply_stage(model, run.stage, lacks, run.optimisation.freeze, (f"{LORA}.*",) if run.lora else ())
+    check_rates(run, model)
     vision = student.model.model.vision_tower
     if not any(p.requires_grad for p in vision.parameters()):
         return []
@@ -117,8 +146,12 @@ class StageData:
     num_rows: int
 
 
-def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console) -> StageData:
+def build_data(
+    run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console, targets: TargetStore | None = None
+) -> StageData:
     """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
+
+    With stored ``targets``, the loaders read these in place of pictures for ``teachers``.
 
     Raises:
         DataError: a source is missing, or the share of bad rows is past ``data.drop_limit``.
@@ -131,7 +164,9 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     if not records:
         places = [place for place, _ in row_files(settings)]
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
-    dataset = ConversationDataset(records, encoder)
+    if targets is not None and run.data.check_first:
+        require_targets(targets, records, console.quiet)
+    dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
@@ -142,7 +177,7 @@ def build_data(run: Run, student: Student, teachers: Mapping[str, Teacher], cons
     alike = run.optimisation.global_batch if blocks is None else run.optimisation.micro_batch * processes
     has_image = dataset.has_image if lengths else None
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
-    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()}
+    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     collator = PackingCollator(padded) if run.optimisation.packing else padded
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,29 @@ class ConsoleCallback(ProgressCallback):
     """The engine's progress bar, with a short line for each log in place of a printed dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """``step 20/300  loss 2.13  ntp 1.80  depth/3/smooth_l1 0.21 ...``."""
+        """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits in a line; ``log.jsonl`` has everything."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            hidden = {"epoch", "total_flos"}
-            values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in hidden)
-            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {values}")
+            width = shutil.get_terminal_size(fallback=(200, 24)).columns
+            self.training_bar.write(log_line(f"step {state.global_step}/{state.max_steps}", logs, width))
+
+
+FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "mfu", "data_wait", "memory_gib")
+"""What a line of the console says first; then come the other losses."""
+UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time_", "grad_norm_", "lr_")
+"""Never in the console: starts of names."""
+
+
+def log_line(start: str, logs: dict[str, float], width: int) -> str:
+    """One line of at most ``width`` characters, the most telling values first."""
+    names = [name for name in FIRST if name in logs]
+    names += [name for name in logs if name not in FIRST and not name.startswith(UNSEEN)]
+    line = start
+    for name in names:
+        part = f"  {name} {logs[name]:.4g}"
+        if len(line) + len(part) > width:
+            break
+        line += part
+    return line
 
 
 def announce(console: Console, what: str, detail: str) -> None:

@@ -3,6 +3,7 @@
 Layout of a stage's output::
 
     run.yaml        the resolved run (whose folder this is)
+    adapter/        with 'lora': the low-rank updates in peft's format; model/ holds them merged
     model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
     distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
     checkpoints/    what is needed to continue, complete or absent
@@ -13,7 +14,10 @@ Layout of a stage's output::
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,28 +31,33 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.config import ConfigError, Run, load_run, run_text, save_run
+from visper.config import ConfigError, Engine, Run, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
 from visper.data.sets import row_files
 from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
+from visper.training.launch import StoppedError
+from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.pack import choose_attention
+from visper.training.plan import utilisation
+from visper.training.position import refuse_other_order
+from visper.training.rates import rate_of
+from visper.training.sharding import shard, unshard
 from visper.training.stages import count_parts
+from visper.training.stored import open_targets
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
     "logging": True,
+    "launch": True,
     "data": {"workers"},
     "optimisation": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
 }
 """What may change when a run is continued: how it is split, watched and stored, not what it computes."""
-
-BARRIER = timedelta(hours=2)
-"""How long ranks wait for each other: the first may be writing tens of GB to a slow disk."""
 
 
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -64,7 +73,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     """
     row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     if state.num_processes == 1 and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         raise ConfigError(
@@ -78,37 +87,73 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     torch.manual_seed(run.seed)
     arguments = training_arguments(run, output, state.num_processes)
 
-    student = starting_student(run)
+    student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.model.language_model)
-    teachers = build_teachers(run)
+    targets = open_targets(run, student.processor.image_processor)
+    teachers = build_teachers(run) if targets is None else targets.teachers()
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
-    data = build_data(run, student, teachers, console)
+    data = build_data(run, student, teachers, console, targets)
     if state.is_main_process:
         data.drops.write(output / DROPPED)
+    add_updates(run, student)
     model = build_training_model(run, student, teachers)
     set_what_learns(run, model, student, console)
     if run.optimisation.gradient_checkpointing:
         model.recompute_activations()
+
+    if run.launch.engine is Engine.FSDP and state.num_processes > 1:
+        shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
 
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:
         watchers.append(tensorboard(output / "tensorboard"))
     trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
+    trainer.watcher.operations, trainer.watcher.peak = utilisation(run, trainer.args.device)
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
+    if newest is not None:
+        refuse_other_order(Path(newest), data)
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
     else:
-        trainer.train(resume_from_checkpoint=newest)
+        with stopping_on_sigterm(trainer):
+            trainer.train(resume_from_checkpoint=newest)
+        if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+            raise StoppedError(
+                f"told to stop (SIGTERM): saved at step {trainer.state.global_step} of {trainer.state.max_steps} in "
+                f"{output / 'checkpoints'}; add --resume to go on"
+            )
+    if trainer.sharded:
+        unshard(model, keep=state.is_main_process)
     if state.is_main_process:
         finish(run, output, student, model)
         announce(console, "saved", str(output / "model"))
     state.wait_for_everyone()
     return output / "model"
+
+
+@contextmanager
+def stopping_on_sigterm(trainer: StageTrainer) -> Iterator[None]:
+    """SIGTERM, which spot machines and schedulers send before they take a machine away, ends training at the next step.
+
+    In a thread that is not the main one nothing can be caught, and nothing is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        trainer.stop_asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_pipeline(runs: Sequence[Run]) -> None:
@@ -191,12 +236,17 @@ def set_what_learns(run: Run, model: TrainingModel, student: Student, console: C
         announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
     for count in count_parts(model):
         if count.total:
-            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters")
+            rate = f" at {rate_of(run, count.part):g}" if count.trainable else ""
+            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
     if run.optimisation.precision == "bfloat16":
         # Learning weights stay in float32 under autocast; parts that are frozen whole need only be read.
         inner = student.model.model
         for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.model.lm_head):
-            if not any(parameter.requires_grad for parameter in part.parameters()):
+            if run.lora is not None and part is inner.language_model:
+                for parameter in part.parameters():
+                    if not parameter.requires_grad and parameter.is_floating_point():
+                        parameter.data = parameter.data.to(torch.bfloat16)
+            elif not any(parameter.requires_grad for parameter in part.parameters()):
                 to_bfloat16(part)
 
 
@@ -219,6 +269,10 @@ def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> No
             kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             save_run(run, partial / "run.yaml")
+    if run.lora is not None:
+        with complete(output / ADAPTER) as partial:
+            save_adapter(run, student, partial)
+        student = merge_updates(run, student)
     if run.optimisation.precision == "bfloat16":
         to_bfloat16(student.model)
     with complete(output / "model") as partial:

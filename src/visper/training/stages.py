@@ -37,6 +37,9 @@ PARTS: tuple[tuple[str, str], ...] = (
 )
 """Place of a parameter in the training model -> its part name."""
 
+LORA = "lora"
+"""The part of low-rank updates, wherever in the LLM they lie; with them the LLM itself is left out of the table."""
+
 
 @dataclass(frozen=True)
 class PartCount:
@@ -51,25 +54,28 @@ def part_name(parameter: str) -> str:
     """``student.model.language_model.layers.0...`` -> ``llm.layers.0...``."""
     for place, part in PARTS:
         if parameter.startswith(place):
+            if ".lora_" in parameter:
+                return f"{LORA}.{parameter[len(place) :]}"
             return part + parameter[len(place) :]
     raise ValueError(f"parameter '{parameter}' belongs to no part: add its place to stages.PARTS")
 
 
 def apply_stage(
-    model: nn.Module, stage: Stage, lacks: Iterable[str] = (), freeze: Iterable[str] = ()
+    model: nn.Module, stage: Stage, lacks: Iterable[str] = (), freeze: Iterable[str] = (), adds: Iterable[str] = ()
 ) -> list[PartCount]:
     """Sets ``requires_grad`` of every parameter by the stage's patterns and returns the counts by part.
 
     Args:
         lacks: patterns of the table that this run has no use for, by its own settings.
         freeze: parts left out of the table, such as ``["vision"]`` for the published VPT script.
+        adds: patterns that this run trains beside the table's.
 
     Raises:
         ValueError: a pattern or a part in ``freeze`` matches no parameter.
     """
     names = {name: part_name(name) for name, _ in model.named_parameters()}
     lacking = set(lacks)
-    patterns = [p for p in TRAINABLE[stage] if p not in lacking]
+    patterns = [p for p in (*TRAINABLE[stage], *adds) if p not in lacking]
     for pattern in patterns:
         if not fnmatch.filter(names.values(), pattern):
             raise ValueError(

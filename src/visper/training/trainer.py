@@ -19,6 +19,11 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -27,17 +32,20 @@ from visper.config import Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
+from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
+from visper.training.position import write_order
+from visper.training.rates import parameter_groups
+from visper.training.sharding import is_sharded, put, whole
+from visper.training.watch import Watcher
 
 WEIGHTS = "model.safetensors"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
 ) | {"position_ids", "sample_lengths"}
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the rows of the batch."""
 
 
 class EpochCallback(TrainerCallback):
@@ -49,6 +57,29 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """``state.epoch`` is a float sum of step shares, hence the small push before the floor."""
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
+
+
+class StopCallback(TrainerCallback):
+    """Saves and ends training after the step in which any process was told to stop."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The engine saves before it ends."""
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+
+
+class OptimizerClock(TrainerCallback):
+    """Marks the end of the optimizer's step."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Behind the optimizer come the schedule, logs and checkpoints."""
+        self.watcher.clock.mark(OPTIMIZER)
 
 
 class StageTrainer(Trainer):
@@ -68,18 +99,31 @@ class StageTrainer(Trainer):
         self.teachers = dict(teachers or {})
         self._terms: dict[str, Tensor] = {}
         self._terms_since = 0
+        self.sharded = is_sharded(model)
+        self.stop_asked = False
+        self.stopping = False
         super().__init__(
             model=model,
             args=args,
             train_dataset=data.dataset,
             data_collator=data.collator,
-            callbacks=[EpochCallback(data.sampler), *callbacks],
+            callbacks=[EpochCallback(data.sampler), StopCallback(self), *callbacks],
         )
         # The loss below is already a share of the global batch: the engine must not divide it again.
         self.model_accepts_loss_kwargs = True
+        self.watcher = Watcher(run, self.accelerator)
+        self.add_callback(OptimizerClock(self.watcher))
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
+        if self.sharded:
+            # Only the run's precision is left to do: with this mark accelerate does not wrap the model in DDP.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            model._is_accelerate_prepared = True  # type: ignore[assignment]
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.sharded:  # shards are where they belong
+            super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.data.sampler
@@ -88,15 +132,28 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, each with the global counts and its targets."""
+        self.watcher.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.watcher.clock.mark(DATA)
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         images = sum(len(batch["image_rows"]) for batch in batches)
         dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
-        counts = torch.tensor([tokens, images, len(dropped)], device=device, dtype=torch.long)
-        num_tokens, num_images, num_dropped = self.accelerator.reduce(counts, "sum")
+        # Whether one was told to stop travels along, so that all stop after the same step.
+        counts = torch.tensor(
+            [tokens, images, len(dropped), self.stop_asked, *self.watcher.count(batches)],
+            device=device,
+            dtype=torch.long,
+        )
+        sums = self.accelerator.reduce(counts, "sum")
+        num_tokens, num_images = sums[0], sums[1]
+        _, images_seen, num_dropped, stopping, num_rows, tokens_seen, unlabelled = sums.tolist()
+        self.stopping = stopping > 0
         if num_dropped:
             self._note_drops(gather_object(dropped))
+        if batches:
+            self.watcher.counted(num_rows, tokens_seen, images_seen, unlabelled, self.state.global_step + 1)
         targets = self._targets(batches)
+        self.watcher.clock.mark(TEACHER)
         for batch, own in zip(batches, targets, strict=True):
             # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
             batch["num_tokens"] = num_tokens.clamp(min=1)
@@ -138,19 +195,48 @@ class StageTrainer(Trainer):
         """This rank's share of the global loss times the ranks, since the engine averages gradients over them."""
         outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
         loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            terms = {name: round(float(term.detach()), 4) for name, term in outputs.items()}
-            raise NonFiniteLossError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}; terms {terms}; rows "
-                f"{list(inputs.get('sample_ids', []))}. Look at these rows, lower the rate, or train in float32"
-            )
+        self.watcher.see(outputs, inputs)
         if not self._terms:
             self._terms_since = self.state.global_step  # also the first step after a resume
         for name, term in outputs.items():
             if name != "loss":
-                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term.detach()
+                self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + self._countable(term.detach())
+        self.watcher.clock.mark(FORWARD)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward; behind the last micro-batch of a step the watcher says whether it may count."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            if not self.watcher.settle(step):
+                model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
+            if step == 1 or step % self.args.logging_steps == 0:
+                self.watcher.norms(self._bare())
+        self.watcher.clock.mark(BACKWARD)
+        return self._countable(loss)
+
+    def _countable(self, value: Tensor) -> Tensor:
+        """Where a step may be left out, what is not finite must not enter the sums that are logged."""
+        return value if self.watcher.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The engine's AdamW; with ``optimisation.lr_of`` in groups of one part each."""
+        made: Any = getattr(self, "optimizer", None)
+        if made is None and self.run.optimisation.lr_of:
+            learner = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
+            groups = parameter_groups(self.run, self._bare(), set(self.get_decay_parameter_names(self._bare())))
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def _rates(self) -> dict[str, float]:
+        optimizer: Any = getattr(self, "optimizer", None)
+        groups = optimizer.param_groups if optimizer is not None else ()
+        return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term, summed over ranks and averaged over the steps since the last log."""
@@ -158,18 +244,38 @@ class StageTrainer(Trainer):
         if "loss" in logs and self._terms and steps > 0:
             names = sorted(self._terms)
             summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
-            logs.update({name: value / steps for name, value in zip(names, summed.tolist(), strict=True)})
+            terms = {name: value / steps for name, value in zip(names, summed.tolist(), strict=True)}
             self._terms.clear()
+            logs.update(terms | self._rates() | self.watcher.report(terms, steps, self.state.global_step))
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes what learns; what is frozen comes from where the stage started."""
-        if not self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what learns; what is frozen comes from where the stage started. Every process must call."""
+        weights = whole(self._kept().items(), keep=self.args.should_save)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            write_order(folder, self.data)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
+        state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self._bare().named_parameters() if p.requires_grad}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        state = torch.load(Path(checkpoint) / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
 
     def restore(self, checkpoint: str) -> None:
         """Puts the weights of ``checkpoint`` into the model without training on.
@@ -181,16 +287,29 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        learning = {n: p for n, p in self._bare().named_parameters() if p.requires_grad}
-        strange = sorted(saved.keys() ^ learning.keys())
+        kept = self._kept()
+        strange = sorted(saved.keys() ^ kept.keys())
         if strange:
             raise ValueError(
                 f"checkpoint {resume_from_checkpoint} is of another model or stage: {len(strange)} parameters differ, "
                 f"first {strange[:3]}. Resume with the run that wrote it"
             )
-        with torch.no_grad():
-            for name, parameter in learning.items():
-                parameter.copy_(saved[name])
+        for name, tensor in kept.items():
+            put(tensor, saved[name])
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: learning parameters, and the buffers of modules that learn (batch statistics)."""
+        model = self._bare()
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        saved = model.state_dict().keys()
+        buffers = {
+            f"{place}.{name}": buffer
+            for place, module in model.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+            for name, buffer in module.named_buffers(recurse=False)
+            if f"{place}.{name}" in saved
+        }
+        return {**learning, **buffers}
 
     def _bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)

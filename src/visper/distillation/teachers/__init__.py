@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_pictures
+from visper.model.hub import remedy
 
 __all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures", "target_spec"]
 
@@ -21,10 +22,11 @@ TEACHERS: dict[str, str] = {
     "depth_anything": "visper.distillation.teachers.depth_anything:DepthAnythingTeacher",
     "oneformer": "visper.distillation.teachers.oneformer:OneFormerTeacher",
     "unclip": "visper.distillation.teachers.unclip:UnClipTeacher",
+    "features": "visper.distillation.teachers.features:FeaturesTeacher",
 }
 """Kind -> "module:Class"."""
 
-EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "timm"}
+EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "timm", "diffusers": "diffusion"}
 """Package that may be missing -> the extra of this project that brings it."""
 
 
@@ -37,10 +39,10 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
         **options: the kind's own options, by name.
 
     Raises:
-        ValueError: unknown kind, or an option the kind does not have.
+        ValueError: unknown kind, an option the kind does not have, or weights that cannot be had; the message says why.
         ImportError: the kind needs a package that is not installed; the message names the extra.
     """
-    with _explained(kind):
+    with _explained(kind, model):
         return _class_of(kind, options)(model, **options).freeze()
 
 
@@ -49,7 +51,7 @@ def target_spec(kind: str, model: str | Path, **options: Any) -> TargetSpec:
 
     Arguments and errors are ``build_teacher``'s; ConfigError where a configuration cannot be had.
     """
-    with _explained(kind):
+    with _explained(kind, model):
         return _class_of(kind, options).planned_spec(model, **options)
 
 
@@ -71,7 +73,7 @@ def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
 
 
 @contextmanager
-def _explained(kind: str) -> Iterator[None]:
+def _explained(kind: str, model: str | Path) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -82,6 +84,8 @@ def _explained(kind: str) -> Iterator[None]:
             f"teacher kind '{kind}' needs the package '{error.name}', which is not installed: "
             f"pip install 'visper-lm[{extra}]'"
         ) from error
+    except OSError as error:
+        raise ValueError(remedy(str(model), error)) from error
 
 
 def _nearest(name: str, known: list[str]) -> str:

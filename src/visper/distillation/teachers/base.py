@@ -80,9 +80,20 @@ class Teacher(nn.Module, ABC):
     def encode(self, pixels: Tensor) -> Tensor:
         """Targets ``[B, tokens, width]`` of preprocessed images ``[B, 3, h, w]``."""
 
-    def decode(self, embedding: Tensor) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted."""
-        return pca_pictures(embedding, self.spec.grid)
+    @property
+    def has_pictures(self) -> bool:
+        """Whether ``decode`` shows the image; False where all it has to show are channels without a place."""
+        return self.spec.grid is not None
+
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted.
+
+        Args:
+            embedding: what to draw.
+            pixels: the same images, preprocessed, for a teacher whose picture needs more of them than the embedding.
+            reference: embeddings that give the colours, such as the teacher's own; default: ``embedding``.
+        """
+        return pca_pictures(embedding, self.spec.grid, reference)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:

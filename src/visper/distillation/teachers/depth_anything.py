@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForDepthEstimation
 
-from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
+from visper.distillation.teachers.depth_original import read_original
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.encoders import IMAGENET_MEAN, IMAGENET_STD
 from visper.model.hub import sizes_of
 
 
@@ -19,21 +21,32 @@ class DepthAnythingTeacher(Teacher):
     """Target: the mean of the backbone levels that the depth head reads (336 px, Large: 576 x 1024).
 
     Args:
-        model: hub id or folder of a ``DepthAnythingForDepthEstimation``.
+        model: hub id or folder of a ``DepthAnythingForDepthEstimation``, or an original V2 ``.pth`` file.
         size: pixels a side, a multiple of the patch size.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 336) -> None:
+    def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
         super().__init__()
-        self.model = loaded_whole(AutoModelForDepthEstimation, model)
+        original = _is_original(model)
+        self.model = (
+            read_original(model)
+            if original
+            else loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
+        )
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
-        self.preprocess = squashed_as_trained(model, (size, size))
+        if original:  # the file does not say; every Depth Anything was trained so
+            self.preprocess = SquashedImage((size, size), IMAGENET_MEAN, IMAGENET_STD)
+        else:
+            self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
 
     @classmethod
     def planned_spec(cls, model: str | Path, size: int = 336, **options: Any) -> TargetSpec:
-        """Read from the configuration alone."""
+        """Read from the configuration, or the shapes in an original file."""
+        if _is_original(model):
+            return _spec(read_original(model).config, size)
         return _spec(sizes_of(str(model), "depth_anything teacher"), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -43,7 +56,7 @@ class DepthAnythingTeacher(Teacher):
         return mean
 
     @torch.no_grad()
-    def decode(self, embedding: Tensor) -> Tensor:
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Depth as brightness (near = bright): the head is fed ``embedding`` at each of its inputs.
 
         Each picture is stretched to 0..1, as relative depth has no unit.
@@ -56,6 +69,10 @@ class DepthAnythingTeacher(Teacher):
         depth = self.model.head(self.model.neck([level] * self.levels, *self.spec.grid), *self.spec.grid).float()
         low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
         return ((depth - low) / (high - low).clamp(min=1e-6))[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def _is_original(model: str | Path) -> bool:
+    return Path(model).suffix == ".pth"
 
 
 def _spec(config: Any, size: int) -> TargetSpec:

@@ -1,34 +1,52 @@
-"""OneFormer as teacher (arXiv 2211.06220): the last map of its backbone."""
+"""OneFormer as teacher (arXiv 2211.06220): the last map of its backbone, drawn by its two decoders."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
-from transformers import OneFormerModel
+from transformers import AutoTokenizer, OneFormerImageProcessor, OneFormerModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.pictures import Segmentation, segment_pictures
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
 from visper.model.hub import sizes_of
+
+PICTURE = (384, 384)
+"""Height and width of what is drawn: half of 768, names still legible."""
+
+WORDS = 4
+"""Of "the task is panoptic": a tokenizer that tells them apart gives as many different ids at least."""
 
 
 class OneFormerTeacher(Teacher):
     """Target: the backbone's last stage (768 px, Swin-L: 24 x 24 tokens x 1536).
 
-    Pictures are the embedding's principal components for now; drawing segments needs the pixel and transformer
-    decoders, which are not kept.
-
     Args:
         model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
         size: pixels a side, a multiple of the last stage's stride.
+        picture: what ``decode`` draws. Needs the model's tokenizer, as OneFormer is told its task in words.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 768) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        size: int = 768,
+        picture: Literal["panoptic", "semantic"] = "panoptic",
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
-        # Without the segmentation model around it, whose loss would ask for scipy.
-        whole = loaded_whole(OneFormerModel, model)
-        self.backbone = whole.pixel_level_module.encoder
-        self.spec = _spec(whole.config, size)
-        self.preprocess = squashed_as_trained(model, (size, size))
+        if picture not in ("panoptic", "semantic"):
+            raise ValueError(f"'picture' is {picture!r}: set it to panoptic or semantic")
+        # Without the segmentation model around it, whose loss would ask for scipy; its outputs are all here. The text
+        # branch serves training only.
+        self.model = loaded_whole(OneFormerModel, model, is_training=False, revision=revision)
+        self.spec = _spec(self.model.config, size)
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
+        self.picture, self.place, self.revision = picture, str(model), revision
         self.freeze()
 
     @classmethod
@@ -38,8 +56,91 @@ class OneFormerTeacher(Teacher):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, channels]``, row by row."""
-        last: Tensor = self.backbone(pixels).feature_maps[-1]
+        last: Tensor = self.model.pixel_level_module.encoder(pixels).feature_maps[-1]
         return last.flatten(2).transpose(1, 2)
+
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Segments in their classes' colours with their names ``[B, 3, 384, 384]``; without pixels, components.
+
+        The decoders read three finer levels of the backbone beside the embedding, which only ``pixels`` give.
+        """
+        if pixels is None:
+            return super().decode(embedding, reference=reference)
+        return segment_pictures(self.segment(embedding, pixels, self.picture), borders=self.picture == "panoptic")
+
+    @torch.no_grad()
+    def segment(self, embedding: Tensor, pixels: Tensor, task: str = "panoptic") -> list[Segmentation]:
+        """What the decoders see where ``embedding`` stands in for the last level of the backbone.
+
+        Args:
+            embedding: ``[B, rows * columns, channels]``, the teacher's or predicted.
+            pixels: the same images, preprocessed.
+            task: "panoptic" (things one by one) or "semantic" (every pixel has a class).
+        """
+        output = self._decoded(embedding, pixels, task)
+        logits = SimpleNamespace(
+            class_queries_logits=output.transformer_decoder_class_predictions.float(),
+            masks_queries_logits=output.transformer_decoder_mask_predictions.float(),
+        )
+        processor, sizes = OneFormerImageProcessor(), [PICTURE] * len(pixels)
+        names = {int(index): str(name) for index, name in self.model.config.id2label.items()}
+        if task == "semantic":
+            maps = processor.post_process_semantic_segmentation(logits, target_sizes=sizes)
+            return [_semantic(classes, names) for classes in maps]
+        # Which classes are "stuff", to be fused, stands in no checkpoint: pieces of sky stay apart.
+        found = processor.post_process_panoptic_segmentation(logits, label_ids_to_fuse=set(), target_sizes=sizes)
+        return [_panoptic(one["segmentation"], one["segments_info"], names) for one in found]
+
+    def _decoded(self, embedding: Tensor, pixels: Tensor, task: str) -> Any:
+        weight = next(self.model.parameters())
+        assert self.spec.grid is not None
+        last = embedding.to(weight.device, weight.dtype).transpose(1, 2).unflatten(2, self.spec.grid)
+
+        def replace(module: Any, args: Any, output: Any) -> Any:
+            output.feature_maps = (*output.feature_maps[:-1], last)
+            return output
+
+        handle = self.model.pixel_level_module.encoder.register_forward_hook(replace)
+        try:
+            words = self._task_words(task).expand(len(pixels), -1)
+            return self.model(pixels.to(weight.device, weight.dtype), words.to(weight.device))
+        finally:
+            handle.remove()
+
+    def _task_words(self, task: str) -> Tensor:
+        """``[1, words]`` ids, 0 where padded, as the model was trained."""
+        fault = ValueError(
+            f"no tokenizer at '{self.place}': OneFormer's decoder is told its task in words; save the tokenizer beside "
+            "the weights"
+        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.place, revision=self.revision)
+        except (OSError, ValueError) as error:
+            raise fault from error
+        length = self.model.config.task_seq_len
+        words = tokenizer(
+            [f"the task is {task}"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        ids: Tensor = words.input_ids * words.attention_mask
+        # Without its files the library makes one up that knows no word: every token is the unknown one.
+        if len(words.input_ids[words.attention_mask.bool()].unique()) < WORDS:
+            raise fault
+        return ids
+
+
+def _semantic(classes: Tensor, names: dict[int, str]) -> Segmentation:
+    present = [int(index) for index in classes.unique()]
+    return Segmentation(classes.long() + 1, {index + 1: index for index in present}, _known(present, names))
+
+
+def _panoptic(segments: Tensor, info: Sequence[dict[str, Any]], names: dict[int, str]) -> Segmentation:
+    classes = {int(one["id"]): int(one["label_id"]) for one in info}
+    # Where nothing at all was found, the library says -1.
+    return Segmentation(segments.long().clamp(min=0), classes, _known(list(classes.values()), names))
+
+
+def _known(classes: Sequence[int], names: dict[int, str]) -> dict[int, str]:
+    return {index: names.get(index, f"class {index}") for index in classes}
 
 
 def _spec(config: Any, size: int) -> TargetSpec:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
+from visper.distillation.teachers.pictures import class_colours
 
 
 class OnnxTeacher(Teacher):
@@ -86,10 +87,10 @@ class OnnxTeacher(Teacher):
             parts.append(self._tokens(padded)[0][: len(chunk)])
         return torch.cat(parts)
 
-    def decode(self, embedding: Tensor) -> Tensor:
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Pictures ``[B, 3, rows, columns]``: a colour per class, or principal components."""
         if self.picture == "components" or self.spec.grid is None:
-            return super().decode(embedding)
+            return super().decode(embedding, reference=reference)
         colours = class_colours(self.spec.width).to(embedding.device)
         return colours[embedding.argmax(-1)].transpose(1, 2).unflatten(2, self.spec.grid).contiguous()
 
@@ -123,14 +124,6 @@ class OnnxTeacher(Teacher):
                 f"the ONNX model does not take '{self.input}' of shape {given.shape}: set 'size' and 'layout' to what "
                 f"it wants. It says: {error}"
             ) from error
-
-
-def class_colours(classes: int) -> Tensor:
-    """``[classes, 3]`` colours in 0..1: the bits of the class number spread over the channels, as VOC does."""
-    colours = torch.zeros(classes, 3, dtype=torch.long)
-    for bit in range(24):
-        colours[:, bit % 3] |= ((torch.arange(classes) >> bit) & 1) << (7 - bit // 3)
-    return colours / 255.0
 
 
 def _session(path: Path, output: str | None, threads: int | None) -> Any:

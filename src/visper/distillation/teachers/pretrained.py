@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor
+from transformers.image_processing_base import ImageProcessingMixin
 
 from visper.distillation.teachers.base import SquashedImage
 
@@ -20,15 +20,17 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
         ValueError: the model comes without an image processor.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(model, **options)
-    except OSError as error:
+        # Read, not built: OneFormer's processor would fetch the names of its classes from another place on the hub.
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(model, **options)
+        mean, std = processor["image_mean"], processor["image_std"]
+    except (OSError, KeyError) as error:
         place = f"{model}/{options['subfolder']}" if options.get("subfolder") else str(model)
         raise ValueError(
             f"no image processor at '{place}': a teacher needs its preprocessor_config.json, which says how its "
             "colours are normalised; save it beside the weights"
         ) from error
-    red, green, blue = processor.image_mean
-    wide_red, wide_green, wide_blue = processor.image_std
+    red, green, blue = mean
+    wide_red, wide_green, wide_blue = std
     return SquashedImage(size, (red, green, blue), (wide_red, wide_green, wide_blue))
 
 

@@ -173,7 +173,13 @@ class TowerTeacher(Teacher):
             return config.near * (config.far / config.near) ** values.clamp(0, 1)
         return values.sigmoid() if config.head == "image" else values
 
-    def decode(self, embedding: Tensor) -> Tensor:
+    @property
+    def has_pictures(self) -> bool:
+        """True: each head draws."""
+        return True
+
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Nearness, classes or colours; ``pixels`` and ``reference`` are not needed."""
         values = self.decode_values(embedding)
         if self.model.config.head == "depth":
             return nearness_pictures(values, self.model.config.near, self.model.config.far)

@@ -1,9 +1,12 @@
 """The image encoder of unCLIP pipelines as teacher: CLIP's projected image embedding."""
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import CLIPVisionModelWithProjection
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
@@ -14,24 +17,48 @@ from visper.model.hub import sizes_of
 class UnClipTeacher(Teacher):
     """Target: one token, the projected image embedding (224 px, CLIP-H: 1 x 1024).
 
-    Pictures show the embedding's channels for now; drawing an image needs the diffusion pipeline, which is not kept.
+    Only the encoder is loaded. To draw an image from an embedding takes the rest of the pipeline (UNet, scheduler,
+    decoder), which is loaded from ``model`` with the first picture and only with ``draw: diffusion``.
 
     Args:
         model: hub id or folder of a ``CLIPVisionModelWithProjection``, or of a pipeline that holds one.
         subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
         processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
             ``subfolder`` is given, else beside the encoder.
+        draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbours" draws none: whoever shows
+            the embedding looks for the images whose embeddings are nearest.
+        steps: the diffusion's steps.
+        revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, subfolder: str = "", processor_subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        subfolder: str = "",
+        processor_subfolder: str | None = None,
+        draw: Literal["neighbours", "diffusion"] = "neighbours",
+        steps: int = 20,
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder)
+        if draw not in ("neighbours", "diffusion"):
+            raise ValueError(f"'draw' is {draw!r}: set it to neighbours or diffusion")
+        if draw == "diffusion" and find_spec("diffusers") is None:
+            raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)
         if processor_subfolder is None:
             processor_subfolder = "feature_extractor" if subfolder else ""
         size = int(self.encoder.config.image_size)
         self.spec = TargetSpec(1, int(self.encoder.config.projection_dim))
-        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder)
+        self.preprocess = squashed_as_trained(model, (size, size), subfolder=processor_subfolder, revision=revision)
+        self.place, self.draw, self.steps, self.revision = str(model), draw, steps, revision
+        self._pipeline: Any = None
         self.freeze()
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the diffusion pipeline draws."""
+        return self.draw == "diffusion"
 
     @classmethod
     def planned_spec(cls, model: str | Path, subfolder: str = "", **options: Any) -> TargetSpec:
@@ -42,3 +69,39 @@ class UnClipTeacher(Teacher):
         """``[B, 1, width]``."""
         embedding: Tensor = self.encoder(pixels).image_embeds
         return embedding[:, None]
+
+    @torch.no_grad()
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Images that the pipeline makes of the embeddings, from the same noise each time; or else their channels."""
+        if self.draw != "diffusion":
+            return super().decode(embedding, reference=reference)
+        weight = next(self.encoder.parameters())
+        pipeline = self._diffusion().to(weight.device, weight.dtype)
+        drawn = []
+        for one in embedding.to(weight.device, weight.dtype):
+            noise = torch.Generator().manual_seed(0)
+            found = pipeline(
+                prompt="", image_embeds=one, num_inference_steps=self.steps, generator=noise, output_type="pt"
+            )
+            drawn.append(found.images.float())
+        return torch.cat(drawn).clamp(0, 1)
+
+    def _diffusion(self) -> Any:
+        if self._pipeline is None:
+            from diffusers import StableUnCLIPImg2ImgPipeline
+
+            self._pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+                self.place, image_encoder=self.encoder, feature_extractor=None, revision=self.revision
+            )
+            self._pipeline.set_progress_bar_config(disable=True)
+        return self._pipeline
+
+
+def nearest(embedding: Tensor, gallery: Tensor, count: int = 1) -> Tensor:
+    """The rows of ``gallery`` ``[G, N, E]`` nearest to each of ``embedding`` ``[B, N, E]`` by cosine, best first.
+
+    Returns:
+        ``[B, min(count, G)]`` long.
+    """
+    cosines = normalize(embedding.flatten(1).float(), dim=1) @ normalize(gallery.flatten(1).float(), dim=1).T
+    return cosines.topk(min(count, len(gallery)), dim=1).indices

@@ -1,0 +1,53 @@
+"""What watching costs a step: seconds of everything the watcher does, beside the step it watches.
+
+python benchmarks/watching.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds a step
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from visper.config import load_run
+from visper.training.clock import PARTS
+from visper.training.watch import Watcher
+
+
+def main() -> None:
+    """Prints one line."""
+    torch.set_num_threads(1)
+    logs = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    step = statistics.median(log["step_s"] for log in logs if "step_s" in log)
+    watch = Watcher(load_run("quickstart/pt"), Accelerator(cpu=True))
+    model = nn.Module()
+    model.objective = nn.Module()
+    model.objective.predictors = nn.ModuleList(nn.Linear(83, 83) for _ in range(100))  # 0.7M learning parameters
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    batch = {"labels": torch.ones(16, 141), "attention_mask": torch.ones(16, 141), "sample_ids": ["row"] * 16}
+    seconds = []
+    for number in range(200):
+        start = time.perf_counter()
+        for part in PARTS:
+            watch.clock.mark(part)
+        rows, tokens, unlabelled = watch.count([batch])
+        watch.counted(rows, tokens, 16, unlabelled, number)
+        watch.see({"loss": torch.tensor(1.0 / (number + 1)), "ntp": torch.tensor(1.0)}, batch)
+        watch.settle(number)
+        if number % 10 == 0:
+            watch.norms(model)
+            watch.report({"ntp": float(number)}, 10, number)
+        seconds.append(time.perf_counter() - start)
+    mean = statistics.mean(seconds[20:])
+    print(f"watching {mean * 1e3:.3f} ms of a step of {step * 1e3:.0f} ms: {mean / step:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""``visper look``: what the layers of a pre-trained student see in a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "look"
+
+
+def run(
+    model: Annotated[Path, typer.Argument(help="the output of a finished PT", metavar="MODEL")],
+    image: Annotated[Path, typer.Option("--image", help="a picture")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")],
+    prompt: Annotated[str | None, typer.Option(help="asked beside the picture")] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="to show the nearest of, where a teacher draws none; default: the run's own"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a change to its run, such as a teacher's place; repeat as needed"),
+    ] = None,
+) -> None:
+    """Draw every tapped layer's prediction beside the teacher's own output.
+
+    Example: `visper look runs/quickstart/pt --image scene.png -o seen.png`
+    """
+    from visper.data.complete import complete
+    from visper.data.images import open_image
+    from visper.evaluation.look import PROMPT, folder_gallery, look, needs_gallery, run_gallery
+    from visper.evaluation.predictions import load_pre_trained
+
+    picture = open_image(image)
+    found = load_pre_trained(model, overrides or [])
+    others = []
+    if needs_gallery(found):
+        others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
+    sheet = look(found, picture, prompt or PROMPT, others)
+    with complete(out) as partial:
+        sheet.save(partial, "PNG")
+    print(out)

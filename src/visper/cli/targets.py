@@ -1,0 +1,69 @@
+"""``visper targets``: the teachers' targets of a run, computed once."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+NAME = "targets"
+app = typer.Typer(help="Teachers' targets, computed once into a store that PT reads.", no_args_is_help=True)
+
+Recipe = Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes, such as data.geometry=pad")]
+Store = Annotated[Path, typer.Option("--out", help="the store's folder")]
+
+
+class Dtype(str, Enum):
+    """How targets are kept."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+@app.command("build")
+def build(
+    recipe: Recipe,
+    out: Store,
+    overrides: Overrides = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="default: the store's own, float16 for a new one")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="pictures a teacher is given at once")] = 32,
+    size: Annotated[bool, typer.Option("--size", help="only say how large the store becomes")] = False,
+) -> None:
+    """Compute the targets of a run's pictures. Safe to kill and repeat; `torchrun` shares the work among processes.
+
+    Example: `visper targets build llama3-8b-vit-l/pt --out targets/llava-558k --dtype int8`
+    """
+    from visper.config import load_run
+
+    settings = load_run(recipe, overrides or [])
+
+    from visper.training.build_targets import build_targets
+
+    build_targets(settings, out, None if dtype is None else dtype.value, batch, size)
+
+
+@app.command("check")
+def check(recipe: Recipe, out: Store, overrides: Overrides = None) -> None:
+    """Say whether the store has all targets of a run. Exit code 1: some are missing; 2: it is of other teachers.
+
+    Example: `visper targets check llama3-8b-vit-l/pt --out targets/llava-558k`
+    """
+    from visper.config import load_run
+
+    settings = load_run(recipe, overrides or [])
+
+    from visper.training.build_targets import build_targets
+    from visper.training.run import starting_processor
+    from visper.training.stored import open_targets
+
+    open_targets(settings, starting_processor(settings).image_processor, out)
+    plan = build_targets(settings, out, size_only=True)
+    missing = {task for part in plan.parts for task in part.tasks}
+    if missing:
+        Console().print(f"incomplete: {', '.join(sorted(missing))}")
+        raise typer.Exit(1)
+    Console().print(f"complete: {plan.pictures:,} pictures")

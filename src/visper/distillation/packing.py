@@ -1,0 +1,92 @@
+"""Targets as bytes and back: float32, float16, or eight bits with a scale a channel of each target.
+
+Eight bits take one scale a channel (over the tokens of a target), because backbones have a few channels that are
+always large: a scale a token would spend its range on these. A target of few tokens has a scale a token instead, which
+would otherwise cost more than what it scales. docs/targets.md has both measured.
+
+Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visper.distillation.teachers.base import TargetSpec
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+FEW_TOKENS = 16
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How targets of a shape are kept in ``dtype``, a key of ``DTYPES``."""
+
+    spec: TargetSpec
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"targets cannot be kept as '{self.dtype}': choose one of {', '.join(DTYPES)}")
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """Shape of a target's scales, which broadcasts to it; ``(0, 0)`` without."""
+        if self.dtype not in LARGEST:
+            return 0, 0
+        return (self.spec.tokens, 1) if self.spec.tokens < FEW_TOKENS else (1, self.spec.width)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of one packed target."""
+        values = self.spec.tokens * self.spec.width * DTYPES[self.dtype].itemsize
+        return values + self._scale_bytes
+
+    @property
+    def _scale_bytes(self) -> int:
+        return self.scales[0] * self.scales[1] * _SCALE_BYTES
+
+    def pack(self, targets_BNE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Values ``[B, N, E]`` in ``dtype`` and, for eight bits, scales ``[B, *scales]`` float32, both on the CPU.
+
+        Raises:
+            ValueError: a target is not finite, or too large for float16.
+        """
+        targets_BNE = targets_BNE.detach().float()
+        if not torch.isfinite(targets_BNE).all():
+            raise ValueError("the teacher gave a target that is not finite: try distillation.teacher_dtype=float32")
+        if self.dtype not in LARGEST:
+            values = targets_BNE.to(DTYPES[self.dtype])
+            if not torch.isfinite(values).all():
+                largest = float(targets_BNE.abs().max())
+                raise ValueError(f"a target of {largest:.3g} is beyond float16's 65504: keep targets as float32 or fp8")
+            return values.cpu(), None
+        over = 2 if self.scales[1] == 1 else 1
+        largest_B = targets_BNE.abs().amax(over, keepdim=True)
+        scale = torch.where(largest_B > 0, largest_B / LARGEST[self.dtype], torch.ones_like(largest_B))
+        scaled = (targets_BNE / scale).clamp(-LARGEST[self.dtype], LARGEST[self.dtype])
+        return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]).cpu(), scale.cpu()
+
+    def joined(self, values: Tensor, scales: Tensor | None) -> Tensor:
+        """One target ``[N, E]`` and its scales as ``[target_bytes]`` uint8: what travels with a batch."""
+        content = values.reshape(-1).view(torch.uint8)
+        return content if scales is None else torch.cat((scales.reshape(-1).view(torch.uint8), content))
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Targets ``[B, N, E]`` float32 of joined ones ``[B, target_bytes]``, on their device."""
+        shape = (len(packed), self.spec.tokens, self.spec.width)
+        # A slice begins anywhere; a copy of it begins where every type may be read.
+        values = packed[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype]).view(shape).float()
+        if not self._scale_bytes:
+            return values
+        scales = packed[:, : self._scale_bytes].flatten().clone().view(torch.float32)
+        return values * scales.view(len(packed), *self.scales)

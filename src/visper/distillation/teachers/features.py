@@ -1,0 +1,112 @@
+"""Any image encoder of transformers as teacher: its patch tokens at a layer (DINOv2, DINOv3, SigLIP 2, CLIP, ...)."""
+
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from visper.distillation.teachers.base import TargetSpec, Teacher
+from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.model.hub import sizes_of
+
+
+class FeaturesTeacher(Teacher):
+    """Target: the patch tokens of an encoder, without class token and registers, on the image's grid.
+
+    Args:
+        model: hub id or folder of an image encoder, or of a model that has one (CLIP, SigLIP).
+        size: pixels a side, a multiple of the patch size; default: the encoder's own. 576 tokens take 336 pixels in
+            patches of 14 (DINOv2) and 384 in patches of 16 (DINOv3, SigLIP 2).
+        layer: whose hidden state, as transformers counts them (0 = embeddings, -1 = last); default: the encoder's
+            output, which most encoders normalise once more.
+        trust_remote_code: run code that the model brings; read it first.
+        revision: commit, tag or branch of a hub id; default: its main branch.
+
+    Raises:
+        ValueError: an encoder that takes no square images, a layer it does not have, a size that does not divide.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        size: int | None = None,
+        layer: int | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
+        config = getattr(config, "vision_config", config)
+        self.encoder = loaded_whole(
+            AutoModel, model, config=config, trust_remote_code=trust_remote_code, revision=revision
+        )
+        takes = signature(self.encoder.forward).parameters
+        if "spatial_shapes" in takes:
+            raise ValueError(
+                f"'{model}' takes ragged patches (NaFlex), not square images: choose the checkpoint of one resolution, "
+                "such as google/siglip2-large-patch16-384"
+            )
+        own = _side(getattr(config, "image_size", 224))
+        size = size or own
+        self.layer = layer
+        # SigLIP and CLIP fit their positions to another size only when told to; the DINOs always do.
+        self.extras: dict[str, Any] = {}
+        if size != own and "interpolate_pos_encoding" in takes:
+            self.extras["interpolate_pos_encoding"] = True
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
+        self.freeze()
+        # What an encoder puts before its patches is known by trying, and a layer that is not there shows at once.
+        with torch.no_grad():
+            states = self._states(torch.zeros(1, 3, size, size, dtype=self.encoder.dtype))
+        rows, columns = self._grid(states, size)
+        self.spec = TargetSpec(rows * columns, states.shape[1 if states.ndim == 4 else 2], (rows, columns))
+
+    @classmethod
+    def planned_spec(cls, model: str | Path, size: int | None = None, **options: Any) -> TargetSpec:
+        """Read from the configuration alone where all tokens are patches; else by loading."""
+        trusted = bool(options.get("trust_remote_code", False))
+        config = sizes_of(str(model), "features teacher", trust_remote_code=trusted)
+        config = getattr(config, "vision_config", config)
+        # Stages that merge patches have depths or widths of their own.
+        in_stages = hasattr(config, "depths") or hasattr(config, "hidden_sizes")
+        if in_stages or not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
+            return cls(model, size=size, **options).spec
+        side = divided(size or _side(config.image_size), _side(config.patch_size), "features")
+        return TargetSpec(side * side, int(config.hidden_size), (side, side))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, rows * columns, width]``, row by row."""
+        states = self._states(pixels)
+        # Class token and registers come first.
+        return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, -self.spec.tokens :]
+
+    def _states(self, pixels: Tensor) -> Tensor:
+        if self.layer is None:
+            last: Tensor = self.encoder(pixels, **self.extras).last_hidden_state
+            return last
+        states = self.encoder(pixels, output_hidden_states=True, **self.extras).hidden_states
+        if not -len(states) <= self.layer < len(states):
+            raise ValueError(
+                f"'layer' is {self.layer}, but {type(self.encoder).__name__} has hidden states 0 (embeddings) to "
+                f"{len(states) - 1}: choose one of them"
+            )
+        chosen: Tensor = states[self.layer]
+        return chosen
+
+    def _grid(self, states: Tensor, size: int) -> tuple[int, int]:
+        if states.ndim == 4:
+            return states.shape[2], states.shape[3]
+        side = divided(size, _side(self.encoder.config.patch_size), "features")
+        if states.shape[1] < side * side:
+            raise ValueError(
+                f"{type(self.encoder).__name__} gives {states.shape[1]} tokens of a {size} pixel image, fewer than its "
+                f"{side} x {side} patches: it merges or drops some, so they lie on no grid; choose another encoder"
+            )
+        return side, side
+
+
+def _side(value: Any) -> int:
+    return int(value if isinstance(value, int) else value[0])

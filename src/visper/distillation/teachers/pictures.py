@@ -1,0 +1,76 @@
+"""Maps of classes and segments as pictures with the classes' names.
+
+Shapes: B = pictures, H, W = pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+NAMED_FROM = 0.01
+"""Share of a picture from which a segment is big enough to carry its name."""
+
+
+def class_colours(classes: int) -> Tensor:
+    """``[classes, 3]`` colours in 0..1: the bits of the class number spread over the channels, as VOC does."""
+    colours = torch.zeros(classes, 3, dtype=torch.long)
+    for bit in range(24):
+        colours[:, bit % 3] |= ((torch.arange(classes) >> bit) & 1) << (7 - bit // 3)
+    return colours / 255.0
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """One picture's segments.
+
+    Attributes:
+        segments: ``[H, W]`` long, the segment at each pixel; 0 where there is none.
+        classes: the class of each segment, by its number in ``segments``.
+        names: the names of these classes, by class.
+    """
+
+    segments: Tensor
+    classes: dict[int, int]
+    names: dict[int, str]
+
+
+def segment_pictures(found: Sequence[Segmentation], borders: bool) -> Tensor:
+    """``[B, 3, H, W]`` in 0..1: a colour for each class, its name on its larger segments.
+
+    Args:
+        found: segmentations of one size.
+        borders: draw a dark line where two segments meet (two of one class have the same colour).
+    """
+    return torch.stack([_picture(one, borders) for one in found])
+
+
+def _picture(found: Segmentation, borders: bool) -> Tensor:
+    segments = found.segments.cpu()
+    # Class 0 is a class like any other here: black is kept for pixels without a segment.
+    colour_of = torch.zeros(int(segments.max()) + 1, dtype=torch.long)
+    for number, index in found.classes.items():
+        colour_of[number] = index + 1
+    palette = class_colours(int(colour_of.max()) + 1)
+    picture = palette[colour_of[segments]]
+    if borders:
+        edge = torch.zeros_like(segments, dtype=torch.bool)
+        edge[1:] |= segments[1:] != segments[:-1]
+        edge[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+        picture[edge] = 0.1
+    image = Image.fromarray((picture * 255).byte().numpy())
+    _write_names(image, segments, found)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255.0
+
+
+def _write_names(image: Image.Image, segments: Tensor, found: Segmentation) -> None:
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(8, image.height // 26))
+    for number, index in found.classes.items():
+        places = (segments == number).nonzero()
+        if len(places) < NAMED_FROM * segments.numel():
+            continue
+        row, column = places.median(0).values.tolist()
+        draw.text((column, row), found.names[index], "white", font, "mm", stroke_width=1, stroke_fill="black")

@@ -1,0 +1,117 @@
+"""What the layers of a pre-trained student predict of pictures.
+
+Shape suffixes: S = pictures, N = teacher tokens, E = teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visper.config import ConfigError, Run, Stage, load_run
+from visper.distillation import Teacher
+from visper.evaluation.answers import model_inputs
+from visper.model import load_student
+from visper.training.assemble import build_teachers, build_training_model
+from visper.training.module import TrainingModel
+
+
+@dataclass(frozen=True)
+class PreTrained:
+    """What PT left: the run, its student with predictors and queries, and its teachers by task."""
+
+    run: Run
+    model: TrainingModel
+    teachers: Mapping[str, Teacher]
+
+
+def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTrained:
+    """Reads a finished PT run's folder back, in evaluation mode, on the GPU where there is one.
+
+    Args:
+        output: the folder with ``model/`` and ``distillation/``, or its ``model``.
+        overrides: changes to its run, such as ``distillation.tasks.depth.teacher.model=elsewhere``.
+
+    Raises:
+        ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learnt from.
+    """
+    folder = _folder_of(Path(output))
+    run = load_run(folder / "distillation" / "run.yaml", overrides)
+    on_gpu = torch.cuda.is_available()
+    half = on_gpu and run.optimisation.precision == "bfloat16"
+    student = load_student(folder, torch.bfloat16 if half else torch.float32)
+    try:
+        teachers = build_teachers(run)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.teacher.model=PLACE"
+        ) from error
+    model = build_training_model(run, student, teachers)
+    weights = load_file(folder / "distillation" / "weights.safetensors")
+    needed = {name for name in model.state_dict() if name.startswith(("objective.", "task_tokens."))}
+    if needed != set(weights):
+        different = sorted(needed ^ set(weights))
+        raise ConfigError(
+            f"'{folder / 'distillation'}' was saved with other tasks, layers or predictors than its run.yaml (with "
+            f"your changes) says: {len(different)} weights differ, such as '{different[0]}'"
+        )
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the predictors in '{folder / 'distillation'}' were trained with teachers of other shapes: {error}"
+        ) from error
+    device = "cuda" if on_gpu else "cpu"
+    return PreTrained(run, model.to(device).eval(), {task: teacher.to(device) for task, teacher in teachers.items()})
+
+
+def predict_pictures(
+    model: TrainingModel, pictures: Sequence[Image.Image], prompt: str, batch: int = 50
+) -> dict[str, Tensor]:
+    """Predictions ``{"depth/20": [S, N, E]}`` (float32, CPU) of every picture beside one prompt, without an answer.
+
+    The predictors read the text too: a caption would tell them what is there.
+    """
+    processor = model.processor
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pictures), batch):
+        chosen = list(pictures[start : start + batch])
+        inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
+        inputs = inputs.to(model.student.device, model.student.dtype)
+        rows = torch.arange(len(chosen), device=model.student.device)
+        predicted = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)
+        for name, value in predicted.items():
+            parts.setdefault(name, []).append(value.float().cpu())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def teacher_targets(teacher: Teacher, pictures: Sequence[Image.Image], batch: int = 100) -> Tensor:
+    """A teacher's targets ``[S, N, E]`` (float32, CPU) of pictures already in the run's geometry."""
+    parts = []
+    for start in range(0, len(pictures), batch):
+        pixels = torch.stack([teacher.preprocess(picture) for picture in pictures[start : start + batch]])
+        parts.append(teacher(pixels).float().cpu())
+    return torch.cat(parts)
+
+
+def _folder_of(output: Path) -> Path:
+    for folder in (output, output.parent):
+        if (folder / "distillation" / "weights.safetensors").is_file():
+            return folder
+    if not output.is_dir():
+        raise ConfigError(f"no folder '{output}': give the output of a finished PT run")
+    hint = "give the output of a finished PT run, with its folders 'model' and 'distillation'"
+    if (output / "run.yaml").is_file():
+        run = load_run(output / "run.yaml")
+        if run.stage is not Stage.PT:
+            before = f", here perhaps '{run.start_from}'" if run.start_from else ""
+            hint = f"stage '{run.stage}' keeps none, give the output of the PT before it{before}"
+        elif run.distillation is None:
+            hint = "this PT ran without 'distillation'"
+    raise ConfigError(f"'{output}' holds no embedding predictors: {hint}")

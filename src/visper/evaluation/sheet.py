@@ -1,0 +1,45 @@
+"""Pictures side by side, each with its caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP, CAPTION = 6, 24
+"""Pixels between tiles, and above a tile that has a caption."""
+
+COARSE = 128
+"""Pixels up to which a picture is a grid of cells: their edges are kept when it is made larger."""
+
+Tile = tuple[str, Image.Image]
+"""A caption (may be empty) and a picture."""
+
+
+def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Image:
+    """Rows of captioned pictures as one picture; rows may differ in length, and one without captions is set closer.
+
+    Args:
+        rows: tiles, row by row.
+        side: pixels a side of each tile; pictures are squashed to it.
+    """
+    tops = [CAPTION if any(caption for caption, _ in row) else 0 for row in rows]
+    width = max(len(row) for row in rows) * (side + GAP) + GAP
+    canvas = Image.new("RGB", (width, sum(tops) + len(rows) * (side + GAP)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
+    y = 0
+    for row, top in zip(rows, tops, strict=True):
+        for column, (caption, image) in enumerate(row):
+            x = GAP + column * (side + GAP)
+            draw.text((x + side / 2, y + top / 2), caption, fill="#1c2330", font=font, anchor="mm")
+            how = Image.Resampling.NEAREST if max(image.size) <= COARSE else Image.Resampling.LANCZOS
+            canvas.paste(image.convert("RGB").resize((side, side), how), (x, y + top))
+        y += top + side + GAP
+    return canvas
+
+
+def images_of(pictures: Tensor) -> list[Image.Image]:
+    """``[B, 3, H, W]`` in 0..1, as teachers draw them, as images."""
+    values = (pictures.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(value) for value in values]

@@ -1,0 +1,142 @@
+"""Low-rank updates of the LLM through peft: put in, kept apart in checkpoints, merged at the end.
+
+LoRA: arXiv 2106.09685. QLoRA: arXiv 2305.14314 (the frozen LLM in 4 bits; it is merged into the unquantized one).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from visper.config import ConfigError, Run
+from visper.model import Student, load_student
+
+ADAPTER = "adapter"
+"""Folder beside ``model/`` that holds the updates in peft's format, the projector's weights among them."""
+PROJECTOR = "multi_modal_projector"
+_LLM = "language_model"
+
+
+def add_updates(run: Run, student: Student) -> None:
+    """Puts the run's low-rank updates into the student's LLM, in place. Without 'lora' nothing happens.
+
+    Raises:
+        ConfigError: peft is not installed, or a target names no linear layer of the LLM.
+    """
+    if run.lora is None:
+        return
+    _need("peft", "lora")
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(peft_config(run, student), student.model)
+
+
+def peft_config(run: Run, student: Student) -> Any:
+    """What peft is told."""
+    from peft import LoraConfig
+
+    assert run.lora is not None
+    return LoraConfig(
+        r=run.lora.rank,
+        lora_alpha=run.lora.alpha,
+        lora_dropout=run.lora.dropout,
+        target_modules=rf".*\.{_LLM}\..*\.({'|'.join(_targets(run, student))})",
+    )
+
+
+def _targets(run: Run, student: Student) -> list[str]:
+    assert run.lora is not None
+    llm = student.model.model.language_model
+    linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
+    known = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linear})
+    if run.lora.targets == "all-linear":
+        return known
+    strange = [name for name in run.lora.targets if name not in known]
+    if strange or not run.lora.targets:
+        raise ConfigError(f"lora.targets names {strange or 'nothing'}: the LLM's linear layers are {', '.join(known)}")
+    return list(run.lora.targets)
+
+
+def quantized_student(run: Run) -> Student:
+    """The student of the stage before with its LLM in 4 bits (NF4, double quantization); the rest stays whole.
+
+    Raises:
+        ConfigError: no GPU, bitsandbytes is not installed, or the run does not start from a folder.
+    """
+    if run.start_from is None:
+        raise ConfigError("lora.quantize needs 'start_from': the stage before, or any folder this library saved")
+    _need("bitsandbytes", "qlora")
+    if not torch.cuda.is_available():
+        raise ConfigError("lora.quantize: 4bit needs a CUDA GPU, this machine has none: leave 'quantize' out")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["vision_tower", PROJECTOR, "lm_head"],
+    )
+    device = torch.cuda.current_device()
+    return load_student(run.start_from, quantization_config=settings, device_map={"": device})
+
+
+def save_adapter(run: Run, student: Student, folder: Path) -> None:
+    """Writes the updates as peft reads them: ``PeftModel.from_pretrained(the folder the stage started from, folder)``.
+
+    The projector learns beside them, so its weights lie there too (peft's ``modules_to_save``).
+    """
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True)
+    config = copy.copy(peft_config(run, student))
+    config.modules_to_save = [PROJECTOR]
+    config.base_model_name_or_path = run.start_from or (run.student.llm if run.student else None)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    weights: dict[str, Tensor] = get_peft_model_state_dict(student.model, state_dict=student.model.state_dict())
+    projector = student.model.model.multi_modal_projector
+    weights |= {f"model.{PROJECTOR}.{name}": value for name, value in projector.state_dict().items()}
+    named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merge_updates(run: Run, student: Student) -> Student:
+    """The student with its updates added to the weights they change: plain layers again.
+
+    A quantized LLM is not added to: its updates go into the unquantized one, which is loaded for it.
+    """
+    assert run.lora is not None
+    if run.lora.quantize is not None:
+        student = _onto_whole(run, student)
+    from peft.tuners.lora import LoraLayer
+
+    modules: list[tuple[str, Any]] = list(student.model.named_modules())
+    for name, module in modules:
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, last = name.rpartition(".")
+            setattr(student.model.get_submodule(parent), last, module.base_layer)
+    student.model.__dict__.pop("peft_config", None)
+    return student
+
+
+def _onto_whole(run: Run, quantized: Student) -> Student:
+    assert run.start_from is not None
+    whole = load_student(run.start_from)
+    add_updates(run, whole)
+    learnt = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
+    whole.model.load_state_dict(learnt, strict=False)
+    whole.processor = quantized.processor
+    return whole
+
+
+def _need(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"'lora' needs {package}, which is not installed: pip install 'visper-lm[{extra}]'")

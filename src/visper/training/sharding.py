@@ -1,0 +1,75 @@
+"""FSDP2: weights, gradients and optimizer state shared out over the processes, and whole again for what is written.
+
+The decoder's layers are gathered one at a time; everything else, the encoder included, makes one group that is gathered
+for the whole step, so that a process whose rows have no image never waits for one whose rows have. torch's
+``fully_shard`` is called here and not by accelerate, which knows it on GPUs only: what the tests run on two CPU
+processes is what a cluster runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from visper.training.module import TrainingModel
+
+
+def shard(model: TrainingModel, processes: int, bfloat16: bool) -> None:
+    """Shards ``model`` over all processes, in place.
+
+    Args:
+        bfloat16: layers are gathered and multiplied in it; learning weights and gradients' sums stay in float32.
+    """
+    on_gpu = torch.cuda.is_available()
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (processes,))
+    # Inputs keep their precision, as under autocast without sharding: the residual stream of a learning LLM is float32.
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = precision if bfloat16 else MixedPrecisionPolicy()
+    for layer in model.student.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``model``'s weights are shared out."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """The named tensors whole, on the CPU, one at a time.
+
+    Every process must call; those that do not ``keep`` get none.
+    """
+    found = {}
+    for name, tensor in named:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full.detach().cpu().contiguous()
+    return found
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Writes a whole ``value`` into a parameter, sharded or not."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def unshard(model: nn.Module, keep: bool) -> None:
+    """Puts whole weights on the CPU in place of the shards, for good: the model can be saved, but trains no more.
+
+    Every process must call; those that do not ``keep`` lose their weights.
+    """
+    done: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in done:
+                value = whole([(name, parameter)], keep).get(name, torch.empty(0))
+                done[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module.register_parameter(name, done[parameter])

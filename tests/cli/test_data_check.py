@@ -1,0 +1,144 @@
+"""A set is checked, repaired, sharded and trained from by its name, as people meet it: command by command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.data import published, server
+from tests.data.published import picture
+from tests.data.test_prepare import QUICK
+from visper.cli import app, main
+from visper.config import Run
+from visper.training import run_stage
+
+
+def call(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return done.exit_code, " ".join(done.output.split())
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    with server.serving() as shelf:
+        published.use_server(shelf, tmp_path / "catalogue", monkeypatch)
+        published.put_llava_665k(shelf)
+        yield shelf
+
+
+def totals(report: Path, source: str) -> dict[str, int]:
+    (file,) = json.loads(report.read_text())["files"]
+    return file["sources"][source]
+
+
+def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
+    root, report, drops = tmp_path / "data", tmp_path / "report.json", tmp_path / "dropped.jsonl"
+    assert call("data", "prepare", "llava-665k", "--root", root, "--drop-archives")[0] == 0
+    check = ("data", "check", "llava-665k", "--root", root, "--report", report, "--drop", drops)
+    code, said = call(*check)
+    assert code == 1 and "llava_v1_5_mix665k.json: 2 of 14 rows are unusable" in said, (
+        "one is lost, one corrupt for good"
+    )
+    ocr = {"rows": 6, "images": 6, "images present": 5, "not an image": 1, "missing image": 1, "unusable": 2}
+    assert totals(report, "ocr_vqa") == ocr
+    assert totals(report, "coco") == {"rows": 3, "images": 2, "images present": 2, "duplicate": 1}
+    assert totals(report, "(text only)") == {"rows": 1, "tag without image": 1}
+    assert len(drops.read_text().splitlines()) == 2
+
+    (root / "gqa/images/1.jpg").write_bytes(b"")
+    (root / "vg/VG_100K/1.jpg").write_bytes(picture(41)[:100])
+    (root / "textvqa/train_images/0a.jpg").unlink()
+    (root / "coco/train2017/000000000001.jpg").write_bytes(picture(1, "GIF", "P"))
+    code, said = call(*check)
+    assert code == 1 and "5 of 14 rows are unusable" in said
+    assert totals(report, "gqa")["empty image file"] == totals(report, "vg")["broken image"] == 1
+    assert totals(report, "coco")["mislabelled image"] == totals(report, "textvqa")["missing image"] == 1
+
+    shelf.requests.clear()
+    code, said = call(*check, "--repair")
+    assert code == 1 and "mended 4 images; 2 cannot be" in said and "2 of 14 rows are unusable" in said
+    assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
+    assert (root / "vg/VG_100K/1.jpg").read_bytes() == picture(41)
+    assert not any("train2017" in path for path, *_ in shelf.requests), "re-encoded, not fetched"
+    assert "mislabelled image" not in totals(report, "coco")
+
+
+def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "data"
+    call("data", "prepare", "llava-665k", "--root", root, "--drop-archives")
+    broken = root / "gqa/images/1.jpg"
+    broken.write_bytes(picture(21)[:100])
+    shelf.files.clear()
+    monkeypatch.setattr("visper.data.prepare.Patience", lambda: QUICK)
+    monkeypatch.setattr("sys.argv", ["visper", "data", "check", "llava-665k", "--root", str(root), "--repair"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "gqa/images.zip: no source gave it" in capsys.readouterr().err
+    assert broken.read_bytes() == picture(21)[:100]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llava-665k",), "Run `visper data prepare llava-665k --root"),
+        (("llava-656k",), "did you mean 'llava-665k'"),
+        (("gqa",), "rows of 'llava-665k' name its pictures"),
+        (("mmstar",), "has no rows to train on: it is for evaluation"),
+        (("rows.json",), "say with --images where"),
+        (("llava-665k", "--images", "x"), "leave out --images"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["check", "shard"])
+def test_what_cannot_be_looked_at_says_why(verb, arguments, message, tmp_path, monkeypatch, capsys):
+    more = ["--root", str(tmp_path), *(["--out", str(tmp_path / "s")] if verb == "shard" else [])]
+    monkeypatch.setattr("sys.argv", ["visper", "data", verb, *arguments, *more])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny_encoder):
+    """A user's own set in YAML: prepare, check, records, shards, and a step of training from either."""
+    photos, root = beside_project("photos", variable="VISPER_PHOTOS"), tmp_path / "data"
+    downloads = [
+        {"file": f"photos/{name}.json", "sources": [{"path": str(photos / f"{name}.json")}]}
+        for name in ("instruct", "pretrain")
+    ] + [
+        {"file": name, "sources": [{"path": str(photos / name)}], "unpack": [{"to": f"photos/{name}"}]}
+        for name in ("coco", "flickr")
+    ]
+    rows = [{"json": f"photos/{name}.json", "images": "photos"} for name in ("instruct", "pretrain")]
+    described = {"name": "photographs", "title": "t", "use": "stage ift", "licence": "l", "rows": rows}
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump({**described, "downloads": downloads}))
+    code, said = call("data", "prepare", mine, "--root", root)
+    assert code == 0 and "929 of 929 files that rows name are there" in said
+    assert "ready" in call("data", "list", mine, "--root", root)[1]
+
+    report = tmp_path / "report.json"
+    code, said = call("data", "check", mine, "--root", root, "--report", report)
+    found = json.loads(report.read_text())
+    assert code == 0 and found["unusable"] == 0 and len(found["files"]) == 2
+    lost = root / "photos" / json.loads((photos / "pretrain.json").read_text())[0]["image"]
+    whole = lost.read_bytes()
+    lost.write_bytes(whole[:500])
+    code, said = call("data", "check", mine, "--root", root)
+    assert code == 1 and "1 of 850 rows are unusable" in said
+    code, said = call("data", "check", mine, "--root", root, "--repair")
+    assert code == 0 and "mended 1 images" in said and lost.read_bytes() == whole
+
+    shards = tmp_path / "shards"
+    code, said = call("data", "shard", mine, "--root", root, "--out", shards, "--shard-mb", 4)
+    assert code == 0 and f"{found['rows']:,} rows in" in said
+    settings = {
+        "stage": "ift",
+        "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
+        "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+    }
+    for name, source in (("files", {"set": str(mine)}), ("shards", {"shards": str(shards)})):
+        data = {"root": str(root), "sources": [source], "group_by_length": True, "workers": 0, "max_tokens": 2048}
+        out = tmp_path / f"from-{name}"
+        run_stage(Run.model_validate({**settings, "name": name, "output": str(out), "data": data}))
+        assert json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"] > 0

@@ -1,0 +1,49 @@
+"""Teachers of a run: precision, and what is said of one that does not fit, before the data is read."""
+
+import pytest
+import torch
+
+from tests import tiny_teachers
+from visper.config import ConfigError, load_run
+from visper.training.assemble import build_teachers
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "depth": tiny_teachers.save(tiny_teachers.depth_model(), folder / "depth"),
+        "seg": tiny_teachers.save_oneformer(folder / "seg"),
+        "gen": tiny_teachers.save_unclip(folder / "gen"),
+    }
+
+
+def published(places, *changes):
+    """The published recipe on tiny teachers: its sizes, options and predictors."""
+    models = [f"distillation.tasks.{task}.teacher.model={place}" for task, place in places.items()]
+    return load_run("llama3-8b-vit-l/pt", [*models, *changes])
+
+
+def test_teachers_take_the_precision_of_the_recipe(places):
+    teachers = build_teachers(published(places, "distillation.teacher_dtype=bfloat16"))
+    for teacher in teachers.values():
+        assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    assert [teachers[task].spec.grid for task in places] == [(24, 24), (24, 24), None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["distillation.tasks.depth.teacher.size=70"], "25 queries for the teacher's 25 tokens do not divide among 8"),
+        (["distillation.tasks.depth.predictor={num_queries: 100}"], "100 queries cannot give the teacher's 576 tokens"),
+        (["distillation.tasks.seg.predictor={queries: states}"], "'distillation.tasks.seg.predictor.queries' to 'mat"),
+        (["distillation.tasks.gen.predictor={queries: matrix}"], "predictor.queries' to 'states'"),
+        (["distillation.tasks.seg.teacher.size=100"], "task 'seg'.*cells of 32 pixels"),
+        (["distillation.tasks.gen.teacher.subfolder=encoder"], "task 'gen'.*cannot load the unclip teacher"),
+        (["distillation.tasks.depth.teacher.kind=depth_anythin"], "did you mean 'depth_anything'"),
+        (["distillation.tasks.depth.teacher.sise=70"], "no option 'sise': did you mean 'size'"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_remedy(places, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_teachers(published(places, *changes))
