@@ -335,6 +335,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
+    imports = peak_gib("cpu")
     geometry = GEOMETRIES[options.geometry]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
@@ -346,7 +347,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             teachers = {t: teacher.to(device, dtype) for t, teacher in published_teachers(Path(folder)).items()}
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
-    print(f"{options.geometry}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print(
+        f"{options.geometry}, {machine}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{imports:.2f} GiB of the process's memory are imports\n"
+    )
     for number, size in enumerate(options.micro_batch):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

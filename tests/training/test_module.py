@@ -76,6 +76,44 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
 
 
+def test_recomputing_activations_changes_no_loss_and_no_gradient(model):
+    batch = batch_of(model)
+    terms, expected = model(**batch), gradients(model, batch)
+    model.recompute_activations()
+    model.train()
+    for name, term in model(**batch).items():
+        torch.testing.assert_close(term, terms[name], rtol=1e-6, atol=0)
+    recomputed = gradients(model, batch)
+    assert recomputed.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_frozen_encoder_keeps_nothing_for_the_backward_pass(model, recompute):
+    if recompute:
+        model.recompute_activations()
+    seen = []
+    model.student.model.vision_tower.register_forward_hook(
+        lambda _, args, output: seen.append(output.hidden_states[-2])
+    )
+    model.train()(**batch_of(model))
+    assert [states.requires_grad for states in seen] == [False]
+    assert seen[0].shape[0] == 2, "all images in one call, none for text rows"
+
+
+def test_padding_on_the_right_changes_no_term(model):
+    batch = batch_of(model)
+    terms = model(**batch)
+    longer = {
+        "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 9), value=7),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 9)),
+        "labels": torch.nn.functional.pad(batch["labels"], (0, 9), value=-100),
+    }
+    for name, term in model(**{**batch, **longer}).items():
+        torch.testing.assert_close(term, terms[name], rtol=1e-5, atol=1e-7)
+
+
 def test_a_batch_without_labels_is_zero_not_nan(model):
     batch = batch_of(model, images=0, text=2)
     batch |= {"labels": torch.full_like(batch["labels"], -100), "num_tokens": 1}

@@ -116,6 +116,21 @@ def test_micro_batches_of_one_times_eight_equal_one_of_eight(make, stage):
         torch.testing.assert_close(value, weights_8[name], rtol=0, atol=2e-4)
 
 
+def test_packing_changes_no_loss_and_no_weight(make):
+    results = []
+    for packing in (False, True):
+        split = {"global_batch": 8, "micro_batch": 4, "max_steps": 2, "packing": packing}
+        run = make("ift", name=f"packing-{packing}", optimisation=split)
+        results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
+    assert "visper" not in (run_folder(run) / "config.json").read_text(), "a plain LLaVA folder, whatever trained it"
+    (logs, weights), (packed_logs, packed_weights) = results
+    for padded, packed in zip(logs[:2], packed_logs[:2], strict=True):
+        for name in ("loss", "ntp", "grad_norm"):
+            assert packed[name] == pytest.approx(padded[name], rel=5e-5), name
+    for name, value in weights.items():
+        torch.testing.assert_close(packed_weights[name], value, rtol=0, atol=2e-4)
+
+
 def run_folder(run):
     return Path(run.output) / "model"
 
@@ -397,6 +412,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
         ),
         ({"optimisation": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
         ({"optimisation": {"freeze": ["vision"]}}, "freeze names 'vision'"),
+        ({"optimisation": {"packing": True}}, "packing.*distillation"),
+        ({"optimisation": {"attention": "flash_attention_3"}}, "optimisation.attention 'flash_attention_3'"),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_training(make, changes, message):

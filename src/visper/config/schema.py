@@ -165,6 +165,10 @@ class Optimisation(Section):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: bool = True
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
+    packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="the LLM's attention while training; default: the model's own choice"
+    )
     lr_of: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="part of the stage's table -> its own rate, e.g. {projector: 1e-3}"
     )
@@ -243,6 +247,8 @@ class Run(Section):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
         if self.distillation is not None and self.stage is not Stage.PT:
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
+        if self.distillation is not None and self.optimisation.packing:
+            raise ValueError("'optimisation.packing' goes with no 'distillation', whose rows hold one image: remove it")
         if self.lora is not None and self.stage is not Stage.IFT:
             why = "its LLM is frozen anyway" if self.stage is Stage.PT else "it trains the whole model"
             raise ValueError(f"'lora' belongs to stage 'ift', this is '{self.stage}' ({why}): remove it")

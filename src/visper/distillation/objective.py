@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visper.config import Distillation
 from visper.distillation.layout import KeyPlaces, TokenLayout
@@ -76,6 +77,8 @@ class EmbeddingDistillation(nn.Module):
         self.llm_width = llm_width
         self.contrastive_weight = contrastive_weight
         self.text_keys = text_keys
+        self.recompute = False
+        """Predictors keep no activations for the backward pass but are run again: theirs rival the LLM's."""
         self.predictors = nn.ModuleDict(
             {
                 f"{name}_{layer}": EmbeddingPredictor(llm_width, task.target, task.predictor)
@@ -149,11 +152,19 @@ class EmbeddingDistillation(nn.Module):
         places = layout.keys(name, image_rows, self.text_keys)
         own = layout.own_tokens(name, image_rows)
         predicted: dict[int, Tensor] = {}
+        matrix = queries[name] if task.predictor.queries == "matrix" else None
+
+        def embedding(layer: int, states_BLD: Tensor) -> Tensor:
+            states_RLD = states_BLD[image_rows]
+            query = matrix[None] if matrix is not None else _mean_state(states_RLD, own)
+            return self._predictor(name, layer, _gathered(states_RLD, places), query, places.mask)
+
         for layer in task.layers:
-            states_RLD = hidden[layer][image_rows]
-            from_matrix = task.predictor.queries == "matrix"
-            query = queries[name][None] if from_matrix else _mean_state(states_RLD, own)
-            predicted[layer] = self._predictor(name, layer, _gathered(states_RLD, places), query, places.mask)
+            if self.recompute and torch.is_grad_enabled():
+                again = checkpoint(embedding, layer, hidden[layer], use_reentrant=False, preserve_rng_state=False)
+                predicted[layer] = again
+            else:
+                predicted[layer] = embedding(layer, hidden[layer])
         return predicted
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TimmWrapperConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from visper.config import ConfigError
 
@@ -123,5 +123,7 @@ def _timm_config(name: str) -> PreTrainedConfig | None:
 
         found = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         if found is not None:
+            from transformers import TimmWrapperConfig  # imports timm, 20 MB
+
             return TimmWrapperConfig(architecture=found.architecture, pretrained_cfg=found.to_dict())
     return None

@@ -1,11 +1,36 @@
 """Losses become weights."""
 
-from visper.training.launch import start_processes
-from visper.training.module import TrainingModel
-from visper.training.run import is_finished, run_pipeline, run_stage
-from visper.training.stages import TRAINABLE, apply_stage, count_parts
-from visper.training.trainer import StageTrainer
-from visper.training.watch import NonFiniteLossError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visper.training.launch import start_processes
+    from visper.training.module import TrainingModel
+    from visper.training.run import is_finished, run_pipeline, run_stage
+    from visper.training.stages import TRAINABLE, apply_stage, count_parts
+    from visper.training.trainer import StageTrainer
+    from visper.training.watch import NonFiniteLossError
+
+PLACES = {
+    "TRAINABLE": "stages",
+    "NonFiniteLossError": "watch",
+    "StageTrainer": "trainer",
+    "TrainingModel": "module",
+    "apply_stage": "stages",
+    "count_parts": "stages",
+    "is_finished": "run",
+    "run_pipeline": "run",
+    "run_stage": "run",
+    "start_processes": "launch",
+}
+"""Fetched when first asked for: the engine alone brings 100 MB of libraries that a step by hand does not need."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+
 
 __all__ = [
     "TRAINABLE",

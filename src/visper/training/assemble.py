@@ -17,6 +17,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images
 from visper.data.lengths import measure
+from visper.data.packed import PackingCollator
 from visper.data.records import DataError, Drop, DropList, Record
 from visper.data.sampler import RowSampler
 from visper.data.sets import row_files
@@ -139,7 +140,7 @@ class StageData:
     """What the engine reads: rows, how they are batched, in which order; and the rows left out so far."""
 
     dataset: ConversationDataset
-    collator: Collator
+    collator: Collator | PackingCollator
     sampler: RowSampler
     drops: DropList
     num_rows: int
@@ -177,7 +178,8 @@ def build_data(
     has_image = dataset.has_image if lengths else None
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
-    collator = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
+    collator = PackingCollator(padded) if run.optimisation.packing else padded
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import Student, TaskTokens
+from visper.training.pack import borders
 
 NTP = "ntp"
 """Name of the next-token term."""
@@ -58,10 +59,15 @@ class TrainingModel(nn.Module):
         return self
 
     def recompute_activations(self) -> None:
-        """Turns gradient checkpointing on in the student; never re-entrant, which would lose the hooks' gradients."""
+        """Turns gradient checkpointing on in student and predictors; never re-entrant, which loses hooks' gradients."""
         # transformers 5.2x renamed the method; 5.17 has the old name only.
         enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        # transformers has also made the outputs of all embeddings ask for gradients, which only re-entrant
+        # checkpointing needs: a frozen encoder would keep its activations and be walked back through.
+        self.student.disable_input_require_grads()
+        if self.objective is not None:
+            self.objective.recompute = True
 
     def forward(
         self,
@@ -73,16 +79,19 @@ class TrainingModel(nn.Module):
         pixel_values: Tensor | None = None,
         image_rows: Tensor | None = None,
         targets: Mapping[str, Targets] | None = None,
+        position_ids: Tensor | None = None,
+        sample_lengths: list[int] | None = None,
     ) -> dict[str, Tensor]:
         """One micro-batch's share of the global loss.
 
         Args:
-            input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised.
+            input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
             num_tokens: supervised tokens in the global batch.
             num_images: samples with an image in the global batch.
             pixel_values: ``[B_img, 3, H, W]``.
             image_rows: ``[B_img]`` rows that have an image.
             targets: per task, with an objective.
+            position_ids, sample_lengths: of a packed row, ``B = 1`` (``data.packed``).
 
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
@@ -91,9 +100,10 @@ class TrainingModel(nn.Module):
         text_model = self.student.model.language_model
         tap: Any = HiddenStateTap(text_model, layers) if layers else contextlib.nullcontext({})
         with tap as hidden:
-            output = self.student.model(
-                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
-            )
+            # No mask: padding lies on the right, where causal attention never looks, and a mask would keep SDPA from
+            # its causal kernel.
+            packed = borders(text_model, position_ids, sample_lengths)
+            output = self.student.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False, **packed)
             ntp = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
             terms = {NTP: ntp}
             loss = ntp

@@ -41,6 +41,7 @@ from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, 
 from visper.training.launch import StoppedError
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
+from visper.training.pack import choose_attention
 from visper.training.plan import utilisation
 from visper.training.position import refuse_other_order
 from visper.training.rates import rate_of
@@ -54,7 +55,7 @@ MAY_DIFFER: dict[str, Any] = {
     "logging": True,
     "launch": True,
     "data": {"workers"},
-    "optimisation": {"micro_batch", "gradient_checkpointing"},
+    "optimisation": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
 }
 """What may change when a run is continued: how it is split, watched and stored, not what it computes."""
 
@@ -88,6 +89,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
+    choose_attention(run, student.model.model.language_model)
     targets = open_targets(run, student.processor.image_processor)
     teachers = build_teachers(run) if targets is None else targets.teachers()
     for task, teacher in teachers.items():

@@ -45,7 +45,7 @@ STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
-)
+) | {"position_ids", "sample_lengths"}
 
 
 class EpochCallback(TrainerCallback):
@@ -372,7 +372,7 @@ def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArgum
         bf16=opt.precision == "bfloat16",
         tf32=True if on_gpu else None,
         use_cpu=not on_gpu,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         save_strategy="steps",
         save_steps=run.logging.save_every,
         logging_steps=run.logging.every,
