@@ -8,8 +8,13 @@ bin=.venv/bin
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
 
 "$bin/visper" --help | expect quickstart
-for verb in quickstart train pipeline recipes chat evaluate look convert; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in quickstart train pipeline plan recipes chat evaluate look convert; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in "data list" "data prepare" "data check" "data shard" "targets build" "targets check"; do
+    "$bin/visper" $verb --help | expect Example
+done
 "$bin/visper" recipes | expect phi3-mini
+"$bin/visper" data list --root "$made/data" | expect llava-665k
+"$bin/visper" plan "$made/ift/run.yaml" --gpus 0 | expect peak
 "$bin/visper" recipes llama3-8b-vit-l/pt | expect "global_batch: 256"
 "$bin/visper" pipeline "$made/pt/run.yaml" "$made/ift/run.yaml" | expect finished
 picture=$(find "$made/world/images" -name 'held_out_*' | sort | sed -n 1p)

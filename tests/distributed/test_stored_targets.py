@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.logs import computed
 from tests.training.test_targets import files_of
 from visper.config import Run
 from visper.training import build_targets as building
@@ -70,7 +71,7 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert len(files_of(tmp_path / "one")) == 1 + 3 + 3 * 5
     run_stage(Run.model_validate(live))
-    one_logs, two_logs = (logs_of(tmp_path / name) for name in ("live", "stored"))
+    one_logs, two_logs = (computed(tmp_path / name) for name in ("live", "stored"))
     assert len(one_logs) == len(two_logs) == 2
     for one, two in zip(one_logs, two_logs, strict=True):
         for name, value in one.items():
@@ -78,7 +79,3 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("live", "stored"))
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-4)
-
-
-def logs_of(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines() if '"ntp"' in line]

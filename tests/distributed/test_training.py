@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.logs import computed
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
@@ -66,11 +67,7 @@ def train(recipe, *more):
 
 
 def logs(recipe):
-    """What was computed at each step: the losses and the gradient's norm, without times and memory."""
-    lines = (recipe.with_suffix("") / "log.jsonl").read_text().splitlines()
-    kept = ("step", "loss", "ntp", "grad_norm", "learning_rate")
-    entries = [json.loads(line) for line in lines if '"ntp"' in line]
-    return [{name: value for name, value in e.items() if name in kept or "/" in name} for e in entries]
+    return computed(recipe.with_suffix(""))
 
 
 def weights(recipe):

@@ -1,7 +1,6 @@
 """A targets store: what it makes of a run, and that training cannot tell it from the teachers."""
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 import visper.quickstart
 from tests import tiny, tiny_teachers
 from tests.data.killed import in_fork
+from tests.logs import computed
 from visper.cli import app
 from visper.config import ConfigError, Run, save_run
 from visper.data.records import DataError, DropList
@@ -64,9 +64,7 @@ def make(tiny_llm, tiny_encoder, rows, tmp_path, monkeypatch):
 
 def train(run):
     run_stage(run)
-    logs = [json.loads(line) for line in (Path(run.output) / "log.jsonl").read_text().splitlines()]
-    keep = [{k: v for k, v in log.items() if "runtime" not in k and "second" not in k} for log in logs]
-    return keep, load_file(Path(run.output) / "model" / "model.safetensors")
+    return computed(run.output), load_file(Path(run.output) / "model" / "model.safetensors")
 
 
 def files_of(store):
