@@ -4,6 +4,7 @@ image; and a run that is killed, told to stop, or loses a process goes on exactl
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,7 +111,10 @@ def test_two_ranks_equal_one_under_every_engine(images, make):
     train(one)
     for engine in ("ddp", "fsdp"):
         two = make("pt", engine, images, launch={"processes": 2, "engine": engine})
-        train(two)
+        said = train(two)
+        # Equal results prove nothing of sharding: ranks that quietly held everything would give them too.
+        share = re.search(r"sharded +([\d.]+)% of the weights on each of 2", said)
+        assert (share is not None and 49 < float(share[1]) < 55) if engine == "fsdp" else share is None
         assert_equal_runs(one, two)
 
 

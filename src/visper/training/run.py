@@ -104,7 +104,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         model.recompute_activations()
 
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
-        shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
+        share = shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
+        announce(console, "sharded", f"{share:.1%} of the weights on each of {state.num_processes} processes")
 
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:

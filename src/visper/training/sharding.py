@@ -19,11 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from visper.training.module import TrainingModel
 
 
-def shard(model: TrainingModel, processes: int, bfloat16: bool) -> None:
+def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     """Shards ``model`` over all processes, in place.
 
     Args:
         bfloat16: layers are gathered and multiplied in it; learning weights and gradients' sums stay in float32.
+
+    Returns:
+        The share of the weights that lies on this process.
     """
     on_gpu = torch.cuda.is_available()
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (processes,))
@@ -33,6 +36,8 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> None:
     for layer in model.student.model.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    return local / sum(p.numel() for p in model.parameters())
 
 
 def is_sharded(model: nn.Module) -> bool:
