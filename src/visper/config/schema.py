@@ -181,6 +181,8 @@ class Engine(str, Enum):
 
     DDP = "ddp"
     FSDP = "fsdp"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
 
     def __str__(self) -> str:
         return self.value
@@ -190,7 +192,7 @@ class Launch(Section):
     """How many processes train, and what they share. It decides speed and memory, not what is computed."""
 
     processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
-    engine: Engine = Field(default=Engine.DDP, description="ddp: each holds the model; fsdp: weights are shared out")
+    engine: Engine = Field(default=Engine.DDP, description="ddp, fsdp, zero2 or zero3: what each process holds")
     timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
 
 

@@ -40,10 +40,19 @@ from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, 
 from visper.training.launch import StoppedError
 from visper.training.module import TrainingModel
 from visper.training.position import refuse_other_order
-from visper.training.sharding import shard, unshard
+from visper.training.sharding import is_sharded, shard, unshard
 from visper.training.stages import count_parts
 from visper.training.stored import open_targets
-from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
+from visper.training.trainer import (
+    DROPPED,
+    STAGING,
+    StageTrainer,
+    check_split,
+    checkpoints,
+    is_last,
+    training_arguments,
+)
+from visper.training.zero import gather_once_a_step, uses_zero, zero_settings, zero_state
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
@@ -68,7 +77,9 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     """
     row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
+    timeout = timedelta(minutes=run.launch.timeout_minutes)
+    zero = uses_zero(run.launch)
+    state = zero_state(timeout) if zero else PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     if state.num_processes == 1 and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         raise ConfigError(
@@ -80,8 +91,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         claim_output(run, output, resume)
     state.wait_for_everyone()
     torch.manual_seed(run.seed)
+    check_split(run, state.num_processes)
     student = starting_student(run)
-    arguments = training_arguments(run, output, state.num_processes)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     targets = open_targets(run, student.processor.image_processor)
     teachers = build_teachers(run) if targets is None else targets.teachers()
@@ -97,10 +108,14 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
         shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
+    elif run.launch.engine is Engine.ZERO3 and zero:
+        gather_once_a_step(model)
 
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:
         watchers.append(tensorboard(output / "tensorboard"))
+    # Not earlier: once the arguments name ZeRO-3, transformers shares out whatever is loaded.
+    arguments = training_arguments(run, output, state.num_processes, zero_settings(run) if zero else None)
     trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
     found = checkpoints(output / "checkpoints")
@@ -111,6 +126,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
     else:
+        if newest is not None and zero:
+            trainer.restore(newest)  # while the weights are whole
         with stopping_on_sigterm(trainer):
             trainer.train(resume_from_checkpoint=newest)
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
@@ -118,7 +135,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
                 f"told to stop (SIGTERM): saved at step {trainer.state.global_step} of {trainer.state.max_steps} in "
                 f"{output / 'checkpoints'}; add --resume to go on"
             )
-    if trainer.sharded:
+    if is_sharded(model):
         unshard(model, keep=state.is_main_process)
     if state.is_main_process:
         finish(run, output, student, model)
