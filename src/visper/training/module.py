@@ -7,7 +7,7 @@ micro-batches and ranks is the same however the batch is split.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class TrainingModel(nn.Module):
         self.task_tokens = task_tokens
         self.objective = objective
         self.config = student.model.config  # the engine looks for it
+        self.blank_pictures = False
+        """For engines that sum gradients in the order they arrive in: batches without images then take the same way."""
         self._ids = (student.image_token_id, dict(student.task_token_ids))
         self.register_buffer("silent", torch.tensor(student.silent_ids), persistent=False)
         if task_tokens is not None:
@@ -90,7 +92,8 @@ class TrainingModel(nn.Module):
         layers = self.objective.layers if self.objective is not None else ()
         text_model = self.student.model.language_model
         tap: Any = HiddenStateTap(text_model, layers) if layers else contextlib.nullcontext({})
-        with tap as hidden:
+        blank = pixel_values is None and self.blank_pictures
+        with tap as hidden, self._blank_picture() if blank else contextlib.nullcontext():
             output = self.student.model(
                 input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
             )
@@ -107,7 +110,7 @@ class TrainingModel(nn.Module):
                 )
                 terms.update(distilled)
                 loss = loss + self.objective.total(distilled)
-        if pixel_values is None:
+        if pixel_values is None and not blank:
             loss = loss + self._untouched()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
@@ -149,6 +152,25 @@ class TrainingModel(nn.Module):
     def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor) -> Tensor:
         logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
         return F.cross_entropy(logits.index_fill_(1, self.silent, float("-inf")), wanted_T, reduction="sum")
+
+    @contextlib.contextmanager
+    def _blank_picture(self) -> Iterator[None]:
+        """Sends a blank picture where a real one would go, to no effect: behind the embedding, before the decoder."""
+        inner, size = self.student.model, self.config.vision_config.image_size
+
+        def look(module: nn.Module, args: Any, looked_up_BLD: Tensor) -> Tensor:
+            learning = inner.vision_tower.training
+            inner.vision_tower.eval()  # batch statistics are of pictures
+            pixels = torch.zeros(1, 3, size, size, device=looked_up_BLD.device)
+            features = torch.cat(list(inner.get_image_features(pixel_values=pixels).pooler_output))
+            inner.vision_tower.train(learning)
+            return looked_up_BLD + 0.0 * features.sum().to(looked_up_BLD.dtype)
+
+        handle = self.student.get_input_embeddings().register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _untouched(self) -> Tensor:
         """Zero that depends on the parameters a batch without images does not reach: DDP waits for each of them."""

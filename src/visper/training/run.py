@@ -52,7 +52,7 @@ from visper.training.trainer import (
     is_last,
     training_arguments,
 )
-from visper.training.zero import gather_once_a_step, uses_zero, zero_settings, zero_state
+from visper.training.zero import prepare_for_zero, uses_zero, zero_settings, zero_state
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
@@ -108,8 +108,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
         shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
-    elif run.launch.engine is Engine.ZERO3 and zero:
-        gather_once_a_step(model)
+    elif zero:
+        prepare_for_zero(run.launch, model)
 
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:

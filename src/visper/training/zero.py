@@ -75,12 +75,16 @@ def zero_settings(run: Run) -> dict[str, Any]:
     return settings
 
 
-def gather_once_a_step(model: TrainingModel) -> None:
-    """Tells ZeRO-3 what to gather together: each decoder layer, and all else at the start of a step.
+def prepare_for_zero(launch: Launch, model: TrainingModel) -> None:
+    """Makes all processes do the same in the same order, also those whose rows have no image.
 
-    As in ``sharding``: a process whose rows have no image must not wait for one whose rows have. By itself DeepSpeed
-    gathers each module when it is called, and all processes would have to call the same ones.
+    DeepSpeed sums gradients in the order they arrive in, and ZeRO-3 gathers a module's weights when it is called. So
+    batches without images send a blank picture along; and what ZeRO-3 gathers together is, as in ``sharding``, each
+    decoder layer, and all else at the start of a step.
     """
+    model.blank_pictures = True
+    if launch.engine is Engine.ZERO2:
+        return
     from deepspeed.utils import set_z3_leaf_modules
     from deepspeed.runtime.zero import register_external_parameter
 
