@@ -30,9 +30,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.config import ConfigError, Engine, Run, load_run, run_text, save_run
+from visper.config import ConfigError, Engine, Run, Stage, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
+from visper.data.records import DropList
 from visper.data.sets import row_files
 from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
@@ -99,8 +100,6 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
     data = build_data(run, student, teachers, console, targets)
-    if state.is_main_process:
-        data.drops.write(output / DROPPED)
     model = build_training_model(run, student, teachers)
     set_what_learns(run, model, student, console)
     if run.optimisation.gradient_checkpointing:
@@ -122,6 +121,10 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     newest = str(found[-1]) if resume and found else None
     if newest is not None:
         refuse_other_order(Path(newest), data)
+        before = DropList.read(output / DROPPED)  # also rows that were found bad while training
+        data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
+    if state.is_main_process:
+        data.drops.write(output / DROPPED)
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
@@ -194,10 +197,14 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
         )
     if checkpoints(output / "checkpoints") and not resume:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
-    if output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
-        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
     output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.partial-*"):  # of a run that was killed while it saved
+    # What a run that was killed leaves behind; killed at once, nothing else.
+    leftovers = {*output.glob(".*.partial-*"), *output.glob(".*.old-*")}
+    if not (output / "run.yaml").exists() and any(
+        path not in leftovers or not path.name.startswith(".run.yaml.") for path in output.iterdir()
+    ):
+        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
+    for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     shutil.rmtree(output / "checkpoints" / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))
@@ -217,9 +224,14 @@ def _refuse_other(run: Run, output: Path) -> None:
 
 
 def starting_student(run: Run) -> Student:
-    """The student that the stage starts with: assembled, or the stage before's."""
+    """The student that the stage starts with: assembled, or the stage before's.
+
+    Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
+    the memory.
+    """
     if run.student is not None:
-        return build_student(run.student, run.data.geometry)
+        frozen_llm = run.stage is Stage.PT and run.optimisation.precision == "bfloat16"
+        return build_student(run.student, run.data.geometry, "auto" if frozen_llm else torch.float32)
     assert run.start_from is not None
     student = load_student(run.start_from)
     processor = student.processor

@@ -242,6 +242,7 @@ class StageTrainer(Trainer):
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         kept = self._kept()
         strange = sorted(saved.keys() ^ kept.keys())
+        strange += [name for name in sorted(saved.keys() & kept.keys()) if saved[name].shape != kept[name].shape]
         if strange:
             raise ValueError(
                 f"checkpoint {resume_from_checkpoint} is of another model or stage: {len(strange)} parameters differ, "
@@ -349,7 +350,8 @@ def training_arguments(
         remove_unused_columns=False,
         disable_tqdm=True,  # our own bar shows the terms
         dataloader_num_workers=run.data.workers,
-        dataloader_persistent_workers=run.data.workers > 0,
+        # Workers that outlive an epoch would draw one number less from the random state than those of a resumed run.
+        dataloader_persistent_workers=False,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
         seed=run.seed,

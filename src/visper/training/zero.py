@@ -122,9 +122,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Any, saved: dict[str, Any]
         place = flat.device if base.defaults.get("fused") or base.defaults.get("capturable") else "cpu"
         base.state[flat] = {STEP: step.clone().to(place), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
     _link(optimizer)
-    for group, theirs, parameters in zip(
-        base.param_groups, saved["param_groups"], _groups(optimizer), strict=True
-    ):
+    for group, theirs, parameters in zip(base.param_groups, saved["param_groups"], _groups(optimizer), strict=True):
         group.update({name: value for name, value in theirs.items() if name != "params"})
         for parameter in parameters:
             for moment in MOMENTS:
