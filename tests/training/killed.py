@@ -1,8 +1,8 @@
 """Kills training with SIGKILL at random moments, again and again, goes on each time, and compares with a run that was
 left alone: run by test_killed.py.
 
-A moment is any touch of a file of the output (Python's audit events) or any forward. Each run is a fork of this process,
-which has one thread.
+A moment is any touch of a file of the output (Python's audit events) or any forward. Each run is a fork of this
+process, which has one thread.
 
     python -m tests.training.killed RUN.yaml FOLDER SEED ROUNDS
 """
@@ -67,8 +67,8 @@ def main() -> None:
     assert in_fork(lambda: run(recipe, folder / "alone", count_to=folder / "count")) == 0
     moments, expected = int((folder / "count").read_text()), result(folder / "alone")
     kills, differing = 0, []
+    output = folder / "killed"
     for number in range(rounds):
-        output = folder / "killed"
         points = []
         while True:
             points.append(chance.randint(1, moments))

@@ -45,7 +45,7 @@ def test_killed_at_random_moments(stage, tmp_path, tiny_encoder):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "tests.training.killed", str(recipe), str(tmp_path), str(SEED), str(ROUNDS)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] and not found["differing"], (found, done.stderr[-3000:])

@@ -85,8 +85,8 @@ def prepare_for_zero(launch: Launch, model: TrainingModel) -> None:
     model.blank_pictures = True
     if launch.engine is Engine.ZERO2:
         return
-    from deepspeed.utils import set_z3_leaf_modules
     from deepspeed.runtime.zero import register_external_parameter
+    from deepspeed.utils import set_z3_leaf_modules
 
     layers = model.student.model.language_model.layers
     set_z3_leaf_modules(model, [type(layers[0])])
@@ -146,7 +146,7 @@ def _set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:
 
 
 def _link(optimizer: Any) -> None:
-    """Tells ZeRO-2's parameters where their moments are: DeepSpeed does when the first group has stepped, before others."""
+    """Tells ZeRO-2's parameters where their moments are; DeepSpeed does so before any group but the first has some."""
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
