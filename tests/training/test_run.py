@@ -338,12 +338,13 @@ def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path)
 
 def test_rows_found_bad_while_training_are_still_named_after_a_resume(make, monkeypatch, tmp_path):
     cut_behind(monkeypatch, 3)
+    run = make("ift", data={"drop_limit": 0.1})
     with pytest.raises(Stop):
-        run_stage(make("ift"))
+        run_stage(run)
     monkeypatch.undo()
     found = DropList([Drop("rows/1/1", "unreadable image", "while loading")])
     found.write(tmp_path / "ift" / "dropped.jsonl")
-    run_stage(make("ift", data={"drop_limit": 0.1}), resume=True)
+    run_stage(run, resume=True)
     assert DropList.read(tmp_path / "ift" / "dropped.jsonl") == list(found)
 
 
