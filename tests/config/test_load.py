@@ -72,12 +72,26 @@ def test_an_override_needs_an_equals_sign():
         ("stage=ift", "'distillation' belongs to stage 'pt'"),
         ("start_from=x", "not both"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
+        ("optimisation.packing=true", "goes with no 'distillation'"),
     ],
 )
 def test_faults_name_file_key_and_remedy(override, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_run(RECIPE, [override])
     assert str(error.value).startswith(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("logging.watch.non_finite=skip", "goes with no launch.engine zero2.*launch.engine=fsdp"),
+        ("lora={quantize: 4bit}", "goes with launch.engine ddp, this is zero2"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_run("llama3-8b-vit-l/ift", ["launch.engine=zero2", setting])
+    load_run("llama3-8b-vit-l/ift", [setting])
 
 
 def test_all_faults_are_reported_at_once():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 
 from visper.data.sampler import RowSampler
 
@@ -49,3 +51,22 @@ def test_one_modality_alone_is_grouped_too(image: bool) -> None:
 def test_lengths_of_another_dataset_are_refused() -> None:
     with pytest.raises(ValueError, match="3 entries for 4 rows"):
         RowSampler(4, lengths=[1, 2, 3])
+
+
+@pytest.mark.parametrize("rows", [3, 13])
+def test_every_step_has_the_same_rows_however_the_batch_is_split(rows):
+    def steps(processes, micro_batch, skip=0):
+        sampler = RowSampler(rows, seed=5, global_batch=4)
+        sampler.set_epoch(2)
+        batches = BatchSampler(sampler, micro_batch, drop_last=False)
+        shares = [list(BatchSamplerShard(batches, processes, process)) for process in range(processes)]
+        a_step = 4 // processes // micro_batch  # micro-batches of one process
+        assert len({len(share) for share in shares}) == 1, "a process would run out of rows"
+        starts = range(skip * a_step, len(shares[0]), a_step)
+        return [sorted(row for share in shares for own in share[at : at + a_step] for row in own) for at in starts]
+
+    one = steps(1, 4)
+    assert all(len(step) == 4 for step in one) and {row for step in one for row in step} == set(range(rows))
+    for processes, micro_batch in ((1, 2), (1, 1), (2, 2), (2, 1), (4, 1)):
+        assert steps(processes, micro_batch) == one
+        assert steps(processes, micro_batch, skip=1) == one[1:], "continued behind the first step"

@@ -19,6 +19,7 @@ from transformers import (
     DINOv3ViTModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    LlamaForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -281,3 +282,20 @@ def test_parameters_are_saved_under_the_published_names(student, tmp_path):
         name.split(".layers.")[0] for name in load_file(tmp_path / "model" / "model.safetensors") if "layers" in name
     }
     assert heads == {"language_model.model", "vision_tower.vision_model.encoder"}
+
+
+def test_an_llm_kept_as_it_is_stored_gives_the_weights_of_one_loaded_whole_and_rounded(tmp_path, tiny_encoder):
+    LlamaForCausalLM.from_pretrained(tiny.save_llm(tmp_path / "llm"), dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "llm"
+    )
+    config = StudentConfig(llm=str(tmp_path / "llm"), encoder=str(tiny_encoder))
+    built = []
+    for dtype in (torch.float32, "auto"):
+        torch.manual_seed(0)
+        built.append(build_student(config, Geometry.SQUASH, dtype).model)
+    assert built[1].model.language_model.dtype == torch.bfloat16
+    for (name, whole), stored in zip(built[0].named_parameters(), built[1].parameters(), strict=True):
+        if "projector" in name:
+            assert stored.dtype == torch.float32 and torch.equal(stored, whole)
+        else:
+            assert torch.equal(stored.bfloat16(), whole.bfloat16()), name

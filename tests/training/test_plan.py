@@ -84,12 +84,15 @@ def test_traced_activations_are_those_a_real_step_holds(planner):
 
 def test_every_engine_has_a_figure_and_sharding_lowers_it(planner):
     alone = planner.machine
-    totals = {}
+    found = {}
     for engine in Engine:
         planner.machine = Machine(8, 80e9, engine, 1e15)
-        totals[engine] = planner.memory(planner.choice).parts["optimizer"]
+        found[engine] = planner.memory(planner.choice).parts
     planner.machine = alone
-    assert totals[Engine.FSDP] == totals[Engine.DDP] / 8
+    whole = found.pop(Engine.DDP)
+    assert {parts["optimizer"] for parts in found.values()} == {whole["optimizer"] / 8}
+    assert found[Engine.ZERO2]["weights"] == whole["weights"]
+    assert found[Engine.ZERO3]["weights"] == found[Engine.FSDP]["weights"] == whole["weights"] / 8
 
 
 def test_the_cheapest_change_that_fits_is_found(planner):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
@@ -349,6 +349,30 @@ def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path)
     run_stage(make("pt", data=data, optimisation={"global_batch": 16, "micro_batch": 8, "max_steps": 2}))
     dropped = [json.loads(line) for line in (tmp_path / "pt" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 2 and len({row["reason"] for row in dropped}) == 2
+
+
+def test_rows_found_bad_while_training_are_still_named_after_a_resume(make, monkeypatch, tmp_path):
+    cut_behind(monkeypatch, 3)
+    run = make("ift", data={"drop_limit": 0.1})
+    with pytest.raises(Stop):
+        run_stage(run)
+    monkeypatch.undo()
+    found = DropList([Drop("rows/1/1", "unreadable image", "while loading")])
+    found.write(tmp_path / "ift" / "dropped.jsonl")
+    run_stage(run, resume=True)
+    assert DropList.read(tmp_path / "ift" / "dropped.jsonl") == list(found)
+
+
+def test_a_checkpoint_of_another_model_is_refused(make, monkeypatch, tmp_path):
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(make("ift"))
+    monkeypatch.undo()
+    file = tmp_path / "ift" / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value[:-1] if "up_proj" in name else value for name, value in weights.items()}, file)
+    with pytest.raises(ValueError, match="of another model or stage: 4 parameters differ"):
+        run_stage(make("ift"), resume=True)
 
 
 def test_rows_of_a_drop_list_are_left_out_and_no_limit_counts_them(make, tmp_path, capsys):

@@ -212,6 +212,8 @@ class Engine(str, Enum):
 
     DDP = "ddp"
     FSDP = "fsdp"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
 
     def __str__(self) -> str:
         return self.value
@@ -221,7 +223,7 @@ class Launch(Section):
     """How many processes train, and what they share. It decides speed and memory, not what is computed."""
 
     processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
-    engine: Engine = Field(default=Engine.DDP, description="ddp: each holds the model; fsdp: weights are shared out")
+    engine: Engine = Field(default=Engine.DDP, description="ddp, fsdp, zero2 or zero3: what each process holds")
     timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
 
 
@@ -249,6 +251,16 @@ class Run(Section):
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
         if self.distillation is not None and self.optimisation.packing:
             raise ValueError("'optimisation.packing' goes with no 'distillation', whose rows hold one image: remove it")
+        engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
+        if zero and self.logging.watch.non_finite == "skip":
+            raise ValueError(
+                f"'logging.watch.non_finite: skip' goes with no launch.engine {engine}: DeepSpeed's optimizer has "
+                "moved before the loss is judged. Take 'stop', or launch.engine=fsdp"
+            )
+        if self.lora is not None and self.lora.quantize is not None and engine is not Engine.DDP:
+            raise ValueError(
+                f"'lora.quantize' goes with launch.engine ddp, this is {engine}: 4-bit weights have no shares"
+            )
         if self.lora is not None and self.stage is not Stage.IFT:
             why = "its LLM is frozen anyway" if self.stage is Stage.PT else "it trains the whole model"
             raise ValueError(f"'lora' belongs to stage 'ift', this is '{self.stage}' ({why}): remove it")

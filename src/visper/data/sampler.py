@@ -28,6 +28,8 @@ class RowSampler(Sampler[int]):
         group_size: rows that are to be alike: the global batch; with ``blocks`` the micro-batch times the processes.
         blocks: the shard of each row; a shard's rows then all go to one process, and are alike by micro-batch.
         processes: that share the blocks.
+        global_batch: an epoch is filled up to a multiple of it with rows from its start, so that its last step, too, is
+            the same however the batch is split, and no process runs out of rows.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class RowSampler(Sampler[int]):
         group_size: int = 1,
         blocks: Sequence[int] | npt.NDArray[np.int64] | None = None,
         processes: int = 1,
+        global_batch: int = 1,
     ) -> None:
         for name, values in (("lengths", lengths), ("has_image", has_image), ("blocks", blocks)):
             if values is not None and len(values) != num_rows:
@@ -48,6 +51,7 @@ class RowSampler(Sampler[int]):
         self.epoch = 0
         self.group_size = group_size
         self.processes = processes
+        self.global_batch = global_batch
         self.blocks = None if blocks is None else torch.as_tensor(blocks)
         if self.blocks is not None and len(self.blocks.unique()) < processes:
             raise ValueError(
@@ -62,7 +66,7 @@ class RowSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_rows
+        return -(-self.num_rows // self.global_batch) * self.global_batch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -73,7 +77,7 @@ class RowSampler(Sampler[int]):
             groups, rest = self._grouped(order, self.group_size, generator)
             # What fills no group comes last, so that the groups before it stay whole.
             order = torch.cat([*groups, *rest])
-        return iter(order.tolist())
+        return iter(order.repeat(-(-len(self) // max(1, self.num_rows)))[: len(self)].tolist())
 
     def _grouped(
         self, order: torch.Tensor, size: int, generator: torch.Generator

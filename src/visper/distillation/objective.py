@@ -190,10 +190,10 @@ class EmbeddingDistillation(nn.Module):
         for name, task in self.tasks.items():
             state = self.logit_scales[name].new_zeros(1, 1, self.llm_width)
             query = queries[name][None] if name in queries else state
+            # A real pass over one state of zeros, in the order of a real one: DeepSpeed sums gradients as they arrive.
+            predicted = {layer: self._predictor(name, layer, state, query, None) for layer in task.layers}
             for layer in task.layers:
-                # A real pass over one state of zeros: ZeRO-3 gathers a module's parameters only where it is called.
-                predicted = self._predictor(name, layer, state, query, None)
-                terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted.float().sum()
+                terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted[layer].float().sum()
                 terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()
         return terms
 

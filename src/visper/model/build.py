@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -89,8 +89,10 @@ class Student:
         return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
-def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Student:
-    """Assembles a student from published parts.
+def build_student(
+    config: StudentConfig, geometry: Geometry, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> Student:
+    """Assembles a student from published parts. With dtype "auto" these stay in the precision they are stored in.
 
     The projector is new (two linear layers with GELU between, ``mlp2x_gelu``); LLM and encoder bring their weights.
     Rows that the vocabulary gains are set to the mean of the rows it had.
@@ -101,6 +103,8 @@ def build_student(config: StudentConfig, geometry: Geometry, dtype: torch.dtype 
     with loading("student.llm", config.llm):
         llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code)
     tokenizer, encoder = _reading_parts(config)
+    if dtype == "auto":
+        return assemble_student(llm, tokenizer, encoder, config, geometry, torch.float32)
     encoder.model.to(dtype)
     return assemble_student(llm, tokenizer, encoder, config, geometry)
 
@@ -111,15 +115,17 @@ def assemble_student(
     encoder: Encoder,
     config: StudentConfig,
     geometry: Geometry,
+    projector_dtype: torch.dtype | None = None,
 ) -> Student:
     """A student from loaded parts, or from parts on the meta device: then it has everything but weights.
 
-    The tokenizer gains the image token, the task tokens and, where it has none, a padding token.
+    The tokenizer gains the image token, the task tokens and, where it has none, a padding token. The projector has the
+    LLM's precision, unless another is given.
     """
     task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    model = _assemble(llm, encoder, len(tokenizer), image_id, tokenizer.pad_token_id)
+    model = _assemble(llm, encoder, len(tokenizer), image_id, tokenizer.pad_token_id, projector_dtype)
     ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
     student = Student(model, processor, ids)
     model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
@@ -201,7 +207,12 @@ def _processor(
 
 
 def _assemble(
-    llm: PreTrainedModel, encoder: Encoder, vocabulary_size: int, image_id: int, pad_id: int | None
+    llm: PreTrainedModel,
+    encoder: Encoder,
+    vocabulary_size: int,
+    image_id: int,
+    pad_id: int | None,
+    projector_dtype: torch.dtype | None = None,
 ) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=encoder.model.config,
@@ -221,7 +232,7 @@ def _assemble(
     model.model.language_model = llm.get_decoder()
     model.lm_head = llm.get_output_embeddings()
     with llm.device:
-        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(llm.dtype)
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(projector_dtype or llm.dtype)
     for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
         linear.reset_parameters()
     old_size = model.get_input_embeddings().weight.shape[0]

@@ -107,5 +107,5 @@ class TaskTokens(nn.Module):
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         scale = embed_scale(embedding)
-        tokens = cls(ids, {task: weight[torch.tensor(task_ids)] * scale for task, task_ids in ids.items()})
+        tokens = cls(ids, {task: weight[torch.tensor(task_ids)].float() * scale for task, task_ids in ids.items()})
         return tokens.requires_grad_(False)

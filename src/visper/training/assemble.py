@@ -176,7 +176,8 @@ def build_data(
     processes = PartialState().num_processes
     alike = run.optimisation.global_batch if blocks is None else run.optimisation.micro_batch * processes
     has_image = dataset.has_image if lengths else None
-    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes)
+    batch = run.optimisation.global_batch
+    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes, batch)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     collator = PackingCollator(padded) if run.optimisation.packing else padded

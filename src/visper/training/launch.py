@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from visper.config import ConfigError, Launch
+from visper.training.zero import require_deepspeed
 
 
 class StoppedError(RuntimeError):
@@ -44,6 +45,7 @@ def start_processes(launch: Launch, command: Sequence[str]) -> bool:
         return False
     if launch.processes == 1:
         return False
+    require_deepspeed(launch)
     from torch.distributed.run import main
 
     try:

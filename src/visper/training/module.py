@@ -7,7 +7,7 @@ micro-batches and ranks is the same however the batch is split.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class TrainingModel(nn.Module):
         self.task_tokens = task_tokens
         self.objective = objective
         self.config = student.model.config  # the engine looks for it
+        self.blank_pictures = False
+        """For engines that sum gradients in the order they arrive in: batches without images then take the same way."""
         self._ids = (student.image_token_id, dict(student.task_token_ids))
         self.register_buffer("silent", torch.tensor(student.silent_ids), persistent=False)
         if task_tokens is not None:
@@ -99,7 +101,8 @@ class TrainingModel(nn.Module):
         layers = self.objective.layers if self.objective is not None else ()
         text_model = self.student.model.language_model
         tap: Any = HiddenStateTap(text_model, layers) if layers else contextlib.nullcontext({})
-        with tap as hidden:
+        blind = pixel_values is None
+        with tap as hidden, self._as_if_seen() if blind else contextlib.nullcontext():
             # No mask: padding lies on the right, where causal attention never looks, and a mask would keep SDPA from
             # its causal kernel.
             packed = borders(text_model, position_ids, sample_lengths)
@@ -117,8 +120,6 @@ class TrainingModel(nn.Module):
                 )
                 terms.update(distilled)
                 loss = loss + self.objective.total(distilled)
-        if pixel_values is None:
-            loss = loss + self._untouched()
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
@@ -160,8 +161,35 @@ class TrainingModel(nn.Module):
         logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
         return F.cross_entropy(logits.index_fill_(1, self.silent, float("-inf")), wanted_T, reduction="sum")
 
+    @contextlib.contextmanager
+    def _as_if_seen(self) -> Iterator[None]:
+        """Makes a batch without images depend on what reads them, to no effect, from where their features would enter.
+
+        DDP waits for every gradient, and FSDP sums a layer's where its input's arrives: on every process, or on none.
+        """
+
+        def look(module: nn.Module, args: Any, looked_up_BLD: Tensor) -> Tensor:
+            zero = self._blank_picture() if self.blank_pictures else self._untouched()
+            return looked_up_BLD + zero.to(looked_up_BLD.dtype)
+
+        handle = self.student.get_input_embeddings().register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _blank_picture(self) -> Tensor:
+        """Zero that a blank picture went all the way for."""
+        inner, size = self.student.model, self.config.vision_config.image_size
+        learning = inner.vision_tower.training
+        inner.vision_tower.eval()  # batch statistics are of pictures
+        pixels = torch.zeros(1, 3, size, size, device=self.silent.device)
+        features = torch.cat(list(inner.get_image_features(pixel_values=pixels).pooler_output))
+        inner.vision_tower.train(learning)
+        return 0.0 * features.sum()
+
     def _untouched(self) -> Tensor:
-        """Zero that depends on the parameters a batch without images does not reach: DDP waits for each of them."""
+        """Zero that depends on the parameters a batch without images does not reach."""
         vision = (self.student.model.vision_tower, self.student.model.multi_modal_projector)
         learning = [p for module in vision for p in module.parameters() if p.requires_grad]
         zero = self.silent.new_zeros((), dtype=torch.float32)

@@ -41,6 +41,9 @@ USABLE = 0.95
 """Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
 ADAM = 8
 """Bytes of AdamW's two float32 moments a learning parameter."""
+SHARDED_WEIGHTS = (Engine.FSDP, Engine.ZERO3)
+ZERO_BUFFER = 5e8 * 4
+"""Bytes that DeepSpeed gathers gradients in: its ``reduce_bucket_size``, in float32."""
 TEACHERS: dict[str, tuple[str, str]] = {
     "depth_anything": ("AutoModelForDepthEstimation", ""),
     "oneformer": ("OneFormerModel", "pixel_level_module.encoder"),
@@ -184,8 +187,8 @@ class Planner:
         weights = float(sum(t.nbytes for t in parameters))
         gradients = float(sum(p.nbytes for p in learning))
         moments = float(sum(p.numel() for p in learning) * ADAM)
-        sharded = choice.engine is Engine.FSDP
-        ways = machine.shards if sharded else 1
+        sharded = choice.engine in SHARDED_WEIGHTS
+        ways = 1 if choice.engine is Engine.DDP else machine.shards
         accumulates = opt.global_batch > choice.micro_batch * machine.shards or ways > 1
         images = max(1, round(choice.micro_batch * self.rows.pictures)) if self.rows.pictures else 0
         shape = StepShape(choice.micro_batch, self.rows.longest, self.rows.most_supervised, images)
@@ -197,6 +200,9 @@ class Planner:
             held.parts["gathered layers"] = 2.0 * _largest_layer(model) * (2 if opt.precision == "bfloat16" else 4)
             held.parts["gathered, all else"] = weights - sum(p.nbytes for p in layers)
         held.parts["optimizer"] = moments / ways
+        if choice.engine in (Engine.ZERO2, Engine.ZERO3) and ways > 1:
+            # DeepSpeed steps its own flat copy, and gathers gradients in a buffer of fixed size.
+            held.parts["DeepSpeed's copy and buffer"] = gradients / ways + ZERO_BUFFER
         if not choice.stored_targets:
             held.parts["teachers"] = sum(teacher.weights for teacher in self.teachers.values())
         held.parts["targets"] = self._targets()

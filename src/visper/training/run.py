@@ -31,9 +31,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.config import ConfigError, Engine, Run, load_run, run_text, save_run
+from visper.config import ConfigError, Engine, Run, Stage, load_run, run_text, save_run
 from visper.data.complete import complete, write_text
 from visper.data.images import with_geometry
+from visper.data.records import DropList
 from visper.data.sets import row_files
 from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
@@ -45,10 +46,19 @@ from visper.training.pack import choose_attention
 from visper.training.plan import utilisation
 from visper.training.position import refuse_other_order
 from visper.training.rates import rate_of
-from visper.training.sharding import shard, unshard
+from visper.training.sharding import is_sharded, shard, unshard
 from visper.training.stages import count_parts
 from visper.training.stored import open_targets
-from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last, training_arguments
+from visper.training.trainer import (
+    DROPPED,
+    STAGING,
+    StageTrainer,
+    check_split,
+    checkpoints,
+    is_last,
+    training_arguments,
+)
+from visper.training.zero import prepare_for_zero, uses_zero, zero_settings, zero_state
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
@@ -73,7 +83,9 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     """
     row_files(run.data)  # what is missing is said before anything is loaded
     output = Path(run.output)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
+    timeout = timedelta(minutes=run.launch.timeout_minutes)
+    zero = uses_zero(run.launch)
+    state = zero_state(timeout) if zero else PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     if state.num_processes == 1 and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         raise ConfigError(
@@ -85,8 +97,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         claim_output(run, output, resume)
     state.wait_for_everyone()
     torch.manual_seed(run.seed)
-    arguments = training_arguments(run, output, state.num_processes)
-
+    check_split(run, state.num_processes)
     student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.model.language_model)
@@ -95,8 +106,6 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
     data = build_data(run, student, teachers, console, targets)
-    if state.is_main_process:
-        data.drops.write(output / DROPPED)
     add_updates(run, student)
     model = build_training_model(run, student, teachers)
     set_what_learns(run, model, student, console)
@@ -106,10 +115,14 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
         share = shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
         announce(console, "sharded", f"{share:.1%} of the weights on each of {state.num_processes} processes")
+    elif zero:
+        prepare_for_zero(run.launch, model)
 
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
     if "tensorboard" in run.logging.report_to and state.is_main_process:
         watchers.append(tensorboard(output / "tensorboard"))
+    # Not earlier: once the arguments name ZeRO-3, transformers shares out whatever is loaded.
+    arguments = training_arguments(run, output, state.num_processes, zero_settings(run) if zero else None)
     trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
     trainer.watcher.operations, trainer.watcher.peak = utilisation(run, trainer.args.device)
@@ -117,10 +130,16 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     newest = str(found[-1]) if resume and found else None
     if newest is not None:
         refuse_other_order(Path(newest), data)
+        before = DropList.read(output / DROPPED)  # also rows that were found bad while training
+        data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
+    if state.is_main_process:
+        data.drops.write(output / DROPPED)
     announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
     else:
+        if newest is not None and zero:
+            trainer.restore(newest)  # while the weights are whole
         with stopping_on_sigterm(trainer):
             trainer.train(resume_from_checkpoint=newest)
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
@@ -128,7 +147,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
                 f"told to stop (SIGTERM): saved at step {trainer.state.global_step} of {trainer.state.max_steps} in "
                 f"{output / 'checkpoints'}; add --resume to go on"
             )
-    if trainer.sharded:
+    if is_sharded(model):
         unshard(model, keep=state.is_main_process)
     if state.is_main_process:
         finish(run, output, student, model)
@@ -187,10 +206,14 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
         )
     if checkpoints(output / "checkpoints") and not resume:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
-    if output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
-        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
     output.mkdir(parents=True, exist_ok=True)
-    for leftover in output.glob(".*.partial-*"):  # of a run that was killed while it saved
+    # What a run that was killed leaves behind; killed at once, nothing else.
+    leftovers = {*output.glob(".*.partial-*"), *output.glob(".*.old-*")}
+    if not (output / "run.yaml").exists() and any(
+        path not in leftovers or not path.name.startswith(".run.yaml.") for path in output.iterdir()
+    ):
+        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
+    for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     shutil.rmtree(output / "checkpoints" / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))
@@ -210,9 +233,14 @@ def _refuse_other(run: Run, output: Path) -> None:
 
 
 def starting_student(run: Run) -> Student:
-    """The student that the stage starts with: assembled, or the stage before's."""
+    """The student that the stage starts with: assembled, or the stage before's.
+
+    Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
+    the memory.
+    """
     if run.student is not None:
-        return build_student(run.student, run.data.geometry)
+        frozen_llm = run.stage is Stage.PT and run.optimisation.precision == "bfloat16"
+        return build_student(run.student, run.data.geometry, "auto" if frozen_llm else torch.float32)
     assert run.start_from is not None
     student = load_student(run.start_from)
     processor = student.processor

@@ -42,7 +42,18 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``model``'s weights are shared out."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "ds_id"):  # ZeRO-3's
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
 
 
 def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
@@ -52,7 +63,7 @@ def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in named:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = _whole(tensor)
         if keep:
             found[name] = full.detach().cpu().contiguous()
     return found

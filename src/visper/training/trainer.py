@@ -28,9 +28,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from visper.config import Run
+from visper.config import ConfigError, Run
 from visper.data.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
+from visper.training import zero
 from visper.training.assemble import StageData
 from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
 from visper.training.position import write_order
@@ -260,7 +261,10 @@ class StageTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
-        state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
+        if self.is_deepspeed_enabled:
+            state = zero.optimizer_state(self._bare(), self._optimizer(), keep=self.args.should_save)
+        else:
+            state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
@@ -269,13 +273,15 @@ class StageTrainer(Trainer):
         if checkpoint is None:
             return
         state = torch.load(Path(checkpoint) / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
+        if self.is_deepspeed_enabled:
+            zero.load_optimizer_state(self._bare(), self._optimizer(), state)
+        else:
+            set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
+    def _optimizer(self) -> Any:
+        """torch's optimizer, or DeepSpeed's around it, without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def restore(self, checkpoint: str) -> None:
         """Puts the weights of ``checkpoint`` into the model without training on.
@@ -289,6 +295,7 @@ class StageTrainer(Trainer):
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         kept = self._kept()
         strange = sorted(saved.keys() ^ kept.keys())
+        strange += [name for name in sorted(saved.keys() & kept.keys()) if saved[name].shape != kept[name].shape]
         if strange:
             raise ValueError(
                 f"checkpoint {resume_from_checkpoint} is of another model or stage: {len(strange)} parameters differ, "
@@ -342,24 +349,35 @@ def is_last(checkpoint: Path) -> bool:
     return bool(state.global_step >= state.max_steps)
 
 
-def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArguments:
-    """The engine's arguments for a run.
+def check_split(run: Run, processes: int) -> None:
+    """Refuses a global batch that does not divide into micro-batches and processes.
 
     Raises:
-        ValueError: the global batch does not divide into micro-batches and processes.
+        ConfigError: what it could be.
     """
-    opt = run.optimisation
-    together = opt.micro_batch * world_size
-    if opt.global_batch % together:
-        raise ValueError(
-            f"optimisation.global_batch {opt.global_batch} is not a multiple of micro_batch {opt.micro_batch} x "
-            f"{world_size} processes: choose a micro_batch that divides {opt.global_batch // world_size or 1}"
+    batch, micro = run.optimisation.global_batch, run.optimisation.micro_batch
+    if batch % processes:
+        raise ConfigError(
+            f"optimisation.global_batch {batch} is not a multiple of {processes} processes: start as many processes "
+            f"as divide {batch}, or change the batch"
         )
+    if batch % (micro * processes):
+        raise ConfigError(
+            f"optimisation.global_batch {batch} is not a multiple of micro_batch {micro} x {processes} processes: "
+            f"choose a micro_batch that divides {batch // processes}"
+        )
+
+
+def training_arguments(
+    run: Run, output: Path, world_size: int, deepspeed: dict[str, Any] | None = None
+) -> TrainingArguments:
+    """The engine's arguments for a run whose batch divides; ``deepspeed`` holds DeepSpeed's own settings."""
+    opt = run.optimisation
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(output / "checkpoints" / STAGING),
         per_device_train_batch_size=opt.micro_batch,
-        gradient_accumulation_steps=opt.global_batch // together,
+        gradient_accumulation_steps=opt.global_batch // (opt.micro_batch * world_size),
         learning_rate=opt.lr,
         lr_scheduler_type=opt.schedule,
         warmup_steps=opt.warmup_ratio,
@@ -369,9 +387,11 @@ def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArgum
         max_grad_norm=opt.max_grad_norm,
         num_train_epochs=opt.epochs,
         max_steps=opt.max_steps or -1,
-        bf16=opt.precision == "bfloat16",
+        bf16=opt.precision == "bfloat16" and deepspeed is None,  # which has autocast among its own settings
         tf32=True if on_gpu else None,
-        use_cpu=not on_gpu,
+        use_cpu=not on_gpu and deepspeed is None,
+        deepspeed=deepspeed,
+        accelerator_config={"use_configured_state": deepspeed is not None},
         optim="adamw_torch_fused",
         save_strategy="steps",
         save_steps=run.logging.save_every,
@@ -383,7 +403,8 @@ def training_arguments(run: Run, output: Path, world_size: int) -> TrainingArgum
         remove_unused_columns=False,
         disable_tqdm=True,  # our own bar shows the terms
         dataloader_num_workers=run.data.workers,
-        dataloader_persistent_workers=run.data.workers > 0,
+        # Workers that outlive an epoch would draw one number less from the random state than those of a resumed run.
+        dataloader_persistent_workers=False,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
         seed=run.seed,
