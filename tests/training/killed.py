@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.killed import in_fork
+from tests.logs import computed
 from visper.config import load_run
 from visper.training import run_stage
 from visper.training.trainer import StageTrainer
@@ -50,9 +51,7 @@ def run(recipe: str, output: Path, die_at: int = 0, count_to: Path | None = None
 
 
 def result(output: Path) -> tuple[list, dict]:
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    kept = [entry for entry in entries if "ntp" in entry]  # the others are of the clock
-    return kept, load_file(output / "model" / "model.safetensors")
+    return computed(output), load_file(output / "model" / "model.safetensors")
 
 
 def differences(one: tuple[list, dict], two: tuple[list, dict]) -> list[str]:

@@ -10,8 +10,9 @@ Shape suffixes: B = rows, L = sequence, D = LLM width, R = rows with an image, K
 tokens, E = teacher width, P = samples in the pool.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,12 +161,15 @@ class EmbeddingDistillation(nn.Module):
             return self._predictor(name, layer, _gathered(states_RLD, places), query, places.mask)
 
         for layer in task.layers:
-            if self.recompute and torch.is_grad_enabled():
-                again = checkpoint(embedding, layer, hidden[layer], use_reentrant=False, preserve_rng_state=False)
-                predicted[layer] = again
-            else:
-                predicted[layer] = embedding(layer, hidden[layer])
+            predicted[layer] = self._kept_or_not(embedding, layer, hidden[layer])
         return predicted
+
+    def _kept_or_not(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """What ``embedding`` gives; its activations are kept, or computed again where the backward pass needs them."""
+        if self.recompute and torch.is_grad_enabled():
+            again: Tensor = checkpoint(embedding, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return embedding(*arguments)
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the terms: what is added to the next-token loss."""
@@ -190,8 +194,11 @@ class EmbeddingDistillation(nn.Module):
         for name, task in self.tasks.items():
             state = self.logit_scales[name].new_zeros(1, 1, self.llm_width)
             query = queries[name][None] if name in queries else state
-            # A real pass over one state of zeros, in the order of a real one: DeepSpeed sums gradients as they arrive.
-            predicted = {layer: self._predictor(name, layer, state, query, None) for layer in task.layers}
+            # A real pass over one state of zeros, in the order of a real one, forth and back: ZeRO gathers weights
+            # where a module is called, and sums gradients as they arrive.
+            predicted = {
+                layer: self._kept_or_not(self._predictor, name, layer, state, query, None) for layer in task.layers
+            }
             for layer in task.layers:
                 terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted[layer].float().sum()
                 terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()

@@ -37,6 +37,7 @@ from visper.data.images import with_geometry
 from visper.data.records import DropList
 from visper.data.sets import row_files
 from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
+from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
 from visper.training.launch import StoppedError
@@ -49,15 +50,7 @@ from visper.training.rates import rate_of
 from visper.training.sharding import is_sharded, shard, unshard
 from visper.training.stages import count_parts
 from visper.training.stored import open_targets
-from visper.training.trainer import (
-    DROPPED,
-    STAGING,
-    StageTrainer,
-    check_split,
-    checkpoints,
-    is_last,
-    training_arguments,
-)
+from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last
 from visper.training.zero import prepare_for_zero, uses_zero, zero_settings, zero_state
 
 MAY_DIFFER: dict[str, Any] = {
