@@ -1,7 +1,7 @@
 """Builds the quickstart's bases: ``python -m visper.quickstart.bases --out DIR``.
 
 They play the part that published models play in a real run: an image encoder, an LLM that knows the texts, and three
-teachers. One thread, about an hour with the default minutes. Every part is a ``from_pretrained`` folder in float16,
+teachers. One thread, about two hours with the default minutes. Every part is a ``from_pretrained`` folder in float16,
 complete or absent; run the command again and finished parts are skipped. ``quality.json`` holds what each part
 scores on scenes of a series it was not trained on.
 """
@@ -27,7 +27,7 @@ BASES = Path(__file__).parent / "bases"
 """Where the bases that ship with the package lie."""
 TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
 """Scene series of the bases; worlds of the quickstart use other seeds."""
-MINUTES = {"encoder": 21.0, "llm": 17.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
+MINUTES = {"encoder": 21.0, "llm": 75.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
 
 Trainer = Callable[[Pictures, Pictures, Path, float], dict[str, float]]
 _TRAINERS: dict[str, Trainer] = {
@@ -46,7 +46,7 @@ def build_bases(
         out: folder of the bases; the drawn scenes are kept in ``out/.scenes`` while parts are missing.
         scenes: how many training scenes to draw (2 x with their mirror images).
         held_out: how many scenes to measure on.
-        minutes: wall time of each part's training, instead of ``MINUTES``.
+        minutes: processor time of each part's training, instead of ``MINUTES``.
     """
     out.mkdir(parents=True, exist_ok=True)
     spans = {**MINUTES, **(minutes or {})}

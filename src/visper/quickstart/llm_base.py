@@ -132,7 +132,7 @@ def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> t
 
 
 def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
-    """Train for ``minutes`` of wall time, save model and tokenizer in ``out``, return the held-out accuracy per
+    """Train for ``minutes`` of processor time, save model and tokenizer in ``out``, return the held-out accuracy per
     kind."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 5])

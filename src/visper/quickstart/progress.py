@@ -1,4 +1,4 @@
-"""A progress line for work that is measured by the clock, readable on a terminal and in a log file."""
+"""A progress line for work that is measured by processor time, readable on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import time
 
 
 class Progress:
-    """Counts steps until ``minutes`` of wall time have passed; prints about every ten seconds."""
+    """Counts steps until ``minutes`` of this process's processor time have passed; prints about every ten seconds.
+
+    Not of the clock: beside other jobs that would be less training, without a word.
+    """
 
     def __init__(self, name: str, minutes: float) -> None:
         self.name, self.seconds, self.steps = name, minutes * 60, 0
-        self._start = self._said = time.monotonic()
+        self._start, self._said = time.process_time(), time.monotonic()
         self._loss = 0.0
 
     def share(self) -> float:
         """How much of the time has passed, 0..1 (never less than the steps need to begin)."""
-        return min(1.0, (time.monotonic() - self._start) / self.seconds)
+        return min(1.0, (time.process_time() - self._start) / self.seconds)
 
     def step(self, loss: float) -> None:
         self.steps += 1

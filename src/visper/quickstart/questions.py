@@ -152,7 +152,7 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     """Balanced questions of all four kinds about ``scenes``, in the order of the scenes; at most about ``per_kind``
     of each.
 
-    The more scenes, the more questions survive the balancing: about 1.5 of each two-way kind per scene.
+    The more scenes, the more questions survive the balancing: about 1.5 of each kind per scene.
     """
     rng = np.random.default_rng([seed, 77])
     questions: list[Question] = []
@@ -160,8 +160,8 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     for kind in KINDS:
         every = [c for scene, objects in enumerate(scenes) for c in _CANDIDATES[kind](scene, objects)]
         balanced[kind] = _balanced(every, kind, rng)
-    # Relations are ten times as many as distances: left so, a model learns little else.
-    most = int(1.5 * min(map(len, balanced.values()))) if per_kind is None else per_kind
+    # Relations are ten times as many as distances, which are learnt slowest: left so, a model learns little else.
+    most = min(map(len, balanced.values())) if per_kind is None else per_kind
     for kind, chosen in balanced.items():
         if len(chosen) > most:
             # Cells lie one after another: an even stride thins them equally.
