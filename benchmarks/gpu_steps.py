@@ -51,8 +51,8 @@ def pre_training(geometry: Geometry, live: bool, options: argparse.Namespace, de
     if live:
         with tempfile.TemporaryDirectory() as folder:
             teachers = {task: t.to(device, dtype) for task, t in published(Path(folder)).items()}
-    counted = operations(geometry, build_model(geometry, device, dtype, False), device)
-    model = build_model(geometry, device, dtype, True)
+    counted = operations(geometry, build_model(geometry, device, dtype, 0.0), device)
+    model = build_model(geometry, device, dtype, 1.0)
     found = measure(geometry, model, teachers, options.micro_batch, options.steps, device)
     used = counted * options.micro_batch / found["step"] / options.peak
     share = sum(taken for part, taken in found.items() if part.startswith("teacher")) / found["step"]

@@ -160,7 +160,7 @@ def published_teachers(folder: Path) -> dict[str, Teacher]:
     return teachers
 
 
-def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointing: bool) -> TrainingModel:
+def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointing: float) -> TrainingModel:
     """A student with random weights and its objective, set up for PT."""
     image_token = geometry.llm["vocab_size"] - 1
     config = LlavaConfig(
@@ -183,7 +183,7 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if checkpointing:
-        model.recompute_activations()
+        model.recompute_activations(checkpointing)
     return model.train()
 
 
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[8])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--teachers", action="store_true", help="live teachers at published size; else given targets")
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
+    parser.add_argument("--checkpointing", type=float, default=1.0, help="share of the layers computed again, 0 to 1")
     parser.add_argument("--peak", type=float, default=989e12, help="the device's bf16 operations a second (H100, H200)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -340,8 +340,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     on_gpu = device == "cuda"
-    counted = operations(geometry, build_model(geometry, device, dtype, False), device) if on_gpu else 0.0
-    model = build_model(geometry, device, dtype, not options.no_checkpointing)
+    counted = operations(geometry, build_model(geometry, device, dtype, 0.0), device) if on_gpu else 0.0
+    model = build_model(geometry, device, dtype, options.checkpointing)
     teachers: dict[str, Teacher] = {}
     if options.teachers:
         with tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,12 @@ def test_overrides_win_and_numbers_are_numbers():
     assert run.optimisation.lr == 1e-4
 
 
+@pytest.mark.parametrize(("written", "share"), [("true", 1), ("false", 0), ("0.5", 0.5)])
+def test_checkpointing_is_all_nothing_or_a_share_of_the_layers(written, share):
+    run = load_run(RECIPE, [f"optimisation.gradient_checkpointing={written}"])
+    assert run.optimisation.gradient_checkpointing == share
+
+
 def test_text_of_digits_stays_text():
     assert load_run(RECIPE, ["name='123'", "optimisation.lr=2E-5"]).name == "123"
 
@@ -68,6 +74,7 @@ def test_an_override_needs_an_equals_sign():
         ("distillation.tasks.depth.layrs=[1]", "did you mean 'layers'"),
         ("data.geometry=round", "'data.geometry'.*squash.*found 'round'"),
         ("optimisation.global_batch=many", "optimisation.global_batch.*found 'many'"),
+        ("optimisation.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
         ("stage=ift", "'distillation' belongs to stage 'pt'"),
         ("start_from=x", "not both"),

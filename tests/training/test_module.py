@@ -76,10 +76,11 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
 
 
-def test_recomputing_activations_changes_no_loss_and_no_gradient(model):
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_recomputing_activations_changes_no_loss_and_no_gradient(model, share):
     batch = batch_of(model)
     terms, expected = model(**batch), gradients(model, batch)
-    model.recompute_activations()
+    model.recompute_activations(share)
     model.train()
     for name, term in model(**batch).items():
         torch.testing.assert_close(term, terms[name], rtol=1e-6, atol=0)
@@ -87,6 +88,13 @@ def test_recomputing_activations_changes_no_loss_and_no_gradient(model):
     assert recomputed.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_share_of_layers_that_are_recomputed_is_spread_evenly(model):
+    layers = model.student.model.language_model.layers
+    before = len(model.student.model.vision_tower.encoder.layers)
+    model.recompute_activations(0.5)
+    assert [layer.gradient_checkpointing for layer in layers] == [(at + before) % 2 == 1 for at in range(len(layers))]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

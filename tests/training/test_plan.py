@@ -46,8 +46,10 @@ def test_operations_of_a_step_are_what_torch_counts_of_its_matrices(planner):
 
 
 def test_recomputation_trades_memory_for_operations(planner):
-    kept, recomputed = (planner.trace(shape(planner, 8), ckpt, False) for ckpt in (False, True))
-    assert recomputed.peak < kept.peak and recomputed.operations > kept.operations
+    kept, half, recomputed = (planner.trace(shape(planner, 8), share, False) for share in (0.0, 0.5, 1.0))
+    assert recomputed.kept < half.kept < kept.kept
+    assert recomputed.operations > half.operations > kept.operations
+    assert recomputed.peak < kept.peak
 
 
 def test_traced_activations_are_those_a_real_step_holds(planner):

@@ -70,7 +70,7 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
         f"operations: {total:.3g} a step, {total * steps:.3g} in {steps:,} steps; teachers "
         f"{teachers / (student + teachers):.0%} of them (those of kinds tower, onnx and your own are not counted)"
     )
-    seconds = planner.seconds(opt.gradient_checkpointing)
+    seconds = planner.seconds()
     if seconds is None:
         console.print("time: not estimated on a CPU; a few steps of the run tell it")
     else:

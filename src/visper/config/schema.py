@@ -163,7 +163,9 @@ class Optimisation(Section):
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps, whatever the epochs")
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: float = Field(
+        1.0, ge=0, le=1, description="share of layers whose activations are computed again; true is 1, false 0"
+    )
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
     packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import Student, TaskTokens
@@ -60,11 +61,18 @@ class TrainingModel(nn.Module):
             vision.eval()
         return self
 
-    def recompute_activations(self) -> None:
-        """Turns gradient checkpointing on in student and predictors; never re-entrant, which loses hooks' gradients."""
+    def recompute_activations(self, share: float = 1.0) -> None:
+        """Turns gradient checkpointing on in student and predictors; never re-entrant, which loses hooks' gradients.
+
+        Args:
+            share: of the student's layers, evenly spread; the others keep their activations.
+        """
         # transformers 5.2x renamed the method; 5.17 has the old name only.
         enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        layers = [part for part in self.student.modules() if isinstance(part, GradientCheckpointingLayer)]
+        for at, layer in enumerate(layers):
+            layer.gradient_checkpointing = int((at + 1) * share) > int(at * share)
         # transformers has also made the outputs of all embeddings ask for gradients, which only re-entrant
         # checkpointing needs: a frozen encoder would keep its activations and be walked back through.
         self.student.disable_input_require_grads()

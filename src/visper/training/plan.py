@@ -69,10 +69,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """What can be changed to make a run fit."""
+    """What can be changed to make a run fit. ``checkpointing``: share of the layers computed again."""
 
     micro_batch: int
-    checkpointing: bool
+    checkpointing: float
     engine: Engine
     stored_targets: bool
     lora: bool
@@ -114,7 +114,7 @@ class Planner:
                 self.teachers[task] = self._teacher(task)
         self.rows: Rows = rows_of(run, self.first, self._student())
         self.process = _resident() if not machine.gpus else CUDA_CONTEXT
-        self.parts: list[PartCount] = count_parts(self._model(run.lora is not None, False))
+        self.parts: list[PartCount] = count_parts(self._model(run.lora is not None, 0.0))
         self._traces: dict[Any, Traced] = {}
 
     @property
@@ -132,7 +132,7 @@ class Planner:
         assert self.first.student is not None
         return build_skeleton(self.first.student)
 
-    def _model(self, lora: bool, checkpointing: bool) -> TrainingModel:
+    def _model(self, lora: bool, checkpointing: float) -> TrainingModel:
         from visper.training.run import set_what_learns  # which itself asks for a run's operations
 
         run = self.run if lora else self.run.model_copy(update={"lora": None})
@@ -144,10 +144,10 @@ class Planner:
             model = build_training_model(run, student, {t: PlannedTeacher(s) for t, s in self.specs.items()})
         set_what_learns(run, model, student, Console(quiet=True))
         if checkpointing:
-            model.recompute_activations()
+            model.recompute_activations(checkpointing)
         return model
 
-    def trace(self, shape: StepShape, checkpointing: bool, lora: bool, accumulates: bool = False) -> Traced:
+    def trace(self, shape: StepShape, checkpointing: float, lora: bool, accumulates: bool = False) -> Traced:
         """A micro-batch of ``shape``, each traced once."""
         key = (shape, checkpointing, lora, accumulates)
         if key not in self._traces:
@@ -229,7 +229,7 @@ class Planner:
         """Of an average row: the step's (nothing recomputed), the teachers'."""
         rows = self.rows
         shape = StepShape(1, rows.mean, rows.supervised, 1 if rows.pictures else 0)
-        student = self.trace(shape, False, self.run.lora is not None).operations
+        student = self.trace(shape, 0.0, self.run.lora is not None).operations
         return student, rows.pictures * sum(teacher.operations for teacher in self.teachers.values())
 
     def steps(self) -> int:
@@ -238,12 +238,13 @@ class Planner:
         whole = -(-self.rows.count * opt.epochs // opt.global_batch)
         return int(min(whole, opt.max_steps) if opt.max_steps else whole)
 
-    def seconds(self, recomputes: bool) -> float | None:
-        """Of the whole run at ``ASSUMED_MFU``; None where the device's peak is not known."""
+    def seconds(self) -> float | None:
+        """Of the whole run as it stands at ``ASSUMED_MFU``; None where the device's peak is not known."""
         if self.machine.peak is None:
             return None
         student, teachers = self.operations()
-        total = (student * (4 / 3 if recomputes else 1) + teachers) * self.run.optimisation.global_batch * self.steps()
+        student *= 1 + self.choice.checkpointing / 3
+        total = (student + teachers) * self.run.optimisation.global_batch * self.steps()
         return total / (self.machine.peak * ASSUMED_MFU * self.machine.shards)
 
     def disk(self) -> dict[str, float]:
@@ -303,7 +304,7 @@ def _choices(planner: Planner) -> list[Choice]:
     return [
         Choice(size, checkpointing, engine, store, low_rank)
         for size in micro
-        for checkpointing in sorted({now.checkpointing, True})
+        for checkpointing in sorted({now.checkpointing, *(s for s in (0.5, 1.0) if s > now.checkpointing)})
         for engine in engines
         for store in stored
         for low_rank in lora
@@ -314,7 +315,7 @@ def _cost(now: Choice, other: Choice) -> float:
     """Slowdown, roughly: what the choices are put in order by. LoRA trains another thing, so it comes last."""
     return (
         0.03 * math.log2(now.micro_batch / other.micro_batch)
-        + 0.33 * (other.checkpointing and not now.checkpointing)
+        + 0.33 * (other.checkpointing - now.checkpointing)
         + 0.10 * (other.engine != now.engine)
         + 0.05 * (other.stored_targets and not now.stored_targets)
         + 1.00 * (other.lora and not now.lora)
@@ -326,8 +327,9 @@ def describe(now: Choice, other: Choice) -> str:
     parts = []
     if other.micro_batch != now.micro_batch:
         parts.append(f"optimisation.micro_batch={other.micro_batch}")
-    if other.checkpointing and not now.checkpointing:
-        parts.append("optimisation.gradient_checkpointing=true (about a third more time)")
+    if other.checkpointing > now.checkpointing:
+        slower = (other.checkpointing - now.checkpointing) / 3
+        parts.append(f"optimisation.gradient_checkpointing={other.checkpointing:g} (about {slower:.0%} more time)")
     if other.engine != now.engine:
         parts.append(f"launch.engine={other.engine}")
     if other.stored_targets and not now.stored_targets:

@@ -103,7 +103,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     model = build_training_model(run, student, teachers)
     set_what_learns(run, model, student, console)
     if run.optimisation.gradient_checkpointing:
-        model.recompute_activations()
+        model.recompute_activations(run.optimisation.gradient_checkpointing)
 
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
         share = shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
