@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# These models are small: a second thread gains little on an idle machine, and on a busy one costs tens of times the time.
+# For the tests; the quickstart would choose the same. More threads than idle cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test lint clean

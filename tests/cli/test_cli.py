@@ -1,6 +1,7 @@
 """Every verb: its help has an example, it does its one thing, and people's mistakes end in one message."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -128,3 +129,17 @@ def test_data_is_checked_with_a_runs_tokenizer_then_sharded_and_trained_from(tra
     assert made.exit_code == 0 and "4 rows in 1 shards" in made.output
     source = f"data.sources=[{{shards: {shards}}}]"
     assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0
+
+
+@pytest.mark.parametrize(("set_before", "threads"), [(None, "1"), ("4", "4")])
+def test_the_quickstart_takes_one_thread_unless_told(monkeypatch, tmp_path, set_before, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_before:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_before)
+
+    def stands_in(*_):
+        raise ValueError(f"threads: {os.environ['OMP_NUM_THREADS']}")
+
+    monkeypatch.setattr("visper.quickstart.run.quickstart", stands_in)
+    result = CliRunner().invoke(app, ["quickstart", "--out", str(tmp_path)])
+    assert str(result.exception) == f"threads: {threads}"
