@@ -45,7 +45,8 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
+    """``tensor`` whole, whatever the engine. Every process must call."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3's
@@ -63,7 +64,7 @@ def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in named:
-        full = _whole(tensor)
+        full = gathered(tensor)
         if keep:
             found[name] = full.detach().cpu().contiguous()
     return found

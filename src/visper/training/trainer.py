@@ -36,7 +36,7 @@ from visper.training.assemble import StageData
 from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
 from visper.training.position import write_order
 from visper.training.rates import parameter_groups
-from visper.training.sharding import is_sharded, put, whole
+from visper.training.sharding import gathered, is_sharded, put, whole
 from visper.training.watch import Watcher
 
 WEIGHTS = "model.safetensors"
@@ -219,6 +219,11 @@ class StageTrainer(Trainer):
                 self.watcher.norms(self._bare())
         self.watcher.clock.mark(BACKWARD)
         return self._countable(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
+        """Of all processes: up to torch 2.14 or so, the norm of sharded gradients reads as this process's alone."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        return gathered(norm) if isinstance(norm, Tensor) else norm
 
     def _countable(self, value: Tensor) -> Tensor:
         """Where a step may be left out, what is not finite must not enter the sums that are logged."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from visper.config import Run
 from visper.data.records import DataError
 from visper.training.clock import DATA, PARTS, StepClock
+from visper.training.sharding import gathered
 from visper.training.stages import part_name
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Watcher:
             if parameter.grad is not None:
                 parts.setdefault(part_name(name).split(".")[0], []).append(parameter.grad.detach())
         for part, gradients in parts.items():
-            norms = [_whole(norm) for norm in torch._foreach_norm(gradients)]
+            norms = [gathered(norm) for norm in torch._foreach_norm(gradients)]
             self._norms[part] = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
     def report(self, terms: Mapping[str, float], steps: int, step: int) -> dict[str, float]:
@@ -202,10 +203,3 @@ def _rows_of(batch: Mapping[str, Any]) -> list[str]:
 
 def _some(rows: list[str], most: int = 64) -> str:
     return f"{rows[:most]}" + (f" and {len(rows) - most} more" if len(rows) > most else "")
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """A sharded gradient's norm is a sharded tensor: put together."""
-    full = getattr(norm, "full_tensor", None)
-    whole: Tensor = full() if full is not None else norm
-    return whole
