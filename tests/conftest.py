@@ -1,5 +1,9 @@
-"""What tests share: one thread, and where material outside the project lies (tests that need it skip without it)."""
+"""What tests share: one thread, the golden fixtures, and material outside the project.
 
+Tests that need such material skip where it is absent.
+"""
+
+import gzip
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 
+PROJECT_GOLDEN = Path(__file__).parent / "golden"
 BESIDE_PROJECT = Path(__file__).resolve().parents[2] / "shared"
 
 torch.set_num_threads(1)
@@ -35,18 +40,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Golden:
-    """The golden fixtures; see the README beside them."""
+    """Golden fixtures: ``tests/golden`` (see its README), or the set in the folder that ``$VISPER_GOLDEN`` names."""
 
     def __call__(self, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The ``config`` and the tensors of one fixture."""
-        folder = outside("golden", variable="VISPER_GOLDEN")
-        config = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["config"]
-        return config, load_file(folder / f"{name}.safetensors")
+        config = json.loads(self.path(f"{name}.json").read_text(encoding="utf-8"))["config"]
+        return config, load_file(self.path(f"{name}.safetensors"))
 
     @staticmethod
-    def is_here() -> bool:
-        """Whether there are fixtures at all."""
-        return (Path(os.environ.get("VISPER_GOLDEN", BESIDE_PROJECT / "golden"))).is_dir()
+    def path(name: str) -> Path:
+        """A file or folder of the set. A set without it is an error: nothing is skipped silently."""
+        folder = Path(os.environ.get("VISPER_GOLDEN") or PROJECT_GOLDEN)
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} has no {name}: unset VISPER_GOLDEN to use the project's fixtures")
+        return folder / name
+
+    def full_size(self, start: str) -> dict[str, list[int]]:
+        """Parameter names and shapes of the published full-size checkpoint whose name starts with ``start``."""
+        checkpoints = json.loads(gzip.decompress(self.path("g7_fullsize_keys.json.gz").read_bytes()))
+        (found,) = (shapes for name, shapes in checkpoints.items() if name.startswith(start))
+        return found
 
     @staticmethod
     def part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -62,7 +75,7 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden() -> Golden:
-    """Reads golden fixtures by name; the test skips where they are absent."""
+    """Reads golden fixtures by name."""
     return Golden()
 
 

@@ -3,9 +3,6 @@
 Names and shapes are the published ones (golden g7); our models are built at full size on the meta device.
 """
 
-import gzip
-import json
-
 import pytest
 
 from tests.interop.checkpoints import save_clip, save_published
@@ -25,12 +22,6 @@ ATTENTION_HEADS = {4096: 32, 3072: 32}
 HEAD = {"depth": 1, "dim_head": 32, "num_heads": 4, "ff_mult": 1}
 LEFT_OUT = {"pt": 16 + 64, "ift": 0, "probe_depth": 64, "probe_seg": 0, "probe_gen": 0}
 """MLPs 2 and 3 of two depth heads (4 tensors each); the depth teacher's DPT head."""
-
-
-@pytest.fixture(scope="module")
-def checkpoints(beside_project):
-    with gzip.open(beside_project("golden", "g7_fullsize_keys.json.gz", variable="VISPER_GOLDEN")) as file:
-        return json.load(file)
 
 
 def config_of(name, shapes):
@@ -74,8 +65,8 @@ CHECKPOINTS = (
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_published_name_is_a_parameter_of_ours_and_none_is_left_over(checkpoints, tmp_path, name):
-    shapes = next(shapes for key, shapes in checkpoints.items() if key.startswith(name))
+def test_every_published_name_is_a_parameter_of_ours_and_none_is_left_over(golden, tmp_path, name):
+    shapes = golden.full_size(name)
     found = {n: tuple(shape) for n, shape in shapes.items()}
     config = config_of(name, shapes) | {"mm_vision_tower": str(save_clip(tmp_path / "clip", CLIP_L, weights=False))}
     # Fewer entries in the tokenizer than rows in its table, as in Phi-3: no table grows, all shapes must be equal.
@@ -90,9 +81,8 @@ def test_every_published_name_is_a_parameter_of_ours_and_none_is_left_over(check
     assert all(tensor.is_meta for n, tensor in frame.state.items() if n.startswith("language_model."))
 
 
-def test_teachers_inside_the_student_are_left_out(checkpoints, tmp_path):
-    backbone = next(shapes for key, shapes in checkpoints.items() if key.startswith("teacher dav2"))
-    oneformer = next(shapes for key, shapes in checkpoints.items() if key.startswith("teacher oneformer"))
+def test_teachers_inside_the_student_are_left_out(golden, tmp_path):
+    backbone, oneformer = golden.full_size("teacher dav2"), golden.full_size("teacher oneformer")
     found = {f"dav2_backbone.{n}": tuple(s) for n, s in backbone.items()}
     found |= {f"oneformer.{n}": tuple(s) for n, s in oneformer.items()}
     (names,) = account(found, {}, tmp_path).values()

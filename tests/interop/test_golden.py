@@ -18,7 +18,8 @@ from visper.model import TaskTokens, load_student
 TOLERANCE = 2e-5
 """Largest difference seen: 4e-6 of the largest value (float32, another order of summation; SDPA against eager)."""
 
-IMAGE = -200
+IMAGE, IGNORED = -200, -100
+"""The published code's marks among the ids and the labels."""
 
 
 class Converted:
@@ -43,6 +44,7 @@ class Converted:
         self.state = state
         self.ids = variants.get(f"{variant}/input_ids", tensors["in/input_ids"])
         self.mask = variants.get(f"{variant}/attention_mask", tensors["in/attention_mask"])
+        self.vocabulary = sizes["llm"]["vocab_size"]
         self.image_rows = tensors["in/mask"].nonzero()[:, 0]
         self.inputs = self.expanded()
         self.whole = [row for row in self.image_rows.tolist() if self.inputs["attention_mask"][row].all()]
@@ -108,6 +110,13 @@ def published_outputs(tensors, variant, task, index):
     return value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
 
 
+def kept_tokens(ours, theirs):
+    """Of ``[B, N, E]`` the tokens that the fixture keeps: all, or (of depth, in the variants) every n-th."""
+    step, rest = divmod(ours.shape[1], theirs.shape[1])
+    assert step >= 1 and rest == 0
+    return ours[:, ::step]
+
+
 @pytest.fixture(scope="module")
 def pt(golden, tmp_path_factory):
     return Converted(golden, tmp_path_factory.mktemp("pt"))
@@ -116,7 +125,7 @@ def pt(golden, tmp_path_factory):
 def test_logits_and_every_layers_hidden_states(pt, golden):
     caught, logits = pt.states()
     real = pt.inputs["attention_mask"].bool()
-    assert golden.distance(logits[real][:, :300], pt.tensors["out/logits"][real]) < TOLERANCE
+    assert golden.distance(logits[real][:, : pt.vocabulary], pt.tensors["out/logits"][real]) < TOLERANCE
     for layer, states in caught.items():
         theirs = pt.tensors[f"out/hidden_states/{layer}"][real]
         assert golden.distance(states[real], theirs) < TOLERANCE, f"layer {layer}"
@@ -137,8 +146,7 @@ def compare_predictors(converted, golden, variant):
         ours = objective.predict(task, caught, layout, dict(tokens.queries), rows)
         for index, layer in enumerate(settings.layers):
             theirs = published_outputs(variants if variant else converted.tensors, variant, task, index)[rows]
-            mine = ours[layer][:, ::16] if variant and task == "depth" else ours[layer]
-            assert golden.distance(mine, theirs) < TOLERANCE, f"{task}, layer {layer}"
+            assert golden.distance(kept_tokens(ours[layer], theirs), theirs) < TOLERANCE, f"{task}, layer {layer}"
 
 
 def test_predictors_outputs(pt, golden):
@@ -180,9 +188,8 @@ def test_pt_without_task_tokens_keeps_its_heads_as_probes(golden, tmp_path, text
                 states = caught[layer][row : row + 1] if text else caught[layer][row : row + 1, : last + 1]
                 with torch.no_grad():
                     ours = probes[f"{task}_{layer}"](states)
-                ours = ours[:, ::16] if task == "depth" else ours
                 theirs = published_outputs(variants, variant, task, index)[row : row + 1]
-                assert golden.distance(ours, theirs) < TOLERANCE, f"{task}, layer {layer}"
+                assert golden.distance(kept_tokens(ours, theirs), theirs) < TOLERANCE, f"{task}, layer {layer}"
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -201,8 +208,9 @@ def test_ift_keeps_eight_tokens_a_task(golden, tmp_path, said):
     assert not (converted.folder / "distillation").exists()
     _, logits = converted.states()
     shifted = variants["ift_expand_emb/labels"][:, 1:]
-    learnt = shifted != IMAGE // 2
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1, :300][learnt], shifted[learnt])
+    learnt = shifted != IGNORED
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1, : converted.vocabulary][learnt], shifted[learnt])
     torch.testing.assert_close(loss, variants["ift_expand_emb/loss"][0], rtol=1e-5, atol=0)
     real = converted.inputs["attention_mask"].bool()
-    assert golden.distance(logits[real][:, :300], converted.tensors["out/logits"][real]) < TOLERANCE
+    ours, theirs = logits[real][:, : converted.vocabulary], converted.tensors["out/logits"][real]
+    assert golden.distance(ours, theirs) < TOLERANCE

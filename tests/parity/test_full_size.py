@@ -4,8 +4,6 @@ Not ours: the depth teacher's head (`da_v2_head`), which the published student c
 MLPs that no loss reads. The vocabularies differ: our task tokens and image token are entries of it.
 """
 
-import gzip
-import json
 import re
 
 import pytest
@@ -50,10 +48,8 @@ def place_of(name, layers):
         ("llama3-8b-vit-l/pt", Stage.IFT, "ift_llama3_8b"),
     ],
 )
-def test_published_checkpoints_fit_name_by_name(recipe, stage, checkpoint, beside_project):
-    file = beside_project("golden", "g7_fullsize_keys.json.gz", variable="VISPER_GOLDEN")
-    with gzip.open(file, "rt") as opened:
-        (published,) = [keys for name, keys in json.load(opened).items() if name.startswith(checkpoint)]
+def test_published_checkpoints_fit_name_by_name(recipe, stage, checkpoint, golden):
+    published = golden.full_size(checkpoint)
     run = load_run(recipe)
     student = build_skeleton(run.student)
     changes = {} if stage is Stage.PT else {"stage": stage, "distillation": None}

@@ -5,9 +5,6 @@ has that one. The fixture's gradients are of a sum over all outputs, so the grad
 from the output the loss reads: of the heads that have one output only, and of the depth head's first MLP.
 """
 
-import gzip
-import json
-
 import pytest
 import torch
 
@@ -90,11 +87,9 @@ def test_depth_head_gradients_with_all_published_outputs(golden):
         assert golden.distance(parameters[published_name(f"projector.{name}")].grad, gradient) < TOLERANCE, name
 
 
-def test_full_size_predictors_have_the_published_parameters(beside_project):
+def test_full_size_predictors_have_the_published_parameters(golden):
     """Names (through the table) and shapes of the published Llama-3-8B PT checkpoint's heads."""
-    with gzip.open(beside_project("golden", "g7_fullsize_keys.json.gz", variable="VISPER_GOLDEN")) as file:
-        checkpoints = json.load(file)
-    shapes = next(keys for name, keys in checkpoints.items() if name.startswith("pt_llama3"))
+    shapes = golden.full_size("pt_llama3")
     llm_width = shapes["model.embed_tokens.weight"][1]
     targets = {"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)}
     for task, target in targets.items():

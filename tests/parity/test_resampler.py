@@ -1,5 +1,7 @@
 """Our Perceiver resampler equals the published one: outputs and every gradient (golden fixture g1)."""
 
+import re
+
 import pytest
 import torch
 
@@ -48,17 +50,37 @@ def test_resampler_equals_the_published_one(golden, case):
         assert golden.distance(parameters[published_name(name)].grad, gradient) < TOLERANCE, name
 
 
-def test_initial_weights_are_the_published_ones(golden):
+@pytest.fixture
+def initial(golden):
+    """The published resampler's initial weights, and a maker of ours of the same sizes."""
     config, tensors = golden("g1_resampler")
-    weights = golden.part(tensors, "resampler_default_init/weight/")
-    if not weights:
-        pytest.skip("these fixtures hold no initial weights")
+    weights = from_published(golden.part(tensors, "resampler_default_init/weight/"))
+    assert weights, "the fixture has no initial weights"
     sizes = config["resampler"]
-    torch.manual_seed(5)
-    resampler = PerceiverResampler(
-        sizes["embedding_dim"], sizes["dim"], sizes["output_dim"], sizes["depth"], sizes["heads"], sizes["dim_head"],
-        sizes["ff_mult"], num_latents=sizes["num_queries"],
-    )  # fmt: skip
-    ours = resampler.state_dict()
-    for name, value in from_published(weights).items():
+    shape = [sizes[n] for n in ("embedding_dim", "dim", "output_dim", "depth", "heads", "dim_head", "ff_mult")]
+    return weights, lambda: PerceiverResampler(*shape, num_latents=sizes["num_queries"]).state_dict()
+
+
+def test_initial_weights_are_the_published_ones(golden, initial):
+    """Bit for bit from the seed that the fixture names, which shows that they are drawn in the same order too."""
+    weights, make = initial
+    seed = re.search(r"manual_seed\((\d+)\)", golden("g1_resampler")[0]["resampler_default_init"])
+    if seed is None:
+        pytest.skip("the fixture does not name the seed of its initial weights")
+    torch.manual_seed(int(seed.group(1)))
+    ours = make()
+    assert ours.keys() == weights.keys()
+    for name, value in weights.items():
         assert torch.equal(ours[name], value), name
+
+
+def test_initial_weights_are_distributed_as_the_published_ones(initial):
+    weights, make = initial
+    ours = make()
+    assert ours.keys() == weights.keys()
+    for name, value in weights.items():
+        if value.unique().numel() == 1:
+            assert torch.equal(ours[name], value), name
+        else:  # the relative error of a standard deviation is at most 1 / sqrt(n): six of them allow for chance
+            torch.testing.assert_close(ours[name].std(), value.std(), rtol=6 / value.numel() ** 0.5, atol=0, msg=name)
+            assert abs(ours[name].mean()) < 6 * value.std() / value.numel() ** 0.5, name

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlavaProcessor
 
-from tests.conftest import outside
+from tests.conftest import PROJECT_GOLDEN, Golden
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded, student_template
 from visper.data.images import build_image_processor
 from visper.data.records import DataError, parse_row
@@ -27,9 +27,8 @@ ENDLESS = 100_000
 
 
 @pytest.fixture(scope="module")
-def fixture() -> dict[str, Any]:
-    file = outside("golden", "g5_text.json", variable="VISPER_GOLDEN")
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+def fixture(golden: Golden) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(golden.path("g5_text.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -40,8 +39,10 @@ def cases(fixture: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def encoder(cases: dict[str, Any]) -> ConversationEncoder:
-    tokenizer = AutoTokenizer.from_pretrained(outside("tokenizers", "llama3"))
+def encoder(golden: Golden, cases: dict[str, Any]) -> ConversationEncoder:
+    # A set without its own excerpt of the tokenizer needs no other, unless its conversations differ: then ids differ.
+    own = golden.path("g5_text.json").parent / "g5_tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(own if own.exists() else PROJECT_GOLDEN / "g5_tokenizer")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     # The published system prompt, read from the fixture: it is no part of the LLM's template.
     first = cases["single_image_first"]["prompt"]

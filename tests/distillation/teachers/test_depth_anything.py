@@ -1,7 +1,5 @@
 """Depth Anything against the transformers model, and its original files."""
 
-import gzip
-import json
 import os
 import pickle
 
@@ -120,10 +118,9 @@ def test_an_original_file_is_the_transformers_model(small, original):
     assert not [name for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()) if tensor.is_meta]
 
 
-def test_every_name_of_the_published_large_file_has_its_place(beside_project):
+def test_every_name_of_the_published_large_file_has_its_place(golden):
     """Full size, without memory: 407 names and shapes of the file, each put somewhere, nothing left over."""
-    path = beside_project("golden", "g7_fullsize_keys.json.gz", variable="VISPER_GOLDEN")
-    names = json.loads(gzip.decompress(path.read_bytes()))["teacher dav2_backbone (prefix dav2_backbone.)"]
+    names = golden.full_size("teacher dav2_backbone")
     assert len(names) == 407
     model = from_original({name: torch.empty(shape, device="meta") for name, shape in names.items()})
     config = model.config
