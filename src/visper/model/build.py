@@ -41,6 +41,8 @@ from visper.model.task_tokens import random_rows, task_token_names
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 STUDENT_FILE = "student.json"
+ANSWERING_SIDE = "left"
+"""Where the tokenizer pads prompts: answers go on from their right end. Training pads in its collator, on the right."""
 
 MODEL_CARD = """---
 library_name: transformers
@@ -183,6 +185,8 @@ def _extend_vocabulary(tokenizer: PreTrainedTokenizerBase, config: StudentConfig
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = ANSWERING_SIDE
+    tokenizer.init_kwargs["padding_side"] = ANSWERING_SIDE  # or `save_pretrained` leaves it out where it was a default
     return names
 
 
@@ -302,7 +306,7 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **optio
     source = _student_place(folder)
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # never asks on the console
+        processor = _load_processor(source)
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
     names: dict[str, list[str]] = {}
@@ -320,9 +324,14 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
     try:
-        return AutoProcessor.from_pretrained(_student_place(folder), trust_remote_code=False)
+        return _load_processor(_student_place(folder))
     except OSError as error:
         raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
+
+
+def _load_processor(source: str) -> LlavaProcessor:
+    # Without trust_remote_code=False it may ask on the console.
+    return AutoProcessor.from_pretrained(source, trust_remote_code=False, padding_side=ANSWERING_SIDE)
 
 
 def _student_place(folder: str | Path) -> str:

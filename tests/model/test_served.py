@@ -1,0 +1,112 @@
+"""Saved students answer alike in stock transformers at every batch size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from tests import tiny
+from tests.conftest import outside
+from tests.data.test_chat import LLAMA_3, MARKERS, PHI_3
+from visper.config import Geometry
+from visper.config import Student as StudentConfig
+from visper.model import build_student, load_processor, load_student, save_student
+from visper.quickstart.bases import BASES
+
+# In a process that cannot import this package: eight questions of different length in one batch, then one by one.
+ASK = """
+import json, sys
+sys.modules["visper"] = None
+import torch
+from PIL import Image
+from transformers import pipeline
+torch.set_num_threads(1)
+ask = pipeline("image-text-to-text", model=sys.argv[1], dtype=torch.float32, device="cpu")
+words = ["Which", "sphere", "is", "closer", "to", "the", "camera", "?"]
+chats = []
+for i in range(8):
+    picture = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 10 + 9 * i).convert("RGB")
+    content = [dict(type="image", image=picture), dict(type="text", text=" ".join(words[-1 - i:]))]
+    chats.append([dict(role="user", content=content)])
+def answers(size):
+    options = dict(batch_size=size, max_new_tokens=12, do_sample=False, return_full_text=False)
+    return [out[0]["generated_text"] for out in ask(text=chats, **options)]
+print(json.dumps([answers(8), answers(1)]))
+"""
+
+
+def quickstart(folder: Path) -> Path:
+    return BASES / "llm"
+
+
+def with_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bytes_with(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.add_tokens(MARKERS, special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def llama_3_style(folder: Path) -> Path:
+    tokenizer = bytes_with(LLAMA_3)
+    tokenizer.pad_token = None  # as published
+    return with_tokenizer(folder, tokenizer)
+
+
+def phi_3_style(folder: Path) -> Path:
+    return with_tokenizer(folder, bytes_with(PHI_3))
+
+
+def llama_3(folder: Path) -> Path:
+    return with_tokenizer(folder, AutoTokenizer.from_pretrained(outside("tokenizers", "llama3")))
+
+
+@pytest.mark.parametrize("make_llm", [quickstart, llama_3_style, phi_3_style, llama_3], ids=lambda make: make.__name__)
+def test_answers_of_stock_transformers_are_those_of_batch_1_at_batch_8(make_llm, tmp_path, tiny_encoder):
+    config = StudentConfig(llm=str(make_llm(tmp_path / "llm")), encoder=str(tiny_encoder))
+    torch.manual_seed(0)  # the projector
+    save_student(build_student(config, Geometry.SQUASH), tmp_path / "model")
+    asked = subprocess.run([sys.executable, "-c", ASK, tmp_path / "model"], check=True, capture_output=True, text=True)
+    together, apart = json.loads(asked.stdout.splitlines()[-1])
+    assert together == apart
+    assert len(set(apart)) > 2  # or the test would see nothing
+
+
+def test_prompts_are_padded_on_the_left_whatever_the_llms_tokenizer_says(tmp_path, tiny_encoder):
+    config = StudentConfig(llm=str(llama_3_style(tmp_path / "llm")), encoder=str(tiny_encoder))
+    student = build_student(config, Geometry.SQUASH)
+    assert student.processor.tokenizer.padding_side == "left"
+    save_student(student, tmp_path / "model")
+    assert AutoProcessor.from_pretrained(tmp_path / "model").tokenizer.padding_side == "left"
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").padding_side == "left"
+
+
+def test_a_students_folder_that_pads_on_the_right_is_saved_padding_on_the_left(tmp_path, tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    student.processor.tokenizer.padding_side = "right"
+    save_student(student, tmp_path / "old")
+    assert AutoTokenizer.from_pretrained(tmp_path / "old").padding_side == "right"
+    assert load_processor(tmp_path / "old").tokenizer.padding_side == "left"
+    save_student(load_student(tmp_path / "old"), tmp_path / "new")
+    assert AutoTokenizer.from_pretrained(tmp_path / "new").padding_side == "left"
+
+
+def test_the_saved_tokenizer_alone_has_the_students_template(tmp_path, tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    save_student(student, tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == student.processor.chat_template
