@@ -24,8 +24,10 @@ IGNORED = -100
 _SENTINEL = "\ue000{}\ue001"
 _SENTINELS = re.compile("\ue000(\\d+)\ue001")
 
-# Messages with list contents become messages with strings, then the LLM's own template goes on. The image leads its
-# turn, as in the published prompt: image, task tokens, newline, text.
+# Each message's content becomes a string, then the LLM's own template goes on. The image leads its turn, as in the
+# published prompt: image, task tokens, newline, text. An `<image>` written into a user's text is the place of an image,
+# as in LLaVA's rows, and of one more only where there are more tags than image parts. Servers that inspect a template's
+# syntax tree (vLLM) take it for one of content parts only if it has a plain loop over `message['content']`.
 _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- set system_prompt = SYSTEM_PROMPT -%}
 {%- set fold_system = FOLD_SYSTEM -%}
@@ -35,22 +37,27 @@ _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- else -%}{%- set turns.list = [{'role': 'system', 'content': system_prompt}] -%}{%- endif -%}
 {%- endif -%}
 {%- for message in messages -%}
-{%- set parts = namespace(images='', text='', shown=false, said=false) -%}
+{%- set parts = namespace(images=0, text='', said=false, lead='') -%}
 {%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}
-{%- else -%}
-{%- for part in message['content'] or [] -%}
-{%- if part['type'] == 'image' -%}
-{%- set parts.images = parts.images ~ IMAGE_BLOCK -%}{%- set parts.shown = true -%}
-{%- elif part['type'] == 'text' -%}
-{%- set parts.text = parts.text ~ part['text'] -%}{%- set parts.said = true -%}
+{%- elif message['content'] is not none -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set parts.images = parts.images + 1 -%}
+{%- elif part['type'] == 'text' -%}{%- set parts.text = parts.text ~ part['text'] -%}{%- set parts.said = true -%}
+{%- else -%}{{- raise_exception("expected content parts of type 'image' or 'text', found '" ~ part['type'] ~ "'") -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if parts.shown and parts.said -%}{%- set parts.images = parts.images ~ '\\n' -%}{%- endif -%}
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
-{%- set parts.images = lead.text ~ parts.images -%}{%- set lead.text = '' -%}
+{%- set parts.lead = lead.text -%}{%- set lead.text = '' -%}
+{%- set pieces = parts.text.split(IMAGE_TOKEN) -%}
+{%- if pieces | length > 1 -%}
+{%- set parts.images = [parts.images, pieces | length - 1] | max -%}
+{%- set parts.text = pieces | join | trim -%}{%- set parts.said = parts.text != '' -%}
 {%- endif -%}
-{%- set turns.list = turns.list + [dict(message, content=parts.images ~ parts.text)] -%}
+{%- endif -%}
+{%- set parts.lead = parts.lead ~ IMAGE_BLOCK * parts.images -%}
+{%- if parts.images and parts.said -%}{%- set parts.lead = parts.lead ~ '\\n' -%}{%- endif -%}
+{%- set turns.list = turns.list + [dict(message, content=parts.lead ~ parts.text)] -%}
 {%- endfor -%}
 {%- set messages = turns.list -%}
 {{- '' }}"""
@@ -59,7 +66,10 @@ _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 def student_template(
     llm_template: str, image_token: str, task_tokens: Sequence[str], system_prompt: str | None = None
 ) -> str:
-    """The student's chat template: image contents become the image token and the task tokens, then the LLM's template.
+    """The student's chat template: images become the image token and the task tokens, then the LLM's template.
+
+    A message's content may be a string, a list of ``image`` and ``text`` parts, None or missing. An image stands as a
+    part or as the image token in a user's text, which is taken out of the text.
 
     A system prompt goes first where a conversation has no system turn. An LLM whose template refuses or ignores system
     turns gets it at the head of the first user turn.
@@ -74,12 +84,11 @@ def student_template(
     values = {
         "SYSTEM_PROMPT": _literal(system_prompt or ""),
         "FOLD_SYSTEM": "true" if fold else "false",
+        "IMAGE_TOKEN": _literal(image_token),
         "IMAGE_BLOCK": _literal(image_token + "".join(task_tokens)),
     }
     preamble = _PREAMBLE.replace("\n{%-", "{%-").replace("\n{{-", "{{-")
-    for name, value in values.items():
-        preamble = preamble.replace(name, value)
-    return preamble + llm_template
+    return re.sub("|".join(values), lambda name: values[name.group()], preamble) + llm_template
 
 
 def unwrapped_template(template: str) -> str:
