@@ -7,7 +7,7 @@ Random weights. PT's rows are of one length (see pretraining_step.py), fine-tuni
 Fine-tuning holds weights, gradients and AdamW's two moments of every LLM parameter in float32, 16 bytes each: with
 ``--ift-layers`` the LLM is cut to so many layers that this fits; a layer's cost does not depend on their number.
 
-Utilisation: operations of forward and backward on tokens that are no padding, as torch's counter finds them for one
+Utilization: operations of forward and backward on tokens that are no padding, as torch's counter finds them for one
 row (recomputation not counted), over step seconds x ``--peak``. For fine-tuning the count is scaled by tokens.
 """
 
@@ -34,18 +34,18 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from visper.config import Stage
 from visper.data.collator import Collator, Sample
-from visper.data.packed import PackingCollator
+from visper.data.packing import PackingCollator
 from visper.distillation import Teacher
 from visper.model import Student
+from visper.training.attention import keep_samples_apart
 from visper.training.module import TrainingModel
-from visper.training.pack import keep_samples_apart
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
 Case = dict[str, Any]
 
 
 def pre_training(geometry: Geometry, live: bool, options: argparse.Namespace, device: str) -> Case:
-    """A PT step: its parts in seconds, utilisation and the teachers' share."""
+    """A PT step: its parts in seconds, utilization and the teachers' share."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     teachers: dict[str, Teacher] = {}
     if live:
@@ -56,7 +56,7 @@ def pre_training(geometry: Geometry, live: bool, options: argparse.Namespace, de
     found = measure(geometry, model, teachers, options.micro_batch, options.steps, device)
     used = counted * options.micro_batch / found["step"] / options.peak
     share = sum(taken for part, taken in found.items() if part.startswith("teacher")) / found["step"]
-    return {"seconds": found, "utilisation": used, "teachers_share": share}
+    return {"seconds": found, "utilization": used, "teachers_share": share}
 
 
 def tuned_model(geometry: Geometry, layers: int | None, attention: str, device: str) -> TrainingModel:
@@ -124,7 +124,7 @@ def fine_tuning(geometry: Geometry, packed: bool, options: argparse.Namespace, d
     seconds = sum(watch.parts["step"])
     return {
         "seconds": watch.medians(),
-        "utilisation": per_token * sum(real) / seconds / options.peak,
+        "utilization": per_token * sum(real) / seconds / options.peak,
         "tokens_per_second": sum(real) / seconds,
         "padding_share": 1 - sum(real) / sum(operated),
         "layers": options.ift_layers or geometry.llm["num_hidden_layers"],

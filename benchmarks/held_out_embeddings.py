@@ -17,7 +17,7 @@ from visper.data.images import open_image
 from visper.evaluation.predictions import load_pre_trained, predict_pictures, teacher_targets
 
 
-def centred_cosine(predicted_SNE: Tensor, target_SNE: Tensor) -> Tensor:
+def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor) -> Tensor:
     """``[S]``: cosine over tokens and channels after each side's mean over the pictures is taken away."""
     predicted, target = ((values - values.mean(0)).flatten(1) for values in (predicted_SNE, target_SNE))
     return torch.cosine_similarity(predicted, target, dim=1)
@@ -43,11 +43,11 @@ def main() -> None:
     found = load_pre_trained(options.output)
     predicted = predict_pictures(found.model, pictures, options.prompt, options.batch)
     targets = {task: teacher_targets(teacher, pictures, 1) for task, teacher in found.teachers.items()}
-    print(f"{len(pictures)} pictures; centred cosine (95 % interval) | with the pictures swapped")
+    print(f"{len(pictures)} pictures; centered cosine (95 % interval) | with the pictures swapped")
     for name, values in predicted.items():
         target = targets[name.split("/")[0]]
-        own = centred_cosine(values, target)
-        swapped = centred_cosine(values, target.roll(len(pictures) // 2, 0))
+        own = centered_cosine(values, target)
+        swapped = centered_cosine(values, target.roll(len(pictures) // 2, 0))
         shown = [f"{v.mean():.3f} ({interval(v)[0]:.3f} to {interval(v)[1]:.3f})" for v in (own, swapped)]
         print(f"{name:<8} {shown[0]} | {shown[1]}")
 

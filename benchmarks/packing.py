@@ -24,11 +24,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from visper.config import Stage
 from visper.data.collator import Batch, Collator, Sample
-from visper.data.packed import PackingCollator
+from visper.data.packing import PackingCollator
 from visper.data.sampler import RowSampler
 from visper.model import Student
+from visper.training.attention import keep_samples_apart
 from visper.training.module import TrainingModel
-from visper.training.pack import keep_samples_apart
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
 IMAGE_TOKENS, TASK_TOKENS, LONGEST = 576, 24, 2048

@@ -25,7 +25,7 @@ from visper.config import Run, load_run
 
 def planned(run: Run) -> dict[str, Any]:
     """Bytes by part, as planned."""
-    from visper.training.plan import Machine, Planner
+    from visper.planning.plan import Machine, Planner
 
     planner = Planner(run, Machine(0, None))
     memory = planner.memory(planner.choice)
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)
     changes = [
         *options.overrides,
-        f"optimisation.max_steps={options.steps}",
+        f"optimization.max_steps={options.steps}",
         "logging.every=1",
         "logging.save_every=500",
     ]

@@ -1,4 +1,4 @@
-"""What a step of pre-training costs: seconds by part, peak memory, tokens a second, utilisation.
+"""What a step of pre-training costs: seconds by part, peak memory, tokens a second, utilization.
 
 Random weights and random rows of one length; geometry as published or tiny. Nothing is downloaded.
 
@@ -6,7 +6,7 @@ Random weights and random rows of one length; geometry as published or tiny. Not
     python benchmarks/pretraining_step.py llama3-8b --micro-batch 8 16 32 --teachers   # one 80 GB GPU or larger
 
 Parts: each teacher, the forward (the predictors and their losses also apart), backward, the optimizer. On a GPU
-utilisation counts the operations of forward and backward as torch's counter does (recomputed activations not counted
+utilization counts the operations of forward and backward as torch's counter does (recomputed activations not counted
 twice), against ``--peak`` operations a second.
 """
 
@@ -155,7 +155,7 @@ def published_teachers(folder: Path) -> dict[str, Teacher]:
     teachers = {}
     for task, (kind, model) in parts.items():
         model.save_pretrained(folder / task)
-        CLIPImageProcessor().save_pretrained(folder / task)  # a teacher is not built without its colours
+        CLIPImageProcessor().save_pretrained(folder / task)  # a teacher is not built without its colors
         teachers[task] = build_teacher(kind, folder / task)
     return teachers
 
@@ -357,7 +357,7 @@ def main() -> None:
         found = measure(geometry, model, teachers, size, options.steps, device)
         tokens = size * random_batch(geometry, model, 1, device)["input_ids"].shape[1]
         if number == 0:
-            report("micro-batch", *(f"{part} s" for part in found), "peak GiB", "tokens/s", "utilisation")
+            report("micro-batch", *(f"{part} s" for part in found), "peak GiB", "tokens/s", "utilization")
             report(*["---"] * (len(found) + 4))
         share = f"{counted * size / found['step'] / options.peak:.1%}" if on_gpu else ""
         seconds = (f"{value:.3f}" for value in found.values())

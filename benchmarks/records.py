@@ -84,14 +84,14 @@ def with_ijson(file: Path) -> dict[str, Any]:
 
 def streamed(file: Path) -> dict[str, Any]:
     """Our streaming reader, rows alone."""
-    from visper.data.rows import read_rows
+    from visper.data.rows.json_rows import read_rows
 
     return {"rows": sum(1 for _ in read_rows(file))}
 
 
 def build(file: Path) -> dict[str, Any]:
     """Reading the file once into the table."""
-    from visper.data.table import open_table
+    from visper.data.rows.table import open_table
 
     table = open_table(file)
     return {"rows": len(table), "table_mb": table.path.stat().st_size >> 20}
@@ -99,8 +99,8 @@ def build(file: Path) -> dict[str, Any]:
 
 def opened(file: Path) -> dict[str, Any]:
     """Opening the kept table, then rows at random; the imports are not counted."""
-    from visper.data.records import DropList
-    from visper.data.sources import open_records
+    from visper.data.rows.records import DropList
+    from visper.data.rows.sources import open_records
 
     before, start = anonymous(), time.perf_counter()
     records = open_records([(file, "images")], DropList())
@@ -128,9 +128,9 @@ def opened(file: Path) -> dict[str, Any]:
 
 def images(file: Path) -> dict[str, Any]:
     """The look at every image, on one core and on all, and decoding them as training does."""
+    from visper.common.parallel import in_order, num_cores
+    from visper.data.checks.image_files import look
     from visper.data.images import open_image
-    from visper.data.parallel import in_order, num_cores
-    from visper.data.verdicts import look
 
     rows = json.loads(file.read_text(encoding="utf-8"))
     paths = [str(file.parent / row["image"]) for row in rows if "image" in row]
@@ -149,7 +149,7 @@ def images(file: Path) -> dict[str, Any]:
 
 def named(file: Path) -> dict[str, Any]:
     """What ``visper data prepare`` reads of the file: the distinct pictures that its rows name."""
-    from visper.data.records import image_names
+    from visper.data.rows.records import image_names
 
     return {"distinct_images": len(set(image_names(file)))}
 
@@ -158,10 +158,10 @@ def tokens(file: Path, run: str) -> dict[str, Any]:
     """Counting tokens on one core, then looking the counts up."""
     from visper.config import load_run
     from visper.data.chat import ConversationEncoder
-    from visper.data.lengths import measure
-    from visper.data.records import DropList
-    from visper.data.sources import open_records
-    from visper.training.run import starting_processor
+    from visper.data.rows.lengths import measure
+    from visper.data.rows.records import DropList
+    from visper.data.rows.sources import open_records
+    from visper.model.start import starting_processor
 
     records = open_records([(file, "images")], DropList())
     encoder = ConversationEncoder(starting_processor(load_run(run)), 4096)

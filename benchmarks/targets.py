@@ -26,15 +26,15 @@ from torch import Tensor
 
 from visper.data.images import open_image
 from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation import packing as packing_module
-from visper.distillation.made_by import MadeBy
-from visper.distillation.packing import DTYPES, LARGEST, Packing
-from visper.distillation.store import StoredTeacher, TaskTargets, write_part
+from visper.target_store import quantize as packing_module
+from visper.target_store.fingerprint import Fingerprint
+from visper.target_store.quantize import DTYPES, LARGEST, Packing
+from visper.target_store.store import StoredTeacher, TaskTargets, write_part
 
 PUBLISHED = {"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)}
 PICTURES = 558_128
 NOISES = (1.0, 0.3, 0.1)
-MADE_BY = MadeBy("benchmark", "none", {}, "squash", None)
+MADE_BY = Fingerprint("benchmark", "none", {}, "squash", None)
 
 
 def evict(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What watching costs a step: seconds of everything the watcher does, beside the step it watches.
+"""What watching costs a step: seconds of everything the monitor does, beside the step it watches.
 
 python benchmarks/watching.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds a step
 """
@@ -17,7 +17,7 @@ from torch import nn
 
 from visper.config import load_run
 from visper.training.clock import PARTS
-from visper.training.watch import Watcher
+from visper.training.monitor import RunMonitor
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logs = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
     step = statistics.median(log["step_s"] for log in logs if "step_s" in log)
-    watch = Watcher(load_run("quickstart/pt"), Accelerator(cpu=True))
+    watch = RunMonitor(load_run("quickstart/pt"), Accelerator(cpu=True))
     model = nn.Module()
     model.objective = nn.Module()
     model.objective.predictors = nn.ModuleList(nn.Linear(83, 83) for _ in range(100))  # 0.7M learning parameters
@@ -37,8 +37,8 @@ def main() -> None:
         start = time.perf_counter()
         for part in PARTS:
             watch.clock.mark(part)
-        rows, tokens, unlabelled = watch.count([batch])
-        watch.counted(rows, tokens, 16, unlabelled, number)
+        rows, tokens, unlabeled = watch.count([batch])
+        watch.counted(rows, tokens, 16, unlabeled, number)
         watch.see({"loss": torch.tensor(1.0 / (number + 1)), "ntp": torch.tensor(1.0)}, batch)
         watch.settle(number)
         if number % 10 == 0:

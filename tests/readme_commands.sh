@@ -23,7 +23,7 @@ picture=$(find "$made/world/images" -name 'held_out_*' | sort | sed -n 1p)
 test -s "$made/look.png"
 "$bin/visper" evaluate "$made/ift" --questions "$made/world/questions.json" --images "$made/world/images" \
     --answers "$made/answers/cli.jsonl" --max-new-tokens 4
-"$bin/visper" train "$made/ift/run.yaml" output="$made/again" optimisation.max_steps=2 logging.save_every=1
-if "$bin/visper" train "$made/ift/run.yaml" optimisation.lrr=1 2> "$made/error.txt"; then exit 1; fi
+"$bin/visper" train "$made/ift/run.yaml" output="$made/again" optimization.max_steps=2 logging.save_every=1
+if "$bin/visper" train "$made/ift/run.yaml" optimization.lrr=1 2> "$made/error.txt"; then exit 1; fi
 expect "did you mean 'lr'" < "$made/error.txt"
 echo "README commands: all ran"

@@ -24,8 +24,8 @@ def train():
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
 def test_the_example_adds_distillation_to_a_plain_loop(train, family):
     model, batch = build(family)
-    teachers = {"depth": tiny.PooledColours("a", grid=2, width=6), "gen": tiny.PooledColours("b", grid=1, width=8)}
-    pictures = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue")]
+    teachers = {"depth": tiny.PooledColors("a", grid=2, width=6), "gen": tiny.PooledColors("b", grid=1, width=8)}
+    pictures = [Image.new("RGB", (9, 7), color) for color in ("red", "blue")]
     text = {key: batch[key][:, -3:] for key in ("input_ids", "attention_mask", "labels")}
     loader = [(batch, pictures)] * 6 + [(text, [])]
     distiller, history = train(model, loader, teachers, {"depth": (1, 3), "gen": (2,)}, lr=1e-2)

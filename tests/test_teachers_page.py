@@ -13,8 +13,8 @@ from tests import tiny
 from visper.config import load_run
 from visper.data.images import open_image
 from visper.distillation.teachers import TEACHERS, build_teacher
-from visper.evaluation.look import look
 from visper.evaluation.predictions import load_pre_trained
+from visper.evaluation.visualize import look
 from visper.training import run_stage
 
 PAGE = (Path(__file__).parents[1] / "docs" / "teachers.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_it_trains_by_the_pages_entry_and_is_drawn(mine, tmp_path, tiny_llm, tin
         "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder), **page["student"]},
         "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
         "distillation": page["distillation"],
-        "optimisation": {"global_batch": 2, "micro_batch": 2, "lr": 1e-2, "max_steps": 1, "precision": "float32"},
+        "optimization": {"global_batch": 2, "micro_batch": 2, "lr": 1e-2, "max_steps": 1, "precision": "float32"},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     run_stage(load_run(tmp_path / "run.yaml"))

@@ -81,7 +81,7 @@ def save_encoder(folder: Path, size: int = 16, patch: int = 4, width: int = 24, 
 
 
 def save_cnn(folder: Path) -> Path:
-    """A random CNN of timm with batch normalisation: 4 tokens of a 64-pixel picture."""
+    """A random CNN of timm with batch normalization: 4 tokens of a 64-pixel picture."""
     torch.manual_seed(2)
     picture = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
     config = TimmWrapperConfig(architecture="test_efficientnet", do_pooling=False, pretrained_cfg=picture)
@@ -89,8 +89,8 @@ def save_cnn(folder: Path) -> Path:
     return folder
 
 
-class PooledColours(Teacher):
-    """A teacher without weights to load: mean colours of a ``grid`` x ``grid`` map, mixed into ``width`` channels."""
+class PooledColors(Teacher):
+    """A teacher without weights to load: mean colors of a ``grid`` x ``grid`` map, mixed into ``width`` channels."""
 
     def __init__(self, model: str, grid: int = 4, width: int = 8, size: int = 16) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class PooledColours(Teacher):
         return pooled.flatten(2).transpose(1, 2) @ self.mix
 
 
-class HalfColours(PooledColours):
-    """``PooledColours`` whose targets are numbers that float16 has, whatever the batch."""
+class HalfColors(PooledColors):
+    """``PooledColors`` whose targets are numbers that float16 has, whatever the batch."""
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """``[B, grid*grid, width]``, rounded to a 64th."""
@@ -115,8 +115,8 @@ class HalfColours(PooledColours):
 
 
 def distillation(**changes: Any) -> dict[str, Any]:
-    """Three tasks like the published ones, on four layers, from ``PooledColours``."""
-    teacher = {"kind": "tests.tiny:PooledColours", "model": "colours"}
+    """Three tasks like the published ones, on four layers, from ``PooledColors``."""
+    teacher = {"kind": "tests.tiny:PooledColors", "model": "colors"}
     small = {"heads": 2, "head_width": 4}
     tasks = {
         "depth": {"teacher": teacher, "layers": [1, 3], "predictor": small},

@@ -24,7 +24,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 def save(model: PreTrainedModel, folder: Path, processor_folder: Path | None = None) -> Path:
-    """The model with an image processor of unusual colours."""
+    """The model with an image processor of unusual colors."""
     model.save_pretrained(folder)
     CLIPImageProcessor(image_mean=MEAN, image_std=STD).save_pretrained(processor_folder or folder)
     return folder

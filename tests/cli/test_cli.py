@@ -40,7 +40,7 @@ def trained(tmp_path_factory, tiny_llm, tiny_encoder):
         "output": str(folder / "out"),
         "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
         "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
-        "optimisation": {"global_batch": 2, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+        "optimization": {"global_batch": 2, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
     }
     (folder / "tiny.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     run_stage(load_run(folder / "tiny.yaml"))
@@ -102,7 +102,7 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
     ("arguments", "message"),
     [
         (["train", "nowhere.yaml"], "no recipe 'nowhere.yaml'"),
-        (["train", "llama3-8b-vit-l/pt", "optimisation.lrr=1"], "did you mean 'lr'?"),
+        (["train", "llama3-8b-vit-l/pt", "optimization.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
         (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
         (["recipes", "photographs/pt", "--parameters"], "models/"),

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tests.data import published, server
-from tests.data.published import picture
-from tests.data.test_prepare import QUICK
+from tests.data.sets import published, server
+from tests.data.sets.published import picture
+from tests.data.sets.test_prepare import QUICK
 from visper.cli import app, main
 from visper.config import Run
 from visper.training import run_stage
@@ -54,7 +54,7 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     code, said = call(*check)
     assert code == 1 and "5 of 14 rows are unusable" in said
     assert totals(report, "gqa")["empty image file"] == totals(report, "vg")["broken image"] == 1
-    assert totals(report, "coco")["mislabelled image"] == totals(report, "textvqa")["missing image"] == 1
+    assert totals(report, "coco")["mislabeled image"] == totals(report, "textvqa")["missing image"] == 1
 
     shelf.requests.clear()
     code, said = call(*check, "--repair")
@@ -62,7 +62,7 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
     assert (root / "vg/VG_100K/1.jpg").read_bytes() == picture(41)
     assert not any("train2017" in path for path, *_ in shelf.requests), "re-encoded, not fetched"
-    assert "mislabelled image" not in totals(report, "coco")
+    assert "mislabeled image" not in totals(report, "coco")
 
 
 def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatch, capsys):
@@ -71,7 +71,7 @@ def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatc
     broken = root / "gqa/images/1.jpg"
     broken.write_bytes(picture(21)[:100])
     shelf.files.clear()
-    monkeypatch.setattr("visper.data.prepare.Patience", lambda: QUICK)
+    monkeypatch.setattr("visper.data.sets.prepare.RetryPolicy", lambda: QUICK)
     monkeypatch.setattr("sys.argv", ["visper", "data", "check", "llava-665k", "--root", str(root), "--repair"])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -110,7 +110,7 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
         for name in ("coco", "flickr")
     ]
     rows = [{"json": f"photos/{name}.json", "images": "photos"} for name in ("instruct", "pretrain")]
-    described = {"name": "photographs", "title": "t", "use": "stage ift", "licence": "l", "rows": rows}
+    described = {"name": "photographs", "title": "t", "use": "stage ift", "license": "l", "rows": rows}
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({**described, "downloads": downloads}))
     code, said = call("data", "prepare", mine, "--root", root)
@@ -135,7 +135,7 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
     settings = {
         "stage": "ift",
         "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
-        "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+        "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
     }
     for name, source in (("files", {"set": str(mine)}), ("shards", {"shards": str(shards)})):
         data = {"root": str(root), "sources": [source], "group_by_length": True, "workers": 0, "max_tokens": 2048}

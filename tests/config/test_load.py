@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from visper.config import ConfigError, Stage, load_run, parse_overrides, recipe_names, run_text, save_run
+from visper.common.errors import ConfigError
+from visper.config import Stage, load_run, parse_overrides, recipe_names, run_text, save_run
 
 RECIPE = "llama3-8b-vit-l/pt"
 
@@ -27,7 +28,7 @@ def test_published_bases_are_shipped_for_every_stage():
 def test_published_settings_of_pre_training():
     run = load_run(RECIPE)
     assert run.stage is Stage.PT
-    assert (run.optimisation.global_batch, run.optimisation.lr) == (256, 1e-3)
+    assert (run.optimization.global_batch, run.optimization.lr) == (256, 1e-3)
     assert {task: settings.layers for task, settings in run.distillation.tasks.items()} == {
         "depth": (8, 20),
         "seg": (10, 18),
@@ -41,18 +42,18 @@ def test_a_recipe_is_read_without_torch():
 
 
 def test_overrides_win_and_numbers_are_numbers():
-    run = load_run(RECIPE, ["optimisation.lr=1e-4"])
-    assert run.optimisation.lr == 1e-4
+    run = load_run(RECIPE, ["optimization.lr=1e-4"])
+    assert run.optimization.lr == 1e-4
 
 
 @pytest.mark.parametrize(("written", "share"), [("true", 1), ("false", 0), ("0.5", 0.5)])
 def test_checkpointing_is_all_nothing_or_a_share_of_the_layers(written, share):
-    run = load_run(RECIPE, [f"optimisation.gradient_checkpointing={written}"])
-    assert run.optimisation.gradient_checkpointing == share
+    run = load_run(RECIPE, [f"optimization.gradient_checkpointing={written}"])
+    assert run.optimization.gradient_checkpointing == share
 
 
 def test_text_of_digits_stays_text():
-    assert load_run(RECIPE, ["name='123'", "optimisation.lr=2E-5"]).name == "123"
+    assert load_run(RECIPE, ["name='123'", "optimization.lr=2E-5"]).name == "123"
 
 
 def test_a_null_takes_a_task_or_an_option_away():
@@ -63,23 +64,23 @@ def test_a_null_takes_a_task_or_an_option_away():
 
 def test_an_override_needs_an_equals_sign():
     with pytest.raises(ConfigError, match="key=value"):
-        parse_overrides(["optimisation.lr"])
+        parse_overrides(["optimization.lr"])
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimisation.lrr=1", "unknown key 'optimisation.lrr': did you mean 'lr'"),
-        ("optimization={}", "did you mean 'optimisation'"),
+        ("optimization.lrr=1", "unknown key 'optimization.lrr': did you mean 'lr'"),
+        ("optimisation={}", "did you mean 'optimization'"),
         ("distillation.tasks.depth.layrs=[1]", "did you mean 'layers'"),
         ("data.geometry=round", "'data.geometry'.*squash.*found 'round'"),
-        ("optimisation.global_batch=many", "optimisation.global_batch.*found 'many'"),
-        ("optimisation.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
+        ("optimization.global_batch=many", "optimization.global_batch.*found 'many'"),
+        ("optimization.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
         ("stage=ift", "'distillation' belongs to stage 'pt'"),
         ("start_from=x", "not both"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
-        ("optimisation.packing=true", "goes with no 'distillation'"),
+        ("optimization.packing=true", "goes with no 'distillation'"),
     ],
 )
 def test_faults_name_file_key_and_remedy(override, message):
@@ -91,7 +92,7 @@ def test_faults_name_file_key_and_remedy(override, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("logging.watch.non_finite=skip", "goes with no launch.engine zero2.*launch.engine=fsdp"),
+        ("logging.monitor.non_finite=skip", "goes with no launch.engine zero2.*launch.engine=fsdp"),
         ("lora={quantize: 4bit}", "goes with launch.engine ddp, this is zero2"),
     ],
 )
@@ -103,7 +104,7 @@ def test_what_deepspeed_cannot_do_is_refused(setting, message):
 
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
-        load_run(RECIPE, ["optimisation.lrr=1", "data.geometri=pad"])
+        load_run(RECIPE, ["optimization.lrr=1", "data.geometri=pad"])
     assert "lrr" in str(error.value) and "geometri" in str(error.value)
 
 

@@ -12,9 +12,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlavaProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
+from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded, end_of_turn_token, student_template
 from visper.data.images import build_image_processor
-from visper.data.records import DataError, Record, Turn
+from visper.data.rows.records import Record, Turn
 from visper.data.show import show_sample
 
 TASK_TOKENS = [f"<|{task}_{i}|>" for task in ("depth", "seg", "gen") for i in range(1, 9)]

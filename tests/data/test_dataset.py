@@ -17,7 +17,7 @@ from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.dataset import ConversationDataset, survey
 from visper.data.images import with_geometry
-from visper.data.records import Drop, DropList, Record, Turn, read_records
+from visper.data.rows.records import Drop, DropList, Record, Turn, read_records
 from visper.data.sampler import RowSampler
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps, features
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
+from visper.common.errors import DataError
 from visper.data.images import (
     GEOMETRIES,
     arrange,
@@ -22,7 +23,6 @@ from visper.data.images import (
     student_pixels,
     with_geometry,
 )
-from visper.data.records import DataError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -82,7 +82,7 @@ def test_a_folder_is_no_picture(tmp_path: Path) -> None:
 
 
 def test_a_gif_under_a_jpg_name_gives_its_first_frame(tmp_path: Path) -> None:
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    red, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     (tmp_path / "a.jpg").write_bytes(encoded(red, "GIF", save_all=True, append_images=[blue]))
     image = open_image(tmp_path / "a.jpg")
     assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 0, 0)

@@ -138,7 +138,7 @@ def test_a_batch_of_text_gives_zero_terms_that_reach_every_parameter(objective, 
     assert all(matrix.grad is not None and matrix.grad.abs().max() == 0 for matrix in queries.values())
 
 
-def test_a_rows_terms_do_not_depend_on_its_neighbours_padding(objective, queries):
+def test_a_rows_terms_do_not_depend_on_its_neighbors_padding(objective, queries):
     """FAULT of the published code: predictors attend to padding."""
     long = [*ROW, 6, 7, 8]
     hidden, rows = states(2, len(long)), torch.tensor([0, 1])

@@ -9,7 +9,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from visper.distillation.teachers.onnx import class_colours  # noqa: E402
+from visper.distillation.teachers.onnx import class_colors  # noqa: E402
 
 WEIGHT = torch.arange(12.0).view(4, 3) / 10 - 0.5
 
@@ -84,20 +84,20 @@ def test_a_vector_is_one_token(tmp_path):
         build_teacher("onnx", tmp_path / "m.onnx", grid=2)
 
 
-def test_classes_are_drawn_in_their_colours(tmp_path):
+def test_classes_are_drawn_in_their_colors(tmp_path):
     teacher = build_teacher("onnx", save(tmp_path / "m.onnx"), grid=2, picture="classes")
     embedding = torch.zeros(1, 4, 4)
     embedding[0, 1, 3] = 1
     picture = teacher.decode(embedding)
     assert picture.shape == (1, 3, 2, 2)
-    torch.testing.assert_close(picture[0, :, 0, 1], class_colours(4)[3])
+    torch.testing.assert_close(picture[0, :, 0, 1], class_colors(4)[3])
     assert picture[0, :, 1, 1].tolist() == [0, 0, 0]
 
 
-def test_class_colours_are_all_different():
-    colours = class_colours(21)
-    assert len({tuple(colour) for colour in colours.tolist()}) == 21
-    assert (colours[15] * 255).round().tolist() == [192, 128, 128]  # VOC's person
+def test_class_colors_are_all_different():
+    colors = class_colors(21)
+    assert len({tuple(color) for color in colors.tolist()}) == 21
+    assert (colors[15] * 255).round().tolist() == [192, 128, 128]  # VOC's person
 
 
 def test_pixels_are_scaled_as_told(tmp_path):

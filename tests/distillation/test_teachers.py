@@ -101,7 +101,7 @@ def test_principal_components_are_pictures(width):
     assert pictures.min() >= 0 and pictures.max() <= 1
 
 
-def test_a_prediction_can_be_drawn_in_its_teachers_colours():
+def test_a_prediction_can_be_drawn_in_its_teachers_colors():
     target = torch.randn(2, 6, 5)
     torch.testing.assert_close(pca_pictures(target[:1], (2, 3), reference=target), pca_pictures(target, (2, 3))[:1])
 

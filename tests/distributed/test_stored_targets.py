@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.logs import computed
-from tests.training.test_targets import files_of
+from tests.target_store.test_build import files_of
 from visper.config import Run
-from visper.training import build_targets as building
+from visper.target_store import build as building
 from visper.training import run_stage
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
     rows = tiny.write_rows(tmp_path / "rows", images=9, text_rows=3)
     distillation = tiny.distillation()
     for task in distillation["tasks"].values():
-        task["teacher"] = {**task["teacher"], "kind": "tests.tiny:HalfColours"}
+        task["teacher"] = {**task["teacher"], "kind": "tests.tiny:HalfColors"}
     live = {
         "name": "pt",
         "stage": "pt",
@@ -48,14 +48,14 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
         "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
         "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
         "distillation": distillation,
-        "optimisation": {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "precision": "float32", "max_steps": 2},
+        "optimization": {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "precision": "float32", "max_steps": 2},
         "logging": {"every": 1},
     }
     stored = {
         **live,
         "output": str(tmp_path / "stored"),
         "distillation": {**distillation, "targets": str(tmp_path / "two")},
-        "optimisation": {**live["optimisation"], "micro_batch": 2},
+        "optimization": {**live["optimization"], "micro_batch": 2},
     }
     script = tmp_path / "build_and_train.py"
     script.write_text(BUILD_AND_TRAIN)

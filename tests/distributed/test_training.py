@@ -29,7 +29,7 @@ needs_deepspeed = pytest.mark.skipif(not ZERO, reason="the extra 'deepspeed' is 
 
 @pytest.fixture
 def make(tiny_llm, tiny_encoder, tmp_path):
-    """Writes a recipe: ``make("pt", "name", images=9, optimisation={...})`` returns its file."""
+    """Writes a recipe: ``make("pt", "name", images=9, optimization={...})`` returns its file."""
 
     def build(stage, name, images=9, start=None, **changes):
         rows = tmp_path / f"rows-{images}"
@@ -40,7 +40,7 @@ def make(tiny_llm, tiny_encoder, tmp_path):
             "stage": stage,
             "output": str(tmp_path / name),
             "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
-            "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32"},
+            "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32"},
             "logging": {"every": 1, "save_every": 2},
         }
         if start is None:
@@ -140,7 +140,10 @@ def test_two_ranks_equal_one_under_every_engine(images, make):
         ("ift", "fsdp", {"lora": {"rank": 4}}),  # nothing before the decoder learns
         pytest.param("vpt", "zero2", {}, marks=needs_deepspeed),
         pytest.param(
-            "ift", "zero3", {"optimisation": {"packing": True, "lr_of": {"projector": 2e-3}}}, marks=needs_deepspeed
+            "ift",
+            "zero3",
+            {"optimization": {"packing": True, "lr_overrides": {"projector": 2e-3}}},
+            marks=needs_deepspeed,
         ),
     ],
 )
@@ -149,7 +152,7 @@ def test_later_stages_shard_too_and_go_on_under_another_engine(stage, engine, mo
     one = make(stage, "one", images, **more)
     train(one)
     two = make(stage, "two", images, launch={"processes": 2, "engine": engine}, **more)
-    train(two, "optimisation.precision=float32")
+    train(two, "optimization.precision=float32")
     assert_equal_runs(one, two)
     # Cut behind step 2: what two processes have sharded, one goes on from alone; or they themselves.
     folder = two.with_suffix("")
@@ -164,7 +167,7 @@ def test_later_stages_shard_too_and_go_on_under_another_engine(stage, engine, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pt", "ift"])
 def test_a_run_killed_at_any_moment_continues_bit_for_bit(stage, make):
-    often = {"logging": {"save_every": 1}, "optimisation": {"max_steps": 7}}  # three steps are an epoch
+    often = {"logging": {"save_every": 1}, "optimization": {"max_steps": 7}}  # three steps are an epoch
     whole, cut = make(stage, "whole", **often), make(stage, "cut", **often)
     train(whole)
     staging = cut.with_suffix("") / "checkpoints" / ".staging"
@@ -186,7 +189,7 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(stage, make):
 
 @pytest.mark.slow
 def test_told_to_stop_every_process_saves_and_the_run_goes_on(make):
-    long = {"optimisation": {"max_steps": 400}, "logging": {"save_every": 1000}}
+    long = {"optimization": {"max_steps": 400}, "logging": {"save_every": 1000}}
     recipe = make("pt", "long", launch={"processes": 2}, **long)
     run = start(recipe)
     wait_for(lambda: steps_reached(recipe) >= 3, run)
@@ -199,7 +202,7 @@ def test_told_to_stop_every_process_saves_and_the_run_goes_on(make):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run(make):
-    recipe = make("pt", "torn", launch={"processes": 2}, optimisation={"max_steps": 400})
+    recipe = make("pt", "torn", launch={"processes": 2}, optimization={"max_steps": 400})
     run = start(recipe)
     wait_for(lambda: steps_reached(recipe) >= 1, run)
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -210,7 +213,7 @@ def test_a_process_that_dies_ends_the_run(make):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run(make):
-    recipe = make("pt", "hung", launch={"processes": 2, "timeout_minutes": 0.15}, optimisation={"max_steps": 400})
+    recipe = make("pt", "hung", launch={"processes": 2, "timeout_minutes": 0.15}, optimization={"max_steps": 400})
     run = start(recipe)
     wait_for(lambda: steps_reached(recipe) >= 1, run)
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
@@ -221,6 +224,6 @@ def test_a_process_that_hangs_ends_the_run(make):
 
 @pytest.mark.slow
 def test_processes_that_do_not_divide_the_batch_are_refused(make):
-    run = start(make("pt", "odd", launch={"processes": 2}, optimisation={"global_batch": 3, "micro_batch": 1}))
+    run = start(make("pt", "odd", launch={"processes": 2}, optimization={"global_batch": 3, "micro_batch": 1}))
     said, _ = run.communicate(timeout=WAIT)
     assert run.returncode == 1 and "is not a multiple of" in said

@@ -6,12 +6,13 @@ import pytest
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
+from visper.common.errors import DataError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
-from visper.data.records import DataError, Record, Turn
+from visper.data.rows.records import Record, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
-from visper.evaluation.answers import model_inputs
+from visper.evaluation.ask import model_inputs
 from visper.evaluation.questions import answers_file
 from visper.model import build_student
 
@@ -48,9 +49,9 @@ def test_absent_pictures_are_named_before_the_first_question(student, tmp_path):
 
 
 def test_the_blind_control_keeps_the_picture_that_was_shown(student, tmp_path):
-    for colour in ("red", "blue"):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
-    asked = [Question("what?", colour, f"{colour}.png") for colour in ("red", "blue")]
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
+    asked = [Question("what?", color, f"{color}.png") for color in ("red", "blue")]
     answered = evaluate(student, asked, tmp_path, max_new_tokens=1, shuffle_images=True)
     assert [row.image for row in answered] == ["blue.png", "red.png"]
 

@@ -40,7 +40,7 @@ def changes(beside_project, tiny_llm, first_rows):
         "student": {"llm": str(tiny_llm), "encoder": str(beside_project("models", "efficientnet-lite0"))},
         "data": {"sources": [first_rows]},
         "distillation": {"tasks": {task: {"teacher": teacher, "layers": [2, 4]} for task in ("seg", "gen")}},
-        "optimisation": {"global_batch": 3, "micro_batch": 3, "max_steps": STEPS},
+        "optimization": {"global_batch": 3, "micro_batch": 3, "max_steps": STEPS},
         "logging": {"every": 1, "save_every": 100},
     }
 
@@ -71,7 +71,7 @@ def test_every_embedding_loss_is_finite_and_not_zero(pre_trained):
 
 def test_targets_differ_from_photograph_to_photograph(changes, first_rows):
     from visper.data.images import open_image
-    from visper.training.assemble import build_teachers
+    from visper.distillation.teachers.from_run import build_teachers
 
     pictures = [
         open_image(Path(first_rows["images"]) / row["image"])
@@ -89,7 +89,7 @@ def test_fine_tuning_starts_from_it_and_leaves_a_student_that_answers(pre_traine
     from visper.evaluation import answer
 
     out = pre_trained.parent / "ift"
-    shared = {key: changes[key] for key in ("data", "optimisation", "logging")}
+    shared = {key: changes[key] for key in ("data", "optimization", "logging")}
     run_stage(load_run("photographs/ift", [f"output={out}", f"start_from={pre_trained}"], changes=[shared]))
     assert all(math.isfinite(step["ntp"]) for step in logs_of(out))
     picture = open_image(next(Path(first_rows["images"]).rglob("*.jpg")))

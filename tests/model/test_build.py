@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from tests import tiny
-from visper.config import ConfigError, Geometry
+from visper.common.errors import ConfigError
+from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.model import (
     FeatureMapTower,
@@ -247,7 +248,7 @@ def test_a_training_tower_keeps_its_batch_statistics(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
 
 
-def test_a_timm_encoder_keeps_its_own_colours(tmp_path):
+def test_a_timm_encoder_keeps_its_own_colors(tmp_path):
     ENCODERS["timm"][0](tmp_path)
     assert load_encoder(str(tmp_path)).mean == (0.5, 0.5, 0.5)
 

@@ -1,4 +1,4 @@
-"""Encoders of timm: any of them becomes tokens on a square grid, with its own colours, at published sizes too."""
+"""Encoders of timm: any of them becomes tokens on a square grid, with its own colors, at published sizes too."""
 
 import subprocess
 import sys
@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import ConvNextConfig, ConvNextModel, TimmWrapperConfig, TimmWrapperModel
 
-from visper.config import ConfigError, Geometry
+from visper.common.errors import ConfigError
+from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.model import FeatureMapTower, build_student, load_encoder, load_student, save_student
 from visper.model.encoders import _wrap
@@ -32,7 +33,7 @@ SMALL_VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2}
 SMALL_SWIN = {"depths": [1, 1, 1, 1], "embed_dim": 12, "num_heads": [2, 2, 2, 2]}
 
 
-def test_published_convnext_gives_its_grid_width_and_colours_without_weights():
+def test_published_convnext_gives_its_grid_width_and_colors_without_weights():
     encoder = load_encoder(XXL, feature_layer=-1, image_size=768, weights=False)
     assert isinstance(encoder.model, FeatureMapTower) and all(p.is_meta for p in encoder.model.parameters())
     assert (encoder.num_tokens, encoder.model.config.hidden_size, encoder.patch_size) == (24 * 24, 3072, 32)

@@ -5,8 +5,9 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from tests import tiny
-from visper.config import ConfigError, load_run, recipe_names
+from visper.common.errors import ConfigError
 from visper.config import Student as StudentConfig
+from visper.config import load_run, recipe_names
 from visper.model import build_skeleton
 from visper.model.hub import known_sizes, loading, sizes_of, vocabulary_of
 

@@ -9,10 +9,10 @@ import re
 import pytest
 
 from visper.config import Stage, load_run
-from visper.distillation.predictors import published_name
+from visper.distillation.heads import published_name
+from visper.distillation.teachers.from_run import planned_teachers
 from visper.model import build_skeleton
 from visper.training.assemble import build_training_model
-from visper.training.sizes import planned_teachers
 
 PLACES = (
     (r"^model\.special_(\w+)_tokens$", r"task_tokens.queries.\1"),

@@ -8,7 +8,7 @@ from the output the loss reads: of the heads that have one output only, and of t
 import pytest
 import torch
 
-from visper.distillation.predictors import (
+from visper.distillation.heads import (
     EmbeddingPredictor,
     PredictorSpec,
     from_published,

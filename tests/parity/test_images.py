@@ -45,12 +45,12 @@ def test_padding_puts_the_picture_in_the_same_place(golden: Golden) -> None:
 
 @pytest.mark.parametrize("backend", ["ours", "pil"])
 def test_pixels_equal_the_published(golden: Golden, backend: str) -> None:
-    """Exactly with Pillow's resize; with torch's, which a reloaded processor uses, up to one grey level.
+    """Exactly with Pillow's resize; with torch's, which a reloaded processor uses, up to one gray level.
 
     Training and inference must see the same pixels, and transformers reloads the processor on torch, so ours is torch.
     """
     config, _ = golden("g6_images")
-    grey_level = 1 / 255 / min(config["image_std"])
+    gray_level = 1 / 255 / min(config["image_std"])
     for name, match, theirs in cases(golden, r"(pad|crop)(\d+)(?:_every(\d+))?"):
         kind, size, step = match.group(1), int(match.group(2)), int(match.group(3) or 1)
         image = opened(golden, name)
@@ -60,8 +60,8 @@ def test_pixels_equal_the_published(golden: Golden, backend: str) -> None:
         ours = student_pixels(processor, image)[:, ::step, ::step]
         difference = (ours - theirs).abs()
         if kind == "crop" and image.height in (1, 3):
-            assert difference.max() > grey_level, "FAULT: the published axes are mixed up"
+            assert difference.max() > gray_level, "FAULT: the published axes are mixed up"
             continue
-        # Measured with Pillow's resize: 0. With torch's: 0.01501 = one grey level / 0.261, mean at most 1.1e-4.
-        assert difference.max() <= (grey_level + 1e-6 if backend == "ours" else 1e-6), (name, match.group())
+        # Measured with Pillow's resize: 0. With torch's: 0.01501 = one gray level / 0.261, mean at most 1.1e-4.
+        assert difference.max() <= (gray_level + 1e-6 if backend == "ours" else 1e-6), (name, match.group())
         assert difference.mean() <= 3e-4, (name, match.group())

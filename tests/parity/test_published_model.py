@@ -22,7 +22,7 @@ from visper.distillation import (
     predictor_spec,
     smooth_l1_per_sample,
 )
-from visper.distillation.predictors import from_published
+from visper.distillation.heads import from_published
 from visper.model import Student, TaskTokens
 from visper.training import TrainingModel
 
@@ -266,7 +266,7 @@ def test_per_layer_losses_where_the_published_code_is_right(published):
             torch.testing.assert_close(terms[f"{task}/{layer}/contrastive"], expected, rtol=2e-5, atol=1e-6)
 
 
-def test_a_rows_losses_do_not_depend_on_its_neighbours_length(published):
+def test_a_rows_losses_do_not_depend_on_its_neighbors_length(published):
     """In the published code they do: its predictors attend the padding."""
     row = next(r for r in published.image_rows.tolist() if r not in published.whole_rows)
     place = published.image_rows.tolist().index(row)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from visper.distillation.predictors import PerceiverResampler, fit_queries, from_published, published_name
+from visper.distillation.heads import PerceiverResampler, fit_queries, from_published, published_name
 
 # Measured over outputs and all gradients of all cases, relative to each tensor's largest value: 3.7e-6
 # (float32; SDPA and once-projected queries only change the order of sums).

@@ -18,9 +18,10 @@ import pytest
 from transformers import AutoTokenizer, LlavaProcessor
 
 from tests.conftest import PROJECT_GOLDEN, Golden
+from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded, student_template
 from visper.data.images import build_image_processor
-from visper.data.records import DataError, parse_row
+from visper.data.rows.records import parse_row
 
 PUBLISHED_IMAGE = -200
 ENDLESS = 100_000
@@ -104,7 +105,7 @@ def test_text_rows_are_cut_where_the_published_ones_are(
 ) -> None:
     limit = fixture["runs"]["llama3"]["model_max_length"]
     case = cases["very_long_text"]
-    # The published ids are cut while tokenising; of the answer nothing is left.
+    # The published ids are cut while tokenizing; of the answer nothing is left.
     with pytest.raises(DataError, match=f"none within {limit} tokens"):
         encode(ConversationEncoder(encoder.processor, limit), fixture, "very_long_text")
     assert set(case["labels"]) == {IGNORED}

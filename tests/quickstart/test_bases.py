@@ -54,7 +54,7 @@ def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene])
     target = teacher(pixels)
     pictures = teacher.decode(target)
     assert pictures.shape == (8, 3, 96, 96) and pictures.min() >= 0 and pictures.max() <= 1
-    # Standardised tokens: smooth-L1 losses of all teachers then have one scale.
+    # Standardized tokens: smooth-L1 losses of all teachers then have one scale.
     assert 0.5 < target.std() < 2
 
 

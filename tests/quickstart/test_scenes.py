@@ -38,23 +38,23 @@ def test_each_objects_pixels_are_of_its_class_and_near_its_depth(scenes: list[Sc
             assert mask.sum() == thing.pixels >= MIN_VISIBLE_PIXELS
             assert (scene.classes[mask] == CLASSES.index(thing.shape)).all()
             seen = scene.depth[mask]
-            # One sees the front half: the surface is nearer than the centre, by at most the object's size.
+            # One sees the front half: the surface is nearer than the center, by at most the object's size.
             assert 0.6 * thing.depth < seen.mean() < 1.02 * thing.depth
             rows, columns = np.nonzero(mask)
             assert (columns.mean(), rows.mean()) == pytest.approx((thing.column, thing.row))
 
 
-def test_every_object_has_its_own_colour_and_its_own_patch(scenes: list[Scene]) -> None:
+def test_every_object_has_its_own_color_and_its_own_patch(scenes: list[Scene]) -> None:
     for scene in scenes:
         assert 2 <= len(scene.objects) <= 6
-        assert len({o.colour for o in scene.objects}) == len({o.place for o in scene.objects}) == len(scene.objects)
+        assert len({o.color for o in scene.objects}) == len({o.place for o in scene.objects}) == len(scene.objects)
         assert {o.shape for o in scene.objects} <= set(SHAPES)
 
 
-def test_patch_labels_mark_each_objects_centre(scenes: list[Scene]) -> None:
+def test_patch_labels_mark_each_objects_center(scenes: list[Scene]) -> None:
     for scene in scenes:
         labels = patch_labels(scene)
-        marked = {(int(p) % GRID, int(p) // GRID) for p in np.nonzero(labels.centre)[0]}
+        marked = {(int(p) % GRID, int(p) // GRID) for p in np.nonzero(labels.center)[0]}
         assert marked == {o.place for o in scene.objects}
 
 

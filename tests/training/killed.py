@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.data.killed import in_fork
+from tests.data.sets.killed import in_fork
 from tests.logs import computed
 from visper.config import load_run
 from visper.training import run_stage

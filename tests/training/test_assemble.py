@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests import tiny_teachers
-from visper.config import ConfigError, load_run
-from visper.training.assemble import build_teachers
+from visper.common.errors import ConfigError
+from visper.config import load_run
+from visper.distillation.teachers.from_run import build_teachers
 
 
 @pytest.fixture(scope="module")

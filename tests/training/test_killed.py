@@ -37,7 +37,7 @@ def test_killed_at_random_moments(stage, tmp_path, tiny_encoder):
         "output": "given",
         "student": student,
         "data": {"sources": [source], "workers": 1 if stage == "ift" else 0},
-        "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32", "max_steps": 6},
+        "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32", "max_steps": 6},
         "logging": {"every": 1, "save_every": 2},
     }
     if stage == "pt":

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
-from visper.config import ConfigError, Run
+from visper.common.errors import ConfigError
+from visper.config import Run
 from visper.training import run_stage
 from visper.training.trainer import StageTrainer
 
@@ -36,7 +37,7 @@ def settings(rows, out, **changes):
             "stage": "ift",
             "output": str(out),
             "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
-            "optimisation": {
+            "optimization": {
                 "global_batch": 4,
                 "micro_batch": 2,
                 "lr": 1e-2,
@@ -139,9 +140,9 @@ def test_quantized_fine_tuning_leaves_a_plain_folder(rows, start, tmp_path):
 
 
 def test_each_part_has_its_own_rate_and_it_is_logged(rows, start, tmp_path):
-    opt = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "lr_of": {"projector": 1e-2}, "max_steps": 2}
+    opt = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "lr_overrides": {"projector": 1e-2}, "max_steps": 2}
     opt |= {"precision": "float32", "schedule": "constant_with_warmup", "warmup_ratio": 0}
-    run_stage(settings(rows, tmp_path / "r", start_from=str(start), optimisation=opt))
+    run_stage(settings(rows, tmp_path / "r", start_from=str(start), optimization=opt))
     first = json.loads((tmp_path / "r" / "log.jsonl").read_text().splitlines()[0])
     assert (first["lr_projector"], first["lr_llm"]) == (1e-2, 1e-3)
     before, after = (load_file(out / "model" / "model.safetensors") for out in (start, tmp_path / "r"))
@@ -152,6 +153,6 @@ def test_each_part_has_its_own_rate_and_it_is_logged(rows, start, tmp_path):
 
 
 def test_a_rate_for_what_does_not_learn_is_refused(rows, start, tmp_path):
-    opt = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "lr_of": {"projektor": 1e-2}, "precision": "float32"}
+    opt = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "lr_overrides": {"projektor": 1e-2}, "precision": "float32"}
     with pytest.raises(ConfigError, match="did you mean 'projector'"):
-        run_stage(settings(rows, tmp_path / "r", start_from=str(start), optimisation=opt))
+        run_stage(settings(rows, tmp_path / "r", start_from=str(start), optimization=opt))

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
-from visper.config import ConfigError, Run
-from visper.data.records import DataError, Drop, DropList
-from visper.data.shards import GROUP_ROWS, write_shards
-from visper.data.sources import open_records
+from visper.common.errors import ConfigError, DataError
+from visper.config import Run
+from visper.data.rows.records import Drop, DropList
+from visper.data.rows.shards import GROUP_ROWS, write_shards
+from visper.data.rows.sources import open_records
 from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
 from visper.training.trainer import StageTrainer
@@ -26,7 +27,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture
 def make(tiny_llm, tiny_encoder, rows, tmp_path):
-    """Builds a run: ``make("pt", optimisation={...})``."""
+    """Builds a run: ``make("pt", optimization={...})``."""
 
     def build(stage, name=None, start=None, **changes):
         name = name or stage
@@ -35,7 +36,7 @@ def make(tiny_llm, tiny_encoder, rows, tmp_path):
             "stage": stage,
             "output": str(tmp_path / name),
             "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
-            "optimisation": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 4, "precision": "float32"},
+            "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 4, "precision": "float32"},
             "logging": {"every": 1, "save_every": 2},
         }
         if start is None:
@@ -105,7 +106,7 @@ def test_micro_batches_of_one_times_eight_equal_one_of_eight(make, stage):
     results = []
     for micro in (1, 8):
         split = {"global_batch": 8, "micro_batch": micro, "max_steps": 2}
-        run = make(stage, name=f"micro-{micro}", optimisation=split, data={"group_by_length": stage == "ift"})
+        run = make(stage, name=f"micro-{micro}", optimization=split, data={"group_by_length": stage == "ift"})
         results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
     (logs_1, weights_1), (logs_8, weights_8) = results
     for one, eight in zip(logs_1[:2], logs_8[:2], strict=True):
@@ -120,7 +121,7 @@ def test_packing_changes_no_loss_and_no_weight(make):
     results = []
     for packing in (False, True):
         split = {"global_batch": 8, "micro_batch": 4, "max_steps": 2, "packing": packing}
-        run = make("ift", name=f"packing-{packing}", optimisation=split)
+        run = make("ift", name=f"packing-{packing}", optimization=split)
         results.append((logs_of(run) if run_stage(run) else None, weights_of(run_folder(run))))
     assert "visper" not in (run_folder(run) / "config.json").read_text(), "a plain LLaVA folder, whatever trained it"
     (logs, weights), (packed_logs, packed_weights) = results
@@ -190,7 +191,7 @@ def cut_behind(monkeypatch, step):
 @pytest.fixture
 def shards(rows, tmp_path, monkeypatch):
     """The same rows as a source of shards."""
-    monkeypatch.setattr("visper.data.shards._AT_ONCE", GROUP_ROWS // 4)
+    monkeypatch.setattr("visper.data.rows.shards._AT_ONCE", GROUP_ROWS // 4)
     records = open_records([(rows / "rows.json", rows / "images")], DropList())
     write_shards(records, tmp_path / "shards", DropList(), 2000)
     return {"sources": [{"shards": str(tmp_path / "shards")}], "workers": 2, "group_by_length": True}
@@ -221,12 +222,12 @@ def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, 
 
 def test_resume_in_a_later_epoch_meets_that_epochs_order(make, monkeypatch, tmp_path):
     longer = {"max_steps": 7}  # four steps are an epoch
-    run_stage(make("ift", name="whole", optimisation=longer))
+    run_stage(make("ift", name="whole", optimization=longer))
     cut_behind(monkeypatch, 6)
     with pytest.raises(Stop):
-        run_stage(make("ift", name="cut", optimisation=longer))
+        run_stage(make("ift", name="cut", optimization=longer))
     monkeypatch.undo()
-    run_stage(make("ift", name="cut", optimisation=longer), resume=True)
+    run_stage(make("ift", name="cut", optimization=longer), resume=True)
     whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
@@ -237,7 +238,7 @@ def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
     with pytest.raises(Stop):
         run_stage(make("pt", name="cut"))
     monkeypatch.undo()
-    run_stage(make("pt", name="cut", optimisation={"micro_batch": 1, "gradient_checkpointing": False}), resume=True)
+    run_stage(make("pt", name="cut", optimization={"micro_batch": 1, "gradient_checkpointing": False}), resume=True)
     whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
@@ -249,13 +250,13 @@ def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards)
         run_stage(make("ift", name="cut", data=shards))
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="micro_batch 2 x 1 processes, this run has micro_batch 1 x 1"):
-        run_stage(make("ift", name="cut", data=shards, optimisation={"micro_batch": 1}), resume=True)
+        run_stage(make("ift", name="cut", data=shards, optimization={"micro_batch": 1}), resume=True)
     run_stage(make("ift", name="cut", data=shards), resume=True)
 
 
 def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tmp_path):
     settings = {
-        "optimisation": {"max_steps": 3, "schedule": "constant_with_warmup"},
+        "optimization": {"max_steps": 3, "schedule": "constant_with_warmup"},
         "logging": {"save_every": 1},
     }
     run_stage(make("pt", name="whole", **settings))
@@ -277,7 +278,7 @@ BFLOAT16 = {"precision": "bfloat16", "max_steps": 2}
 
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
 def test_stages_train_in_bfloat16(make, stage, tmp_path):
-    run = make(stage, optimisation=BFLOAT16)
+    run = make(stage, optimization=BFLOAT16)
     run_stage(run)
     assert all(entry["ntp"] == entry["ntp"] for entry in logs_of(run) if "ntp" in entry)
     assert {value.dtype for value in weights_of(tmp_path / stage / "model").values()} == {torch.bfloat16}
@@ -286,7 +287,7 @@ def test_stages_train_in_bfloat16(make, stage, tmp_path):
 def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, tiny_llm):
     tiny.save_cnn(tmp_path / "cnn")
     student = {"llm": str(tiny_llm), "encoder": str(tmp_path / "cnn"), "image_size": 64}
-    run_stage(make("pt", student=student, optimisation=BFLOAT16))
+    run_stage(make("pt", student=student, optimization=BFLOAT16))
     saved = weights_of(tmp_path / "pt" / "model")
     statistics = [value for name, value in saved.items() if "running_" in name]
     assert statistics and all(value.dtype == torch.float32 for value in statistics)
@@ -346,7 +347,7 @@ def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path)
     (broken / "images" / "2.png").unlink()
     source = {"json": str(broken / "rows.json"), "images": str(broken / "images")}
     data = {"sources": [source], "workers": 0, "drop_limit": 0.2}
-    run_stage(make("pt", data=data, optimisation={"global_batch": 16, "micro_batch": 8, "max_steps": 2}))
+    run_stage(make("pt", data=data, optimization={"global_batch": 16, "micro_batch": 8, "max_steps": 2}))
     dropped = [json.loads(line) for line in (tmp_path / "pt" / "dropped.jsonl").read_text().splitlines()]
     assert len(dropped) == 2 and len({row["reason"] for row in dropped}) == 2
 
@@ -434,10 +435,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
             },
             "num_queries",
         ),
-        ({"optimisation": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
-        ({"optimisation": {"freeze": ["vision"]}}, "freeze names 'vision'"),
-        ({"optimisation": {"packing": True}}, "packing.*distillation"),
-        ({"optimisation": {"attention": "flash_attention_3"}}, "optimisation.attention 'flash_attention_3'"),
+        ({"optimization": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
+        ({"optimization": {"freeze": ["vision"]}}, "freeze names 'vision'"),
+        ({"optimization": {"packing": True}}, "packing.*distillation"),
+        ({"optimization": {"attention": "flash_attention_3"}}, "optimization.attention 'flash_attention_3'"),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_training(make, changes, message):
@@ -452,7 +453,7 @@ def test_pt_without_distillation_is_llavas_with_learning_task_tokens(make):
 
 
 def test_an_encoder_can_be_left_frozen_in_vpt(make, tmp_path, tiny_encoder):
-    run_stage(make("vpt", optimisation={"freeze": ["vision"]}))
+    run_stage(make("vpt", optimization={"freeze": ["vision"]}))
     ours = next(v for n, v in weights_of(tmp_path / "vpt" / "model").items() if "layers.0.mlp.fc1.weight" in n)
     theirs = next(v for n, v in weights_of(tiny_encoder).items() if "layers.0.mlp.fc1.weight" in n)
     assert torch.equal(ours, theirs)

@@ -28,7 +28,7 @@ def run(
 
     Example: `visper convert shi-labs/OLA-VLM-CLIP-ViT-Llama3-8b runs/ola-vlm`
     """
-    from visper.interop import convert_published, convert_to_published
+    from visper.published import convert_published, convert_to_published
 
     report = (convert_published if to is Form.OURS else convert_to_published)(source, output, encoder)
     console = Console(soft_wrap=True)

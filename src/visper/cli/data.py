@@ -21,11 +21,11 @@ def list_sets(
     ] = None,
     root: Root = Path("data"),
 ) -> None:
-    """List data sets: what for, how large, and what of them is under the root; named ones with licence.
+    """List data sets: what for, how large, and what of them is under the root; named ones with license.
 
     Example: `visper data list --root data`
     """
-    from visper.data.sets import listing, set_names
+    from visper.data.sets.catalog import listing, set_names
 
     console = Console()
     table = Table("set", "for", "downloads", "disk", f"under '{root}'", box=None, pad_edge=False)
@@ -38,7 +38,7 @@ def list_sets(
         "'+': and what has no published size."
     )
     for entry in entries if names else ():
-        console.print(f"{entry.name}: {entry.title}. Licence: {entry.licence}", markup=False)
+        console.print(f"{entry.name}: {entry.title}. License: {entry.license}", markup=False)
 
 
 @app.command("prepare")
@@ -53,7 +53,7 @@ def prepare_sets(
 
     Example: `visper data prepare llava-pretrain llava-665k --root data --drop-archives`
     """
-    from visper.data.prepare import prepare
+    from visper.data.sets.prepare import prepare
 
     console = Console(soft_wrap=True)
     for name in names:

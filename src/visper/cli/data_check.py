@@ -42,9 +42,9 @@ def check(
 
     Example: `visper data check llava-665k --root data --report report.json --drop dropped.jsonl`
     """
-    from visper.data import check as checking
-    from visper.data.records import DropList, source_names
-    from visper.data.sets import sources_of
+    from visper.data.checks import report as checking
+    from visper.data.rows.records import DropList, source_names
+    from visper.data.sets.catalog import sources_of
 
     console = Console()
     sources = sources_of(what, images, root, whole=False)
@@ -88,10 +88,10 @@ def shard(
 
     Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
-    from visper.data.records import DropList
-    from visper.data.sets import sources_of
-    from visper.data.shards import write_shards
-    from visper.data.sources import open_records
+    from visper.data.rows.records import DropList
+    from visper.data.rows.shards import write_shards
+    from visper.data.rows.sources import open_records
+    from visper.data.sets.catalog import sources_of
 
     drops = DropList(agreed=(row for path in drop_list or [] for row in DropList.read(path)))
     records = open_records(sources_of(what, images, root), drops, quiet=False)
@@ -103,7 +103,7 @@ def shard(
 
 def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:
     """What brings files under ``root`` anew, as `visper data prepare` brings them."""
-    from visper.data.prepare import prepare
+    from visper.data.sets.prepare import prepare
 
     def fetch(files: list[Path]) -> None:
         again = {file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)}
@@ -115,7 +115,7 @@ def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]
 def _encoder(recipe: str, overrides: list[str]):  # type: ignore[no-untyped-def]
     from visper.config import load_run
     from visper.data.chat import ConversationEncoder
-    from visper.training.run import starting_processor
+    from visper.model.start import starting_processor
 
     settings = load_run(recipe, overrides)
     return ConversationEncoder(starting_processor(settings), settings.data.max_tokens)

@@ -26,10 +26,10 @@ def run(
 
     Example: `visper look runs/quickstart/pt --image scene.png -o seen.png`
     """
-    from visper.data.complete import complete
+    from visper.common.files import atomic_path
     from visper.data.images import open_image
-    from visper.evaluation.look import PROMPT, folder_gallery, look, needs_gallery, run_gallery
     from visper.evaluation.predictions import load_pre_trained
+    from visper.evaluation.visualize import PROMPT, folder_gallery, look, needs_gallery, run_gallery
 
     picture = open_image(image)
     found = load_pre_trained(model, overrides or [])
@@ -37,6 +37,6 @@ def run(
     if needs_gallery(found):
         others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
     sheet = look(found, picture, prompt or PROMPT, others)
-    with complete(out) as partial:
+    with atomic_path(out) as partial:
         sheet.save(partial, "PNG")
     print(out)

@@ -17,7 +17,8 @@ def run(
 
     Example: `visper pipeline llama3-8b-vit-l/pt llama3-8b-vit-l/ift --set seed=1`
     """
-    from visper.config import ConfigError, load_run
+    from visper.common.errors import ConfigError
+    from visper.config import load_run
 
     runs = [load_run(recipe, overrides or []) for recipe in recipes]
 

@@ -7,14 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from visper.training.plan import Memory, Planner
+    from visper.planning.plan import Memory, Planner
 
 NAME = "plan"
 
 
 def run(
     recipe: Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimisation.micro_batch=4")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimization.micro_batch=4")] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs, of all nodes together; 0: the CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="GPU by name, for its peak and memory")] = "H100",
     gpu_memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) of one; default: the GPU's own")] = None,
@@ -26,9 +26,9 @@ def run(
 
     Example: `visper plan llama3-8b-vit-l/ift launch.engine=fsdp --gpus 8 --gpu H100 --hourly-price 2.5`
     """
+    from visper.common.gpus import known_gpu
     from visper.config import load_run
-    from visper.training.machines import known_gpu
-    from visper.training.plan import Machine, Planner
+    from visper.planning.plan import Machine, Planner
 
     settings = load_run(recipe, overrides or [])
     kind = known_gpu(gpu) if gpus else None
@@ -38,10 +38,10 @@ def run(
 
 
 def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -> None:
-    from visper.training.plan import ASSUMED_MFU, USABLE, cheapest_that_fits
+    from visper.planning.plan import ASSUMED_MFU, USABLE, cheapest_that_fits
 
     console.print(_parts(planner))
-    rows, machine, opt = planner.rows, planner.machine, planner.run.optimisation
+    rows, machine, opt = planner.rows, planner.machine, planner.run.optimization
     console.print(
         f"rows: {rows.count:,}; tokens a row {rows.mean} on average, {rows.longest} at most ({rows.source})",
         markup=False,

@@ -12,7 +12,7 @@ NAME = "quickstart"
 def run(
     out: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("visper-quickstart"),
     seed: Annotated[int, typer.Option(help="of the world, the projector and the order of rows")] = 0,
-    fast: Annotated[bool, typer.Option("--fast", help="two minutes: everything runs, little is learnt")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="two minutes: everything runs, little is learned")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="with and without embedding losses, over seeds")] = False,
     seeds: Annotated[int, typer.Option(help="how many seeds, with --ablate")] = 5,
 ) -> None:

@@ -22,7 +22,8 @@ def run(
 
     Example: `visper recipes llama3-8b-vit-l/pt --parameters`
     """
-    from visper.config import ConfigError, load_run, recipe_names, run_text
+    from visper.common.errors import ConfigError
+    from visper.config import load_run, recipe_names, run_text
 
     if name is None:
         if parameters:
@@ -39,14 +40,14 @@ def _listed(runs: "dict[str, Run]") -> Table:
     for recipe, settings in runs.items():
         student = settings.student
         start = f"{student.llm} + {student.encoder}" if student else str(settings.start_from)
-        optimisation = settings.optimisation
-        table.add_row(recipe, str(settings.stage), start, str(optimisation.global_batch), f"{optimisation.lr:g}")
+        optimization = settings.optimization
+        table.add_row(recipe, str(settings.stage), start, str(optimization.global_batch), f"{optimization.lr:g}")
     return table
 
 
 def _sizes(name: str, settings: "Run") -> Table:
     from visper.config import Stage
-    from visper.training.sizes import part_sizes
+    from visper.planning.parameters import part_sizes
 
     sizes = part_sizes(settings)
     table = Table("part", title=f"{name}: parameters", show_footer=True)

@@ -41,7 +41,7 @@ def build(
 
     settings = load_run(recipe, overrides or [])
 
-    from visper.training.build_targets import build_targets
+    from visper.target_store.build import build_targets
 
     build_targets(settings, out, None if dtype is None else dtype.value, batch, size)
 
@@ -56,9 +56,9 @@ def check(recipe: Recipe, out: Store, overrides: Overrides = None) -> None:
 
     settings = load_run(recipe, overrides or [])
 
-    from visper.training.build_targets import build_targets
-    from visper.training.run import starting_processor
-    from visper.training.stored import open_targets
+    from visper.model.start import starting_processor
+    from visper.target_store.build import build_targets
+    from visper.target_store.open import open_targets
 
     open_targets(settings, starting_processor(settings).image_processor, out)
     plan = build_targets(settings, out, size_only=True)

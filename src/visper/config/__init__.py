@@ -1,6 +1,5 @@
 """What a run is: typed, validated, free of torch."""
 
-from visper.config.errors import ConfigError
 from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
     Data,
@@ -10,7 +9,8 @@ from visper.config.schema import (
     Launch,
     Logging,
     Lora,
-    Optimisation,
+    Monitor,
+    Optimization,
     Run,
     Source,
     Stage,
@@ -18,11 +18,9 @@ from visper.config.schema import (
     Task,
     TaskTokenLayout,
     Teacher,
-    Watch,
 )
 
 __all__ = [
-    "ConfigError",
     "Data",
     "Distillation",
     "Engine",
@@ -30,7 +28,8 @@ __all__ = [
     "Launch",
     "Logging",
     "Lora",
-    "Optimisation",
+    "Monitor",
+    "Optimization",
     "Run",
     "Source",
     "Stage",
@@ -38,7 +37,6 @@ __all__ = [
     "Task",
     "TaskTokenLayout",
     "Teacher",
-    "Watch",
     "explain",
     "load_run",
     "parse_overrides",

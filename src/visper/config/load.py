@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from visper.config.errors import ConfigError
+from visper.common.errors import ConfigError
 from visper.config.schema import Run
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -73,12 +73,12 @@ def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | 
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """``["optimisation.lr=1e-4", ...]`` as nested data; values are read as YAML."""
+    """``["optimization.lr=1e-4", ...]`` as nested data; values are read as YAML."""
     nested: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override '{item}': write key=value, for example optimisation.lr=1e-4")
+            raise ConfigError(f"override '{item}': write key=value, for example optimization.lr=1e-4")
         branch: dict[str, Any] = {}
         leaf = branch
         *parents, last = key.split(".")

@@ -1,4 +1,4 @@
-"""The run of one stage: student, data, distillation, optimisation, logging, output.
+"""The run of one stage: student, data, distillation, optimization, logging, output.
 
 Every model here forbids unknown keys: a misspelt key is an error, never a silent default.
 Numbers of the method come from arXiv 2412.09585; the recipes hold the published values of each base.
@@ -149,7 +149,7 @@ class Distillation(Section):
         return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
 
 
-class Optimisation(Section):
+class Optimization(Section):
     """Batch, rate and length. The global batch is what counts; micro-batch and processes only split it."""
 
     global_batch: PositiveInt
@@ -171,7 +171,7 @@ class Optimisation(Section):
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
         None, description="the LLM's attention while training; default: the model's own choice"
     )
-    lr_of: dict[str, PositiveFloat] = Field(
+    lr_overrides: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="part of the stage's table -> its own rate, e.g. {projector: 1e-3}"
     )
 
@@ -188,7 +188,7 @@ class Lora(Section):
     quantize: Literal["4bit"] | None = Field(None, description="4bit: the frozen LLM is kept so (QLoRA; a GPU)")
 
 
-class Watch(Section):
+class Monitor(Section):
     """What happens when a run goes wrong; the rows at hand are named each time, and all processes act together."""
 
     non_finite: Literal["stop", "skip"] = Field("stop", description="NaN or infinite loss; skip: leave the step out")
@@ -206,7 +206,7 @@ class Logging(Section):
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    watch: Watch = Field(default_factory=lambda: Watch.model_validate({}))
+    monitor: Monitor = Field(default_factory=lambda: Monitor.model_validate({}))
 
 
 class Engine(str, Enum):
@@ -239,7 +239,7 @@ class Run(Section):
     student: Student | None = None
     data: Data
     distillation: Distillation | None = None
-    optimisation: Optimisation
+    optimization: Optimization
     lora: Lora | None = Field(None, description="stage ift: learn low-rank updates of the LLM, not the LLM")
     logging: Logging = Field(default_factory=Logging)
     launch: Launch = Launch()
@@ -251,12 +251,12 @@ class Run(Section):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
         if self.distillation is not None and self.stage is not Stage.PT:
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
-        if self.distillation is not None and self.optimisation.packing:
-            raise ValueError("'optimisation.packing' goes with no 'distillation', whose rows hold one image: remove it")
+        if self.distillation is not None and self.optimization.packing:
+            raise ValueError("'optimization.packing' goes with no 'distillation', whose rows hold one image: remove it")
         engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
-        if zero and self.logging.watch.non_finite == "skip":
+        if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(
-                f"'logging.watch.non_finite: skip' goes with no launch.engine {engine}: DeepSpeed's optimizer has "
+                f"'logging.monitor.non_finite: skip' goes with no launch.engine {engine}: DeepSpeed's optimizer has "
                 "moved before the loss is judged. Take 'stop', or launch.engine=fsdp"
             )
         if self.lora is not None and self.lora.quantize is not None and engine is not Engine.DDP:

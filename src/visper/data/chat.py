@@ -1,6 +1,6 @@
 """Conversations become input ids and labels, by the chat template that is saved with the processor.
 
-Labels come from the character spans of one tokenisation of the whole conversation. Re-tokenising prefixes, the usual
+Labels come from the character spans of one tokenization of the whole conversation. Re-tokenizing prefixes, the usual
 way, drifts by a token wherever a merge crosses a turn's border, and silently supervises the wrong tokens.
 """
 
@@ -17,8 +17,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from visper.common.errors import DataError
 from visper.data.images import output_size
-from visper.data.records import DataError, Record
+from visper.data.rows.records import Record
 
 IGNORED = -100
 _SENTINEL = "\ue000{}\ue001"
@@ -189,7 +190,7 @@ class ConversationEncoder:
         """
         skeleton = self._skeleton(record)
         text, answers, cuts = self._fill(skeleton, record)
-        ids, offsets = self._tokenise(text, cuts)
+        ids, offsets = self._tokenize(text, cuts)
         labels = _supervise(ids, offsets, answers)
         expected = int(record.image_turn is not None)
         if ids.count(self.image_token_id) != expected:
@@ -257,7 +258,7 @@ class ConversationEncoder:
             at += len(text) + len(literal)
         return "".join(parts), answers, cuts
 
-    def _tokenise(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokenize(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans ``(start, end)`` in ``text``."""
         ids, offsets = self._piece(text[: cuts[0]] if cuts else text, lacks_first_token(self.tokenizer, text))
         for start, end in pairwise([*cuts, len(text)]):

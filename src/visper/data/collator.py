@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Required
 
 from visper.data.chat import IGNORED
-from visper.data.records import Drop
+from visper.data.rows.records import Drop
 
 Preprocess = Callable[[Image.Image], Tensor]
 

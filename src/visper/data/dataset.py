@@ -16,13 +16,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
+from visper.data.checks.digests import content_of
 from visper.data.collator import Sample
-from visper.data.digests import content_of
 from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
-from visper.data.lengths import Lengths, measure
-from visper.data.records import DataError, Drop, DropList, Record
-from visper.data.table import Records
+from visper.data.rows.lengths import Lengths, measure
+from visper.data.rows.records import Drop, DropList, Record
+from visper.data.rows.table import Records
 
 CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
 THREADS = 32  # that wait for the file system, mostly
@@ -83,7 +84,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         return [record.image is not None for record in self.records]
 
     def estimated_lengths(self) -> list[int]:
-        """Tokens of each row by its characters, without tokenising."""
+        """Tokens of each row by its characters, without tokenizing."""
         if isinstance(self.records, Records):
             characters = self.records.characters
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from visper.data.records import DataError
+from visper.common.errors import DataError
 
 # EXIF's orientation tag -> what makes the picture upright.
 _TURNS = {
@@ -29,7 +29,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Opens and decodes a picture: upright RGB, whatever its mode, orientation tag or file name say.
 
     The content decides about the format (GIF under .jpg occurs; its first frame is taken). Transparency is dropped,
-    16-bit grey is scaled to 8.
+    16-bit gray is scaled to 8.
 
     Args:
         path: the file, or the name of a picture whose ``content`` is at hand.
@@ -79,7 +79,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion clips at 255 instead of scaling
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

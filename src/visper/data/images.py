@@ -1,6 +1,6 @@
 """The one geometry in which student and teachers see pictures.
 
-``squash`` scales both sides to the square, ``pad`` puts the picture on a square of the encoder's mean colour, ``crop``
+``squash`` scales both sides to the square, ``pad`` puts the picture on a square of the encoder's mean color, ``crop``
 keeps the central square. The student sees what the saved image processor makes, in training as at inference; teachers
 see ``arrange``'s square picture, which covers the same pixels.
 """
@@ -44,7 +44,7 @@ def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0
 
 
 def background_of(image_processor: Any) -> tuple[int, int, int]:
-    """The encoder's mean colour as the image processor pads with it: RGB, 0 to 255, fractions cut."""
+    """The encoder's mean color as the image processor pads with it: RGB, 0 to 255, fractions cut."""
     red, green, blue = (int(channel * 255) for channel in image_processor.image_mean)
     return red, green, blue
 
@@ -55,7 +55,7 @@ def build_image_processor(
     """A stock image processor that turns any picture into ``[3, image_size, image_size]`` by ``geometry``.
 
     It is saved with the model, so inference sees what training saw. On torch's bicubic resize it differs from the
-    published PIL code by at most one grey level, at less than one pixel in a hundred.
+    published PIL code by at most one gray level, at less than one pixel in a hundred.
 
     Args:
         geometry: ``squash``, ``pad`` or ``crop``.
@@ -68,7 +68,7 @@ def build_image_processor(
 
 
 def with_geometry(image_processor: Any, geometry: str) -> LlavaImageProcessor:
-    """The same size and colours as ``image_processor`` in another geometry."""
+    """The same size and colors as ``image_processor`` in another geometry."""
     size = output_size(image_processor)
     return build_image_processor(geometry, size, image_processor.image_mean, image_processor.image_std)
 

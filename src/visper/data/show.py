@@ -1,4 +1,4 @@
-"""One sample, decoded, with what is supervised in colour: the last look before a run."""
+"""One sample, decoded, with what is supervised in color: the last look before a run."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
 """Hidden states and teacher targets become losses."""
 
 from visper.distillation.attach import AttachedDistillation, ModelFacts, attach
-from visper.distillation.hooks import HiddenStateTap
-from visper.distillation.layout import TokenLayout
-from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation.objective import DistilledTask, EmbeddingDistillation
-from visper.distillation.predictors import (
+from visper.distillation.heads import (
     PREDICTORS,
     EmbeddingPredictor,
     PerceiverResampler,
@@ -13,6 +9,10 @@ from visper.distillation.predictors import (
     check_predictor,
     predictor_spec,
 )
+from visper.distillation.layout import TokenLayout
+from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
+from visper.distillation.objective import DistilledTask, EmbeddingDistillation
+from visper.distillation.tap import HiddenStateTap
 from visper.distillation.targets import Targets, gather_targets
 from visper.distillation.teachers import TEACHERS, TargetSpec, Teacher, build_teacher, target_spec
 

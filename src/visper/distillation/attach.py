@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visper.distillation.hooks import HiddenStateTap
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import DistilledTask, EmbeddingDistillation
+from visper.distillation.tap import HiddenStateTap
 from visper.distillation.targets import Targets, gather_targets
 from visper.model import TaskTokens, random_rows
 
@@ -188,7 +188,7 @@ class AttachedDistillation(nn.Module):
         return self.objective.total(terms)
 
     def write_back(self, model: nn.Module) -> None:
-        """Writes learnt task tokens into the model's vocabulary, for saving. Nothing to do where there are none."""
+        """Writes learned task tokens into the model's vocabulary, for saving. Nothing to do where there are none."""
         if self.task_tokens is not None:
             self.task_tokens.write_back(model.get_input_embeddings())  # type: ignore[operator]
 

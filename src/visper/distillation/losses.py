@@ -57,7 +57,7 @@ def info_nce_per_sample(predicted_BNE: Tensor, pool_PNE: Tensor, labels_B: Tenso
     with torch.autocast(predicted_BNE.device.type, enabled=False):
         predicted = normalize(predicted_BNE.flatten(1).float(), dim=1)
         pool = pool_PNE.detach().flatten(1).float()
-        # Divide the products, not the pool: a normalised copy of it would be kept for the backward pass of every layer.
+        # Divide the products, not the pool: a normalized copy of it would be kept for the backward pass of every layer.
         cosines_BP = predicted @ pool.T / pool.norm(dim=1).clamp(min=1e-12)
         scale = logit_scale.float().exp().clamp(max=MAX_SCALE)
         return cross_entropy(cosines_BP * scale, labels_B, reduction="none")

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visper.config import Distillation
+from visper.distillation.heads import EmbeddingPredictor, PredictorSpec, check_predictor, predictor_spec
 from visper.distillation.layout import KeyPlaces, TokenLayout
 from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation.predictors import EmbeddingPredictor, PredictorSpec, check_predictor, predictor_spec
 from visper.distillation.targets import Targets
 from visper.distillation.teachers.base import TargetSpec
 

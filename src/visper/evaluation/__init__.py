@@ -1,6 +1,6 @@
 """Weights become scores."""
 
-from visper.evaluation.answers import answer, load_to_ask
+from visper.evaluation.ask import answer, load_to_ask
 from visper.evaluation.intervals import wilson
 from visper.evaluation.questions import Answered, Question, Score, evaluate, read_questions, save_answers, scores
 

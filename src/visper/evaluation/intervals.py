@@ -13,7 +13,7 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"{correct} of {total} is no share: expected 0 <= correct <= total and at least one sample")
     share = correct / total
-    centre = share + z * z / (2 * total)
+    center = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)

@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visper.config import ConfigError, Run, Stage, load_run
+from visper.common.errors import ConfigError
+from visper.config import Run, Stage, load_run
 from visper.distillation import Teacher
-from visper.evaluation.answers import model_inputs
+from visper.distillation.teachers.from_run import build_teachers
+from visper.evaluation.ask import model_inputs
 from visper.model import load_student
-from visper.training.assemble import build_teachers, build_training_model
+from visper.training.assemble import build_training_model
 from visper.training.module import TrainingModel
 
 
@@ -39,12 +41,12 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
         overrides: changes to its run, such as ``distillation.tasks.depth.teacher.model=elsewhere``.
 
     Raises:
-        ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learnt from.
+        ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learned from.
     """
     folder = _folder_of(Path(output))
     run = load_run(folder / "distillation" / "run.yaml", overrides)
     on_gpu = torch.cuda.is_available()
-    half = on_gpu and run.optimisation.precision == "bfloat16"
+    half = on_gpu and run.optimization.precision == "bfloat16"
     student = load_student(folder, torch.bfloat16 if half else torch.float32)
     try:
         teachers = build_teachers(run)

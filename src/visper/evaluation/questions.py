@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from visper.data.complete import write_text
+from visper.common.errors import DataError
+from visper.common.files import write_text
 from visper.data.images import open_image
-from visper.data.records import DataError
-from visper.evaluation.answers import answer
+from visper.evaluation.ask import answer
 from visper.evaluation.intervals import wilson
 from visper.model import Student
 
@@ -91,7 +91,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """What is compared: lower case, no punctuation at the ends, single spaces. ``(A).`` equals ``a``."""
     return re.sub(r"\s+", " ", text.lower()).strip(string.punctuation + " ")
 
@@ -142,7 +142,7 @@ def evaluate(
 
 
 def _judged(question: Question, image: str | None, said: str | None) -> Answered:
-    correct = said is not None and normalised(said) == normalised(question.answer)
+    correct = said is not None and normalized(said) == normalized(question.answer)
     return Answered(image, question.kind, question.question, question.answer, said, correct)
 
 

@@ -30,7 +30,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import cached_file
 
-from visper.config import ConfigError, Geometry
+from visper.common.errors import ConfigError
+from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import end_of_turn_token, student_template
 from visper.data.images import build_image_processor

@@ -28,7 +28,7 @@ from visper.model.hub import loading, sizes_of
 
 logger = logging.getLogger(__name__)
 
-Colour = tuple[float, ...]
+Color = tuple[float, ...]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -91,10 +91,10 @@ class FeatureMapTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing of its own to initialise: the backbone brings its weights."""
+        """Nothing of its own to initialize: the backbone brings its weights."""
 
     def train(self, mode: bool = True) -> FeatureMapTower:
-        """Trains everything but batch normalisation, whose statistics stay the backbone's own, also while it learns.
+        """Trains everything but batch normalization, whose statistics stay the backbone's own, also while it learns.
 
         Else a frozen tower's answer to a picture depends on the others of its batch, differs from what inference
         sees, and moves in every step by buffers that no checkpoint of learning weights holds.
@@ -130,8 +130,8 @@ class Encoder:
     patch_size: int
     num_tokens: int  # as the projector receives them
     extra_tokens: int  # beside the patches, before the class token is dropped (class, registers)
-    mean: Colour
-    std: Colour
+    mean: Color
+    std: Color
 
 
 def load_encoder(
@@ -146,7 +146,7 @@ def load_encoder(
     Args:
         feature_layer: hidden state the projector reads; a wrapped tower has one only, so it is ignored there.
         image_size: pixels a side; default: the encoder's own.
-        weights: False = the sizes alone: parameters on the meta device, colours not looked up.
+        weights: False = the sizes alone: parameters on the meta device, colors not looked up.
 
     Raises:
         ConfigError: the encoder cannot be had.
@@ -160,7 +160,7 @@ def load_encoder(
         config = _image_half(sizes_of(name, "student.encoder", trust_remote_code=trust_remote_code))
         with loading("student.encoder", name), torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    mean, std, own_size = _normalisation(name, model, trust_remote_code) if weights else _colours(model.config)
+    mean, std, own_size = _normalization(name, model, trust_remote_code) if weights else _colors(model.config)
     size = image_size or own_size
     try:
         states, last = _shapes(model, size)
@@ -216,7 +216,7 @@ def _probed(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.
     return [state.shape for state in states], states[-1].shape
 
 
-def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Colour, std: Colour) -> Encoder:
+def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Color, std: Color) -> Encoder:
     timm_model = getattr(model, "timm_model", None)
     channels_last = str(getattr(timm_model, "output_fmt", None)) == "NHWC"
     prefix = 0
@@ -251,8 +251,8 @@ def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Colour, st
     return Encoder(FeatureMapTower(config, model), -1, "full", size, patch, cells, 0, mean, std)
 
 
-def _colours(config: PreTrainedConfig) -> tuple[Colour, Colour, int]:
-    """Mean, standard deviation and size that a configuration itself tells; ImageNet's colours where it is silent."""
+def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
+    """Mean, standard deviation and size that a configuration itself tells; ImageNet's colors where it is silent."""
     timm_config: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
     if not timm_config and getattr(config, "model_type", "") == "timm_wrapper":
         import timm
@@ -264,9 +264,9 @@ def _colours(config: PreTrainedConfig) -> tuple[Colour, Colour, int]:
     return tuple(timm_config.get("mean", IMAGENET_MEAN)), tuple(timm_config.get("std", IMAGENET_STD)), int(size)
 
 
-def _normalisation(name: str, model: PreTrainedModel, trust_remote_code: bool) -> tuple[Colour, Colour, int]:
+def _normalization(name: str, model: PreTrainedModel, trust_remote_code: bool) -> tuple[Color, Color, int]:
     """Mean, standard deviation and size of the pictures the encoder was trained on."""
-    mean, std, size = _colours(model.config)
+    mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
     processor: Any = None

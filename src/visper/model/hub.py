@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from visper.config import ConfigError
+from visper.common.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def remedy(name: str, error: OSError) -> str:
     reason = _first_line(error)
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
         return (
-            f"it is gated, and this machine's token (if any) may not read it: accept its licence on "
+            f"it is gated, and this machine's token (if any) may not read it: accept its license on "
             f"https://huggingface.co/{name}, then `hf auth login`"
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):
@@ -80,7 +80,7 @@ class Vocabulary:
 
 @lru_cache(maxsize=1)
 def known_sizes() -> dict[str, dict[str, Any]]:
-    """The published bases' configurations by hub id, so that sizes need neither network nor licence.
+    """The published bases' configurations by hub id, so that sizes need neither network nor license.
 
     Of each: ``config`` as in its config.json (what sizes depend on), of LLMs also ``vocabulary``.
     """

@@ -84,7 +84,7 @@ def equal_compute_steps(out: Path, seed: int, budget: Budget) -> int:
     for arm in (BASELINE, RECIPE):
         folder = out / f"seed-{seed}" / arm.replace(" ", "-")
         taken[arm] = json.loads((folder / "result.json").read_text(encoding="utf-8"))["cpu_seconds"]["pt"]
-    steps = stage_runs(out, out, seed, budget)["pt"].optimisation.max_steps
+    steps = stage_runs(out, out, seed, budget)["pt"].optimization.max_steps
     assert steps is not None
     return round(steps * taken[RECIPE] / taken[BASELINE])
 
@@ -107,7 +107,7 @@ def differences(
 def show(
     accuracies: Mapping[str, Sequence[Mapping[str, float]]], found: Sequence[Difference], console: Console
 ) -> None:
-    """Accuracy of every arm (the lowest seed shows whether each run learnt), then the differences from the baseline."""
+    """Accuracy of every arm (the lowest seed shows whether each run learned), then differences from the baseline."""
     kinds = list(next(iter(accuracies.values()))[0])
     table = Table("arm", *kinds, title="accuracy: mean over seeds (lowest seed)")
     for arm, rows in accuracies.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from visper.data.complete import complete, write_text
+from visper.common.files import atomic_path, write_text
 from visper.quickstart.encoder_base import train_encoder
 from visper.quickstart.llm_base import train_llm
 from visper.quickstart.pictures import Pictures, draw_pictures
@@ -59,7 +59,7 @@ def build_bases(
         train = draw_pictures(TRAIN_SERIES, scenes, out / ".scenes" / "train.pickle")
         tests = draw_pictures(HELD_OUT_SERIES, held_out, out / ".scenes" / "held_out.pickle")
         for part in missing:
-            with complete(out / part) as beside:
+            with atomic_path(out / part) as beside:
                 quality[part] = _TRAINERS[part](train, tests, beside, spans[part])
             write_text(quality_file, json.dumps(quality, indent=1))
         shutil.rmtree(out / ".scenes")

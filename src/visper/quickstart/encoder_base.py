@@ -1,7 +1,7 @@
 """The quickstart's vision encoder: a CLIP vision transformer taught what each patch shows.
 
 LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away:
-the colour and shape of the object over a patch, whether an object is centred there, the depth, the patch's place.
+the color and shape of the object over a patch, whether an object is centered there, the depth, the patch's place.
 The layer behind it does nothing (its outputs are zero), as no one reads it. Shape suffixes: B = pictures, P =
 patches, D = width.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from visper.quickstart.patches import NO_COLOUR, NO_SHAPE
+from visper.quickstart.patches import NO_COLOR, NO_SHAPE
 from visper.quickstart.pictures import Pictures
 from visper.quickstart.progress import Progress
 from visper.quickstart.scenes import GRID, PATCH, SIZE
@@ -47,7 +47,7 @@ def image_processor() -> CLIPImageProcessor:
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 ``[B,96,96,3]`` -> normalised ``[B,3,96,96]``, as ``image_processor`` does it."""
+    """uint8 ``[B,96,96,3]`` -> normalized ``[B,3,96,96]``, as ``image_processor`` does it."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
@@ -62,7 +62,7 @@ def patch_states(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(model: CLIPVisionModel, images: np.ndarray) -> None:
+def initialize(model: CLIPVisionModel, images: np.ndarray) -> None:
     """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most
     of its first epoch."""
     inner = getattr(model, "vision_model", model)
@@ -74,8 +74,8 @@ def initialise(model: CLIPVisionModel, images: np.ndarray) -> None:
         .flatten(3)
         .flatten(0, 2)
     )
-    centred = cut - cut.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(cut))
+    centered = cut - cut.mean(0)
+    values, vectors = torch.linalg.eigh(centered.T @ centered / len(cut))
     top = vectors.flip(1)[:, :WIDTH] / (values.flip(0)[:WIDTH].clamp(min=0).sqrt() + 0.1)
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
     inner.embeddings.patch_embedding.weight.copy_((top @ turn).T.reshape(WIDTH, 3, PATCH, PATCH))
@@ -96,26 +96,26 @@ class PatchHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.sizes = [NO_COLOUR + 1, NO_SHAPE + 1, 1, 1, GRID, GRID]
+        self.sizes = [NO_COLOR + 1, NO_SHAPE + 1, 1, 1, GRID, GRID]
         self.out = nn.Linear(WIDTH, sum(self.sizes))
 
     def forward(self, states_BPD: Tensor) -> tuple[Tensor, ...]:
-        """Logits of colour, shape, centre, then the log depth, then logits of column and row, each ``[B,P,*]``."""
+        """Logits of color, shape, center, then the log depth, then logits of column and row, each ``[B,P,*]``."""
         return self.out(self.norm(states_BPD)).split(self.sizes, -1)
 
 
 def patch_loss(heads: PatchHeads, states_BPD: Tensor, labels: dict[str, Tensor]) -> Tensor:
-    """``labels``: colour, shape [B,P] long, centre [B,P] float, depth [B,P] float."""
-    colour, shape, centre, depth, column, row = heads(states_BPD)
-    weight = 0.3 + 0.7 * (labels["colour"] < NO_COLOUR).float() + 4.0 * labels["centre"]
+    """``labels``: color, shape [B,P] long, center [B,P] float, depth [B,P] float."""
+    color, shape, center, depth, column, row = heads(states_BPD)
+    weight = 0.3 + 0.7 * (labels["color"] < NO_COLOR).float() + 4.0 * labels["center"]
     weight = weight / weight.mean()
 
     def weighted(loss: Tensor) -> Tensor:
         return (loss.view_as(weight) * weight).mean()
 
-    loss = weighted(F.cross_entropy(colour.flatten(0, 1), labels["colour"].flatten(), reduction="none"))
+    loss = weighted(F.cross_entropy(color.flatten(0, 1), labels["color"].flatten(), reduction="none"))
     loss = loss + weighted(F.cross_entropy(shape.flatten(0, 1), labels["shape"].flatten(), reduction="none"))
-    loss = loss + 3 * F.binary_cross_entropy_with_logits(centre[..., 0], labels["centre"])
+    loss = loss + 3 * F.binary_cross_entropy_with_logits(center[..., 0], labels["center"])
     loss = loss + 8 * weighted((depth[..., 0] - labels["depth"]).abs())
     place = torch.arange(GRID * GRID).expand(len(states_BPD), -1).flatten()
     loss = loss + 0.1 * F.cross_entropy(column.flatten(0, 1), place % GRID)
@@ -128,7 +128,7 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, heads = new_encoder(), PatchHeads()
-    initialise(model, pictures.images[:400])
+    initialize(model, pictures.images[:400])
     parameters = [*model.parameters(), *heads.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]
     rest = [p for p in parameters if p.ndim <= 1]
@@ -157,12 +157,12 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
 def encoder_scores(
     model: CLIPVisionModel, heads: PatchHeads, pictures: Pictures, limit: int | None = None
 ) -> dict[str, float]:
-    """Colour and shape accuracy and median depth error where objects are centred, F1 of the centre tag."""
-    totals: dict[str, list[Tensor]] = {k: [] for k in ("colour", "shape", "depth", "true", "found", "both")}
+    """Color and shape accuracy and median depth error where objects are centered, F1 of the center tag."""
+    totals: dict[str, list[Tensor]] = {k: [] for k in ("color", "shape", "depth", "true", "found", "both")}
     for images, labels in pictures.in_order(128, limit):
-        colour, shape, centre, depth, _, _ = heads(patch_states(model.eval(), to_pixels(images)))
-        at, found = labels["centre"] > 0, centre[..., 0] > 0
-        totals["colour"].append((colour.argmax(-1) == labels["colour"])[at].float())
+        color, shape, center, depth, _, _ = heads(patch_states(model.eval(), to_pixels(images)))
+        at, found = labels["center"] > 0, center[..., 0] > 0
+        totals["color"].append((color.argmax(-1) == labels["color"])[at].float())
         totals["shape"].append((shape.argmax(-1) == labels["shape"])[at].float())
         totals["depth"].append((depth[..., 0] - labels["depth"])[at].abs())
         totals["true"].append(at.sum()[None].float())
@@ -171,8 +171,8 @@ def encoder_scores(
     model.train()
     whole = {k: torch.cat(v) for k, v in totals.items()}
     return {
-        "colour_accuracy": whole["colour"].mean().item(),
+        "color_accuracy": whole["color"].mean().item(),
         "shape_accuracy": whole["shape"].mean().item(),
         "median_depth_error": math.expm1(whole["depth"].median().item() * math.log(15)),
-        "centre_f1": 2 * whole["both"].sum().item() / (whole["true"].sum() + whole["found"].sum()).item(),
+        "center_f1": 2 * whole["both"].sum().item() / (whole["true"].sum() + whole["found"].sum()).item(),
     }

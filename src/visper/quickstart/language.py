@@ -14,20 +14,20 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from visper.quickstart.questions import PLURALS, Objects
-from visper.quickstart.scenes import COLOURS, GRID, SHAPES, SceneObject
+from visper.quickstart.scenes import COLORS, GRID, SHAPES, SceneObject
 
 DEPTH_STEPS = 12
 NEAREST, FARTHEST = 3.0, 10.0
 """Metres where the first depth step begins and the last one ends; a step is a factor of 1.105."""
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-PHRASES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+PHRASES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 COLUMNS = tuple(f"x{i}" for i in range(GRID))
 ROWS = tuple(f"y{i}" for i in range(GRID))
 DEPTHS = tuple(f"z{i}" for i in range(DEPTH_STEPS))
 NUMBERS = ("0", "1", "2", "3", "4", "5", "6")
 WORDS = (
-    *COLOURS,
+    *COLORS,
     *SHAPES,
     *PLURALS.values(),
     *COLUMNS,
@@ -98,7 +98,7 @@ CAPTION_PROMPTS = ("Describe the picture .", "What is in the picture ?", "What i
 
 
 def depth_step(depth: float) -> float:
-    """Depth in metres on the scale of the depth words, 0..``DEPTH_STEPS`` - 1 at the words' centres, clipped to
+    """Depth in metres on the scale of the depth words, 0..``DEPTH_STEPS`` - 1 at the words' centers, clipped to
     their range."""
     step = np.log(max(depth, 1e-6) / NEAREST) / np.log(FARTHEST / NEAREST) * DEPTH_STEPS - 0.5
     return float(np.clip(step, 0, DEPTH_STEPS - 1))

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from visper.quickstart.laid_out import Conversations, Layouts, collate, embed
 from visper.quickstart.language import COLUMNS, DEPTHS, PHRASES, ROWS, new_tokenizer
+from visper.quickstart.layouts import Conversations, Layouts, collate, embed
 from visper.quickstart.pictures import Pictures
 from visper.quickstart.progress import Progress
 from visper.quickstart.questions import KINDS, PLURALS, draw_questions
-from visper.quickstart.scenes import COLOURS, SHAPES
+from visper.quickstart.scenes import COLORS, SHAPES
 
 WIDTH, LAYERS = 128, 4
 
@@ -42,36 +42,36 @@ def new_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    initialise(model, tokenizer)
+    initialize(model, tokenizer)
     return model
 
 
 NAME, PLACE, PLACE_FLAG, NAME_FLAG, FOUND, OTHER = slice(0, 11), slice(32, 62), 64, 65, slice(66, 96), slice(98, WIDTH)
-"""Where the initial embeddings keep a name's colour and shape, a place, the two flags, a place that was looked up,
+"""Where the initial embeddings keep a name's color and shape, a place, the two flags, a place that was looked up,
 all other words."""
 
 
 @torch.no_grad()
-def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def initialize(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Initial weights in which the look-up from a name to its place exists already, in one head of the first layer.
 
     Found by gradient descent alone the look-up is a sudden step after some 500 to 1000 training steps (10
-    CPU-minutes); written down, it costs nothing. Everything is trained from there. Names are one-hot colour and
-    shape; columns, rows and depths are bumps, so that neighbours are alike.
+    CPU-minutes); written down, it costs nothing. Everything is trained from there. Names are one-hot color and
+    shape; columns, rows and depths are bumps, so that neighbors are alike.
     """
     table = model.get_input_embeddings().weight
     table.normal_(0, 0.04)
     table[:, OTHER] += torch.randn(len(table), table[:, OTHER].shape[1]) * 0.2
     at = tokenizer.get_vocab()
     for name in PHRASES:
-        colour, shape = (list(COLOURS).index(name.split()[0]), SHAPES.index(name.split()[1]))
-        table[at[name], colour] += 1.0
-        table[at[name], len(COLOURS) + shape] += 0.7
+        color, shape = (list(COLORS).index(name.split()[0]), SHAPES.index(name.split()[1]))
+        table[at[name], color] += 1.0
+        table[at[name], len(COLORS) + shape] += 0.7
         table[at[name], NAME_FLAG] += 1.0
-    for colour, word in enumerate(COLOURS):
-        table[at[word], colour] += 1.0
+    for color, word in enumerate(COLORS):
+        table[at[word], color] += 1.0
     for shape, word in enumerate(SHAPES):
-        table[[at[word], at[PLURALS[word]]], len(COLOURS) + shape] += 1.0
+        table[[at[word], at[PLURALS[word]]], len(COLORS) + shape] += 1.0
     for part, words in enumerate((COLUMNS, ROWS, DEPTHS)):
         ticks = torch.linspace(0, 9, len(words))[:, None] - torch.arange(10)[None]
         code = F.normalize(torch.exp(-(ticks**2) / 1.5), dim=1)
@@ -85,7 +85,7 @@ def initialise(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> N
 
 @torch.no_grad()
 def _write_look_up_head(model: LlamaForCausalLM) -> None:
-    """Head 0 of layer 0: a name finds the place that holds the same colour and copies what is known of it into
+    """Head 0 of layer 0: a name finds the place that holds the same color and copies what is known of it into
     ``FOUND``."""
     head = WIDTH // 4
     attention = model.model.layers[0].self_attn
@@ -95,7 +95,7 @@ def _write_look_up_head(model: LlamaForCausalLM) -> None:
     # Rotary pairs (i, i + 16): from i = 8 on they turn less than 0.3 rad in 300 tokens: far matches survive.
     slow = [*range(8, 16), *range(24, 32)]
     for channel, dim in enumerate(range(NAME.start, NAME.stop)):
-        strength = 1.4 if channel < len(COLOURS) else 0.5
+        strength = 1.4 if channel < len(COLORS) else 0.5
         attention.q_proj.weight[slow[channel], dim] += strength
         attention.k_proj.weight[slow[channel], dim] += strength
     attention.q_proj.weight[slow[15], NAME_FLAG] += 1.4
@@ -114,7 +114,7 @@ def _write_count_head(model: LlamaForCausalLM) -> None:
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.weight[first:] *= 0.2
     attention.o_proj.weight[:, first:] *= 0.2
-    for channel, shape in enumerate(range(len(COLOURS), len(COLOURS) + len(SHAPES))):
+    for channel, shape in enumerate(range(len(COLORS), len(COLORS) + len(SHAPES))):
         attention.q_proj.weight[first + 8 + channel, shape] += 1.1
         attention.k_proj.weight[first + 8 + channel, shape] += 1.1
     attention.v_proj.weight[first, NAME_FLAG] += 0.5

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from visper.quickstart.scenes import COLOURS, FAR, GRID, NEAR, PATCH, SHAPES, Scene
+from visper.quickstart.scenes import COLORS, FAR, GRID, NEAR, PATCH, SHAPES, Scene
 
-NO_COLOUR = len(COLOURS)
+NO_COLOR = len(COLORS)
 NO_SHAPE = len(SHAPES)
 COVERED_SHARE = 0.2
 """A patch belongs to an object that fills at least this share of it."""
@@ -27,16 +27,16 @@ def log_depth(depth: npt.NDArray[np.floating[Any]] | float) -> npt.NDArray[np.fl
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """Per patch: ``colour`` [P] (8 = none), ``shape`` [P] (3 = none), ``centre`` [P] bool, ``depth`` [P] in
+    """Per patch: ``color`` [P] (8 = none), ``shape`` [P] (3 = none), ``center`` [P] bool, ``depth`` [P] in
     ``log_depth`` units.
 
-    Where an object is centred, colour, shape and depth are that object's; elsewhere those of the object that covers
+    Where an object is centered, color, shape and depth are that object's; elsewhere those of the object that covers
     most, and the mean depth.
     """
 
-    colour: npt.NDArray[np.int64]
+    color: npt.NDArray[np.int64]
     shape: npt.NDArray[np.int64]
-    centre: npt.NDArray[np.bool_]
+    center: npt.NDArray[np.bool_]
     depth: npt.NDArray[np.float32]
 
 
@@ -47,14 +47,14 @@ def patch_labels(scene: Scene) -> PatchLabels:
     instances, depths = cut(scene.instances), cut(log_depth(scene.depth))
     counts = np.stack([(instances == i + 1).sum(1) for i in range(len(scene.objects))], 1)
     owner = np.where(counts.max(1) >= COVERED_SHARE * PATCH * PATCH, counts.argmax(1), len(scene.objects))
-    names = list(COLOURS)
-    colours = np.array([names.index(o.colour) for o in scene.objects] + [NO_COLOUR])
+    names = list(COLORS)
+    colors = np.array([names.index(o.color) for o in scene.objects] + [NO_COLOR])
     shapes = np.array([SHAPES.index(o.shape) for o in scene.objects] + [NO_SHAPE])
     depth = depths.mean(1)
-    centre = np.zeros(GRID * GRID, bool)
+    center = np.zeros(GRID * GRID, bool)
     for index, thing in enumerate(scene.objects):
         column, row = thing.place
         patch = row * GRID + column
-        centre[patch], owner[patch] = True, index
+        center[patch], owner[patch] = True, index
         depth[patch] = log_depth(thing.depth)
-    return PatchLabels(colours[owner], shapes[owner], centre, depth.astype(np.float32))
+    return PatchLabels(colors[owner], shapes[owner], center, depth.astype(np.float32))

@@ -17,7 +17,7 @@ from torch import Tensor
 from visper.quickstart.patches import patch_labels
 from visper.quickstart.scenes import GRID, SceneObject, draw_scene
 
-_PATCH_KEYS = ("colour", "shape", "centre", "depth")
+_PATCH_KEYS = ("color", "shape", "center", "depth")
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Pictures:
         values = self.patches[key][rows].reshape(-1, GRID, GRID).copy()
         values[mirror] = values[mirror][:, :, ::-1]
         flat = torch.from_numpy(values.reshape(-1, GRID * GRID))
-        return flat.long() if key in ("colour", "shape") else flat.float()
+        return flat.long() if key in ("color", "shape") else flat.float()
 
 
 def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:

@@ -38,7 +38,7 @@ class Question:
     answer: str
 
     def text(self, objects: Objects) -> str:
-        """The question in words, for the scene's ``objects`` (which may have been recoloured)."""
+        """The question in words, for the scene's ``objects`` (which may have been recolored)."""
         return _TEXTS[self.kind](self, [objects[i].name for i in self.objects])
 
 
@@ -78,12 +78,12 @@ class _Candidate:
 
 
 def apart(one: SceneObject, two: SceneObject) -> float:
-    """Distance of two centres in metres."""
+    """Distance of two centers in metres."""
     return float(np.linalg.norm(np.subtract(one.position, two.position)))
 
 
 def apart_in_picture(one: SceneObject, two: SceneObject) -> float:
-    """Distance of two centres in pixels."""
+    """Distance of two centers in pixels."""
     return float(np.hypot(one.column - two.column, one.row - two.row))
 
 
@@ -160,7 +160,7 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     for kind in KINDS:
         every = [c for scene, objects in enumerate(scenes) for c in _CANDIDATES[kind](scene, objects)]
         balanced[kind] = _balanced(every, kind, rng)
-    # Relations are ten times as many as distances, which are learnt slowest: left so, a model learns little else.
+    # Relations are ten times as many as distances, which are learned slowest: left so, a model learns little else.
     most = min(map(len, balanced.values())) if per_kind is None else per_kind
     for kind, chosen in balanced.items():
         if len(chosen) > most:
@@ -180,7 +180,7 @@ def _ask(kind: str, one: _Candidate, swapped: bool) -> Question:
     return Question(one.scene, kind, objects, one.detail, second if swapped else first)
 
 
-def _colour_rank(thing: SceneObject) -> float:
+def _color_rank(thing: SceneObject) -> float:
     return float(sum(ord(c) * (i + 1) for i, c in enumerate(thing.name)) % 97)
 
 
@@ -189,7 +189,7 @@ _PAIR_CUES = {
         "lower in the picture": lambda a, b, c: a.row - b.row,
         "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },
     "distance": {
         "closer in the picture": lambda a, b, c: apart_in_picture(b, c) - apart_in_picture(a, c),
@@ -197,17 +197,17 @@ _PAIR_CUES = {
         "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
         "lower in the picture": lambda a, b, c: a.row - b.row,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },
     "relation": {
         "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _colour_rank(a) - _colour_rank(b),
+        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },
 }
 _COUNT_CUES = {
     "number of objects": lambda objects: float(len(objects)),
-    "coloured pixels": lambda objects: float(sum(o.pixels for o in objects)),
+    "colored pixels": lambda objects: float(sum(o.pixels for o in objects)),
     "brightness": lambda objects: float(np.mean([o.brightness for o in objects])),
 }
 

@@ -20,7 +20,7 @@ class Solid(NamedTuple):
     """``half`` = half extents (x, y, z) before turning by ``yaw`` about the vertical; a sphere's are all its radius."""
 
     shape: str
-    centre: Array
+    center: Array
     half: tuple[float, float, float]
     yaw: float
 
@@ -88,7 +88,7 @@ _INTERSECT = {"sphere": _sphere, "box": _box, "cylinder": _cylinder}
 
 def _rectangle(solid: Solid, camera_at: Array, axes: Array, focal: float, size: int) -> tuple[slice, slice] | None:
     """Rows and columns that can show the solid; None if it is behind the camera or outside the picture."""
-    corners = _turned(_SIGNS * np.array(solid.half, np.float32), -solid.yaw) + solid.centre
+    corners = _turned(_SIGNS * np.array(solid.half, np.float32), -solid.yaw) + solid.center
     local = (corners - camera_at) @ axes.T
     if local[:, 2].min() < 0.2:
         return None
@@ -114,7 +114,7 @@ def cast(rays: Array, height: float, axes: Array, focal: float, solids: list[Sol
         where = _rectangle(solid, camera_at, axes, focal, rays.shape[0])
         if where is None:
             continue
-        t, n = _INTERSECT[solid.shape](solid, camera_at - solid.centre, rays[where])
+        t, n = _INTERSECT[solid.shape](solid, camera_at - solid.center, rays[where])
         won = (t < depth_full[where]) & (t > 0)
         depth_full[where] = np.where(won, t, depth_full[where])
         depth[where] = np.where(won, t, depth[where])
@@ -128,7 +128,7 @@ def shadowed(points: Array, owner: npt.NDArray[np.int64], solids: list[Solid]) -
     ``Hits``."""
     dark = np.zeros(len(points), bool)
     for index, solid in enumerate(solids):
-        dx, dz = points[:, 0] - solid.centre[0], points[:, 2] - solid.centre[2]
+        dx, dz = points[:, 0] - solid.center[0], points[:, 2] - solid.center[2]
         reach = max(solid.half[0], solid.half[2]) * 1.42
         near = np.nonzero((np.abs(dx) < reach) & (np.abs(dz) < reach))[0]
         if len(near) == 0:
@@ -139,6 +139,6 @@ def shadowed(points: Array, owner: npt.NDArray[np.int64], solids: list[Solid]) -
             under = (np.abs(c * dx - s * dz) < solid.half[0]) & (np.abs(s * dx + c * dz) < solid.half[2])
         else:
             under = dx * dx + dz * dz < solid.half[0] ** 2
-        under &= (points[near, 1] < solid.centre[1] - 0.5 * solid.half[1]) & (owner[near] != index)
+        under &= (points[near, 1] < solid.center[1] - 0.5 * solid.half[1]) & (owner[near] != index)
         dark[near[under]] = True
     return dark

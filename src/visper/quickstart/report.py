@@ -11,16 +11,16 @@ import torch
 import transformers
 from PIL import Image
 
-from visper.data.complete import complete, write_text
+from visper.common.files import atomic_path, write_text
 from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation import Answered
+from visper.evaluation.contact_sheet import contact_sheet, images_of
 from visper.evaluation.predictions import teacher_targets
-from visper.evaluation.sheet import contact_sheet, images_of
 from visper.quickstart import page
+from visper.quickstart.controls import HeldOut
+from visper.quickstart.monitor import read_predictions
 from visper.quickstart.questions import CHANCE
 from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result
-from visper.quickstart.study import HeldOut
-from visper.quickstart.watch import read_predictions
 
 SHOWN = 5
 """Scenes drawn in the report."""
@@ -31,7 +31,7 @@ def write_report(result: Result, budget: Budget) -> Path:
     out = result.out
     sheets = prediction_sheets(result, budget)
     # The README's picture: the last layer of each task, at the end of PT.
-    with complete(out / "predictions.png") as partial:
+    with atomic_path(out / "predictions.png") as partial:
         overview(sheets).save(partial, "PNG", optimize=True)
     sections = [
         ("Questions about pictures it never saw", scores_section(result)),
@@ -154,7 +154,7 @@ def run_section(result: Result) -> str:
     """Command, machine, versions, seconds."""
     seconds = ", ".join(f"{part} {taken:.0f} s" for part, taken in result.seconds.items())
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    steps = ", ".join(f"{stage} {run.optimisation.max_steps} steps" for stage, run in result.runs.items())
+    steps = ", ".join(f"{stage} {run.optimization.max_steps} steps" for stage, run in result.runs.items())
     lines = (steps, seconds, f"{torch.get_num_threads()} threads on {platform.machine()}; {versions}")
     return "".join(page.note(line) for line in lines)
 

@@ -19,19 +19,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from visper.common.console import announce
+from visper.common.files import atomic_path, write_text
 from visper.config import Run, load_run
-from visper.data.complete import complete, write_text
 from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
 from visper.model import load_student
+from visper.model.start import starting_student
 from visper.quickstart.bases import BASES
+from visper.quickstart.controls import Finding, HeldOut, findings
+from visper.quickstart.monitor import PredictionMonitor, read_predictions
 from visper.quickstart.questions import CHANCE
-from visper.quickstart.study import Finding, HeldOut, findings
-from visper.quickstart.watch import PredictionWatch, read_predictions
 from visper.quickstart.world import write_world
 from visper.training import is_finished, run_stage
-from visper.training.callbacks import announce
-from visper.training.run import starting_student
 
 TASKS = ("depth", "seg", "gen")
 BLIND, UNTRAINED, TRAINED = "blind", "untrained", "trained"
@@ -96,7 +96,7 @@ def quickstart(
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
     steps = watched_steps(runs["pt"])
     distils = runs["pt"].distillation is not None
-    watch = [PredictionWatch(out / "watched", judged.pictures, steps)] if distils else []
+    watch = [PredictionMonitor(out / "watched", judged.pictures, steps)] if distils else []
     for stage, run in runs.items():
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
@@ -136,7 +136,7 @@ def prepare_world(world: Path, seed: int, budget: Budget, console: Console) -> P
 def copy_bases(folder: Path) -> None:
     """Puts the shipped bases where the recipes look: they are ordinary model folders, for people to see and use."""
     if not folder.exists():
-        with complete(folder) as partial:
+        with atomic_path(folder) as partial:
             shutil.copytree(BASES, partial)
 
 
@@ -160,8 +160,8 @@ def stage_runs(
         "data": {"sources": [{"json": str(world / "instruct.json"), "images": str(world / "images")}]},
     }
     steps = (
-        [f"optimisation.max_steps={budget.pt_steps}"] if budget.pt_steps else [],
-        [f"optimisation.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
+        [f"optimization.max_steps={budget.pt_steps}"] if budget.pt_steps else [],
+        [f"optimization.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
     )
     return {
         "pt": load_run("quickstart/pt", steps[0], changes=(pt, pt_changes or {})),
@@ -171,7 +171,7 @@ def stage_runs(
 
 def watched_steps(run: Run) -> list[int]:
     """When to look: before the first step, after an eighth, half and all of them."""
-    total = run.optimisation.max_steps
+    total = run.optimization.max_steps
     assert total is not None
     return sorted({0, max(1, total // 8), total // 2, total})
 
@@ -211,7 +211,7 @@ def check_learning(result: Result) -> None:
 
         stuck += [f"{stage}: {name}" for name in terms if not mean(name, logs[-third:]) < mean(name, logs[:third])]
     if stuck:
-        raise RuntimeError(f"these losses did not fall, so nothing was learnt from them: {', '.join(stuck)}")
+        raise RuntimeError(f"these losses did not fall, so nothing was learned from them: {', '.join(stuck)}")
 
 
 def save_result(result: Result) -> None:

@@ -25,7 +25,7 @@ SIZE = 96
 PATCH = 12
 GRID = SIZE // PATCH
 SHAPES = ("sphere", "box", "cylinder")
-COLOURS: dict[str, tuple[float, float, float]] = {
+COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.12, 0.12),
     "green": (0.12, 0.70, 0.18),
     "blue": (0.15, 0.25, 0.92),
@@ -50,13 +50,13 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One named object as it appears: ``column``/``row`` in pixels (centre of its visible part), the rest in metres.
+    """One named object as it appears: ``column``/``row`` in pixels (center of its visible part), the rest in metres.
 
-    ``position`` is the centre in camera coordinates (right, up, forward); ``position[2]`` is its z-depth.
-    ``pixels`` counts its visible pixels, ``brightness`` is their mean grey value in 0..1.
+    ``position`` is the center in camera coordinates (right, up, forward); ``position[2]`` is its z-depth.
+    ``pixels`` counts its visible pixels, ``brightness`` is their mean gray value in 0..1.
     """
 
-    colour: str
+    color: str
     shape: str
     column: float
     row: float
@@ -66,7 +66,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
     @property
     def depth(self) -> float:
@@ -74,7 +74,7 @@ class SceneObject:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Patch (column, row) on the ``GRID`` x ``GRID`` grid that holds the object's centre."""
+        """Patch (column, row) on the ``GRID`` x ``GRID`` grid that holds the object's center."""
         return int(self.column) // PATCH, int(self.row) // PATCH
 
 
@@ -104,7 +104,7 @@ class Camera:
         return SIZE / 2 / self.half_width
 
     def ray(self, x: float, y: float) -> Array:
-        """World direction through normalised image point ``x, y`` in -1..1 (y up), with forward component 1."""
+        """World direction through normalized image point ``x, y`` in -1..1 (y up), with forward component 1."""
         local = np.array([x * self.half_width, y * self.half_width, 1.0], dtype=np.float32)
         return local @ self.axes
 
@@ -126,7 +126,7 @@ def _pixel_grid() -> Array:
 class _Placed(NamedTuple):
     """An object before it is drawn, with the pedestals that carry it and the ground circle both occupy."""
 
-    colour: str
+    color: str
     solid: Solid
     supports: tuple[Solid, ...]
     footprint: float
@@ -142,57 +142,57 @@ def draw_camera(rng: np.random.Generator) -> Camera:
     return Camera(float(rng.uniform(3.2, 4.8)), axes, float(rng.uniform(0.50, 0.60)))
 
 
-def _draw_object(rng: np.random.Generator, camera: Camera, colour: str, shape: str) -> _Placed | None:
+def _draw_object(rng: np.random.Generator, camera: Camera, color: str, shape: str) -> _Placed | None:
     """Draw place, depth and apparent radius independently; None when that would be under the ground."""
     x, y = rng.uniform(-0.84, 0.84), rng.uniform(-0.80, 0.80)
     ray = camera.ray(x, y)
     per_depth = rng.uniform(7.0, 13.0) / camera.focal
     half_heights = {"sphere": 1.0, "box": rng.uniform(0.6, 0.95), "cylinder": rng.uniform(0.75, 1.15)}
     rise = per_depth * half_heights[shape]
-    # On the ground the centre's height is h + t*ray_y = rise*t.
+    # On the ground the center's height is h + t*ray_y = rise*t.
     ground_depth = camera.height / max(rise - float(ray[1]), 1e-3)
     standing = rng.random()
     depth = ground_depth if standing < 0.2 else float(np.exp(rng.uniform(np.log(3.2), np.log(9.5))))
     if depth > ground_depth * 1.001 or not 3.0 <= depth <= 10.0:
         return None
     radius = per_depth * depth
-    centre = np.array([0, camera.height, 0], np.float32) + depth * ray
-    if not _foot_in_sight(camera, centre):
+    center = np.array([0, camera.height, 0], np.float32) + depth * ray
+    if not _foot_in_sight(camera, center):
         return None
     half = half_heights[shape] * radius
-    bottom = float(centre[1]) - half
+    bottom = float(center[1]) - half
     yaw = float(rng.uniform(0, np.pi / 2))
     widths = {"sphere": radius, "box": radius * rng.uniform(0.65, 0.9), "cylinder": radius * rng.uniform(0.6, 0.85)}
     width = widths[shape]
     length = radius * rng.uniform(0.65, 0.9) if shape == "box" else width
-    solid = Solid(shape, centre, (width, half, length), yaw)
+    solid = Solid(shape, center, (width, half, length), yaw)
     supports: tuple[Solid, ...] = ()
     footprint = max(width, length) * (1.2 if shape == "box" else 1.0)
     if standing >= 0.2 and bottom > 0.08:
         step = bottom < 1.0 and rng.random() < 0.7
         if step or rng.random() < 0.85:
             wide = float(rng.uniform(0.9, 1.25) * width) if step else float(rng.uniform(0.2, 0.35) * radius)
-            middle = np.array([centre[0], bottom / 2, centre[2]], np.float32)
+            middle = np.array([center[0], bottom / 2, center[2]], np.float32)
             supports = (Solid("box" if step else "cylinder", middle, (wide, bottom / 2, wide), yaw),)
             footprint = max(footprint, wide * (1.3 if step else 1.0))
-    return _Placed(colour, solid, supports, footprint)
+    return _Placed(color, solid, supports, footprint)
 
 
-def _foot_in_sight(camera: Camera, centre: Array) -> bool:
+def _foot_in_sight(camera: Camera, center: Array) -> bool:
     """Whether the ground point under an object is in the picture: without it nobody could tell where it stands."""
-    foot = camera.to_camera(centre * np.array([1, 0, 1], np.float32))
+    foot = camera.to_camera(center * np.array([1, 0, 1], np.float32))
     return bool(foot[2] > 0.5 and SIZE / 2 - camera.focal * foot[1] / foot[2] < SIZE + 2)
 
 
 def _draw_objects(rng: np.random.Generator, camera: Camera) -> list[_Placed]:
     count = int(rng.integers(3, 8))
-    colours = rng.permutation(list(COLOURS))[:count]
+    colors = rng.permutation(list(COLORS))[:count]
     shares = rng.dirichlet([0.8] * len(SHAPES))
     placed: list[_Placed] = []
-    for colour in colours:
+    for color in colors:
         shape = SHAPES[int(rng.choice(len(SHAPES), p=shares))]
         for _ in range(12):
-            new = _draw_object(rng, camera, str(colour), shape)
+            new = _draw_object(rng, camera, str(color), shape)
             if new is not None and not any(_collide(camera, new, old) for old in placed):
                 placed.append(new)
                 break
@@ -200,16 +200,16 @@ def _draw_objects(rng: np.random.Generator, camera: Camera) -> list[_Placed]:
 
 
 def _collide(camera: Camera, one: _Placed, two: _Placed) -> bool:
-    apart = one.solid.centre - two.solid.centre
+    apart = one.solid.center - two.solid.center
     if np.hypot(apart[0], apart[2]) < one.footprint + two.footprint:
         return True
-    first, second = camera.to_camera(one.solid.centre), camera.to_camera(two.solid.centre)
+    first, second = camera.to_camera(one.solid.center), camera.to_camera(two.solid.center)
     pixels = camera.focal * (first[:2] / first[2] - second[:2] / second[2])
     return bool(np.hypot(*pixels) < 14)
 
 
 def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
-    """Checker of 1 m cells and value noise in world coordinates. ``points`` [P,3] -> colours [P,3]."""
+    """Checker of 1 m cells and value noise in world coordinates. ``points`` [P,3] -> colors [P,3]."""
     turn = rng.uniform(0, np.pi)
     shift = rng.uniform(0, 50, 2)
     base = rng.uniform(0.38, 0.62) + rng.uniform(-0.07, 0.07, 3)
@@ -221,8 +221,8 @@ def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
     fade = np.clip(1.6 - depth / 16, 0, 1)
     table = rng.uniform(-1, 1, (64, 64)).astype(np.float32)
     noise = table[(a * 4).astype(np.int32) & 63, (b * 4).astype(np.int32) & 63]
-    grey = fade * (contrast * checker + 0.03 * noise)
-    return (base + grey[:, None]).astype(np.float32)
+    gray = fade * (contrast * checker + 0.03 * noise)
+    return (base + gray[:, None]).astype(np.float32)
 
 
 def _paint(
@@ -231,7 +231,7 @@ def _paint(
     rays: Array,
     camera: Camera,
     solids: list[Solid],
-    colours: list[Array],
+    colors: list[Array],
     count: int,
 ) -> npt.NDArray[np.uint8]:
     owner, depth, normal = hits
@@ -241,9 +241,9 @@ def _paint(
     sky, ground = flat == -2, flat == -1
     albedo[ground] = _ground(rng, points[ground], depth.ravel()[ground])
     albedo[sky] = np.array([0.66, 0.72, 0.80]) + rng.uniform(-0.06, 0.06, 3)
-    palette = np.stack([*colours, np.zeros(3, np.float32)])
+    palette = np.stack([*colors, np.zeros(3, np.float32)])
     solid = flat >= 0
-    bottoms = np.array([s.centre[1] - s.half[1] for s in solids], np.float32)
+    bottoms = np.array([s.center[1] - s.half[1] for s in solids], np.float32)
     named = np.arange(len(solids)) < count
     bands = np.floor((points[solid, 1] - bottoms[flat[solid]]) / BAND).astype(np.int32) & 1
     albedo[solid] = palette[flat[solid]] * (1 - BAND_CONTRAST * bands * named[flat[solid]])[:, None]
@@ -275,7 +275,7 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def _visible(placed: list[_Placed], rays: Array, camera: Camera) -> list[_Placed]:
-    """Drop hidden objects and those that share a patch with another's centre, until all that remain are visible."""
+    """Drop hidden objects and those that share a patch with another's center, until all that remain are visible."""
     while len(placed) >= 2:
         solids = [p.solid for p in placed] + [s for p in placed for s in p.supports]
         owner = cast(rays, camera.height, camera.axes, camera.focal, solids, FAR).owner
@@ -283,7 +283,7 @@ def _visible(placed: list[_Placed], rays: Array, camera: Camera) -> list[_Placed
         places: set[tuple[int, int]] = set()
         for i, one in enumerate(placed):
             rows, columns = np.nonzero(owner == i)
-            z = float(camera.to_camera(one.solid.centre)[2])
+            z = float(camera.to_camera(one.solid.center)[2])
             expected = 2.4 * one.solid.half[1] * one.solid.half[0] * (camera.focal / z) ** 2
             if len(rows) < max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * expected):
                 continue
@@ -301,26 +301,26 @@ def _finish(rng: np.random.Generator, camera: Camera, rays: Array, placed: list[
     supports = [s for p in placed for s in p.supports]
     solids = [p.solid for p in placed] + supports
     hits = cast(rays, camera.height, camera.axes, camera.focal, solids, FAR)
-    colours = [np.clip(np.array(COLOURS[p.colour]) + rng.normal(0, 0.025, 3), 0, 1).astype(np.float32) for p in placed]
-    colours += [np.full(3, rng.uniform(0.35, 0.7), np.float32) for _ in supports]
-    image = _paint(rng, hits, rays, camera, solids, colours, len(placed))
+    colors = [np.clip(np.array(COLORS[p.color]) + rng.normal(0, 0.025, 3), 0, 1).astype(np.float32) for p in placed]
+    colors += [np.full(3, rng.uniform(0.35, 0.7), np.float32) for _ in supports]
+    image = _paint(rng, hits, rays, camera, solids, colors, len(placed))
     table = np.array([CLASSES.index(p.solid.shape) for p in placed] + [5] * len(supports) + [1, 0], np.uint8)
     classes = table[hits.owner]
     instances = np.where((hits.owner >= 0) & (hits.owner < len(placed)), hits.owner + 1, 0).astype(np.uint8)
-    grey = image.mean(-1) / 255
+    gray = image.mean(-1) / 255
     objects = []
     for i, one in enumerate(placed):
         rows, columns = np.nonzero(instances == i + 1)
-        at = camera.to_camera(one.solid.centre)
+        at = camera.to_camera(one.solid.center)
         objects.append(
             SceneObject(
-                one.colour,
+                one.color,
                 one.solid.shape,
                 float(columns.mean()),
                 float(rows.mean()),
                 (float(at[0]), float(at[1]), float(at[2])),
                 len(rows),
-                float(grey[rows, columns].mean()),
+                float(gray[rows, columns].mean()),
             )
         )
     return Scene(image, np.clip(hits.depth, NEAR, FAR), classes, instances, tuple(objects))

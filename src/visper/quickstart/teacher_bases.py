@@ -50,7 +50,7 @@ def _class_loss(values: Tensor, images: Tensor, depth_BHW: Tensor, classes_BHW: 
 def _image_loss(values: Tensor, images: Tensor, depth_BHW: Tensor, classes_BHW: Tensor) -> Tensor:
     painted, wanted = values.sigmoid(), (images + 1) / 2
     weight = 1 + 3 * _on_object(classes_BHW)[:, None]
-    # Averages over 4 pixels: the ground's grain cannot pass through one token and only pulls towards grey.
+    # Averages over 4 pixels: the ground's grain cannot pass through one token and only pulls towards gray.
     coarse = (F.avg_pool2d(painted, 4) - F.avg_pool2d(wanted, 4)).abs().mean()
     return ((painted - wanted).abs() * weight).mean() + coarse
 
@@ -90,7 +90,7 @@ def train_teacher(
 @torch.no_grad()
 def teacher_scores(task: str, model: TowerModel, pictures: Pictures) -> dict[str, float]:
     """Depth: mean relative error over the picture and on objects. Seg: pixel accuracy, the same. Gen: mean absolute
-    error of colours in 0..1."""
+    error of colors in 0..1."""
     kept: dict[str, list[Tensor]] = {"everywhere": [], "on_objects": []}
     for start in range(0, len(pictures), 100):
         rows = slice(start, start + 100)

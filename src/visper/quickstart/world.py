@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from visper.data.complete import complete
+from visper.common.files import atomic_path
 from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, cheap_cues, count_turns, draw_questions
 from visper.quickstart.scenes import Scene, draw_scene
@@ -55,7 +55,7 @@ def write_world(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: give the new world another folder, or remove that one")
-    with complete(folder) as beside:
+    with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
         known = _write_split(beside, "train", seed, scenes)
         asked = _write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
@@ -117,7 +117,7 @@ def instruct_records(
 ) -> Iterator[dict[str, Any]]:
     """The questions about a scene and the count of its every shape, shuffled, in conversations of at most ``turns``.
 
-    The counts are not balanced; they are there because counting is learnt slowest: with the balanced counts alone
+    The counts are not balanced; they are there because counting is learned slowest: with the balanced counts alone
     (20 % of the turns) one seed of three answered them at chance, with these (30 %) none.
     """
     by_scene: dict[int, dict[str, str]] = {}

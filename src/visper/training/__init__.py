@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visper.training.launch import start_processes
     from visper.training.module import TrainingModel
+    from visper.training.monitor import NonFiniteLossError
+    from visper.training.parallel.launch import start_processes
     from visper.training.run import is_finished, run_pipeline, run_stage
     from visper.training.stages import TRAINABLE, apply_stage, count_parts
     from visper.training.trainer import StageTrainer
-    from visper.training.watch import NonFiniteLossError
 
 PLACES = {
     "TRAINABLE": "stages",
-    "NonFiniteLossError": "watch",
+    "NonFiniteLossError": "monitor",
     "StageTrainer": "trainer",
     "TrainingModel": "module",
     "apply_stage": "stages",
@@ -21,7 +21,7 @@ PLACES = {
     "is_finished": "run",
     "run_pipeline": "run",
     "run_stage": "run",
-    "start_processes": "launch",
+    "start_processes": "parallel.launch",
 }
 """Fetched when first asked for: the engine alone brings 100 MB of libraries that a step by hand does not need."""
 

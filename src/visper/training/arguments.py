@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from visper.config import ConfigError, Run
+from visper.common.errors import ConfigError
+from visper.config import Run
 from visper.training.trainer import STAGING
 
 
@@ -18,15 +19,15 @@ def check_split(run: Run, processes: int) -> None:
     Raises:
         ConfigError: what it could be.
     """
-    batch, micro = run.optimisation.global_batch, run.optimisation.micro_batch
+    batch, micro = run.optimization.global_batch, run.optimization.micro_batch
     if batch % processes:
         raise ConfigError(
-            f"optimisation.global_batch {batch} is not a multiple of {processes} processes: start as many processes "
+            f"optimization.global_batch {batch} is not a multiple of {processes} processes: start as many processes "
             f"as divide {batch}, or change the batch"
         )
     if batch % (micro * processes):
         raise ConfigError(
-            f"optimisation.global_batch {batch} is not a multiple of micro_batch {micro} x {processes} processes: "
+            f"optimization.global_batch {batch} is not a multiple of micro_batch {micro} x {processes} processes: "
             f"choose a micro_batch that divides {batch // processes}"
         )
 
@@ -35,7 +36,7 @@ def training_arguments(
     run: Run, output: Path, world_size: int, deepspeed: dict[str, Any] | None = None
 ) -> TrainingArguments:
     """The engine's arguments for a run whose batch divides; ``deepspeed`` holds DeepSpeed's own settings."""
-    opt = run.optimisation
+    opt = run.optimization
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(output / "checkpoints" / STAGING),

@@ -5,84 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from visper.config import ConfigError, Run, Stage
+from visper.common.console import announce
+from visper.common.errors import ConfigError, DataError
+from visper.config import Run, Stage
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images
-from visper.data.lengths import measure
-from visper.data.packed import PackingCollator
-from visper.data.records import DataError, Drop, DropList, Record
+from visper.data.packing import PackingCollator
+from visper.data.rows.lengths import measure
+from visper.data.rows.records import Drop, DropList, Record
+from visper.data.rows.sources import blocks_of, open_records
 from visper.data.sampler import RowSampler
-from visper.data.sets import row_files
+from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
-from visper.data.sources import blocks_of, open_records
 from visper.distillation import (
     EmbeddingDistillation,
-    TargetSpec,
     Teacher,
-    build_teacher,
     check_predictor,
     predictor_spec,
 )
-from visper.distillation.store import TargetStore
+from visper.distillation.teachers.from_run import HasSpec
 from visper.model import Student, TaskTokens, initial_queries
-from visper.training.callbacks import announce
+from visper.target_store.open import require_targets
+from visper.target_store.store import TargetStore
 from visper.training.module import TrainingModel
 from visper.training.rates import check_rates
 from visper.training.stages import DISTILLATION_PARTS, LORA, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision
-from visper.training.stored import require_targets
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def teacher_dtype(run: Run) -> str:
-    """The precision that the run's teachers are put in on this machine."""
-    assert run.distillation is not None
-    # ONNX and towers know no half precision on the CPU: there the weights' own precision is kept.
-    return run.distillation.teacher_dtype or (run.optimisation.precision if torch.cuda.is_available() else "float32")
-
-
-def build_teachers(run: Run) -> dict[str, Teacher]:
-    """The frozen teachers of a run, by task; none without 'distillation'.
-
-    Raises:
-        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or fits no predictor: told
-            here, before every row of the data is looked at.
-    """
-    if run.distillation is None:
-        return {}
-    tokens = run.student.task_tokens if run.student is not None else None
-    per_task = tokens.per_task if tokens is not None else None
-    teachers = {}
-    for task, settings in run.distillation.tasks.items():
-        teacher = settings.teacher
-        try:
-            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(
-                DTYPES[teacher_dtype(run)]
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(
-                f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
-            ) from error
-        try:
-            check_predictor(task, predictor_spec(task, settings.predictor), teachers[task].spec, per_task)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    return teachers
-
-
-class HasSpec(Protocol):
-    """All that the objective must know of a teacher: the shape of its targets."""
-
-    @property
-    def spec(self) -> TargetSpec: ...
 
 
 def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasSpec]) -> TrainingModel:
@@ -125,7 +79,7 @@ def apply_run(run: Run, model: TrainingModel, student: Student) -> list[str]:
     """Applies the stage's table to what this run has, and returns the encoder parameters frozen as never reached."""
     lacks = (() if run.distillation else DISTILLATION_PARTS) + (() if student.task_token_ids else TASK_TOKEN_PARTS)
     lacks += ("llm.*",) if run.lora else ()
-    apply_stage(model, run.stage, lacks, run.optimisation.freeze, (f"{LORA}.*",) if run.lora else ())
+    apply_stage(model, run.stage, lacks, run.optimization.freeze, (f"{LORA}.*",) if run.lora else ())
     check_rates(run, model)
     vision = student.model.model.vision_tower
     if not any(p.requires_grad for p in vision.parameters()):
@@ -149,7 +103,7 @@ class StageData:
 def build_data(
     run: Run, student: Student, teachers: Mapping[str, Teacher], console: Console, targets: TargetStore | None = None
 ) -> StageData:
-    """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in colour.
+    """Reads the run's rows, looks at each, and shows one decoded sample with what is supervised in color.
 
     With stored ``targets``, the loaders read these in place of pictures for ``teachers``.
 
@@ -174,13 +128,13 @@ def build_data(
     # Alike are the rows of a global batch, so that the order does not depend on how that is split; rows of shards
     # are dealt to the processes that read them, so theirs does.
     processes = PartialState().num_processes
-    alike = run.optimisation.global_batch if blocks is None else run.optimisation.micro_batch * processes
+    alike = run.optimization.global_batch if blocks is None else run.optimization.micro_batch * processes
     has_image = dataset.has_image if lengths else None
-    batch = run.optimisation.global_batch
+    batch = run.optimization.global_batch
     sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes, batch)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
-    collator = PackingCollator(padded) if run.optimisation.packing else padded
+    collator = PackingCollator(padded) if run.optimization.packing else padded
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""

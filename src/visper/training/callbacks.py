@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from visper.config import ConfigError
-from visper.data.complete import write_text
+from visper.common.errors import ConfigError
+from visper.common.files import write_text
 
 
 class JsonlCallback(TrainerCallback):
@@ -84,8 +82,3 @@ def log_line(start: str, logs: dict[str, float], width: int) -> str:
             break
         line += part
     return line
-
-
-def announce(console: Console, what: str, detail: str) -> None:
-    """One line of the story of a run."""
-    console.print(Text.assemble((f"{what:<11} ", "bold"), detail))

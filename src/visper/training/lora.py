@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visper.config import ConfigError, Run
+from visper.common.errors import ConfigError
+from visper.config import Run
 from visper.model import Student, load_student
 
 ADAPTER = "adapter"
@@ -131,8 +132,8 @@ def _onto_whole(run: Run, quantized: Student) -> Student:
     assert run.start_from is not None
     whole = load_student(run.start_from)
     add_updates(run, whole)
-    learnt = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
-    whole.model.load_state_dict(learnt, strict=False)
+    learned = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
+    whole.model.load_state_dict(learned, strict=False)
     whole.processor = quantized.processor
     return whole
 

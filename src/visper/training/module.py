@@ -1,6 +1,6 @@
 """The training model: student, task tokens and objective as one module that returns the loss and its named terms.
 
-Everything is normalised by the *global* batch (supervised tokens, samples with an image), so that a term summed over
+Everything is normalized by the *global* batch (supervised tokens, samples with an image), so that a term summed over
 micro-batches and ranks is the same however the batch is split.
 """
 
@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import Student, TaskTokens
-from visper.training.pack import borders
+from visper.training.attention import borders
 
 NTP = "ntp"
 """Name of the next-token term."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from visper.config import ConfigError, Run
+from visper.common.errors import ConfigError
+from visper.config import Run
 from visper.training.stages import count_parts, part_name
 
 
@@ -18,18 +19,18 @@ def check_rates(run: Run, model: nn.Module) -> None:
         ConfigError: names the part and those that learn.
     """
     learning = [count.part for count in count_parts(model) if count.trainable]
-    for part in run.optimisation.lr_of:
+    for part in run.optimization.lr_overrides:
         if part not in learning:
             near = difflib.get_close_matches(part, learning, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(learning)}"
             raise ConfigError(
-                f"optimisation.lr_of names '{part}', which this run's stage '{run.stage}' does not train: {hint}"
+                f"optimization.lr_overrides names '{part}', which this run's stage '{run.stage}' does not train: {hint}"
             )
 
 
-def rate_of(run: Run, part: str) -> float:
+def learning_rate_of(run: Run, part: str) -> float:
     """The peak rate of a part."""
-    return run.optimisation.lr_of.get(part, run.optimisation.lr)
+    return run.optimization.lr_overrides.get(part, run.optimization.lr)
 
 
 def parameter_groups(run: Run, model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
@@ -44,8 +45,8 @@ def parameter_groups(run: Run, model: nn.Module, decayed: set[str]) -> list[dict
     return [
         {
             "params": parameters,
-            "weight_decay": run.optimisation.weight_decay if decays else 0.0,
-            "lr": rate_of(run, part),
+            "weight_decay": run.optimization.weight_decay if decays else 0.0,
+            "lr": learning_rate_of(run, part),
             "part": part,
         }
         for (part, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))

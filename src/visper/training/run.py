@@ -31,34 +31,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.config import ConfigError, Engine, Run, Stage, load_run, run_text, save_run
-from visper.data.complete import complete, write_text
-from visper.data.images import with_geometry
-from visper.data.records import DropList
-from visper.data.sets import row_files
-from visper.model import Student, build_processor, build_student, load_processor, load_student, save_student
+from visper.common.console import announce
+from visper.common.errors import ConfigError
+from visper.common.files import atomic_path, write_text
+from visper.config import Engine, Run, load_run, run_text, save_run
+from visper.data.rows.records import DropList
+from visper.data.sets.catalog import row_files
+from visper.distillation.teachers.from_run import build_teachers
+from visper.model import Student, save_student
+from visper.model.start import starting_student
+from visper.target_store.open import open_targets
 from visper.training.arguments import check_split, training_arguments
-from visper.training.assemble import apply_run, build_data, build_teachers, build_training_model
-from visper.training.callbacks import ConsoleCallback, JsonlCallback, announce, tensorboard
-from visper.training.launch import StoppedError
+from visper.training.assemble import apply_run, build_data, build_training_model
+from visper.training.attention import choose_attention
+from visper.training.callbacks import ConsoleCallback, JsonlCallback, tensorboard
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
-from visper.training.pack import choose_attention
-from visper.training.plan import utilisation
-from visper.training.position import refuse_other_order
-from visper.training.rates import rate_of
-from visper.training.sharding import is_sharded, shard, unshard
+from visper.training.parallel.deepspeed import prepare_for_zero, uses_zero, zero_settings, zero_state
+from visper.training.parallel.fsdp import is_sharded, shard, unshard
+from visper.training.parallel.launch import StoppedError
+from visper.training.rates import learning_rate_of
+from visper.training.resume import require_same_order
 from visper.training.stages import count_parts
-from visper.training.stored import open_targets
 from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last
-from visper.training.zero import prepare_for_zero, uses_zero, zero_settings, zero_state
 
 MAY_DIFFER: dict[str, Any] = {
     "output": True,
     "logging": True,
     "launch": True,
     "data": {"workers"},
-    "optimisation": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
+    "optimization": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
 }
 """What may change when a run is continued: how it is split, watched and stored, not what it computes."""
 
@@ -101,12 +103,12 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     data = build_data(run, student, teachers, console, targets)
     add_updates(run, student)
     model = build_training_model(run, student, teachers)
-    set_what_learns(run, model, student, console)
-    if run.optimisation.gradient_checkpointing:
-        model.recompute_activations(run.optimisation.gradient_checkpointing)
+    set_trainable(run, model, student, console)
+    if run.optimization.gradient_checkpointing:
+        model.recompute_activations(run.optimization.gradient_checkpointing)
 
     if run.launch.engine is Engine.FSDP and state.num_processes > 1:
-        share = shard(model, state.num_processes, run.optimisation.precision == "bfloat16")
+        share = shard(model, state.num_processes, run.optimization.precision == "bfloat16")
         announce(console, "sharded", f"{share:.1%} of the weights on each of {state.num_processes} processes")
     elif zero:
         prepare_for_zero(run.launch, model)
@@ -118,11 +120,10 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     arguments = training_arguments(run, output, state.num_processes, zero_settings(run) if zero else None)
     trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
     trainer.remove_callback(PrinterCallback)
-    trainer.watcher.operations, trainer.watcher.peak = utilisation(run, trainer.args.device)
     found = checkpoints(output / "checkpoints")
     newest = str(found[-1]) if resume and found else None
     if newest is not None:
-        refuse_other_order(Path(newest), data)
+        require_same_order(Path(newest), data)
         before = DropList.read(output / DROPPED)  # also rows that were found bad while training
         data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
     if state.is_main_process:
@@ -225,42 +226,16 @@ def _refuse_other(run: Run, output: Path) -> None:
         )
 
 
-def starting_student(run: Run) -> Student:
-    """The student that the stage starts with: assembled, or the stage before's.
-
-    Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
-    the memory.
-    """
-    if run.student is not None:
-        frozen_llm = run.stage is Stage.PT and run.optimisation.precision == "bfloat16"
-        return build_student(run.student, run.data.geometry, "auto" if frozen_llm else torch.float32)
-    assert run.start_from is not None
-    student = load_student(run.start_from)
-    processor = student.processor
-    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
-    return student
-
-
-def starting_processor(run: Run) -> Any:
-    """The processor of ``starting_student``, without the student's weights: for looking at data."""
-    if run.student is not None:
-        return build_processor(run.student, run.data.geometry)
-    assert run.start_from is not None
-    processor = load_processor(run.start_from)
-    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
-    return processor
-
-
-def set_what_learns(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
+def set_trainable(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
     """Applies the stage's table, reports it, and puts what is frozen into the run's precision."""
     unused = apply_run(run, model, student)
     if unused:
         announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
     for count in count_parts(model):
         if count.total:
-            rate = f" at {rate_of(run, count.part):g}" if count.trainable else ""
+            rate = f" at {learning_rate_of(run, count.part):g}" if count.trainable else ""
             announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
-    if run.optimisation.precision == "bfloat16":
+    if run.optimization.precision == "bfloat16":
         # Learning weights stay in float32 under autocast; parts that are frozen whole need only be read.
         inner = student.model.model
         for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.model.lm_head):
@@ -273,7 +248,7 @@ def set_what_learns(run: Run, model: TrainingModel, student: Student, console: C
 
 
 def to_bfloat16(module: nn.Module) -> None:
-    """Casts the weights, but not batch normalisation's: its statistics are sums that half precision rounds away."""
+    """Casts the weights, but not batch normalization's: its statistics are sums that half precision rounds away."""
     kept = {id(p) for m in module.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
     for parameter in module.parameters():
         if id(parameter) not in kept:
@@ -285,18 +260,18 @@ def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> No
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.objective is not None and model.task_tokens is not None:
-        with complete(output / "distillation") as partial:
+        with atomic_path(output / "distillation") as partial:
             partial.mkdir()
             kept = {f"objective.{n}": t for n, t in model.objective.state_dict().items()}
             kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             save_run(run, partial / "run.yaml")
     if run.lora is not None:
-        with complete(output / ADAPTER) as partial:
+        with atomic_path(output / ADAPTER) as partial:
             save_adapter(run, student, partial)
         student = merge_updates(run, student)
-    if run.optimisation.precision == "bfloat16":
+    if run.optimization.precision == "bfloat16":
         to_bfloat16(student.model)
-    with complete(output / "model") as partial:
+    with atomic_path(output / "model") as partial:
         save_student(student, partial)
         save_run(run, partial / "run.yaml")

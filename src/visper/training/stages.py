@@ -86,7 +86,7 @@ def apply_stage(
     for part in frozen:
         if f"{part}.*" not in patterns:
             valid = ", ".join(p.removesuffix(".*") for p in patterns)
-            raise ValueError(f"optimisation.freeze names '{part}', which stage '{stage}' does not train: use {valid}")
+            raise ValueError(f"optimization.freeze names '{part}', which stage '{stage}' does not train: use {valid}")
     patterns = [p for p in patterns if p.removesuffix(".*") not in frozen]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatchcase(names[name], p) for p in patterns))

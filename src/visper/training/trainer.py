@@ -29,15 +29,15 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.config import Run
-from visper.data.records import Drop
+from visper.data.rows.records import Drop
 from visper.distillation import Targets, Teacher, gather_targets
-from visper.training import zero
 from visper.training.assemble import StageData
 from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
-from visper.training.position import write_order
+from visper.training.monitor import RunMonitor
+from visper.training.parallel import deepspeed as zero
+from visper.training.parallel.fsdp import gathered, is_sharded, put, whole
 from visper.training.rates import parameter_groups
-from visper.training.sharding import gathered, is_sharded, put, whole
-from visper.training.watch import Watcher
+from visper.training.resume import write_order
 
 WEIGHTS = "model.safetensors"
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
@@ -75,12 +75,12 @@ class StopCallback(TrainerCallback):
 class OptimizerClock(TrainerCallback):
     """Marks the end of the optimizer's step."""
 
-    def __init__(self, watcher: Watcher) -> None:
-        self.watcher = watcher
+    def __init__(self, monitor: RunMonitor) -> None:
+        self.monitor = monitor
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Behind the optimizer come the schedule, logs and checkpoints."""
-        self.watcher.clock.mark(OPTIMIZER)
+        self.monitor.clock.mark(OPTIMIZER)
 
 
 class StageTrainer(Trainer):
@@ -112,8 +112,8 @@ class StageTrainer(Trainer):
         )
         # The loss below is already a share of the global batch: the engine must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.watcher = Watcher(run, self.accelerator)
-        self.add_callback(OptimizerClock(self.watcher))
+        self.monitor = RunMonitor(run, self.accelerator)
+        self.add_callback(OptimizerClock(self.monitor))
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
@@ -133,28 +133,28 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor]:
         """The micro-batches of one step, each with the global counts and its targets."""
-        self.watcher.clock.mark(REST)
+        self.monitor.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        self.watcher.clock.mark(DATA)
+        self.monitor.clock.mark(DATA)
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         images = sum(len(batch["image_rows"]) for batch in batches)
         dropped = [drop for batch in batches for drop in batch.get("dropped", ())]
         # Whether one was told to stop travels along, so that all stop after the same step.
         counts = torch.tensor(
-            [tokens, images, len(dropped), self.stop_asked, *self.watcher.count(batches)],
+            [tokens, images, len(dropped), self.stop_asked, *self.monitor.count(batches)],
             device=device,
             dtype=torch.long,
         )
         sums = self.accelerator.reduce(counts, "sum")
         num_tokens, num_images = sums[0], sums[1]
-        _, images_seen, num_dropped, stopping, num_rows, tokens_seen, unlabelled = sums.tolist()
+        _, images_seen, num_dropped, stopping, num_rows, tokens_seen, unlabeled = sums.tolist()
         self.stopping = stopping > 0
         if num_dropped:
             self._note_drops(gather_object(dropped))
         if batches:
-            self.watcher.counted(num_rows, tokens_seen, images_seen, unlabelled, self.state.global_step + 1)
+            self.monitor.counted(num_rows, tokens_seen, images_seen, unlabeled, self.state.global_step + 1)
         targets = self._targets(batches)
-        self.watcher.clock.mark(TEACHER)
+        self.monitor.clock.mark(TEACHER)
         for batch, own in zip(batches, targets, strict=True):
             # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
             batch["num_tokens"] = num_tokens.clamp(min=1)
@@ -196,28 +196,28 @@ class StageTrainer(Trainer):
         """This rank's share of the global loss times the ranks, since the engine averages gradients over them."""
         outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
         loss = outputs["loss"]
-        self.watcher.see(outputs, inputs)
+        self.monitor.see(outputs, inputs)
         if not self._terms:
             self._terms_since = self.state.global_step  # also the first step after a resume
         for name, term in outputs.items():
             if name != "loss":
                 self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + self._countable(term.detach())
-        self.watcher.clock.mark(FORWARD)
+        self.monitor.clock.mark(FORWARD)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward; behind the last micro-batch of a step the watcher says whether it may count."""
+        """Forward and backward; behind the last micro-batch of a step the monitor says whether it may count."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            if not self.watcher.settle(step):
+            if not self.monitor.settle(step):
                 model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
             if step == 1 or step % self.args.logging_steps == 0:
-                self.watcher.norms(self._bare())
-        self.watcher.clock.mark(BACKWARD)
+                self.monitor.norms(self._bare())
+        self.monitor.clock.mark(BACKWARD)
         return self._countable(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
@@ -227,12 +227,12 @@ class StageTrainer(Trainer):
 
     def _countable(self, value: Tensor) -> Tensor:
         """Where a step may be left out, what is not finite must not enter the sums that are logged."""
-        return value if self.watcher.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
+        return value if self.monitor.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The engine's AdamW; with ``optimisation.lr_of`` in groups of one part each."""
+        """The engine's AdamW; with ``optimization.lr_overrides`` in groups of one part each."""
         made: Any = getattr(self, "optimizer", None)
-        if made is None and self.run.optimisation.lr_of:
+        if made is None and self.run.optimization.lr_overrides:
             learner = self.model if model is None else model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, learner)
             groups = parameter_groups(self.run, self._bare(), set(self.get_decay_parameter_names(self._bare())))
@@ -252,7 +252,7 @@ class StageTrainer(Trainer):
             summed = self.accelerator.reduce(torch.stack([self._terms[name].float() for name in names]), "sum")
             terms = {name: value / steps for name, value in zip(names, summed.tolist(), strict=True)}
             self._terms.clear()
-            logs.update(terms | self._rates() | self.watcher.report(terms, steps, self.state.global_step))
+            logs.update(terms | self._rates() | self.monitor.report(terms, steps, self.state.global_step))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What the teachers from transformers share: their colours, whole weights, and why one cannot be loaded."""
+"""What the teachers from transformers share: their colors, whole weights, and why one cannot be loaded."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ TINY = pytest.mark.parametrize(
 
 
 @TINY
-def test_images_are_normalised_as_the_model_was_trained(kind, folder, options, request):
+def test_images_are_normalized_as_the_model_was_trained(kind, folder, options, request):
     teacher = build_teacher(kind, request.getfixturevalue(folder), **options)
     pixels = teacher.preprocess(Image.new("RGB", (30, 20), (255, 0, 0)))
     expected = torch.tensor([(1 - 0.4) / 0.2, (0 - 0.5) / 0.25, (0 - 0.6) / 0.3])
@@ -76,7 +76,7 @@ def test_a_teacher_that_would_be_random_in_part_is_refused(unclip_folder, tmp_pa
         build_teacher("unclip", folder, subfolder="image_encoder")
 
 
-def test_no_processor_of_the_hub_is_needed_for_the_colours(oneformer_folder, tmp_path):
+def test_no_processor_of_the_hub_is_needed_for_the_colors(oneformer_folder, tmp_path):
     """OneFormer's own image processor fetches its classes' names from another repository when it is built."""
     folder = tmp_path / "published"
     shutil.copytree(oneformer_folder, folder)

@@ -27,9 +27,7 @@ def test_encode_gives_what_the_spec_says_and_decode_a_picture(
     tmp_path: Path, head: str, grid: int, outputs: int, shape: tuple[int, int]
 ) -> None:
     teacher = saved(tmp_path, head=head, grid=grid, outputs=outputs)
-    pixels = torch.stack(
-        [teacher.preprocess(Image.new("RGB", (50, 30), colour)) for colour in ("red", "blue", "white")]
-    )
+    pixels = torch.stack([teacher.preprocess(Image.new("RGB", (50, 30), color)) for color in ("red", "blue", "white")])
     embedding = teacher(pixels)
     assert embedding.shape == (3, *shape) == (3, teacher.spec.tokens, teacher.spec.width)
     assert teacher.decode_values(embedding).shape == (3, outputs, 24, 24)
@@ -63,7 +61,7 @@ def test_unknown_heads_and_grids_are_refused() -> None:
         TowerModel(TowerConfig(grid=4))
 
 
-def test_near_is_white_and_classes_have_their_colours() -> None:
-    grey = nearness_pictures(torch.tensor([2.0, 30.0]).view(1, 1, 1, 2), 2.0, 30.0)
-    torch.testing.assert_close(grey[0, 0, 0], torch.tensor([1.0, 0.0]))
+def test_near_is_white_and_classes_have_their_colors() -> None:
+    gray = nearness_pictures(torch.tensor([2.0, 30.0]).view(1, 1, 1, 2), 2.0, 30.0)
+    torch.testing.assert_close(gray[0, 0, 0], torch.tensor([1.0, 0.0]))
     assert class_pictures(torch.tensor([[[0, 1]]])).shape == (1, 3, 1, 2)

@@ -91,7 +91,7 @@ class Teacher(nn.Module, ABC):
         Args:
             embedding: what to draw.
             pixels: the same images, preprocessed, for a teacher whose picture needs more of them than the embedding.
-            reference: embeddings that give the colours, such as the teacher's own; default: ``embedding``.
+            reference: embeddings that give the colors, such as the teacher's own; default: ``embedding``.
         """
         return pca_pictures(embedding, self.spec.grid, reference)
 
@@ -125,7 +125,7 @@ def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Ten
     """Three principal components of the tokens as red, green and blue, each stretched to 0..1.
 
     ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be
-    drawn in its teacher's colours. Embeddings without a grid are drawn channel by channel as one grey square each.
+    drawn in its teacher's colors. Embeddings without a grid are drawn channel by channel as one gray square each.
 
     Args:
         embedding: ``[B, N, E]``.
@@ -138,21 +138,21 @@ def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Ten
     values = embedding.detach().float()
     basis_of = values if reference is None else reference.detach().float().to(values.device)
     if grid is None:
-        return _grey_squares(values, basis_of)
+        return _gray_squares(values, basis_of)
     tokens_RE = basis_of.flatten(0, 1)
     mean_E = tokens_RE.mean(0)
     covariance_EE = (tokens_RE - mean_E).T @ (tokens_RE - mean_E)
     components_EC = torch.linalg.eigh(covariance_EE).eigenvectors[:, -3:].flip(1)
-    # An eigenvector's sign is arbitrary: fix it, or colours flip from step to step.
+    # An eigenvector's sign is arbitrary: fix it, or colors flip from step to step.
     largest_C = components_EC.gather(0, components_EC.abs().argmax(0, keepdim=True)).sign()
     components_EC = components_EC * largest_C
-    colours_BNC = _stretched((values - mean_E) @ components_EC, (tokens_RE - mean_E) @ components_EC)
-    if colours_BNC.shape[-1] < 3:
-        colours_BNC = colours_BNC[..., :1].expand(-1, -1, 3)
-    return colours_BNC.transpose(1, 2).unflatten(2, grid).contiguous()
+    colors_BNC = _stretched((values - mean_E) @ components_EC, (tokens_RE - mean_E) @ components_EC)
+    if colors_BNC.shape[-1] < 3:
+        colors_BNC = colors_BNC[..., :1].expand(-1, -1, 3)
+    return colors_BNC.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
-def _grey_squares(values_BNE: Tensor, reference_BNE: Tensor) -> Tensor:
+def _gray_squares(values_BNE: Tensor, reference_BNE: Tensor) -> Tensor:
     flat_BC = _stretched(values_BNE.flatten(1)[..., None], reference_BNE.flatten()[:, None])[..., 0]
     side = int(np.ceil(np.sqrt(flat_BC.shape[1])))
     padded = nn.functional.pad(flat_BC, (0, side * side - flat_BC.shape[1]))

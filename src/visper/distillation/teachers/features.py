@@ -21,7 +21,7 @@ class FeaturesTeacher(Teacher):
         size: pixels a side, a multiple of the patch size; default: the encoder's own. 576 tokens take 336 pixels in
             patches of 14 (DINOv2) and 384 in patches of 16 (DINOv3, SigLIP 2).
         layer: whose hidden state, as transformers counts them (0 = embeddings, -1 = last); default: the encoder's
-            output, which most encoders normalise once more.
+            output, which most encoders normalize once more.
         trust_remote_code: run code that the model brings; read it first.
         revision: commit, tag or branch of a hub id; default: its main branch.
 

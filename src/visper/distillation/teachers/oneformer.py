@@ -60,7 +60,7 @@ class OneFormerTeacher(Teacher):
         return last.flatten(2).transpose(1, 2)
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Segments in their classes' colours with their names ``[B, 3, 384, 384]``; without pixels, components.
+        """Segments in their classes' colors with their names ``[B, 3, 384, 384]``; without pixels, components.
 
         The decoders read three finer levels of the backbone beside the embedding, which only ``pixels`` give.
         """

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
-from visper.distillation.teachers.pictures import class_colours
+from visper.distillation.teachers.pictures import class_colors
 
 
 class OnnxTeacher(Teacher):
@@ -35,7 +35,7 @@ class OnnxTeacher(Teacher):
         output_layout: channel order of a map that is the output.
         grid: side, or [rows, columns], that a map is averaged down to; default: the map's own.
         softmax: turn class logits into probabilities before they are averaged.
-        picture: "classes" draws the strongest channel in a colour of its own, "components" principal components;
+        picture: "classes" draws the strongest channel in a color of its own, "components" principal components;
             default: "classes" with softmax.
         threads: the runtime's threads; default: torch's.
 
@@ -88,11 +88,11 @@ class OnnxTeacher(Teacher):
         return torch.cat(parts)
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Pictures ``[B, 3, rows, columns]``: a colour per class, or principal components."""
+        """Pictures ``[B, 3, rows, columns]``: a color per class, or principal components."""
         if self.picture == "components" or self.spec.grid is None:
             return super().decode(embedding, reference=reference)
-        colours = class_colours(self.spec.width).to(embedding.device)
-        return colours[embedding.argmax(-1)].transpose(1, 2).unflatten(2, self.spec.grid).contiguous()
+        colors = class_colors(self.spec.width).to(embedding.device)
+        return colors[embedding.argmax(-1)].transpose(1, 2).unflatten(2, self.spec.grid).contiguous()
 
     def _tokens(self, pixels: Tensor) -> tuple[Tensor, int, tuple[int, int] | None]:
         given = pixels.float().cpu()
@@ -131,7 +131,7 @@ def _session(path: Path, output: str | None, threads: int | None) -> Any:
         raise ValueError(f"no ONNX model at '{path}': set the teacher's 'model' to an .onnx file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3  # unused initialisers and the like are no concern of the user's
+    options.log_severity_level = 3  # unused initializers and the like are no concern of the user's
     providers = ["CPUExecutionProvider"]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)

@@ -15,12 +15,12 @@ NAMED_FROM = 0.01
 """Share of a picture from which a segment is big enough to carry its name."""
 
 
-def class_colours(classes: int) -> Tensor:
-    """``[classes, 3]`` colours in 0..1: the bits of the class number spread over the channels, as VOC does."""
-    colours = torch.zeros(classes, 3, dtype=torch.long)
+def class_colors(classes: int) -> Tensor:
+    """``[classes, 3]`` colors in 0..1: the bits of the class number spread over the channels, as VOC does."""
+    colors = torch.zeros(classes, 3, dtype=torch.long)
     for bit in range(24):
-        colours[:, bit % 3] |= ((torch.arange(classes) >> bit) & 1) << (7 - bit // 3)
-    return colours / 255.0
+        colors[:, bit % 3] |= ((torch.arange(classes) >> bit) & 1) << (7 - bit // 3)
+    return colors / 255.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Segmentation:
 
 
 def segment_pictures(found: Sequence[Segmentation], borders: bool) -> Tensor:
-    """``[B, 3, H, W]`` in 0..1: a colour for each class, its name on its larger segments.
+    """``[B, 3, H, W]`` in 0..1: a color for each class, its name on its larger segments.
 
     Args:
         found: segmentations of one size.
-        borders: draw a dark line where two segments meet (two of one class have the same colour).
+        borders: draw a dark line where two segments meet (two of one class have the same color).
     """
     return torch.stack([_picture(one, borders) for one in found])
 
@@ -51,11 +51,11 @@ def segment_pictures(found: Sequence[Segmentation], borders: bool) -> Tensor:
 def _picture(found: Segmentation, borders: bool) -> Tensor:
     segments = found.segments.cpu()
     # Class 0 is a class like any other here: black is kept for pixels without a segment.
-    colour_of = torch.zeros(int(segments.max()) + 1, dtype=torch.long)
+    color_of = torch.zeros(int(segments.max()) + 1, dtype=torch.long)
     for number, index in found.classes.items():
-        colour_of[number] = index + 1
-    palette = class_colours(int(colour_of.max()) + 1)
-    picture = palette[colour_of[segments]]
+        color_of[number] = index + 1
+    palette = class_colors(int(color_of.max()) + 1)
+    picture = palette[color_of[segments]]
     if borders:
         edge = torch.zeros_like(segments, dtype=torch.bool)
         edge[1:] |= segments[1:] != segments[:-1]

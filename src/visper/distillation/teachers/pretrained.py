@@ -1,4 +1,4 @@
-"""What the teachers taken from transformers share: whole weights, their own colour normalisation, cells that fit."""
+"""What the teachers taken from transformers share: whole weights, their own color normalization, cells that fit."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
         place = f"{model}/{options['subfolder']}" if options.get("subfolder") else str(model)
         raise ValueError(
             f"no image processor at '{place}': a teacher needs its preprocessor_config.json, which says how its "
-            "colours are normalised; save it beside the weights"
+            "colors are normalized; save it beside the weights"
         ) from error
     red, green, blue = mean
     wide_red, wide_green, wide_blue = std

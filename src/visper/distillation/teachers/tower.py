@@ -2,7 +2,7 @@
 tokens into a picture.
 
 Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image``
-(an autoencoder whose whole picture is one token). The tokens are standardised per channel, so that the same loss
+(an autoencoder whose whole picture is one token). The tokens are standardized per channel, so that the same loss
 weights fit all of them.
 
 Shape suffixes: B = pictures, N = tokens, E = token width, H, W = pixels.
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
 
 HEADS = ("depth", "classes", "image")
-CLASS_COLOURS = (
+CLASS_COLORS = (
     (0.55, 0.50, 0.45),
     (0.70, 0.80, 0.92),
     (0.86, 0.22, 0.22),
@@ -41,7 +41,7 @@ class TowerConfig(PretrainedConfig):
     """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the whole
     picture).
 
-    ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colours); ``near`` and ``far``
+    ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colors); ``near`` and ``far``
     (metres) the range of a decoded depth.
     """
 
@@ -165,7 +165,7 @@ class TowerTeacher(Teacher):
         return self.model.encode(pixels)
 
     def decode_values(self, embedding: Tensor) -> Tensor:
-        """Depth in metres ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colours in 0..1 ``[B,3,H,W]``, by the
+        """Depth in metres ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, by the
         model's head."""
         config = self.model.config
         values = self.model.decode(embedding.float())
@@ -179,7 +179,7 @@ class TowerTeacher(Teacher):
         return True
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Nearness, classes or colours; ``pixels`` and ``reference`` are not needed."""
+        """Nearness, classes or colors; ``pixels`` and ``reference`` are not needed."""
         values = self.decode_values(embedding)
         if self.model.config.head == "depth":
             return nearness_pictures(values, self.model.config.near, self.model.config.far)
@@ -187,13 +187,13 @@ class TowerTeacher(Teacher):
 
 
 def nearness_pictures(depths: Tensor, near: float, far: float) -> Tensor:
-    """Depths in metres ``[B,1,H,W]`` -> grey pictures ``[B,3,H,W]``, near = white, on a logarithmic scale."""
+    """Depths in metres ``[B,1,H,W]`` -> gray pictures ``[B,3,H,W]``, near = white, on a logarithmic scale."""
     span = torch.log(torch.tensor(far / near))
-    grey = 1 - torch.log(depths.clamp(near, far) / near) / span
-    return grey.clamp(0, 1).expand(-1, 3, -1, -1)
+    gray = 1 - torch.log(depths.clamp(near, far) / near) / span
+    return gray.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def class_pictures(classes: Tensor) -> Tensor:
-    """Class indices ``[B,H,W]`` -> colour pictures ``[B,3,H,W]`` (the palette repeats beyond its 12 colours)."""
-    palette = torch.tensor(CLASS_COLOURS, device=classes.device)
+    """Class indices ``[B,H,W]`` -> color pictures ``[B,3,H,W]`` (the palette repeats beyond its 12 colors)."""
+    palette = torch.tensor(CLASS_COLORS, device=classes.device)
     return palette[classes % len(palette)].permute(0, 3, 1, 2).contiguous()

@@ -25,7 +25,7 @@ class UnClipTeacher(Teacher):
         subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
         processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
             ``subfolder`` is given, else beside the encoder.
-        draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbours" draws none: whoever shows
+        draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbors" draws none: whoever shows
             the embedding looks for the images whose embeddings are nearest.
         steps: the diffusion's steps.
         revision: commit, tag or branch of a hub id; default: its main branch.
@@ -36,13 +36,13 @@ class UnClipTeacher(Teacher):
         model: str | Path,
         subfolder: str = "",
         processor_subfolder: str | None = None,
-        draw: Literal["neighbours", "diffusion"] = "neighbours",
+        draw: Literal["neighbors", "diffusion"] = "neighbors",
         steps: int = 20,
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if draw not in ("neighbours", "diffusion"):
-            raise ValueError(f"'draw' is {draw!r}: set it to neighbours or diffusion")
+        if draw not in ("neighbors", "diffusion"):
+            raise ValueError(f"'draw' is {draw!r}: set it to neighbors or diffusion")
         if draw == "diffusion" and find_spec("diffusers") is None:
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
         self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)

@@ -1,0 +1,66 @@
+"""Where what is computed once is kept, and the keys under which a stale one is never found.
+
+A key is part of the file's name and covers everything the content follows from, our own code included: whatever
+changes, another name is looked for, and the old file is simply not met.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+from visper.common.errors import DataError
+
+FOLDER = ".visper"
+VARIABLE = "VISPER_CACHE"
+_BLOCKS, _BLOCK = 16, 1 << 16
+
+
+def cache_folder(beside: Path) -> Path:
+    """``$VISPER_CACHE``, else ``.visper`` in the folder ``beside``, else (read-only data) ``~/.cache/visper``."""
+    given = os.environ.get(VARIABLE)
+    if given:
+        return Path(given)
+    if os.access(beside, os.W_OK):
+        return beside / FOLDER
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visper"
+
+
+def key(*parts: str | bytes | int) -> str:
+    """Sixteen characters that differ wherever a part differs."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        total.update(len(content).to_bytes(8, "little") + content)
+    return total.hexdigest()[:16]
+
+
+def code_key(*modules: ModuleType) -> str:
+    """A key of the modules' source: what another version of them computed is not read."""
+    return key(*(Path(str(module.__file__)).read_bytes() for module in modules))
+
+
+def identity(file: Path) -> str:
+    """A key of the file as it is now, in a millisecond whatever its size.
+
+    Place, size, times of the last change to content and to inode, and a megabyte spread over it (a small file is read
+    whole). The inode's time cannot be set by hand: a file of the same size with its old date put back is another file.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        found = file.stat()
+        with file.open("rb") as content:
+            step = max(_BLOCK, (found.st_size - _BLOCK) // (_BLOCKS - 1))
+            blocks = []
+            for start in range(0, found.st_size, step):
+                content.seek(start)
+                blocks.append(content.read(_BLOCK))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(
+            "no such file", f"'{file}': expected a conversation file (.json or .jsonl); check 'data.sources'"
+        ) from error
+    return key(str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, *blocks)

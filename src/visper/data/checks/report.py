@@ -1,0 +1,228 @@
+"""What a conversation file and its images hold, counted per source, before a run pays for it.
+
+A row is *unusable* where training would leave it out: it is no conversation, its picture is missing, empty or cannot be
+decoded, or nothing of it would be supervised. Everything else found (a GIF named .jpg, a tag without an image, an empty
+answer, a duplicate) is counted and trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from rich.table import Table
+
+from visper.common.cache import cache_folder, key
+from visper.common.errors import DataError
+from visper.common.files import atomic_path, write_text
+from visper.data.chat import ConversationEncoder
+from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
+from visper.data.normalize import reencode
+from visper.data.rows.lengths import measure
+from visper.data.rows.records import IMAGE_TAG, Drop, DropList, source_names
+from visper.data.rows.table import Part, Records, RecordTable, open_table
+
+TOTAL = "total"
+TEXT_ONLY = "(text only)"
+EXAMPLES = 5
+COLUMNS = (
+    "rows",
+    "images",
+    "images present",
+    "missing image",
+    "empty image file",
+    "not an image",
+    "broken image",
+    "huge image",
+    "mislabeled image",
+    "image without tag",
+    "tag without image",
+    "empty answer",
+    "no supervised token",
+    "text cut",
+    "duplicate",
+    "unusable",
+)
+Fetch = Callable[[list[Path]], None]
+
+
+@dataclass
+class Report:
+    """What ``check`` found: counts per source of images, the unusable rows, the verdicts on the images."""
+
+    file: Path
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    drops: DropList = field(default_factory=DropList)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    encoded: bool = False
+
+    def note(self, source: str, what: str, sample: str = "") -> None:
+        """Counts something of a source; the first few are kept as examples."""
+        self.counts[source][what] += 1
+        self.counts[TOTAL][what] += 1
+        if sample and len(self.examples[what]) < EXAMPLES:
+            self.examples[what].append(sample)
+
+    def content(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "file": str(self.file),
+            "total": dict(self.counts[TOTAL]),
+            "sources": {name: dict(counts) for name, counts in self.counts.items() if name != TOTAL},
+            "examples": dict(self.examples),
+            "unusable": self.drops.counts(),
+            "supervision checked": self.encoded,
+        }
+
+    def table(self) -> Table:
+        """The counts for a console; columns without a single row are left out."""
+        reasons = [name for name in self.counts[TOTAL] if name not in COLUMNS]
+        shown = [name for name in (*COLUMNS, *reasons) if self.counts[TOTAL][name] or name in ("rows", "unusable")]
+        table = Table("source", title=self.file.name)
+        for name in shown:
+            table.add_column(name, justify="right")
+        for source in [*sorted(self.counts.keys() - {TOTAL}), TOTAL]:
+            table.add_row(source, *(f"{self.counts[source][name]:,}" for name in shown))
+        return table
+
+
+def source_of(image: str | None) -> str:
+    """Where a row comes from, by its image's first folder; numbered folders (LLaVA-Pretrain's) are one source."""
+    if image is None:
+        return TEXT_ONLY
+    folders = PurePath(image).parts[:-1]
+    return "(images)" if not folders or folders[0].isdecimal() else folders[0]
+
+
+def check(
+    file: Path,
+    images: Path,
+    encoder: ConversationEncoder | None = None,
+    quiet: bool = False,
+    workers: int | None = None,
+    name: str | None = None,
+) -> Report:
+    """Looks at every row and every image of one conversation file.
+
+    Args:
+        file: ``.json`` or ``.jsonl``.
+        images: folder under which its image paths lie.
+        encoder: of a run; None: supervision is not checked.
+        quiet: no progress bar.
+        workers: processes; default: one a core.
+        name: of the source in drop lists; default: the file's, as in a run that reads this file alone.
+
+    Raises:
+        DataError: the file is missing or is not a list of rows.
+    """
+    table = open_table(file, quiet)
+    name = name or source_names([file])[0]
+    report = Report(file, encoded=encoder is not None)
+    for drop in table.drops(name):
+        report.drops.add(drop.sample_id, drop.reason, drop.detail)
+        report.note("(no conversation)", "rows")
+        report.note("(no conversation)", drop.reason, drop.sample_id)
+        report.note("(no conversation)", "unusable")
+    named = {image: str(images / image) for image in table.column("image").to_pylist() if image is not None}
+    kept = verdicts_file(cache_folder(file.resolve().parent), images)
+    by_file = look_at_all(list(dict.fromkeys(named.values())), kept, quiet, workers)
+    report.verdicts = by_file
+    for image, path in named.items():
+        report.note(source_of(image), "images")
+        if by_file[path].reason != "missing image":
+            report.note(source_of(image), "images present")
+        if by_file[path].mislabeled(path):
+            report.note(source_of(image), "mislabeled image", f"{path}: {by_file[path].format}")
+    records = Records([Part(name, table, images)])
+    found = measure(records, encoder, quiet) if encoder is not None else None
+    seen: set[str] = set()
+    for index, row in enumerate(records.rows.tolist()):
+        image = table.value("image", row)
+        source, sample_id = source_of(image), f"{name}/{row}/{table.value('id', row)}"
+        report.note(source, "rows")
+        for what in _oddities(table, row, image, seen):
+            report.note(source, what, sample_id)
+        if found is not None and found.truncated[index]:
+            report.note(source, "text cut")
+        for reason, detail in _faults(index, found.problems if found else {}, by_file.get(named.get(image, ""))):
+            report.note(source, reason, sample_id)
+            report.drops.add(sample_id, reason, detail)
+        if sample_id in report.drops:
+            report.note(source, "unusable")
+    return report
+
+
+def _oddities(table: RecordTable, row: int, image: str | None, seen: set[str]) -> Iterator[str]:
+    """What is strange about a row and no reason to leave it out."""
+    roles, texts = table.value("roles", row), table.value("texts", row)
+    if image is not None and not table.value("image_tags", row):
+        yield "image without tag"
+    if image is None and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
+        yield "tag without image"
+    if any(not text.strip() for role, text in zip(roles, texts, strict=True) if role == "a"):
+        yield "empty answer"
+    content = key(str(image), roles, *texts)
+    if content in seen:
+        yield "duplicate"
+    seen.add(content)
+
+
+def _faults(index: int, problems: dict[int, tuple[str, str]], verdict: Verdict | None) -> Iterator[tuple[str, str]]:
+    """Why training would leave a row out."""
+    if index in problems:
+        yield problems[index]
+    if verdict is not None and verdict.reason is not None:
+        yield verdict.reason, verdict.detail
+
+
+def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
+    """Re-encodes pictures whose content is another format than their name says, and fetches lost ones anew.
+
+    Args:
+        reports: of ``check``; check again afterwards.
+        fetch: given the missing, empty and broken files, puts sound ones there as far as it can.
+
+    Returns:
+        How many files were mended, and those that could not be.
+
+    Raises:
+        DataError: of ``fetch``; what could be re-encoded is.
+    """
+    mended, lost = 0, []
+    verdicts = {path: verdict for report in reports for path, verdict in report.verdicts.items()}
+    for path, verdict in verdicts.items():
+        if verdict.mislabeled(path):
+            try:
+                with atomic_path(Path(path)) as partial:
+                    reencode(Path(path), path, partial)
+                mended += 1
+            except (DataError, OSError) as error:
+                lost.append(Drop(path, "cannot be written", str(error)))
+    bad = {path: verdict for path, verdict in verdicts.items() if verdict.reason is not None}
+    if fetch is not None and bad:
+        fetch([Path(path) for path in bad])
+        bad = {path: verdict for path in bad if (verdict := look(path)).reason is not None}
+        mended += sum(verdict.reason is not None for verdict in verdicts.values()) - len(bad)
+    return mended, lost + [Drop(path, str(verdict.reason), verdict.detail) for path, verdict in bad.items()]
+
+
+def write_report(reports: Sequence[Report], place: Path) -> None:
+    """Writes what was found as JSON, an entry a conversation file; whole or not at all."""
+    content = {
+        "rows": sum(report.counts[TOTAL]["rows"] for report in reports),
+        "unusable": sum(len(report.drops) for report in reports),
+        "files": [report.content() for report in reports],
+    }
+    write_text(place, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def summary(report: Report) -> str:
+    """One line: how many rows training would leave out, and why."""
+    counts: Sequence[Any] = [f"{reason} {count}" for reason, count in report.drops.counts().items()]
+    rows = report.counts[TOTAL]["rows"]
+    return f"{len(report.drops)} of {rows} rows are unusable" + (f": {', '.join(counts)}" if counts else "")

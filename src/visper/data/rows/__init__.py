@@ -1,0 +1,1 @@
+"""Rows of conversation files: parsed, kept as tables, joined into sources."""

@@ -1,0 +1,114 @@
+"""Tokens of every row, counted once for a tokenizer, its template and ``max_tokens``, on all cores.
+
+The counts are exact: they come from the encoder that training uses, the cut and the image's tokens included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tokenizers
+import transformers
+
+from visper.common.cache import code_key, key
+from visper.common.errors import DataError
+from visper.common.files import atomic_path
+from visper.common.parallel import in_order
+from visper.data import chat
+from visper.data.chat import ConversationEncoder
+from visper.data.rows.records import Record
+from visper.data.rows.table import Part, Records
+
+SCHEMA = pa.schema(
+    [("length", pa.int32()), ("truncated", pa.bool_()), ("reason", pa.string()), ("detail", pa.string())]
+)
+Measured = tuple[int, bool, str | None, str | None]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What encoding found, an entry a row: tokens (0: the row cannot be encoded), whether text was cut."""
+
+    lengths: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+    problems: dict[int, tuple[str, str]]  # index -> reason, detail
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Lengths:
+        """From a table of ``SCHEMA``."""
+        bad = np.flatnonzero(np.asarray(table.column("reason").is_valid().to_numpy(), dtype=np.bool_)).tolist()
+        return cls(
+            table.column("length").to_numpy(),
+            np.asarray(table.column("truncated").to_numpy(), dtype=np.bool_),
+            {row: (table.column("reason")[row].as_py(), table.column("detail")[row].as_py()) for row in bad},
+        )
+
+
+def measure(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
+    """Encodes every row. Rows of conversation files are looked up where an earlier run has kept them."""
+    if not isinstance(records, Records):
+        return Lengths.of(_measured(records, encoder, quiet))
+    whole = pa.concat_tables([_kept(part, encoder, quiet) for part in records.parts])
+    return Lengths.of(whole.take(pa.array(records.rows)))
+
+
+def encoder_key(encoder: ConversationEncoder) -> str:
+    """A key of everything that a row's tokens follow from."""
+    tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+    # Padding and cutting of the last call stay in the tokenizer: ours asks for neither.
+    tokenizer.pop("padding", None), tokenizer.pop("truncation", None)
+    return key(
+        json.dumps(tokenizer, sort_keys=True),
+        str(encoder.processor.chat_template),
+        json.dumps({name: str(token) for name, token in sorted(encoder.tokenizer.special_tokens_map.items())}),
+        encoder.max_tokens,
+        encoder.num_image_tokens,
+        tokenizers.__version__,
+        transformers.__version__,
+        code_key(chat),
+    )
+
+
+def _kept(part: Part, encoder: ConversationEncoder, quiet: bool) -> pa.Table:
+    """The measurements of every row of a source, the bad ones' empty."""
+    rows: Path = part.table.path
+    place = rows.with_name(f"{rows.stem}.{encoder_key(encoder)}.lengths")
+    if not place.is_file():
+        good = Records([part])
+        measured = _measured(good, encoder, quiet)
+        at = np.full(len(part.table), -1)
+        at[good.rows] = np.arange(len(good))
+        whole = measured.take(pa.array(at, mask=at < 0))  # a null row in a bad one's place
+        with (
+            atomic_path(place) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+        ):
+            writer.write_table(whole)
+    with pa.memory_map(str(place)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _measured(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool) -> pa.Table:
+    results = list(in_order(_Encode(encoder), records, "counting tokens", quiet))
+    columns: list[Any] = list(zip(*results, strict=True)) if results else [(), (), (), ()]
+    return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+
+
+@dataclass(frozen=True)
+class _Encode:
+    encoder: ConversationEncoder
+
+    def __call__(self, record: Record) -> Measured:
+        try:
+            encoded = self.encoder.encode(record)
+        except DataError as error:
+            return 0, False, error.reason, error.detail
+        return len(encoded.input_ids), encoded.truncated, None, None

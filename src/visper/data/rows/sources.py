@@ -1,0 +1,77 @@
+"""A run's sources, conversation files or shards, as one sequence of records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from visper.common.errors import DataError
+from visper.data.rows.records import DropList, Record, source_names
+from visper.data.rows.shards import open_shards
+from visper.data.rows.table import Part, Records, open_table
+
+BLOCK_ROWS = 1000  # of a source without shards, where another one has them
+
+
+def open_records(
+    sources: Sequence[tuple[str | Path, str | Path | None]], drops: DropList, quiet: bool = True
+) -> Records:
+    """The records that ``read_records`` gives, in the same order with the same drops, without holding them.
+
+    Args:
+        sources: pairs of a ``.json`` or ``.jsonl`` file and the folder under which its image paths lie; or of the
+            address of shards and None.
+        drops: takes the bad rows; those it has ``agreed`` on are left out silently.
+        quiet: no progress bar where a file is read for the first time.
+
+    Raises:
+        DataError: a file is missing or is not a list of rows, or an agreed drop names a row that is not there.
+    """
+    names = source_names([Path(place) for place, _ in sources])
+    parts = [
+        open_shards(str(place), name) if images is None else Part(name, open_table(Path(place), quiet), Path(images))
+        for name, (place, images) in zip(names, sources, strict=True)
+    ]
+    records = Records(parts)
+    agreed = _agreed_rows(records, drops)
+    for part in parts:
+        drops.extend(drop for drop in part.table.drops(part.name) if drop.sample_id not in drops.agreed)
+    return records.select(~np.isin(records.rows, agreed)) if len(agreed) else records
+
+
+def blocks_of(records: Sequence[Record]) -> npt.NDArray[np.int64] | None:
+    """Which rows are to be read together, ``[len(records)]``: those of a shard. None where no source has shards."""
+    if not isinstance(records, Records) or all(part.pictures is None for part in records.parts):
+        return None
+    whole, first = [], 0
+    for part in records.parts:
+        if part.pictures is None:
+            own = np.random.default_rng(0).permutation(len(part.table)) // BLOCK_ROWS
+        else:
+            own = part.pictures.blocks()
+        whole.append(own + first)
+        first += int(own.max(initial=-1)) + 1
+    return np.concatenate(whole)[records.rows]
+
+
+def _agreed_rows(records: Records, drops: DropList) -> npt.NDArray[np.int64]:
+    by_name = {part.name: (part.table, int(start)) for part, start in zip(records.parts, records.starts, strict=False)}
+    found, strange = [], []
+    for sample_id in drops.agreed:
+        name, row, own = [*sample_id.split("/", 2), "", ""][:3]
+        table, start = by_name.get(name, (None, 0))
+        known = table is not None and row.isdecimal() and int(row) < len(table)
+        if table is None or not known or table.value("id", int(row)) != own:
+            strange.append(sample_id)
+        else:
+            found.append(start + int(row))
+    if strange:
+        raise DataError(
+            "drop list of other data",
+            f"{len(strange)} of its {len(drops.agreed)} rows are not in the run's sources, the first is "
+            f"'{strange[0]}': check the sources again (`visper data check FILE --images DIR --drop LIST`)",
+        )
+    return np.asarray(found, dtype=np.int64)

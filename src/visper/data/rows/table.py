@@ -1,0 +1,243 @@
+"""Conversation files as memory-mapped Arrow tables: read once, then opened in milliseconds by every process.
+
+Row i of the table is row i of the file, the bad ones too, with their reason. The operating system shares the pages
+between all processes of a machine; what a process pays for itself is an index of eight bytes a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.progress import track
+
+from visper.common.cache import FOLDER, cache_folder, code_key, identity, key
+from visper.common.errors import DataError
+from visper.common.files import atomic_path
+from visper.data.rows import json_rows as reading
+from visper.data.rows import records as parsing
+from visper.data.rows.records import IMAGE_TAG, ROLES, Drop, Record, Turn, parse_row, rows_of, sample_id_of
+
+ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
+_ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
+BATCH_ROWS = 1024
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),  # the row's own, as text
+        ("image", pa.string()),  # relative to the images folder; null: text only
+        ("image_turn", pa.int32()),
+        ("image_tags", pa.int32()),  # in the user's turns as published, before the tag was taken out
+        ("roles", pa.string()),  # a letter a turn
+        ("texts", pa.list_(pa.string())),
+        ("reason", pa.string()),  # why the row is no conversation; null: it is one
+        ("detail", pa.string()),
+    ]
+)
+
+
+class RecordTable:
+    """The rows of one conversation file, memory-mapped; it can be sent to another process, which maps it again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with pa.memory_map(str(path)) as source:
+            self._table = pa.ipc.open_file(source).read_all()
+        self._columns = {name: self._table.column(name) for name in self._table.schema.names}
+
+    def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
+        return type(self), (self.path,)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column, row by row of the file; see ``SCHEMA``."""
+        return self._columns[name]
+
+    def value(self, name: str, row: int) -> Any:
+        """One cell."""
+        return self._columns[name][row].as_py()
+
+    def record(self, row: int, name: str, images: Path | None) -> Record:
+        """Row ``row`` as ``read_records`` gives it. Without a folder of images, ``image`` is the name in the file."""
+        roles = self.value("roles", row)
+        turns = tuple(
+            Turn(_ROLE_OF[role], text)  # type: ignore[arg-type]
+            for role, text in zip(roles, self.value("texts", row), strict=True)
+        )
+        sample_id = f"{name}/{row}/{self.value('id', row)}"
+        image = self.value("image", row)
+        if image is None:
+            return Record(sample_id, turns)
+        return Record(sample_id, turns, image if images is None else str(images / image), self.value("image_turn", row))
+
+    def good_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that are conversations, ascending."""
+        return np.flatnonzero(self._flags(pc.is_null(self.column("reason"))))
+
+    def has_image(self) -> npt.NDArray[np.bool_]:
+        """Which rows show an image, ``[rows]``."""
+        return self._flags(pc.is_valid(self.column("image")))
+
+    def characters(self) -> npt.NDArray[np.int64]:
+        """Characters of each row's conversation, ``[rows]``."""
+        parts = []
+        for chunk in self.column("texts").chunks:
+            sizes = pc.utf8_length(chunk.flatten()).to_numpy(zero_copy_only=False)
+            parents = pc.list_parent_indices(chunk).to_numpy()
+            parts.append(np.bincount(parents, weights=sizes, minlength=len(chunk)))
+        return np.concatenate([np.zeros(0), *parts]).astype(np.int64)
+
+    def drops(self, name: str) -> Iterator[Drop]:
+        """The rows that are no conversation."""
+        for row in np.flatnonzero(self._flags(pc.is_valid(self.column("reason")))).tolist():
+            own, reason, detail = (self.value(column, row) for column in ("id", "reason", "detail"))
+            yield Drop(f"{name}/{row}/{own}", reason, detail)
+
+    @staticmethod
+    def _flags(values: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+        return np.asarray(values.to_numpy(), dtype=np.bool_)
+
+
+def open_table(file: Path, quiet: bool = True) -> RecordTable:
+    """The table of a conversation file: from the cache if it holds this very file, else read and kept there.
+
+    Raises:
+        DataError: the file is missing, no list of rows, or changes while it is read.
+    """
+    before = identity(file)
+    name = f"{file.name}-{key(before, code_key(parsing, reading), *map(str, SCHEMA))}"
+    place = cache_folder(file.resolve().parent) / f"{name}.arrow"
+    if not place.is_file():
+        counted = track(rows_of(file), description=f"reading {file.name}", disable=quiet)
+        write_table(map(_cells, counted), place, lambda: _refuse_change(file, before))
+        _forget(place, file.name)
+    return RecordTable(place)
+
+
+def write_table(rows: Iterable[dict[str, Any]], place: Path, last: Callable[[], None] = lambda: None) -> None:
+    """Writes rows of ``SCHEMA`` to ``place``, whole or not at all; ``last`` may still refuse the whole."""
+    cells = iter(rows)
+    with atomic_path(place) as partial:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            while batch := list(islice(cells, BATCH_ROWS)):
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+        last()
+
+
+def _refuse_change(file: Path, before: str) -> None:
+    if identity(file) != before:
+        raise DataError("changing file", f"'{file}' changed while it was read: wait until it is whole")
+
+
+def _forget(kept: Path, name: str) -> None:
+    """Removes what was kept of the file as it was before. Whoever still has it mapped keeps it until it closes."""
+    if kept.parent.name != FOLDER:
+        return  # a cache that folders share may hold another file of the same name
+    for old in kept.parent.iterdir():
+        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\..*", old.name) and not old.name.startswith(kept.stem):
+            old.unlink(missing_ok=True)
+
+
+def _cells(row: Any) -> dict[str, Any]:
+    sample_id = sample_id_of("", 0, row)
+    own = sample_id.removeprefix("/0/")
+    try:
+        record = parse_row(row, sample_id, Path())
+    except DataError as error:
+        return {"id": own, "image_tags": 0, "roles": "", "texts": [], "reason": error.reason, "detail": error.detail}
+    turns = row["conversations"]
+    return {
+        "id": own,
+        "image": record.image,
+        "image_turn": record.image_turn,
+        "image_tags": sum(t["value"].count(IMAGE_TAG) for t in turns if ROLES[t["from"]] == "user"),
+        "roles": "".join(ROLE_LETTERS[turn.role] for turn in record.turns),
+        "texts": [turn.text for turn in record.turns],
+    }
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source among a run's. ``pictures`` gives a row's picture where a shard holds it, else files do."""
+
+    name: str
+    table: RecordTable
+    images: Path | None = None
+    pictures: Any = None
+
+
+class Records(Sequence[Record]):
+    """The good rows of a run's sources, each read when it is asked for.
+
+    Args:
+        parts: the sources, in their order.
+        rows: places in the sources laid end to end; default: every row that is a conversation.
+    """
+
+    def __init__(self, parts: Sequence[Part], rows: npt.NDArray[np.int64] | None = None) -> None:
+        self.parts = tuple(parts)
+        self.starts = np.cumsum([0, *(len(part.table) for part in self.parts)])
+        if rows is None:
+            good = [part.table.good_rows() + start for part, start in zip(self.parts, self.starts, strict=False)]
+            rows = np.concatenate([np.zeros(0, dtype=np.int64), *good])
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        """Row ``index``, with the place of its picture; or some of the rows."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        part, row = self.place(index)
+        return part.table.record(row, part.name, part.images)
+
+    def place(self, index: int) -> tuple[Part, int]:
+        """The source that holds a row, and the row's number there."""
+        at = int(self.rows[index])
+        number = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return self.parts[number], at - int(self.starts[number])
+
+    def picture(self, index: int) -> bytes | None:
+        """The content of the row's picture where a shard holds it; None: it is a file, or there is none."""
+        part, row = self.place(index)
+        return None if part.pictures is None else part.pictures(row)
+
+    def select(self, kept: npt.NDArray[Any]) -> Records:
+        """Some of these rows, by their indices or by a flag each."""
+        return Records(self.parts, self.rows[kept])
+
+    def gather(self, values: Callable[[Part], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """``values`` of every part, which has one entry a row of its table, for these rows: ``[len(self)]``."""
+        return np.concatenate([values(part) for part in self.parts])[self.rows]
+
+    def image_files(self) -> list[str | None]:
+        """The file of each row's picture; None where there is none, or a shard holds it. Costs no conversation."""
+        files: list[str | None] = []
+        for part in self.parts:
+            names = part.table.column("image").to_pylist()
+            files += [None if n is None or part.images is None else str(part.images / n) for n in names]
+        return [files[row] for row in self.rows.tolist()]
+
+    @property
+    def has_image(self) -> npt.NDArray[np.bool_]:
+        """Which rows show an image, ``[len(self)]``."""
+        return self.gather(lambda part: part.table.has_image())
+
+    @property
+    def characters(self) -> npt.NDArray[np.int64]:
+        """Characters of each row's conversation, ``[len(self)]``."""
+        return self.gather(lambda part: part.table.characters())

@@ -1,0 +1,226 @@
+"""What lies in an archive and where it may go: names are checked before a byte is written.
+
+Zip and tar files, a zip inside a zip, and plain folders are read alike. A name that leads outside, a link or a device
+refuses the whole archive: no published one has any.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from lzma import LZMAError
+from pathlib import Path
+from typing import IO
+
+from visper.common.errors import DataError
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file of an archive: its name there, its bytes, and the inner archive that holds it ('' = none)."""
+
+    name: str
+    size: int
+    inner: str = ""
+
+
+def plain_path(name: str) -> str:
+    """A relative path in its shortest form ('' = the folder itself).
+
+    Raises:
+        DataError: it is absolute, leads outside, or no file system here would take it.
+    """
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if (
+        name.startswith("/")
+        or ".." in parts
+        or re.match(r"[A-Za-z]:", "/".join(parts))
+        or re.search(r"[\\\x00-\x1f\x7f\ud800-\udfff]", name)
+        or any(len(part.encode()) > 255 for part in parts)
+        or len(name.encode(errors="replace")) > 2000
+    ):
+        raise DataError("unsafe name", f"{name[:200]!r}: expected a plain path that stays inside its folder")
+    return "/".join(parts)
+
+
+def list_members(path: Path, inner: Sequence[str] = ()) -> list[Member]:
+    """The regular files of an archive or a folder, and of the archives ``inner`` inside it.
+
+    Raises:
+        DataError: 'broken archive' if it cannot be read, 'unsafe archive' if a member is a link or leads outside.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [Member(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
+    with reading(path), ExitStack() as stack:
+        if not zipfile.is_zipfile(path):
+            tar = stack.enter_context(tarfile.open(path))
+            return [Member(entry.name, entry.size) for entry in tar if not _skipped_in_tar(entry, path)]
+        outer = stack.enter_context(zipfile.ZipFile(path))
+        members = [Member(entry.filename, entry.file_size) for entry in _zip_files(outer, path)]
+        for name in inner:
+            archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(_open_inner(outer, name, path))))
+            members += [Member(entry.filename, entry.file_size, name) for entry in _zip_files(archive, path)]
+        return members
+
+
+def read_members(path: Path, wanted: Collection[Member]) -> Iterator[tuple[Member, IO[bytes]]]:
+    """Opens the wanted members one after the other, in the archive's own order: one pass over the disk.
+
+    Raises:
+        DataError: 'broken archive'. Damage shows while a member is read, a wrong checksum at its end: read the streams
+            under ``reading``.
+    """
+    if path.is_dir():
+        for member in wanted:
+            with (path / member.name).open("rb") as stream:
+                yield member, stream
+        return
+    with reading(path), ExitStack() as stack:
+        if not zipfile.is_zipfile(path):
+            names = {member.name: member for member in wanted}
+            tar = stack.enter_context(tarfile.open(path))
+            for entry in tar:
+                content = tar.extractfile(entry) if entry.isfile() and entry.name in names else None
+                if content is not None:
+                    with content:
+                        yield names[entry.name], content
+            return
+        outer = stack.enter_context(zipfile.ZipFile(path))
+        for name in sorted({member.inner for member in wanted}):
+            archive = outer
+            if name:
+                archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(_open_inner(outer, name, path))))
+            here = [member for member in wanted if member.inner == name]
+            for member in sorted(here, key=lambda member: archive.getinfo(member.name).header_offset):
+                with archive.open(member.name) as stream:
+                    yield member, stream
+
+
+def places(
+    members: Collection[Member],
+    to: str,
+    inside: str = "",
+    only: Sequence[str] = (),
+    flat: bool = False,
+    extension: str | None = None,
+    inner: str | None = None,
+) -> dict[str, Member]:
+    """Where each member belongs, as paths under the root -> members; see ``sets.Unpack`` for the arguments.
+
+    Raises:
+        DataError: a name leads outside, nothing lies where it should, or two members have one place.
+    """
+    checked = [(plain_path(member.name), member) for member in members if member.inner == (inner or "")]
+    nameless = next((member.name for name, member in checked if not name), None)
+    if nameless is not None:
+        raise DataError("unsafe name", f"{nameless!r} names no file")
+    found: dict[str, Member] = {}
+    for name, member in checked:
+        if inside and not name.startswith(f"{inside}/"):
+            continue
+        tail = name[len(inside) + 1 :] if inside else name
+        if _is_junk(tail) or (only and not any(fnmatch.fnmatchcase(tail, pattern) for pattern in only)):
+            continue
+        tail = posixpath.basename(tail) if flat else tail
+        renamed = posixpath.splitext(tail)[0] + extension if extension else tail
+        place = posixpath.join(to, renamed)
+        if place not in found or (extension and tail == renamed):
+            found[place] = member
+        elif not extension:
+            raise DataError("unsafe archive", f"'{found[place].name}' and '{member.name}' would both become '{place}'")
+    if not found:
+        folders = sorted({name.split("/")[0] for name, _ in checked})[:5]
+        looked = f"'{inside}/'" if inside else "files"
+        raise DataError("unexpected layout", f"no {looked}{f' like {only}' if only else ''} inside; there is {folders}")
+    clash = next((p for place in found for p in _parents(place) if p in found), None)
+    if clash is not None:
+        raise DataError("unsafe archive", f"'{clash}' would be a file and a folder")
+    return found
+
+
+def _parents(place: str) -> Iterator[str]:
+    while "/" in place:
+        place = place.rpartition("/")[0]
+        yield place
+
+
+def _is_junk(name: str) -> bool:
+    parts = name.split("/")
+    return "__MACOSX" in parts or parts[-1] == ".DS_Store" or parts[-1].startswith("._")
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except _BROKEN:  # a compressed one that is cut
+        return False
+
+
+def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo]:
+    for entry in archive.infolist():
+        if not entry.filename:  # zipfile itself trips over it
+            raise DataError("unsafe archive", f"'{path}': a member has no name")
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if entry.is_dir():
+            continue
+        if kind not in (0, stat.S_IFREG):
+            raise DataError(
+                "unsafe archive", f"'{path}': '{entry.filename}' is a link or a device, expected files only"
+            )
+        if entry.flag_bits & 1:
+            raise DataError("broken archive", f"'{path}': '{entry.filename}' is encrypted")
+        yield entry
+
+
+def _skipped_in_tar(entry: tarfile.TarInfo, path: Path) -> bool:
+    if not (entry.isfile() or entry.isdir()):
+        raise DataError("unsafe archive", f"'{path}': '{entry.name}' is a link or a device, expected files only")
+    return entry.isdir()
+
+
+def _open_inner(outer: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
+    if name not in outer.NameToInfo:
+        near = [entry for entry in outer.namelist() if entry.endswith(".zip")][:5]
+        raise DataError("unexpected layout", f"'{path}' holds no '{name}'; archives inside it: {near}")
+    return outer.open(name)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What zip and tar raise on damaged bytes, here and in whoever reads a member's stream, as one DataError."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise DataError("broken archive", f"'{path}': {error or type(error).__name__}") from error
+
+
+def look_at(path: Path, archive: bool, name: str) -> str | None:
+    """Why a file that has just arrived cannot be what its name says; None if it may be.
+
+    Servers answer with an error page and status 200, and a repository cloned without git-lfs holds pointers.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+        file.seek(-min(64, path.stat().st_size), 2)
+        tail = file.read().rstrip()
+    if head.startswith(POINTER):
+        return "a git-LFS pointer, not the file it stands for (a clone needs `git lfs pull`)"
+    if head.lstrip()[:1] == b"<" and Path(name).suffix in (".zip", ".tar", ".json", ".jsonl", ".gz", ".parquet"):
+        return f"a web page, not {Path(name).suffix}: it starts with {head[:40]!r}"
+    if Path(name).suffix == ".json" and not (head.lstrip()[:1] in (b"[", b"{") and tail[-1:] in (b"]", b"}")):
+        return f"no JSON (cut short or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
+    if archive and not (zipfile.is_zipfile(path) or _is_tar(path)):
+        return f"no zip or tar archive (cut short or damaged): it starts with {head[:16]!r}"
+    return None

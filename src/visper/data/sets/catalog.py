@@ -1,0 +1,322 @@
+"""What a data set is: where its files come from, what they hold, where each belongs under one root.
+
+The catalogue is a folder of YAML files (``catalogue/``); a user's own set is one more such file. Nothing here touches
+the network: ``prepare`` brings what these pages describe, a run asks ``row_files`` where its rows lie.
+"""
+
+from __future__ import annotations
+
+import difflib
+import posixpath
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from visper.common.errors import ConfigError, DataError
+from visper.config import Data, explain
+from visper.data.sets.archives import plain_path
+from visper.data.sets.lockfile import LOCKFILE, Lockfile
+
+ARCHIVES = "archives"
+"""Folder under the root where archives lie until they are dropped; one that a person puts there is used."""
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _relative(path: str) -> str:
+    try:
+        return plain_path(path)
+    except DataError as error:
+        raise ValueError(f"expected a path inside the root: {error.detail}") from error
+
+
+def _file_or_folder(path: str) -> str:
+    return _relative(path) + ("/" if path.endswith("/") else "")
+
+
+def _size(text: str) -> str:
+    _in_bytes(text)
+    return text
+
+
+def _in_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
+    if match is None:
+        raise ValueError("expected a size such as '18 GB'")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Inside = Annotated[str, AfterValidator(_relative)]
+
+
+class Part(BaseModel):
+    """A part of a set's description: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(Part):
+    """One place a file comes from: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
+
+    On the hub, ``path`` may be a pattern: for a download whose ``file`` is a folder, all that match are taken.
+    ``sha256`` holds for this origin alone.
+    """
+
+    url: str | None = Field(None, pattern="^https?://")
+    hub: str | None = Field(None, description="dataset on the Hugging Face hub, owner/name")
+    path: str | None = None
+    revision: str = "main"
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Origin:
+        given = (self.url is not None, self.hub is not None, self.path is not None)
+        if given not in ((True, False, False), (False, True, True), (False, False, True)):
+            raise ValueError("give 'url', or 'hub' and 'path', or a local 'path'")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine."""
+        return self.url is None and self.hub is None
+
+
+class Unpack(Part):
+    """Which members of an archive go where."""
+
+    to: Inside = Field(description="folder under the root")
+    inside: Inside = Field("", description="folder of the archive whose content goes to 'to'")
+    flat: bool = Field(False, description="only the members' last names count")
+    only: tuple[str, ...] = Field((), description="patterns; members taken whether or not the rows name them")
+    extension: str | None = Field(None, pattern=r"^\.\w+$", description="every member gets this one")
+    inner: str | None = Field(None, description="an archive inside the archive: its members are meant")
+
+    @property
+    def targets(self) -> list[str]:
+        """Files, where they are known by name, or else the folder that it fills."""
+        if self.only and not any(sign in pattern for pattern in self.only for sign in "*?["):
+            return [f"{self.to}/{name}" if self.to else name for name in self.only]
+        return [self.to]
+
+
+class Download(Part):
+    """One file, or several in a folder (``file`` ends with '/'). They lie there; with ``unpack`` in ``archives/``."""
+
+    file: Annotated[str, AfterValidator(_file_or_folder)]
+    sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
+    size: Annotated[str, AfterValidator(_size)] | None = Field(None, description="about, for people and disk checks")
+    exact_bytes: PositiveInt | None = Field(None, alias="bytes", description="published size")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
+    unpack: tuple[Unpack, ...] = ()
+
+    def name_of(self, address: str) -> str:
+        """Name of one of its files, from the last part of the address it comes from."""
+        return self.file + posixpath.basename(address.partition("?")[0]) if self.file.endswith("/") else self.file
+
+    @property
+    def labels(self) -> list[str]:
+        """The sources as people know them."""
+        return [
+            origin.url or (f"hub:{origin.hub}/{origin.path}" if origin.hub else str(origin.path))
+            for origin in self.sources
+        ]
+
+    @property
+    def estimate(self) -> int | None:
+        """Bytes, exactly or about; None where nobody published them."""
+        return self.exact_bytes or (_in_bytes(self.size) if self.size else None)
+
+    def place(self, root: Path, name: str) -> Path:
+        """Where a file of this download lies under the root."""
+        return root / ARCHIVES / name if self.unpack else root / name
+
+
+class Rows(Part):
+    """A conversation file and the folder its image paths start from, both under the root."""
+
+    json_file: Inside = Field(alias="json")
+    images: Inside = "."
+
+
+class DataSet(Part):
+    """One entry of the catalogue."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: str
+    use: str = Field(description="stage, evaluation or probing")
+    license: str
+    notes: str | None = None
+    needs: tuple[str, ...] = Field((), description="sets whose files this one shares")
+    rows: tuple[Rows, ...] = ()
+    needed_by: dict[str, int] = Field(default_factory=dict, description="set -> its rows that name files of this one")
+    downloads: tuple[Download, ...] = ()
+
+
+def set_names() -> list[str]:
+    """Names of the catalogue's sets."""
+    return sorted(file.stem for file in _shipped().glob("*.yaml"))
+
+
+def read_set(name: str) -> tuple[DataSet, Path]:
+    """A set of the catalogue, or the one a YAML file describes; with the folder its local paths start from.
+
+    Raises:
+        ConfigError: there is none, or its description is wrong; every fault with file and key.
+    """
+    shipped = _shipped() / f"{name}.yaml"
+    file = shipped if shipped.is_file() else Path(name)
+    if not file.is_file():
+        near = difflib.get_close_matches(name, set_names(), n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"no data set '{name}': neither in the catalogue nor a YAML file{hint} "
+                          "`visper data list` shows them")  # fmt: skip
+    try:
+        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: a data set is a mapping of keys, found {type(content).__name__}")
+    try:
+        return DataSet.model_validate(content), file.parent
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(file), DataSet)) from error
+
+
+def with_needs(name: str) -> list[tuple[DataSet, Path]]:
+    """A set and all it needs, each once, the set itself first."""
+    found: dict[str, tuple[DataSet, Path]] = {}
+    open_names = [name]
+    while open_names:
+        data_set, folder = read_set(open_names.pop(0))
+        if data_set.name not in found:
+            found[data_set.name] = (data_set, folder)
+            open_names += data_set.needs
+    return list(found.values())
+
+
+def places_of(data_set: DataSet) -> list[str]:
+    """Files and folders under the root that a set's own downloads and rows fill, each once."""
+    names = [rows.json_file for rows in data_set.rows]
+    for download in data_set.downloads:
+        names += [target for unpack in download.unpack for target in unpack.targets] or [download.file]
+    return list(dict.fromkeys(names))
+
+
+def _is_there(place: Path) -> bool:
+    return place.is_file() or (place.is_dir() and any(place.iterdir()))
+
+
+def missing(data_set: DataSet, root: Path) -> list[str]:
+    """What of a set's own files is not under the root, by name; a preparation that never ended counts too.
+
+    Looks at files and folders, not into them: a tree put together by hand is as good as one that ``prepare`` made.
+    """
+    absent = [name for name in places_of(data_set) if not _is_there(root / name)]
+    if not absent and data_set.name in Lockfile(root / LOCKFILE).unfinished():
+        absent.append("the end of an interrupted preparation")
+    return absent
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A line of ``visper data list``: texts for people."""
+
+    name: str
+    use: str
+    size: str
+    disk: str
+    state: str
+    license: str
+    title: str
+
+
+def listing(names: Sequence[str], root: Path) -> list[Listed]:
+    """Sets with their downloads and the disk that these and the unpacked files take at most, needs included ('+': some
+    sizes are unpublished), and what is under the root."""
+    lines = []
+    for name in names:
+        sets = [data_set for data_set, _ in with_needs(name)]
+        downloads = [download for data_set in sets for download in data_set.downloads]
+        known = sum(download.estimate or 0 for download in downloads)
+        # Pictures do not shrink in an archive: unpacked whole they take its size once more.
+        both = sum((download.estimate or 0) * (2 if download.unpack else 1) for download in downloads)
+        more = " +" if any(download.estimate is None for download in downloads) else ""
+        size, disk = (f"{total / 1e9:.1f} GB{more}" if total else "?" for total in (known, both))
+        absent = [place for data_set in sets for place in missing(data_set, root)]
+        places = sum(len(places_of(data_set)) for data_set in sets)
+        state = "ready" if not absent else "-" if len(absent) >= places else f"no {_some(absent, 2)}"
+        lines.append(Listed(name, sets[0].use, size, disk, state, sets[0].license, sets[0].title))
+    return lines
+
+
+def row_files(data: Data) -> list[tuple[str, str | None]]:
+    """Conversation files with the folders of their image paths, and shards with None, in ``data.sources``' order.
+
+    Raises:
+        ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
+    """
+    files: list[tuple[str, str | None]] = []
+    for source in data.sources:
+        if source.data_set is not None:
+            files += _rows_of(source.data_set, Path(data.root))
+        else:
+            files.append((str(source.shards or source.json_file), source.images))
+    return files
+
+
+def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str | None]]:
+    sets = [data_set for data_set, _ in with_needs(name)]
+    rows = [part for data_set in sets for part in data_set.rows]
+    if not rows:
+        shown = "".join(f"; rows of '{other}' name its pictures" for other in sets[0].needed_by)
+        raise ConfigError(f"data set '{name}' has no rows to train on: it is for {sets[0].use}{shown}")
+    if whole:
+        absent = [place for data_set in sets for place in missing(data_set, root)]
+    else:
+        absent = [part.json_file for part in rows if not (root / part.json_file).is_file()]
+    if absent:
+        raise ConfigError(
+            f"data set '{name}' is not whole under '{root}': no {_some(absent)}. "
+            f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to where it lies"
+        )
+    return [(str(root / part.json_file), str(root / part.images)) for part in rows]
+
+
+def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
+    """The conversation files that a person means, each with the folder its image paths start from.
+
+    Args:
+        name: a conversation file (.json or .jsonl), a set of the catalogue, or a YAML file like its entries.
+        images: folder of a conversation file's images; a set knows its own.
+        root: where sets lie.
+        whole: a set's pictures must be there, not only its rows.
+
+    Raises:
+        ConfigError: a file without ``images``, or a set with them; the set is unknown or not there.
+    """
+    if is_rows_file(name):
+        if images is None:
+            raise ConfigError(f"'{name}' is a conversation file: say with --images where its image paths start")
+        return [(Path(name), images)]
+    if images is not None:
+        raise ConfigError(f"'{name}' is a data set, which knows its images: leave out --images, or name a .json file")
+    return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
+
+
+def is_rows_file(name: str) -> bool:
+    """Whether a conversation file is meant, not a set."""
+    return Path(name).suffix in (".json", ".jsonl")
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shipped() -> Path:
+    return Path(str(resources.files("visper.data.sets"))) / "catalogue"

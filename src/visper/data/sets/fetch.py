@@ -1,0 +1,345 @@
+"""One file over HTTP, whole and true: continued where it stopped, tried again, compared with what is known of it.
+
+The hub's client names files, sizes and hashes; the bytes of hub and other servers come the same way, since that client
+(2.4) throws an interrupted file away. A part is continued only if the server says it is still the same file (If-Range
+with its strong ETag or date), or if a published hash will tell in the end.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+from rich.progress import Progress, TaskID
+
+from visper.common.errors import DataError
+from visper.common.files import write_text
+from visper.data.sets.archives import look_at
+from visper.data.sets.lockfile import Entry, Lockfile
+
+CHUNK = 1 << 20
+PIECE = 1 << 16
+"""Bytes read from a connection at once; when it breaks, up to so many that had come are lost."""
+FOUND = "found in place"
+"""Recorded as the source of a file that a person put there."""
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a server is waited for. Seconds; a pause doubles with each fruitless attempt."""
+
+    attempts: int = 6
+    timeout: float = 60.0
+    pause: float = 2.0
+    longest_pause: float = 600.0
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file at an address, or on this machine (``local``), with what is published about it."""
+
+    name: str
+    source: str
+    url: str = ""
+    local: Path | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    bytes: int | None = None
+    sha256: str | None = None
+    md5: str | None = None
+
+    @property
+    def hash_is_published(self) -> bool:
+        """Whether the end of a download can be told right from wrong without the first one."""
+        return self.sha256 is not None or self.md5 is not None
+
+
+class SourceError(Exception):
+    """This source does not give the file; another one may."""
+
+
+class _PassingError(Exception):
+    """The same request may succeed later."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class ProgressBar:
+    """One line of the progress display; also where a download learns that it should stop."""
+
+    def __init__(self, progress: Progress, stop: threading.Event, title: str) -> None:
+        self.progress, self.stop, self.title = progress, stop, title
+        self.task: TaskID | None = None
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        """Shows a step at ``done`` of ``total`` bytes."""
+        if self.task is None:
+            self.task = self.progress.add_task(self.title, total=total)
+        self.progress.update(self.task, description=f"{what} {self.title}", completed=done, total=total)
+
+    def advance(self, count: int) -> None:
+        """Adds bytes, or stops the work."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        if self.task is not None:
+            self.progress.advance(self.task, count)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.progress.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+
+    def end(self) -> None:
+        """Takes the line away."""
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+
+
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+        DataError: fewer than ``needed`` bytes are free.
+    """
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if needed > free:
+        raise DataError(
+            "disk full",
+            f"{what} needs {needed / 1e9:.2f} GB, '{folder}' has {free / 1e9:.2f} GB free: make room, choose "
+            "another --root, or drop archives once unpacked (--drop-archives); what is there stays, repeat to go on",
+        )
+
+
+def obtain(
+    remote: Remote,
+    place: Path,
+    part: Path,
+    archive: bool,
+    lockfile: Lockfile,
+    meter: ProgressBar,
+    patience: RetryPolicy,
+) -> Entry:
+    """The file at ``place``, fetched if it is not there, equal to what is published and to what was recorded.
+
+    Args:
+        part: where an unfinished download lies and is continued from.
+        archive: it must open as zip or tar.
+
+    Raises:
+        SourceError: the source does not give it, or gives something else.
+    """
+    known = lockfile.entry(remote.name, remote.source)
+    if place.is_file():
+        found = _accept(remote, place, archive, lockfile, meter)
+        _discard(part)
+        return found
+    for attempt in (1, 2):
+        fetch(remote, part, meter, patience)
+        try:
+            found = _verified(remote, part, archive, known, meter)
+        except SourceError as error:
+            _discard(part)
+            if attempt == 2:
+                raise
+            meter.say(f"{error}; fetching it again from the start")
+            continue
+        # Recorded before it takes its place: after a kill in between, the finished part is compared and moved.
+        lockfile.record(remote.name, remote.source, found)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(place)
+        _state_of(part).unlink(missing_ok=True)
+        return found
+    raise AssertionError("the second attempt returns or raises")
+
+
+def _accept(remote: Remote, place: Path, archive: bool, lockfile: Lockfile, meter: ProgressBar) -> Entry:
+    """A file that is already in its place: ours if its size is the recorded one, else judged as if just fetched."""
+    known = lockfile.recorded(remote.name)
+    for entry in known:
+        if entry.bytes == place.stat().st_size:
+            return entry
+    try:
+        if known:
+            raise SourceError(f"{place.stat().st_size} bytes, {known[0].bytes} were recorded")
+        found = _verified(remote, place, archive, None, meter)
+    except SourceError as error:
+        raise DataError("unexpected file", f"'{place}': {error}. Move it away to have it fetched again") from error
+    lockfile.record(remote.name, FOUND, found)
+    return found
+
+
+def _verified(remote: Remote, path: Path, archive: bool, known: Entry | None, meter: ProgressBar) -> Entry:
+    size = path.stat().st_size
+    if remote.bytes is not None and size != remote.bytes:
+        raise SourceError(f"{size} bytes, expected {remote.bytes}")
+    fault = look_at(path, archive, remote.name)
+    if fault is not None:
+        raise SourceError(fault)
+    hashes = {"sha256": hashlib.sha256()}
+    if remote.md5 is not None:
+        hashes["md5"] = hashlib.md5(usedforsecurity=False)
+    meter.show("verifying", 0, size)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            for running in hashes.values():
+                running.update(chunk)
+            meter.advance(len(chunk))
+    sha256 = hashes["sha256"].hexdigest()
+    for kind, expected in (("sha256", remote.sha256), ("md5", remote.md5)):
+        if expected is not None and hashes[kind].hexdigest() != expected:
+            raise SourceError(f"its {kind} is {hashes[kind].hexdigest()}, published is {expected}")
+    if known is not None and known.sha256 != sha256:
+        raise SourceError(
+            f"its sha256 is {sha256}, recorded at the first download {known.sha256}: the file behind the address has "
+            "changed. To trust the new one, remove its entry from visper-data.lock.json"
+        )
+    return Entry(size, sha256)
+
+
+def fetch(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
+    """Brings the remote file to ``part``, however often the connection breaks, as long as bytes are gained.
+
+    Raises:
+        SourceError: the server refuses it, or nothing is gained for ``patience.attempts`` attempts.
+        DataError: the disk is too small.
+    """
+    furthest, fruitless = _size(part), 0
+    with requests.Session() as session:
+        while True:
+            try:
+                _continue(session, remote, part, meter, patience)
+                return
+            except requests.RequestException as error:
+                passing = _PassingError(f"{type(error).__name__}: {error}"[:300])
+            except _PassingError as error:
+                passing = error
+            gained = _size(part) > furthest
+            furthest = max(furthest, _size(part))
+            fruitless = 0 if gained else fruitless + 1
+            if fruitless >= patience.attempts:
+                raise SourceError(f"gave up after {fruitless} fruitless attempts: {passing}") from passing
+            wait = min(patience.longest_pause, passing.wait or patience.pause * 2 ** max(0, fruitless - 1))
+            meter.say(f"{passing}; trying again in {wait:g} s, {_size(part)} bytes are kept")
+            if meter.stop.wait(wait):
+                raise KeyboardInterrupt
+
+
+def _continue(session: requests.Session, remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
+    """One request: what is missing of the part, or all of it."""
+    state, offset = _read_state(part), _size(part)
+    same = state.get("source") == remote.source
+    validator = state.get("validator") if same else None
+    total = remote.bytes or (state.get("total") if same else None)
+    if offset and offset == total and (validator or remote.hash_is_published):
+        return
+    headers = {"Accept-Encoding": "identity", **remote.headers}
+    if offset and (validator or remote.hash_is_published):
+        headers["Range"] = f"bytes={offset}-"
+        if validator:
+            headers["If-Range"] = str(validator)
+    with session.get(remote.url, headers=headers, stream=True, timeout=(patience.timeout, patience.timeout)) as reply:
+        if reply.status_code == 416 and offset:
+            _discard(part)
+            raise _PassingError(f"the server has no bytes from {offset} on: starting anew", 0.001)
+        _refuse_bad(reply)
+        if reply.status_code == 206:
+            total = _check_range(reply, offset, state, remote, part)
+        else:
+            offset, total = 0, _length(reply)
+            _refuse_size(remote, total)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(b"")  # before its state: a kill in between leaves nothing to continue wrongly
+        _refuse_size(remote, total)
+        new = {"source": remote.source, "validator": _validator(reply), "total": total}
+        if new != state:
+            write_text(_state_of(part), json.dumps(new, sort_keys=True))
+        require_room(part.parent, (total or offset) - offset, remote.name)
+        meter.show("fetching", offset, total)
+        with part.open("ab") as file:
+            for chunk in reply.iter_content(PIECE):
+                file.write(chunk)
+                meter.advance(len(chunk))
+    if total is not None and _size(part) != total:
+        raise _PassingError(f"{_size(part)} of {total} bytes came")
+
+
+def _refuse_bad(reply: requests.Response) -> None:
+    status = reply.status_code
+    if status in _PASSING:
+        raise _PassingError(f"HTTP {status} {reply.reason}", _retry_after(reply))
+    if status in (401, 403):
+        raise SourceError(f"HTTP {status} {reply.reason}: not allowed; a hub data set may ask for `hf auth login`")
+    if status not in (200, 206):
+        raise SourceError(f"HTTP {status} {reply.reason}")
+
+
+def _refuse_size(remote: Remote, total: int | None) -> None:
+    if None not in (remote.bytes, total) and total != remote.bytes:
+        raise SourceError(f"the server offers {total} bytes, published are {remote.bytes}")
+
+
+def _check_range(
+    reply: requests.Response, offset: int, state: Mapping[str, Any], remote: Remote, part: Path
+) -> int | None:
+    """The whole length, if the piece sent continues the very file that the part is of."""
+    unit, _, rest = reply.headers.get("Content-Range", "").partition(" ")
+    span, _, total = rest.partition("/")
+    start = span.partition("-")[0]
+    found = _validator(reply)
+    same = state.get("source") == remote.source
+    changed = same and found is not None and state.get("validator") not in (None, found)
+    grown = total.isdigit() and state.get("total") not in (None, int(total))
+    if unit != "bytes" or start != str(offset) or changed or grown:
+        _discard(part)
+        raise _PassingError("the server's file changed or it sent another piece than asked for: starting anew", 0.001)
+    return int(total) if total.isdigit() else None
+
+
+def _validator(reply: requests.Response) -> str | None:
+    etag = reply.headers.get("ETag")
+    return etag if etag and not etag.startswith("W/") else reply.headers.get("Last-Modified")
+
+
+def _length(reply: requests.Response) -> int | None:
+    length = reply.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() and not reply.headers.get("Content-Encoding") else None
+
+
+def _retry_after(reply: requests.Response) -> float | None:
+    value = reply.headers.get("Retry-After", "")
+    if value.isdigit():
+        return float(value)
+    parsed = email.utils.parsedate_tz(value)
+    return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
+
+
+def _state_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}.state.json")
+
+
+def _read_state(part: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(_state_of(part).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _state_of(part).unlink(missing_ok=True)
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0

@@ -1,0 +1,81 @@
+"""From a download's description to the files behind it: at an address, on the hub, on this disk."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, build_hf_headers
+
+from visper.data.sets.catalog import Download, Origin
+from visper.data.sets.fetch import Remote, SourceError
+
+HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
+"""What asking the hub raises: the bases are its HTTP client's own error (httpx's or httpx2's, by version), OSError."""
+
+
+def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
+    """The files that one origin has for a download, with the sizes and hashes that it or the catalogue publishes.
+
+    Raises:
+        SourceError: it has none, or cannot be asked.
+    """
+    if origin.url is not None:
+        return [_remote(download, origin, download.name_of(origin.url), origin.url, url=origin.url)]
+    if origin.hub is not None:
+        return _on_hub(download, origin, origin.hub, str(origin.path))
+    local = folder / str(origin.path)
+    if not local.exists():
+        raise SourceError(f"'{local}' does not exist")
+    return [_remote(download, origin, download.name_of(local.name), str(origin.path), local=local)]
+
+
+def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -> list[Remote]:
+    api = HfApi()
+    try:
+        listing = api.dataset_info(repository, revision=origin.revision, files_metadata=True)
+        headers = build_hf_headers()
+    except HUB_ERRORS as error:
+        raise SourceError(
+            f"the hub does not list it: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    found = []
+    for file in sorted(listing.siblings or [], key=lambda file: file.rfilename):
+        if not fnmatch.fnmatchcase(file.rfilename, pattern):
+            continue
+        name = download.name_of(file.rfilename)
+        address = hf_hub_url(
+            repository, file.rfilename, repo_type="dataset", revision=origin.revision, endpoint=api.endpoint
+        )
+        sha256 = file.lfs.sha256 if file.lfs is not None else None
+        source = f"hub:{repository}/{file.rfilename}"
+        found.append(_remote(download, origin, name, source, address, None, headers, file.size, sha256))
+    if not found:
+        raise SourceError(f"nothing on the hub's '{repository}' matches '{pattern}'")
+    if len({remote.name for remote in found}) != len(found):
+        raise SourceError(f"{len(found)} files match '{pattern}', and would have one name: '{found[0].name}'")
+    return found
+
+
+def _remote(
+    download: Download,
+    origin: Origin,
+    name: str,
+    source: str,
+    url: str = "",
+    local: Path | None = None,
+    headers: dict[str, str] | None = None,
+    size: int | None = None,
+    sha256: str | None = None,
+) -> Remote:
+    return Remote(
+        name,
+        source,
+        url,
+        local,
+        headers or {},
+        bytes=download.exact_bytes or size,
+        sha256=download.sha256 or origin.sha256 or sha256,
+        md5=download.md5,
+    )

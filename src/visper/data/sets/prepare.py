@@ -1,0 +1,284 @@
+"""``visper data prepare``: from the catalogue's pages to files in their places, whole or absent, safe to repeat.
+
+Under the root lie the files that rows name, ``archives/`` until they are dropped, ``visper-data.lock.json``, and
+``.visper/`` with what is unfinished: parts of downloads (continued by the next run), one staged file (thrown away), the
+lists of the archives' members (so that nothing is fetched again to learn that nothing is missing).
+"""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+import threading
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from heapq import nlargest
+from itertools import chain
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from visper.common.errors import DataError
+from visper.data.rows.records import image_names
+from visper.data.sets.archives import look_at, plain_path
+from visper.data.sets.catalog import DataSet, Download, with_needs
+from visper.data.sets.fetch import FOUND, ProgressBar, Remote, RetryPolicy, SourceError, obtain, require_room
+from visper.data.sets.lockfile import LOCKFILE, Entry, Lockfile
+from visper.data.sets.origins import remotes
+from visper.data.sets.unpack import MEMBERS, STATE, Outcome, Request, Unpacker, absent
+
+PARTS = "parts"
+
+
+def prepare(
+    name: str,
+    root: Path,
+    everything: bool = False,
+    drop_archives: bool = False,
+    workers: int = 4,
+    console: Console | None = None,
+    patience: RetryPolicy | None = None,
+    again: Collection[str] = (),
+) -> Outcome:
+    """Brings a set and what it needs under a root. Safe to kill at any moment and to repeat; a second run waits.
+
+    Args:
+        name: of the catalogue, or a YAML file like its entries.
+        everything: unpack all members, not only those that the rows name.
+        drop_archives: delete archives once nothing of them is missing.
+        workers: downloads at once.
+        again: places under the root to bring anew though something lies there; it stays until the new file is whole.
+
+    Raises:
+        ConfigError: the name is unknown or a description wrong.
+        DataError: something could not be fetched or unpacked (the rest is there), or the disk is too small.
+    """
+    sets = with_needs(name)
+    console = console or Console()
+    with only_one(root, console):
+        # Only what a preparation writes: a run may be writing its tables beside, into the same folder.
+        own = ((root / STATE / folder).rglob(".*.partial-*") for folder in (PARTS, MEMBERS))
+        for leftover in chain(root.glob(f".{LOCKFILE}.partial-*"), *own):
+            leftover.unlink()
+        preparation = _Preparation(root, everything, drop_archives, workers, console, patience or RetryPolicy())
+        return preparation.run(sets, set(again))
+
+
+@contextmanager
+def only_one(root: Path, console: Console) -> Iterator[None]:
+    """Holds the root's lock; the system takes it from a process that dies."""
+    (root / STATE).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / STATE / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another `visper data prepare` is at work on '{root}': waiting for it to end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Preparation:
+    def __init__(
+        self, root: Path, everything: bool, drop: bool, workers: int, console: Console, patience: RetryPolicy
+    ) -> None:
+        self.root, self.everything, self.drop, self.workers = root, everything, drop, workers
+        self.console, self.patience = console, patience
+        self.stop = threading.Event()
+        self.lockfile = Lockfile(root / LOCKFILE)
+        self.outcome = Outcome()
+        self.failures: dict[str, str] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        self.unpacker = Unpacker(root, self.lockfile, self.outcome, self.progress, self.stop)
+
+    def run(self, sets: list[tuple[DataSet, Path]], again: set[str]) -> Outcome:
+        """The story: rows first, then what they name, then a look at what is still absent."""
+        self.unpacker.again = again
+        set_names = [data_set.name for data_set, _ in sets]
+        rows = [part for data_set, _ in sets for part in data_set.rows]
+        downloads = [(download, folder) for data_set, folder in sets for download in data_set.downloads]
+        self.lockfile.set_unfinished(set_names, True)
+        with self.progress:
+            self._bring([Request(d, f, set() if d.unpack else None, not _waits(d)) for d, f in downloads if _first(d)])
+            files = [(self.root / part.json_file, part.images) for part in rows]
+            unread = [part.json_file for part in rows if not (self.root / part.json_file).is_file()]
+            if unread and not self.failures:
+                self.failures[unread[0]] = "no download of the set brings these rows: name them in 'file' or 'only'"
+            if not unread and not any(part.json_file in self.failures for part in rows):
+                names = None if self.everything or not rows else self._named(files)
+                self._bring([Request(d, f, names) for d, f in downloads if _waits(d)])
+                if names is not None:
+                    self.outcome.named, self.outcome.absent = len(names), sorted(absent(self.root, names))
+        if self.failures:
+            raise DataError(
+                "not everything could be prepared",
+                "\n".join(f"{file}: {fault}" for file, fault in self.failures.items()),
+            )
+        self.lockfile.set_unfinished(set_names, False)
+        return self.outcome
+
+    def _named(self, files: list[tuple[Path, str]]) -> set[str]:
+        """Places under the root that rows name."""
+        found = set()
+        for file, images in files:
+            self.console.print(f"reading {file}", markup=False)
+            for name in image_names(file):
+                try:
+                    found.add(plain_path(f"{images}/{name}" if images and not name.startswith("/") else name))
+                except DataError:
+                    self.console.print(f"{file.name} names {name[:200]!r}, outside its folder: left out", markup=False)
+        return found
+
+    def _bring(self, wanted: list[Request]) -> None:
+        """Downloads side by side and unpacks each as it arrives; a failure lets the others go on."""
+        todo = [item for item in wanted if self._needs(item)]
+        sizes = [size for item in todo if (size := self._still_to_come(item.download))]
+        least = sum(nlargest(self.workers, sizes)) if self.drop else sum(sizes)
+        require_room(self.root, least, f"fetching {', '.join(item.download.file for item in todo)}")
+        pool = ThreadPoolExecutor(max(1, self.workers))
+        try:
+            arriving = {pool.submit(self._obtain, item): item for item in todo}
+            for future in as_completed(arriving):
+                item = arriving[future]
+                try:
+                    self._unpack(item, future.result())
+                    self._drop_archives(item)
+                except DataError as error:
+                    self.failures[item.download.file] = str(error)
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for item in wanted:
+            if item not in todo:
+                self._drop_archives(item)
+
+    def _needs(self, item: Request) -> bool:
+        """Whether something of a download is missing, or a local file may have changed."""
+        if item.download.unpack:
+            return self.unpacker.lacks(item)
+        for name in self.unpacker.again & {*self.lockfile.parts(item.download.file), item.download.file}:
+            (self.root / name).unlink(missing_ok=True)  # of no archive: nothing would be fetched over it
+        return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
+
+    def _at_hand(self, download: Download) -> list[Path]:
+        """The files of a download if all lie in their places with the recorded sizes; else none."""
+        parts = self.lockfile.parts(download.file)
+        found = [download.place(self.root, name) for name in parts]
+        sizes = [entry.bytes for entry in parts.values()]
+        whole = all(file.is_file() and file.stat().st_size == size for file, size in zip(found, sizes, strict=True))
+        return found if whole else []
+
+    def _still_to_come(self, download: Download) -> int:
+        part, place = self._part(download.file), download.place(self.root, download.file)
+        if place.is_file() or self._at_hand(download):
+            return 0
+        return max(0, (download.estimate or 0) - (part.stat().st_size if part.is_file() else 0))
+
+    def _part(self, name: str) -> Path:
+        return self.root / STATE / PARTS / name
+
+    def _obtain(self, item: Request) -> list[Path]:
+        """All files of a download, from the first source that gives them; runs in a thread of its own."""
+        download = item.download
+        if download.unpack and (found := self._at_hand(download)):
+            return found
+        place = download.place(self.root, download.file)
+        if place.is_file() and not any(origin.is_local for origin in download.sources):
+            known = Remote(download.file, FOUND, "", None, {}, download.exact_bytes, download.sha256, download.md5)
+            meter = ProgressBar(self.progress, self.stop, download.file)
+            self.lockfile.set_parts(download.file, {download.file: self._fetch(known, download, meter)})
+            return [place]
+        errors = []
+        for origin, label in zip(download.sources, download.labels, strict=True):
+            meter = ProgressBar(self.progress, self.stop, download.file)
+            try:
+                files = remotes(download, origin, item.folder)
+                if files[0].local is not None:
+                    return [self._local(files[0], files[0].local, download)]
+                parts = {remote.name: self._fetch(remote, download, meter) for remote in files}
+            except SourceError as error:
+                errors.append(f"{label}: {error}")
+                meter.say(errors[-1])
+                continue
+            finally:
+                meter.end()
+            self.lockfile.set_parts(download.file, parts)
+            return [download.place(self.root, name) for name in parts]
+        raise DataError(
+            "no source gave it",
+            f"{'; '.join(errors)}. What came is kept: repeat later, or put the file at '{place}' yourself",
+        )
+
+    def _fetch(self, remote: Remote, download: Download, meter: ProgressBar) -> Entry:
+        place = download.place(self.root, remote.name)
+        was_there = place.is_file()
+        unpacks = bool(download.unpack)
+        entry = obtain(remote, place, self._part(remote.name), unpacks, self.lockfile, meter, self.patience)
+        if not was_there:
+            self.outcome.fetched.append(remote.name)
+        return entry
+
+    def _local(self, remote: Remote, local: Path, download: Download) -> Path:
+        """A file or folder of this machine: archives are read where they lie, other files copied when they differ."""
+        fault = look_at(local, bool(download.unpack), remote.name) if local.is_file() else None
+        if fault is not None:
+            raise SourceError(fault)
+        if download.unpack:
+            return local
+        if local.is_dir():
+            raise SourceError("it is a folder: say with 'unpack' where its files belong")
+        place, copy = download.place(self.root, remote.name), self._part(f"{remote.name}.copy")
+        if not place.is_file() or not filecmp.cmp(local, place, shallow=False):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(local, copy)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            copy.replace(place)
+            self.outcome.fetched.append(remote.name)
+        return place
+
+    def _unpack(self, item: Request, paths: list[Path]) -> None:
+        """Unpacks a download's archives; if one turns out to be broken it is fetched once more."""
+        if not item.download.unpack:
+            return
+        try:
+            for path in paths:
+                self.unpacker.unpack(item, path)
+        except DataError as error:
+            if error.reason != "broken archive" or not self._throw_away(item.download):
+                raise
+            self.console.print(f"{error}; fetching it again", markup=False)
+            for path in self._obtain(item):
+                self.unpacker.unpack(item, path)
+
+    def _throw_away(self, download: Download) -> bool:
+        """Forgets a broken download, but never one that a person put there."""
+        names = list(self.lockfile.parts(download.file))
+        if not names or any(self.lockfile.entry(name, FOUND) for name in names):
+            return False
+        self.lockfile.forget(download.file)
+        for name in names:
+            download.place(self.root, name).unlink()
+        return True
+
+    def _drop_archives(self, item: Request) -> None:
+        if self.drop and item.download.unpack and item.last and not self.unpacker.lacks(item):
+            for name in self.lockfile.parts(item.download.file):
+                item.download.place(self.root, name).unlink(missing_ok=True)
+
+
+def _first(download: Download) -> bool:
+    """Whether it may bring rows, or what is wanted whatever the rows name."""
+    return not download.unpack or any(unpack.only for unpack in download.unpack)
+
+
+def _waits(download: Download) -> bool:
+    """Whether rows say what is wanted of it."""
+    return any(not unpack.only for unpack in download.unpack)

@@ -1,0 +1,211 @@
+"""Members of archives to their places: only those that are wanted and absent, put right, each by one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.progress import Progress
+
+from visper.common.errors import DataError
+from visper.common.files import write_text
+from visper.data.normalize import make_canonical
+from visper.data.sets.archives import Member, list_members, places, read_members, reading
+from visper.data.sets.catalog import ARCHIVES, Download, Unpack
+from visper.data.sets.fetch import CHUNK, ProgressBar, require_room
+from visper.data.sets.lockfile import Lockfile
+
+STATE = ".visper"
+"""Folder under the root for what is unfinished, and for the lists of members."""
+MEMBERS = "members"
+
+
+@dataclass
+class Outcome:
+    """What a preparation did. Names are places under the root."""
+
+    fetched: list[str] = field(default_factory=list)
+    unpacked: int = 0
+    repaired: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    named: int = 0
+
+    @property
+    def nothing_done(self) -> bool:
+        """Whether everything was there already."""
+        return not self.fetched and not self.unpacked
+
+    def __str__(self) -> str:
+        """A line or a few for people."""
+        lines = [f"{len(self.fetched)} files fetched, {self.unpacked} unpacked"]
+        if self.nothing_done:
+            lines = ["nothing to do"]
+        if self.repaired:
+            counts = ", ".join(f"{count} {fault}" for fault, count in self.repaired.most_common())
+            lines.append(f"re-encoded as JPEG: {counts}")
+        for what, found in (("cannot be decoded", self.unreadable), ("are in no archive", self.absent)):
+            if found:
+                lines.append(f"{len(found)} files {what}, first {found[:3]}")
+        if self.named:
+            lines.append(f"{self.named - len(self.absent)} of {self.named} files that rows name are there")
+        return "; ".join(lines)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A download, the folder its local paths start from, and the places that are needed of it (None: all).
+
+    ``last``: nothing else will be asked of its archives in this run.
+    """
+
+    download: Download
+    folder: Path
+    names: set[str] | None
+    last: bool = True
+
+
+class Unpacker:
+    """Unpacks under one root, one member at a time; ``staged`` is thrown away by the next run if this one dies."""
+
+    def __init__(
+        self, root: Path, lockfile: Lockfile, outcome: Outcome, progress: Progress, stop: threading.Event
+    ) -> None:
+        self.root, self.lockfile, self.outcome = root, lockfile, outcome
+        self.progress, self.stop = progress, stop
+        self.staged = root / STATE / "staged"
+        self.staged.unlink(missing_ok=True)
+        self.again: set[str] = set()
+        """Places that count as absent though something lies there, until they are written."""
+
+    def lacks(self, item: Request) -> bool:
+        """Whether something of a download's archives is absent, as far as can be told without them."""
+        listed = self._listed(item.download)
+        for unpack in item.download.unpack:
+            if listed is not None:
+                here = set().union(*(places(members, **unpack.model_dump()) for members in listed))
+                here = _needed(here, unpack, item.names)
+            elif item.names is not None and not unpack.only:
+                here = _under(item.names, unpack)
+            else:
+                return True
+            if self._absent(here):
+                return True
+        return False
+
+    def unpack(self, item: Request, path: Path) -> None:
+        """Brings what is wanted of an archive or folder, and absent, to its places.
+
+        Raises:
+            DataError: the archive is unsafe, broken or laid out otherwise, or the disk is too small.
+        """
+        download = item.download
+        members = list_members(path, [unpack.inner for unpack in download.unpack if unpack.inner])
+        todo: dict[Member, list[str]] = {}
+        for unpack in download.unpack:
+            here = places(members, **unpack.model_dump())
+            needed = _needed(set(here), unpack, item.names)
+            several = len(self.lockfile.parts(download.file)) > 1
+            if not needed and not several and item.names is not None and _under(item.names, unpack):
+                raise DataError(
+                    "unexpected layout",
+                    f"'{path}' holds none of the files that the rows name under '{unpack.to}/'; "
+                    f"unpacked, its files would be, for example, {sorted(here)[:3]}",
+                )
+            for place in self._absent(needed):
+                todo.setdefault(here[place], []).append(place)
+        self._list(download, path, members)
+        if todo:
+            self._write(path, todo)
+
+    def _write(self, path: Path, todo: dict[Member, list[str]]) -> None:
+        total = sum(member.size * len(found) for member, found in todo.items())
+        require_room(self.root, total, f"unpacking {len(todo)} files of '{path.name}'")
+        meter = ProgressBar(self.progress, self.stop, path.name)
+        meter.show("unpacking", 0, total)
+        try:
+            with reading(path):
+                for member, stream in read_members(path, todo):
+                    for place in sorted(todo[member]):
+                        stream.seek(0)
+                        self._stage(stream, meter)
+                        self._put(place)
+        finally:
+            meter.end()
+
+    def _stage(self, stream: IO[bytes], meter: ProgressBar) -> None:
+        with self.staged.open("wb") as file:
+            while chunk := stream.read(CHUNK):
+                file.write(chunk)
+                meter.advance(len(chunk))
+
+    def _put(self, name: str) -> None:
+        """The staged file, put right and moved to its place."""
+        try:
+            repaired = make_canonical(self.staged, name)
+        except DataError as error:  # kept as it came: what reads it later will name it
+            self.outcome.unreadable.append(f"{name}: {error.reason}")
+            repaired = None
+        if repaired is not None:
+            self.outcome.repaired[repaired] += 1
+        place = self.root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        self.staged.replace(place)
+        self.again.discard(name)
+        self.outcome.unpacked += 1
+
+    def _absent(self, names: set[str]) -> set[str]:
+        return absent(self.root, names) | (names & self.again)
+
+    def _list(self, download: Download, path: Path, members: list[Member]) -> None:
+        """Keeps an archive's list of members for the time when the archive is gone."""
+        for name, entry in self.lockfile.parts(download.file).items():
+            if self.root / ARCHIVES / name == path:
+                listing = {"sha256": entry.sha256, "members": [(m.name, m.size, m.inner) for m in members]}
+                text = json.dumps(listing)
+                file = self._list_file(name)
+                if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                    write_text(file, text)
+
+    def _listed(self, download: Download) -> list[list[Member]] | None:
+        found = []
+        for name, entry in self.lockfile.parts(download.file).items():
+            file = self._list_file(name)
+            listing: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+            if listing.get("sha256") != entry.sha256:
+                return None
+            found.append([Member(*member) for member in listing["members"]])
+        return found or None
+
+    def _list_file(self, name: str) -> Path:
+        return self.root / STATE / MEMBERS / f"{name}.json"
+
+
+def absent(root: Path, names: Iterable[str]) -> set[str]:
+    """Those of the names that are not under the root; a folder is listed once, however many of its files are named."""
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        folders.setdefault(folder, set()).add(last)
+    found = set()
+    for folder, lasts in folders.items():
+        try:
+            there = set(os.listdir(root / folder))  # noqa: PTH208 - names are enough, and there are 100,000s
+        except (FileNotFoundError, NotADirectoryError):
+            there = set()
+        found |= {f"{folder}/{last}" if folder else last for last in lasts - there}
+    return found
+
+
+def _needed(here: set[str], unpack: Unpack, names: set[str] | None) -> set[str]:
+    return here if names is None or unpack.only else here & names
+
+
+def _under(names: set[str], unpack: Unpack) -> set[str]:
+    return {name for name in names if not unpack.to or name.startswith(f"{unpack.to}/")}

@@ -1,0 +1,127 @@
+"""What each tapped layer predicts of one picture, drawn beside what the teacher sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visper.common.errors import ConfigError, DataError
+from visper.config import Run
+from visper.data.images import arrange, background_of, geometry_of, open_image
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
+from visper.data.rows.table import Records
+from visper.data.sets.catalog import row_files
+from visper.distillation import Teacher
+from visper.distillation.teachers.unclip import nearest
+from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
+from visper.evaluation.predictions import PreTrained, predict_pictures, teacher_targets
+
+PROMPT = "Describe the image concisely."
+"""Asked beside the picture, as in LLaVA-558K."""
+
+GALLERY = 64
+"""Pictures among which the nearest are looked for, where an embedding draws no picture of its own."""
+
+SIDE = 384
+
+
+def look(
+    found: PreTrained, picture: Image.Image, prompt: str = PROMPT, gallery: Sequence[Image.Image] = ()
+) -> Image.Image:
+    """A row a task: the picture as the student sees it, the teacher's own target drawn, each layer's prediction drawn.
+
+    Args:
+        found: a pre-trained student with its teachers.
+        picture: RGB.
+        prompt: the question beside it, without an answer.
+        gallery: pictures to show the nearest of, where a teacher's embedding has no place on the picture (unCLIP's
+            without diffusion weights); without any, its channels are drawn.
+    """
+    predicted = predict_pictures(found.model, [picture], prompt)
+    seen, *others = (_arranged(found, one) for one in (picture, *gallery))
+    rows: list[list[Tile]] = []
+    for task, teacher in found.teachers.items():
+        target = teacher_targets(teacher, [seen])
+        layers = {name.split("/")[1]: value for name, value in predicted.items() if name.split("/")[0] == task}
+        embeddings = torch.cat((target, *layers.values()))
+        if teacher.has_pictures or not others:
+            drawn, how = _drawn(teacher, embeddings, target, seen), ""
+        else:
+            drawn, how = _nearest(teacher, embeddings, others), f", nearest of {len(others)}"
+        captions = [f"{task}: teacher{how}", *(f"{task}: layer {layer}{how}" for layer in layers)]
+        rows.append([("picture", seen), *zip(captions, drawn, strict=True)])
+    return contact_sheet(rows, SIDE)
+
+
+def needs_gallery(found: PreTrained) -> bool:
+    """Whether a teacher of the run draws no pictures."""
+    return not all(teacher.has_pictures for teacher in found.teachers.values())
+
+
+def run_gallery(run: Run, count: int = GALLERY) -> list[Image.Image]:
+    """The first ``count`` pictures of a run's data; fewer, or none, where they are not here any more."""
+    try:
+        records = open_records(row_files(run.data), DropList())
+    except (ConfigError, DataError, OSError):
+        return []
+    return _opened(_pictures_of(records), count)
+
+
+def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
+    """The first ``count`` pictures of a folder, by name. Raises DataError where it has none."""
+    pictures = _opened(((file, None) for file in sorted(folder.rglob("*")) if file.is_file()), count)
+    if not pictures:
+        raise DataError("no pictures", f"no picture can be read in '{folder}': give a folder with pictures")
+    return pictures
+
+
+def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
+    """Each picture once, with its content where a shard holds it."""
+    seen = set()
+    for index, record in enumerate(records):
+        if record.image is not None and record.image not in seen:
+            seen.add(record.image)
+            yield Path(record.image), records.picture(index)
+
+
+def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Image.Image]:
+    pictures: list[Image.Image] = []
+    for path, content in places:
+        if len(pictures) == count:
+            break
+        try:
+            pictures.append(open_image(path, content))
+        except DataError:
+            continue
+    return pictures
+
+
+def _arranged(found: PreTrained, picture: Image.Image) -> Image.Image:
+    processor = found.model.processor.image_processor
+    return arrange(picture, geometry_of(processor), background_of(processor))
+
+
+def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Image) -> list[Image.Image]:
+    # One by one: a diffusion or a segmentation of each at once would need as many times the memory.
+    pixels = teacher.preprocess(seen)[None]
+    device = next(teacher.parameters(), embeddings).device
+    return [images_of(teacher.decode(one[None].to(device), pixels, target))[0] for one in embeddings]
+
+
+def _nearest(teacher: Teacher, embeddings: Tensor, gallery: Sequence[Image.Image]) -> list[Image.Image]:
+    """For each embedding the four nearest pictures (or the one), best first, in one square."""
+    targets = teacher_targets(teacher, gallery)
+    shown = []
+    for rows in nearest(embeddings, targets, 4 if len(gallery) >= 4 else 1).tolist():
+        across = 2 if len(rows) == 4 else 1
+        side = SIDE // across
+        square = Image.new("RGB", (SIDE, SIDE))
+        for place, row in enumerate(rows):
+            square.paste(gallery[row].resize((side, side)), (place % across * side, place // across * side))
+        shown.append(square)
+    return shown

@@ -1,0 +1,133 @@
+"""Which published parameter is which of ours, and proof that none is left over on either side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from visper.common.errors import ConfigError
+from visper.distillation.heads import to_published_name
+
+MODEL, DISTILLATION, PROBES, PUBLISHED = "model", "distillation", "probes", "published"
+"""The folders of a converted checkpoint; see ``imports``."""
+
+INPUT_TABLE, OUTPUT_TABLE = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+"""Our vocabulary tables, which have more rows than the published ones."""
+
+TOWER = "vision_tower."
+PUBLISHED_TOWER = "model.vision_tower.vision_tower."
+
+MODEL_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    # Inside a LLaVA, transformers writes a timm backbone without its wrapper's name; older versions keep it.
+    ("vision_tower.backbone.timm_model.", PUBLISHED_TOWER),
+    ("vision_tower.backbone.", PUBLISHED_TOWER),
+    (TOWER, PUBLISHED_TOWER),
+)
+"""How a parameter's name begins in our model folder and in a published checkpoint. The first that matches counts."""
+
+NEVER_USED = {
+    "MLPs 2 and 3 of the depth head (no loss reads them)": r"image_depth_heads\.\d+\.linear_[23]\..*",
+    "teachers (ours stand outside the student)": r"(da_v2_head|dav2_backbone|oneformer|gen_encoder)\..*",
+    "buffers (computed from the configuration)": r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)",
+}
+"""What is left out of a conversion, by reason: patterns of published names. Everything else must find its place."""
+
+_SHOWN = 30
+
+
+class Slot(NamedTuple):
+    """A parameter's place in our folders: which of them, its name there, its shape."""
+
+    folder: str
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Report:
+    """What a conversion wrote, by folder, and left out, by reason; in parameters (tensors). And what to know."""
+
+    output: Path
+    written: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def published_model_name(name: str) -> str:
+    """The published name of a parameter of a model folder."""
+    for ours, theirs in MODEL_PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ConfigError(f"parameter '{name}' has no published name: only a LLaVA model with an MLP projector has")
+
+
+def published_head_name(name: str, layers: Mapping[str, Iterable[int]]) -> str:
+    """The published name of a parameter of a distillation or probes folder; ``layers``: those tapped, by task."""
+    part, _, rest = name.removeprefix("objective.").partition(".")
+    if part == "logit_scales":
+        return f"{rest}_logit_scale"
+    if part == "task_tokens":
+        return f"model.special_{rest.removeprefix('queries.')}_tokens"
+    assert part == "predictors", name
+    key, _, inner = rest.partition(".")
+    task, _, layer = key.rpartition("_")
+    return f"image_{task}_heads.{list(layers[task]).index(int(layer))}.{to_published_name(inner)}"
+
+
+def account(
+    found: Mapping[str, tuple[int, ...]], slots: Mapping[str, Slot], source: Path, tower_elsewhere: bool = False
+) -> dict[str, list[str]]:
+    """Checks that every parameter of a checkpoint has its slot, and every slot its parameter, of the same shape.
+
+    Args:
+        found: shapes by published name.
+        slots: by published name. Of the vocabulary tables the slot may have more rows.
+        tower_elsewhere: the image encoder comes from its own checkpoint.
+
+    Returns:
+        The names left out, by the reasons of ``NEVER_USED``.
+
+    Raises:
+        ConfigError: parameters that are unknown, missing, or of another shape; it lists them.
+    """
+    unused: dict[str, list[str]] = {}
+    unknown = []
+    for name in found:
+        if name not in slots:
+            reason = next((r for r, pattern in NEVER_USED.items() if re.fullmatch(pattern, name)), None)
+            if reason is None:
+                unknown.append(name)
+            else:
+                unused.setdefault(reason, []).append(name)
+    missing = [n for n in slots if n not in found and not (tower_elsewhere and n.startswith(PUBLISHED_TOWER))]
+    misshaped = [
+        f"{name} is {list(found[name])}, expected {list(slot.shape)}"
+        for name, slot in slots.items()
+        if name in found and not _fits(found[name], slot)
+    ]
+    faults = {"unknown": unknown, "missing": missing, "of another shape": misshaped}
+    if any(faults.values()):
+        listed = "\n".join(f"{len(names)} {what}:\n{_listed(names)}" for what, names in faults.items() if names)
+        raise ConfigError(
+            f"the parameters in '{source}' are not those that its config.json describes. {listed}\nIs it whole, and "
+            "its config.json its own? For another encoder than the one in mm_vision_tower, give --encoder"
+        )
+    return unused
+
+
+def _fits(shape: tuple[int, ...], slot: Slot) -> bool:
+    if slot.name in (INPUT_TABLE, OUTPUT_TABLE):
+        return shape[1:] == slot.shape[1:] and shape[0] <= slot.shape[0]
+    return shape == slot.shape
+
+
+def _listed(names: list[str]) -> str:
+    more = [f"... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return "\n".join(f"  {name}" for name in [*names[:_SHOWN], *more])

@@ -1,0 +1,75 @@
+"""Published probes: one resampler a layer, with latents of its own, that reads a frozen student's hidden states."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visper.common.errors import ConfigError
+from visper.distillation.heads import PerceiverResampler
+from visper.published.config import Head
+
+PROBES_FILE = "probes.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+class Probe(nn.Module):
+    """Predicts a teacher's embedding from one layer's hidden states, by latents of its own.
+
+    Args:
+        width_in: width of the hidden states (D).
+        tokens, width: the embedding's tokens (N) and width (E).
+        mlp: a Linear-ReLU-Linear behind the resampler.
+        depth, heads, head_width, ff_mult: the resampler's sizes; see ``PredictorSpec``.
+    """
+
+    def __init__(self, width_in: int, tokens: int, width: int, mlp: bool = False, **sizes: int) -> None:
+        super().__init__()
+        self.resampler = PerceiverResampler(width_in, width, width, num_latents=tokens, **sizes)
+        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if mlp else []
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, states_BKD: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
+        """``[B, N, E]`` from hidden states ``[B, K, D]``; the mask is True where a state may be read."""
+        predicted: Tensor = self.mlp(self.resampler(states_BKD, None, key_mask_BK))
+        return predicted
+
+
+def probe_settings(width_in: int, heads: Mapping[str, Head]) -> dict[str, dict[str, Any]]:
+    """The arguments of each ``Probe``, by name ("depth_20"; layers count from 1): what ``probes.json`` holds."""
+    return {
+        f"{task}_{layer}": {
+            "width_in": width_in,
+            "tokens": head.target.tokens,
+            "width": head.target.width,
+            "mlp": head.mlp,
+            **head.sizes,
+        }
+        for task, head in heads.items()
+        for layer in head.layers
+    }
+
+
+def build_probes(settings: Mapping[str, Mapping[str, Any]]) -> nn.ModuleDict:
+    """Untrained probes, by name."""
+    return nn.ModuleDict({name: Probe(**arguments) for name, arguments in settings.items()})
+
+
+def load_probes(folder: str | Path) -> nn.ModuleDict:
+    """The probes of a converted checkpoint, by task and layer ("depth_20").
+
+    Raises:
+        ConfigError: there are none.
+    """
+    place = Path(folder) / "probes"
+    if not (place / PROBES_FILE).is_file():
+        raise ConfigError(f"'{folder}' holds no probes: expected {place / PROBES_FILE}; convert a probe checkpoint")
+    probes = build_probes(json.loads((place / PROBES_FILE).read_text(encoding="utf-8")))
+    weights = {name: value for name, value in load_file(place / WEIGHTS_FILE).items() if name.startswith("predictors.")}
+    probes.load_state_dict({name.removeprefix("predictors."): value for name, value in weights.items()})
+    return probes.eval()

@@ -1,0 +1,168 @@
+"""A published checkpoint becomes our folder.
+
+Layout of the output::
+
+    model/          a plain LLaVA folder, as a stage writes it: loads in transformers without this package
+    distillation/   of a PT checkpoint: predictors, logit scales, query matrices and their run, as PT writes them
+    probes/         of a probe checkpoint, or of PT without task tokens: heads with latents of their own
+    published/      for the way back: config.json and tokenizer as they were, and what has no place above
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from visper.common.errors import ConfigError
+from visper.common.files import atomic_path
+from visper.config import save_run
+from visper.model import TaskTokens, save_processor
+from visper.published.config import Published, read_published
+from visper.published.names import (
+    DISTILLATION,
+    INPUT_TABLE,
+    MODEL,
+    OUTPUT_TABLE,
+    PROBES,
+    PUBLISHED,
+    PUBLISHED_TOWER,
+    TOWER,
+    Report,
+    Slot,
+    account,
+)
+from visper.published.probes import PROBES_FILE, WEIGHTS_FILE
+from visper.published.skeleton import Frame, build_frame
+from visper.published.weights import ShardWriter, Weights, fetch
+
+OVERWRITTEN = "overwritten_rows"
+"""Name of the input table's rows that task tokens took, where the published table has room to spare (Phi-3)."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+
+
+def convert_published(source: str, output: str | Path, encoder: str | None = None) -> Report:
+    """Converts the published checkpoint ``source`` (folder or hub id) into the new folder ``output``.
+
+    Args:
+        encoder: hub id or folder of the image encoder, in place of the id in the checkpoint's ``mm_vision_tower``. Its
+            weights are read only where the checkpoint has none of its own.
+
+    Raises:
+        ConfigError: ``output`` exists; the checkpoint cannot be reached or read; it is of another architecture; its
+            parameters are not exactly those that its configuration describes.
+    """
+    out = Path(output)
+    refuse_existing(out)
+    folder = fetch(source)
+    weights = Weights.of(folder)
+    published = read_published(folder, weights.shapes)
+    inside = any(name.startswith(PUBLISHED_TOWER) for name in weights.shapes)
+    frame = build_frame(published, out, encoder, inside)
+    slots = frame.slots()
+    unused = account(weights.shapes, slots, folder, tower_elsewhere=not inside)
+    report = Report(out, left_out={reason: len(names) for reason, names in unused.items()})
+    with atomic_path(out) as partial:
+        partial.mkdir()
+        heads = _write_model(partial / MODEL, weights, slots, frame, inside)
+        report.written[MODEL] = len(frame.state)
+        for place, tensors in heads.items():
+            (partial / place).mkdir()
+            save_file(tensors, partial / place / WEIGHTS_FILE, metadata={"format": "pt"})
+            report.written[place] = len(tensors)
+        _write_settings(partial, frame, published)
+    if not inside:
+        report.notes.append(f"the image encoder's weights come from '{encoder or published.config['mm_vision_tower']}'")
+    return report
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises ConfigError where ``output`` exists: a conversion overwrites nothing."""
+    if output.exists():
+        raise ConfigError(f"'{output}' exists: give a new folder, or remove it")
+
+
+def _write_model(
+    folder: Path, weights: Weights, slots: Mapping[str, Slot], frame: Frame, inside: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Writes the model's shards, one for each file that was read, and returns everything else, by folder."""
+    folder.mkdir()
+    shared = [
+        file for file in weights.files if any(_goes(slots, n, MODEL) for n, f in weights.where.items() if f == file)
+    ]
+    writer = ShardWriter(folder, len(shared) + (not inside))
+    heads: dict[str, dict[str, Tensor]] = {}
+    tokens = _task_tokens(weights, slots, frame)
+    for file in weights.files:
+        shard: dict[str, Tensor] = {}
+        wanted = [name for name, place in weights.where.items() if place == file and name in slots]
+        for name, tensor in weights.tensors(file, wanted):
+            place, ours, shape = slots[name]
+            if place != MODEL:
+                heads.setdefault(place, {})[ours] = tensor.clone().reshape(frame.heads[place][ours])
+            elif ours in (INPUT_TABLE, OUTPUT_TABLE):
+                shard[ours] = _grown(tensor, shape[0])
+                if ours == INPUT_TABLE and tokens is not None:
+                    taken = tokens.token_ids[tokens.token_ids < len(tensor)]
+                    if len(taken):
+                        heads.setdefault(PUBLISHED, {})[OVERWRITTEN] = tensor[taken].clone()
+                    tokens.write_back(nn.Embedding.from_pretrained(shard[ours]))
+            else:
+                shard[ours] = tensor
+        if shard:
+            writer.write(shard)
+    if not inside:
+        writer.write({name: tensor for name, tensor in frame.state.items() if name.startswith(TOWER)})
+    writer.finish()
+    return heads
+
+
+def _goes(slots: Mapping[str, Slot], name: str, folder: str) -> bool:
+    return name in slots and slots[name].folder == folder
+
+
+def _task_tokens(weights: Weights, slots: Mapping[str, Slot], frame: Frame) -> TaskTokens | None:
+    prefix = "task_tokens.queries."
+    names = {slot.name.removeprefix(prefix): name for name, slot in slots.items() if slot.name.startswith(prefix)}
+    if not names:
+        return None
+    found = weights.read(names.values())
+    return TaskTokens(frame.student.task_token_ids, {task: found[name] for task, name in names.items()})
+
+
+def _grown(table: Tensor, rows: int) -> Tensor:
+    """A copy with ``rows`` rows; the new ones are the mean of the old ones, as in a student that is assembled."""
+    mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)])
+
+
+def _write_settings(partial: Path, frame: Frame, published: Published) -> None:
+    """Everything that is not weights."""
+    model = frame.student.model
+    model.config.save_pretrained(partial / MODEL)
+    assert model.generation_config is not None
+    model.generation_config.save_pretrained(partial / MODEL)
+    save_processor(frame.student, partial / MODEL)
+    if frame.run is not None:
+        save_run(frame.run, partial / DISTILLATION / "run.yaml")
+    if frame.probes:
+        (partial / PROBES / PROBES_FILE).write_text(json.dumps(frame.probes, indent=1), encoding="utf-8")
+    (partial / PUBLISHED).mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (published.folder / name).is_file():
+            shutil.copyfile(published.folder / name, partial / PUBLISHED / name)

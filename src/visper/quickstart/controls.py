@@ -1,0 +1,127 @@
+"""What the predictions are worth: every figure beside its controls, on held-out scenes.
+
+The held-out scenes are halved: the first half gives the controls (mean target, mean depth map, most frequent class at
+each pixel), the second half is judged. Shape suffixes: S = scenes, N = tokens, E = width, H, W = pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from visper.distillation.teachers.tower import TowerTeacher
+from visper.evaluation.predictions import teacher_targets
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out scenes: pictures and exact maps (depth in metres, classes), in one order."""
+
+    pictures: list[Image.Image]
+    depth: Tensor  # [S, H, W] metres
+    classes: Tensor  # [S, H, W]
+    objects: Tensor  # [S, H, W], True on named objects
+
+    @classmethod
+    def read(cls, world: Path, limit: int) -> HeldOut:
+        """The first ``limit`` held-out scenes of a world."""
+        with np.load(world / "held_out.npz") as arrays:
+            names = [str(name) for name in arrays["images"][:limit]]
+            depth = torch.from_numpy(arrays["depth"][:limit].astype(np.float32))
+            classes = torch.from_numpy(arrays["classes"][:limit].astype(np.int64))
+            objects = torch.from_numpy(arrays["instances"][:limit] > 0)
+        pictures = []
+        for name in names:
+            with Image.open(world / "images" / name) as file:
+                pictures.append(file.convert("RGB"))
+        return cls(pictures, depth, classes, objects)
+
+    def part(self, start: int, stop: int) -> HeldOut:
+        """Scenes ``start`` up to ``stop``."""
+        cut = slice(start, stop)
+        return HeldOut(self.pictures[cut], self.depth[cut], self.classes[cut], self.objects[cut])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measured quality of one tapped layer, with what the controls score; ``higher`` tells which way is better."""
+
+    name: str
+    measure: str
+    value: float
+    controls: dict[str, float]
+    higher: bool
+
+    @property
+    def beats_controls(self) -> bool:
+        """Better than every control but the teacher, which is the ceiling."""
+        others = [value for name, value in self.controls.items() if name != "teacher"]
+        return all(self.value > other if self.higher else self.value < other for other in others)
+
+
+def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> float:
+    """Mean cosine between prediction and target, each less the mean target: what all scenes share does not count."""
+    return float(F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1)).mean())
+
+
+def findings(
+    predicted: Mapping[str, Tensor], teachers: Mapping[str, TowerTeacher], fit: HeldOut, judged: HeldOut
+) -> list[Finding]:
+    """Every tapped layer's findings; ``predicted`` are of the judged scenes, in their order."""
+    found = []
+    for task, teacher in teachers.items():
+        mean_NE = teacher_targets(teacher, fit.pictures).mean(0)
+        target_SNE = teacher_targets(teacher, judged.pictures)
+        shuffled = target_SNE.roll(len(target_SNE) // 2, dims=0)
+        for name, values in predicted.items():
+            if name.split("/")[0] != task:
+                continue
+            cosine = centered_cosine(values, target_SNE, mean_NE)
+            control = {"another scene's target": centered_cosine(values, shuffled, mean_NE)}
+            found.append(Finding(name, "cosine without the mean target", cosine, control, True))
+            found.extend(_drawn(name, teacher, values, target_SNE, fit, judged))
+    return found
+
+
+def _drawn(
+    name: str, teacher: TowerTeacher, values: Tensor, target: Tensor, fit: HeldOut, judged: HeldOut
+) -> list[Finding]:
+    """The decoded prediction against the exact maps, where the teacher's picture is a map."""
+    head = teacher.model.config.head
+    ours, ceiling = teacher.decode_values(values), teacher.decode_values(target)
+    on = judged.objects
+    if head == "depth":
+        mean_map = fit.depth.log().mean(0).exp().expand_as(judged.depth)
+        result = []
+        for where, mask in (("picture", torch.ones_like(on)), ("objects", on)):
+            error = [_relative_error(d, judged.depth, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
+            controls = {"mean map": error[1], "teacher": error[2]}
+            result.append(Finding(name, f"depth error, {where}", error[0], controls, False))
+        return result
+    if head == "classes":
+        counts = F.one_hot(fit.classes).sum(0)
+        by_position = counts.argmax(-1).expand_as(judged.classes)
+        # On object pixels the guess by position is the most frequent *object* class there, the strongest blind one.
+        object_counts = (F.one_hot(fit.classes) * fit.objects[..., None]).sum(0)
+        on_objects = object_counts.argmax(-1).expand_as(judged.classes)
+        result = []
+        for where, mask, guess in (("picture", torch.ones_like(on), by_position), ("objects", on, on_objects)):
+            right = [
+                float((classes == judged.classes)[mask].float().mean())
+                for classes in (ours.argmax(1), guess, ceiling.argmax(1))
+            ]
+            controls = {"guess by position": right[1], "teacher": right[2]}
+            result.append(Finding(name, f"pixels right, {where}", right[0], controls, True))
+        return result
+    return []
+
+
+def _relative_error(depth: Tensor, exact: Tensor, mask: Tensor) -> float:
+    return float(((depth - exact).abs() / exact)[mask].mean())

@@ -1,0 +1,64 @@
+"""Watches what the tapped layers predict while PT runs, on held-out scenes the student never trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from visper.common.files import atomic_path
+from visper.evaluation.predictions import predict_pictures
+from visper.quickstart.language import CAPTION_PROMPTS
+from visper.training import TrainingModel
+
+PROMPT = CAPTION_PROMPTS[0]
+"""Asked without an answer: the predictors read the text too, and a caption would tell them what is there."""
+
+
+class PredictionMonitor(TrainerCallback):
+    """Saves predictions at chosen steps as ``step_000100.npz``: an array ``[S, N, E]`` for every ``task/layer``.
+
+    Args:
+        folder: where to.
+        pictures: held-out pictures.
+        steps: optimizer steps after which to look; 0 is before the first.
+    """
+
+    def __init__(self, folder: Path, pictures: Sequence[Image.Image], steps: Sequence[int]) -> None:
+        self.folder = folder
+        self.pictures = list(pictures)
+        self.steps = set(steps)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks before the first step."""
+        self._look(state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks after the chosen steps."""
+        self._look(state, kwargs["model"])
+
+    def _look(self, state: Any, model: TrainingModel) -> None:
+        if state.global_step not in self.steps or not state.is_world_process_zero:
+            return
+        mode = model.training
+        model.eval()
+        predicted = predict_pictures(model, self.pictures, PROMPT)
+        model.train(mode)
+        with atomic_path(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
+            arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}
+            np.savez(file, **arrays)
+
+
+def read_predictions(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """What was saved, by step: ``{100: {"depth/3": [S, N, E]}}``."""
+    found = {}
+    for file in sorted(folder.glob("step_*.npz")):
+        with np.load(file) as arrays:
+            values = {name.replace(".", "/"): torch.from_numpy(arrays[name]).float() for name in arrays.files}
+        found[int(file.stem.removeprefix("step_"))] = values
+    return found

@@ -1,0 +1,1 @@
+"""Teachers' targets computed once, stored and read back."""

@@ -1,0 +1,205 @@
+"""Watching a run: what it costs, and the signs that it goes wrong.
+
+One small reduction a step puts every process's loss and flags together before the optimizer moves, so that all
+processes decide alike and stop together; what is wrong is then said with the names of the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from visper.common.errors import DataError
+from visper.config import Run
+from visper.training.clock import DATA, PARTS, StepClock
+from visper.training.parallel.fsdp import gathered
+from visper.training.stages import part_name
+
+logger = logging.getLogger(__name__)
+
+WINDOW, ENOUGH = 50, 20
+"""Steps whose losses are remembered to tell a spike; how many of them are needed before one is called."""
+SMALLEST_DEVIATION = 0.02
+"""Of the median: a very calm loss is not called to spike at a ripple."""
+UNCHANGED = 1e-6
+"""Relative change below which a term counts as constant."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the rows of the batch."""
+
+
+class LossSpikeError(ArithmeticError):
+    """The loss rose far above its course; the message names the rows of the batch."""
+
+
+class DeadTermError(ArithmeticError):
+    """A loss term stays zero or constant; the message names it."""
+
+
+class RunMonitor:
+    """Sees every micro-batch and every step of one process.
+
+    Args:
+        run: says in ``logging.monitor`` what stops the run and what warns.
+        accelerator: of the engine.
+        operations: of one row's forward and backward, nothing recomputed; with ``peak`` it gives the utilization.
+        peak: operations a second that one device can do; None: no utilization is reported.
+    """
+
+    def __init__(
+        self, run: Run, accelerator: Accelerator, operations: float | None = None, peak: float | None = None
+    ) -> None:
+        self.rules = run.logging.monitor
+        self.accelerator = accelerator
+        self.clock = StepClock(accelerator.device)
+        self.operations, self.peak = operations, peak
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._history: dict[str, deque[float]] = {}
+        self._dead: set[str] = set()
+        self._counts = [0, 0, 0]  # rows, tokens and images of all processes since the last log
+        self._norms: dict[str, Tensor] = {}
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._share: Tensor | None = None
+        self._rows: list[str] = []
+        self._terms: dict[str, Tensor] = {}
+
+    def count(self, batches: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Rows, tokens and micro-batches without a label of one process; the engine sums them over processes."""
+        batches = list(batches)
+        self._unlabeled = [row for b in batches if not bool((b["labels"][:, 1:] != -100).any()) for row in _rows_of(b)]
+        rows = sum(len(batch["labels"]) for batch in batches)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return [rows, tokens, len(self._unlabeled)]
+
+    def counted(self, rows: int, tokens: int, images: int, unlabeled: int, step: int) -> None:
+        """Takes the sums over all processes of a step that is about to begin."""
+        for at, number in enumerate((rows, tokens, images)):
+            self._counts[at] += number
+        if unlabeled and self.rules.no_labels != "ignore":
+            named = gather_object(self._unlabeled)
+            text = (
+                f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They teach nothing: look "
+                "for empty answers, or for answers cut off by data.max_tokens"
+            )
+            self._say(self.rules.no_labels, DataError("no labels", text), text)
+
+    def see(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+        """A micro-batch's share of the loss and its terms."""
+        share = outputs["loss"].detach().float()
+        self._share = share if self._share is None else self._share + share
+        self._rows += _rows_of(inputs)
+        self._terms = {name: term.detach() for name, term in outputs.items() if name != "loss"}
+
+    def settle(self, step: int) -> bool:
+        """Judges the step's loss, on every process alike, before the optimizer moves. False: leave this step out."""
+        assert self._share is not None
+        loss = float(self.accelerator.reduce(self._share, "sum"))  # NaN and infinity survive a sum
+        rows = self._rows
+        if not math.isfinite(loss):
+            terms = {name: round(float(term), 4) for name, term in self._terms.items()}
+            named = gather_object([(rows, terms)])
+            text = (
+                f"the loss is {loss} at step {step}; terms of each process's last micro-batch {[t for _, t in named]}; "
+                f"rows {_some([row for part, _ in named for row in part])}. "
+                "Look at these rows, lower the rate, or train in float32"
+            )
+            self._start_step()
+            self._say("stop" if self.rules.non_finite == "stop" else "warn", NonFiniteLossError(text), text)
+            return False
+        if self.rules.spike != "ignore" and self._spikes(loss):
+            text = (
+                f"the loss jumps to {loss:.4g} at step {step} (median of the last {len(self._losses)} steps "
+                f"{statistics.median(self._losses):.4g}); rows {_some(gather_object(rows))}"
+            )
+            self._say(self.rules.spike, LossSpikeError(text), text)
+        self._losses.append(loss)
+        self._start_step()
+        return True
+
+    def _spikes(self, loss: float) -> bool:
+        if len(self._losses) < ENOUGH:
+            return False
+        median = statistics.median(self._losses)
+        deviation = 1.4826 * statistics.median(abs(value - median) for value in self._losses)
+        return loss - median > self.rules.spike_size * max(deviation, SMALLEST_DEVIATION * abs(median))
+
+    def norms(self, model: nn.Module) -> None:
+        """Keeps the norm of each part's gradient, before clipping. Engines that hide gradients give none."""
+        parts: dict[str, list[Tensor]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                parts.setdefault(part_name(name).split(".")[0], []).append(parameter.grad.detach())
+        for part, gradients in parts.items():
+            norms = [gathered(norm) for norm in torch._foreach_norm(gradients)]
+            self._norms[part] = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+
+    def report(self, terms: Mapping[str, float], steps: int, step: int) -> dict[str, float]:
+        """What is logged beside the losses, as means over the ``steps`` since the last log; looks for dead terms."""
+        seconds = self.clock.collect()
+        total = sum(seconds.values())
+        found = {f"grad_norm_{part}": float(norm) for part, norm in self._norms.items()}
+        self._norms.clear()
+        if total > 0 and steps > 0:
+            rows, tokens, images = self._counts
+            found |= {"tokens_per_s": tokens / total, "images_per_s": images / total, "step_s": total / steps}
+            found |= {f"time_{part}": seconds[part] / steps for part in PARTS}
+            found["data_wait"] = seconds[DATA] / total
+            if self.operations and self.peak:
+                found["mfu"] = rows * self.operations / total / self.peak / self.accelerator.num_processes
+        self._counts = [0, 0, 0]
+        found["memory_gib"] = memory_gib(self.accelerator.device)
+        if self.rules.dead_term != "ignore":
+            self._look_for_dead(terms, step)
+        return found
+
+    def _look_for_dead(self, terms: Mapping[str, float], step: int) -> None:
+        wanted = self.rules.dead_after
+        for name, value in terms.items():
+            history = self._history.setdefault(name, deque(maxlen=wanted))
+            history.append(value)
+            spread = max(history) - min(history)
+            if len(history) < wanted or spread > UNCHANGED * max(map(abs, history)):
+                self._dead.discard(name)
+            elif name not in self._dead:
+                self._dead.add(name)
+                text = (
+                    f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}: nothing "
+                    "learns from it. Look at its teacher's targets, its weight, and whether batches show pictures"
+                )
+                self._say(self.rules.dead_term, DeadTermError(text), text)
+
+    def _say(self, rule: str, error: Exception, text: str) -> None:
+        if rule == "stop":
+            raise error
+        if self.accelerator.is_main_process:
+            logger.warning(text)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory held so far: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _rows_of(batch: Mapping[str, Any]) -> list[str]:
+    dropped = [f"{drop.sample_id} (dropped: {drop.reason})" for drop in batch.get("dropped", ())]
+    return [*(row for row in batch.get("sample_ids", ()) if row != "none" or not dropped), *dropped]
+
+
+def _some(rows: list[str], most: int = 64) -> str:
+    return f"{rows[:most]}" + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -1,0 +1,47 @@
+"""Pictures by content: the same bytes are the same picture; a changed file is another."""
+
+import os
+
+import pytest
+
+from tests import tiny
+from visper.data.checks import digests
+from visper.data.checks.digests import LOCKFILE, content_of, digest, digests_of
+from visper.data.rows.records import DropList
+from visper.data.rows.shards import write_shards
+from visper.data.rows.sources import open_records
+
+
+@pytest.fixture
+def records(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISPER_CACHE", str(tmp_path / "cache"))
+    rows = tiny.write_rows(tmp_path / "rows", images=4, text_rows=2)
+    return open_records([(rows / "rows.json", rows / "images")], DropList())
+
+
+def test_a_digest_is_of_the_bytes_and_rows_without_a_picture_have_none(records):
+    found = digests_of(records)
+    assert found[:4] == [digest(content_of(records, i)) for i in range(4)] and found[4:] == [None, None]
+    assert len(set(found[:4])) == 4 and all(len(own) == 16 for own in found[:4])
+
+
+def test_files_are_hashed_once_until_they_change(records, tmp_path, monkeypatch):
+    before = digests_of(records)
+    with (tmp_path / "cache" / LOCKFILE).open("a") as lockfile:
+        lockfile.write('["half a li')
+    hashed = []
+    monkeypatch.setattr(digests, "digest", lambda content: hashed.append(content) or b"new".ljust(16))
+    assert digests_of(records) == before and not hashed
+    file = tmp_path / "rows" / "images" / "1.png"
+    dates = file.stat()
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    assert digests_of(records)[1] == b"new".ljust(16) and len(hashed) == 1
+    (tmp_path / "rows" / "images" / "2.png").unlink()
+    assert digests_of(records)[2] is None
+
+
+def test_pictures_in_shards_have_the_digests_of_their_files(records, tmp_path):
+    write_shards(records, tmp_path / "shards", DropList(), seed=3)
+    sharded = open_records([(str(tmp_path / "shards"), None)], DropList())
+    assert sorted(filter(None, digests_of(sharded))) == sorted(filter(None, digests_of(records)))

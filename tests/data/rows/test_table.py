@@ -1,0 +1,241 @@
+"""The cached table gives the very records that reading the file gives, and never those of another file."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import outside
+from tests.data.rows.test_records import row
+from tests.data.test_chat import CHATML, make_processor
+from visper.common.cache import cache_folder
+from visper.common.errors import DataError
+from visper.data.chat import ConversationEncoder
+from visper.data.dataset import survey
+from visper.data.rows import lengths, table
+from visper.data.rows.json_rows import _Window, read_rows
+from visper.data.rows.lengths import encoder_key, measure
+from visper.data.rows.records import Drop, DropList, read_records
+from visper.data.rows.sources import open_records
+from visper.data.rows.table import RecordTable, open_table
+
+ANY_TEXT = st.text(st.characters(codec=None) | st.sampled_from("<image>\ud83d\u2028\0"), max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ANY_TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+TURN = st.fixed_dictionaries(
+    {"from": st.sampled_from(["human", "gpt", "system", "user", "dog"]), "value": ANY_TEXT | st.just("<image>\nQ")}
+)
+GOOD_TURNS = st.lists(ANY_TEXT, min_size=2, max_size=6).map(lambda texts: row(*texts)["conversations"])
+ROW = st.fixed_dictionaries(
+    {"conversations": GOOD_TURNS | st.lists(TURN, max_size=4) | JSON},
+    optional={"id": ANY_TEXT | st.integers() | JSON, "image": ANY_TEXT | st.just("a.jpg") | JSON, "model": st.just("")},
+)
+ROWS = st.lists(ROW | ROW | JSON, max_size=6)
+
+
+def write(file: Path, rows: Any, **options: Any) -> Path:
+    file.write_text(json.dumps(rows, **options), encoding="utf-8")
+    return file
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS)
+def test_any_rows_come_back_as_they_were_read(tmp_path: Path, rows: list[Any]) -> None:
+    sources = [(write(tmp_path / "mix.json", rows), tmp_path / "images")]
+    plain, kept = DropList(), DropList()
+    expected = read_records(sources, plain)
+    records = open_records(sources, kept)
+    assert list(records) == expected
+    assert list(kept) == list(plain) and len(records) + len(kept) == len(rows)
+    kept.write(tmp_path / "dropped.jsonl")
+    assert DropList.read(tmp_path / "dropped.jsonl") == list(plain)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(JSON, max_size=5), chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]), ascii=st.booleans()
+)
+def test_rows_read_in_pieces_are_those_of_json(
+    tmp_path: Path, rows: list[Any], chunk: int, indent: int | None, ascii: bool
+) -> None:
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
+    (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visper.data.rows.json_rows.CHUNK", chunk)
+        assert repr(list(read_rows(tmp_path / "x.json"))) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[1", "[1,", "[1,]", "[1 2]", "[1] 2", '["a', '["\\x"]', "<html>", "nul", "[tru]", "[1}", "[" * 99],
+)
+def test_a_broken_file_is_refused_wherever_it_breaks(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError):
+        list(read_rows(tmp_path / "x.json"))
+
+
+def test_memory_holds_a_window_however_long_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 0
+    more = _Window.more
+
+    def watched(self: _Window) -> bool:
+        nonlocal longest
+        found = more(self)
+        longest = max(longest, len(self.text))
+        return found
+
+    monkeypatch.setattr(_Window, "more", watched)
+    monkeypatch.setattr("visper.data.rows.json_rows.CHUNK", 1000)
+    file = write(tmp_path / "x.json", [row("Q", "A" * 50)] * 2000)
+    assert len(list(read_rows(file))) == 2000
+    assert longest < 4000 < file.stat().st_size / 50
+    file.write_text("[" + '{"a": "b"} ' * 100_000)  # a missing comma is met where it is, not at the end
+    longest = 0
+    with pytest.raises(ValueError, match="at character 12"):
+        list(read_rows(file))
+    assert longest < 4000
+
+
+@pytest.mark.parametrize("how", ["longer", "same size", "same size and date"])
+def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.delenv("VISPER_CACHE")
+    file = write(tmp_path / "mix.json", [row("Q", "old")])
+    before = file.stat()
+    assert open_table(file).record(0, "mix", None).turns[1].text == "old"
+    (kept,) = (tmp_path / ".visper").iterdir()
+    write(file, [row("Q", "longer" if how == "longer" else "new")])
+    if how == "same size and date":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_table(file).record(0, "mix", None).turns[1].text in ("new", "longer")
+    assert not kept.exists() and len(list((tmp_path / ".visper").iterdir())) == 1
+
+
+def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "mix.json", [row("Q", "A")])
+    open_table(file)
+    monkeypatch.setattr(table, "rows_of", lambda file: pytest.fail("read again"))
+    assert len(open_table(file)) == 1
+
+
+def test_a_broken_file_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VISPER_CACHE")
+    (tmp_path / "x.json").write_text("[" + json.dumps(row("Q", "A")) + ",")
+    with pytest.raises(DataError, match="not JSON"):
+        open_table(tmp_path / "x.json")
+    assert list((tmp_path / ".visper").iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "x.json", [row("Q", "A")])
+
+    def changing(path: Path) -> Any:
+        yield from read_rows(path)
+        write(path, [row("Q", "B")] * 2)
+
+    monkeypatch.setattr(table, "rows_of", changing)
+    with pytest.raises(DataError, match="changed while it was read"):
+        open_table(file)
+
+
+def test_read_only_data_is_cached_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VISPER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache_folder(tmp_path / "data") == tmp_path / "visper"
+
+
+def test_another_process_maps_the_table_again(tmp_path: Path) -> None:
+    opened = open_table(write(tmp_path / "mix.json", [row("Q", "A")] * 3))
+    sent = pickle.dumps(opened)
+    assert len(sent) < 500
+    assert pickle.loads(sent).record(2, "mix", None) == opened.record(2, "mix", None)
+
+
+@pytest.fixture
+def encoder() -> ConversationEncoder:
+    return ConversationEncoder(make_processor(CHATML), 120)
+
+
+def mixed(folder: Path, rows: int = 60) -> list[tuple[Path, Path]]:
+    content: list[Any] = [row("Q" * (i % 9), "A" * (i % 50 + 1)) for i in range(rows)]
+    content[7], content[11] = "no row", row("Q", " ")
+    return [(write(folder / "mix.json", content), folder)]
+
+
+def test_lengths_are_those_of_the_encoder_and_counted_once(
+    tmp_path: Path, encoder: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drops = DropList()
+    records = open_records(mixed(tmp_path), drops)
+    found = survey(records, encoder, drops, quiet=True)
+    assert drops.counts() == {"not a row": 1, "no supervised token": 1}
+    assert found.lengths == [len(encoder.encode(record).input_ids) for record in found.records]
+    monkeypatch.setattr(lengths, "in_order", lambda *_: pytest.fail("counted again"))
+    assert survey(records, encoder, DropList(), quiet=True).lengths == found.lengths
+
+
+def test_lengths_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, encoder: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = open_records(mixed(tmp_path), DropList())
+    alone = measure(list(records), encoder, quiet=True)
+    monkeypatch.setattr("visper.common.parallel.FEW", 1)
+    monkeypatch.setattr("visper.common.parallel.num_cores", lambda: 3)
+    together = measure(list(records), encoder, quiet=True)
+    assert together.lengths.tolist() == alone.lengths.tolist() and together.problems == alone.problems
+
+
+def test_another_tokenizer_template_or_length_is_counted_anew(encoder: ConversationEncoder) -> None:
+    keys = {encoder_key(encoder), encoder_key(ConversationEncoder(make_processor(CHATML), 121))}
+    keys.add(encoder_key(ConversationEncoder(make_processor(CHATML, system="Be brief."), 120)))
+    grown = make_processor(CHATML)
+    grown.tokenizer.add_tokens(["Q"])
+    keys.add(encoder_key(ConversationEncoder(grown, 120)))
+    assert len(keys) == 4
+    encoder.tokenizer(["a", "bb"], padding=True, truncation=True, max_length=7)
+    assert encoder_key(encoder) in keys, "what the last call asked for is no other tokenizer"
+
+
+def test_an_agreed_drop_list_leaves_rows_out_uncounted(tmp_path: Path) -> None:
+    sources = mixed(tmp_path)
+    listed = [Drop("mix/3/1", "not an image", "x.jpg"), Drop("mix/7/", "not a row")]
+    drops = DropList(agreed=listed)
+    records = open_records(sources, drops)
+    assert len(records) == 58 and not any(record.id == "mix/3/1" for record in records)
+    assert len(drops) == 0
+    drops.check(58, 0.0)
+    drops.write(tmp_path / "dropped.jsonl")
+    assert DropList.read(tmp_path / "dropped.jsonl") == listed
+
+
+@pytest.mark.parametrize("sample_id", ["mix/3/other id", "mix/999/1", "mixed/3/1", "nonsense", "mix/x/1"])
+def test_a_drop_list_of_other_data_is_refused(tmp_path: Path, sample_id: str) -> None:
+    with pytest.raises(DataError, match="1 of its 1 rows are not in the run's sources"):
+        open_records(mixed(tmp_path), DropList(agreed=[Drop(sample_id, "gone")]))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"id": 1}'])
+def test_a_file_that_is_no_drop_list_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(DataError, match="not a drop list"):
+        DropList.read(tmp_path / "d.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pretrain.json", "instruct.json"])
+def test_real_photographs_come_back(name: str) -> None:
+    folder = outside("photos")
+    records = open_records([(folder / name, folder)], DropList())
+    assert list(records) == read_records([(folder / name, folder)], DropList())
+    assert isinstance(records.parts[0].table, RecordTable)
+    assert records.has_image.tolist() == [record.image is not None for record in records]
+    assert records.characters.tolist() == [sum(len(t.text) for t in r.turns) for r in records]
+    assert records.image_files() == [record.image for record in records]

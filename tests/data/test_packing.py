@@ -1,0 +1,51 @@
+"""Packing: every sample once and whole, images in order, borders never supervised; a function of the batch alone."""
+
+import pickle
+
+import torch
+
+from visper.data.chat import IGNORED
+from visper.data.collator import Collator, Sample
+from visper.data.packing import PackingCollator
+from visper.data.rows.records import Drop
+
+PAD = 9
+PACKED = PackingCollator(Collator(PAD))
+
+
+def sample(number: int, length: int, image: bool = False) -> Sample:
+    """Tokens ``100 * number, ...``, all of them supervised; pixels filled with the number."""
+    ids = [100 * number + i for i in range(length)]
+    return Sample(str(number), ids, list(ids), torch.full((3, 2, 2), float(number)) if image else None)
+
+
+def test_samples_lie_whole_behind_each_other_and_positions_start_again():
+    batch = PACKED([sample(1, 3), sample(2, 2), sample(3, 4)])
+    assert batch["input_ids"].tolist() == [[100, 101, 102, 200, 201, 300, 301, 302, 303]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, 101, 102, -100, 201, -100, 301, 302, 303]]
+    assert batch["attention_mask"].all() and batch["sample_lengths"] == [3, 2, 4]
+    assert batch["sample_ids"] == ["1", "2", "3"]
+
+
+def test_as_many_labels_count_as_without_packing():
+    samples = [sample(i, n) for i, n in enumerate((5, 3, 8, 1, 2))]
+    counts = {int((made["labels"][:, 1:] != IGNORED).sum()) for made in (Collator(PAD)(samples), PACKED(samples))}
+    assert len(counts) == 1
+
+
+def test_images_keep_the_order_of_their_tokens_and_bad_rows_their_names():
+    batch = PACKED([sample(1, 2, True), sample(2, 9), Drop("bad", "lost"), sample(3, 8, True)])
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3]
+    assert batch["image_rows"].tolist() == [0, 0], "both in the one row, and still two images"
+    assert [drop.sample_id for drop in batch["dropped"]] == ["bad"]
+
+
+def test_a_batch_of_bad_rows_alone_is_still_a_batch():
+    batch = PACKED([Drop("bad", "lost")])
+    assert batch["input_ids"].tolist() == [[PAD]] and batch["sample_lengths"] == [1]
+    assert not len(batch["image_rows"])
+
+
+def test_it_travels_to_loader_processes():
+    assert pickle.loads(pickle.dumps(PACKED)) == PACKED

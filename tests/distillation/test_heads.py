@@ -1,0 +1,86 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from visper.distillation.heads import (
+    PREDICTORS,
+    EmbeddingPredictor,
+    PerceiverResampler,
+    PredictorSpec,
+    fit_queries,
+    predictor_spec,
+)
+from visper.distillation.teachers import TargetSpec
+
+# Another batch size or key count takes another kernel: 2e-7 measured on values of order one.
+TOLERANCE = {"rtol": 0, "atol": 2e-6}
+
+
+def resampler():
+    torch.manual_seed(0)
+    return PerceiverResampler(12, 8, 6, heads=2, head_width=4)
+
+
+def test_masked_keys_change_nothing_and_get_no_gradient():
+    """FAULT of the published code: its predictors attend to padding, so a row's loss depends on its neighbors."""
+    model, states, queries = resampler(), torch.randn(2, 5, 12, requires_grad=True), torch.randn(1, 3, 12)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    out = model(states, queries, mask)
+    assert_close(out[1:], model(states[1:, :2], queries), **TOLERANCE)
+    out.sum().backward()
+    assert states.grad[1, 2:].abs().max() == 0 < states.grad[1, :2].abs().min()
+
+
+def test_queries_common_to_all_samples_equal_repeated_ones():
+    model, states, queries = resampler(), torch.randn(2, 5, 12), torch.randn(1, 3, 12)
+    assert_close(model(states, queries), model(states, queries.expand(2, -1, -1)), **TOLERANCE)
+
+
+def test_order_of_keys_does_not_matter():
+    model, states, queries = resampler(), torch.randn(1, 5, 12), torch.randn(1, 3, 12)
+    assert_close(model(states[:, [3, 0, 4, 2, 1]], queries), model(states, queries), **TOLERANCE)
+
+
+def test_resampler_without_latents_wants_queries():
+    with pytest.raises(ValueError, match="owns no latents"):
+        resampler()(torch.zeros(1, 5, 12))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [(2, 2, [0.0, 1.0]), (2, 4, [0.0, 1.0, 0.0, 1.0]), (3, 4, [1.0, 1.0, 1.0, 1.0]), (3, 1, [1.0])],
+)
+def test_queries_are_taken_tiled_or_averaged(rows, tokens, expected):
+    queries = torch.arange(float(rows))[None, :, None]
+    assert fit_queries(queries, tokens).flatten().tolist() == expected
+
+
+def test_published_predictors_have_their_widths():
+    target = TargetSpec(4, 6)
+    depth, seg, gen = (EmbeddingPredictor(12, target, PREDICTORS[task]) for task in ("depth", "seg", "gen"))
+    assert depth.resampler.project_in.out_features == 12
+    assert [type(layer).__name__ for layer in depth.mlp] == ["Linear", "ReLU", "Linear"]
+    for plain in (seg, gen):
+        assert plain.resampler.project_in.out_features == 6
+        assert len(plain.mlp) == 0
+    assert seg.resampler.layers[0].attention.to_query.out_features == 4 * 32
+    assert PREDICTORS["gen"].query_rows(target, 8) == 8
+    assert PREDICTORS["seg"].query_rows(target, 8) == 4
+
+
+def test_a_new_task_needs_no_entry_and_changes_lie_on_top():
+    assert predictor_spec("normals") == PredictorSpec()
+    assert predictor_spec("depth", {"mlp": False}) == PredictorSpec("matrix", "llm", False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": 3}, "unknown key 'predictor.head': did you mean 'heads'"),
+        ({"queries": "rows"}, "predictor.queries is 'rows'"),
+        ({"depth": 0}, "predictor.depth is 0"),
+    ],
+)
+def test_wrong_predictor_keys_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        predictor_spec("depth", changes)

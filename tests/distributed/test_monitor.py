@@ -1,0 +1,35 @@
+"""Two gloo processes stop together, whichever of them saw the loss go wrong."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+
+from visper.config import Run
+from visper.training.monitor import NonFiniteLossError, RunMonitor
+
+
+def watched(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    run = {"name": "x", "stage": "ift", "output": "x", "start_from": "y"}
+    run |= {"data": {"sources": [{"json": "a.json", "images": "."}]}, "optimization": {"global_batch": 2, "lr": 1e-3}}
+    watch = RunMonitor(Run.model_validate(run), Accelerator(cpu=True))
+    for number, loss in enumerate((1.0, math.nan if rank else 1.0), 1):
+        watch.see({"loss": torch.tensor(loss)}, {"sample_ids": [f"row of {rank}"]})
+        try:
+            watch.settle(number)
+        except NonFiniteLossError as error:
+            (folder / f"{rank}").write_text(f"{number} {error}")
+    dist.destroy_process_group()
+
+
+def test_a_loss_gone_wrong_on_one_process_stops_both_and_names_both_rows(tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    mp.spawn(watched, (tmp_path,), nprocs=2)
+    for rank in ("0", "1"):
+        said = (tmp_path / rank).read_text()
+        assert said.startswith("2 ") and "row of 0" in said and "row of 1" in said

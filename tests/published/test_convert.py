@@ -1,0 +1,290 @@
+"""Conversions there and back, bit for bit; the forms a checkpoint may have; what a person can mend is one message."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, TimmWrapperConfig, TimmWrapperModel
+
+from tests import tiny
+from tests.published.checkpoints import random_state, save_clip, save_published, small_config
+from visper.common.errors import ConfigError
+from visper.config import load_run
+from visper.distillation.heads import PUBLISHED_NAMES, published_name, to_published_name
+from visper.evaluation import answer
+from visper.model import TaskTokens, load_student
+from visper.published import convert_published, convert_to_published, load_probes
+from visper.published import to_visper as imports
+from visper.published.names import NEVER_USED
+from visper.published.weights import Weights
+from visper.training import run_stage
+
+CLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+CLIP |= {"image_size": 16, "patch_size": 4}
+UNUSED = (".linear_2.", ".linear_3.", "da_v2_head", "inv_freq")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("clip"), CLIP)
+
+
+@pytest.fixture(scope="module")
+def pt(clip, tmp_path_factory):
+    """A PT checkpoint in two shards: its folder, its configuration, its weights, and our folder of it."""
+    folder = tmp_path_factory.mktemp("pt")
+    config = small_config(clip)
+    state = random_state(folder, config)
+    source = save_published(folder / "published", config, state, shards=2)
+    convert_published(str(source), folder / "ours")
+    return source, config, state, folder / "ours"
+
+
+def weights_in(folder):
+    weights = Weights.of(folder)
+    return weights.read(weights.shapes)
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def there_and_back(source, state, folder):
+    """Both ways: every parameter that exists on both sides is as it was."""
+    convert_published(str(source), folder / "there")
+    convert_to_published(folder / "there", folder / "back")
+    kept = {name: value for name, value in state.items() if not any(part in name for part in UNUSED)}
+    back = weights_in(folder / "back")
+    assert_same({n: v for n, v in back.items() if not any(part in n for part in UNUSED)}, kept)
+    assert json.loads((folder / "back" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    return folder / "back"
+
+
+@pytest.mark.parametrize("tokens", [300, 280])
+def test_pt_there_and_back(pt, tmp_path, tokens):
+    """Also where task tokens take rows that the published table has to spare, as Phi-3's has."""
+    _, config, state, _ = pt
+    back = there_and_back(save_published(tmp_path / "source", config, state, tokens), state, tmp_path)
+    again = weights_in(back)
+    # The depth head's unused MLPs come back as copies of the one that is used, so that the published code finds them.
+    names = [name for name in again if ".linear_3." in name]
+    assert len(names) == 8 and all(torch.equal(again[n], again[n.replace("_3.", "_1.")]) for n in names)
+    convert_published(str(back), tmp_path / "again")
+    assert_same(weights_in(tmp_path / "again" / "model"), weights_in(tmp_path / "there" / "model"))
+
+
+@pytest.mark.parametrize("tokens", [300, 280])
+def test_ift_there_and_back(clip, tmp_path, tokens):
+    config = small_config(clip, model_type="llava_llama", image_aspect_ratio="pad")
+    state = random_state(tmp_path, config)
+    there_and_back(save_published(tmp_path / "source", config, state, tokens), state, tmp_path)
+    student = load_student(tmp_path / "there")
+    rows = student.model.get_input_embeddings().weight[student.task_token_ids["depth"]]
+    means = state["model.special_depth_tokens"].float().unflatten(0, (8, 2)).mean(1)
+    assert torch.equal(rows, means.bfloat16().float())
+    assert student.processor.image_processor.do_pad
+
+
+def test_probes_there_and_back(clip, tmp_path):
+    config = small_config(clip, model_type="probe_dsg_llava_llama", probe_mode="seg")
+    state = random_state(tmp_path, config)
+    there_and_back(save_published(tmp_path / "source", config, state), state, tmp_path)
+    probes = load_probes(tmp_path / "there")
+    assert list(probes) == [f"seg_{layer}" for layer in (1, 2, 3, 4)]
+    assert probes["seg_2"](torch.randn(2, 5, 32)).shape == (2, 16, 6)
+
+
+def test_pickled_weights_convert_to_the_same(pt, tmp_path):
+    _, config, state, ours = pt
+    convert_published(
+        str(save_published(tmp_path / "pickled", config, state, shards=2, pickled=True)), tmp_path / "out"
+    )
+    assert_same(weights_in(tmp_path / "out" / "model"), weights_in(ours / "model"))
+
+
+def test_new_rows_and_left_out_parameters_are_told(pt, tmp_path):
+    source, _, state, _ = pt
+    report = convert_published(str(source), tmp_path / "out")
+    assert sum(report.left_out.values()) == sum(any(part in name for part in UNUSED) for name in state)
+    assert list(report.left_out) and set(report.left_out) <= set(NEVER_USED)
+    assert sum(report.written.values()) == len(state) - sum(report.left_out.values())
+    table = weights_in(tmp_path / "out" / "model")["language_model.model.embed_tokens.weight"]
+    assert len(table) == 300 + 1 + 24  # image, task tokens
+    torch.testing.assert_close(table[300].float(), table[:300].float().mean(0), rtol=0, atol=1e-2)
+
+
+def test_encoder_from_its_own_folder_where_the_checkpoint_has_none(pt, clip, tmp_path):
+    _, config, state, _ = pt
+    without = {name: value for name, value in state.items() if "vision_tower" not in name}
+    source = save_published(tmp_path / "without", {**config, "mm_vision_tower": "/no/where"}, without)
+    with pytest.raises(ConfigError, match="--encoder"):
+        convert_published(str(source), tmp_path / "out")
+    report = convert_published(str(source), tmp_path / "out", encoder=str(clip))
+    assert str(clip) in report.notes[0]
+    found = weights_in(tmp_path / "out" / "model")
+    for name, value in load_file(clip / "model.safetensors").items():
+        assert torch.equal(found[f"vision_tower.vision_model.{name}"], value.bfloat16())
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_convnext_towers_there_and_back(tmp_path):
+    """The published tower is timm's trunk; its id is no model of transformers, so --encoder names one that is."""
+    backbone = TimmWrapperConfig(architecture="test_convnext", num_classes=0)
+    TimmWrapperModel(backbone).save_pretrained(tmp_path / "convnext")
+    config = small_config(tmp_path / "convnext")
+    state = random_state(tmp_path, config)
+    assert any(name.startswith("model.vision_tower.vision_tower.stem.") for name in state)
+    source = save_published(tmp_path / "source", {**config, "mm_vision_tower": "laion/CLIP-convnext-res160"}, state)
+    convert_published(str(source), tmp_path / "there", encoder=str(tmp_path / "convnext"))
+    student = load_student(tmp_path / "there")
+    assert student.processor.patch_size == 32
+    stem = student.model.model.vision_tower.backbone.timm_model.stem[0].weight
+    assert torch.equal(stem, state["model.vision_tower.vision_tower.stem.0.weight"].to(stem.dtype))
+    convert_to_published(tmp_path / "there", tmp_path / "back")
+    tower = {name: value for name, value in state.items() if "vision_tower" in name}
+    assert_same({n: v for n, v in weights_in(tmp_path / "back").items() if "vision_tower" in n}, tower)
+
+
+def test_the_converted_student_answers_and_fine_tunes(pt, tmp_path):
+    ours = pt[3]
+    picture = tiny.write_rows(tmp_path / "rows") / "images" / "0.png"
+    student = load_student(ours)
+    answer(student, ["what?"], [Image.open(picture)], 2)
+    recipe = {
+        "name": "tiny",
+        "stage": "ift",
+        "output": str(tmp_path / "ift"),
+        "start_from": str(ours),
+        "data": {"sources": [{"json": str(tmp_path / "rows/rows.json"), "images": str(tmp_path / "rows/images")}]},
+        "optimization": {"global_batch": 2, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+    }
+    recipe["data"] |= {"geometry": "pad", "workers": 0}
+    (tmp_path / "ift.yaml").write_text(json.dumps(recipe))
+    run_stage(load_run(tmp_path / "ift.yaml"))
+    # What we trained goes the other way too, without anything kept from a conversion; and comes back the same.
+    convert_to_published(tmp_path / "ift", tmp_path / "published", encoder=str(pt[1]["mm_vision_tower"]))
+    convert_published(str(tmp_path / "published"), tmp_path / "again")
+    assert_same(weights_in(tmp_path / "again" / "model"), weights_in(tmp_path / "ift" / "model"))
+    again, first = load_student(tmp_path / "again"), load_student(tmp_path / "ift")
+    assert again.task_token_ids == first.task_token_ids
+    assert again.processor.chat_template == first.processor.chat_template
+
+
+def test_pt_of_ours_there_and_back(pt, tmp_path):
+    """Without the folder that a conversion keeps, as after our own PT: the configuration is written anew."""
+    ours = shutil.copytree(pt[3], tmp_path / "ours")
+    shutil.rmtree(ours / "published")
+    convert_to_published(ours, tmp_path / "published")
+    convert_published(str(tmp_path / "published"), tmp_path / "again")
+    for place in ("model", "distillation"):
+        assert_same(
+            {n: v for f in (tmp_path / "again" / place).glob("*.safetensors") for n, v in load_file(f).items()},
+            {n: v for f in (ours / place).glob("*.safetensors") for n, v in load_file(f).items()},
+        )
+    runs = [load_run(folder / "distillation" / "run.yaml") for folder in (ours, tmp_path / "again")]
+    assert runs[0].distillation == runs[1].distillation
+
+
+def test_queries_give_the_rows_in_the_vocabulary(pt):
+    student = load_student(pt[3])
+    saved = load_file(pt[3] / "distillation" / "weights.safetensors")
+    queries = {task: saved[f"task_tokens.queries.{task}"] for task in student.task_token_ids}
+    rows = TaskTokens(student.task_token_ids, queries).input_rows()
+    table = student.model.get_input_embeddings().weight
+    ids = [token for tokens in student.task_token_ids.values() for token in tokens]
+    assert torch.equal(table[ids], rows.bfloat16().float())
+    assert list(student.task_token_ids) == ["gen", "depth", "seg"]
+
+
+def test_names_of_heads_go_both_ways():
+    for theirs, ours in PUBLISHED_NAMES:
+        theirs, ours = theirs.replace("#", "3") + "weight", ours.replace("#", "3") + "weight"
+        assert published_name(theirs) == ours and to_published_name(ours) == theirs
+
+
+def broken(pt, folder, drop=None, extra=None, reshape=None, **changes):
+    _, config, state, _ = pt
+    state = {name: value for name, value in state.items() if name != drop}
+    if extra:
+        state[extra] = torch.zeros(1)
+    if reshape:
+        state[reshape] = torch.zeros(3)
+    return save_published(folder / "broken", {**config, **changes}, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "model.norm.weight"}, "1 missing:\n  model.norm.weight"),
+        ({"extra": "model.image_newline"}, "1 unknown:\n  model.image_newline"),
+        ({"reshape": "seg_logit_scale"}, r"seg_logit_scale is \[3\], expected \[\]"),
+        ({"model_type": "llava"}, "needs no conversion"),
+        ({"model_type": "qwen2"}, "ola_llama"),
+        ({"mm_projector_type": "linear"}, "mlp2x_gelu"),
+        ({"model_type": "llava_llama", "task_token_format": "emb"}, "expand_emb"),
+        ({"aux_mode": "depth-color"}, "aux_mode"),
+        ({"mm_vision_tower": "/no/where"}, "--encoder"),
+    ],
+)
+def test_faults_are_named_and_nothing_is_written(pt, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        convert_published(str(broken(pt, tmp_path, **change)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_is_never_touched(pt, tmp_path):
+    for convert, source in ((convert_published, pt[0]), (convert_to_published, pt[3])):
+        with pytest.raises(ConfigError, match="exists"):
+            convert(str(source), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_that_cannot_be_reached(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        convert_published("no/such/folder", tmp_path / "out")
+    monkeypatch.setattr("visper.published.weights.snapshot_download", no_network)
+    with pytest.raises(ConfigError, match="hf download no-such/model"):
+        convert_published("no-such/model", tmp_path / "out")
+
+
+def test_a_missing_shard_and_a_file_with_code_are_refused(pt, tmp_path):
+    _, config, state, _ = pt
+    source = save_published(tmp_path / "cut", config, state, shards=2)
+    (source / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConfigError, match="lacks 1 of the 2 files"):
+        convert_published(str(source), tmp_path / "out")
+    source = save_published(tmp_path / "code", config, state, pickled=True)
+    torch.save({"model.norm.weight": tiny.PooledColors}, source / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="code"):
+        convert_published(str(source), tmp_path / "out")
+
+
+def test_complete_or_absent(pt, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(imports, "save_processor", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        convert_published(str(pt[0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_students_the_published_code_cannot_hold_are_refused(pt, tmp_path):
+    ours = shutil.copytree(pt[3], tmp_path / "ours")
+    shutil.rmtree(ours / "published")
+    run = (ours / "distillation" / "run.yaml").read_text()
+    assert "mlp: true" in run and "mlp: false" in run
+    (ours / "distillation" / "run.yaml").write_text(run.replace("mlp: false", "mlp: true"))
+    with pytest.raises(ConfigError, match="another form"):
+        convert_to_published(ours, tmp_path / "out")
+    with pytest.raises(ConfigError, match="no model of ours"):
+        convert_to_published(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

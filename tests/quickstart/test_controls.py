@@ -1,0 +1,55 @@
+"""Findings beside their controls, the page, and the ablation's arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visper.quickstart import page
+from visper.quickstart.ablate import Difference, ablate, differences
+from visper.quickstart.controls import Finding, centered_cosine
+
+
+def test_the_common_layout_earns_no_cosine():
+    mean = torch.randn(5, 4) * 10
+    own, other = torch.randn(30, 5, 4), torch.randn(30, 5, 4)
+    plain = torch.nn.functional.cosine_similarity((other + mean).flatten(1), (own + mean).flatten(1)).mean()
+    assert plain > 0.9, "this is what an uncentered cosine would report for an unrelated prediction"
+    assert abs(centered_cosine(other + mean, own + mean, mean)) < 0.2
+    assert centered_cosine(own + mean, own + mean, mean) == pytest.approx(1.0)
+
+
+def test_a_finding_must_beat_every_control_but_the_teacher():
+    controls = {"mean map": 0.3, "teacher": 0.05}
+    assert Finding("depth/2", "depth error", 0.2, controls, higher=False).beats_controls
+    assert not Finding("depth/2", "depth error", 0.4, controls, higher=False).beats_controls
+
+
+def test_differences_are_paired_by_seed():
+    ours, baseline = [{"depth": 0.9}, {"depth": 0.6}, {"depth": 0.8}], [{"depth": 0.8}, {"depth": 0.5}, {"depth": 0.7}]
+    (found,) = differences("arm", ours, baseline)
+    assert found == Difference("arm", "depth", pytest.approx(10), pytest.approx(10), pytest.approx(10))
+
+
+def test_the_interval_is_students():
+    ours, baseline = [{"k": 0.02}, {"k": 0.04}], [{"k": 0.0}, {"k": 0.0}]
+    (found,) = differences("arm", ours, baseline)
+    # points 2 and 4: mean 3, standard error 1, t(1 degree of freedom) = 12.706
+    assert (found.mean, found.low, found.high) == pytest.approx((3, 3 - 12.706, 3 + 12.706))
+
+
+def test_one_seed_makes_no_claim(tmp_path):
+    with pytest.raises(ValueError, match="at least 2"):
+        ablate(tmp_path, seeds=1)
+
+
+def test_the_page_needs_nothing_from_outside():
+    image = Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8))
+    sections = [
+        ("a <b>", page.sheet(["one"], [[image]])),
+        ("b", page.curves([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])),
+        ("c", page.table(["x"], [["<script>"]], {(0, 0): "good"})),
+    ]
+    text = page.page("title", "lead", sections)
+    assert "http" not in text.replace("http://www.w3.org", "") and "<script" not in text
+    assert "a &lt;b&gt;" in text and "data:image/png;base64," in text and "<polyline" in text

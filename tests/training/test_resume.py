@@ -1,0 +1,72 @@
+"""A checkpoint is continued in the order it was written in, or not at all."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from visper.common.errors import ConfigError
+from visper.data.rows.records import DropList, Record
+from visper.data.sampler import RowSampler
+from visper.training.assemble import StageData
+from visper.training.resume import order_of, require_same_order, write_order
+
+ROWS = 12
+
+
+def data(ids: int = ROWS, **sampling: Any) -> StageData:
+    records = [Record(f"rows/{i}/{i}", ()) for i in range(ids)]
+    dataset = SimpleNamespace(records=records)
+    return StageData(cast(Any, dataset), cast(Any, None), RowSampler(ids, **sampling), DropList(), ids)
+
+
+SHARDS = {"blocks": [i // 3 for i in range(ROWS)]}
+LENGTHS = {"lengths": list(range(ROWS)), "has_image": [True] * ROWS}
+
+
+@pytest.mark.parametrize("make", [data, lambda: data(**LENGTHS), lambda: data(**SHARDS, group_size=2)])
+def test_the_same_order_goes_on(make: Callable[[], StageData], tmp_path: Path) -> None:
+    write_order(tmp_path, make())
+    require_same_order(tmp_path, make())
+
+
+def test_files_may_be_split_anew(tmp_path: Path) -> None:
+    write_order(tmp_path, data(**LENGTHS, group_size=4, processes=1))
+    require_same_order(tmp_path, data(**LENGTHS, group_size=4, processes=2))
+
+
+@pytest.mark.parametrize(("group_size", "processes"), [(4, 1), (4, 2), (2, 2)])
+def test_shards_may_not_be_split_anew(tmp_path: Path, group_size: int, processes: int) -> None:
+    write_order(tmp_path, data(**SHARDS, group_size=2, processes=1))
+    with pytest.raises(ConfigError, match=r"written with micro_batch 2 x 1 processes, this run has micro_batch \d x"):
+        require_same_order(tmp_path, data(**SHARDS, group_size=group_size, processes=processes))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (data(ROWS - 1), f"{ROWS} rows then, {ROWS - 1} now"),
+        (data(seed=1), "other rows"),
+        (data(**LENGTHS), "other rows"),
+        (data(**SHARDS, group_size=2), "other rows"),
+    ],
+    ids=["a row less", "another seed", "grouped", "from shards"],
+)
+def test_other_data_are_refused_with_what_to_do(tmp_path: Path, other: StageData, message: str) -> None:
+    write_order(tmp_path, data())
+    with pytest.raises(ConfigError, match=f"{message}; .*visper data check"):
+        require_same_order(tmp_path, other)
+
+
+def test_as_many_other_rows_are_other_rows(tmp_path: Path) -> None:
+    one, other = data(), data()
+    records = [replace(record, id=record.id + "x") for record in other.dataset.records]
+    other.dataset.records = records
+    assert order_of(one)["rows"] == order_of(other)["rows"] and order_of(one) != order_of(other)
+
+
+def test_a_checkpoint_of_before_is_continued(tmp_path: Path) -> None:
+    require_same_order(tmp_path, data())
