@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from visper.config import Run
-from visper.training import build_targets, run_stage
-build_targets.PART_BYTES = 512
+from visper.target_store import build
+from visper.training import run_stage
+build.PART_BYTES = 512
 run = Run.model_validate(json.loads(sys.argv[1]))
-build_targets.build_targets(run, Path(run.distillation.targets), batch=2)
+build.build_targets(run, Path(run.distillation.targets), batch=2)
 run_stage(run)
 """
 
