@@ -2,35 +2,53 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
 # For the tests; the quickstart would choose the same. More threads than idle cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart setup test test-fast lint docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/visper quickstart $(ARGS)
 
+setup: $(VENV)/installed-test
+
 test: $(VENV)/installed-test lint
 	$(BIN)/pytest $(ARGS)
+
+# Without the tests that train for long or start processes.
+test-fast: $(VENV)/installed-test
+	$(BIN)/pytest -m "not slow" --ignore=tests/distributed --ignore=tests/integration $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# The source archive, and the wheel built from it.
+dist: $(VENV)/installed-test
+	$(BIN)/python -m build --outdir dist
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
-$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
-$(VENV)/installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+$(VENV)/installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site
