@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The README's commands on what a quickstart made: readme_commands.sh QUICKSTART_FOLDER
+# The README's commands on what a quickstart made: readme_commands.sh QUICKSTART_FOLDER [VENV]
 set -euo pipefail
 made=$1
-bin=.venv/bin
+bin=${2:-.venv}/bin
 
 # Reads its input to the end, unlike grep -q, whose early exit pipefail would take for a failure.
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
