@@ -1,1 +1,59 @@
-"""VisPer: training multimodal LLMs that see, by visual embedding distillation."""
+"""VisPer: visual supervision for multimodal LLMs.
+
+The public names are imported when first asked for: ``import visper`` alone loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visper.common.errors import ConfigError, DataError, VisperError
+    from visper.config import Run, load_run
+    from visper.distillation import attach
+    from visper.model import Student, load_student
+    from visper.training import run_pipeline, run_stage
+
+try:
+    __version__ = version("visper-lm")
+except PackageNotFoundError:  # the sources alone, not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "ConfigError": "visper.common.errors",
+    "DataError": "visper.common.errors",
+    "Run": "visper.config",
+    "Student": "visper.model",
+    "VisperError": "visper.common.errors",
+    "attach": "visper.distillation",
+    "load_run": "visper.config",
+    "load_student": "visper.model",
+    "run_pipeline": "visper.training",
+    "run_stage": "visper.training",
+}
+"""Public name -> the module it is imported from."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Run",
+    "Student",
+    "VisperError",
+    "__version__",
+    "attach",
+    "load_run",
+    "load_student",
+    "run_pipeline",
+    "run_stage",
+]

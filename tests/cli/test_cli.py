@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from visper.cli import app, main
+from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.training import run_stage
 
@@ -116,6 +118,38 @@ def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypa
         main()
     shown = capsys.readouterr().err
     assert stop.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+def fails_inside(monkeypatch, error, *options):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("visper.config.load.read_recipe", fail)
+    monkeypatch.setattr("sys.argv", ["visper", *options, "train", "any"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("error", [ValueError("unforeseen"), KeyError("unforeseen"), RuntimeError("unforeseen")])
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(error, monkeypatch, capsys):
+    assert fails_inside(monkeypatch, error) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "unforeseen" in shown and "please report it" in shown
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such key"), DataError("no such row"), OSError(28, "disk full")])
+def test_debug_shows_the_traceback_of_expected_errors_too(error, monkeypatch, capsys):
+    monkeypatch.delenv("VISPER_DEBUG", raising=False)
+    assert fails_inside(monkeypatch, error) == 2 and "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("VISPER_DEBUG", "")  # restored after the test, whatever --debug sets
+    assert fails_inside(monkeypatch, error, "--debug") == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "report" not in shown
+
+
+def test_version_is_the_packages():
+    assert call("--version").output == f"visper {version('visper-lm')}\n"
 
 
 def test_data_is_checked_with_a_runs_tokenizer_then_sharded_and_trained_from(trained, tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from visper import __version__
 from visper.cli import (
     chat,
     convert,
@@ -22,10 +26,14 @@ from visper.cli import (
     targets,
     train,
 )
+from visper.common.errors import StoppedError, VisperError
+
+DEBUG = "VISPER_DEBUG"
+"""Environment variable that `--debug` sets, so that started processes show their tracebacks too."""
 
 app = typer.Typer(
     name="visper",
-    help="Train multimodal LLMs that see: PT with visual embedding distillation, VPT, IFT, and what comes after.",
+    help="Train multimodal LLMs that see: visual supervision of their hidden states, in recipes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -38,21 +46,38 @@ app.add_typer(data.app, name=data.NAME)
 app.add_typer(targets.app, name=targets.NAME)
 
 
+def show_version(wanted: bool) -> None:
+    """Prints the version and ends."""
+    if wanted:
+        print(f"visper {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="and end")] = False,
+) -> None:
+    """Train multimodal LLMs that see: visual supervision of their hidden states, in recipes."""
+    if debug:
+        os.environ[DEBUG] = "1"
+
+
 def main() -> None:
-    """Entry point: what a person can mend is one message and exit code 2; anything else is a bug and a traceback."""
+    """Entry point: an expected error is one message; anything else is a bug, shown with its traceback."""
     try:
         app()
-    except ExpectedErrors as error:
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error ", "bold red"), str(error)))
-        sys.exit(2)
-    except Exception as error:
-        # A run that was stopped says with which code; to ask for its class would import torch for every verb.
-        code = getattr(error, "exit_code", None)
-        if code is None:
-            raise
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("stopped ", "bold"), str(error)))
-        sys.exit(code)
-
-
-ExpectedErrors = (ValueError, OSError, ArithmeticError)
-"""ConfigError, DataError and the library's own ValueErrors, a full disk, a loss that is not finite: they say it all."""
+    except (VisperError, OSError) as error:  # OSError: a full disk, a missing file, a hub that does not answer
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        name = "stopped" if isinstance(error, StoppedError) else "error"
+        Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), str(error)))
+        sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
+    except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
+        traceback.print_exc()
+        print(
+            f"\nThis is a bug in visper {__version__} ({type(error).__name__}): please report it with the traceback "
+            "above, the command and the run.yaml",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -1,13 +1,26 @@
-"""The errors that people are shown: each says what was found, what was expected and what to do."""
+"""The errors that people are shown: each says what was found, what was expected and what to do.
+
+Whatever is not a ``VisperError`` (nor the operating system's, such as a full disk) is a bug: the command line shows its
+traceback.
+"""
 
 from __future__ import annotations
 
+import signal
+from typing import ClassVar
 
-class ConfigError(ValueError):
-    """A recipe or an override is wrong. The message lists every fault found, one a line."""
+
+class VisperError(Exception):
+    """An error that the person at the keyboard can act on; the command line prints its message alone."""
+
+    exit_code: ClassVar[int] = 2
 
 
-class DataError(ValueError):
+class ConfigError(VisperError, ValueError):
+    """A recipe, an override or an argument is wrong. The message lists every fault found, one a line."""
+
+
+class DataError(VisperError, ValueError):
     """Data that cannot be used. ``reason`` is the short name it is counted under, ``detail`` says what was found."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -17,3 +30,19 @@ class DataError(ValueError):
 
     def __reduce__(self) -> tuple[type[DataError], tuple[str, str]]:
         return type(self), (self.reason, self.detail)
+
+
+class TrainingError(VisperError, ArithmeticError):
+    """Training went wrong: a loss that is not finite, a spike, a dead term. The message names the rows."""
+
+
+class StoppedError(VisperError, RuntimeError):
+    """The run was told to stop and has saved what it had."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+class ProcessFailedError(VisperError, RuntimeError):
+    """A process of the run ended badly, and the launcher has stopped the others."""
+
+    exit_code = 1

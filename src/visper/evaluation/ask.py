@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaProcessor
 
+from visper.common.errors import ConfigError
 from visper.data.chat import lacks_first_token
 from visper.model import Student, load_student
 
@@ -68,7 +69,7 @@ def answer(
     """
     pictures = [image for image in images if image is not None]
     if pictures and len(pictures) != len(images):
-        raise ValueError("a batch mixes questions with and without a picture: ask them apart")
+        raise ConfigError("a batch mixes questions with and without a picture: ask them apart")
     inputs = model_inputs(student.processor, prompts, pictures).to(student.model.device, student.model.dtype)
     generated = student.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]

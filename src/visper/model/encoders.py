@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from visper.common.errors import ConfigError
 from visper.model.hub import loading, sizes_of
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def load_encoder(
     try:
         states, last = _shapes(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"encoder '{name}' takes no pictures of {size} px ({error}): set 'student.image_size' to another size, or "
             f"leave it out for its own {own_size}"
         ) from error
@@ -173,11 +174,11 @@ def load_encoder(
         return _wrap(model, last, size, mean, std)
     if not -len(states) <= feature_layer < len(states):
         layers = len(states) - 1
-        raise ValueError(f"encoder '{name}' has {layers} layers, feature_layer is {feature_layer}: choose one of them")
+        raise ConfigError(f"encoder '{name}' has {layers} layers, feature_layer is {feature_layer}: choose one of them")
     tokens = states[feature_layer][1]
     patch = int(model.config.patch_size)
     if size % patch:
-        raise ValueError(f"image_size {size} does not divide into the encoder's patches of {patch}: choose a multiple")
+        raise ConfigError(f"image_size {size} does not divide into the encoder's patches of {patch}: choose a multiple")
     extra = tokens - (size // patch) ** 2
     select = "default" if extra > 0 else "full"
     return Encoder(model, feature_layer, select, size, patch, tokens - (extra > 0), extra, mean, std)
@@ -226,14 +227,14 @@ def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Color, std
         prefix = int(getattr(timm_model, "num_prefix_tokens", 0))
         width, cells = shape[2], shape[1] - prefix
     else:
-        raise ValueError(
+        raise ConfigError(
             f"encoder {type(model).__name__} gives {tuple(shape)} and no hidden states: "
             "expected a feature map [B, C, H, W]; load it through its own transformers class instead"
         )
     side = math.isqrt(cells)
     patch = size // max(side, 1)
     if not side or side * side != cells or size // patch != side:
-        raise ValueError(
+        raise ConfigError(
             f"encoder {type(model).__name__} makes {cells} tokens of a picture of {size} px, no square of equal cells: "
             "set 'student.image_size' to a multiple of its stride"
         )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visper.common.errors import ConfigError
+
 
 def task_token_names(task: str, per_task: int) -> list[str]:
     """The vocabulary entries of a task, for example ``<|depth_1|>`` ... ``<|depth_8|>``."""
@@ -63,7 +65,7 @@ class TaskTokens(nn.Module):
         for task, task_ids in self.ids.items():
             rows = queries[task].shape[0]
             if rows % len(task_ids):
-                raise ValueError(
+                raise ConfigError(
                     f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'predictor.num_queries' to a "
                     f"multiple of {len(task_ids)}"
                 )

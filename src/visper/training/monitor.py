@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from visper.common.errors import DataError
+from visper.common.errors import DataError, TrainingError
 from visper.config import Run
 from visper.training.clock import DATA, PARTS, StepClock
 from visper.training.parallel.fsdp import gathered
@@ -34,15 +34,15 @@ UNCHANGED = 1e-6
 """Relative change below which a term counts as constant."""
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite; the message names the rows of the batch."""
 
 
-class LossSpikeError(ArithmeticError):
+class LossSpikeError(TrainingError):
     """The loss rose far above its course; the message names the rows of the batch."""
 
 
-class DeadTermError(ArithmeticError):
+class DeadTermError(TrainingError):
     """A loss term stays zero or constant; the message names it."""
 
 

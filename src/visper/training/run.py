@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from visper.common.console import announce
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path, write_text
 from visper.config import Engine, Run, load_run, run_text, save_run
 from visper.data.rows.records import DropList
@@ -49,7 +49,6 @@ from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_
 from visper.training.module import TrainingModel
 from visper.training.parallel.deepspeed import prepare_for_zero, uses_zero, zero_settings, zero_state
 from visper.training.parallel.fsdp import is_sharded, shard, unshard
-from visper.training.parallel.launch import StoppedError
 from visper.training.rates import learning_rate_of
 from visper.training.resume import require_same_order
 from visper.training.stages import count_parts

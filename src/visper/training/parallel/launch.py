@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, ProcessFailedError, StoppedError
 from visper.config import Launch
 from visper.training.parallel.deepspeed import require_deepspeed
-
-
-class StoppedError(RuntimeError):
-    """The run was told to stop and has saved what it had."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
-class ProcessFailedError(RuntimeError):
-    """A process of the run ended badly, and the launcher has stopped the others."""
-
-    exit_code = 1
 
 
 def start_processes(launch: Launch, command: Sequence[str]) -> bool:
