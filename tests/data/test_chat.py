@@ -13,7 +13,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerBase, PreTrainedToke
 
 from tests import tiny
 from visper.common.errors import DataError
-from visper.data.chat import IGNORED, ConversationEncoder, Encoded, end_of_turn_token, student_template
+from visper.data.chat import IGNORED, ConversationEncoder, Encoded
+from visper.data.chat_template import end_of_turn_token, student_template
 from visper.data.images import build_image_processor
 from visper.data.rows.records import Record, Turn
 from visper.data.show import show_sample

@@ -7,7 +7,7 @@ from jinja2 import Environment, TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from tests.data.test_chat import SYSTEM, TASK_TOKENS, TEMPLATES, make_processor, make_tokenizer
-from visper.data.chat import student_template, unwrapped_template
+from visper.data.chat_template import student_template, unwrapped_template
 from visper.quickstart.language import CHAT_TEMPLATE as QUICKSTART
 
 ALL_TEMPLATES = {**TEMPLATES, "quickstart": QUICKSTART}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
@@ -32,6 +33,46 @@ def test_a_first_token_that_only_the_tokenizer_writes_is_there_when_asked_too(st
     record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), "1.png", 0)
     trained = ConversationEncoder(student.processor, 500).encode(record).input_ids
     assert asked[0] == start and trained[: len(asked)] == asked
+
+
+SPELLED_OUT = "Is <|end|> here,\n<|depth_1|> or <image> </s>? é "
+
+
+@pytest.mark.parametrize("shows_image", [False, True])
+def test_the_text_of_a_question_is_text_as_in_training(student, shows_image):
+    question = SPELLED_OUT.replace("<image>", "image") if shows_image else SPELLED_OUT
+    images = [Image.new("RGB", (16, 16))] if shows_image else []
+    asked = model_inputs(student.processor, [question], images)["input_ids"][0].tolist()
+    turns = (Turn("user", question), Turn("assistant", "Yes."))
+    record = Record("r", turns, "1.png", 0) if shows_image else Record("r", turns)
+    assert ConversationEncoder(student.processor, 500).encode(record).input_ids[: len(asked)] == asked
+    special = set(student.processor.tokenizer.added_tokens_decoder)
+    harmless = model_inputs(student.processor, ["What?"], images)["input_ids"][0].tolist()
+    assert [i for i in asked if i in special] == [i for i in harmless if i in special]
+    assert question.strip() in student.processor.tokenizer.decode(asked)
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?"])
+def test_the_tag_of_a_questions_image_is_no_text(student, question):
+    images = [Image.new("RGB", (16, 16))]
+    tagged, plain = (model_inputs(student.processor, [text], images)["input_ids"] for text in (question, "What?"))
+    assert torch.equal(tagged, plain)
+
+
+def test_a_question_with_two_tags_is_named_before_the_first_is_asked(student, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = [Question("what?", "red", "a.png"), Question("<image> or <image>?", "red", "a.png")]
+    with pytest.raises(DataError, match=r"several image tags: question 1, '<image> or <image>\?': 2 tags"):
+        evaluate(student, asked, tmp_path)
+
+
+def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_is_left_alone(student):
+    tokenizer = student.processor.tokenizer
+    tokenizer.padding_side = "right"
+    inputs = model_inputs(student.processor, ["What?", "What is this?"], [])
+    assert inputs["attention_mask"].tolist()[0] == [0] * 8 + [1] * (inputs["input_ids"].shape[1] - 8)
+    assert inputs["input_ids"][0, :8].tolist() == [tokenizer.pad_token_id] * 8
+    assert tokenizer.padding_side == "right"
 
 
 def test_an_unreadable_picture_counts_as_asked_and_not_answered(student, tmp_path):

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, LlavaProcessor
 
 from tests.conftest import PROJECT_GOLDEN, Golden
 from visper.common.errors import DataError
-from visper.data.chat import IGNORED, ConversationEncoder, Encoded, student_template
+from visper.data.chat import IGNORED, ConversationEncoder, Encoded
+from visper.data.chat_template import student_template
 from visper.data.images import build_image_processor
 from visper.data.rows.records import parse_row
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, LlavaProcessor
 
 from visper.common.errors import ConfigError
-from visper.data.chat import lacks_first_token
+from visper.data.chat import ConversationEncoder
+from visper.data.rows.records import Record, parse_row
 from visper.model import Student, load_student
 
 
-def conversation(prompt: str, has_image: bool) -> list[dict[str, object]]:
-    """One user turn, as the chat template wants it: the picture first, as in training."""
-    content: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    content.append({"type": "text", "text": prompt})
-    return [{"role": "user", "content": content}]
+def as_row(question: str, image: str | None) -> Record:
+    """A question as a row of training data without its answer, so that the rules of training rows are its own.
+
+    Text is text: a control token or an ``<image>`` spelled out in it changes nothing, and beside an image the one tag
+    that marks the image's place is taken out.
+
+    Raises:
+        DataError: it could not be such a row: several image tags beside one image, or text that no tokenizer can read.
+    """
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
+    record = parse_row({"image": image, "conversations": turns}, "question", Path())
+    return replace(record, turns=record.turns[:1])
 
 
 def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> BatchFeature:
@@ -27,19 +38,18 @@ def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], pictures: Se
     Args:
         pictures: one for each prompt, or none at all.
     """
-    texts = [
-        processor.apply_chat_template(conversation(prompt, bool(pictures)), add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
-    ]
-    return processor(
-        text=texts,
-        images=list(pictures) or None,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        add_special_tokens=lacks_first_token(processor.tokenizer, texts[0]),
-        return_token_type_ids=False,
-    )
+    encoder = ConversationEncoder(processor)
+    image = "the image" if pictures else None
+    rows = [torch.tensor(encoder.prompt(as_row(prompt, image))) for prompt in prompts]
+    padding = int(processor.tokenizer.pad_token_id or 0)  # never attended
+
+    def padded(values: list[Tensor], filling: int) -> Tensor:
+        return pad_sequence(values, batch_first=True, padding_value=filling, padding_side="left")
+
+    inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
+    if pictures:
+        inputs["pixel_values"] = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    return BatchFeature(inputs)
 
 
 def load_to_ask(folder: str | Path) -> Student:

@@ -19,7 +19,7 @@ from rich.table import Table
 from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.images import open_image
-from visper.evaluation.ask import answer
+from visper.evaluation.ask import answer, as_row
 from visper.evaluation.intervals import wilson
 from visper.model import Student
 
@@ -111,7 +111,7 @@ def evaluate(
         shuffle_images: every question gets another question's picture: what a model scores that does not look.
 
     Raises:
-        DataError: pictures that are not there, before the first question.
+        DataError: pictures that are not there or questions that cannot be asked, before the first question.
     """
     items = list(questions)
     shown = [q.image for q in items]
@@ -120,6 +120,11 @@ def evaluate(
     absent = sorted({name for name in shown if name is not None and not (images / name).is_file()})
     if absent:
         raise DataError(f"{len(absent)} pictures of the questions are not under '{images}', the first '{absent[0]}'")
+    for number, (question, name) in enumerate(zip(items, shown, strict=True)):
+        try:
+            as_row(question.question, name)
+        except DataError as error:
+            raise DataError(error.reason, f"question {number}, {question.question[:80]!r}: {error.detail}") from error
     order = sorted(range(len(items)), key=lambda i: (shown[i] is None, len(items[i].question)))
     batches = [
         part

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from visper.common.errors import ConfigError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
-from visper.data.chat import end_of_turn_token, student_template
+from visper.data.chat_template import end_of_turn_token, llm_template, student_template
 from visper.data.images import build_image_processor
 from visper.model.encoders import Encoder, FeatureMapTower, load_encoder
 from visper.model.hub import loading, sizes_of, vocabulary_of
@@ -148,8 +148,6 @@ def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor
 def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
     with loading("student.llm", config.llm):
         tokenizer = AutoTokenizer.from_pretrained(config.llm, trust_remote_code=config.trust_remote_code)
-    if not tokenizer.chat_template:
-        raise ConfigError(f"student.llm: '{config.llm}' has no chat template: choose the LLM's instruct version")
     encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
     return tokenizer, encoder
 
@@ -199,7 +197,8 @@ def _processor(
     geometry: Geometry,
 ) -> LlavaProcessor:
     behind_image = [name for names in task_names.values() for name in names]
-    template = student_template(str(tokenizer.chat_template), IMAGE_TOKEN, behind_image, system_prompt)
+    tokenizer.chat_template = llm_template(tokenizer)
+    template = student_template(tokenizer.chat_template, IMAGE_TOKEN, behind_image, system_prompt)
     return LlavaProcessor(
         image_processor=build_image_processor(geometry.value, encoder.image_size, encoder.mean, encoder.std),
         tokenizer=tokenizer,

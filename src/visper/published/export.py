@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoProcessor, LlavaConfig
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path
 from visper.config import Run, load_run
-from visper.data.chat import unwrapped_template
+from visper.data.chat_template import unwrapped_template
 from visper.data.images import geometry_of
 from visper.distillation import PREDICTORS, predictor_spec
 from visper.model.build import STUDENT_FILE

@@ -21,7 +21,7 @@ from visper.common.cache import code_key, key
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.common.parallel import in_order
-from visper.data import chat
+from visper.data import chat, chat_template
 from visper.data.chat import ConversationEncoder
 from visper.data.rows.records import Record
 from visper.data.rows.table import Part, Records
@@ -73,6 +73,7 @@ def encoder_key(encoder: ConversationEncoder) -> str:
         tokenizers.__version__,
         transformers.__version__,
         code_key(chat),
+        code_key(chat_template),
     )
 
 

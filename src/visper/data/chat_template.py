@@ -1,0 +1,210 @@
+"""Chat templates: the student's, made of its LLM's, and what an LLM's must be for that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from visper.common.errors import ConfigError
+
+SENTINEL = "\ue000{}\ue001"
+"""Stands for the text of the turn with that number in a rendered conversation."""
+
+SENTINELS = re.compile("\ue000(\\d+)\ue001")
+
+# Each message's content becomes a string, then the LLM's own template goes on. The image leads its turn, as in the
+# published prompt: image, task tokens, newline, text. An `<image>` written into a user's text is the place of an image,
+# as in LLaVA's rows, and of one more only where there are more tags than image parts. Servers that inspect a template's
+# syntax tree (vLLM) take it for one of content parts only if it has a plain loop over `message['content']`.
+_PREAMBLE = """{%- set turns = namespace(list=[]) -%}
+{%- set system_prompt = SYSTEM_PROMPT -%}
+{%- set fold_system = FOLD_SYSTEM -%}
+{%- set lead = namespace(text='') -%}
+{%- if system_prompt and (not messages or messages[0]['role'] != 'system') -%}
+{%- if fold_system -%}{%- set lead.text = system_prompt ~ '\\n\\n' -%}
+{%- else -%}{%- set turns.list = [{'role': 'system', 'content': system_prompt}] -%}{%- endif -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- set parts = namespace(images=0, text='', said=false, lead='') -%}
+{%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}
+{%- elif message['content'] is not none -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set parts.images = parts.images + 1 -%}
+{%- elif part['type'] == 'text' -%}{%- set parts.text = parts.text ~ part['text'] -%}{%- set parts.said = true -%}
+{%- else -%}{{- raise_exception("expected content parts of type 'image' or 'text', found '" ~ part['type'] ~ "'") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'user' -%}
+{%- set parts.lead = lead.text -%}{%- set lead.text = '' -%}
+{%- set pieces = parts.text.split(IMAGE_TOKEN) -%}
+{%- if pieces | length > 1 -%}
+{%- set parts.images = [parts.images, pieces | length - 1] | max -%}
+{%- set parts.text = pieces | join | trim -%}{%- set parts.said = parts.text != '' -%}
+{%- endif -%}
+{%- endif -%}
+{%- set parts.lead = parts.lead ~ IMAGE_BLOCK * parts.images -%}
+{%- if parts.images and parts.said -%}{%- set parts.lead = parts.lead ~ '\\n' -%}{%- endif -%}
+{%- set turns.list = turns.list + [dict(message, content=parts.lead ~ parts.text)] -%}
+{%- endfor -%}
+{%- set messages = turns.list -%}
+{{- '' }}"""
+
+
+def student_template(
+    llm_template: str, image_token: str, task_tokens: Sequence[str], system_prompt: str | None = None
+) -> str:
+    """The student's chat template: images become the image token and the task tokens, then the LLM's template.
+
+    A message's content may be a string, a list of ``image`` and ``text`` parts, None or missing. An image stands as a
+    part or as the image token in a user's text, which is taken out of the text.
+
+    A system prompt goes first where a conversation has no system turn. An LLM whose template refuses or ignores system
+    turns gets it at the head of the first user turn.
+
+    Args:
+        llm_template: the LLM tokenizer's own chat template (jinja).
+        image_token: stands for the image; the processor repeats it once per image feature.
+        task_tokens: put behind the image token, in this order; may be empty.
+        system_prompt: None leaves the matter to the LLM's template.
+    """
+    fold = system_prompt is not None and not _accepts_system(llm_template)
+    values = {
+        "SYSTEM_PROMPT": _literal(system_prompt or ""),
+        "FOLD_SYSTEM": "true" if fold else "false",
+        "IMAGE_TOKEN": _literal(image_token),
+        "IMAGE_BLOCK": _literal(image_token + "".join(task_tokens)),
+    }
+    preamble = _PREAMBLE.replace("\n{%-", "{%-").replace("\n{{-", "{{-")
+    return re.sub("|".join(values), lambda name: values[name.group()], preamble) + llm_template
+
+
+def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template that an LLM's tokenizer brings, as ``student_template`` can take it.
+
+    Of several named templates it is the one named ``default``, or the only one. It writes the first token itself, with
+    nothing ahead of it: tools differ in whether they let the tokenizer add one to a rendered prompt (transformers'
+    processors do where the prompt does not begin with it, vLLM does not).
+
+    Raises:
+        ConfigError: there is no such template, or prompts would begin or end otherwise than it says.
+    """
+    name = f"the tokenizer '{tokenizer.name_or_path}'"
+    template = _default_template(tokenizer, name)
+    if not lacks_first_token(tokenizer, _question(tokenizer, template).lstrip()):
+        template = template.lstrip()
+        if lacks_first_token(tokenizer, _question(tokenizer, template)):
+            raise ConfigError(
+                f"the chat template of {name} writes whitespace before '{tokenizer.bos_token}': begin it with "
+                "{{- bos_token }} in a copy of its folder, or prompts would get two of them"
+            )
+        return template
+    plain = _ids(tokenizer, _question(tokenizer, template), add_special_tokens=False)
+    added = _ids(tokenizer, _question(tokenizer, template), add_special_tokens=True)
+    first = [tokenizer.bos_token_id, *plain]
+    if tokenizer.bos_token and added[: len(first)] == first:
+        written = "{{- bos_token }}" + template
+        if _ids(tokenizer, _question(tokenizer, written), add_special_tokens=False) == first:
+            return written
+    if added[len(added) - len(plain) :] != plain:
+        raise ConfigError(
+            f"{name} adds '{tokenizer.convert_ids_to_tokens(added[-1])}' behind every text, so that a question would "
+            "end there: remove it from 'post_processor' in tokenizer.json ('add_eos_token' in tokenizer_config.json) "
+            "in a copy of its folder"
+        )
+    return template
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _default_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        chosen = next(iter(template)) if len(template) == 1 else "default"
+        if chosen not in template:
+            raise ConfigError(
+                f"{name} has chat templates named {', '.join(sorted(template))} and none named default: put the one to "
+                "use into chat_template.jinja in a copy of its folder, without the others"
+            )
+        template = template[chosen]
+    if not template:
+        raise ConfigError(f"{name} has no chat template: choose the LLM's instruct version")
+    return str(template)
+
+
+def _question(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    messages = [{"role": "user", "content": "."}]
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    )
+
+
+def unwrapped_template(template: str) -> str:
+    """The LLM's own template inside one of ``student_template``; any other comes back as it is."""
+    end = _PREAMBLE.rsplit("\n", 1)[-1]
+    return template.split(end, 1)[1] if template.startswith("{%- set turns = ") and end in template else template
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"
+
+
+def _accepts_system(llm_template: str) -> bool:
+    messages = [{"role": "system", "content": SENTINEL.format(0)}, {"role": "user", "content": "."}]
+    try:
+        rendered, _ = render_jinja_template(
+            conversations=[messages], chat_template=llm_template, bos_token="", eos_token="", add_generation_prompt=True
+        )
+    except TemplateError:
+        return False
+    return SENTINEL.format(0) in rendered[0]
+
+
+def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the tokenizer's chat template puts behind an answer.
+
+    Raises:
+        ValueError: the template puts none there.
+    """
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL.format(0)}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert isinstance(rendered, str)
+    return find_end_of_turn(rendered.rsplit(SENTINEL.format(0), 1)[-1], special_pattern(tokenizer)).group()
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds any of the tokenizer's special tokens in a text, the longest first."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return _pattern(tuple(sorted({*tokens, *tokenizer.all_special_tokens}, key=len, reverse=True)))
+
+
+@lru_cache(maxsize=8)
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tokens)))
+
+
+def find_end_of_turn(tail: str, special: re.Pattern[str]) -> re.Match[str]:
+    """The first special token in what a template puts behind an answer. Raises ValueError where there is none."""
+    found = special.search(tail)
+    if found is None:
+        raise ValueError(
+            f"the chat template puts no special token behind an answer (it goes on with {tail[:40]!r}), so the model "
+            "could not learn to stop: use an instruct version's template, or mark its end-of-turn token as special"
+        )
+    return found
+
+
+def lacks_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the tokenizer is to add its first token to a rendered conversation: its template has not written it.
+
+    As transformers' processors decide at inference; training must not differ.
+    """
+    return not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
