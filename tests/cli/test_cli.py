@@ -85,9 +85,10 @@ def test_chat_answers(trained):
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
 
 
-def test_convert_gives_a_run_its_published_form(trained):
-    result = call("convert", str(trained / "out"), str(trained / "published"), "--to", "published")
-    assert "converted" in result.output and (trained / "published" / "config.json").is_file()
+def test_convert_says_that_a_llava_folder_needs_no_conversion(trained):
+    with pytest.raises(ConfigError, match="needs no conversion"):
+        call("convert", str(trained / "out" / "model"), str(trained / "converted"))
+    assert not (trained / "converted").exists()
 
 
 def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):

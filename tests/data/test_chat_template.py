@@ -7,7 +7,7 @@ from jinja2 import Environment, TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from tests.data.test_chat import SYSTEM, TASK_TOKENS, TEMPLATES, make_processor, make_tokenizer
-from visper.data.chat_template import student_template, unwrapped_template
+from visper.data.chat_template import student_template
 from visper.quickstart.language import CHAT_TEMPLATE as QUICKSTART
 
 ALL_TEMPLATES = {**TEMPLATES, "quickstart": QUICKSTART}
@@ -179,4 +179,3 @@ def test_a_system_prompt_may_hold_any_words() -> None:
     template = student_template(TEMPLATES["chatml"], "<image>", TASK_TOKENS, odd)
     rendered = make_tokenizer(template).apply_chat_template([user("Hi")], tokenize=False)
     assert isinstance(rendered, str) and rendered.startswith(f"<|im_start|>system\n{odd}<|im_end|>")
-    assert unwrapped_template(template) == TEMPLATES["chatml"]

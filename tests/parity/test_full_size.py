@@ -8,8 +8,8 @@ import re
 
 import pytest
 
+from tests.published.names import published_name
 from visper.config import Stage, load_run
-from visper.distillation.heads import published_name
 from visper.distillation.teachers.from_run import planned_teachers
 from visper.model import build_skeleton
 from visper.training.assemble import build_training_model

@@ -8,12 +8,11 @@ from the output the loss reads: of the heads that have one output only, and of t
 import pytest
 import torch
 
+from tests.published.names import from_published, published_name
 from visper.distillation.heads import (
     EmbeddingPredictor,
     PredictorSpec,
-    from_published,
     predictor_spec,
-    published_name,
 )
 from visper.distillation.teachers import TargetSpec
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.published.names import from_published
 from visper.distillation import (
     DistilledTask,
     EmbeddingDistillation,
@@ -22,7 +23,6 @@ from visper.distillation import (
     predictor_spec,
     smooth_l1_per_sample,
 )
-from visper.distillation.heads import from_published
 from visper.model import Student, TaskTokens
 from visper.training import TrainingModel
 

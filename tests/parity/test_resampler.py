@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from visper.distillation.heads import PerceiverResampler, fit_queries, from_published, published_name
+from tests.published.names import from_published, published_name
+from visper.distillation.heads import PerceiverResampler, fit_queries
 
 # Measured over outputs and all gradients of all cases, relative to each tensor's largest value: 3.7e-6
 # (float32; SDPA and once-projected queries only change the order of sums).

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from tests import tiny
 from visper.published.config import read_published
 from visper.published.names import INPUT_TABLE, OUTPUT_TABLE
-from visper.published.skeleton import build_frame
+from visper.published.skeleton import converted_skeleton
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<unk>"]
 
@@ -116,10 +116,10 @@ def random_state(folder: Path, config: dict[str, Any]) -> dict[str, torch.Tensor
     save_published(folder / "empty", config, {})
     rows = config["num_task_tokens"] if config["model_type"] != "probe_dsg_llava_llama" else 0
     special = [f"model.special_{task}_tokens" for task in config["aux_mode"].split("-") if rows]
-    frame = build_frame(read_published(folder / "empty", special), folder / "out", None, encoder_inside=True)
+    skeleton = converted_skeleton(read_published(folder / "empty", special), folder / "out", None, encoder_inside=True)
     generator = torch.Generator().manual_seed(7)
     state = {}
-    for name, slot in frame.slots().items():
+    for name, slot in skeleton.slots().items():
         shape = (config["vocab_size"], slot.shape[1]) if slot.name in (INPUT_TABLE, OUTPUT_TABLE) else slot.shape
         state[name] = (torch.randn(shape, generator=generator) * 0.2).bfloat16()
         if ".linear_1." in name:

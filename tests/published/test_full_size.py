@@ -8,7 +8,7 @@ import pytest
 from tests.published.checkpoints import save_clip, save_published
 from visper.published.config import read_published
 from visper.published.names import account
-from visper.published.skeleton import build_frame
+from visper.published.skeleton import converted_skeleton
 
 CLIP_L = {
     "hidden_size": 1024,
@@ -71,14 +71,14 @@ def test_every_published_name_is_a_parameter_of_ours_and_none_is_left_over(golde
     config = config_of(name, shapes) | {"mm_vision_tower": str(save_clip(tmp_path / "clip", CLIP_L, weights=False))}
     # Fewer entries in the tokenizer than rows in its table, as in Phi-3: no table grows, all shapes must be equal.
     published = read_published(save_published(tmp_path / "published", config, {}, tokens=300), found)
-    frame = build_frame(published, tmp_path / "out", None, encoder_inside=True)
-    slots = frame.slots()
+    skeleton = converted_skeleton(published, tmp_path / "out", None, encoder_inside=True)
+    slots = skeleton.slots()
     unused = account(found, slots, published.folder)
     assert {n: slot.shape for n, slot in slots.items()} == {n: s for n, s in found.items() if n in slots}
     assert len(found) == len(slots) + sum(map(len, unused.values()))
     kind = next(kind for kind in LEFT_OUT if name.startswith(kind))
     assert sum(map(len, unused.values())) == LEFT_OUT[kind]
-    assert all(tensor.is_meta for n, tensor in frame.state.items() if n.startswith("language_model."))
+    assert all(tensor.is_meta for n, tensor in skeleton.state.items() if n.startswith("language_model."))
 
 
 def test_teachers_inside_the_student_are_left_out(golden, tmp_path):

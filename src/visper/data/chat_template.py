@@ -146,12 +146,6 @@ def _question(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     )
 
 
-def unwrapped_template(template: str) -> str:
-    """The LLM's own template inside one of ``student_template``; any other comes back as it is."""
-    end = _PREAMBLE.rsplit("\n", 1)[-1]
-    return template.split(end, 1)[1] if template.startswith("{%- set turns = ") and end in template else template
-
-
 def _literal(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"

@@ -7,7 +7,6 @@ Shape suffixes: B = samples, K = keys (hidden states), Q = queries, D = LLM widt
 E = teacher width, H = heads.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -250,50 +249,3 @@ class EmbeddingPredictor(nn.Module):
     def forward(self, states_BKD: Tensor, queries_BQD: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
         """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, queries fitted to the target's tokens."""
         return self.mlp(self.resampler(states_BKD, fit_queries(queries_BQD, self.tokens), key_mask_BK))
-
-
-PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
-    ("projector.", "resampler."),
-    ("linear_1.", "mlp."),
-    ("proj_in.", "project_in."),
-    ("proj_out.", "project_out."),
-    ("layers.#.0.norm1.", "layers.#.attention.norm_keys."),
-    ("layers.#.0.norm2.", "layers.#.attention.norm_queries."),
-    ("layers.#.0.to_q.", "layers.#.attention.to_query."),
-    ("layers.#.0.to_kv.", "layers.#.attention.to_key_value."),
-    ("layers.#.0.to_out.", "layers.#.attention.to_out."),
-    ("layers.#.1.0.", "layers.#.feed_forward.norm."),
-    ("layers.#.1.1.", "layers.#.feed_forward.widen."),
-    ("layers.#.1.3.", "layers.#.feed_forward.narrow."),
-)
-"""Parts of a published head's parameter names and ours, # being a number; read in both directions."""
-
-UNUSED_HEAD_PARTS = ("linear_2.", "linear_3.")
-"""More MLPs of the published depth head: computed there, read by no loss, never trained. Ours has the first alone."""
-
-
-def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published resampler's or head's parameters under our names."""
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        ours = published_name(name)
-        if ours is not None:
-            renamed[ours] = value
-    return renamed
-
-
-def published_name(name: str) -> str | None:
-    """Our name of a published parameter, None where we have no such parameter."""
-    return None if name.startswith(UNUSED_HEAD_PARTS) else _renamed(name, PUBLISHED_NAMES)
-
-
-def to_published_name(name: str) -> str:
-    """The published name of a parameter of ours: the way back of ``published_name``."""
-    return _renamed(name, tuple((ours, theirs) for theirs, ours in PUBLISHED_NAMES))
-
-
-def _renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for old, new in pairs:
-        # Only from the start of a part: "proj_in." must not match inside another word.
-        name = re.sub(r"(?<![^.])" + re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
-    return name

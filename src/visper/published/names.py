@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visper.common.errors import ConfigError
-from visper.distillation.heads import to_published_name
 
-MODEL, DISTILLATION, PROBES, PUBLISHED = "model", "distillation", "probes", "published"
-"""The folders of a converted checkpoint; see ``imports``."""
+MODEL, DISTILLATION, PROBES = "model", "distillation", "probes"
+"""The folders of a converted checkpoint; see ``to_visper``."""
 
 INPUT_TABLE, OUTPUT_TABLE = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-"""Our vocabulary tables, which have more rows than the published ones."""
+"""Visper's vocabulary tables, which have more rows than the published ones."""
 
 TOWER = "vision_tower."
 PUBLISHED_TOWER = "model.vision_tower.vision_tower."
+QUERIES = "task_tokens.queries."
+"""Prefix of the tasks' query matrices in visper."""
 
 MODEL_PREFIXES = (
     ("language_model.model.", "model."),
@@ -30,11 +31,27 @@ MODEL_PREFIXES = (
     ("vision_tower.backbone.", PUBLISHED_TOWER),
     (TOWER, PUBLISHED_TOWER),
 )
-"""How a parameter's name begins in our model folder and in a published checkpoint. The first that matches counts."""
+"""Prefix of a parameter's name in a visper model folder -> in a published checkpoint. The first match applies."""
+
+HEAD_NAMES = (
+    ("resampler.", "projector."),
+    ("mlp.", "linear_1."),
+    ("project_in.", "proj_in."),
+    ("project_out.", "proj_out."),
+    ("layers.#.attention.norm_keys.", "layers.#.0.norm1."),
+    ("layers.#.attention.norm_queries.", "layers.#.0.norm2."),
+    ("layers.#.attention.to_query.", "layers.#.0.to_q."),
+    ("layers.#.attention.to_key_value.", "layers.#.0.to_kv."),
+    ("layers.#.attention.to_out.", "layers.#.0.to_out."),
+    ("layers.#.feed_forward.norm.", "layers.#.1.0."),
+    ("layers.#.feed_forward.widen.", "layers.#.1.1."),
+    ("layers.#.feed_forward.narrow.", "layers.#.1.3."),
+)
+"""Part of a predictor's or probe's parameter name in visper -> in a published head; # is a number."""
 
 NEVER_USED = {
     "MLPs 2 and 3 of the depth head (no loss reads them)": r"image_depth_heads\.\d+\.linear_[23]\..*",
-    "teachers (ours stand outside the student)": r"(da_v2_head|dav2_backbone|oneformer|gen_encoder)\..*",
+    "teachers (kept outside the student)": r"(da_v2_head|dav2_backbone|oneformer|gen_encoder)\..*",
     "buffers (computed from the configuration)": r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)",
 }
 """What is left out of a conversion, by reason: patterns of published names. Everything else must find its place."""
@@ -43,9 +60,9 @@ _SHOWN = 30
 
 
 class Slot(NamedTuple):
-    """A parameter's place in our folders: which of them, its name there, its shape."""
+    """Where a published parameter goes: folder (None: read but not saved), name there, and its published shape."""
 
-    folder: str
+    folder: str | None
     name: str
     shape: tuple[int, ...]
 
@@ -70,15 +87,18 @@ def published_model_name(name: str) -> str:
 
 def published_head_name(name: str, layers: Mapping[str, Iterable[int]]) -> str:
     """The published name of a parameter of a distillation or probes folder; ``layers``: those tapped, by task."""
+    if name.startswith(QUERIES):
+        return f"model.special_{name.removeprefix(QUERIES)}_tokens"
     part, _, rest = name.removeprefix("objective.").partition(".")
     if part == "logit_scales":
         return f"{rest}_logit_scale"
-    if part == "task_tokens":
-        return f"model.special_{rest.removeprefix('queries.')}_tokens"
     assert part == "predictors", name
     key, _, inner = rest.partition(".")
     task, _, layer = key.rpartition("_")
-    return f"image_{task}_heads.{list(layers[task]).index(int(layer))}.{to_published_name(inner)}"
+    for ours, theirs in HEAD_NAMES:
+        # Only from the start of a part: "mlp." must not match inside another word.
+        inner = re.sub(r"(?<![^.])" + re.escape(ours).replace(r"\#", r"(\d+)"), theirs.replace("#", r"\1"), inner)
+    return f"image_{task}_heads.{list(layers[task]).index(int(layer))}.{inner}"
 
 
 def account(

@@ -37,7 +37,7 @@ from visper.published.names import (
     MODEL,
     OUTPUT_TABLE,
     PROBES,
-    PUBLISHED,
+    QUERIES,
     Slot,
     published_head_name,
     published_model_name,
@@ -51,7 +51,7 @@ PT_RECIPE = "_parts/_pt.yaml"
 
 
 @dataclass(frozen=True)
-class Frame:
+class Skeleton:
     """Everything of a converted checkpoint but its weights.
 
     Attributes:
@@ -59,7 +59,8 @@ class Frame:
         state: the student's parameters by their names on disk.
         run: of a PT checkpoint, the run that describes its predictors.
         probes: settings of its probes, by name.
-        heads: shapes of predictors, logit scales and query matrices, by folder and name there.
+        heads: shapes of predictors, logit scales and query matrices, by folder and name there; under None the query
+            matrices of a checkpoint without predictors, which are read for the task tokens' embeddings only.
         layers: those tapped, by task, in the checkpoint's order.
     """
 
@@ -67,7 +68,7 @@ class Frame:
     state: Mapping[str, Tensor]
     run: Run | None
     probes: Mapping[str, Mapping[str, Any]]
-    heads: Mapping[str, Mapping[str, tuple[int, ...]]]
+    heads: Mapping[str | None, Mapping[str, tuple[int, ...]]]
     layers: Mapping[str, tuple[int, ...]]
 
     def slots(self) -> dict[str, Slot]:
@@ -80,8 +81,8 @@ class Frame:
         return found
 
 
-def build_frame(published: Published, output: Path, encoder: str | None, encoder_inside: bool) -> Frame:
-    """Builds it.
+def converted_skeleton(published: Published, output: Path, encoder: str | None, encoder_inside: bool) -> Skeleton:
+    """Builds the converted checkpoint without its weights.
 
     Args:
         output: where the converted checkpoint will lie, for its run.
@@ -117,7 +118,7 @@ def build_frame(published: Published, output: Path, encoder: str | None, encoder
     run = _run(published, settings.model_dump(), output) if published.kind is Kind.PT and published.tasks else None
     probes = probe_settings(student.hidden_size, published.heads) if published.own_latents else {}
     layers = {task: head.layers for task, head in published.heads.items()}
-    return Frame(student, state, run, probes, _head_shapes(published, student, run, probes), layers)
+    return Skeleton(student, state, run, probes, _head_shapes(published, student, run, probes), layers)
 
 
 def _encoder(name: str, layer: int, size: int | None, inside: bool) -> Encoder:
@@ -175,7 +176,7 @@ def _tokenizer(published: Published, llm_config: PreTrainedConfig) -> PreTrained
 def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
     """PT as published, with this checkpoint's student, layers and sizes; its teachers are the recipe's.
 
-    The checkpoint's own teachers are named in formats we do not read (a .pth file) or repositories that are gone.
+    The checkpoint names its own teachers by a .pth file and by repositories that no longer exist.
     """
     recipe = read_recipe(PT_RECIPE)
     teachers = {task: settings["teacher"] for task, settings in recipe["distillation"]["tasks"].items()}
@@ -203,14 +204,14 @@ def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
     try:
         return Run.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{published.folder / 'config.json'} describes no run of ours: {error}") from error
+        raise ConfigError(f"{published.folder / 'config.json'} describes no valid run: {error}") from error
 
 
 def _head_shapes(
     published: Published, student: Student, run: Run | None, probes: Mapping[str, Any]
-) -> dict[str, dict[str, tuple[int, ...]]]:
+) -> dict[str | None, dict[str, tuple[int, ...]]]:
     queries: dict[str, tuple[int, ...]] = {
-        f"task_tokens.queries.{task}": (rows, student.hidden_size) for task, rows in published.query_rows.items()
+        f"{QUERIES}{task}": (rows, student.hidden_size) for task, rows in published.query_rows.items()
     }
     if run is not None:
         assert run.distillation is not None
@@ -225,7 +226,7 @@ def _head_shapes(
             shapes = {f"predictors.{n}": tuple(t.shape) for n, t in build_probes(probes).state_dict().items()}
         scales = published.heads if published.kind is Kind.PT else ()
         return {PROBES: shapes | {f"logit_scales.{task}": () for task in scales}}
-    return {PUBLISHED: queries} if queries else {}
+    return {None: queries} if queries else {}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,15 @@
-"""A published checkpoint becomes our folder.
+"""Converts a published checkpoint to a visper folder.
 
 Layout of the output::
 
     model/          a plain LLaVA folder, as a stage writes it: loads in transformers without this package
     distillation/   of a PT checkpoint: predictors, logit scales, query matrices and their run, as PT writes them
     probes/         of a probe checkpoint, or of PT without task tokens: heads with latents of their own
-    published/      for the way back: config.json and tokenizer as they were, and what has no place above
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,37 +21,23 @@ from visper.common.errors import ConfigError
 from visper.common.files import atomic_path
 from visper.config import save_run
 from visper.model import TaskTokens, save_processor
-from visper.published.config import Published, read_published
+from visper.published.config import read_published
 from visper.published.names import (
     DISTILLATION,
     INPUT_TABLE,
     MODEL,
     OUTPUT_TABLE,
     PROBES,
-    PUBLISHED,
     PUBLISHED_TOWER,
+    QUERIES,
     TOWER,
     Report,
     Slot,
     account,
 )
 from visper.published.probes import PROBES_FILE, WEIGHTS_FILE
-from visper.published.skeleton import Frame, build_frame
+from visper.published.skeleton import Skeleton, converted_skeleton
 from visper.published.weights import ShardWriter, Weights, fetch
-
-OVERWRITTEN = "overwritten_rows"
-"""Name of the input table's rows that task tokens took, where the published table has room to spare (Phi-3)."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
 
 
 def convert_published(source: str, output: str | Path, encoder: str | None = None) -> Report:
@@ -68,37 +52,34 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
             parameters are not exactly those that its configuration describes.
     """
     out = Path(output)
-    refuse_existing(out)
+    if out.exists():
+        raise ConfigError(f"'{out}' exists: give a new folder, or remove it")
     folder = fetch(source)
     weights = Weights.of(folder)
     published = read_published(folder, weights.shapes)
     inside = any(name.startswith(PUBLISHED_TOWER) for name in weights.shapes)
-    frame = build_frame(published, out, encoder, inside)
-    slots = frame.slots()
+    skeleton = converted_skeleton(published, out, encoder, inside)
+    slots = skeleton.slots()
     unused = account(weights.shapes, slots, folder, tower_elsewhere=not inside)
     report = Report(out, left_out={reason: len(names) for reason, names in unused.items()})
+    if None in skeleton.heads:
+        report.left_out["query matrices (task tokens are the means of their rows)"] = len(skeleton.heads[None])
     with atomic_path(out) as partial:
         partial.mkdir()
-        heads = _write_model(partial / MODEL, weights, slots, frame, inside)
-        report.written[MODEL] = len(frame.state)
+        heads = _write_model(partial / MODEL, weights, slots, skeleton, inside)
+        report.written[MODEL] = len(skeleton.state)
         for place, tensors in heads.items():
             (partial / place).mkdir()
             save_file(tensors, partial / place / WEIGHTS_FILE, metadata={"format": "pt"})
             report.written[place] = len(tensors)
-        _write_settings(partial, frame, published)
+        _write_settings(partial, skeleton)
     if not inside:
         report.notes.append(f"the image encoder's weights come from '{encoder or published.config['mm_vision_tower']}'")
     return report
 
 
-def refuse_existing(output: Path) -> None:
-    """Raises ConfigError where ``output`` exists: a conversion overwrites nothing."""
-    if output.exists():
-        raise ConfigError(f"'{output}' exists: give a new folder, or remove it")
-
-
 def _write_model(
-    folder: Path, weights: Weights, slots: Mapping[str, Slot], frame: Frame, inside: bool
+    folder: Path, weights: Weights, slots: Mapping[str, Slot], skeleton: Skeleton, inside: bool
 ) -> dict[str, dict[str, Tensor]]:
     """Writes the model's shards, one for each file that was read, and returns everything else, by folder."""
     folder.mkdir()
@@ -107,27 +88,26 @@ def _write_model(
     ]
     writer = ShardWriter(folder, len(shared) + (not inside))
     heads: dict[str, dict[str, Tensor]] = {}
-    tokens = _task_tokens(weights, slots, frame)
+    tokens = _task_tokens(weights, slots, skeleton)
     for file in weights.files:
         shard: dict[str, Tensor] = {}
         wanted = [name for name, place in weights.where.items() if place == file and name in slots]
         for name, tensor in weights.tensors(file, wanted):
             place, ours, shape = slots[name]
+            if place is None:
+                continue
             if place != MODEL:
-                heads.setdefault(place, {})[ours] = tensor.clone().reshape(frame.heads[place][ours])
+                heads.setdefault(place, {})[ours] = tensor.clone().reshape(skeleton.heads[place][ours])
             elif ours in (INPUT_TABLE, OUTPUT_TABLE):
                 shard[ours] = _grown(tensor, shape[0])
                 if ours == INPUT_TABLE and tokens is not None:
-                    taken = tokens.token_ids[tokens.token_ids < len(tensor)]
-                    if len(taken):
-                        heads.setdefault(PUBLISHED, {})[OVERWRITTEN] = tensor[taken].clone()
                     tokens.write_back(nn.Embedding.from_pretrained(shard[ours]))
             else:
                 shard[ours] = tensor
         if shard:
             writer.write(shard)
     if not inside:
-        writer.write({name: tensor for name, tensor in frame.state.items() if name.startswith(TOWER)})
+        writer.write({name: tensor for name, tensor in skeleton.state.items() if name.startswith(TOWER)})
     writer.finish()
     return heads
 
@@ -136,13 +116,12 @@ def _goes(slots: Mapping[str, Slot], name: str, folder: str) -> bool:
     return name in slots and slots[name].folder == folder
 
 
-def _task_tokens(weights: Weights, slots: Mapping[str, Slot], frame: Frame) -> TaskTokens | None:
-    prefix = "task_tokens.queries."
-    names = {slot.name.removeprefix(prefix): name for name, slot in slots.items() if slot.name.startswith(prefix)}
+def _task_tokens(weights: Weights, slots: Mapping[str, Slot], skeleton: Skeleton) -> TaskTokens | None:
+    names = {slot.name.removeprefix(QUERIES): name for name, slot in slots.items() if slot.name.startswith(QUERIES)}
     if not names:
         return None
     found = weights.read(names.values())
-    return TaskTokens(frame.student.task_token_ids, {task: found[name] for task, name in names.items()})
+    return TaskTokens(skeleton.student.task_token_ids, {task: found[name] for task, name in names.items()})
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:
@@ -151,18 +130,14 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
-def _write_settings(partial: Path, frame: Frame, published: Published) -> None:
+def _write_settings(partial: Path, skeleton: Skeleton) -> None:
     """Everything that is not weights."""
-    model = frame.student.model
+    model = skeleton.student.model
     model.config.save_pretrained(partial / MODEL)
     assert model.generation_config is not None
     model.generation_config.save_pretrained(partial / MODEL)
-    save_processor(frame.student, partial / MODEL)
-    if frame.run is not None:
-        save_run(frame.run, partial / DISTILLATION / "run.yaml")
-    if frame.probes:
-        (partial / PROBES / PROBES_FILE).write_text(json.dumps(frame.probes, indent=1), encoding="utf-8")
-    (partial / PUBLISHED).mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (published.folder / name).is_file():
-            shutil.copyfile(published.folder / name, partial / PUBLISHED / name)
+    save_processor(skeleton.student, partial / MODEL)
+    if skeleton.run is not None:
+        save_run(skeleton.run, partial / DISTILLATION / "run.yaml")
+    if skeleton.probes:
+        (partial / PROBES / PROBES_FILE).write_text(json.dumps(skeleton.probes, indent=1), encoding="utf-8")

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForDepthEstimation
 
-from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
-from visper.distillation.teachers.depth_original import read_original
+from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
-from visper.model.encoders import IMAGENET_MEAN, IMAGENET_STD
 from visper.model.hub import sizes_of
 
 
@@ -21,32 +19,24 @@ class DepthAnythingTeacher(Teacher):
     """Target: the mean of the backbone levels that the depth head reads (336 px, Large: 576 x 1024).
 
     Args:
-        model: hub id or folder of a ``DepthAnythingForDepthEstimation``, or an original V2 ``.pth`` file.
+        model: hub id or folder of a ``DepthAnythingForDepthEstimation`` (the published ``-hf`` weights).
         size: pixels a side, a multiple of the patch size.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
     def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
         super().__init__()
-        original = _is_original(model)
-        self.model = (
-            read_original(model)
-            if original
-            else loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
-        )
+        _refuse_pth(model)
+        self.model = loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
-        if original:  # the file does not say; every Depth Anything was trained so
-            self.preprocess = SquashedImage((size, size), IMAGENET_MEAN, IMAGENET_STD)
-        else:
-            self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
+        self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
 
     @classmethod
     def planned_spec(cls, model: str | Path, size: int = 336, **options: Any) -> TargetSpec:
-        """Read from the configuration, or the shapes in an original file."""
-        if _is_original(model):
-            return _spec(read_original(model).config, size)
+        """Read from the configuration alone."""
+        _refuse_pth(model)
         return _spec(sizes_of(str(model), "depth_anything teacher"), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -71,8 +61,12 @@ class DepthAnythingTeacher(Teacher):
         return ((depth - low) / (high - low).clamp(min=1e-6))[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def _is_original(model: str | Path) -> bool:
-    return Path(model).suffix == ".pth"
+def _refuse_pth(model: str | Path) -> None:
+    if Path(model).suffix == ".pth":
+        raise ValueError(
+            f"'{model}' is a .pth file of the original Depth Anything code, expected weights in transformers' format: "
+            "set 'model' to depth-anything/Depth-Anything-V2-Large-hf (or Base, Small), or a folder of one"
+        )
 
 
 def _spec(config: Any, size: int) -> TargetSpec:
