@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,13 @@ from torch import Tensor
 
 from visper.data.images import open_image
 from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce_per_sample, smooth_l1_per_sample
+from visper.quickstart import BASES
 from visper.target_store import quantize as packing_module
 from visper.target_store.fingerprint import Fingerprint
 from visper.target_store.quantize import DTYPES, LARGEST, Packing
 from visper.target_store.store import StoredTeacher, TaskTargets, write_part
+
+TOWER = "visper.quickstart.tower:TowerTeacher"
 
 PUBLISHED = {"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)}
 PICTURES = 558_128
@@ -126,7 +128,7 @@ def cases(photos: Path, onnx: Path | None, count: int) -> Iterator[tuple[str, Te
     for task in ("depth", "seg", "gen"):
         yield (
             f"quickstart {task}",
-            over(build_teacher("tower", str(files("visper.quickstart") / f"bases/teacher_{task}"))),
+            over(build_teacher(TOWER, BASES / f"teacher_{task}")),
         )
     if onnx is not None:
         options = {"layout": "NHWC", "mean": 0.5, "std": 0.5, "output_layout": "NCHW"}

@@ -186,7 +186,7 @@ def test_no_teacher_is_in_the_state_dict(objective):
 
 
 def test_objective_of_a_run():
-    teacher = {"kind": "tower", "model": "x"}
+    teacher = {"kind": "features", "model": "x"}
     tasks = {
         "depth": {"teacher": teacher, "layers": [2], "weight": 0.25, "predictor": {"mlp": False}},
         "normals": {"teacher": teacher, "layers": [1, 2]},

@@ -46,7 +46,7 @@ def test_targets_that_break_the_spec_are_refused():
 def test_an_unknown_kind_names_the_nearest():
     with pytest.raises(ValueError, match="unknown teacher kind 'depth_anythin': did you mean 'depth_anything'"):
         build_teacher("depth_anythin", "x")
-    with pytest.raises(ValueError, match="there are tower, onnx"):
+    with pytest.raises(ValueError, match="there are onnx, depth_anything"):
         build_teacher("qqq", "x")
 
 

@@ -160,7 +160,7 @@ def test_an_ift_folder_has_nothing_to_look_at(trained, tmp_path):
 
 
 def test_a_missing_teacher_is_named_with_the_way_out(trained):
-    away = "distillation.tasks.depth.teacher={kind: tower, model: /gone/teacher_depth}"
+    away = "distillation.tasks.depth.teacher={kind: features, model: /gone/teacher_depth}"
     with pytest.raises(ConfigError, match=r"task 'depth'.*'/gone/teacher_depth'[\s\S]*--set dist"):
         load_pre_trained(trained, [away])
 

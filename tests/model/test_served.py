@@ -15,7 +15,7 @@ from tests.data.test_chat import LLAMA_3, MARKERS, PHI_3
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.model import build_student, load_processor, load_student, save_student
-from visper.quickstart.bases import BASES
+from visper.quickstart import BASES
 
 # In a process that cannot import this package: eight questions of different length in one batch, then one by one.
 ASK = """

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
+from tools.quickstart_bases.encoder import to_pixels
+from tools.quickstart_bases.teachers import CONFIGS
 from visper.distillation.teachers import build_teacher
-from visper.quickstart.bases import BASES
-from visper.quickstart.encoder_base import to_pixels
+from visper.quickstart import BASES
 from visper.quickstart.scenes import GRID, Scene, draw_scene
-from visper.quickstart.teacher_bases import CONFIGS
 
 MEGABYTE = 1_000_000
+TOWER = "visper.quickstart.tower:TowerTeacher"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_encoder_loads_with_its_image_processor(scenes: list[Scene]) -> None
 
 @pytest.mark.parametrize("task", list(CONFIGS))
 def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene]) -> None:
-    teacher = build_teacher("tower", BASES / f"teacher_{task}")
+    teacher = build_teacher(TOWER, BASES / f"teacher_{task}")
     pixels = torch.stack([teacher.preprocess(Image.fromarray(s.image)) for s in scenes])
     target = teacher(pixels)
     pictures = teacher.decode(target)
@@ -59,7 +60,7 @@ def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene])
 
 
 def test_the_depth_and_segmentation_teachers_see(scenes: list[Scene]) -> None:
-    depth, seg = (build_teacher("tower", BASES / f"teacher_{task}") for task in ("depth", "seg"))
+    depth, seg = (build_teacher(TOWER, BASES / f"teacher_{task}") for task in ("depth", "seg"))
     pixels = torch.stack([depth.preprocess(Image.fromarray(s.image)) for s in scenes])
     wanted = torch.from_numpy(np.stack([s.depth for s in scenes]))
     error = (depth.decode_values(depth(pixels))[:, 0] / wanted - 1).abs().mean()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from visper.quickstart.patches import patch_labels
+from tools.quickstart_bases.patches import patch_labels
 from visper.quickstart.scenes import CLASSES, FAR, GRID, MIN_VISIBLE_PIXELS, NEAR, SHAPES, SIZE, Scene, draw_scene
 
 

@@ -93,13 +93,16 @@ def of_transformers(folder):
     }
 
 
+TOWER = "visper.quickstart.tower:TowerTeacher"
+
+
 def towers_and_onnx(folder):
     save_onnx = pytest.importorskip("tests.distillation.test_onnx").save
     bases = Path(visper.quickstart.__file__).parent / "bases"
     return {
-        "depth": {"kind": "tower", "model": str(bases / "teacher_depth")},
+        "depth": {"kind": TOWER, "model": str(bases / "teacher_depth")},
         "seg": {"kind": "onnx", "model": str(save_onnx(folder / "m.onnx")), "grid": 4},
-        "gen": {"kind": "tower", "model": str(bases / "teacher_gen")},
+        "gen": {"kind": TOWER, "model": str(bases / "teacher_gen")},
     }
 
 

@@ -15,7 +15,7 @@ GRAY = (100, 110, 120)
 
 
 def key_of(model, geometry="squash", background=GRAY, **options):
-    return Fingerprint.of(Teacher(kind="tower", model=str(model), **options), geometry, background).key
+    return Fingerprint.of(Teacher(kind="features", model=str(model), **options), geometry, background).key
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_hub_id_is_its_commit_or_unknown(monkeypatch):
 
 def test_a_teacher_of_ones_own_is_its_code_too():
     assert Fingerprint.of(Teacher(kind="tests.tiny:PooledColors", model="a"), "squash", GRAY).code
-    assert Fingerprint.of(Teacher(kind="tower", model="a"), "squash", GRAY).code is None
+    assert Fingerprint.of(Teacher(kind="features", model="a"), "squash", GRAY).code is None
 
 
 def test_our_preprocessing_gives_the_pixels_of_computation_1(tmp_path):

@@ -68,7 +68,7 @@ def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -
     total = (student + teachers) * opt.global_batch
     console.print(
         f"operations: {total:.3g} a step, {total * steps:.3g} in {steps:,} steps; teachers "
-        f"{teachers / (student + teachers):.0%} of them (those of kinds tower, onnx and your own are not counted)"
+        f"{teachers / (student + teachers):.0%} of them (those of kind onnx and your own are not counted)"
     )
     seconds = planner.seconds()
     if seconds is None:

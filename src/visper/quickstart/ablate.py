@@ -32,9 +32,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arm -> what it changes in the pre-training recipe."""
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Two-sided 95 % quantiles of Student's t, for 1 to 10 degrees of freedom."""
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -97,11 +94,16 @@ def differences(
     for kind in ours[0]:
         points = [100 * (a[kind] - b[kind]) for a, b in zip(ours, baseline, strict=True)]
         mean = statistics.fmean(points)
-        freedom = len(points) - 1
-        quantile = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.4 / freedom
-        spread = quantile * statistics.stdev(points) / math.sqrt(len(points))
+        spread = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
         rows.append(Difference(arm, kind, mean, mean - spread, mean + spread))
     return rows
+
+
+def t_quantile(freedom: int) -> float:
+    """Student's t at 97.5 %, which bounds a two-sided 95 % interval, for ``freedom`` degrees of freedom."""
+    from scipy.stats import t  # a second to import: only this verb pays for it
+
+    return float(t.ppf(0.975, freedom))
 
 
 def show(

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation.predictions import teacher_targets
+from visper.quickstart.tower import TowerTeacher
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out scenes: pictures and exact maps (depth in metres, classes), in one order."""
+    """Held-out scenes: images and exact maps (depth in meters, classes), in one order."""
 
-    pictures: list[Image.Image]
-    depth: Tensor  # [S, H, W] metres
+    images: list[Image.Image]
+    depth: Tensor  # [S, H, W] meters
     classes: Tensor  # [S, H, W]
     objects: Tensor  # [S, H, W], True on named objects
 
@@ -37,16 +37,16 @@ class HeldOut:
             depth = torch.from_numpy(arrays["depth"][:limit].astype(np.float32))
             classes = torch.from_numpy(arrays["classes"][:limit].astype(np.int64))
             objects = torch.from_numpy(arrays["instances"][:limit] > 0)
-        pictures = []
+        images = []
         for name in names:
             with Image.open(world / "images" / name) as file:
-                pictures.append(file.convert("RGB"))
-        return cls(pictures, depth, classes, objects)
+                images.append(file.convert("RGB"))
+        return cls(images, depth, classes, objects)
 
     def part(self, start: int, stop: int) -> HeldOut:
         """Scenes ``start`` up to ``stop``."""
         cut = slice(start, stop)
-        return HeldOut(self.pictures[cut], self.depth[cut], self.classes[cut], self.objects[cut])
+        return HeldOut(self.images[cut], self.depth[cut], self.classes[cut], self.objects[cut])
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def findings(
     """Every tapped layer's findings; ``predicted`` are of the judged scenes, in their order."""
     found = []
     for task, teacher in teachers.items():
-        mean_NE = teacher_targets(teacher, fit.pictures).mean(0)
-        target_SNE = teacher_targets(teacher, judged.pictures)
+        mean_NE = teacher_targets(teacher, fit.images).mean(0)
+        target_SNE = teacher_targets(teacher, judged.images)
         shuffled = target_SNE.roll(len(target_SNE) // 2, dims=0)
         for name, values in predicted.items():
             if name.split("/")[0] != task:
@@ -93,14 +93,14 @@ def findings(
 def _drawn(
     name: str, teacher: TowerTeacher, values: Tensor, target: Tensor, fit: HeldOut, judged: HeldOut
 ) -> list[Finding]:
-    """The decoded prediction against the exact maps, where the teacher's picture is a map."""
+    """The decoded prediction against the exact maps, where the teacher's output is a map."""
     head = teacher.model.config.head
     ours, ceiling = teacher.decode_values(values), teacher.decode_values(target)
     on = judged.objects
     if head == "depth":
         mean_map = fit.depth.log().mean(0).exp().expand_as(judged.depth)
         result = []
-        for where, mask in (("picture", torch.ones_like(on)), ("objects", on)):
+        for where, mask in (("image", torch.ones_like(on)), ("objects", on)):
             error = [_relative_error(d, judged.depth, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
             controls = {"mean map": error[1], "teacher": error[2]}
             result.append(Finding(name, f"depth error, {where}", error[0], controls, False))
@@ -112,7 +112,7 @@ def _drawn(
         object_counts = (F.one_hot(fit.classes) * fit.objects[..., None]).sum(0)
         on_objects = object_counts.argmax(-1).expand_as(judged.classes)
         result = []
-        for where, mask, guess in (("picture", torch.ones_like(on), by_position), ("objects", on, on_objects)):
+        for where, mask, guess in (("image", torch.ones_like(on), by_position), ("objects", on, on_objects)):
             right = [
                 float((classes == judged.classes)[mask].float().mean())
                 for classes in (ours.argmax(1), guess, ceiling.argmax(1))

@@ -1,165 +1,215 @@
-"""The quickstart's HTML report: scores, what the layers predict while PT runs, loss curves, sample answers."""
+"""The quickstart's HTML report: scores, what the layers predict during PT, loss curves, sample answers.
+
+The page is ``report.html.jinja``; this file gathers what stands on it. It holds no script and fetches nothing.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from visper.common.files import atomic_path, write_text
-from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation import Answered
 from visper.evaluation.contact_sheet import contact_sheet, images_of
 from visper.evaluation.predictions import teacher_targets
-from visper.quickstart import page
 from visper.quickstart.controls import HeldOut
 from visper.quickstart.monitor import read_predictions
 from visper.quickstart.questions import CHANCE
 from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result
+from visper.quickstart.tower import TowerTeacher
 
 SHOWN = 5
 """Scenes drawn in the report."""
+NOT_DRAWN = {"step", "epoch", "learning_rate", "grad_norm"}
+"""Logged values that get no curve."""
+
+Grid = tuple[list[str], list[list[Image.Image]]]
+"""Captions of the columns, and rows of images."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: its text, and the CSS classes it is shown with."""
+
+    text: str
+    classes: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged value as an SVG line; nothing is smoothed."""
+
+    name: str
+    range: str
+    path: str
+    width: int = 240
+    height: int = 96
 
 
 def write_report(result: Result, budget: Budget) -> Path:
-    """Writes ``report.html`` and ``predictions.png`` (the grid of pictures alone) and returns the page's path."""
+    """Writes ``report.html`` and ``predictions.png`` (the grid of images alone) and returns the page's path."""
     out = result.out
-    sheets = prediction_sheets(result, budget)
-    # The README's picture: the last layer of each task, at the end of PT.
+    grids = prediction_grids(result, budget)
+    # The README's image: the last layer of each task, at the end of PT.
     with atomic_path(out / "predictions.png") as partial:
-        overview(sheets).save(partial, "PNG", optimize=True)
-    sections = [
-        ("Questions about pictures it never saw", scores_section(result)),
-        ("What the LLM's layers predict while PT runs", "".join(page.sheet(*sheet) for sheet in sheets.values())),
-        ("The predictions, beside their controls", findings_section(result)),
-        ("Losses of PT", page.curves(read_log(out / "pt" / "log.jsonl"), skip=("learning_rate", "grad_norm"))),
-        ("Losses of IFT", page.curves(read_log(out / "ift" / "log.jsonl"), skip=("learning_rate", "grad_norm"))),
-        ("Answers", answers_section(result)),
-        ("The run", run_section(result)),
-    ]
-    lead = f"A student pre-trained with embedding distillation and fine-tuned on rendered scenes; seed {result.seed}."
-    write_text(out / "report.html", page.page("VisPer quickstart", lead, sections))
+        overview(grids).save(partial, "PNG", optimize=True)
+    page = render(
+        seed=result.seed,
+        scores=scores_table(result),
+        predictions=[(header, [[data_uri(image) for image in row] for row in rows]) for header, rows in grids.values()],
+        findings=findings_table(result),
+        losses=[(stage.upper(), curves(read_log(out / stage / "log.jsonl"))) for stage in result.runs],
+        answers=sample_answers(result),
+        run=run_lines(result),
+    )
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 
-Sheet = tuple[list[str], list[list[Image.Image]]]
+def render(**content: Any) -> str:
+    """The page. Texts are escaped; a value that the page lacks is an error, never a blank."""
+    environment = Environment(
+        loader=PackageLoader("visper.quickstart", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.jinja").render(**content)
 
 
-def prediction_sheets(result: Result, budget: Budget) -> dict[str, Sheet]:
-    """Per tapped layer a grid: picture, teacher, and the prediction at each watched step."""
+def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
+    """Per tapped layer: the image, the teacher's output, and the prediction at each monitored step."""
     held_out = HeldOut.read(result.world, 2 * budget.judged)
     judged = held_out.part(budget.judged, 2 * budget.judged)
-    chosen = [len(judged.pictures) * i // SHOWN for i in range(SHOWN)]
-    pictures = [judged.pictures[i] for i in chosen]
-    watched = read_predictions(result.out / "watched")
-    sheets: dict[str, Sheet] = {}
-    for name in next(iter(watched.values())):
+    chosen = [len(judged.images) * i // SHOWN for i in range(SHOWN)]
+    images = [judged.images[i] for i in chosen]
+    monitored = read_predictions(result.out / "monitored")
+    grids: dict[str, Grid] = {}
+    for name in next(iter(monitored.values())):
         task = name.split("/")[0]
         teacher = TowerTeacher(result.out / "bases" / f"teacher_{task}")
-        columns = [pictures, images_of(teacher.decode(teacher_targets(teacher, pictures)))]
-        columns += [images_of(teacher.decode(values[name][chosen])) for values in watched.values()]
-        header = ["picture", f"{task} teacher", *(f"layer {name.split('/')[1]}, step {step}" for step in watched)]
-        sheets[name] = (header, [list(row) for row in zip(*columns, strict=True)])
-    return sheets
+        columns = [images, images_of(teacher.decode(teacher_targets(teacher, images)))]
+        columns += [images_of(teacher.decode(values[name][chosen])) for values in monitored.values()]
+        header = ["image", f"{task} teacher", *(f"layer {name.split('/')[1]}, step {step}" for step in monitored)]
+        grids[name] = (header, [list(row) for row in zip(*columns, strict=True)])
+    return grids
 
 
-def overview(sheets: dict[str, Sheet]) -> Image.Image:
-    """One picture: input, then each task's teacher beside the last step of its last layer."""
-    last: dict[str, Sheet] = {name.split("/")[0]: sheet for name, sheet in sheets.items()}
-    header, rows = ["picture"], [[row[0]] for row in next(iter(last.values()))[1]]
-    for task, (names, pictures) in last.items():
+def overview(grids: Mapping[str, Grid]) -> Image.Image:
+    """One image: the input, then each task's teacher beside the last step of its last layer."""
+    last: dict[str, Grid] = {name.split("/")[0]: grid for name, grid in grids.items()}
+    header, rows = ["image"], [[row[0]] for row in next(iter(last.values()))[1]]
+    for task, (names, shown_rows) in last.items():
         header += [f"{task}: teacher", f"{task}: {names[-1].split(',')[0]}"]
-        for row, shown in zip(rows, pictures, strict=True):
+        for row, shown in zip(rows, shown_rows, strict=True):
             row += [shown[1], shown[-1]]
     captioned = [list(zip(header if r == 0 else [""] * len(header), row, strict=True)) for r, row in enumerate(rows)]
     return contact_sheet(captioned)
 
 
-def scores_section(result: Result) -> str:
+def scores_table(result: Result) -> dict[str, Any]:
     """Accuracy by kind beside the blind model, the untrained one, chance, and the best cheap cue."""
     blind = {row.kind: row for row in result.scores[BLIND]}
     before = {row.kind: row for row in result.scores[UNTRAINED]}
-    rows, flags = [], {}
-    for index, row in enumerate(result.scores[TRAINED]):
+    rows = []
+    for row in result.scores[TRAINED]:
         low, high = row.interval
-        flags[(index, 1)] = "good" if low > blind[row.kind].interval[1] else "bad"
-        cues = ", ".join(f"{name} {value:.0%}" for name, value in result.cues.get(row.kind, {}).items())
-        chance = f"{CHANCE[row.kind]:.0%}" if row.kind in CHANCE else ""
         blind_low, blind_high = blind[row.kind].interval
+        cues = ", ".join(f"{name} {value:.0%}" for name, value in result.cues.get(row.kind, {}).items())
         rows.append(
             [
-                row.kind,
-                f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})",
-                f"{blind[row.kind].accuracy:.1%} ({blind_low:.1%} to {blind_high:.1%})",
-                f"{before[row.kind].accuracy:.1%}",
-                chance,
-                cues,
+                Cell(row.kind),
+                Cell(f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})", "number " + _mark(low > blind_high)),
+                Cell(f"{blind[row.kind].accuracy:.1%} ({blind_low:.1%} to {blind_high:.1%})", "number"),
+                Cell(f"{before[row.kind].accuracy:.1%}", "number"),
+                Cell(f"{CHANCE[row.kind]:.0%}" if row.kind in CHANCE else "", "number"),
+                Cell(cues),
             ]
         )
-    header = [
-        "kind",
-        "trained",
-        "blind: another's picture",
-        "before training",
-        "chance",
-        "what a cheap cue alone scores",
-    ]
-    explained = (
-        "Share of right answers with Wilson's 95 % intervals. The blind column is the same trained model shown another "
-        "question's picture. Green: the intervals are apart. A cheap cue answers from one number, such as the image "
-        "row or the apparent size; the questions are drawn so that none gets far."
-    )
-    return page.table(header, rows, flags) + page.note(explained)
+    header = ["kind", "trained", "blind: another's image", "before training", "chance", "what a cheap cue alone scores"]
+    return {"header": header, "rows": rows}
 
 
-def findings_section(result: Result) -> str:
+def findings_table(result: Result) -> dict[str, Any]:
     """Every measure of every tapped layer; green where it beats all of its controls."""
-    rows, flags = [], {}
-    for index, finding in enumerate(result.findings):
+    rows = []
+    for finding in result.findings:
         controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
-        flags[(index, 2)] = "good" if finding.beats_controls else "bad"
-        better = "higher" if finding.higher else "lower"
-        rows.append([finding.name, finding.measure, f"{finding.value:.3f}", better, controls])
-    explained = (
-        "On held-out scenes, after PT, from a fixed prompt without an answer. The teacher is the ceiling; every other "
-        "control must be beaten for a layer to be said to see. Without taking the mean target away a cosine of 0.9 "
-        "means nothing: all scenes share a layout."
-    )
-    return page.table(["layer", "measure", "prediction", "better", "controls"], rows, flags) + page.note(explained)
+        rows.append(
+            [
+                Cell(finding.name),
+                Cell(finding.measure),
+                Cell(f"{finding.value:.3f}", "number " + _mark(finding.beats_controls)),
+                Cell("higher" if finding.higher else "lower"),
+                Cell(controls),
+            ]
+        )
+    return {"header": ["layer", "measure", "prediction", "better", "controls"], "rows": rows}
 
 
-def answers_section(result: Result) -> str:
+def sample_answers(result: Result) -> list[dict[str, Any]]:
     """A few questions of every kind with the answers given, right and wrong as they come."""
     by_kind: dict[str, list[Answered]] = {}
     for row in result.answered:
         by_kind.setdefault(row.kind, []).append(row)
-    blocks = []
-    for kind, rows in by_kind.items():
-        chosen = rows[:: max(1, len(rows) // 3)][:3]
-        for row in chosen:
-            with Image.open(result.world / "images" / str(row.image)) as file:
-                shown = page.picture(file.convert("RGB"))
-            mark = "right" if row.correct else f"wrong, it is {row.expected}"
-            text = page.note(f"{kind}: {row.question}") + page.note(f"answer: {row.said} ({mark})")
-            blocks.append(f"<div>{shown}{text}</div>")
-    return f"<div class='sheet' style='grid-template-columns:repeat(3,1fr)'>{''.join(blocks)}</div>"
+    chosen = [row for rows in by_kind.values() for row in rows[:: max(1, len(rows) // 3)][:3]]
+    found = []
+    for row in chosen:
+        with Image.open(result.world / "images" / str(row.image)) as file:
+            uri = data_uri(file.convert("RGB"))
+        verdict = "right" if row.correct else f"wrong, it is {row.expected}"
+        found.append({"uri": uri, "kind": row.kind, "question": row.question, "said": row.said, "verdict": verdict})
+    return found
 
 
-def run_section(result: Result) -> str:
-    """Command, machine, versions, seconds."""
+def run_lines(result: Result) -> tuple[str, ...]:
+    """Steps, seconds, machine and versions."""
     seconds = ", ".join(f"{part} {taken:.0f} s" for part, taken in result.seconds.items())
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     steps = ", ".join(f"{stage} {run.optimization.max_steps} steps" for stage, run in result.runs.items())
-    lines = (steps, seconds, f"{torch.get_num_threads()} threads on {platform.machine()}; {versions}")
-    return "".join(page.note(line) for line in lines)
+    return (steps, seconds, f"{torch.get_num_threads()} threads on {platform.machine()}; {versions}")
 
 
-def read_log(path: Path) -> Sequence[dict[str, float]]:
+def curves(logs: Sequence[Mapping[str, float]]) -> list[Curve]:
+    """A curve for every logged value with more than one point."""
+    names = sorted({name for entry in logs for name in entry} - NOT_DRAWN)
+    points = {name: [(entry["step"], entry[name]) for entry in logs if name in entry] for name in names}
+    return [_curve(name, own) for name, own in points.items() if len(own) > 1]
+
+
+def _curve(name: str, points: Sequence[tuple[float, float]]) -> Curve:
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    across, up = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
+    width, height, margin = Curve.width, Curve.height, 4
+    path = " ".join(
+        f"{margin + (x - min(xs)) / across * (width - 2 * margin):.1f},"
+        f"{height - margin - (y - min(ys)) / up * (height - 2 * margin):.1f}"
+        for x, y in points
+    )
+    return Curve(name, f"{ys[0]:.3g} to {ys[-1]:.3g} in {max(xs):g} steps", path)
+
+
+def data_uri(image: Image.Image, scale: int = 2) -> str:
+    """An enlarged image as a ``data:`` address, so that the page is one file."""
+    enlarged = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    enlarged.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
     """The entries of a stage's log that hold a loss."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [entry for entry in entries if "loss" in entry]
+
+
+def _mark(good: bool) -> str:
+    return "good" if good else "bad"

@@ -22,14 +22,14 @@ from rich.table import Table
 from visper.common.console import announce
 from visper.common.files import atomic_path, write_text
 from visper.config import Run, load_run
-from visper.distillation.teachers.tower import TowerTeacher
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
 from visper.model import load_student
 from visper.model.start import starting_student
-from visper.quickstart.bases import BASES
+from visper.quickstart import BASES
 from visper.quickstart.controls import Finding, HeldOut, findings
 from visper.quickstart.monitor import PredictionMonitor, read_predictions
 from visper.quickstart.questions import CHANCE
+from visper.quickstart.tower import TowerTeacher
 from visper.quickstart.world import write_world
 from visper.training import is_finished, run_stage
 
@@ -94,22 +94,22 @@ def quickstart(
     runs = stage_runs(out, world, seed, budget, pt_changes or {})
     held_out = HeldOut.read(world, 2 * budget.judged)
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
-    steps = watched_steps(runs["pt"])
+    steps = monitored_steps(runs["pt"])
     distils = runs["pt"].distillation is not None
-    watch = [PredictionMonitor(out / "watched", judged.pictures, steps)] if distils else []
+    callbacks = [PredictionMonitor(out / "monitored", judged.images, steps)] if distils else []
     for stage, run in runs.items():
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
         with seconds(stage):
-            run_stage(run, resume=True, callbacks=watch if stage == "pt" else [])
+            run_stage(run, resume=True, callbacks=callbacks if stage == "pt" else [])
     with seconds("questions"):
         answered = ask_everything(out, runs, world)
     found: list[Finding] = []
     if distils:
         with seconds("predictions"):
             teachers = {task: TowerTeacher(out / "bases" / f"teacher_{task}") for task in TASKS}
-            found = findings(read_predictions(out / "watched")[steps[-1]], teachers, fit, judged)
+            found = findings(read_predictions(out / "monitored")[steps[-1]], teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
     result = Result(out, world, seed, runs, table, answered[TRAINED], found, cues, seconds.wall, seconds.cpu)
@@ -169,7 +169,7 @@ def stage_runs(
     }
 
 
-def watched_steps(run: Run) -> list[int]:
+def monitored_steps(run: Run) -> list[int]:
     """When to look: before the first step, after an eighth, half and all of them."""
     total = run.optimization.max_steps
     assert total is not None

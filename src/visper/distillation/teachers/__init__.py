@@ -17,7 +17,6 @@ from visper.model.hub import remedy
 __all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_pictures", "target_spec"]
 
 TEACHERS: dict[str, str] = {
-    "tower": "visper.distillation.teachers.tower:TowerTeacher",
     "onnx": "visper.distillation.teachers.onnx:OnnxTeacher",
     "depth_anything": "visper.distillation.teachers.depth_anything:DepthAnythingTeacher",
     "oneformer": "visper.distillation.teachers.oneformer:OneFormerTeacher",

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visper.distillation.teachers.tower import TowerConfig, TowerModel
-from visper.quickstart.patches import log_depth
-from visper.quickstart.pictures import Pictures
-from visper.quickstart.progress import Progress
+from tools.quickstart_bases.patches import log_depth
+from tools.quickstart_bases.progress import Progress
+from tools.quickstart_bases.scene_arrays import Pictures
 from visper.quickstart.scenes import CLASSES, FAR, NEAR, SIZE
+from visper.quickstart.tower import TowerConfig, TowerModel
 
 CONFIGS: dict[str, TowerConfig] = {
     "depth": TowerConfig(head="depth", image_size=SIZE, grid=8, width=64, outputs=1, near=NEAR, far=FAR),

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from visper.quickstart.patches import NO_COLOR, NO_SHAPE
-from visper.quickstart.pictures import Pictures
-from visper.quickstart.progress import Progress
+from tools.quickstart_bases.patches import NO_COLOR, NO_SHAPE
+from tools.quickstart_bases.progress import Progress
+from tools.quickstart_bases.scene_arrays import Pictures
 from visper.quickstart.scenes import GRID, PATCH, SIZE
 
 MEAN, STD = 0.5, 0.25

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visper.quickstart.patches import patch_labels
+from tools.quickstart_bases.patches import patch_labels
 from visper.quickstart.scenes import GRID, SceneObject, draw_scene
 
 _PATCH_KEYS = ("color", "shape", "center", "depth")

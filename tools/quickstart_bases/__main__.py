@@ -1,4 +1,4 @@
-"""Builds the quickstart's bases: ``python -m visper.quickstart.bases --out DIR``.
+"""Builds the quickstart's bases: ``python -m tools.quickstart_bases --out DIR``, from the project's root.
 
 They play the part that published models play in a real run: an image encoder, an LLM that knows the texts, and three
 teachers. One thread, about two hours with the default minutes. Every part is a ``from_pretrained`` folder in float16,
@@ -17,14 +17,12 @@ from pathlib import Path
 
 import torch
 
+from tools.quickstart_bases.encoder import train_encoder
+from tools.quickstart_bases.llm import train_llm
+from tools.quickstart_bases.scene_arrays import Pictures, draw_pictures
+from tools.quickstart_bases.teachers import CONFIGS, train_teacher
 from visper.common.files import atomic_path, write_text
-from visper.quickstart.encoder_base import train_encoder
-from visper.quickstart.llm_base import train_llm
-from visper.quickstart.pictures import Pictures, draw_pictures
-from visper.quickstart.teacher_bases import CONFIGS, train_teacher
 
-BASES = Path(__file__).parent / "bases"
-"""Where the bases that ship with the package lie."""
 TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
 """Scene series of the bases; worlds of the quickstart use other seeds."""
 MINUTES = {"encoder": 21.0, "llm": 75.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
@@ -67,9 +65,7 @@ def build_bases(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m visper.quickstart.bases", description=str(__doc__).split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.quickstart_bases", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the bases; finished parts in it are skipped")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes to draw")
     parser.add_argument("--speed", type=float, default=1.0, help="divide every part's minutes by this (for trying out)")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tools.quickstart_bases.layouts import Conversations, Layouts, collate, embed
+from tools.quickstart_bases.progress import Progress
+from tools.quickstart_bases.scene_arrays import Pictures
 from visper.quickstart.language import COLUMNS, DEPTHS, PHRASES, ROWS, new_tokenizer
-from visper.quickstart.layouts import Conversations, Layouts, collate, embed
-from visper.quickstart.pictures import Pictures
-from visper.quickstart.progress import Progress
 from visper.quickstart.questions import KINDS, PLURALS, draw_questions
 from visper.quickstart.scenes import COLORS, SHAPES
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from visper.distillation.teachers import build_teacher
-from visper.distillation.teachers.tower import TowerConfig, TowerModel, TowerTeacher, class_pictures, nearness_pictures
+from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher, class_pictures, nearness_pictures
 
 SMALL = {"image_size": 24, "width": 5, "inner": 16}
 
@@ -15,7 +15,7 @@ SMALL = {"image_size": 24, "width": 5, "inner": 16}
 def saved(folder: Path, **options: object) -> TowerTeacher:
     torch.manual_seed(0)
     TowerModel(TowerConfig(**{**SMALL, **options})).save_pretrained(folder)
-    teacher = build_teacher("tower", folder)
+    teacher = build_teacher("visper.quickstart.tower:TowerTeacher", folder)
     assert isinstance(teacher, TowerTeacher)
     return teacher
 

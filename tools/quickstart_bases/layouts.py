@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from tools.quickstart_bases.patches import NO_COLOR
+from tools.quickstart_bases.scene_arrays import Pictures
 from visper.quickstart import language
 from visper.quickstart.language import COLUMNS, DEPTH_STEPS, DEPTHS, ROWS, depth_step
-from visper.quickstart.patches import NO_COLOR
-from visper.quickstart.pictures import Pictures
 from visper.quickstart.questions import Question, count_turns
 from visper.quickstart.scenes import COLORS, FAR, GRID, NEAR, SceneObject
 

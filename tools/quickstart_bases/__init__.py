@@ -1,0 +1,1 @@
+"""Builds the small base models that the quickstart ships with; not part of the wheel."""
