@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from visper.distillation.teachers import build_teacher
-from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher, class_pictures, nearness_pictures
+from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher, class_images, nearness_images
 
 SMALL = {"image_size": 24, "width": 5, "inner": 16}
 
@@ -62,6 +62,6 @@ def test_unknown_heads_and_grids_are_refused() -> None:
 
 
 def test_near_is_white_and_classes_have_their_colors() -> None:
-    gray = nearness_pictures(torch.tensor([2.0, 30.0]).view(1, 1, 1, 2), 2.0, 30.0)
+    gray = nearness_images(torch.tensor([2.0, 30.0]).view(1, 1, 1, 2), 2.0, 30.0)
     torch.testing.assert_close(gray[0, 0, 0], torch.tensor([1.0, 0.0]))
-    assert class_pictures(torch.tensor([[[0, 1]]])).shape == (1, 3, 1, 2)
+    assert class_images(torch.tensor([[[0, 1]]])).shape == (1, 3, 1, 2)

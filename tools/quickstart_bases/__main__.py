@@ -19,7 +19,7 @@ import torch
 
 from tools.quickstart_bases.encoder import train_encoder
 from tools.quickstart_bases.llm import train_llm
-from tools.quickstart_bases.scene_arrays import Pictures, draw_pictures
+from tools.quickstart_bases.scene_arrays import SceneArrays, draw_scene_arrays
 from tools.quickstart_bases.teachers import CONFIGS, train_teacher
 from visper.common.files import atomic_path, write_text
 
@@ -27,7 +27,7 @@ TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
 """Scene series of the bases; worlds of the quickstart use other seeds."""
 MINUTES = {"encoder": 21.0, "llm": 75.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
 
-Trainer = Callable[[Pictures, Pictures, Path, float], dict[str, float]]
+Trainer = Callable[[SceneArrays, SceneArrays, Path, float], dict[str, float]]
 _TRAINERS: dict[str, Trainer] = {
     "encoder": train_encoder,
     "llm": train_llm,
@@ -54,8 +54,8 @@ def build_bases(
     quality = json.loads(quality_file.read_text()) if quality_file.exists() else {}
     missing = [part for part in _TRAINERS if not (out / part).exists()]
     if missing:
-        train = draw_pictures(TRAIN_SERIES, scenes, out / ".scenes" / "train.pickle")
-        tests = draw_pictures(HELD_OUT_SERIES, held_out, out / ".scenes" / "held_out.pickle")
+        train = draw_scene_arrays(TRAIN_SERIES, scenes, out / ".scenes" / "train.pickle")
+        tests = draw_scene_arrays(HELD_OUT_SERIES, held_out, out / ".scenes" / "held_out.pickle")
         for part in missing:
             with atomic_path(out / part) as beside:
                 quality[part] = _TRAINERS[part](train, tests, beside, spans[part])

@@ -2,7 +2,7 @@
 
 LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away:
 the color and shape of the object over a patch, whether an object is centered there, the depth, the patch's place.
-The layer behind it does nothing (its outputs are zero), as no one reads it. Shape suffixes: B = pictures, P =
+The layer behind it does nothing (its outputs are zero), as no one reads it. Shape suffixes: B = images, P =
 patches, D = width.
 """
 
@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tools.quickstart_bases.patches import NO_COLOR, NO_SHAPE
 from tools.quickstart_bases.progress import Progress
-from tools.quickstart_bases.scene_arrays import Pictures
+from tools.quickstart_bases.scene_arrays import SceneArrays
 from visper.quickstart.scenes import GRID, PATCH, SIZE
 
 MEAN, STD = 0.5, 0.25
@@ -122,13 +122,15 @@ def patch_loss(heads: PatchHeads, states_BPD: Tensor, labels: dict[str, Tensor])
     return loss + 0.1 * F.cross_entropy(row.flatten(0, 1), place // GRID)
 
 
-def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
+def train_encoder(
+    arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0
+) -> dict[str, float]:
     """Train for ``minutes`` on one thread's clock, save model and image processor in ``out``, return held-out
     scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, heads = new_encoder(), PatchHeads()
-    initialize(model, pictures.images[:400])
+    initialize(model, arrays.images[:400])
     parameters = [*model.parameters(), *heads.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]
     rest = [p for p in parameters if p.ndim <= 1]
@@ -138,7 +140,7 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
     while (done := bar.share()) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1.2e-3 * min(1.0, bar.steps / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
-        images, labels = pictures.batch(rng, 32)
+        images, labels = arrays.batch(rng, 32)
         loss = patch_loss(heads, patch_states(model, to_pixels(images)), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -155,11 +157,11 @@ def train_encoder(pictures: Pictures, held_out: Pictures, out: Path, minutes: fl
 
 @torch.no_grad()
 def encoder_scores(
-    model: CLIPVisionModel, heads: PatchHeads, pictures: Pictures, limit: int | None = None
+    model: CLIPVisionModel, heads: PatchHeads, arrays: SceneArrays, limit: int | None = None
 ) -> dict[str, float]:
     """Color and shape accuracy and median depth error where objects are centered, F1 of the center tag."""
     totals: dict[str, list[Tensor]] = {k: [] for k in ("color", "shape", "depth", "true", "found", "both")}
-    for images, labels in pictures.in_order(128, limit):
+    for images, labels in arrays.in_order(128, limit):
         color, shape, center, depth, _, _ = heads(patch_states(model.eval(), to_pixels(images)))
         at, found = labels["center"] > 0, center[..., 0] > 0
         totals["color"].append((color.argmax(-1) == labels["color"])[at].float())

@@ -1,4 +1,4 @@
-"""Scenes laid out in the LLM's own words: what its pre-training sees in the place of a picture.
+"""Scenes laid out in the LLM's own words: what its pre-training sees in the place of a image.
 
 Each patch becomes one input embedding, the sum of the word embeddings of what is there: its column, row and depth,
 and the object's name where one is centered ("part" and a hint of the color where one reaches, "ground" elsewhere).
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tools.quickstart_bases.patches import NO_COLOR
-from tools.quickstart_bases.scene_arrays import Pictures
+from tools.quickstart_bases.scene_arrays import SceneArrays
 from visper.quickstart import language
 from visper.quickstart.language import COLUMNS, DEPTH_STEPS, DEPTHS, ROWS, depth_step
 from visper.quickstart.questions import Question, count_turns
@@ -41,8 +41,8 @@ class LaidOut:
 class Layouts:
     """Draws laid-out scenes and conversations about them, recolored and mirrored at random."""
 
-    def __init__(self, pictures: Pictures, questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> None:
-        self.pictures = pictures
+    def __init__(self, arrays: SceneArrays, questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> None:
+        self.arrays = arrays
         self.tokenizer = tokenizer
         self.by_scene: dict[int, list[Question]] = {}
         for question in questions:
@@ -55,13 +55,13 @@ class Layouts:
         """The scene's objects with colors permuted, and the permutation (index 8, no color, stays)."""
         order = np.append(rng.permutation(len(COLORS)), NO_COLOR)
         names = list(COLORS)
-        return [replace(o, color=names[order[names.index(o.color)]]) for o in self.pictures.objects[scene]], order
+        return [replace(o, color=names[order[names.index(o.color)]]) for o in self.arrays.objects[scene]], order
 
     def lay_out(
         self, rng: np.random.Generator, scene: int, objects: list[SceneObject], order: np.ndarray, exact: bool = False
     ) -> LaidOut:
         """Words of the 64 places of a scene; ``exact`` leaves out all noise on the depth and all hints."""
-        patches = self.pictures.patches
+        patches = self.arrays.patches
         depth = NEAR * (FAR / NEAR) ** patches["depth"][scene].astype(np.float64)
         step = np.array([depth_step(float(d)) for d in depth])
         if not exact:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.quickstart_bases.layouts import Conversations, Layouts, collate, embed
 from tools.quickstart_bases.progress import Progress
-from tools.quickstart_bases.scene_arrays import Pictures
+from tools.quickstart_bases.scene_arrays import SceneArrays
 from visper.quickstart.language import COLUMNS, DEPTHS, PHRASES, ROWS, new_tokenizer
 from visper.quickstart.questions import KINDS, PLURALS, draw_questions
 from visper.quickstart.scenes import COLORS, SHAPES
@@ -131,14 +131,14 @@ def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> t
     return F.cross_entropy(logits, talk.ids[:, 1:][wanted]), logits
 
 
-def train_llm(pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
+def train_llm(arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
     """Train for ``minutes`` of processor time, save model and tokenizer in ``out``, return the held-out accuracy per
     kind."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 5])
     tokenizer = new_tokenizer()
     model = new_llm(tokenizer)
-    layouts = Layouts(pictures, draw_questions(pictures.objects, seed), tokenizer)
+    layouts = Layouts(arrays, draw_questions(arrays.objects, seed), tokenizer)
     tests = Layouts(held_out, draw_questions(held_out.objects, seed), tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
     bar = Progress("llm", minutes)

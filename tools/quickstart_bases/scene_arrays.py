@@ -21,7 +21,7 @@ _PATCH_KEYS = ("color", "shape", "center", "depth")
 
 
 @dataclass
-class Pictures:
+class SceneArrays:
     """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 metres, ``classes`` [S,96,96] uint8, ``patches``
     name -> [S,P]."""
 
@@ -38,14 +38,14 @@ class Pictures:
         return rng.integers(0, len(self), size), rng.random(size) < 0.5
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], dict[str, Tensor]]:
-        """Random pictures and their patch labels, half of them mirrored."""
+        """Random images and their patch labels, half of them mirrored."""
         rows, mirror = self.indices(rng, size)
         images = self.images[rows]
         images[mirror] = images[mirror][:, :, ::-1]
         return images, {k: self._labels(k, rows, mirror) for k in _PATCH_KEYS}
 
     def maps(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor]:
-        """Random pictures, depths [B,96,96] float32 metres, classes [B,96,96] long, half of them mirrored."""
+        """Random images, depths [B,96,96] float32 metres, classes [B,96,96] long, half of them mirrored."""
         rows, mirror = self.indices(rng, size)
         parts: list[npt.NDArray[Any]] = [
             self.images[rows],
@@ -70,14 +70,14 @@ class Pictures:
         return flat.long() if key in ("color", "shape") else flat.float()
 
 
-def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
+def draw_scene_arrays(seed: int, count: int, cache: Path | None = None) -> SceneArrays:
     """Draw ``count`` scenes of the series ``seed``, or read them from ``cache`` when it is there (written whole or
     not at all)."""
     if cache is not None and cache.exists():
         with cache.open("rb") as file:
-            pictures = pickle.load(file)
-        if isinstance(pictures, Pictures) and len(pictures) == count:
-            return pictures
+            arrays = pickle.load(file)
+        if isinstance(arrays, SceneArrays) and len(arrays) == count:
+            return arrays
     scenes, labels = [], []
     for index in range(count):
         scene = draw_scene(seed, index)
@@ -85,7 +85,7 @@ def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
         labels.append(patch_labels(scene))
         if (index + 1) % 500 == 0:
             print(f"scenes of seed {seed}: {index + 1}/{count}", file=sys.stderr, flush=True)
-    pictures = Pictures(
+    arrays = SceneArrays(
         np.stack([s.image for s in scenes]),
         np.stack([s.depth for s in scenes]).astype(np.float16),
         np.stack([s.classes for s in scenes]),
@@ -96,6 +96,6 @@ def draw_pictures(seed: int, count: int, cache: Path | None = None) -> Pictures:
         cache.parent.mkdir(parents=True, exist_ok=True)
         beside = cache.with_suffix(".part")
         with beside.open("wb") as file:
-            pickle.dump(pictures, file, protocol=5)
+            pickle.dump(arrays, file, protocol=5)
         beside.replace(cache)
-    return pictures
+    return arrays

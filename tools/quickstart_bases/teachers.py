@@ -1,6 +1,6 @@
 """The quickstart's teachers, trained on the scenes' exact maps: depth, segmentation, and an autoencoder for gen.
 
-Shape suffixes: B = pictures, H, W = pixels.
+Shape suffixes: B = images, H, W = pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tools.quickstart_bases.patches import log_depth
 from tools.quickstart_bases.progress import Progress
-from tools.quickstart_bases.scene_arrays import Pictures
+from tools.quickstart_bases.scene_arrays import SceneArrays
 from visper.quickstart.scenes import CLASSES, FAR, NEAR, SIZE
 from visper.quickstart.tower import TowerConfig, TowerModel
 
@@ -63,7 +63,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def train_teacher(
-    task: str, pictures: Pictures, held_out: Pictures, out: Path, minutes: float, seed: int = 0
+    task: str, arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0
 ) -> dict[str, float]:
     """Train the teacher of ``task`` for ``minutes``, save it in ``out``, return its held-out scores."""
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def train_teacher(
     while (done := bar.share()) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, bar.steps / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
-        images, depth, classes = pictures.maps(rng, 32)
+        images, depth, classes = arrays.maps(rng, 32)
         pixels = to_tower(images).contiguous(memory_format=torch.channels_last)
         loss = _LOSSES[task](model(pixels), pixels, depth, classes)
         optimizer.zero_grad(set_to_none=True)
@@ -88,15 +88,15 @@ def train_teacher(
 
 
 @torch.no_grad()
-def teacher_scores(task: str, model: TowerModel, pictures: Pictures) -> dict[str, float]:
-    """Depth: mean relative error over the picture and on objects. Seg: pixel accuracy, the same. Gen: mean absolute
+def teacher_scores(task: str, model: TowerModel, arrays: SceneArrays) -> dict[str, float]:
+    """Depth: mean relative error over the image and on objects. Seg: pixel accuracy, the same. Gen: mean absolute
     error of colors in 0..1."""
     kept: dict[str, list[Tensor]] = {"everywhere": [], "on_objects": []}
-    for start in range(0, len(pictures), 100):
+    for start in range(0, len(arrays), 100):
         rows = slice(start, start + 100)
-        images = to_tower(pictures.images[rows])
-        depth = torch.from_numpy(pictures.depths[rows].astype(np.float32))
-        classes = torch.from_numpy(pictures.classes[rows].astype(np.int64))
+        images = to_tower(arrays.images[rows])
+        depth = torch.from_numpy(arrays.depths[rows].astype(np.float32))
+        classes = torch.from_numpy(arrays.classes[rows].astype(np.int64))
         values = model(images)
         if task == "depth":
             score = (NEAR * (FAR / NEAR) ** values[:, 0].clamp(0, 1) / depth - 1).abs()

@@ -2,7 +2,7 @@
 
 Every named object is one token ("red sphere"). A place is three words, the object's patch column, patch row and
 depth step: "x3 y4 z5". Captions and look-ups ("red sphere ?" -> "x3 y4 z5") are what teaches a model to find a
-named thing in a picture; questions alone never did (80,000 of them, answered at chance).
+named thing in a image; questions alone never did (80,000 of them, answered at chance).
 """
 
 from __future__ import annotations

@@ -25,13 +25,13 @@ class PredictionMonitor(TrainerCallback):
 
     Args:
         folder: where to.
-        pictures: held-out pictures.
+        images: held-out images.
         steps: optimizer steps after which to look; 0 is before the first.
     """
 
-    def __init__(self, folder: Path, pictures: Sequence[Image.Image], steps: Sequence[int]) -> None:
+    def __init__(self, folder: Path, images: Sequence[Image.Image], steps: Sequence[int]) -> None:
         self.folder = folder
-        self.pictures = list(pictures)
+        self.images = list(images)
         self.steps = set(steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class PredictionMonitor(TrainerCallback):
             return
         mode = model.training
         model.eval()
-        predicted = predict_pictures(model, self.pictures, PROMPT)
+        predicted = predict_pictures(model, self.images, PROMPT)
         model.train(mode)
         with atomic_path(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
             arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}

@@ -82,7 +82,7 @@ def apart(one: SceneObject, two: SceneObject) -> float:
     return float(np.linalg.norm(np.subtract(one.position, two.position)))
 
 
-def apart_in_picture(one: SceneObject, two: SceneObject) -> float:
+def apart_in_image(one: SceneObject, two: SceneObject) -> float:
     """Distance of two centers in pixels."""
     return float(np.hypot(one.column - two.column, one.row - two.row))
 
@@ -117,7 +117,7 @@ def _distances(scene: int, objects: Objects) -> Iterator[_Candidate]:
         near, far, to = objects[i], objects[j], objects[k]
         if apart(far, to) >= DISTANCE_RATIO * apart(near, to):
             rows = abs(near.row - to.row) < abs(far.row - to.row)
-            closer = apart_in_picture(near, to) < apart_in_picture(far, to)
+            closer = apart_in_image(near, to) < apart_in_image(far, to)
             cell = (closer, rows, near.row > far.row, near.pixels > far.pixels)
             yield _Candidate(scene, (i, j, k), "", cell)
 
@@ -186,21 +186,21 @@ def _color_rank(thing: SceneObject) -> float:
 
 _PAIR_CUES = {
     "depth": {
-        "lower in the picture": lambda a, b, c: a.row - b.row,
-        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
+        "lower in the image": lambda a, b, c: a.row - b.row,
+        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
         "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },
     "distance": {
-        "closer in the picture": lambda a, b, c: apart_in_picture(b, c) - apart_in_picture(a, c),
+        "closer in the image": lambda a, b, c: apart_in_image(b, c) - apart_in_image(a, c),
         "closer row": lambda a, b, c: abs(b.row - c.row) - abs(a.row - c.row),
-        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
-        "lower in the picture": lambda a, b, c: a.row - b.row,
+        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
+        "lower in the image": lambda a, b, c: a.row - b.row,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
         "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },
     "relation": {
-        "bigger in the picture": lambda a, b, c: a.pixels - b.pixels,
+        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
         "brighter": lambda a, b, c: a.brightness - b.brightness,
         "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
     },

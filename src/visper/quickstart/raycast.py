@@ -87,7 +87,7 @@ _INTERSECT = {"sphere": _sphere, "box": _box, "cylinder": _cylinder}
 
 
 def _rectangle(solid: Solid, camera_at: Array, axes: Array, focal: float, size: int) -> tuple[slice, slice] | None:
-    """Rows and columns that can show the solid; None if it is behind the camera or outside the picture."""
+    """Rows and columns that can show the solid; None if it is behind the camera or outside the image."""
     corners = _turned(_SIGNS * np.array(solid.half, np.float32), -solid.yaw) + solid.center
     local = (corners - camera_at) @ axes.T
     if local[:, 2].min() < 0.2:

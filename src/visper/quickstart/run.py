@@ -1,4 +1,4 @@
-"""The whole story on two cores: a rendered world, PT with embedding losses, IFT, questions, pictures.
+"""The whole story on two cores: a rendered world, PT with embedding losses, IFT, questions, images.
 
 Exactly the code of a real run: two recipes through ``run_stage``; only the bases and the data are small.
 """
@@ -177,7 +177,7 @@ def monitored_steps(run: Run) -> list[int]:
 
 
 def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str, list[Answered]]:
-    """The trained model with its own and with another's pictures, and the untrained one; raw answers are kept."""
+    """The trained model with its own and with another's images, and the untrained one; raw answers are kept."""
     questions = read_questions(world / "questions.json")
     images = world / "images"
     trained = load_student(out / "ift")

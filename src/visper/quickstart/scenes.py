@@ -1,4 +1,4 @@
-"""Procedural 3-D scenes, ray-cast with numpy: a picture, its exact depth and its exact segmentation.
+"""Procedural 3-D scenes, ray-cast with numpy: a image, its exact depth and its exact segmentation.
 
 Geometry (metres, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that
 their component along the optical axis is 1; the ray parameter is then the z-depth that the depth map holds. Light
@@ -6,7 +6,7 @@ falls straight down, so an object's shadow lies at its ground point: with floati
 row, tells the depth. Nothing fades with distance.
 
 Objects are drawn in *screen space* (place, depth and apparent radius independently), because drawing them on the
-ground plane makes "lower in the picture" the same as "nearer" (99 % of depth questions in a first trial) and
+ground plane makes "lower in the image" the same as "nearer" (99 % of depth questions in a first trial) and
 "bigger" a good second.
 """
 
@@ -179,7 +179,7 @@ def _draw_object(rng: np.random.Generator, camera: Camera, color: str, shape: st
 
 
 def _foot_in_sight(camera: Camera, center: Array) -> bool:
-    """Whether the ground point under an object is in the picture: without it nobody could tell where it stands."""
+    """Whether the ground point under an object is in the image: without it nobody could tell where it stands."""
     foot = camera.to_camera(center * np.array([1, 0, 1], np.float32))
     return bool(foot[2] > 0.5 and SIZE / 2 - camera.focal * foot[1] / foot[2] < SIZE + 2)
 
@@ -327,7 +327,7 @@ def _finish(rng: np.random.Generator, camera: Camera, rays: Array, placed: list[
 
 
 def mirrored(scene: Scene) -> Scene:
-    """The scene seen in a mirror: still a legal scene, used to double the training pictures."""
+    """The scene seen in a mirror: still a legal scene, used to double the training images."""
 
     def flip(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         return np.ascontiguousarray(array[:, ::-1])

@@ -1,11 +1,11 @@
-"""Small convolutional teachers: a ``transformers`` model folder that encodes a picture into tokens and decodes
-tokens into a picture.
+"""Small convolutional teachers: a ``transformers`` model folder that encodes a image into tokens and decodes
+tokens into a image.
 
 Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image``
-(an autoencoder whose whole picture is one token). The tokens are standardized per channel, so that the same loss
+(an autoencoder whose whole image is one token). The tokens are standardized per channel, so that the same loss
 weights fit all of them.
 
-Shape suffixes: B = pictures, N = tokens, E = token width, H, W = pixels.
+Shape suffixes: B = images, N = tokens, E = token width, H, W = pixels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLASS_COLORS = (
 
 class TowerConfig(PretrainedConfig):
     """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the whole
-    picture).
+    image).
 
     ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colors); ``near`` and ``far``
     (metres) the range of a decoded depth.
@@ -65,7 +65,7 @@ class TowerConfig(PretrainedConfig):
 
 
 def _trunk(inner: int) -> nn.Sequential:
-    """Picture ``[B,3,S,S]`` -> features ``[B,2*inner,S/12,S/12]``; each of them sees about 100 pixels around."""
+    """Image ``[B,3,S,S]`` -> features ``[B,2*inner,S/12,S/12]``; each of them sees about 100 pixels around."""
     wide = 2 * inner
     return nn.Sequential(
         nn.Conv2d(3, inner // 2, 5, stride=3, padding=1),
@@ -145,7 +145,7 @@ class TowerModel(PreTrainedModel):
         return self.painter(self.from_token(tokens))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """What training compares with the exact map: the decoded values of the encoded picture."""
+        """What training compares with the exact map: the decoded values of the encoded image."""
         return self.decode(self.encode(pixel_values))
 
 
@@ -174,7 +174,7 @@ class TowerTeacher(Teacher):
         return values.sigmoid() if config.head == "image" else values
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         """True: each head draws."""
         return True
 
@@ -182,18 +182,18 @@ class TowerTeacher(Teacher):
         """Nearness, classes or colors; ``pixels`` and ``reference`` are not needed."""
         values = self.decode_values(embedding)
         if self.model.config.head == "depth":
-            return nearness_pictures(values, self.model.config.near, self.model.config.far)
-        return class_pictures(values.argmax(1)) if self.model.config.head == "classes" else values
+            return nearness_images(values, self.model.config.near, self.model.config.far)
+        return class_images(values.argmax(1)) if self.model.config.head == "classes" else values
 
 
-def nearness_pictures(depths: Tensor, near: float, far: float) -> Tensor:
-    """Depths in metres ``[B,1,H,W]`` -> gray pictures ``[B,3,H,W]``, near = white, on a logarithmic scale."""
+def nearness_images(depths: Tensor, near: float, far: float) -> Tensor:
+    """Depths in metres ``[B,1,H,W]`` -> gray images ``[B,3,H,W]``, near = white, on a logarithmic scale."""
     span = torch.log(torch.tensor(far / near))
     gray = 1 - torch.log(depths.clamp(near, far) / near) / span
     return gray.clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def class_pictures(classes: Tensor) -> Tensor:
-    """Class indices ``[B,H,W]`` -> color pictures ``[B,3,H,W]`` (the palette repeats beyond its 12 colors)."""
+def class_images(classes: Tensor) -> Tensor:
+    """Class indices ``[B,H,W]`` -> color images ``[B,3,H,W]`` (the palette repeats beyond its 12 colors)."""
     palette = torch.tensor(CLASS_COLORS, device=classes.device)
     return palette[classes % len(palette)].permute(0, 3, 1, 2).contiguous()

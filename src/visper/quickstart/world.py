@@ -1,10 +1,10 @@
-"""Writes the offline world to a folder: pictures, captions, instructions, and held-out questions with exact maps.
+"""Writes the offline world to a folder: images, captions, instructions, and held-out questions with exact maps.
 
 world/
   images/            train_000000.png ..., held_out_000000.png ...
   pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` before or after the
   prompt)
-  instruct.json      several questions about each picture in LLaVA-Instruct's format
+  instruct.json      several questions about each image in LLaVA-Instruct's format
   questions.json     held-out questions: a list of {image, question, answer, kind}
   held_out.npz       depth [S,96,96] float16 metres, classes and instances [S,96,96] uint8, images [S] names; in
   this order
@@ -44,7 +44,7 @@ def write_world(
     Args:
         folder: where; complete or absent (written beside it and renamed). An existing folder is refused.
         seed: of scenes, questions and wording.
-        turns: most questions about one picture in one conversation of ``instruct.json``.
+        turns: most questions about one image in one conversation of ``instruct.json``.
         per_kind: about how many held-out questions of each kind at most; None for all the balancing leaves.
 
     Returns:
