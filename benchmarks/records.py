@@ -10,7 +10,6 @@ counting of tokens.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -74,16 +73,8 @@ def whole(file: Path) -> dict[str, Any]:
         return {"rows": len(json.load(stream))}
 
 
-def with_ijson(file: Path) -> dict[str, Any]:
-    """The usual streaming reader, rows alone."""
-    import ijson
-
-    with file.open("rb") as stream:
-        return {"rows": sum(1 for _ in ijson.items(stream, "item", use_float=True)), "backend": ijson.backend}
-
-
 def streamed(file: Path) -> dict[str, Any]:
-    """Our streaming reader, rows alone."""
+    """The library's reader, rows alone."""
     from visper.data.rows.json_rows import read_rows
 
     return {"rows": sum(1 for _ in read_rows(file))}
@@ -95,6 +86,37 @@ def build(file: Path) -> dict[str, Any]:
 
     table = open_table(file)
     return {"rows": len(table), "table_mb": table.path.stat().st_size >> 20}
+
+
+def with_datasets(file: Path) -> dict[str, Any]:
+    """The same rows kept by `datasets` in place of the table, then opened and read at random."""
+    import datasets
+
+    from visper.data.rows.json_rows import read_rows
+    from visper.data.rows.table import SCHEMA, _cells
+
+    begin = time.perf_counter()
+    datasets.disable_progress_bars()
+    kept = datasets.Dataset.from_generator(
+        lambda: map(_cells, read_rows(file)),
+        features=datasets.Features.from_arrow_schema(SCHEMA),
+        cache_dir=str(file.parent / "datasets"),
+        fingerprint="mix",
+    )
+    build_s, before, start = time.perf_counter() - begin, anonymous(), time.perf_counter()
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(part["filename"]) for part in kept.cache_files])
+    seconds = time.perf_counter() - start
+    rng, times = random.Random(1), []
+    for _ in range(20_000):
+        index, begin = rng.randrange(len(rows)), time.perf_counter()
+        assert "texts" in rows[index]
+        times.append(time.perf_counter() - begin)
+    return {
+        "build_s": round(build_s, 1),
+        "open_s": round(seconds, 4),
+        "own_mb_after_reading": (anonymous() - before) >> 10,
+        "row_us_median": round(1e6 * sorted(times)[len(times) // 2], 1),
+    }
 
 
 def opened(file: Path) -> dict[str, Any]:
@@ -180,7 +202,7 @@ def anonymous() -> int:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    step.__name__: step for step in (whole, with_ijson, streamed, named, build, opened, images, tokens)
+    step.__name__: step for step in (whole, streamed, named, build, with_datasets, opened, images, tokens)
 }
 
 
@@ -215,14 +237,12 @@ def main() -> None:
     file = options.folder / f"mix-{options.rows}.json"
     if not file.is_file():
         generate(file, options.rows)
-    steps = options.only or ["whole", "streamed", "named", "build", "opened"]
-    if importlib.util.find_spec("ijson") and not options.only:
-        steps.insert(1, "with_ijson")
+    steps = options.only or ["whole", "streamed", "named", "build", "with_datasets", "opened"]
     more = {"images": [options.photos], "tokens": [str(file), options.run]}
     steps += [step for step, arguments in more.items() if arguments[-1] and step not in steps]
     results = {step: in_process(step, *more.get(step, [str(file)])) for step in steps}
     if options.out:
-        packages = ("pyarrow", "pillow", "tokenizers", "transformers", "torch")
+        packages = ("pyarrow", "datasets", "pillow", "tokenizers", "transformers", "torch")
         record = {
             "last_command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),

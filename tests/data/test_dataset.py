@@ -12,12 +12,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.conftest import outside
+from tests.data.rows.test_records import read_records
 from tests.data.test_chat import CHATML, make_processor
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.dataset import ConversationDataset, survey
 from visper.data.images import with_geometry
-from visper.data.rows.records import Drop, DropList, Record, Turn, read_records
+from visper.data.rows.records import Drop, DropList, Record, Turn
 from visper.data.sampler import RowSampler
 
 

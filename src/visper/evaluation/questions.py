@@ -19,6 +19,7 @@ from rich.table import Table
 from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.images import open_image
+from visper.data.rows.json_rows import read_rows
 from visper.evaluation.ask import answer, as_row
 from visper.evaluation.intervals import wilson
 from visper.model import Student
@@ -74,12 +75,7 @@ class Score:
 
 def read_questions(path: Path) -> list[Question]:
     """Questions of a JSON file: a list of ``{image, question, answer}``, optionally with ``kind``."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds {type(rows).__name__}: expected a list of {{image, question, answer}}")
+    rows = list(read_rows(path))
     questions = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or "question" not in row or "answer" not in row:

@@ -1,19 +1,34 @@
 """Every trap of the published conversation files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from visper.common.errors import DataError
-from visper.data.rows.records import DropList, Record, parse_row, read_records
+from visper.data.rows.json_rows import read_rows
+from visper.data.rows.records import DropList, Record, parse_row, sample_id_of, source_names
 
 
 def row(first: str, *more: str, **keys: Any) -> dict[str, Any]:
     texts = [first, *more]
     turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": text} for i, text in enumerate(texts)]
     return {"id": "1", **keys, "conversations": turns}
+
+
+def read_records(sources: Sequence[tuple[Path, Path]], drops: DropList) -> list[Record]:
+    """What ``open_records`` must give, without tables and caches."""
+    records = []
+    for name, (file, images) in zip(source_names([file for file, _ in sources]), sources, strict=True):
+        for index, content in enumerate(read_rows(file)):
+            sample_id = sample_id_of(name, index, content)
+            try:
+                records.append(parse_row(content, sample_id, images))
+            except DataError as error:
+                drops.add(sample_id, error.reason, error.detail)
+    return records
 
 
 def parse(content: Any) -> Record:
@@ -97,7 +112,9 @@ def test_json_and_jsonl_give_the_same_records(tmp_path: Path) -> None:
     rows = [row("Q", "A", model=""), row("<image>\nQ", "A", image="a.jpg")]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    from_json, from_lines = (read_records([(tmp_path / f"x.{kind}", "i")], DropList()) for kind in ("json", "jsonl"))
+    from_json, from_lines = (
+        read_records([(tmp_path / f"x.{kind}", Path("i"))], DropList()) for kind in ("json", "jsonl")
+    )
     assert from_json == from_lines
     assert len(from_json) == 2
 
@@ -106,7 +123,7 @@ def test_bad_rows_are_counted_and_the_others_read(tmp_path: Path) -> None:
     lines = [json.dumps(row("Q", "A")), "{ half a row", json.dumps(row("Q"))]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     drops = DropList()
-    assert len(read_records([(tmp_path / "x.jsonl", "i")], drops)) == 1
+    assert len(read_records([(tmp_path / "x.jsonl", Path("i"))], drops)) == 1
     assert drops.counts() == {"not a row": 1, "no answer": 1}
 
 
@@ -114,12 +131,12 @@ def test_bad_rows_are_counted_and_the_others_read(tmp_path: Path) -> None:
 def test_a_file_that_is_no_list_of_rows_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(DataError, match=reason):
-        read_records([(tmp_path / "x.json", "i")], DropList())
+        read_records([(tmp_path / "x.json", Path("i"))], DropList())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.json"):
-        read_records([(tmp_path / "absent.json", "i")], DropList())
+        read_records([(tmp_path / "absent.json", Path("i"))], DropList())
 
 
 def test_the_drop_list_counts_a_row_once_and_is_written_whole(tmp_path: Path) -> None:

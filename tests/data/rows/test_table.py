@@ -11,16 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import outside
-from tests.data.rows.test_records import row
+from tests.data.rows.test_records import read_records, row
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.cache import cache_folder
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.dataset import survey
 from visper.data.rows import lengths, table
-from visper.data.rows.json_rows import _Window, read_rows
+from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import encoder_key, measure
-from visper.data.rows.records import Drop, DropList, read_records
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import RecordTable, open_table
 
@@ -60,17 +60,13 @@ def test_any_rows_come_back_as_they_were_read(tmp_path: Path, rows: list[Any]) -
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.lists(JSON, max_size=5), chunk=st.integers(1, 40), indent=st.sampled_from([None, 1]), ascii=st.booleans()
-)
-def test_rows_read_in_pieces_are_those_of_json(
-    tmp_path: Path, rows: list[Any], chunk: int, indent: int | None, ascii: bool
+@given(rows=st.lists(JSON, max_size=5), indent=st.sampled_from([None, 1]), ascii=st.booleans())
+def test_rows_read_one_by_one_are_those_of_json(
+    tmp_path: Path, rows: list[Any], indent: int | None, ascii: bool
 ) -> None:
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii)
     (tmp_path / "x.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("visper.data.rows.json_rows.CHUNK", chunk)
-        assert repr(list(read_rows(tmp_path / "x.json"))) == repr(json.loads(text))
+    assert repr(list(read_rows(tmp_path / "x.json"))) == repr(json.loads(text))
 
 
 @pytest.mark.parametrize(
@@ -81,28 +77,6 @@ def test_a_broken_file_is_refused_wherever_it_breaks(tmp_path: Path, text: str) 
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError):
         list(read_rows(tmp_path / "x.json"))
-
-
-def test_memory_holds_a_window_however_long_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    longest = 0
-    more = _Window.more
-
-    def watched(self: _Window) -> bool:
-        nonlocal longest
-        found = more(self)
-        longest = max(longest, len(self.text))
-        return found
-
-    monkeypatch.setattr(_Window, "more", watched)
-    monkeypatch.setattr("visper.data.rows.json_rows.CHUNK", 1000)
-    file = write(tmp_path / "x.json", [row("Q", "A" * 50)] * 2000)
-    assert len(list(read_rows(file))) == 2000
-    assert longest < 4000 < file.stat().st_size / 50
-    file.write_text("[" + '{"a": "b"} ' * 100_000)  # a missing comma is met where it is, not at the end
-    longest = 0
-    with pytest.raises(ValueError, match="at character 12"):
-        list(read_rows(file))
-    assert longest < 4000
 
 
 @pytest.mark.parametrize("how", ["longer", "same size", "same size and date"])
@@ -122,7 +96,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "mix.json", [row("Q", "A")])
     open_table(file)
-    monkeypatch.setattr(table, "rows_of", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(table, "read_rows", lambda file: pytest.fail("read again"))
     assert len(open_table(file)) == 1
 
 
@@ -141,7 +115,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         yield from read_rows(path)
         write(path, [row("Q", "B")] * 2)
 
-    monkeypatch.setattr(table, "rows_of", changing)
+    monkeypatch.setattr(table, "read_rows", changing)
     with pytest.raises(DataError, match="changed while it was read"):
         open_table(file)
 

@@ -1,123 +1,161 @@
-"""The rows of a conversation file, one at a time: memory holds one row and a megabyte, whatever the file's size.
+"""The one reader of JSON that people bring: UTF-8, UTF-16 or UTF-32, with or without a BOM, gzipped or not.
 
-The rows are those of ``json.load``, to the last escape: the standard library's own decoder reads them, from a window
-that moves over the file. ijson, the usual choice, does not give them: its C reader (3.6, yajl2) turns half a surrogate
-pair into a question mark, so that a row which no tokenizer can read would pass, and gives up the whole file at a long
-integer or at two halves in one text.
+A file holds a list of rows, or a row a line; its content decides which, not its name. Lines are read one at a time. A
+list is decoded from the text of the file, row by row: memory holds that text and one row, a fifth of what ``json.load``
+takes. Bytes that are not UTF-8 spoil the row they stand in, not the file.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import mmap
 import re
+import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-CHUNK = 1 << 20  # characters read at once
-LONGEST_ROW = 1 << 26  # characters; published rows have at most some 100,000
-_LONGEST_TOKEN = 16  # what a value, escape or literal cut by the window's end may lack
-_SPACE = re.compile(r"[ \t\n\r]*")
+from visper.common.errors import DataError
+
+_GZIP = b"\x1f\x8b"
+_OTHER_FORMATS = {
+    b"PAR1": "a Parquet file: name it as {parquet: PATH}",
+    b"ARROW1": "an Arrow file: name its folder as {hf: FOLDER}",
+    b"PK\x03\x04": "a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: decompress it, or use gzip",
+    b"BZh": "compressed by bzip2: decompress it, or use gzip",
+    b"\xfd7zXZ": "compressed by xz: decompress it, or use gzip",
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (`git lfs pull`)",
+    b"<": "an HTML or XML page: download the file again",
+}
+_space = re.compile(r"[ \t\n\r]*").match
 _decode = json.JSONDecoder().raw_decode
 
 
+def is_json_name(name: str) -> bool:
+    """Whether a file's name is one of JSON: ``.json`` or ``.jsonl``, optionally ``.gz``."""
+    return name.removesuffix(".gz").endswith((".json", ".jsonl"))
+
+
 def read_rows(file: Path) -> Iterator[Any]:
-    """The values of a JSON list, or of the lines of a ``.jsonl`` file; a line that is no JSON is given as text.
+    """The values of a JSON list, or of the lines of a file; a line that is not JSON is given as text.
 
     Raises:
-        ValueError: the file is no JSON, or no list; the message says where.
+        DataError: the file is missing, of another format, damaged, or not a list; the message says what it is.
     """
-    if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
-            yield from (_line(line) for line in lines if line.strip())
-        return
-    with file.open("rb") as head:
-        encoding = json.detect_encoding(head.read(4))
-    with file.open(encoding=encoding, errors="surrogatepass", newline="") as stream:
-        yield from _listed(_Window(stream))
+    try:
+        yield from _rows(file)
+    except FileNotFoundError as error:
+        raise DataError("no such file", f"'{file}': expected rows (.json or .jsonl); check the path") from error
+    except (EOFError, zlib.error, OSError) as error:
+        raise DataError("unreadable file", f"'{file}': {error}; is it complete? Download it again") from error
+    except RecursionError as error:
+        raise DataError("not JSON", f"'{file}': values are nested too deeply") from error
+    except DataError:
+        raise
+    except ValueError as error:  # JSON's own, or an undecodable text
+        raise DataError("not JSON", f"'{file}': {error}; download it again, or convert it to UTF-8 JSON") from error
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    with file.open("rb") as raw:
+        zipped = raw.read(2) == _GZIP
+    with gzip.open(file) if zipped else file.open("rb") as content:
+        start = content.read(64)
+        for magic, what in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise DataError("not JSON", f"'{file}' is {what}")
+        content.seek(0)
+        encoding = json.detect_encoding(start)
+        by_line = file.name.removesuffix(".gz").endswith(".jsonl")
+        if by_line or not str(start, encoding, "ignore").lstrip().startswith("["):
+            lines = filter(None, map(str.strip, _lines(content, encoding)))
+            first, second = next(lines, ""), next(lines, "")
+            if not first:
+                raise ValueError("the file is empty")
+            if _is_row_a_line(first, second, by_line):
+                yield from map(_line, chain([first], [second] if second else [], lines))
+                return
+            content.seek(0)
+        text = _whole(content, encoding)
+        at = _skip(text, 0)
+        yield from _list(text, at + 1) if text.startswith("[", at) else _objects(text, at, file)
+
+
+def _is_row_a_line(first: str, second: str, by_line: bool) -> bool:
+    """Judges by the first two lines; ``by_line`` is what the name says."""
+    if re.match(r"\[\s*(\{|$)", first):  # a list, on one line or several
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return by_line and first != "{"  # a broken line, not the first one of an indented object
+    return by_line or bool(second)
 
 
 def _line(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return line
 
 
-def _listed(window: _Window) -> Iterator[Any]:
-    if window.peek() != "[":
-        value = window.value() if window.peek() != "{" else {}
-        raise NotAListError(f"holds {type(value).__name__}: expected a list of conversations")
-    window.at += 1
-    if window.peek() == "]":
-        window.at += 1
+def _list(text: str, at: int) -> Iterator[Any]:
+    """The entries of the list whose bracket stands before ``at``."""
+    mark = "]" if text.startswith("]", _skip(text, at)) else ","
+    at = _skip(text, at) + (mark == "]")
+    while mark == ",":
+        value, at = _decode(text, _skip(text, at))
+        yield value
+        at = _skip(text, at)
+        mark = text[at : at + 1]
+        if mark not in (",", "]"):
+            raise ValueError(f"expected ',' or ']' at character {at}, found {mark or 'the end of the file'!r}")
+        at += 1
+    if _skip(text, at) < len(text):
+        raise ValueError(f"text goes on behind the list, at character {_skip(text, at)}")
+
+
+def _objects(text: str, at: int, file: Path) -> Iterator[Any]:
+    """Objects that stand one behind the other; a single one is refused."""
+    value, at = _decode(text, at)
+    if _skip(text, at) == len(text):
+        found = f"one object with the keys {list(value)[:8]}" if isinstance(value, dict) else type(value).__name__
+        raise DataError("not a list of rows", f"'{file}' holds {found}: expected a list of rows, or a row a line")
+    yield value
+    while (at := _skip(text, at)) < len(text):
+        value, at = _decode(text, at)
+        yield value
+
+
+def _skip(text: str, at: int) -> int:
+    match = _space(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _whole(content: Any, encoding: str) -> str:
+    if isinstance(content, gzip.GzipFile):
+        return _text(content.read(), encoding)
+    with mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # not a second copy beside the text
+        return _text(mapped, encoding)
+
+
+def _lines(content: Any, encoding: str) -> Iterator[str]:
+    if encoding.startswith("utf-8"):
+        for number, line in enumerate(content):
+            yield _text(line, encoding if number == 0 else "utf-8")
     else:
-        yield window.value()
-        while (mark := window.peek()) == ",":
-            window.at += 1
-            window.peek()
-            yield window.value()
-        if mark != "]":
-            found = mark or "the end of the file"
-            raise ValueError(f"expected ',' or ']' at character {window.place}, found {found!r}")
-        window.at += 1
-    if window.peek():
-        raise ValueError(f"text goes on behind the list, at character {window.place}")
+        yield from _text(content.read(), encoding).split("\n")
 
 
-class NotAListError(ValueError):
-    """JSON of another shape than a list."""
-
-
-class _Window:
-    """The part of a text that is being decoded."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.text = ""
-        self.at = 0
-        self._before = 0  # characters that the window has left behind
-
-    @property
-    def place(self) -> int:
-        """Characters of the file up to here."""
-        return self._before + self.at
-
-    def more(self) -> bool:
-        """Reads on, and forgets what is behind; False at the end of the file."""
-        # As much again as is held: a row that needs many reads is decoded again over at most twice its length.
-        new = self.stream.read(max(CHUNK, len(self.text) - self.at))
-        if not new:
-            return False
-        self._before += self.at
-        self.text, self.at = self.text[self.at :] + new, 0
-        return True
-
-    def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
-        while True:
-            match = _SPACE.match(self.text, self.at)
-            assert match is not None
-            self.at = match.end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.more():
-                return ""
-
-    def value(self) -> Any:
-        """Decodes the value that starts here."""
-        while True:
-            try:
-                value, end = _decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _LONGEST_TOKEN
-                if cut and len(self.text) - self.at < LONGEST_ROW and self.more():
-                    continue
-                raise ValueError(f"{error.msg} at character {self._before + error.pos}") from error
-            except RecursionError as error:
-                raise ValueError(f"values within values without end at character {self.place}") from error
-            # A number that ends near the window's end may go on behind it: `1` may be the begin of `1e+5`.
-            if end + 3 >= len(self.text) and self.more():
-                continue
-            self.at = end
-            return value
+def _text(content: Any, encoding: str) -> str:
+    """``content`` decoded. Bytes that are not UTF-8 become halves of surrogate pairs, which spoil their row alone."""
+    try:
+        return str(content, encoding, "surrogatepass")
+    except UnicodeDecodeError:
+        if not encoding.startswith("utf-8"):
+            raise
+        return str(content, encoding, "surrogateescape")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
-from visper.data.rows.json_rows import NotAListError, read_rows
+from visper.data.rows.json_rows import read_rows
 
 IMAGE_TAG = "<image>"
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
@@ -136,37 +136,13 @@ class DropList:
         )
 
 
-def read_records(sources: Sequence[tuple[str | Path, str | Path]], drops: DropList) -> list[Record]:
-    """Reads conversation files whole, in order; rows that are no conversation go to ``drops``.
-
-    For files that fit in memory. Training reads ``table.open_records``, which gives the same records.
-
-    Args:
-        sources: pairs of a ``.json`` or ``.jsonl`` file and the folder under which its image paths lie.
-        drops: takes the bad rows; their number plus the records' is the number of rows read.
-
-    Raises:
-        DataError: a file is missing or is not a list of rows.
-    """
-    names = source_names([Path(file) for file, _ in sources])
-    records = []
-    for name, (file, images) in zip(names, sources, strict=True):
-        for index, row in enumerate(rows_of(Path(file))):
-            sample_id = sample_id_of(name, index, row)
-            try:
-                records.append(parse_row(row, sample_id, Path(images)))
-            except DataError as error:
-                drops.add(sample_id, error.reason, error.detail)
-    return records
-
-
 def image_names(file: Path) -> Iterator[str]:
-    """The image paths that a conversation file names, as they stand there; bad rows are left to ``read_records``.
+    """The image paths that a conversation file names, as they stand there; bad rows are left to ``open_records``.
 
     Raises:
         DataError: the file is missing or is not a list of rows.
     """
-    for row in rows_of(file):
+    for row in read_rows(file):
         named = row.get("image") if isinstance(row, dict) else None
         yield from (name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name)
 
@@ -232,26 +208,6 @@ def _image(image: Any) -> str | None:
     if _HALF_PAIR.search(image) or "\0" in image:
         raise DataError("bad image path", f"no file can have the name {image!r}")
     return image
-
-
-def rows_of(file: Path) -> Iterator[Any]:
-    """The rows of a conversation file as they stand there, read one at a time.
-
-    Raises:
-        DataError: the file is missing or is not a list of rows.
-    """
-    if not file.is_file():
-        raise DataError(
-            "no such file", f"'{file}': expected a conversation file (.json or .jsonl); check 'data.sources'"
-        )
-    try:
-        yield from read_rows(file)
-    except NotAListError as error:
-        raise DataError("not a list of rows", f"'{file}' {error}; name it .jsonl if it has a row a line") from error
-    except ValueError as error:
-        raise DataError(
-            "not JSON", f"'{file}': {error}; download it again, or name it .jsonl if it has a row a line"
-        ) from error
 
 
 def sample_id_of(name: str, index: int, row: Any) -> str:

@@ -19,7 +19,7 @@ BLOCK_ROWS = 1000  # of a source without shards, where another one has them
 def open_records(
     sources: Sequence[tuple[str | Path, str | Path | None]], drops: DropList, quiet: bool = True
 ) -> Records:
-    """The records that ``read_records`` gives, in the same order with the same drops, without holding them.
+    """The good rows of every source, in order; each is read when it is asked for.
 
     Args:
         sources: pairs of a ``.json`` or ``.jsonl`` file and the folder under which its image paths lie; or of the

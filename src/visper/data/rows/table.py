@@ -24,7 +24,8 @@ from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.data.rows import json_rows as reading
 from visper.data.rows import records as parsing
-from visper.data.rows.records import IMAGE_TAG, ROLES, Drop, Record, Turn, parse_row, rows_of, sample_id_of
+from visper.data.rows.json_rows import read_rows
+from visper.data.rows.records import IMAGE_TAG, ROLES, Drop, Record, Turn, parse_row, sample_id_of
 
 ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
@@ -67,7 +68,7 @@ class RecordTable:
         return self._columns[name][row].as_py()
 
     def record(self, row: int, name: str, images: Path | None) -> Record:
-        """Row ``row`` as ``read_records`` gives it. Without a folder of images, ``image`` is the name in the file."""
+        """Row ``row`` as a record. Without a folder of images, ``image`` is the name in the file."""
         roles = self.value("roles", row)
         turns = tuple(
             Turn(_ROLE_OF[role], text)  # type: ignore[arg-type]
@@ -117,7 +118,7 @@ def open_table(file: Path, quiet: bool = True) -> RecordTable:
     name = f"{file.name}-{key(before, code_key(parsing, reading), *map(str, SCHEMA))}"
     place = cache_folder(file.resolve().parent) / f"{name}.arrow"
     if not place.is_file():
-        counted = track(rows_of(file), description=f"reading {file.name}", disable=quiet)
+        counted = track(read_rows(file), description=f"reading {file.name}", disable=quiet)
         write_table(map(_cells, counted), place, lambda: _refuse_change(file, before))
         _forget(place, file.name)
     return RecordTable(place)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Data, explain
+from visper.data.rows.json_rows import is_json_name
 from visper.data.sets.archives import plain_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
@@ -311,7 +312,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
 
 def is_rows_file(name: str) -> bool:
     """Whether a conversation file is meant, not a set."""
-    return Path(name).suffix in (".json", ".jsonl")
+    return is_json_name(name)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
