@@ -98,7 +98,7 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
     result = call("evaluate", str(trained / "out"), *place, "--max-new-tokens", "2")
     assert "95 % interval" in result.output
     kept = [json.loads(line) for line in (trained / "out" / "answers" / "questions.jsonl").read_text().splitlines()]
-    assert [row["expected"] for row in kept] == ["thing", "word"] and all("said" in row for row in kept)
+    assert [row["expected"] for row in kept] == [["thing"], ["word"]] and all("said" in row for row in kept)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Questions: what is asked is what training saw, what cannot be read is counted, what was shown is kept."""
 
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
 from visper.common.errors import DataError
@@ -14,7 +16,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.rows.records import Record, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
 from visper.evaluation.ask import model_inputs
-from visper.evaluation.questions import answers_file
+from visper.evaluation.questions import _judged, answers_file, show_scores
 from visper.model import build_student
 
 
@@ -61,7 +63,7 @@ def test_the_tag_of_a_questions_image_is_no_text(student, question):
 
 def test_a_question_with_two_tags_is_named_before_the_first_is_asked(student, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    asked = [Question("what?", "red", "a.png"), Question("<image> or <image>?", "red", "a.png")]
+    asked = [Question("what?", ("red",), "a.png"), Question("<image> or <image>?", ("red",), "a.png")]
     with pytest.raises(DataError, match=r"several image tags: question 1, '<image> or <image>\?': 2 tags"):
         evaluate(student, asked, tmp_path)
 
@@ -78,21 +80,21 @@ def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_
 def test_an_unreadable_picture_counts_as_asked_and_not_answered(student, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
-    asked = [Question("what?", "", "cut.png"), Question("what?", "red", "red.png")]
+    asked = [Question("what?", ("blue",), "cut.png"), Question("what?", ("red",), "red.png")]
     answered = evaluate(student, asked, tmp_path, max_new_tokens=2)
     assert answered[0].said is None and not answered[0].correct and answered[1].said is not None
     assert scores(answered)[0].total == 2
 
 
 def test_absent_pictures_are_named_before_the_first_question(student, tmp_path):
-    with pytest.raises(DataError, match=r"1 pictures of the questions are not under .*'nowhere\.png'"):
-        evaluate(student, [Question("what?", "red", "nowhere.png")], tmp_path)
+    with pytest.raises(DataError, match=r"1 images of the questions are not under .*'nowhere\.png'"):
+        evaluate(student, [Question("what?", ("red",), "nowhere.png")], tmp_path)
 
 
 def test_the_blind_control_keeps_the_picture_that_was_shown(student, tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
-    asked = [Question("what?", color, f"{color}.png") for color in ("red", "blue")]
+    asked = [Question("what?", (color,), f"{color}.png") for color in ("red", "blue")]
     answered = evaluate(student, asked, tmp_path, max_new_tokens=1, shuffle_images=True)
     assert [row.image for row in answered] == ["blue.png", "red.png"]
 
@@ -102,6 +104,42 @@ def test_other_json_than_questions_is_refused(content, tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="expected"):
         read_questions(tmp_path / "q.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": None}, "question 1: 'answer' is 'None': expected a text or a list of texts"),
+        ({"answer": []}, "question 1: 'answer' is"),
+        ({"answer": ["red", None]}, "question 1: 'answer' is"),
+        ({"answer": " "}, "question 1: 'answer' is"),
+        ({"image": ["a.png", "b.png"]}, "question 1: 'image' is"),
+        ({"image": {"path": "a.png"}}, "question 1: 'image' is"),
+    ],
+)
+def test_a_question_that_would_score_wrongly_is_refused_by_number(row, message, tmp_path):
+    good = {"question": "what?", "answer": "red", "image": "a.png"}
+    (tmp_path / "q.json").write_text(json.dumps([good, {**good, **row}]))
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_questions(tmp_path / "q.json")
+
+
+def test_any_accepted_answer_is_right_whatever_wrote_the_file(tmp_path):
+    rows = [{"question": "how many?", "answer": ["two", 2], "image": ["a.png"]}, {"question": "which?", "answer": 3}]
+    (tmp_path / "q.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    first, second = read_questions(tmp_path / "q.json")
+    assert first == Question("how many?", ("two", "2"), "a.png") and second == Question("which?", ("3",))
+    assert [_judged(first, None, said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [
+        False
+    ] * 3
+
+
+def test_empty_answers_are_counted_and_said(capsys):
+    question = Question("what?", ("red",))
+    (score,) = scores([_judged(question, None, said) for said in ("", " ", "red", None)])
+    assert (score.correct, score.total, score.empty) == (1, 4, 2)
+    show_scores(Console(), [score])
+    assert "2 of 4 answers are empty" in capsys.readouterr().out
 
 
 def test_answers_lie_with_the_model_that_gave_them(tmp_path):

@@ -11,12 +11,12 @@ NAME = "chat"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")],
-    image: Annotated[Path | None, typer.Option("--image", help="a picture")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="an image")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
 ) -> None:
     """Ask a model about a picture.
 
-    Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the picture?"`
+    Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
     """
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask

@@ -34,7 +34,7 @@ def list_sets(
         table.add_row(entry.name, entry.use, entry.size, entry.disk, entry.state)
     console.print(table)
     console.print(
-        "disk: at most, archives and pictures together; --drop-archives frees the archives' part. "
+        "disk: at most, archives and images together; --drop-archives frees the archives' part. "
         "'+': and what has no published size."
     )
     for entry in entries if names else ():

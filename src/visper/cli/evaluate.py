@@ -16,7 +16,7 @@ def run(
     answers: Annotated[Path | None, typer.Option(help="raw answers, JSONL; default: MODEL/answers")] = None,
     batch_size: Annotated[int, typer.Option(help="questions asked at once")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer at most")] = 32,
-    shuffle_images: Annotated[bool, typer.Option(help="another question's picture each: the blind control")] = False,
+    shuffle_images: Annotated[bool, typer.Option(help="another question's image each: the blind control")] = False,
 ) -> None:
     """Score a model on questions, with Wilson intervals; raw answers are kept.
 

@@ -10,9 +10,9 @@ NAME = "look"
 
 def run(
     model: Annotated[Path, typer.Argument(help="the output of a finished PT", metavar="MODEL")],
-    image: Annotated[Path, typer.Option("--image", help="a picture")],
+    image: Annotated[Path, typer.Option("--image", help="an image")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")],
-    prompt: Annotated[str | None, typer.Option(help="asked beside the picture")] = None,
+    prompt: Annotated[str | None, typer.Option(help="asked beside the image")] = None,
     gallery: Annotated[
         Path | None,
         typer.Option(help="to show the nearest of, where a teacher draws none; default: the run's own"),

@@ -30,7 +30,7 @@ def build(
     out: Store,
     overrides: Overrides = None,
     dtype: Annotated[Dtype | None, typer.Option(help="default: the store's own, float16 for a new one")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="pictures a teacher is given at once")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="images a teacher is given at once")] = 32,
     size: Annotated[bool, typer.Option("--size", help="only say how large the store becomes")] = False,
 ) -> None:
     """Compute the targets of a run's pictures. Safe to kill and repeat; `torchrun` shares the work among processes.
@@ -66,4 +66,4 @@ def check(recipe: Recipe, out: Store, overrides: Overrides = None) -> None:
     if missing:
         Console().print(f"incomplete: {', '.join(sorted(missing))}")
         raise typer.Exit(1)
-    Console().print(f"complete: {plan.pictures:,} pictures")
+    Console().print(f"complete: {plan.pictures:,} images")

@@ -1,4 +1,4 @@
-"""Asks a student: pictures and questions in, greedy answers out."""
+"""Asks a student: images and questions in, greedy answers out."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def as_row(question: str, image: str | None) -> Record:
     return replace(record, turns=record.turns[:1])
 
 
-def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> BatchFeature:
+def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], images: Sequence[Image.Image]) -> BatchFeature:
     """Ids, mask and pixels of one-turn conversations, padded on the left; the ids that training would give them.
 
     Args:
-        pictures: one for each prompt, or none at all.
+        images: one for each prompt, or none at all.
     """
     encoder = ConversationEncoder(processor)
-    image = "the image" if pictures else None
+    image = "the image" if images else None
     rows = [torch.tensor(encoder.prompt(as_row(prompt, image))) for prompt in prompts]
     padding = int(processor.tokenizer.pad_token_id or 0)  # never attended
 
@@ -47,8 +47,8 @@ def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], pictures: Se
         return pad_sequence(values, batch_first=True, padding_value=filling, padding_side="left")
 
     inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
-    if pictures:
-        inputs["pixel_values"] = processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
+    if images:
+        inputs["pixel_values"] = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
     return BatchFeature(inputs)
 
 
@@ -69,18 +69,18 @@ def answer(
 
     Args:
         prompts: one question each.
-        images: one picture (or None) each. A batch holds either pictures only or none.
+        images: one image (or None) each. A batch holds either images only or none.
 
     Returns:
         The answers' texts, without special tokens, stripped.
 
     Raises:
-        ValueError: pictures and no pictures in one batch.
+        ConfigError: some questions of the batch have an image and some have none.
     """
-    pictures = [image for image in images if image is not None]
-    if pictures and len(pictures) != len(images):
-        raise ConfigError("a batch mixes questions with and without a picture: ask them apart")
-    inputs = model_inputs(student.processor, prompts, pictures).to(student.model.device, student.model.dtype)
+    shown = [image for image in images if image is not None]
+    if shown and len(shown) != len(images):
+        raise ConfigError("a batch mixes questions with and without an image: ask them apart")
+    inputs = model_inputs(student.processor, prompts, shown).to(student.model.device, student.model.dtype)
     generated = student.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]

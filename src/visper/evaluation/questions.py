@@ -9,6 +9,7 @@ import string
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,40 +28,43 @@ from visper.model import Student
 logger = logging.getLogger(__name__)
 
 EVERYTHING = "all"
+EMPTY_SHARE = 0.01
+"""Share of answers without text past which something is likely to be wrong with the model or its tokenizer."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question on one picture (or none), with its right answer and, if given, its kind."""
+    """One question on one image (or none), with the answers accepted for it and, if given, its kind."""
 
     question: str
-    answer: str
+    answers: tuple[str, ...]
     image: str | None = None
     kind: str = EVERYTHING
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with the picture that was shown and what the student said, as it said it.
+    """A question with the image that was shown and what the student said, as it said it.
 
-    ``said`` is None where the picture could not be read: the question counts as asked and not answered.
+    ``said`` is None where the image could not be read: the question counts as asked and not answered.
     """
 
     image: str | None
     kind: str
     question: str
-    expected: str
+    expected: tuple[str, ...]
     said: str | None
     correct: bool
 
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of one kind, with the 95 % interval of their share."""
+    """Right answers of one kind, with the 95 % interval of their share; ``empty`` counts answers without any text."""
 
     kind: str
     correct: int
     total: int
+    empty: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -74,17 +78,40 @@ class Score:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSON file: a list of ``{image, question, answer}``, optionally with ``kind``."""
+    """Questions of a JSON or JSONL file: rows of ``{image, question, answer}``, optionally with ``kind``.
+
+    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of one, or missing.
+
+    Raises:
+        DataError: the file or a question is not of this form; the message names the question.
+    """
     rows = list(read_rows(path))
     questions = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or "question" not in row or "answer" not in row:
             raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected image, question, answer")
         kind = str(row.get("kind", EVERYTHING))
-        questions.append(Question(str(row["question"]), str(row["answer"]), row.get("image"), kind))
+        place = f"'{path}', question {number}"
+        answers = _accepted(row["answer"], place)
+        questions.append(Question(str(row["question"]), answers, _one_image(row.get("image"), place), kind))
     if not questions:
         raise DataError(f"{path} holds no questions")
     return questions
+
+
+def _accepted(answer: Any, place: str) -> tuple[str, ...]:
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers or not all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers):
+        raise DataError("no answer", f"{place}: 'answer' is {str(answer)[:80]!r}: expected a text or a list of texts")
+    return tuple(str(one) for one in answers)
+
+
+def _one_image(image: Any, place: str) -> str | None:
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if image is not None and not isinstance(image, str):
+        raise DataError("bad image", f"{place}: 'image' is {str(image)[:80]!r}: expected one path")
+    return image or None
 
 
 def normalized(text: str) -> str:
@@ -104,10 +131,10 @@ def evaluate(
 
     Args:
         images: folder under which the questions' image paths lie.
-        shuffle_images: every question gets another question's picture: what a model scores that does not look.
+        shuffle_images: every question gets another question's image: what a model scores that does not look.
 
     Raises:
-        DataError: pictures that are not there or questions that cannot be asked, before the first question.
+        DataError: images that are not there or questions that cannot be asked, before the first question.
     """
     items = list(questions)
     shown = [q.image for q in items]
@@ -115,7 +142,7 @@ def evaluate(
         shown = _others(shown)
     absent = sorted({name for name in shown if name is not None and not (images / name).is_file()})
     if absent:
-        raise DataError(f"{len(absent)} pictures of the questions are not under '{images}', the first '{absent[0]}'")
+        raise DataError(f"{len(absent)} images of the questions are not under '{images}', the first '{absent[0]}'")
     for number, (question, name) in enumerate(zip(items, shown, strict=True)):
         try:
             as_row(question.question, name)
@@ -132,22 +159,22 @@ def evaluate(
     with torch.inference_mode(), Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
         bar = progress.add_task("asking", total=len(items))
         for part in batches:
-            pictures = {i: _picture(images, shown[i]) for i in part}
-            readable = [i for i in part if shown[i] is None or pictures[i] is not None]
+            loaded = {i: _read_image(images, shown[i]) for i in part}
+            readable = [i for i in part if shown[i] is None or loaded[i] is not None]
             if readable:
                 asked = [items[i].question for i in readable]
-                answers = answer(student, asked, [pictures[i] for i in readable], max_new_tokens)
+                answers = answer(student, asked, [loaded[i] for i in readable], max_new_tokens)
                 said.update(zip(readable, answers, strict=True))
             progress.advance(bar, len(part))
     return [_judged(question, shown[i], said.get(i)) for i, question in enumerate(items)]
 
 
 def _judged(question: Question, image: str | None, said: str | None) -> Answered:
-    correct = said is not None and normalized(said) == normalized(question.answer)
-    return Answered(image, question.kind, question.question, question.answer, said, correct)
+    correct = said is not None and normalized(said) in {normalized(answer) for answer in question.answers}
+    return Answered(image, question.kind, question.question, question.answers, said, correct)
 
 
-def _picture(folder: Path, name: str | None) -> Image.Image | None:
+def _read_image(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
     try:
@@ -168,12 +195,12 @@ def answers_file(model: str, questions: Path, shuffle_images: bool) -> Path:
 
 
 def _others(shown: list[str | None]) -> list[str | None]:
-    """For every question a picture that is not its own: the distinct pictures, moved round by half their number."""
-    pictures = sorted({name for name in shown if name is not None})
-    if len(pictures) < 2:
-        raise DataError("shuffling pictures needs at least two different ones")
-    step = len(pictures) // 2
-    swap = {name: pictures[(i + step) % len(pictures)] for i, name in enumerate(pictures)}
+    """For every question an image that is not its own: the distinct images, moved round by half their number."""
+    distinct = sorted({name for name in shown if name is not None})
+    if len(distinct) < 2:
+        raise DataError("shuffling images needs at least two different ones")
+    step = len(distinct) // 2
+    swap = {name: distinct[(i + step) % len(distinct)] for i, name in enumerate(distinct)}
     return [swap[name] if name is not None else None for name in shown]
 
 
@@ -185,10 +212,13 @@ def scores(answered: Iterable[Answered]) -> list[Score]:
     """Accuracy by kind in order of appearance, and over all if there is more than one kind."""
     rows = list(answered)
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    result = [Score(k, sum(r.correct for r in rows if r.kind == k), sum(r.kind == k for r in rows)) for k in kinds]
-    if len(kinds) > 1:
-        result.append(Score(EVERYTHING, sum(r.correct for r in rows), len(rows)))
-    return result
+    result = [_score(kind, [row for row in rows if row.kind == kind]) for kind in kinds]
+    return [*result, _score(EVERYTHING, rows)] if len(kinds) > 1 else result
+
+
+def _score(kind: str, rows: list[Answered]) -> Score:
+    empty = sum(row.said is not None and not row.said.strip() for row in rows)
+    return Score(kind, sum(row.correct for row in rows), len(rows), empty)
 
 
 def save_answers(path: Path, answered: Iterable[Answered]) -> None:
@@ -197,9 +227,16 @@ def save_answers(path: Path, answered: Iterable[Answered]) -> None:
 
 
 def show_scores(console: Console, rows: list[Score]) -> None:
-    """A table of accuracies with their intervals."""
-    table = Table("kind", "accuracy", "95 % interval", "right / asked")
+    """A table of accuracies with their intervals, and how many answers were empty."""
+    table = Table("kind", "accuracy", "95 % interval", "right / asked", "empty answers")
     for row in rows:
         low, high = row.interval
-        table.add_row(row.kind, f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{row.correct} / {row.total}")
+        table.add_row(
+            row.kind, f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{row.correct} / {row.total}", str(row.empty)
+        )
     console.print(table)
+    if rows and rows[-1].empty > rows[-1].total * EMPTY_SHARE:
+        console.print(
+            f"[yellow]{rows[-1].empty} of {rows[-1].total} answers are empty[/]: does the tokenizer know the words of "
+            "the answers, and was the model trained to answer such questions?"
+        )

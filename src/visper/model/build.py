@@ -158,7 +158,7 @@ def build_skeleton(config: StudentConfig) -> Student:
     Needs configurations only (``hub.sizes_of``), so a published base takes no download. It has no processor.
 
     Raises:
-        ConfigError: a part's configuration cannot be had.
+        ConfigError: a part's configuration cannot be loaded.
     """
     trust = config.trust_remote_code
     llm_config = sizes_of(config.llm, "student.llm", trust_remote_code=trust)

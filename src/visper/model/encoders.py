@@ -39,7 +39,7 @@ class FeatureMapTowerConfig(PreTrainedConfig):
     Args:
         backbone_config: of a backbone that transformers knows, timm's included.
         hidden_size: width of the tokens.
-        image_size, patch_size: pixels a side of the picture and of one token's cell.
+        image_size, patch_size: pixels a side of the image and of one token's cell.
         channels_last: the map comes as ``[B, H, W, C]`` (timm's Swin), not ``[B, C, H, W]``.
         prefix_tokens: class and register tokens of a backbone that gives tokens (timm's ViTs); left out.
     """
@@ -83,7 +83,7 @@ class FeatureMapTower(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
-    # A frozen tower is run whole, never split over devices: no class to keep together.
+    # A frozen tower is never split over devices, so no class has to stay on one.
     _no_split_modules: list[str] = []  # noqa: RUF012 (the name and type are transformers')
 
     def __init__(self, config: FeatureMapTowerConfig, backbone: nn.Module | None = None) -> None:
@@ -95,10 +95,10 @@ class FeatureMapTower(PreTrainedModel):
         """Nothing of its own to initialize: the backbone brings its weights."""
 
     def train(self, mode: bool = True) -> FeatureMapTower:
-        """Trains everything but batch normalization, whose statistics stay the backbone's own, also while it learns.
+        """Keeps batch normalization in evaluation mode, with the backbone's own statistics, even while training.
 
-        Else a frozen tower's answer to a picture depends on the others of its batch, differs from what inference
-        sees, and moves in every step by buffers that no checkpoint of learning weights holds.
+        Otherwise the features of an image would depend on the rest of its batch, differ from those at inference, and
+        drift with buffers that no checkpoint of trainable weights holds.
         """
         super().train(mode)
         for module in self.modules():
@@ -150,8 +150,7 @@ def load_encoder(
         weights: False = the sizes alone: parameters on the meta device, colors not looked up.
 
     Raises:
-        ConfigError: the encoder cannot be had.
-        ValueError: the layer does not exist, or the picture does not divide into patches.
+        ConfigError: the encoder cannot be loaded, the layer does not exist, or the image does not divide into patches.
     """
     if weights:
         with loading("student.encoder", name):
@@ -167,7 +166,7 @@ def load_encoder(
         states, last = _shapes(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"encoder '{name}' takes no pictures of {size} px ({error}): set 'student.image_size' to another size, or "
+            f"encoder '{name}' takes no images of {size} px ({error}): set 'student.image_size' to another size, or "
             f"leave it out for its own {own_size}"
         ) from error
     if not states:
@@ -185,7 +184,7 @@ def load_encoder(
 
 
 def _image_half(config: PreTrainedConfig) -> PreTrainedConfig:
-    half: PreTrainedConfig = getattr(config, "vision_config", config)  # of a whole CLIP or SigLIP
+    half: PreTrainedConfig = getattr(config, "vision_config", config)  # of a CLIP or SigLIP with its text model
     return half
 
 
@@ -198,7 +197,7 @@ def _shapes(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.
     if model.device.type == "meta":
         return _probed(model, size)
     try:
-        # On the meta device: a forward of the real thing is slow where pictures are large (ConvNeXt-XXL, 768 px).
+        # On the meta device: a forward of the real thing is slow where images are large (ConvNeXt-XXL, 768 px).
         with torch.device("meta"):
             return _probed(type(model)(model.config), size)
     except RuntimeError:  # it computes with values, of which there are none
@@ -235,7 +234,7 @@ def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Color, std
     patch = size // max(side, 1)
     if not side or side * side != cells or size // patch != side:
         raise ConfigError(
-            f"encoder {type(model).__name__} makes {cells} tokens of a picture of {size} px, no square of equal cells: "
+            f"encoder {type(model).__name__} makes {cells} tokens of an image of {size} px, no square of equal cells: "
             "set 'student.image_size' to a multiple of its stride"
         )
     if hasattr(model.config, "do_pooling"):
@@ -266,7 +265,7 @@ def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
 
 
 def _normalization(name: str, model: PreTrainedModel, trust_remote_code: bool) -> tuple[Color, Color, int]:
-    """Mean, standard deviation and size of the pictures the encoder was trained on."""
+    """Mean, standard deviation and size of the images the encoder was trained on."""
     mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
@@ -274,7 +273,7 @@ def _normalization(name: str, model: PreTrainedModel, trust_remote_code: bool) -
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError:
-        logger.warning("encoder '%s' has no preprocessor_config.json: its pictures get ImageNet's mean and std", name)
+        logger.warning("encoder '%s' has no preprocessor_config.json: its images get ImageNet's mean and std", name)
     return (
         tuple(getattr(processor, "image_mean", None) or mean),
         tuple(getattr(processor, "image_std", None) or std),

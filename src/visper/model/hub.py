@@ -1,4 +1,4 @@
-"""Parts from the hub, a folder, or nothing but their published sizes; and what to do where one cannot be had."""
+"""Parts from the hub, a folder, or their published sizes alone; and what to do when one cannot be loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task tokens: vocabulary entries behind the image, whose embeddings come from query parameters while they learn.
+"""Task tokens: vocabulary entries behind the image, whose embeddings come from trainable query matrices in PT.
 
 Paper, section 3: a task's query matrix (depth and seg: as many rows as the target has tokens) is the query set of its
 predictors; the means of ``per_task`` consecutive groups of its rows are what the LLM sees as its task tokens.
@@ -69,7 +69,7 @@ class TaskTokens(nn.Module):
                     f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'predictor.num_queries' to a "
                     f"multiple of {len(task_ids)}"
                 )
-        # float32 whatever the student's precision: they learn by small steps.
+        # float32 whatever the student's precision: their updates are small.
         self.queries = nn.ParameterDict({task: nn.Parameter(queries[task].detach().float()) for task in self.ids})
         flat = torch.tensor([token for task_ids in self.ids.values() for token in task_ids])
         self.register_buffer("token_ids", flat, persistent=False)
@@ -105,7 +105,7 @@ class TaskTokens(nn.Module):
 
     @classmethod
     def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:
-        """The task tokens of a trained student, held still: their rows get no gradient in later stages."""
+        """Frozen task tokens of a trained student: their rows get no gradient in later stages."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         scale = embed_scale(embedding)

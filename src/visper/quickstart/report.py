@@ -165,7 +165,7 @@ def sample_answers(result: Result) -> list[dict[str, Any]]:
     for row in chosen:
         with Image.open(result.world / "images" / str(row.image)) as file:
             uri = data_uri(file.convert("RGB"))
-        verdict = "right" if row.correct else f"wrong, it is {row.expected}"
+        verdict = "right" if row.correct else f"wrong, it is {' or '.join(row.expected)}"
         found.append({"uri": uri, "kind": row.kind, "question": row.question, "said": row.said, "verdict": verdict})
     return found
 
