@@ -1,6 +1,6 @@
-"""What watching costs a step: seconds of everything the monitor does, beside the step it watches.
+"""What monitoring costs a step: seconds of everything the monitor does, beside the step it watches.
 
-python benchmarks/watching.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds a step
+python benchmarks/monitoring.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds a step
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
             watch.report({"ntp": float(number)}, 10, number)
         seconds.append(time.perf_counter() - start)
     mean = statistics.mean(seconds[20:])
-    print(f"watching {mean * 1e3:.3f} ms of a step of {step * 1e3:.0f} ms: {mean / step:.2%}")
+    print(f"monitoring {mean * 1e3:.3f} ms of a step of {step * 1e3:.0f} ms: {mean / step:.2%}")
 
 
 if __name__ == "__main__":
