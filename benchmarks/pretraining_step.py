@@ -44,8 +44,8 @@ from transformers import (
     SwinConfig,
 )
 
-from visper.config import Stage
-from visper.distillation import EmbeddingDistillation, Targets, TargetSpec, Teacher, build_teacher, predictor_spec
+from visper.config import Stage, load_run
+from visper.distillation import EmbeddingDistillation, Targets, TargetSpec, Teacher, build_teacher, query_rows
 from visper.distillation.objective import DistilledTask
 from visper.model import Student, TaskTokens, initial_queries
 from visper.training.module import TrainingModel
@@ -172,9 +172,11 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
         llava = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     ids = {t: [image_token - 24 + PER_TASK * i + j for j in range(PER_TASK)] for i, t in enumerate(TASKS)}
     student = Student(llava, None, ids)  # type: ignore[arg-type]  # no text is processed here
-    specs = {task: predictor_spec(task) for task in TASKS}
+    distillation = load_run("llama3-8b-vit-l/pt").distillation
+    assert distillation is not None
+    specs = {task: distillation.tasks[task].predictor for task in TASKS}
     tasks = {t: DistilledTask(geometry.targets[t], geometry.layers[t], specs[t]) for t in TASKS}
-    rows = {task: specs[task].query_rows(geometry.targets[task], PER_TASK) for task in TASKS}
+    rows = {task: query_rows(specs[task], geometry.targets[task], PER_TASK) for task in TASKS}
     queries = initial_queries(student, rows, torch.Generator().manual_seed(0))
     objective = EmbeddingDistillation(tasks, student.hidden_size, student.num_layers)
     model = TrainingModel(student, TaskTokens(ids, queries), objective).to(device)

@@ -11,8 +11,9 @@ import yaml
 
 from tests import tiny
 from visper.config import load_run
+from visper.config.teacher_kinds import TEACHERS
 from visper.data.images import open_image
-from visper.distillation.teachers import TEACHERS, build_teacher
+from visper.distillation.teachers import build_teacher
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import look
 from visper.training import run_stage

@@ -19,6 +19,7 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from visper.config import PredictorSpec, load_run
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher
 
 CHAT_TEMPLATE = (
@@ -114,12 +115,19 @@ class HalfColors(PooledColors):
         return (super().encode(pixels) * 64).round() / 64
 
 
+def published_predictors() -> dict[str, PredictorSpec]:
+    """The predictors of the published recipe, by task."""
+    settings = load_run("llama3-8b-vit-l/pt").distillation
+    assert settings is not None
+    return {task: own.predictor for task, own in settings.tasks.items()}
+
+
 def distillation(**changes: Any) -> dict[str, Any]:
     """Three tasks like the published ones, on four layers, from ``PooledColors``."""
     teacher = {"kind": "tests.tiny:PooledColors", "model": "colors"}
     small = {"heads": 2, "head_width": 4}
     tasks = {
-        "depth": {"teacher": teacher, "layers": [1, 3], "predictor": small},
+        "depth": {"teacher": teacher, "layers": [1, 3], "predictor": {**small, "inner": "llm", "mlp": True}},
         "seg": {"teacher": {**teacher, "width": 6}, "layers": [2, 4], "predictor": small},
         "gen": {"teacher": {**teacher, "grid": 1, "width": 10}, "layers": [3], "predictor": small},
     }

@@ -62,6 +62,11 @@ def test_a_null_takes_a_task_or_an_option_away():
     assert run.distillation.tasks["depth"].teacher.options == {}
 
 
+def test_teachers_of_ones_own_take_any_option():
+    changes = ["distillation.tasks.depth.teacher={kind: 'my.module:Edges', model: x, blur: 2, size: null}"]
+    assert load_run(RECIPE, changes).distillation.tasks["depth"].teacher.options == {"blur": 2}
+
+
 def test_an_override_needs_an_equals_sign():
     with pytest.raises(ConfigError, match="key=value"):
         parse_overrides(["optimization.lr"])
@@ -77,6 +82,14 @@ def test_an_override_needs_an_equals_sign():
         ("optimization.global_batch=many", "optimization.global_batch.*found 'many'"),
         ("optimization.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
+        ("distillation.tasks.depth.predictor={kind: mlp}", "unknown key 'distillation.tasks.depth.predictor.kind'"),
+        ("distillation.tasks.depth.predictor={head: 3}", "did you mean 'heads'"),
+        ("distillation.tasks.depth.predictor={queries: rows}", "'matrix' or 'states', found 'rows'"),
+        ("distillation.tasks.depth.predictor={depth: 0}", "predictor.depth.*greater than 0, found 0"),
+        ("distillation.tasks.depth.teacher.kind=depth_anythin", "'depth_anythin': did you mean 'depth_anything'"),
+        ("distillation.tasks.depth.teacher.kind=qqq", "expected one of onnx, depth_anything, .*module:Class"),
+        ("distillation.tasks.depth.teacher.kind=my teacher:Class", "unknown teacher kind 'my teacher:Class'"),
+        ("distillation.tasks.depth.teacher.sise=3", "'depth_anything' has no option 'sise': did you mean 'size'"),
         ("stage=ift", "'distillation' belongs to stage 'pt'"),
         ("start_from=x", "not both"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),

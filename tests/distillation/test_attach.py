@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 from tests.distillation.vlms import IMAGE, MODELS, WIDTH, build
-from visper.distillation import DistilledTask, ModelFacts, Targets, TargetSpec, attach, predictor_spec
+from tests.tiny import published_predictors
+from visper.distillation import DistilledTask, ModelFacts, Targets, TargetSpec, attach
 
 SPECS = {"depth": TargetSpec(4, 6, (2, 2)), "seg": TargetSpec(4, 5, (2, 2)), "gen": TargetSpec(1, 7)}
 TASKS = {
-    "depth": DistilledTask(SPECS["depth"], (1, 3), predictor_spec("depth")),
-    "seg": DistilledTask(SPECS["seg"], (2,), predictor_spec("seg")),
-    "gen": DistilledTask(SPECS["gen"], (2,), predictor_spec("gen")),
+    "depth": DistilledTask(SPECS["depth"], (1, 3), published_predictors()["depth"]),
+    "seg": DistilledTask(SPECS["seg"], (2,), published_predictors()["seg"]),
+    "gen": DistilledTask(SPECS["gen"], (2,), published_predictors()["gen"]),
 }
 TASK_IDS = {"depth": [20, 21], "seg": [22, 23], "gen": [24, 25]}
 
@@ -187,4 +188,4 @@ def test_mistakes_say_what_to_do(llava):
     with pytest.raises(ValueError, match=r"no states of layer 1: .*with distiller.tap"):
         distiller({}, batch["input_ids"], None, targets(2))
     with pytest.raises(ValueError, match="the model has layers 1 to 3"):
-        attach(model, {"seg": DistilledTask(SPECS["seg"], (4,), predictor_spec("seg"))})
+        attach(model, {"seg": DistilledTask(SPECS["seg"], (4,), published_predictors()["seg"])})

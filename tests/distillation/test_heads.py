@@ -2,14 +2,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from visper.distillation.heads import (
-    PREDICTORS,
-    EmbeddingPredictor,
-    PerceiverResampler,
-    PredictorSpec,
-    fit_queries,
-    predictor_spec,
-)
+from tests.tiny import published_predictors
+from visper.config import PredictorSpec
+from visper.distillation import DistilledTask, EmbeddingDistillation
+from visper.distillation.heads import EmbeddingPredictor, PerceiverResampler, fit_queries, query_rows, query_source
 from visper.distillation.teachers import TargetSpec
 
 # Another batch size or key count takes another kernel: 2e-7 measured on values of order one.
@@ -56,31 +52,29 @@ def test_queries_are_taken_tiled_or_averaged(rows, tokens, expected):
 
 
 def test_published_predictors_have_their_widths():
-    target = TargetSpec(4, 6)
-    depth, seg, gen = (EmbeddingPredictor(12, target, PREDICTORS[task]) for task in ("depth", "seg", "gen"))
+    target, one = TargetSpec(4, 6), TargetSpec(1, 6)
+    predictors = published_predictors()
+    depth, seg = (EmbeddingPredictor(12, target, predictors[task]) for task in ("depth", "seg"))
+    gen = EmbeddingPredictor(12, one, predictors["gen"])
     assert depth.resampler.project_in.out_features == 12
     assert [type(layer).__name__ for layer in depth.mlp] == ["Linear", "ReLU", "Linear"]
     for plain in (seg, gen):
         assert plain.resampler.project_in.out_features == 6
         assert len(plain.mlp) == 0
     assert seg.resampler.layers[0].attention.to_query.out_features == 4 * 32
-    assert PREDICTORS["gen"].query_rows(target, 8) == 8
-    assert PREDICTORS["seg"].query_rows(target, 8) == 4
+    assert query_rows(predictors["gen"], one, 8) == 8
+    assert query_rows(predictors["seg"], target, 8) == 4
 
 
-def test_a_new_task_needs_no_entry_and_changes_lie_on_top():
-    assert predictor_spec("normals") == PredictorSpec()
-    assert predictor_spec("depth", {"mlp": False}) == PredictorSpec("matrix", "llm", False)
+def test_queries_follow_the_target_unless_the_recipe_says():
+    assert query_source(PredictorSpec(), TargetSpec(1, 6)) == "states"
+    assert query_source(PredictorSpec(), TargetSpec(4, 6)) == "matrix"
+    assert query_source(PredictorSpec(queries="matrix"), TargetSpec(1, 6)) == "matrix"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"head": 3}, "unknown key 'predictor.head': did you mean 'heads'"),
-        ({"queries": "rows"}, "predictor.queries is 'rows'"),
-        ({"depth": 0}, "predictor.depth is 0"),
-    ],
-)
-def test_wrong_predictor_keys_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        predictor_spec("depth", changes)
+def test_predictors_do_not_depend_on_the_tasks_name():
+    target = TargetSpec(4, 6)
+    tasks = {name: DistilledTask(target, (1,)) for name in ("depth", "normals")}
+    objective = EmbeddingDistillation(tasks, llm_width=12, llm_layers=2)
+    depth, normals = (objective.predictors[f"{name}_1"].state_dict() for name in tasks)
+    assert {n: v.shape for n, v in depth.items()} == {n: v.shape for n, v in normals.items()}

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from visper.config import Distillation
+from tests.tiny import published_predictors
+from visper.config import Distillation, PredictorSpec
 from visper.distillation import (
     DistilledTask,
     EmbeddingDistillation,
@@ -11,7 +12,6 @@ from visper.distillation import (
     TokenLayout,
     gather_targets,
     info_nce_per_sample,
-    predictor_spec,
     smooth_l1_per_sample,
 )
 
@@ -28,7 +28,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 @pytest.fixture
 def objective():
     torch.manual_seed(0)
-    tasks = {task: DistilledTask(SPECS[task], LAYERS[task], predictor_spec(task)) for task in SPECS}
+    tasks = {task: DistilledTask(SPECS[task], LAYERS[task], published_predictors()[task]) for task in SPECS}
     return EmbeddingDistillation(tasks, WIDTH, 4)
 
 
@@ -202,10 +202,13 @@ def test_objective_of_a_run():
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (DistilledTask(SPECS["depth"], (5,), predictor_spec("depth")), "layers 1 to 4.*distillation.tasks.x.layers"),
-        (DistilledTask(SPECS["depth"], (2, 2), predictor_spec("depth")), "each to be tapped once"),
-        (DistilledTask(SPECS["depth"], (1,), predictor_spec("x", {"num_queries": 3})), "predictor.num_queries' to 4"),
-        (DistilledTask(SPECS["depth"], (1,), predictor_spec("gen")), "predictor.queries' to 'matrix'"),
+        (
+            DistilledTask(SPECS["depth"], (5,), published_predictors()["depth"]),
+            "layers 1 to 4.*distillation.tasks.x.layers",
+        ),
+        (DistilledTask(SPECS["depth"], (2, 2), published_predictors()["depth"]), "each to be tapped once"),
+        (DistilledTask(SPECS["depth"], (1,), PredictorSpec(num_queries=3)), "predictor.num_queries' to 4"),
+        (DistilledTask(SPECS["depth"], (1,), PredictorSpec(queries="states")), "predictor.queries' to 'matrix'"),
     ],
 )
 def test_tasks_that_fit_neither_model_nor_teacher_are_refused(task, message):

@@ -1,4 +1,5 @@
 import importlib
+import inspect
 import pickle
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from visper.config.teacher_kinds import TEACHERS
 from visper.distillation import teachers
-from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_pictures
+from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_images
 
 
 class Constant(Teacher):
@@ -46,12 +48,12 @@ def test_targets_that_break_the_spec_are_refused():
 def test_an_unknown_kind_names_the_nearest():
     with pytest.raises(ValueError, match="unknown teacher kind 'depth_anythin': did you mean 'depth_anything'"):
         build_teacher("depth_anythin", "x")
-    with pytest.raises(ValueError, match="there are onnx, depth_anything"):
+    with pytest.raises(ValueError, match="expected one of onnx, depth_anything"):
         build_teacher("qqq", "x")
 
 
 def test_a_class_that_is_no_teacher_is_refused():
-    with pytest.raises(ValueError, match="which is no Teacher"):
+    with pytest.raises(ValueError, match=r"torch.nn:Identity, expected a subclass of .*teachers\.Teacher"):
         build_teacher("torch.nn:Identity", "x")
 
 
@@ -70,9 +72,11 @@ def test_a_missing_package_names_its_extra(monkeypatch):
 
 
 def test_every_kind_of_the_table_names_a_teacher():
-    for place in teachers.TEACHERS.values():
-        module, name = place.split(":")
-        assert issubclass(getattr(importlib.import_module(module), name), Teacher)
+    for kind in TEACHERS.values():
+        module, name = kind.place.split(":")
+        teacher = getattr(importlib.import_module(module), name)
+        assert issubclass(teacher, Teacher)
+        assert list(inspect.signature(teacher).parameters) == ["model", *kind.options]
 
 
 def test_preprocessing_squashes_and_keeps_the_channel_order():
@@ -95,18 +99,26 @@ def test_spec_refuses_a_grid_of_another_size():
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 10])
-def test_principal_components_are_pictures(width):
-    pictures = pca_pictures(torch.randn(2, 6, width), (2, 3))
-    assert pictures.shape == (2, 3, 2, 3)
-    assert pictures.min() >= 0 and pictures.max() <= 1
+def test_principal_components_are_images(width):
+    images = pca_images(torch.randn(2, 6, width), (2, 3))
+    assert images.shape == (2, 3, 2, 3)
+    assert images.min() >= 0 and images.max() <= 1
 
 
 def test_a_prediction_can_be_drawn_in_its_teachers_colors():
     target = torch.randn(2, 6, 5)
-    torch.testing.assert_close(pca_pictures(target[:1], (2, 3), reference=target), pca_pictures(target, (2, 3))[:1])
+    torch.testing.assert_close(pca_images(target[:1], (2, 3), reference=target), pca_images(target, (2, 3))[:1])
 
 
-def test_an_embedding_without_a_grid_is_drawn_as_a_square():
-    pictures = build_teacher(HERE, "x").decode(torch.rand(2, 4, 3))
-    assert pictures.shape == (2, 3, 2, 2)
-    assert pca_pictures(torch.rand(2, 1, 10), None).shape == (2, 3, 4, 4)
+def test_an_embedding_is_drawn_on_its_grid():
+    teacher = build_teacher(HERE, "x")
+    assert teacher.draws_images and teacher.decode(torch.rand(2, 4, 3)).shape == (2, 3, 2, 2)
+
+
+@pytest.mark.parametrize("spec", [TargetSpec(1, 10), TargetSpec(1, 10, (1, 1)), TargetSpec(4, 3)])
+def test_a_target_without_positions_is_not_drawn_as_a_map(spec):
+    teacher = build_teacher(HERE, "x")
+    teacher.spec = spec
+    assert not teacher.draws_images
+    with pytest.raises(ValueError, match=f"target of {spec.tokens} x {spec.width} without positions"):
+        teacher.decode(torch.rand(2, spec.tokens, spec.width))

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.tiny import published_predictors
 from visper.distillation import (
     DistilledTask,
     EmbeddingDistillation,
@@ -17,7 +18,6 @@ from visper.distillation import (
     TokenLayout,
     gather_targets,
     info_nce_per_sample,
-    predictor_spec,
     smooth_l1_per_sample,
 )
 
@@ -110,7 +110,7 @@ class Learner(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        tasks = {task: DistilledTask(spec, (1,), predictor_spec(task)) for task, spec in SPECS.items()}
+        tasks = {task: DistilledTask(spec, (1,), published_predictors()[task]) for task, spec in SPECS.items()}
         self.objective = EmbeddingDistillation(tasks, WIDTH, 2)
         self.project = nn.Linear(WIDTH, WIDTH)
         self.queries = nn.ParameterDict({"depth": torch.randn(4, WIDTH), "gen": torch.randn(2, WIDTH)})

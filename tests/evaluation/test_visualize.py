@@ -86,6 +86,14 @@ def test_each_task_is_a_row_and_each_layer_a_tile_in_the_teachers_colors(trained
         assert np.abs(np.array(corner) - drawn.numpy()).max() <= 1
 
 
+def test_a_one_token_target_is_never_drawn_as_a_map(trained, picture):
+    """Without a gallery its row holds the image and a blank tile, whose caption says why."""
+    sheet = look(load_pre_trained(trained), picture)
+    left, top = 6 + TILE, 2 * (TILE + CAPTION) + CAPTION
+    colors = sheet.crop((left, top, sheet.width, sheet.height)).getcolors()
+    assert [color for _, color in colors] == [(255, 255, 255)]
+
+
 def test_where_a_teacher_draws_nothing_the_nearest_pictures_are_shown(trained):
     found = load_pre_trained(trained)
     assert needs_gallery(found)

@@ -71,13 +71,14 @@ def test_every_embedding_loss_is_finite_and_not_zero(pre_trained):
 
 def test_targets_differ_from_photograph_to_photograph(changes, first_rows):
     from visper.data.images import open_image
-    from visper.distillation.teachers.from_run import build_teachers
+    from visper.distillation.teachers.tasks import build_teachers
 
     pictures = [
         open_image(Path(first_rows["images"]) / row["image"])
         for row in json.loads(Path(first_rows["json"]).read_text(encoding="utf-8"))[:2]
     ]
-    teachers = build_teachers(load_run("photographs/pt", changes=[changes]))
+    run = load_run("photographs/pt", changes=[changes])
+    teachers = build_teachers(run.distillation, run.optimization.precision)
     assert (teachers["seg"].spec.grid, teachers["gen"].spec.tokens) == ((8, 8), 1)
     for teacher in teachers.values():
         one, other = teacher(torch.stack([teacher.preprocess(picture) for picture in pictures]))

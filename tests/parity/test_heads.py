@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from tests.published.names import from_published, published_name
+from tests.tiny import published_predictors
 from visper.distillation.heads import (
     EmbeddingPredictor,
-    PredictorSpec,
-    predictor_spec,
 )
 from visper.distillation.teachers import TargetSpec
 
@@ -20,18 +19,17 @@ from visper.distillation.teachers import TargetSpec
 TOLERANCE = 1e-5
 
 HEADS = {
-    "tt_depth_inter": predictor_spec("depth"),
-    "tt_depth_nointer": predictor_spec("depth", {"mlp": False}),
-    "tt_seg": predictor_spec("seg"),
-    "tt_gen": predictor_spec("gen"),
+    "tt_depth_inter": published_predictors()["depth"],
+    "tt_depth_nointer": published_predictors()["depth"].model_copy(update={"mlp": False}),
+    "tt_seg": published_predictors()["seg"],
+    "tt_gen": published_predictors()["gen"],
 }
 
 
 def build(golden, config, tensors, head):
     sizes = config["proj_config_gen" if head.endswith("gen") else "proj_config"]
     shape = {"depth": sizes["depth"], "heads": sizes["num_heads"], "head_width": sizes["dim_head"]}
-    spec: PredictorSpec = HEADS[head]
-    spec = PredictorSpec(spec.queries, spec.inner, spec.mlp, ff_mult=sizes["ff_mult"], **shape)
+    spec = HEADS[head].model_copy(update={**shape, "ff_mult": sizes["ff_mult"]})
     target = TargetSpec(sizes["num_tokens"], sizes["output_dim"])
     predictor = EmbeddingPredictor(config["llm_hidden_size"], target, spec)
     predictor.load_state_dict(from_published(golden.part(tensors, f"{head}/weight/")))
@@ -98,5 +96,5 @@ def test_full_size_predictors_have_the_published_parameters(golden):
         }
         published.pop(None, None)
         with torch.device("meta"):
-            ours = EmbeddingPredictor(llm_width, target, predictor_spec(task)).state_dict()
+            ours = EmbeddingPredictor(llm_width, target, published_predictors()[task]).state_dict()
         assert published == {name: list(value.shape) for name, value in ours.items()}

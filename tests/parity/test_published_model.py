@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from tests.published.names import from_published
+from tests.tiny import published_predictors
 from visper.distillation import (
     DistilledTask,
     EmbeddingDistillation,
@@ -20,7 +21,6 @@ from visper.distillation import (
     TargetSpec,
     TokenLayout,
     info_nce_per_sample,
-    predictor_spec,
     smooth_l1_per_sample,
 )
 from visper.model import Student, TaskTokens
@@ -141,7 +141,8 @@ def objective_of(config, state):
         changes = {"heads": head["num_heads"], "head_width": head["dim_head"], "ff_mult": head["ff_mult"]}
         target = TargetSpec(head["num_tokens"], head["output_dim"], grid)
         weight = next(value for key, value in head.items() if key.endswith("loss_weight"))
-        tasks[task] = DistilledTask(target, layers_of(config, task), predictor_spec(task, changes), weight)
+        predictor = published_predictors()[task].model_copy(update=changes)
+        tasks[task] = DistilledTask(target, layers_of(config, task), predictor, weight)
     llm = config["llm"]
     objective = EmbeddingDistillation(
         tasks, llm["hidden_size"], llm["num_hidden_layers"], config["contrastive_loss_weight"]

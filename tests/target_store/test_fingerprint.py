@@ -44,7 +44,7 @@ def test_place_notes_drawing_and_a_color_that_is_not_used_do_not(folder, tmp_pat
     (folder / ".cache" / "state").write_text("x")
     folder.rename(tmp_path / "moved")
     assert key_of(tmp_path / "moved") == before == key_of(tmp_path / "moved", background=(0, 0, 0))
-    assert key_of(tmp_path / "moved", threads=2, picture="classes") == before
+    assert key_of(tmp_path / "moved", threads=2, draw="classes") == before
 
 
 def test_a_file_counts_with_the_weights_that_onnx_keeps_beside_it(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from tests import tiny_teachers
 from visper.common.errors import ConfigError
 from visper.config import load_run
-from visper.distillation.teachers.from_run import build_teachers
+from visper.distillation.teachers.tasks import build_teachers
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,14 @@ def published(places, *changes):
     return load_run("llama3-8b-vit-l/pt", [*models, *changes])
 
 
+def teachers_of(run):
+    """As a run builds them, whose student has 8 task tokens a task."""
+    ids = dict.fromkeys(("depth", "seg", "gen"), range(8))
+    return build_teachers(run.distillation, run.optimization.precision, ids)
+
+
 def test_teachers_take_the_precision_of_the_recipe(places):
-    teachers = build_teachers(published(places, "distillation.teacher_dtype=bfloat16"))
+    teachers = teachers_of(published(places, "distillation.teacher_dtype=bfloat16"))
     for teacher in teachers.values():
         assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     assert [teachers[task].spec.grid for task in places] == [(24, 24), (24, 24), None]
@@ -47,4 +53,4 @@ def test_teachers_take_the_precision_of_the_recipe(places):
 )
 def test_what_does_not_fit_is_told_with_its_remedy(places, changes, message):
     with pytest.raises(ConfigError, match=message):
-        build_teachers(published(places, *changes))
+        teachers_of(published(places, *changes))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.tiny import published_predictors
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
-from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec, predictor_spec
+from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec
 from visper.model import TaskTokens, build_student, initial_queries
 from visper.training import TrainingModel, apply_stage
 from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, part_name
@@ -17,7 +18,7 @@ TOKENS, WIDTH = 16, 8
 def model(tiny_llm, tiny_encoder):
     student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
     queries = initial_queries(student, {"depth": TOKENS}, torch.Generator().manual_seed(0))
-    task = DistilledTask(TargetSpec(TOKENS, WIDTH, (4, 4)), (2,), predictor_spec("depth"))
+    task = DistilledTask(TargetSpec(TOKENS, WIDTH, (4, 4)), (2,), published_predictors()["depth"])
     objective = EmbeddingDistillation({"depth": task}, student.hidden_size, student.num_layers)
     built = TrainingModel(student, TaskTokens(student.task_token_ids, queries), objective)
     apply_stage(built, "pt")

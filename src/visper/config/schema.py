@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from visper.config.teacher_kinds import TEACHERS, check_options, class_place
+
 
 class Stage(str, Enum):
     """The stages of the method, in their order."""
@@ -66,7 +68,9 @@ class Student(Section):
     """The parts a first stage assembles; a later stage starts from a folder instead."""
 
     llm: str = Field(description="causal LLM: hub id or folder")
+    llm_revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
     encoder: str = Field(description="image encoder: hub id or folder")
+    encoder_revision: str | None = Field(None, description="likewise, of the encoder's")
     feature_layer: int = Field(-2, description="encoder layer the projector reads; negative counts from the end")
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: the encoder's own")
     system_prompt: str | None = Field(None, description="put first where a conversation has no system turn")
@@ -110,17 +114,48 @@ class Data(Section):
 
 
 class Teacher(Section):
-    """A frozen model whose output is a target. Keys beyond these two are the kind's own options."""
+    """A frozen model whose output is a target. Keys beyond these three are options of the kind."""
 
-    kind: str
+    kind: str = Field(description="a key of TEACHERS, or module:Class for a class of your own")
     model: str = Field(description="hub id, folder or file; never replaced by another")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of this kind of teacher; a null gives the kind's own default back."""
-        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        """Keyword arguments of this kind of teacher; a null restores the kind's default."""
+        given = {**(self.model_extra or {}), "revision": self.revision}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _known(self) -> Teacher:
+        class_place(self.kind)
+        if self.kind in TEACHERS:
+            check_options(self.kind, self.options, TEACHERS[self.kind].options)
+        return self
+
+
+class PredictorSpec(Section):
+    """Architecture of a task's embedding predictors: a Perceiver resampler, optionally followed by an MLP.
+
+    Attributes:
+        queries: "matrix" (the task's query matrix) or "states" (mean of the layer's hidden states at the task's tokens;
+            in a model without task tokens, at the image's). Default: "states" for targets of one token, else "matrix".
+        inner: width inside the resampler, the LLM's or the target's.
+        mlp: a Linear-ReLU-Linear after the resampler.
+        num_queries: rows of the query matrix; default: the target's tokens ("states": the number of task tokens).
+        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
+    """
+
+    queries: Literal["matrix", "states"] | None = None
+    inner: Literal["llm", "target"] = "target"
+    mlp: bool = False
+    num_queries: PositiveInt | None = None
+    depth: PositiveInt = 1
+    heads: PositiveInt = 4
+    head_width: PositiveInt = 32
+    ff_mult: PositiveInt = 1
 
 
 class Task(Section):
@@ -129,7 +164,7 @@ class Task(Section):
     teacher: Teacher
     layers: tuple[PositiveInt, ...] = Field(min_length=1, description="decoder layers tapped, counted from 1")
     weight: NonNegativeFloat = 0.5
-    predictor: dict[str, Any] = Field(default_factory=dict, description="changes to the task's default predictor")
+    predictor: PredictorSpec = PredictorSpec()
 
 
 class Distillation(Section):

@@ -3,7 +3,7 @@
 Three facts about the model are enough: its decoder layers, the id of its image token, the width of its hidden states.
 Image spans are read from the ids, so images of several sizes, tiles and separators between them are all the same to it.
 
-    distiller = attach(model, {"depth": DistilledTask(teacher.spec, (8, 20), predictor_spec("depth"))})
+    distiller = attach(model, {"depth": DistilledTask(teacher.spec, layers=(8, 20))})
     with distiller.tap() as hidden:
         output = model(**batch)
         terms = distiller(hidden, batch["input_ids"], batch["attention_mask"], {"depth": teacher(pixels)})
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from visper.distillation.heads import query_rows
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import DistilledTask, EmbeddingDistillation
 from visper.distillation.tap import HiddenStateTap
@@ -103,9 +104,9 @@ def attach(
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     rows = {
-        task: settings.predictor.query_rows(settings.target, len(ids.get(task, [0])))
+        task: query_rows(settings.predictor, settings.target, len(ids.get(task, [0])))
         for task, settings in tasks.items()
-        if ids or settings.predictor.queries == "matrix"
+        if ids or settings.queries == "matrix"
     }
     queries = {
         task: random_rows(embedding, count, facts.width, len(ids.get(task, range(count))), generator)

@@ -1,91 +1,44 @@
 """Embedding predictors: from a layer's hidden states and a task's queries to the teacher's embedding.
 
-One predictor per task and tapped layer; they exist in pre-training only. The three published ones differ in the fields
-of ``PredictorSpec``, nothing else.
+One predictor per task and tapped layer; they exist in pre-training only. The recipe's ``predictor`` keys
+(``PredictorSpec``) decide their architecture.
 
 Shape suffixes: B = samples, K = keys (hidden states), Q = queries, D = LLM width, C = inner width, N = teacher tokens,
 E = teacher width, H = heads.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
+from visper.config import PredictorSpec
 from visper.distillation.teachers.base import TargetSpec
 
 
-@dataclass(frozen=True)
-class PredictorSpec:
-    """What sets one task's predictors apart from another's.
-
-    Attributes:
-        queries: "matrix" (the task's whole query matrix) or "states" (mean of the layer's states at the task's tokens;
-            of a model without task tokens, at the image's).
-        inner: width inside the resampler, the LLM's or the target's.
-        mlp: a Linear-ReLU-Linear behind the resampler.
-        num_queries: rows of the query matrix; None = as many as the target has tokens ("states": as task tokens).
-        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
-    """
-
-    queries: Literal["matrix", "states"] = "matrix"
-    inner: Literal["llm", "target"] = "target"
-    mlp: bool = False
-    num_queries: int | None = None
-    depth: int = 1
-    heads: int = 4
-    head_width: int = 32
-    ff_mult: int = 1
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("queries", ("matrix", "states")), ("inner", ("llm", "target"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"predictor.{name} is {getattr(self, name)!r}: set it to one of {', '.join(allowed)}")
-        for name in ("depth", "heads", "head_width", "ff_mult"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"predictor.{name} is {getattr(self, name)}: set it to 1 or more")
-
-    def query_rows(self, target: TargetSpec, per_task: int) -> int:
-        """Rows of the task's query matrix, ``per_task`` being its number of task tokens."""
-        if self.num_queries is not None:
-            return self.num_queries
-        return target.tokens if self.queries == "matrix" else per_task
+def query_source(spec: PredictorSpec, target: TargetSpec) -> Literal["matrix", "states"]:
+    """Where the predictor's queries come from: ``spec.queries``; by default "states" for a target of one token."""
+    return spec.queries or ("states" if target.tokens == 1 else "matrix")
 
 
-PREDICTORS: Mapping[str, PredictorSpec] = {
-    "depth": PredictorSpec(queries="matrix", inner="llm", mlp=True),
-    "seg": PredictorSpec(queries="matrix", inner="target"),
-    "gen": PredictorSpec(queries="states", inner="target"),
-}
-"""The published predictors, by task. A task of another name starts from ``PredictorSpec()``."""
-
-
-def predictor_spec(task: str, changes: Mapping[str, Any] | None = None) -> PredictorSpec:
-    """The predictor of a task: its published one with ``changes`` on top. Raises ValueError on an unknown field."""
-    known = [field.name for field in fields(PredictorSpec)]
-    for name in changes or {}:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(known)}"
-            raise ValueError(f"task '{task}': unknown key 'predictor.{name}': {hint}")
-    return replace(PREDICTORS.get(task, PredictorSpec()), **(changes or {}))
+def query_rows(spec: PredictorSpec, target: TargetSpec, per_task: int) -> int:
+    """Rows of the task's query matrix, ``per_task`` being its number of task tokens."""
+    if spec.num_queries is not None:
+        return spec.num_queries
+    return target.tokens if query_source(spec, target) == "matrix" else per_task
 
 
 def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task: int | None = None) -> None:
-    """Refuses a target that the task's predictors and its ``per_task`` task tokens (None: not known) cannot give.
+    """Raises ValueError if predictors of ``spec`` cannot produce ``target`` from ``per_task`` task tokens.
 
-    Raises:
-        ValueError: with what to set.
+    ``per_task`` None: the number of task tokens is not known here.
     """
     rows, tokens, key = spec.num_queries, target.tokens, f"distillation.tasks.{task}.predictor"
-    if spec.queries == "states":
+    if query_source(spec, target) == "states":
         if tokens > 1:
             raise ValueError(
-                f"task '{task}': a predictor with queries 'states' gives one token, the teacher's target has {tokens}: "
+                f"task '{task}': queries 'states' predict one token, the teacher's target has {tokens}: "
                 f"set '{key}.queries' to 'matrix'"
             )
         return
@@ -94,7 +47,7 @@ def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task
             f"task '{task}': {rows} queries cannot give the teacher's {tokens} tokens: set '{key}.num_queries' to "
             f"{tokens} or a divisor of it"
         )
-    if per_task is not None and spec.query_rows(target, per_task) % per_task:
+    if per_task is not None and query_rows(spec, target, per_task) % per_task:
         remedy = (
             f"set '{key}.queries' to 'states'"
             if tokens == 1
@@ -102,7 +55,7 @@ def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task
             "'student.task_tokens.per_task' to a divisor"
         )
         raise ValueError(
-            f"task '{task}': {spec.query_rows(target, per_task)} queries for the teacher's {tokens} tokens do not "
+            f"task '{task}': {query_rows(spec, target, per_task)} queries for the teacher's {tokens} tokens do not "
             f"divide among {per_task} task tokens: {remedy}"
         )
 
@@ -232,7 +185,7 @@ class EmbeddingPredictor(nn.Module):
     Args:
         llm_width: width of the hidden states (D).
         target: shape of the teacher's embedding.
-        spec: what this task's predictors look like.
+        spec: their architecture.
     """
 
     def __init__(self, llm_width: int, target: TargetSpec, spec: PredictorSpec) -> None:

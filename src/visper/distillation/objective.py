@@ -11,15 +11,15 @@ tokens, E = teacher width, P = samples in the pool.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visper.config import Distillation
-from visper.distillation.heads import EmbeddingPredictor, PredictorSpec, check_predictor, predictor_spec
+from visper.config import Distillation, PredictorSpec
+from visper.distillation.heads import EmbeddingPredictor, check_predictor, query_source
 from visper.distillation.layout import KeyPlaces, TokenLayout
 from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
 from visper.distillation.targets import Targets
@@ -35,8 +35,13 @@ class DistilledTask:
 
     target: TargetSpec
     layers: tuple[int, ...]
-    predictor: PredictorSpec
+    predictor: PredictorSpec = field(default_factory=PredictorSpec)
     weight: float = 0.5
+
+    @property
+    def queries(self) -> Literal["matrix", "states"]:
+        """Where its predictors' queries come from."""
+        return query_source(self.predictor, self.target)
 
 
 class EmbeddingDistillation(nn.Module):
@@ -98,7 +103,7 @@ class EmbeddingDistillation(nn.Module):
     ) -> "EmbeddingDistillation":
         """The objective of a run; ``targets`` are the specs of its teachers, by task."""
         tasks = {
-            name: DistilledTask(targets[name], task.layers, predictor_spec(name, task.predictor), task.weight)
+            name: DistilledTask(targets[name], task.layers, task.predictor, task.weight)
             for name, task in config.tasks.items()
         }
         return cls(tasks, llm_width, llm_layers, config.contrastive_weight, config.init_logit_scale, config.text_keys)
@@ -153,7 +158,7 @@ class EmbeddingDistillation(nn.Module):
         places = layout.keys(name, image_rows, self.text_keys)
         own = layout.own_tokens(name, image_rows)
         predicted: dict[int, Tensor] = {}
-        matrix = queries[name] if task.predictor.queries == "matrix" else None
+        matrix = queries[name] if task.queries == "matrix" else None
 
         def embedding(layer: int, states_BLD: Tensor) -> Tensor:
             states_RLD = states_BLD[image_rows]

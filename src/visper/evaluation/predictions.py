@@ -17,7 +17,7 @@ from torch import Tensor
 from visper.common.errors import ConfigError
 from visper.config import Run, Stage, load_run
 from visper.distillation import Teacher
-from visper.distillation.teachers.from_run import build_teachers
+from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.ask import model_inputs
 from visper.model import load_student
 from visper.training.assemble import build_training_model
@@ -49,7 +49,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
     half = on_gpu and run.optimization.precision == "bfloat16"
     student = load_student(folder, torch.bfloat16 if half else torch.float32)
     try:
-        teachers = build_teachers(run)
+        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
         raise ConfigError(
             f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.teacher.model=PLACE"

@@ -28,6 +28,7 @@ GALLERY = 64
 """Pictures among which the nearest are looked for, where an embedding draws no picture of its own."""
 
 SIDE = 384
+BLANK = Image.new("RGB", (1, 1), "white")
 
 
 def look(
@@ -39,8 +40,8 @@ def look(
         found: a pre-trained student with its teachers.
         picture: RGB.
         prompt: the question beside it, without an answer.
-        gallery: pictures to show the nearest of, where a teacher's embedding has no place on the picture (unCLIP's
-            without diffusion weights); without any, its channels are drawn.
+        gallery: images to show the nearest of, if a teacher draws none (a target of one token has no positions);
+            without any, an empty tile says so.
     """
     predicted = predict_pictures(found.model, [picture], prompt)
     seen, *others = (_arranged(found, one) for one in (picture, *gallery))
@@ -49,7 +50,11 @@ def look(
         target = teacher_targets(teacher, [seen])
         layers = {name.split("/")[1]: value for name, value in predicted.items() if name.split("/")[0] == task}
         embeddings = torch.cat((target, *layers.values()))
-        if teacher.has_pictures or not others:
+        if not teacher.draws_images and not others:
+            shape = f"{teacher.spec.tokens} x {teacher.spec.width}"
+            rows.append([("picture", seen), (f"{task}: {shape}, not drawable: see --gallery", BLANK)])
+            continue
+        if teacher.draws_images:
             drawn, how = _drawn(teacher, embeddings, target, seen), ""
         else:
             drawn, how = _nearest(teacher, embeddings, others), f", nearest of {len(others)}"
@@ -60,7 +65,7 @@ def look(
 
 def needs_gallery(found: PreTrained) -> bool:
     """Whether a teacher of the run draws no pictures."""
-    return not all(teacher.has_pictures for teacher in found.teachers.values())
+    return not all(teacher.draws_images for teacher in found.teachers.values())
 
 
 def run_gallery(run: Run, count: int = GALLERY) -> list[Image.Image]:

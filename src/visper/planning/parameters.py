@@ -10,7 +10,7 @@ import torch
 
 from visper.common.errors import ConfigError
 from visper.config import Run, Stage, load_run, recipe_names
-from visper.distillation.teachers.from_run import planned_teachers
+from visper.distillation.teachers.tasks import planned_teachers
 from visper.model import build_skeleton
 from visper.training.assemble import apply_run, build_training_model
 from visper.training.stages import count_parts
@@ -36,7 +36,7 @@ def part_sizes(run: Run) -> list[PartSize]:
     """
     first = first_stage(run)
     assert first.student is not None
-    teachers = planned_teachers(first)
+    teachers = planned_teachers(first.distillation)
     student = build_skeleton(first.student)
     totals: dict[str, int] = {}
     learning: dict[str, dict[Stage, int]] = {}

@@ -20,7 +20,7 @@ from visper.common.errors import ConfigError
 from visper.config import Engine, Lora, Run, Stage
 from visper.data.sets.catalog import with_needs
 from visper.distillation import TargetSpec, Teacher, build_teacher
-from visper.distillation.teachers.from_run import DTYPES, PlannedTeacher, planned_teachers
+from visper.distillation.teachers.tasks import DTYPES, PlannedTeacher, planned_teachers
 from visper.model import Student, build_skeleton
 from visper.model.hub import sizes_of
 from visper.planning.parameters import first_stage
@@ -111,7 +111,7 @@ class Planner:
         self.teachers: dict[str, TeacherSize] = {}
         self.kept_alive: list[Teacher] = []
         if run.distillation is not None:
-            for task, planned in planned_teachers(run).items():
+            for task, planned in planned_teachers(run.distillation).items():
                 self.specs[task] = planned.spec
                 self.teachers[task] = self._teacher(task)
         self.rows: Rows = rows_of(run, self.first, self._student())

@@ -252,7 +252,7 @@ def _embedding_losses(
         target, pool = targets[name]
         for layer in task.layers:
             keys = hidden[layer][: shape.images] + 0  # gathered, that is, copied
-            matrix = task.predictor.queries == "matrix"
+            matrix = task.queries == "matrix"
             query = model.task_tokens.queries[name][None] if matrix else keys.mean(1, keepdim=True)
             predicted = objective._predictor(name, layer, keys, query, None)
             terms.append(smooth_l1_per_sample(predicted, target).sum())

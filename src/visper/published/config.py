@@ -103,7 +103,9 @@ class Published:
         resolution = re.search(r"-res(\d+)", str(self.config["mm_vision_tower"]))
         return StudentConfig(
             llm=str(self.folder),
+            llm_revision=None,
             encoder=encoder,
+            encoder_revision=None,
             feature_layer=int(self.config["mm_vision_select_layer"]),
             image_size=int(resolution.group(1)) if resolution else None,
             system_prompt=system_prompt,

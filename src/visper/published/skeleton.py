@@ -179,13 +179,13 @@ def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
     The checkpoint names its own teachers by a .pth file and by repositories that no longer exist.
     """
     recipe = read_recipe(PT_RECIPE)
-    teachers = {task: settings["teacher"] for task, settings in recipe["distillation"]["tasks"].items()}
+    published_tasks = recipe["distillation"]["tasks"]
     tasks = {
         task: {
-            "teacher": teachers[task],
+            "teacher": published_tasks[task]["teacher"],
             "layers": head.layers,
             "weight": head.weight,
-            "predictor": {**head.sizes, "mlp": head.mlp},
+            "predictor": {**published_tasks[task].get("predictor", {}), **head.sizes, "mlp": head.mlp},
         }
         for task, head in published.heads.items()
     }

@@ -1,8 +1,8 @@
 """Small convolutional teachers: a ``transformers`` model folder that encodes a image into tokens and decodes
-tokens into a image.
+tokens into an image.
 
 Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image``
-(an autoencoder whose whole image is one token). The tokens are standardized per channel, so that the same loss
+(an autoencoder that encodes the image as one token). The tokens are standardized per channel, so that the same loss
 weights fit all of them.
 
 Shape suffixes: B = images, N = tokens, E = token width, H, W = pixels.
@@ -38,11 +38,11 @@ CLASS_COLORS = (
 
 
 class TowerConfig(PretrainedConfig):
-    """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the whole
+    """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the
     image).
 
     ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colors); ``near`` and ``far``
-    (metres) the range of a decoded depth.
+    (meters) the range of a decoded depth.
     """
 
     model_type = "visper_tower"
@@ -165,7 +165,7 @@ class TowerTeacher(Teacher):
         return self.model.encode(pixels)
 
     def decode_values(self, embedding: Tensor) -> Tensor:
-        """Depth in metres ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, by the
+        """Depth in meters ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, by the
         model's head."""
         config = self.model.config
         values = self.model.decode(embedding.float())
@@ -174,8 +174,8 @@ class TowerTeacher(Teacher):
         return values.sigmoid() if config.head == "image" else values
 
     @property
-    def has_images(self) -> bool:
-        """True: each head draws."""
+    def draws_images(self) -> bool:
+        """True: each head has a decoder that draws an image, also from one token."""
         return True
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
@@ -187,7 +187,7 @@ class TowerTeacher(Teacher):
 
 
 def nearness_images(depths: Tensor, near: float, far: float) -> Tensor:
-    """Depths in metres ``[B,1,H,W]`` -> gray images ``[B,3,H,W]``, near = white, on a logarithmic scale."""
+    """Depths in meters ``[B,1,H,W]`` -> gray images ``[B,3,H,W]``, near = white, on a logarithmic scale."""
     span = torch.log(torch.tensor(far / near))
     gray = 1 - torch.log(depths.clamp(near, far) / near) / span
     return gray.clamp(0, 1).expand(-1, 3, -1, -1)

@@ -39,7 +39,7 @@ from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.sets.catalog import row_files
 from visper.distillation import TargetSpec, Teacher
-from visper.distillation.teachers.from_run import build_teachers, planned_teachers, teacher_dtype
+from visper.distillation.teachers.tasks import build_teachers, planned_teachers, teacher_dtype
 from visper.model.start import starting_processor
 from visper.target_store.fingerprint import Fingerprint
 from visper.target_store.open import makers
@@ -121,7 +121,7 @@ def build_targets(
             raise ConfigError(
                 f"task '{task}': '{model}' is no folder, and the hub cannot be asked: `hf download {model}`"
             )
-    packings = {task: Packing(own.spec, dtype) for task, own in planned_teachers(run).items()}
+    packings = {task: Packing(own.spec, dtype) for task, own in planned_teachers(run.distillation).items()}
     with state.main_process_first():
         records = open_records(row_files(run.data), _agreed(run), quiet=console.quiet)
     lock = FileLock(out / LOCK)
@@ -247,7 +247,10 @@ def _compute(
     console: Console,
 ) -> None:
     state = PartialState()
-    teachers = {task: teacher.to(state.device) for task, teacher in build_teachers(run).items()}
+    teachers = {
+        task: teacher.to(state.device)
+        for task, teacher in build_teachers(run.distillation, run.optimization.precision).items()
+    }
     for task, teacher in teachers.items():
         if state.is_main_process:
             _introduce(run, task, teacher, folder_of(out, fingerprint[task]), fingerprint[task], packings[task].spec)
@@ -284,7 +287,7 @@ def _introduce(
 ) -> None:
     """Writes who makes these targets; refuses to mix precisions."""
     assert run.distillation is not None
-    precision = teacher_dtype(run)
+    precision = teacher_dtype(run.distillation, run.optimization.precision)
     if teacher.spec != planned:
         raise ConfigError(f"task '{task}': the teacher gives {teacher.spec}, its configuration says {planned}")
     if (folder / TEACHER).is_file():

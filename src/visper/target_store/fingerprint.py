@@ -14,13 +14,13 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 
 from visper.common.cache import key
 from visper.config import Teacher as TeacherSettings
-from visper.distillation.teachers import TEACHERS
+from visper.config.teacher_kinds import TEACHERS
 
 COMPUTATION = 1
 """Raise it when our own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) gives another
 target of the same picture: what was kept before is then no longer met. A test watches the pixels."""
 
-WITHOUT_EFFECT = frozenset(("picture", "draw", "steps", "threads"))
+WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 """Options of our kinds that change how a prediction is drawn, or how fast a target is made, and no target."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

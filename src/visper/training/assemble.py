@@ -28,9 +28,9 @@ from visper.distillation import (
     EmbeddingDistillation,
     Teacher,
     check_predictor,
-    predictor_spec,
+    query_rows,
 )
-from visper.distillation.teachers.from_run import HasSpec
+from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student, TaskTokens, initial_queries
 from visper.target_store.open import require_targets
 from visper.target_store.store import TargetStore
@@ -57,15 +57,14 @@ def build_training_model(run: Run, student: Student, teachers: Mapping[str, HasS
         specs = {task: teacher.spec for task, teacher in teachers.items()}
         try:
             for task, settings in run.distillation.tasks.items():
-                spec = predictor_spec(task, settings.predictor)
-                check_predictor(task, spec, specs[task], len(ids[task]))
+                check_predictor(task, settings.predictor, specs[task], len(ids[task]))
             objective = EmbeddingDistillation.from_config(
                 run.distillation, specs, student.hidden_size, student.num_layers
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
         for task, settings in run.distillation.tasks.items():
-            rows[task] = predictor_spec(task, settings.predictor).query_rows(specs[task], len(ids[task]))
+            rows[task] = query_rows(settings.predictor, specs[task], len(ids[task]))
     if not ids:
         return TrainingModel(student)
     queries = initial_queries(student, rows, torch.Generator().manual_seed(run.seed))

@@ -37,7 +37,7 @@ from visper.common.files import atomic_path, write_text
 from visper.config import Engine, Run, load_run, run_text, save_run
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
-from visper.distillation.teachers.from_run import build_teachers
+from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
 from visper.model.start import starting_student
 from visper.target_store.open import open_targets
@@ -96,7 +96,10 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.model.language_model)
     targets = open_targets(run, student.processor.image_processor)
-    teachers = build_teachers(run) if targets is None else targets.teachers()
+    if targets is None:
+        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
+    else:
+        teachers = targets.teachers()
     for task, teacher in teachers.items():
         announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
     data = build_data(run, student, teachers, console, targets)

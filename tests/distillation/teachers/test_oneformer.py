@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, OneFormerImageProcessor, OneFormerModel
 
 from tests import tiny_teachers
 from visper.distillation.teachers import build_teacher
-from visper.distillation.teachers.pictures import Segmentation, segment_pictures
+from visper.distillation.teachers.segment_maps import Segmentation, segment_images
 
 SIZES = [(384, 384)] * 2
 
@@ -95,9 +95,9 @@ def test_another_embedding_gives_another_picture(teacher, pixels):
     assert (masks[0] - masks[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("picture", ["panoptic", "semantic"])
-def test_pictures_are_drawn_with_pixels_and_components_without(folder, pixels, picture):
-    teacher = build_teacher("oneformer", folder, size=64, picture=picture)
+@pytest.mark.parametrize("draw", ["panoptic", "semantic"])
+def test_segments_are_drawn_with_pixels_and_components_without(folder, pixels, draw):
+    teacher = build_teacher("oneformer", folder, size=64, draw=draw)
     drawn = teacher.decode(teacher(pixels), pixels)
     assert drawn.shape == (2, 3, 384, 384) and drawn.min() >= 0 and drawn.max() <= 1
     assert teacher.decode(teacher(pixels)).shape == (2, 3, 2, 2)
@@ -116,7 +116,7 @@ def test_scipy_is_not_needed(teacher, pixels, monkeypatch):
 def test_names_stand_on_segments_and_nothing_is_black():
     segments = torch.ones(384, 384, dtype=torch.long)
     segments[:, 192:], segments[0] = 2, 0
-    picture = segment_pictures([Segmentation(segments, {1: 0, 2: 0}, {0: "cat"})], borders=True)[0]
+    picture = segment_images([Segmentation(segments, {1: 0, 2: 0}, {0: "cat"})], borders=True)[0]
     assert picture[:, 0, 20].max() == 0 and picture[:, 340, 5].max() > 0
     assert torch.equal(picture[:, 340, 5], picture[:, 340, 380])
     assert picture[:, 340, 192].max() < 0.2, "no line between two of one class"
@@ -131,6 +131,6 @@ def test_without_tokenizer_the_decoder_cannot_be_told_its_task(folder, tmp_path,
         teacher.decode(teacher(pixels), pixels)
 
 
-def test_an_unknown_picture_is_refused(folder):
+def test_an_unknown_draw_is_refused(folder):
     with pytest.raises(ValueError, match="set it to panoptic or semantic"):
-        build_teacher("oneformer", folder, picture="instance")
+        build_teacher("oneformer", folder, draw="instance")

@@ -29,8 +29,9 @@ def test_without_diffusion_there_is_no_picture_of_its_own(folder):
     """The rest of the pipeline is not even there, and diffusers is not imported."""
     loaded = "diffusers" in sys.modules
     teacher = build_teacher("unclip", folder, subfolder="image_encoder")
-    assert not teacher.has_pictures
-    assert teacher.decode(teacher(torch.rand(2, 3, 28, 28))).shape == (2, 3, 3, 3)
+    assert not teacher.draws_images
+    with pytest.raises(ValueError, match="without positions"):
+        teacher.decode(teacher(torch.rand(2, 3, 28, 28)))
     assert ("diffusers" in sys.modules) == loaded
 
 
@@ -39,7 +40,7 @@ def test_the_pipeline_draws_the_embedding_as_it_draws_the_image(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     folder = tiny_teachers.save_diffusion(tmp_path / "pipeline")
     teacher = build_teacher("unclip", folder, subfolder="image_encoder", draw="diffusion", steps=2)
-    assert teacher.has_pictures
+    assert teacher.draws_images
     pixels = torch.rand(1, 3, 28, 28)
     drawn = teacher.decode(teacher(pixels))
     pipeline = diffusers.StableUnCLIPImg2ImgPipeline.from_pretrained(folder)

@@ -1,7 +1,7 @@
-"""What every teacher is: a frozen network, what it wants to see, what it gives, how that becomes a picture.
+"""The base class of teachers: a frozen network, its preprocessing, the shape of its targets, how they are drawn.
 
-Teachers live beside the student, never inside it: keep them in a plain ``dict``, so that no state dict, optimizer or
-gradient ever meets them.
+Teachers are kept beside the student, in a plain ``dict``, never inside it, so that no state dict, optimizer or
+gradient includes them.
 
 Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 """
@@ -41,8 +41,8 @@ class TargetSpec:
 class SquashedImage:
     """Image -> ``[3, height, width]`` float32: squashed to ``size``, then ``(rgb / 255 - mean) / std``.
 
-    A teacher sees the whole image, so the aspect ratio gives way. Holds numbers only: loader workers get this, not the
-    teacher's weights. Channels stay in RGB order (the published depth teacher got them swapped).
+    A teacher sees all of the image, so the aspect ratio is not kept. Holds numbers only: loader workers get this, not
+    the teacher's weights. Channels stay in RGB order (the published depth teacher got them swapped).
     """
 
     size: tuple[int, int]
@@ -58,10 +58,10 @@ class SquashedImage:
 
 
 class Teacher(nn.Module, ABC):
-    """A frozen network whose embedding of an image is what the student learns to predict.
+    """A frozen network whose embedding of an image the student learns to predict.
 
-    A subclass sets ``spec`` and ``preprocess``, writes ``encode``, ends its ``__init__`` with ``self.freeze()``, and
-    may write ``decode``.
+    A subclass sets ``spec`` and ``preprocess``, defines ``encode``, calls ``self.freeze()`` at the end of its
+    ``__init__``, and may override ``decode``.
 
     Attributes:
         spec: the shape of its targets.
@@ -81,19 +81,27 @@ class Teacher(nn.Module, ABC):
         """Targets ``[B, tokens, width]`` of preprocessed images ``[B, 3, h, w]``."""
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether ``decode`` shows the image; False where all it has to show are channels without a place."""
-        return self.spec.grid is not None
+    def draws_images(self) -> bool:
+        """Whether ``decode`` draws an image. Not for a target of one token, which has no positions to draw."""
+        return self.spec.grid is not None and self.spec.tokens > 1
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted.
+        """Images ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted.
 
         Args:
             embedding: what to draw.
-            pixels: the same images, preprocessed, for a teacher whose picture needs more of them than the embedding.
+            pixels: the same images, preprocessed, for a teacher that draws from more than the embedding.
             reference: embeddings that give the colors, such as the teacher's own; default: ``embedding``.
+
+        Raises:
+            ValueError: the teacher draws no images.
         """
-        return pca_pictures(embedding, self.spec.grid, reference)
+        if self.spec.grid is None or not self.draws_images:
+            raise ValueError(
+                f"{type(self).__name__} has a target of {self.spec.tokens} x {self.spec.width} without positions: it "
+                "cannot be drawn; show the images with the nearest targets instead"
+            )
+        return pca_images(embedding, self.spec.grid, reference)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -117,15 +125,15 @@ class Teacher(nn.Module, ABC):
         return self.eval()
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Stays in evaluation mode whatever is asked: a teacher's dropout and batch statistics never move."""
+        """Stays in evaluation mode for any ``mode``: a teacher's dropout and batch statistics never change."""
         return super().train(False)
 
 
-def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Tensor | None = None) -> Tensor:
+def pca_images(embedding: Tensor, grid: tuple[int, int], reference: Tensor | None = None) -> Tensor:
     """Three principal components of the tokens as red, green and blue, each stretched to 0..1.
 
     ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be
-    drawn in its teacher's colors. Embeddings without a grid are drawn channel by channel as one gray square each.
+    drawn in its teacher's colors.
 
     Args:
         embedding: ``[B, N, E]``.
@@ -137,8 +145,6 @@ def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Ten
     """
     values = embedding.detach().float()
     basis_of = values if reference is None else reference.detach().float().to(values.device)
-    if grid is None:
-        return _gray_squares(values, basis_of)
     tokens_RE = basis_of.flatten(0, 1)
     mean_E = tokens_RE.mean(0)
     covariance_EE = (tokens_RE - mean_E).T @ (tokens_RE - mean_E)
@@ -150,13 +156,6 @@ def pca_pictures(embedding: Tensor, grid: tuple[int, int] | None, reference: Ten
     if colors_BNC.shape[-1] < 3:
         colors_BNC = colors_BNC[..., :1].expand(-1, -1, 3)
     return colors_BNC.transpose(1, 2).unflatten(2, grid).contiguous()
-
-
-def _gray_squares(values_BNE: Tensor, reference_BNE: Tensor) -> Tensor:
-    flat_BC = _stretched(values_BNE.flatten(1)[..., None], reference_BNE.flatten()[:, None])[..., 0]
-    side = int(np.ceil(np.sqrt(flat_BC.shape[1])))
-    padded = nn.functional.pad(flat_BC, (0, side * side - flat_BC.shape[1]))
-    return padded.view(-1, 1, side, side).expand(-1, 3, -1, -1).contiguous()
 
 
 def _stretched(values: Tensor, reference_RC: Tensor) -> Tensor:

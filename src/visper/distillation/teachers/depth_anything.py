@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForDepthEstimation
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.distillation.teachers.pretrained import divided, load_complete, squashed_as_trained
 from visper.model.hub import sizes_of
 
 
@@ -27,7 +27,7 @@ class DepthAnythingTeacher(Teacher):
     def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
         super().__init__()
         _refuse_pth(model)
-        self.model = loaded_whole(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
+        self.model = load_complete(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
         self.levels = len(self.model.config.neck_hidden_sizes)
         self.spec = _spec(self.model.config, size)
         self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
@@ -49,7 +49,7 @@ class DepthAnythingTeacher(Teacher):
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
         """Depth as brightness (near = bright): the head is fed ``embedding`` at each of its inputs.
 
-        Each picture is stretched to 0..1, as relative depth has no unit.
+        Each image is stretched to 0..1, as relative depth has no unit.
         """
         weight = next(self.model.head.parameters())
         tokens = embedding.to(weight.device, weight.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.distillation.teachers.pretrained import divided, load_complete, squashed_as_trained
 from visper.model.hub import sizes_of
 
 
@@ -40,7 +40,7 @@ class FeaturesTeacher(Teacher):
         super().__init__()
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
         config = getattr(config, "vision_config", config)
-        self.encoder = loaded_whole(
+        self.encoder = load_complete(
             AutoModel, model, config=config, trust_remote_code=trust_remote_code, revision=revision
         )
         takes = signature(self.encoder.forward).parameters

@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, OneFormerImageProcessor, OneFormerModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pictures import Segmentation, segment_pictures
-from visper.distillation.teachers.pretrained import divided, loaded_whole, squashed_as_trained
+from visper.distillation.teachers.pretrained import divided, load_complete, squashed_as_trained
+from visper.distillation.teachers.segment_maps import Segmentation, segment_images
 from visper.model.hub import sizes_of
 
-PICTURE = (384, 384)
+DRAWN_SIZE = (384, 384)
 """Height and width of what is drawn: half of 768, names still legible."""
 
 WORDS = 4
-"""Of "the task is panoptic": a tokenizer that tells them apart gives as many different ids at least."""
+"""Words of "the task is panoptic": a working tokenizer gives at least as many different ids."""
 
 
 class OneFormerTeacher(Teacher):
@@ -27,7 +27,7 @@ class OneFormerTeacher(Teacher):
     Args:
         model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
         size: pixels a side, a multiple of the last stage's stride.
-        picture: what ``decode`` draws. Needs the model's tokenizer, as OneFormer is told its task in words.
+        draw: what ``decode`` draws. Needs the model's tokenizer, as OneFormer reads its task as text.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
@@ -35,18 +35,18 @@ class OneFormerTeacher(Teacher):
         self,
         model: str | Path,
         size: int = 768,
-        picture: Literal["panoptic", "semantic"] = "panoptic",
+        draw: Literal["panoptic", "semantic"] = "panoptic",
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        if picture not in ("panoptic", "semantic"):
-            raise ValueError(f"'picture' is {picture!r}: set it to panoptic or semantic")
-        # Without the segmentation model around it, whose loss would ask for scipy; its outputs are all here. The text
-        # branch serves training only.
-        self.model = loaded_whole(OneFormerModel, model, is_training=False, revision=revision)
+        if draw not in ("panoptic", "semantic"):
+            raise ValueError(f"'draw' is {draw!r}: set it to panoptic or semantic")
+        # Not the segmentation model around it: its loss needs scipy, and its outputs are all available here. The text
+        # branch is for training only.
+        self.model = load_complete(OneFormerModel, model, is_training=False, revision=revision)
         self.spec = _spec(self.model.config, size)
         self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
-        self.picture, self.place, self.revision = picture, str(model), revision
+        self.draw, self.place, self.revision = draw, str(model), revision
         self.freeze()
 
     @classmethod
@@ -66,7 +66,7 @@ class OneFormerTeacher(Teacher):
         """
         if pixels is None:
             return super().decode(embedding, reference=reference)
-        return segment_pictures(self.segment(embedding, pixels, self.picture), borders=self.picture == "panoptic")
+        return segment_images(self.segment(embedding, pixels, self.draw), borders=self.draw == "panoptic")
 
     @torch.no_grad()
     def segment(self, embedding: Tensor, pixels: Tensor, task: str = "panoptic") -> list[Segmentation]:
@@ -82,12 +82,12 @@ class OneFormerTeacher(Teacher):
             class_queries_logits=output.transformer_decoder_class_predictions.float(),
             masks_queries_logits=output.transformer_decoder_mask_predictions.float(),
         )
-        processor, sizes = OneFormerImageProcessor(), [PICTURE] * len(pixels)
+        processor, sizes = OneFormerImageProcessor(), [DRAWN_SIZE] * len(pixels)
         names = {int(index): str(name) for index, name in self.model.config.id2label.items()}
         if task == "semantic":
             maps = processor.post_process_semantic_segmentation(logits, target_sizes=sizes)
             return [_semantic(classes, names) for classes in maps]
-        # Which classes are "stuff", to be fused, stands in no checkpoint: pieces of sky stay apart.
+        # No checkpoint says which classes are "stuff" to be fused: pieces of sky stay separate.
         found = processor.post_process_panoptic_segmentation(logits, label_ids_to_fuse=set(), target_sizes=sizes)
         return [_panoptic(one["segmentation"], one["segments_info"], names) for one in found]
 
@@ -110,7 +110,7 @@ class OneFormerTeacher(Teacher):
     def _task_words(self, task: str) -> Tensor:
         """``[1, words]`` ids, 0 where padded, as the model was trained."""
         fault = ValueError(
-            f"no tokenizer at '{self.place}': OneFormer's decoder is told its task in words; save the tokenizer beside "
+            f"no tokenizer at '{self.place}': OneFormer's decoder reads its task as text; save the tokenizer beside "
             "the weights"
         )
         try:
@@ -122,7 +122,7 @@ class OneFormerTeacher(Teacher):
             [f"the task is {task}"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids: Tensor = words.input_ids * words.attention_mask
-        # Without its files the library makes one up that knows no word: every token is the unknown one.
+        # Without its files transformers makes up a tokenizer that maps every word to the unknown token.
         if len(words.input_ids[words.attention_mask.bool()].unique()) < WORDS:
             raise fault
         return ids

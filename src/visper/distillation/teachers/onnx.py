@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
-from visper.distillation.teachers.pictures import class_colors
+from visper.distillation.teachers.segment_maps import class_colors
 
 
 class OnnxTeacher(Teacher):
@@ -35,8 +35,8 @@ class OnnxTeacher(Teacher):
         output_layout: channel order of a map that is the output.
         grid: side, or [rows, columns], that a map is averaged down to; default: the map's own.
         softmax: turn class logits into probabilities before they are averaged.
-        picture: "classes" draws the strongest channel in a color of its own, "components" principal components;
-            default: "classes" with softmax.
+        draw: "classes" draws the strongest channel in its own color, "components" principal components; default:
+            "classes" with softmax.
         threads: the runtime's threads; default: torch's.
 
     Raises:
@@ -55,7 +55,7 @@ class OnnxTeacher(Teacher):
         output_layout: Literal["NCHW", "NHWC"] | None = None,
         grid: int | Sequence[int] | None = None,
         softmax: bool = False,
-        picture: Literal["classes", "components"] | None = None,
+        draw: Literal["classes", "components"] | None = None,
         threads: int | None = None,
     ) -> None:
         super().__init__()
@@ -69,10 +69,10 @@ class OnnxTeacher(Teacher):
         self.input, shape = taken.name, list(taken.shape)
         self.batch = shape[0] if isinstance(shape[0], int) else None
         self.softmax, self.grid = softmax, None if grid is None else _pair(grid)
-        self.picture = picture or ("classes" if softmax else "components")
+        self.draw = draw or ("classes" if softmax else "components")
         height, width = _size(size, shape[1:3] if self.channels_last else shape[2:4])
         self.preprocess = SquashedImage((height, width), _triple(mean), _triple(std))
-        # What the graph gives is known by trying; names and sizes that do not fit show before the first step.
+        # The output's shape is found by running once; wrong names and sizes fail here, before the first step.
         tokens, embedding_width, self.grid = self._tokens(torch.zeros(1, 3, height, width))
         self.spec = TargetSpec(tokens.shape[1], embedding_width, self.grid)
         self.freeze()
@@ -88,8 +88,8 @@ class OnnxTeacher(Teacher):
         return torch.cat(parts)
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Pictures ``[B, 3, rows, columns]``: a color per class, or principal components."""
-        if self.picture == "components" or self.spec.grid is None:
+        """Images ``[B, 3, rows, columns]``: a color per class, or principal components."""
+        if self.draw == "components" or self.spec.grid is None:
             return super().decode(embedding, reference=reference)
         colors = class_colors(self.spec.width).to(embedding.device)
         return colors[embedding.argmax(-1)].transpose(1, 2).unflatten(2, self.spec.grid).contiguous()
@@ -131,7 +131,7 @@ def _session(path: Path, output: str | None, threads: int | None) -> Any:
         raise ValueError(f"no ONNX model at '{path}': set the teacher's 'model' to an .onnx file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3  # unused initializers and the like are no concern of the user's
+    options.log_severity_level = 3  # not warnings such as unused initializers
     providers = ["CPUExecutionProvider"]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)

@@ -1,4 +1,4 @@
-"""What the teachers taken from transformers share: whole weights, their own color normalization, cells that fit."""
+"""Shared by the teachers from transformers: complete weights, their color normalization, sizes that divide."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
     return SquashedImage(size, (red, green, blue), (wide_red, wide_green, wide_blue))
 
 
-def loaded_whole(kind: Any, model: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained(model)``, refused where weights are missing: a teacher must not be random in part."""
+def load_complete(kind: Any, model: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(model)``, refused if weights are missing: no part of a teacher may be random."""
     found, info = kind.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPVisionModelWithProjection
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
-from visper.distillation.teachers.pretrained import loaded_whole, squashed_as_trained
+from visper.distillation.teachers.pretrained import load_complete, squashed_as_trained
 from visper.model.hub import sizes_of
 
 
@@ -18,15 +18,15 @@ class UnClipTeacher(Teacher):
     """Target: one token, the projected image embedding (224 px, CLIP-H: 1 x 1024).
 
     Only the encoder is loaded. To draw an image from an embedding takes the rest of the pipeline (UNet, scheduler,
-    decoder), which is loaded from ``model`` with the first picture and only with ``draw: diffusion``.
+    decoder), which is loaded from ``model`` when the first image is drawn, and only with ``draw: diffusion``.
 
     Args:
         model: hub id or folder of a ``CLIPVisionModelWithProjection``, or of a pipeline that holds one.
         subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
         processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
             ``subfolder`` is given, else beside the encoder.
-        draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbors" draws none: whoever shows
-            the embedding looks for the images whose embeddings are nearest.
+        draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbors" draws none: the images with
+            the nearest embeddings are shown instead.
         steps: the diffusion's steps.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
@@ -45,7 +45,7 @@ class UnClipTeacher(Teacher):
             raise ValueError(f"'draw' is {draw!r}: set it to neighbors or diffusion")
         if draw == "diffusion" and find_spec("diffusers") is None:
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
-        self.encoder = loaded_whole(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)
+        self.encoder = load_complete(CLIPVisionModelWithProjection, model, subfolder=subfolder, revision=revision)
         if processor_subfolder is None:
             processor_subfolder = "feature_extractor" if subfolder else ""
         size = int(self.encoder.config.image_size)
@@ -56,7 +56,7 @@ class UnClipTeacher(Teacher):
         self.freeze()
 
     @property
-    def has_pictures(self) -> bool:
+    def draws_images(self) -> bool:
         """Whether the diffusion pipeline draws."""
         return self.draw == "diffusion"
 
@@ -72,7 +72,7 @@ class UnClipTeacher(Teacher):
 
     @torch.no_grad()
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Images that the pipeline makes of the embeddings, from the same noise each time; or else their channels."""
+        """Images that the pipeline generates from the embeddings, from the same noise each time."""
         if self.draw != "diffusion":
             return super().decode(embedding, reference=reference)
         weight = next(self.encoder.parameters())

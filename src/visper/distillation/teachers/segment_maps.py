@@ -1,6 +1,6 @@
-"""Maps of classes and segments as pictures with the classes' names.
+"""Maps of segments, drawn as images: a color and a name for each class.
 
-Shapes: B = pictures, H, W = pixels.
+Shapes: B = images, H, W = pixels.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 NAMED_FROM = 0.01
-"""Share of a picture from which a segment is big enough to carry its name."""
+"""Smallest share of the image at which a segment's name is written on it."""
 
 
 def class_colors(classes: int) -> Tensor:
@@ -38,30 +38,30 @@ class Segmentation:
     names: dict[int, str]
 
 
-def segment_pictures(found: Sequence[Segmentation], borders: bool) -> Tensor:
+def segment_images(found: Sequence[Segmentation], borders: bool) -> Tensor:
     """``[B, 3, H, W]`` in 0..1: a color for each class, its name on its larger segments.
 
     Args:
         found: segmentations of one size.
         borders: draw a dark line where two segments meet (two of one class have the same color).
     """
-    return torch.stack([_picture(one, borders) for one in found])
+    return torch.stack([_draw(one, borders) for one in found])
 
 
-def _picture(found: Segmentation, borders: bool) -> Tensor:
+def _draw(found: Segmentation, borders: bool) -> Tensor:
     segments = found.segments.cpu()
-    # Class 0 is a class like any other here: black is kept for pixels without a segment.
+    # Class 0 is an ordinary class: black is reserved for pixels without a segment.
     color_of = torch.zeros(int(segments.max()) + 1, dtype=torch.long)
     for number, index in found.classes.items():
         color_of[number] = index + 1
     palette = class_colors(int(color_of.max()) + 1)
-    picture = palette[color_of[segments]]
+    colors = palette[color_of[segments]]
     if borders:
         edge = torch.zeros_like(segments, dtype=torch.bool)
         edge[1:] |= segments[1:] != segments[:-1]
         edge[:, 1:] |= segments[:, 1:] != segments[:, :-1]
-        picture[edge] = 0.1
-    image = Image.fromarray((picture * 255).byte().numpy())
+        colors[edge] = 0.1
+    image = Image.fromarray((colors * 255).byte().numpy())
     _write_names(image, segments, found)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255.0
 

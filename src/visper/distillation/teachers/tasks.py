@@ -1,0 +1,92 @@
+"""The teachers of a run's tasks: loaded, or only the shapes of their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from visper.common.errors import ConfigError
+from visper.config import Distillation
+from visper.distillation.heads import check_predictor
+from visper.distillation.teachers import build_teacher, target_spec
+from visper.distillation.teachers.base import TargetSpec, Teacher
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def teacher_dtype(distillation: Distillation, precision: str) -> str:
+    """A key of ``DTYPES``: the precision of the teachers on this machine.
+
+    Args:
+        distillation: its ``teacher_dtype`` decides if it is set.
+        precision: of the run's training, which teachers follow on a GPU.
+    """
+    # ONNX models and towers have no half precision on the CPU: they keep the precision of their weights.
+    return distillation.teacher_dtype or (precision if torch.cuda.is_available() else "float32")
+
+
+def build_teachers(
+    distillation: Distillation | None, precision: str, task_token_ids: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Teacher]:
+    """The frozen teachers by task; empty without ``distillation``.
+
+    Args:
+        distillation: the run's section.
+        precision: see ``teacher_dtype``.
+        task_token_ids: per task, the ids of its task tokens, if the student is already known.
+
+    Raises:
+        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or the task's predictor cannot
+            produce its target. Raised here, before the rows of the data are read.
+    """
+    if distillation is None:
+        return {}
+    dtype = DTYPES[teacher_dtype(distillation, precision)]
+    teachers = {}
+    for task, settings in distillation.tasks.items():
+        teacher = settings.teacher
+        try:
+            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(dtype)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(
+                f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
+            ) from error
+        per_task = len(task_token_ids[task]) if task_token_ids and task in task_token_ids else None
+        try:
+            check_predictor(task, settings.predictor, teachers[task].spec, per_task)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return teachers
+
+
+class HasSpec(Protocol):
+    """All that the objective needs of a teacher: the shape of its targets."""
+
+    @property
+    def spec(self) -> TargetSpec: ...
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher that is not loaded: only the shape of its targets is known."""
+
+    spec: TargetSpec
+
+
+def planned_teachers(distillation: Distillation | None) -> dict[str, PlannedTeacher]:
+    """The shapes of the targets by task, read from configurations where the kind of teacher allows it.
+
+    Raises:
+        ConfigError: a teacher's configuration cannot be loaded; the message names task, kind and model.
+    """
+    teachers = {}
+    for task, settings in (distillation.tasks if distillation else {}).items():
+        teacher = settings.teacher
+        try:
+            teachers[task] = PlannedTeacher(target_spec(teacher.kind, teacher.model, **teacher.options))
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"task '{task}': {teacher.kind} teacher '{teacher.model}': {error}") from error
+    return teachers
