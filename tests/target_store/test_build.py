@@ -142,7 +142,7 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
     assert "free at" in sized.output and not (tmp_path / "store").exists()
     assert CliRunner().invoke(app, ["targets", "build", *arguments]).exit_code == 0
     checked = CliRunner().invoke(app, ["targets", "check", *arguments])
-    assert checked.exit_code == 0 and "complete: 6 pictures" in checked.output
+    assert checked.exit_code == 0 and "complete: 6 images" in checked.output
     other = CliRunner().invoke(app, ["targets", "check", *arguments, "data.geometry=crop"])
     assert isinstance(other.exception, ConfigError)
 

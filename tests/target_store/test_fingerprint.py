@@ -14,8 +14,8 @@ from visper.target_store.fingerprint import Fingerprint, revision_of
 GRAY = (100, 110, 120)
 
 
-def key_of(model, geometry="squash", background=GRAY, **options):
-    return Fingerprint.of(Teacher(kind="features", model=str(model), **options), geometry, background).key
+def key_of(model, geometry="squash", background=GRAY, kind="features", **options):
+    return Fingerprint.of(Teacher(kind=kind, model=str(model), **options), geometry, background).key
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def test_place_notes_drawing_and_a_color_that_is_not_used_do_not(folder, tmp_pat
     (folder / ".cache" / "state").write_text("x")
     folder.rename(tmp_path / "moved")
     assert key_of(tmp_path / "moved") == before == key_of(tmp_path / "moved", background=(0, 0, 0))
-    assert key_of(tmp_path / "moved", threads=2, draw="classes") == before
+    place = tmp_path / "moved"
+    assert key_of(place, kind="onnx", threads=2, draw="classes") == key_of(place, kind="onnx")
 
 
 def test_a_file_counts_with_the_weights_that_onnx_keeps_beside_it(tmp_path):
