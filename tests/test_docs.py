@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import visper
+
 PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
 REFERENCED = [name for page in PAGES.values() for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
-WITHOUT_API = {"visper.cli", "visper.common", "visper.quickstart", "visper.recipes"}
-"""Commands, helpers of the library itself, and data: not for import by users."""
+WITHOUT_API = {"visper.cli", "visper.quickstart", "visper.recipes"}
+"""Commands and data: not for import by users."""
 
 
 def pages_in(navigation):
@@ -38,6 +40,11 @@ def test_every_package_has_a_place_in_the_api_reference():
     packages = {f"visper.{folder.parent.name}" for folder in (PROJECT / "src" / "visper").glob("*/__init__.py")}
     shown = {".".join(name.split(".")[:2]) for name in REFERENCED}
     assert packages - WITHOUT_API <= shown and not WITHOUT_API & shown
+
+
+def test_every_public_name_of_visper_is_in_the_api_reference():
+    named = set(re.findall(r"`(\w+)`", PAGES["api/index.md"]))
+    assert {name for name in visper.__all__ if not name.startswith("__")} <= named
 
 
 @pytest.mark.parametrize("page", PAGES)

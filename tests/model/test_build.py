@@ -72,6 +72,7 @@ def test_order_and_number_of_task_tokens_are_the_runs(tiny_llm, tiny_encoder):
     assert list(ids) == ["gen", "depth"] and all(len(tokens) == 2 for tokens in ids.values())
 
 
+@pytest.mark.slow
 def test_saved_folder_answers_identically_without_this_package(student, tmp_path):
     save_student(student, tmp_path / "model")
     inputs = inputs_of(student)

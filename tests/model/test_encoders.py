@@ -130,6 +130,7 @@ def test_a_student_on_convnext_saves_its_needs_and_loads_with_them(tmp_path, tin
         assert torch.equal(again.model(**inputs).logits, student.model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_the_code_in_the_readme_loads_the_folder(tmp_path, tiny_llm):
     folder = save_timm(tmp_path / "encoder", "test_convnext")
     student = build_student(StudentConfig(llm=str(tiny_llm), encoder=folder, image_size=64), Geometry.SQUASH)

@@ -76,6 +76,7 @@ def llama_3(folder: Path) -> Path:
     return with_tokenizer(folder, AutoTokenizer.from_pretrained(outside("tokenizers", "llama3")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_llm", [quickstart, llama_3_style, phi_3_style, llama_3], ids=lambda make: make.__name__)
 def test_answers_of_stock_transformers_are_those_of_batch_1_at_batch_8(make_llm, tmp_path, tiny_encoder):
     config = StudentConfig(llm=str(make_llm(tmp_path / "llm")), encoder=str(tiny_encoder))

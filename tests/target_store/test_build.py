@@ -231,6 +231,7 @@ def test_shards_find_the_targets_that_were_computed_from_files(make, tmp_path, r
     assert train(sharded)[0][0]["seg/2/smooth_l1"] > 0
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_repeated_the_store_is_the_same(make, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "PART_BYTES", 512)  # parts of two pictures
     run, store, counted = make("build"), tmp_path / "store", tmp_path / "count"
