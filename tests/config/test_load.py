@@ -93,7 +93,7 @@ def test_an_override_needs_an_equals_sign():
         ("stage=ift", "'distillation' belongs to stage 'pt'"),
         ("start_from=x", "not both"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
-        ("optimization.packing=true", "goes with no 'distillation'"),
+        ("optimization.packing=true", "packing is not supported with distillation: set optimization.packing=false"),
     ],
 )
 def test_faults_name_file_key_and_remedy(override, message):
@@ -105,8 +105,8 @@ def test_faults_name_file_key_and_remedy(override, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("logging.monitor.non_finite=skip", "goes with no launch.engine zero2.*launch.engine=fsdp"),
-        ("lora={quantize: 4bit}", "goes with launch.engine ddp, this is zero2"),
+        ("logging.monitor.non_finite=skip", "not supported with launch.engine=zero2.*launch.engine=fsdp"),
+        ("lora={quantize: 4bit}", "not supported with launch.engine=zero2.*use launch.engine=ddp"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(setting, message):

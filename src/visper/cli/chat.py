@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
+from visper.cli.arguments import parse_path
+
 NAME = "chat"
 
 
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")],
-    image: Annotated[Path | None, typer.Option("--image", help="an image")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="an image", parser=parse_path)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
 ) -> None:
     """Ask a model about a picture.

@@ -7,10 +7,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from visper.cli.arguments import parse_path
+
 NAME = "data"
 app = typer.Typer(help="Data sets: list them, bring them under one folder.", no_args_is_help=True)
 
-Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'data.root' of a run")]
+Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'data.root' of a run", parser=parse_path)]
 
 
 @app.command("list")

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from visper.cli.arguments import parse_path
+
 What = Annotated[
     str,
     typer.Argument(
@@ -15,9 +17,13 @@ What = Annotated[
         show_default=False,
     ),
 ]
-Images = Annotated[Path | None, typer.Option("--images", help="of a conversation file: where its image paths start")]
-Root = Annotated[Path, typer.Option("--root", help="folder of all data sets")]
-DropLists = Annotated[list[Path] | None, typer.Option("--drop-list", help="rows to leave out; repeat as needed")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="of a conversation file: where its image paths start", parser=parse_path)
+]
+Root = Annotated[Path, typer.Option("--root", help="folder of all data sets", parser=parse_path)]
+DropLists = Annotated[
+    list[Path] | None, typer.Option("--drop-list", help="rows to leave out; repeat as needed", parser=parse_path)
+]
 
 
 def check(
@@ -28,8 +34,10 @@ def check(
         str | None, typer.Option("--run", help="a recipe, by whose tokenizer and max_tokens supervision is checked")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeat")] = None,
-    report: Annotated[Path | None, typer.Option(help="write the counts here, as JSON")] = None,
-    drop: Annotated[Path | None, typer.Option(help="write the unusable rows here, for a run's data.drop_list")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the counts here, as JSON", parser=parse_path)] = None,
+    drop: Annotated[
+        Path | None, typer.Option(help="write the unusable rows here, for a run's data.drop_list", parser=parse_path)
+    ] = None,
     repair: Annotated[
         bool,
         typer.Option("--repair", help="re-encode images of another format than their name; of a set, fetch lost ones"),
@@ -77,7 +85,7 @@ def check(
 
 def shard(
     what: What,
-    out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    out: Annotated[Path, typer.Option("--out", help="a new folder", parser=parse_path)],
     images: Images = None,
     root: Root = Path("data"),
     drop_list: DropLists = None,

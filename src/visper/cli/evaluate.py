@@ -6,14 +6,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from visper.cli.arguments import parse_path
+
 NAME = "evaluate"
 
 
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
-    questions: Annotated[Path, typer.Option(help="JSON list of {image, question, answer[, kind]}")],
-    images: Annotated[Path, typer.Option(help="folder of the image paths")],
-    answers: Annotated[Path | None, typer.Option(help="raw answers, JSONL; default: MODEL/answers")] = None,
+    questions: Annotated[Path, typer.Option(help="JSON list of {image, question, answer[, kind]}", parser=parse_path)],
+    images: Annotated[Path, typer.Option(help="folder of the image paths", parser=parse_path)],
+    answers: Annotated[
+        Path | None, typer.Option(help="raw answers, JSONL; default: MODEL/answers", parser=parse_path)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="questions asked at once")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer at most")] = 32,
     shuffle_images: Annotated[bool, typer.Option(help="another question's image each: the blind control")] = False,

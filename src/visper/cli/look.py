@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
+from visper.cli.arguments import parse_path
+
 NAME = "look"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="the output of a finished PT", metavar="MODEL")],
-    image: Annotated[Path, typer.Option("--image", help="an image")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")],
+    model: Annotated[Path, typer.Argument(help="the output of a finished PT", metavar="MODEL", parser=parse_path)],
+    image: Annotated[Path, typer.Option("--image", help="an image", parser=parse_path)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_path)],
     prompt: Annotated[str | None, typer.Option(help="asked beside the image")] = None,
     gallery: Annotated[
         Path | None,

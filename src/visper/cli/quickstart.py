@@ -6,11 +6,15 @@ from typing import Annotated
 
 import typer
 
+from visper.cli.arguments import parse_path
+
 NAME = "quickstart"
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("visper-quickstart"),
+    out: Annotated[Path, typer.Option(help="folder for everything it makes", parser=parse_path)] = Path(
+        "visper-quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="of the world, the projector and the order of rows")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="two minutes: everything runs, little is learned")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="with and without embedding losses, over seeds")] = False,

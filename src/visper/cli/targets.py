@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from visper.cli.arguments import parse_path
+
 NAME = "targets"
 app = typer.Typer(help="Teachers' targets, computed once into a store that PT reads.", no_args_is_help=True)
 
 Recipe = Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes, such as data.geometry=pad")]
-Store = Annotated[Path, typer.Option("--out", help="the store's folder")]
+Store = Annotated[Path, typer.Option("--out", help="the store's folder", parser=parse_path)]
 
 
 class Dtype(str, Enum):

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from visper.config.paths import PathText
 from visper.config.teacher_kinds import TEACHERS, check_options, class_place
 
 
@@ -35,7 +36,7 @@ class Stage(str, Enum):
 
 
 class Geometry(str, Enum):
-    """How a picture becomes the square that the student and the teachers see."""
+    """How an image becomes the square that the student and the teachers see."""
 
     SQUASH = "squash"
     PAD = "pad"
@@ -67,9 +68,9 @@ class TaskTokenLayout(Section):
 class Student(Section):
     """The parts a first stage assembles; a later stage starts from a folder instead."""
 
-    llm: str = Field(description="causal LLM: hub id or folder")
+    llm: PathText = Field(description="causal LLM: hub id or folder")
     llm_revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
-    encoder: str = Field(description="image encoder: hub id or folder")
+    encoder: PathText = Field(description="image encoder: hub id or folder")
     encoder_revision: str | None = Field(None, description="likewise, of the encoder's")
     feature_layer: int = Field(-2, description="encoder layer the projector reads; negative counts from the end")
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: the encoder's own")
@@ -82,12 +83,12 @@ class Source(Section):
     """A data set by name; or a conversation file (LLaVA's JSON, JSONL) and the folder its image paths start from; or
     shards."""
 
-    data_set: str | None = Field(
+    data_set: PathText | None = Field(
         None, alias="set", description="name in the catalogue, or a YAML file like its entries"
     )
-    json_file: str | None = Field(None, alias="json", description="conversations, .json or .jsonl")
-    images: str | None = Field(None, description="folder under which the image paths lie")
-    shards: str | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
+    json_file: PathText | None = Field(None, alias="json", description="conversations, .json or .jsonl")
+    images: PathText | None = Field(None, description="folder under which the image paths lie")
+    shards: PathText | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -103,11 +104,13 @@ class Data(Section):
     """What a stage reads and how rows become batches."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    root: str = Field("data", description="folder of the data sets that 'set' names")
+    root: PathText = Field("data", description="folder of the data sets that 'set' names")
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
-    drop_list: tuple[str, ...] = Field((), description="rows to leave out: files that `visper data check --drop` wrote")
+    drop_list: tuple[PathText, ...] = Field(
+        (), description="rows to leave out: files that `visper data check --drop` wrote"
+    )
     check_first: bool = Field(True, description="look at every row before the first step")
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
     workers: int = Field(2, ge=0, description="loader processes")
@@ -117,7 +120,7 @@ class Teacher(Section):
     """A frozen model whose output is a target. Keys beyond these three are options of the kind."""
 
     kind: str = Field(description="a key of TEACHERS, or module:Class for a class of your own")
-    model: str = Field(description="hub id, folder or file; never replaced by another")
+    model: PathText = Field(description="hub id, folder or file; never replaced by another")
     revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -175,7 +178,7 @@ class Distillation(Section):
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="predictors also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
-    targets: str | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
+    targets: PathText | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -185,7 +188,7 @@ class Distillation(Section):
 
 
 class Optimization(Section):
-    """Batch, rate and length. The global batch is what counts; micro-batch and processes only split it."""
+    """Batch, learning rate and length. The global batch is what counts; micro-batch and processes only split it."""
 
     global_batch: PositiveInt
     micro_batch: PositiveInt = 8
@@ -199,7 +202,10 @@ class Optimization(Section):
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps, whatever the epochs")
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: float = Field(
-        1.0, ge=0, le=1, description="share of layers whose activations are computed again; true is 1, false 0"
+        1.0,
+        ge=0,
+        le=1,
+        description="share of layers whose activations are recomputed in the backward pass; true is 1, false 0",
     )
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
     packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
@@ -207,12 +213,12 @@ class Optimization(Section):
         None, description="the LLM's attention while training; default: the model's own choice"
     )
     lr_overrides: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="part of the stage's table -> its own rate, e.g. {projector: 1e-3}"
+        default_factory=dict, description="part of the stage's table -> its own learning rate, e.g. {projector: 1e-3}"
     )
 
 
 class Lora(Section):
-    """Fine-tuning of the LLM by low-rank updates (peft), merged into a plain folder at the stage's end."""
+    """Fine-tuning of the LLM by low-rank updates (peft), merged into a plain folder at the end of the stage."""
 
     rank: PositiveInt = 64
     alpha: PositiveFloat = 128.0
@@ -220,18 +226,20 @@ class Lora(Section):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="linear layers of the LLM by their last name, e.g. [q_proj, v_proj]"
     )
-    quantize: Literal["4bit"] | None = Field(None, description="4bit: the frozen LLM is kept so (QLoRA; a GPU)")
+    quantize: Literal["4bit"] | None = Field(
+        None, description="4bit: the frozen LLM is stored in 4 bits (QLoRA; needs a GPU)"
+    )
 
 
 class Monitor(Section):
-    """What happens when a run goes wrong; the rows at hand are named each time, and all processes act together."""
+    """What happens when a run goes wrong. The rows at hand are named, and all processes act together."""
 
     non_finite: Literal["stop", "skip"] = Field("stop", description="NaN or infinite loss; skip: leave the step out")
     spike: Literal["stop", "warn", "ignore"] = "warn"
     spike_size: PositiveFloat = Field(8.0, description="deviations above the median of the last 50 steps")
     dead_term: Literal["stop", "warn", "ignore"] = Field("warn", description="a loss term that stays zero or constant")
     dead_after: PositiveInt = Field(10, description="logs without any change")
-    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="a micro-batch with nothing to learn")
+    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="a micro-batch without supervised tokens")
 
 
 class Logging(Section):
@@ -257,7 +265,7 @@ class Engine(str, Enum):
 
 
 class Launch(Section):
-    """How many processes train, and what they share. It decides speed and memory, not what is computed."""
+    """How many processes train, and what each holds. This decides speed and memory, not results."""
 
     processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
     engine: Engine = Field(default=Engine.DDP, description="ddp, fsdp, zero2 or zero3: what each process holds")
@@ -265,17 +273,19 @@ class Launch(Section):
 
 
 class Run(Section):
-    """One stage of one model, whole: this is saved beside the weights it makes."""
+    """One stage of one model; saved beside the weights it makes."""
 
     name: str
     stage: Stage
-    output: str = Field(description="folder of this run; refused if it holds another run")
-    start_from: str | None = Field(None, description="folder of the stage before, or any folder this library saved")
+    output: PathText = Field(description="folder of this run; refused if it holds another run")
+    start_from: PathText | None = Field(
+        None, description="folder of the stage before, or any folder this library saved"
+    )
     student: Student | None = None
     data: Data
     distillation: Distillation | None = None
     optimization: Optimization
-    lora: Lora | None = Field(None, description="stage ift: learn low-rank updates of the LLM, not the LLM")
+    lora: Lora | None = Field(None, description="stage ift: train low-rank updates of the LLM instead of the LLM")
     logging: Logging = Field(default_factory=Logging)
     launch: Launch = Launch()
     seed: int = 0
@@ -287,16 +297,17 @@ class Run(Section):
         if self.distillation is not None and self.stage is not Stage.PT:
             raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
         if self.distillation is not None and self.optimization.packing:
-            raise ValueError("'optimization.packing' goes with no 'distillation', whose rows hold one image: remove it")
+            raise ValueError("packing is not supported with distillation: set optimization.packing=false")
         engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
         if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(
-                f"'logging.monitor.non_finite: skip' goes with no launch.engine {engine}: DeepSpeed's optimizer has "
-                "moved before the loss is judged. Take 'stop', or launch.engine=fsdp"
+                f"logging.monitor.non_finite=skip is not supported with launch.engine={engine}: DeepSpeed's optimizer "
+                "steps before the loss is judged. Set it to stop, or use launch.engine=fsdp"
             )
         if self.lora is not None and self.lora.quantize is not None and engine is not Engine.DDP:
             raise ValueError(
-                f"'lora.quantize' goes with launch.engine ddp, this is {engine}: 4-bit weights have no shares"
+                f"lora.quantize is not supported with launch.engine={engine}: 4-bit weights cannot be sharded; use "
+                "launch.engine=ddp"
             )
         if self.lora is not None and self.stage is not Stage.IFT:
             why = "its LLM is frozen anyway" if self.stage is Stage.PT else "it trains the whole model"
