@@ -249,9 +249,7 @@ def test_a_shown_sample_marks_the_answers_and_collapses_the_image() -> None:
     assert green == ["A cat.<|im_end|>"]
 
 
-@pytest.mark.parametrize("rstrip", [True, False])
-@pytest.mark.parametrize("prefix", ["every piece", "first piece"])
-def test_sentencepiece_tokenizers_supervise_the_answers_too(prefix: str, rstrip: bool) -> None:
+def sentencepiece_tokenizer(prefix: str, rstrip: bool) -> PreTrainedTokenizerFast:
     """Phi-3's kind: a space before the first or every piece, marker tokens that swallow the space behind them."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyzABC.?<|>_/0123456789", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *letters, "▁A", "▁c"])}
@@ -266,6 +264,13 @@ def test_sentencepiece_tokenizers_supervise_the_answers_too(prefix: str, rstrip:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     markers = [AddedToken(f"<|{name}|>", rstrip=rstrip, normalized=False) for name in ("user", "assistant", "end")]
     tokenizer.add_tokens([*markers, "<image>"], special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("rstrip", [True, False])
+@pytest.mark.parametrize("prefix", ["every piece", "first piece"])
+def test_sentencepiece_tokenizers_supervise_the_answers_too(prefix: str, rstrip: bool) -> None:
+    tokenizer = sentencepiece_tokenizer(prefix, rstrip)
     processor = LlavaProcessor(
         image_processor=build_image_processor("squash", 8, [0.5] * 3, [0.5] * 3),
         tokenizer=tokenizer,

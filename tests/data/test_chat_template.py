@@ -4,10 +4,18 @@ from typing import Any
 
 import pytest
 from jinja2 import Environment, TemplateError, nodes
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from tests.data.test_chat import SYSTEM, TASK_TOKENS, TEMPLATES, make_processor, make_tokenizer
-from visper.data.chat_template import student_template
+from tests.data.test_chat import (
+    SYSTEM,
+    TASK_TOKENS,
+    TEMPLATES,
+    make_processor,
+    make_tokenizer,
+    sentencepiece_tokenizer,
+)
+from visper.data.chat_template import llm_template, student_template
 from visper.quickstart.language import CHAT_TEMPLATE as QUICKSTART
 
 ALL_TEMPLATES = {**TEMPLATES, "quickstart": QUICKSTART}
@@ -179,3 +187,16 @@ def test_a_system_prompt_may_hold_any_words() -> None:
     template = student_template(TEMPLATES["chatml"], "<image>", TASK_TOKENS, odd)
     rendered = make_tokenizer(template).apply_chat_template([user("Hi")], tokenize=False)
     assert isinstance(rendered, str) and rendered.startswith(f"<|im_start|>system\n{odd}<|im_end|>")
+
+
+@pytest.mark.parametrize(("prefix", "writes"), [("every piece", True), ("first piece", False)])
+def test_the_first_token_is_left_to_the_tokenizer_where_writing_it_would_change_the_text(
+    prefix: str, writes: bool
+) -> None:
+    """A space that only the first piece gets would be lost behind a first token that the template writes."""
+    tokenizer = sentencepiece_tokenizer(prefix, rstrip=False)
+    first = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    tokenizer.chat_template = "{% for m in messages %}a {{ m['content'] }}<|end|>{% endfor %}"
+    expected = ("{{- bos_token }}" if writes else "") + tokenizer.chat_template
+    assert llm_template(tokenizer) == expected
