@@ -1,6 +1,6 @@
 """A targets store: how fast a target is found at random, and how far eight bits move the losses.
 
-Losses: teachers over real pictures; a prediction is the target plus noise of a share of each channel's deviation, so
+Losses: teachers over real images; a prediction is the target plus noise of a share of each channel's deviation, so
 that 1.0 stands for early in training and 0.1 for later than anyone has come. The "large channels" case is normal noise
 of DINOv2's shape with one channel in a hundred twenty times as large.
 
@@ -26,15 +26,15 @@ from torch import Tensor
 from visper.data.images import open_image
 from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce_per_sample, smooth_l1_per_sample
 from visper.quickstart import BASES
-from visper.target_store import quantize as packing_module
+from visper.target_store import quantize
 from visper.target_store.fingerprint import Fingerprint
-from visper.target_store.quantize import DTYPES, LARGEST, Packing
+from visper.target_store.quantize import DTYPES, LARGEST, TargetCodec
 from visper.target_store.store import StoredTeacher, TaskTargets, write_part
 
 TOWER = "visper.quickstart.tower:TowerTeacher"
 
 PUBLISHED = {"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)}
-PICTURES = 558_128
+IMAGES = 558_128
 NOISES = (1.0, 0.3, 0.1)
 MADE_BY = Fingerprint("benchmark", "none", {}, "squash", None)
 
@@ -48,14 +48,14 @@ def evict(folder: Path) -> None:
                 os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def fill(folder: Path, packing: Packing, parts: int, each: int) -> None:
+def fill(folder: Path, codec: TargetCodec, parts: int, each: int) -> None:
     """Parts of ``each`` random targets under one teacher's folder."""
-    StoredTeacher(MADE_BY, packing.spec, "float32", "none", {}).write(folder)
+    StoredTeacher(MADE_BY, codec.spec, "float32", "none", {}).write(folder)
     generator = torch.Generator().manual_seed(0)
-    targets = list(torch.randn(each, packing.spec.tokens, packing.spec.width, generator=generator))
+    targets = list(torch.randn(each, codec.spec.tokens, codec.spec.width, generator=generator))
     for part in range(parts):
         digests = [number.to_bytes(16, "big") for number in range(part * each, (part + 1) * each)]
-        write_part(folder, packing, digests, targets, f"{part:016x}")
+        write_part(folder, codec, digests, targets, f"{part:016x}")
 
 
 def timed(read: Callable[[int], Any], order: list[int]) -> dict[str, float]:
@@ -71,31 +71,31 @@ def timed(read: Callable[[int], Any], order: list[int]) -> dict[str, float]:
 def access(root: Path, gigabytes: float) -> Iterator[dict[str, Any]]:
     """Random reads of depth targets, cold and warm, through the store and through numpy's memmap of the same files."""
     for dtype in ("float16", "int8"):
-        packing = Packing(PUBLISHED["depth"], dtype)
-        folder, each = root / dtype, (512 << 20) // packing.target_bytes
-        parts = max(1, round(gigabytes * 1e9 / (each * packing.target_bytes)))
+        codec = TargetCodec(PUBLISHED["depth"], dtype)
+        folder, each = root / dtype, (512 << 20) // codec.target_bytes
+        parts = max(1, round(gigabytes * 1e9 / (each * codec.target_bytes)))
         if not folder.is_dir():
-            fill(folder, packing, parts, each)
+            fill(folder, codec, parts, each)
         order = torch.randperm(parts * each, generator=torch.Generator().manual_seed(1))[:400].tolist()
         for name, opened in (("store", stored_targets), ("numpy.memmap", mapped_targets)):
             for state in ("cold", "warm"):
                 if state == "cold":
                     evict(folder)  # nothing has it mapped now: pages in use stay
-                found = timed(opened(folder, each, packing), order)
-                line = {"read": name, "dtype": dtype, "bytes": packing.target_bytes, "targets": parts * each}
+                found = timed(opened(folder, each, codec), order)
+                line = {"read": name, "dtype": dtype, "bytes": codec.target_bytes, "targets": parts * each}
                 yield {**line, "state": state, **found}
     many = root / "many"
     if not many.is_dir():
-        fill(many, Packing(TargetSpec(1, 4), "float16"), 2000, 300)
+        fill(many, TargetCodec(TargetSpec(1, 4), "float16"), 2000, 300)
     start = time.perf_counter()
     opened_store = TaskTargets(many, "float16")
     seconds = time.perf_counter() - start
     yield {"open": "2000 parts of 300 targets", "seconds": round(seconds, 2), "targets": len(opened_store)}
 
 
-def stored_targets(folder: Path, each: int, packing: Packing) -> Callable[[int], Any]:
+def stored_targets(folder: Path, each: int, codec: TargetCodec) -> Callable[[int], Any]:
     """Reads as training does: looked up by digest, copied as the collator copies."""
-    store = TaskTargets(folder, packing.dtype)
+    store = TaskTargets(folder, codec.dtype)
 
     def read(number: int) -> Tensor:
         found = store.read(number.to_bytes(16, "big"))
@@ -105,25 +105,25 @@ def stored_targets(folder: Path, each: int, packing: Packing) -> Callable[[int],
     return read
 
 
-def mapped_targets(folder: Path, each: int, packing: Packing) -> Callable[[int], Any]:
+def mapped_targets(folder: Path, each: int, codec: TargetCodec) -> Callable[[int], Any]:
     """Reads the values alone, from their place in the file."""
     maps = []
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as content:
             size = int.from_bytes(content.read(8), "little")
             begin = 8 + size + json.loads(content.read(size))["targets"]["data_offsets"][0]
-        shape = (each, packing.spec.tokens, packing.spec.width)
-        kind = np.float16 if packing.dtype == "float16" else np.int8
+        shape = (each, codec.spec.tokens, codec.spec.width)
+        kind = np.float16 if codec.dtype == "float16" else np.int8
         maps.append(np.memmap(file, kind, "r", begin, shape))
     return lambda number: maps[number // each][number % each].copy()
 
 
 def cases(photos: Path, onnx: Path | None, count: int) -> Iterator[tuple[str, Tensor]]:
     """Names and targets ``[count, N, E]``."""
-    pictures = [open_image(file) for file in sorted(photos.rglob("*.jpg"))[:count]]
+    images = [open_image(file) for file in sorted(photos.rglob("*.jpg"))[:count]]
 
     def over(teacher: Teacher) -> Tensor:
-        return torch.cat([teacher(teacher.preprocess(picture)[None]) for picture in pictures])
+        return torch.cat([teacher(teacher.preprocess(image)[None]) for image in images])
 
     for task in ("depth", "seg", "gen"):
         yield (
@@ -152,13 +152,13 @@ def terms(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def stored(target: Tensor, dtype: str, scaled: str) -> Tensor:
     """What comes back of targets that were kept, with the scales of the other kind where asked."""
     spec = TargetSpec(target.shape[1], target.shape[2])
-    before = packing_module.FEW_TOKENS
-    packing_module.FEW_TOKENS = {"token": sys.maxsize, "channel": 0, "as shipped": before}[scaled]
-    packing = Packing(spec, dtype)
-    values, scales = packing.pack(target)
-    rows = [packing.joined(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
-    found = packing.unpack(torch.stack(rows))
-    packing_module.FEW_TOKENS = before
+    before = quantize.FEW_TOKENS
+    quantize.FEW_TOKENS = {"token": sys.maxsize, "channel": 0, "as shipped": before}[scaled]
+    codec = TargetCodec(spec, dtype)
+    values, scales = codec.encode(target)
+    rows = [codec.join(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
+    found = codec.decode(torch.stack(rows))
+    quantize.FEW_TOKENS = before
     return found
 
 
@@ -186,11 +186,11 @@ def errors(photos: Path, onnx: Path | None, count: int) -> Iterator[dict[str, An
 
 
 def sizes() -> Iterator[dict[str, Any]]:
-    """Bytes of the published targets for LLaVA-558K's pictures, if no two are the same."""
+    """Bytes of the published targets for LLaVA-558K's images, if no two are the same."""
     for dtype in DTYPES:
-        own = {task: Packing(spec, dtype).target_bytes for task, spec in PUBLISHED.items()}
-        gigabytes = {task: round(PICTURES * count / 1e9, 1) for task, count in own.items()}
-        yield {"dtype": dtype, **gigabytes, "total": round(PICTURES * sum(own.values()) / 1e9, 1)}
+        own = {task: TargetCodec(spec, dtype).target_bytes for task, spec in PUBLISHED.items()}
+        gigabytes = {task: round(IMAGES * count / 1e9, 1) for task, count in own.items()}
+        yield {"dtype": dtype, **gigabytes, "total": round(IMAGES * sum(own.values()) / 1e9, 1)}
 
 
 def main() -> None:
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="takes twice --gigabytes")
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--onnx", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -207,7 +207,7 @@ def main() -> None:
     results = []
     for measurement in (
         sizes(),
-        errors(options.photos, options.onnx, options.pictures),
+        errors(options.photos, options.onnx, options.images),
         access(options.folder, options.gigabytes),
     ):
         for line in measurement:

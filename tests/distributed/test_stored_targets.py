@@ -15,6 +15,7 @@ from tests.logs import computed
 from tests.target_store.test_build import files_of
 from visper.config import Run
 from visper.target_store import build as building
+from visper.target_store import plan as planning
 from visper.training import run_stage
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +26,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from visper.config import Run
-from visper.target_store import build
+from visper.target_store import build, plan
 from visper.training import run_stage
-build.PART_BYTES = 512
+plan.PART_BYTES = 512
 run = Run.model_validate(json.loads(sys.argv[1]))
 build.build_targets(run, Path(run.distillation.targets), batch=2)
 run_stage(run)
@@ -67,7 +68,7 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    monkeypatch.setattr(building, "PART_BYTES", 512)
+    monkeypatch.setattr(planning, "PART_BYTES", 512)
     building.build_targets(Run.model_validate(live), tmp_path / "one", batch=2, quiet=True)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert len(files_of(tmp_path / "one")) == 1 + 3 + 3 * 5

@@ -1,6 +1,7 @@
-"""A targets store: what it makes of a run, and that training cannot tell it from the teachers."""
+"""A target store: what it makes of a run, and that training cannot tell it from the teachers."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from visper.config import Run, save_run
 from visper.data.rows.records import DropList
 from visper.data.rows.shards import write_shards
 from visper.data.rows.sources import open_records
-from visper.target_store import build as building
+from visper.target_store import plan as planning
 from visper.target_store.build import build_targets
 from visper.target_store.store import TEACHER
 from visper.training import run_stage
@@ -113,7 +114,7 @@ def test_every_kind_of_teacher_can_be_stored(make, tmp_path, kinds):
     (live, *_), _ = train(make("live", teachers=teachers))
     (stored, *_), _ = train(make("stored", tmp_path / "store", teachers=teachers))
     for name, value in live.items():
-        # Teachers met the pictures in batches of another size: 1e-7 measured.
+        # Teachers saw the images in batches of another size: 1e-7 measured.
         assert stored[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
@@ -126,9 +127,9 @@ def test_eight_bits_move_the_losses_by_little(make, tmp_path, dtype, relative):
     assert terms and all(stored[name] == pytest.approx(first[name], rel=relative) for name in terms)
 
 
-def test_pictures_are_computed_once_by_content_and_text_rows_not_at_all(make, tmp_path):
+def test_images_are_computed_once_by_content_and_text_rows_not_at_all(make, tmp_path):
     plan = build_targets(make("build"), tmp_path / "store", quiet=True)
-    assert plan.pictures == 6 and plan.sizes == {"depth": 6 * 256, "seg": 6 * 192, "gen": 6 * 20}
+    assert plan.images == 6 and plan.sizes == {"depth": 6 * 256, "seg": 6 * 192, "gen": 6 * 20}
     assert not build_targets(make("build"), tmp_path / "store", quiet=True).parts, "nothing to do"
     assert len({file.stat().st_mode for file in (tmp_path / "store").glob("*/*")}) == 1, "parts are shared as all else"
 
@@ -138,17 +139,17 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
     save_run(run, tmp_path / "run.yaml")
     arguments = [str(tmp_path / "run.yaml"), "--out", str(tmp_path / "store")]
     sized = CliRunner().invoke(app, ["targets", "build", *arguments, "--size", "--dtype", "int8"])
-    assert "6 of 6 pictures to compute; 16 x 8 int8, 160 bytes a picture: 1.0 kB" in sized.output
+    assert "6 of 6 images to compute; 16 x 8 int8, 160 bytes an image: 1.0 kB" in sized.output
     assert "free at" in sized.output and not (tmp_path / "store").exists()
     assert CliRunner().invoke(app, ["targets", "build", *arguments]).exit_code == 0
     checked = CliRunner().invoke(app, ["targets", "check", *arguments])
-    assert checked.exit_code == 0 and "complete: 6 images" in checked.output
+    assert checked.exit_code == 0 and "complete: 6 images, all checksums match" in checked.output
     other = CliRunner().invoke(app, ["targets", "check", *arguments, "data.geometry=crop"])
     assert isinstance(other.exception, ConfigError)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "_free", lambda out: 1000)
+    monkeypatch.setattr(planning, "_free_bytes", lambda out: 1000)
     with pytest.raises(ConfigError, match=r"take 2\.8 kB, '.*' has 1\.0 kB free: .*--dtype int8"):
         build_targets(make("build"), tmp_path / "store", quiet=True)
     assert not [part for part in (tmp_path / "store").iterdir() if part.is_dir()]
@@ -175,22 +176,22 @@ def test_other_dtypes_precisions_and_folders_are_refused(make, tmp_path, rows):
         build_targets(make("build"), tmp_path / "store", "int8", quiet=True)
     run = make("precise", tmp_path / "store")
     distillation = run.distillation.model_copy(update={"teacher_dtype": "bfloat16"})
-    with pytest.raises(ConfigError, match=r"computed in float32, distillation\.teacher_dtype says bfloat16"):
+    with pytest.raises(ConfigError, match=r"computed in float32, distillation\.teacher_dtype is bfloat16"):
         run_stage(run.model_copy(update={"distillation": distillation}))
-    with pytest.raises(ConfigError, match="no targets store: name a new folder"):
+    with pytest.raises(ConfigError, match="no target store: name a new folder"):
         build_targets(make("build"), rows, quiet=True)
-    with pytest.raises(ConfigError, match=r"no targets store at .*`visper targets build .*run\.yaml --out "):
+    with pytest.raises(ConfigError, match=r"no target store at .*`visper targets build .*run\.yaml --out "):
         run_stage(make("nowhere", tmp_path / "nowhere"))
 
 
-def test_a_changed_picture_is_named_before_the_first_step_and_computed_by_a_second_build(make, tmp_path, rows):
+def test_a_changed_image_is_named_before_the_first_step_and_computed_by_a_second_build(make, tmp_path, rows):
     build_targets(make("build"), tmp_path / "store", quiet=True)
     before = files_of(tmp_path / "store")
     shutil.copy(rows / "images" / "2.png", tmp_path / "kept.png")
     shutil.copy(rows / "images" / "3.png", rows / "images" / "2.png")  # a content that is known: no miss
     (rows / "images" / "4.png").write_bytes((rows / "images" / "4.png").read_bytes() + b"\0")
     run = make("changed", tmp_path / "store")
-    with pytest.raises(DataError, match=r"1 pictures of task 'depth', .*the first is '.*4\.png'.*`visper targets"):
+    with pytest.raises(DataError, match=r"1 images of task 'depth', .*the first is '.*4\.png'.*`visper targets"):
         run_stage(run)
     assert build_targets(run, tmp_path / "store", quiet=True).sizes["gen"] == 20
     after = files_of(tmp_path / "store")
@@ -198,7 +199,7 @@ def test_a_changed_picture_is_named_before_the_first_step_and_computed_by_a_seco
     train(make("again", tmp_path / "store"))
 
 
-def test_a_picture_that_changes_while_training_is_a_dropped_row(make, tmp_path, rows, monkeypatch):
+def test_a_image_that_changes_while_training_is_a_dropped_row(make, tmp_path, rows, monkeypatch):
     build_targets(make("build"), tmp_path / "store", quiet=True)
     begin = StageTrainer.train
 
@@ -212,10 +213,10 @@ def test_a_picture_that_changes_while_training_is_a_dropped_row(make, tmp_path, 
     assert drop.reason == "no stored target" and "/4/4" in drop.sample_id and "visper targets build" in drop.detail
 
 
-def test_pictures_that_cannot_be_decoded_are_skipped_by_build_and_by_training(make, tmp_path, rows):
+def test_images_that_cannot_be_decoded_are_skipped_by_build_and_by_training(make, tmp_path, rows):
     (rows / "images" / "0.png").write_bytes(b"no picture")
     plan = build_targets(make("build"), tmp_path / "store", quiet=True, batch=2)
-    assert plan.pictures == 6 and not build_targets(make("build"), tmp_path / "store", quiet=True).parts
+    assert plan.images == 6 and not build_targets(make("build"), tmp_path / "store", quiet=True).parts
     logs, weights = train(make("stored", tmp_path / "store", workers=1))
     live_logs, live = train(make("live"))
     assert logs == live_logs and all(torch.equal(weights[name], live[name]) for name in live)
@@ -233,7 +234,7 @@ def test_shards_find_the_targets_that_were_computed_from_files(make, tmp_path, r
 
 @pytest.mark.slow
 def test_killed_anywhere_and_repeated_the_store_is_the_same(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "PART_BYTES", 512)  # parts of two pictures
+    monkeypatch.setattr(planning, "PART_BYTES", 512)  # parts of two images
     run, store, counted = make("build"), tmp_path / "store", tmp_path / "count"
     build_targets(run, tmp_path / "reference", batch=1, quiet=True)
 
@@ -265,8 +266,33 @@ def test_a_part_that_is_broken_is_named(make, tmp_path):
     build_targets(make("build"), tmp_path / "store", quiet=True)
     part = next((tmp_path / "store").glob("*/*.safetensors"))
     part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(ConfigError, match=rf"{part.name}' cannot be read: .*remove it"):
+    with pytest.raises(ConfigError, match=rf"{part.name}' cannot be read: .*remove the file"):
         run_stage(make("run", tmp_path / "store"))
     part.unlink()
     assert len(build_targets(make("build"), tmp_path / "store", quiet=True).parts) == 1
     assert (part.parent / TEACHER).is_file() and part.is_file()
+
+
+def test_check_names_damaged_parts_and_training_drops_their_rows(make, tmp_path):
+    """One bit of one stored value flipped, in a file whose header is intact."""
+    run = make("build")
+    save_run(run, tmp_path / "run.yaml")
+    build_targets(run, tmp_path / "store", quiet=True)
+    part = next((tmp_path / "store").glob("*/*.safetensors"))
+    content, offset = part.read_bytes(), _targets_offset(part)
+    part.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
+    arguments = [str(tmp_path / "run.yaml"), "--out", str(tmp_path / "store")]
+    checked = CliRunner().invoke(app, ["targets", "check", *arguments])
+    assert checked.exit_code == 1 and f"damaged: {part}" in checked.output and "targets build" in checked.output
+    assert CliRunner().invoke(app, ["targets", "check", *arguments, "--quick"]).exit_code == 0
+    train(make("trained", tmp_path / "store"))
+    (drop,) = DropList.read(tmp_path / "trained" / "dropped.jsonl")
+    assert drop.reason == "damaged target" and part.name in drop.detail
+    part.write_bytes(content[:100])
+    assert f"damaged: {part}" in CliRunner().invoke(app, ["targets", "check", *arguments]).output
+
+
+def _targets_offset(part):
+    content = part.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return 8 + size + json.loads(content[8 : 8 + size])["targets"]["data_offsets"][0]

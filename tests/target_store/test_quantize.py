@@ -4,23 +4,23 @@ import pytest
 import torch
 
 from visper.distillation import TargetSpec
-from visper.target_store.quantize import DTYPES, Packing
+from visper.target_store.quantize import DTYPES, TargetCodec
 
 SPEC = TargetSpec(20, 7)
 
 
-def there_and_back(packing, targets):
-    values, scales = packing.pack(targets)
-    rows = [packing.joined(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
-    assert all(row.dtype == torch.uint8 and len(row) == packing.target_bytes for row in rows)
-    return packing.unpack(torch.stack(rows))
+def there_and_back(codec, targets):
+    values, scales = codec.encode(targets)
+    rows = [codec.join(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
+    assert all(row.dtype == torch.uint8 and len(row) == codec.target_bytes for row in rows)
+    return codec.decode(torch.stack(rows))
 
 
 def test_float32_and_values_that_float16_has_come_back_exactly():
     targets = torch.randn(3, 20, 7)
-    assert torch.equal(there_and_back(Packing(SPEC, "float32"), targets), targets)
+    assert torch.equal(there_and_back(TargetCodec(SPEC, "float32"), targets), targets)
     targets = targets.half().float()
-    assert torch.equal(there_and_back(Packing(SPEC, "float16"), targets), targets)
+    assert torch.equal(there_and_back(TargetCodec(SPEC, "float16"), targets), targets)
 
 
 @pytest.mark.parametrize("spec", [SPEC, TargetSpec(1, 9), TargetSpec(3, 1)])
@@ -29,47 +29,47 @@ def test_eight_bits_err_by_half_a_step_of_their_own_scale(spec):
     targets[0] = 0
     over = 1 if spec.tokens > 16 else 2
     largest = targets.abs().amax(over, keepdim=True)
-    error = (there_and_back(Packing(spec, "int8"), targets) - targets).abs()
+    error = (there_and_back(TargetCodec(spec, "int8"), targets) - targets).abs()
     assert (error <= largest / 127 / 2 * 1.001).all()
-    error = (there_and_back(Packing(spec, "fp8"), targets) - targets).abs()
+    error = (there_and_back(TargetCodec(spec, "fp8"), targets) - targets).abs()
     # Three bits behind the point: half a sixteenth of the value, or of the smallest step.
     assert (error <= torch.maximum(targets.abs() / 16 * 1.001, largest * 2**-10 / 448 * 1.001)).all()
 
 
 def test_a_channel_that_is_always_large_costs_the_others_nothing():
     targets = torch.randn(2, 20, 7)
-    plain = there_and_back(Packing(SPEC, "int8"), targets)
+    plain = there_and_back(TargetCodec(SPEC, "int8"), targets)
     targets[..., 3] *= 1000
-    assert torch.equal(there_and_back(Packing(SPEC, "int8"), targets)[..., :3], plain[..., :3])
+    assert torch.equal(there_and_back(TargetCodec(SPEC, "int8"), targets)[..., :3], plain[..., :3])
 
 
 def test_a_target_does_not_depend_on_its_neighbors():
     targets = torch.randn(5, 20, 7)
     for dtype in DTYPES:
-        packing = Packing(SPEC, dtype)
-        assert torch.equal(there_and_back(packing, targets)[2:3], there_and_back(packing, targets[2:3]))
+        codec = TargetCodec(SPEC, dtype)
+        assert torch.equal(there_and_back(codec, targets)[2:3], there_and_back(codec, targets[2:3]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_target_unpacks_wherever_its_bytes_begin(dtype):
-    packing, targets = Packing(TargetSpec(1, 3), dtype), torch.tensor([[[1.0, -2.0, 0.5]], [[3.0, 0.0, 1.0]]])
-    values, scales = packing.pack(targets)
-    rows = [packing.joined(values[i], None if scales is None else scales[i]) for i in range(2)]
+def test_one_target_decodes_wherever_its_bytes_begin(dtype):
+    codec, targets = TargetCodec(TargetSpec(1, 3), dtype), torch.tensor([[[1.0, -2.0, 0.5]], [[3.0, 0.0, 1.0]]])
+    values, scales = codec.encode(targets)
+    rows = [codec.join(values[i], None if scales is None else scales[i]) for i in range(2)]
     held = torch.cat((torch.zeros(1, dtype=torch.uint8), *rows))
-    last = held[1 + packing.target_bytes :][None]
-    assert torch.allclose(packing.unpack(last), targets[1:], rtol=0.04, atol=0.02)
+    last = held[1 + codec.target_bytes :][None]
+    assert torch.allclose(codec.decode(last), targets[1:], rtol=0.04, atol=0.02)
 
 
 def test_published_sizes_in_bytes():
     shapes = {"depth": TargetSpec(576, 1024), "seg": TargetSpec(576, 1536), "gen": TargetSpec(1, 1024)}
-    sizes = {dtype: sum(Packing(spec, dtype).target_bytes for spec in shapes.values()) for dtype in DTYPES}
+    sizes = {dtype: sum(TargetCodec(spec, dtype).target_bytes for spec in shapes.values()) for dtype in DTYPES}
     assert sizes == {"float32": 5_902_336, "float16": 2_951_168, "int8": 1_485_828, "fp8": 1_485_828}
 
 
 def test_what_cannot_be_kept_is_refused():
     with pytest.raises(ValueError, match=r"beyond float16's 65504.*float32 or fp8"):
-        Packing(SPEC, "float16").pack(torch.full((1, 20, 7), 1e5))
+        TargetCodec(SPEC, "float16").encode(torch.full((1, 20, 7), 1e5))
     with pytest.raises(ValueError, match="not finite"):
-        Packing(SPEC, "int8").pack(torch.full((1, 20, 7), float("nan")))
+        TargetCodec(SPEC, "int8").encode(torch.full((1, 20, 7), float("nan")))
     with pytest.raises(ValueError, match="choose one of float32, float16, int8, fp8"):
-        Packing(SPEC, "int4")
+        TargetCodec(SPEC, "int4")

@@ -35,7 +35,7 @@ def build(
     batch: Annotated[int, typer.Option(min=1, help="images a teacher is given at once")] = 32,
     size: Annotated[bool, typer.Option("--size", help="only say how large the store becomes")] = False,
 ) -> None:
-    """Compute the targets of a run's pictures. Safe to kill and repeat; `torchrun` shares the work among processes.
+    """Compute the targets of a run's images. Safe to kill and repeat; `torchrun` shares the work among processes.
 
     Example: `visper targets build llama3-8b-vit-l/pt --out targets/llava-558k --dtype int8`
     """
@@ -49,8 +49,14 @@ def build(
 
 
 @app.command("check")
-def check(recipe: Recipe, out: Store, overrides: Overrides = None) -> None:
-    """Say whether the store has all targets of a run. Exit code 1: some are missing; 2: it is of other teachers.
+def check(
+    recipe: Recipe,
+    out: Store,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="do not read the targets to verify their checksums")] = False,
+) -> None:
+    """Say whether the store has all targets of a run, undamaged. Exit code 1: some are missing or damaged; 2: it is of
+    other teachers.
 
     Example: `visper targets check llama3-8b-vit-l/pt --out targets/llava-558k`
     """
@@ -58,14 +64,27 @@ def check(recipe: Recipe, out: Store, overrides: Overrides = None) -> None:
 
     settings = load_run(recipe, overrides or [])
 
+    from visper.data.images import background_of
     from visper.model.start import starting_processor
     from visper.target_store.build import build_targets
+    from visper.target_store.check import damaged_parts
     from visper.target_store.open import open_targets
 
-    open_targets(settings, starting_processor(settings).image_processor, out)
+    console = Console(soft_wrap=True)
+    geometry = settings.data.geometry.value
+    background = background_of(starting_processor(settings).image_processor)
+    remedy = f"`visper targets build {recipe} --out {out}`"
+    if settings.distillation is not None and not quick:
+        damaged = list(damaged_parts(settings.distillation, geometry, background, out, remedy))
+        for part in damaged:
+            console.print(f"damaged: {part}")
+        if damaged:
+            console.print(f"remove {len(damaged)} damaged files, then {remedy} computes their targets again")
+            raise typer.Exit(1)
+    open_targets(settings.distillation, geometry, background, recipe, out)
     plan = build_targets(settings, out, size_only=True)
     missing = {task for part in plan.parts for task in part.tasks}
     if missing:
-        Console().print(f"incomplete: {', '.join(sorted(missing))}")
+        console.print(f"incomplete: {', '.join(sorted(missing))}")
         raise typer.Exit(1)
-    Console().print(f"complete: {plan.pictures:,} images")
+    console.print(f"complete: {plan.images:,} images" + ("" if quick else ", all checksums match"))

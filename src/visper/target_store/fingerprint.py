@@ -1,10 +1,11 @@
-"""What made a target: teacher, revision, options, preprocessing. Targets of anything else are never read for it."""
+"""Fingerprints: everything a target follows from besides the image. Targets of another one are never read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 
 from visper.common.cache import key
+from visper.config import Task
 from visper.config import Teacher as TeacherSettings
 from visper.config.teacher_kinds import TEACHERS
 
 COMPUTATION = 1
-"""Raise it when our own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) gives another
-target of the same picture: what was kept before is then no longer met. A test watches the pixels."""
+"""Increase it when visper's own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) computes
+another target of the same image: targets stored before are then not found. A test compares the pixels."""
 
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
-"""Options of our kinds that change how a prediction is drawn, or how fast a target is made, and no target."""
+"""Options of the kinds in ``TEACHERS`` that change how a target is drawn or how fast it is computed, not its values."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = 1 << 22
@@ -29,15 +31,15 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything but the picture that a target follows from.
+    """Everything that a target follows from besides the image.
 
     Attributes:
         kind: of the teacher.
-        revision: of its weights; None: a hub model of which neither the hub nor the hub's cache could be asked.
-        options: of the kind, as far as targets follow from them.
-        geometry: in which the teacher sees the picture; ``background`` with ``pad`` only, RGB.
-        code: of a teacher of your own, a hash of its module.
-        computation: of our code, ``COMPUTATION``.
+        revision: of its weights; None: a hub model whose commit neither the hub nor the local cache gave.
+        options: of the kind, if targets depend on them.
+        geometry: in which the teacher sees the image; ``background`` (RGB) with ``pad`` only.
+        code: of a class that is not in ``TEACHERS``, a hash of its module.
+        computation: ``COMPUTATION``.
     """
 
     kind: str
@@ -50,14 +52,14 @@ class Fingerprint:
 
     @classmethod
     def of(cls, teacher: TeacherSettings, geometry: str, background: tuple[int, int, int]) -> Fingerprint:
-        """For a recipe's teacher.
+        """Of a recipe's teacher.
 
         Args:
             teacher: the task's, in the recipe.
             geometry: of the run's data.
-            background: what ``pad`` puts around a picture.
+            background: the RGB color that ``pad`` puts around an image.
         """
-        options = json.loads(json.dumps(teacher.options))  # as they will be read back: tuples become lists
+        options = json.loads(json.dumps(teacher.options))  # as JSON reads them back: tuples become lists
         wanted = options.pop("revision", None)
         if teacher.kind in TEACHERS:
             options = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
@@ -76,16 +78,21 @@ class Fingerprint:
         return key(json.dumps(asdict(self), sort_keys=True))
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Where ``other`` differs, in words."""
-        ours, theirs = asdict(self), asdict(other)
-        return [f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        """Where ``other`` differs, such as "geometry 'squash' instead of 'pad'"."""
+        own, found = asdict(self), asdict(other)
+        return [f"{name} {found[name]!r} instead of {own[name]!r}" for name in own if own[name] != found[name]]
+
+
+def fingerprints(tasks: Mapping[str, Task], geometry: str, background: tuple[int, int, int]) -> dict[str, Fingerprint]:
+    """The fingerprint of each task's teacher; arguments as in ``Fingerprint.of``."""
+    return {task: Fingerprint.of(settings.teacher, geometry, background) for task, settings in tasks.items()}
 
 
 def revision_of(model: str, wanted: str | None = None) -> str | None:
-    """What changes when a teacher's weights do.
+    """A string that changes when a teacher's weights do.
 
-    A file or folder: a hash of its content, wherever it lies. A hub id: its commit, as the hub says or, out of its
-    reach, the hub's cache. Any other name stands for itself.
+    A file or folder: a hash of its content, not of its place. A hub id: its commit, from the hub or, if that cannot be
+    reached, from the local cache. Any other name: the name.
     """
     place = Path(model)
     if place.exists():
@@ -111,7 +118,7 @@ def _commit(model: str, wanted: str | None) -> str | None:
 
 
 def _content_hash(place: Path) -> str:
-    """Of a model's folder: everything but hidden files and notes. Of a file: itself and what ONNX keeps beside it."""
+    """Of a folder: all files but hidden ones and Markdown. Of a file: itself and ONNX's data files beside it."""
     if place.is_dir():
         found = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".md"]
         files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]

@@ -1,68 +1,178 @@
-"""A run's stored targets: found before anything is trained, complete for the run's pictures, or refused."""
+"""Opens a run's stored targets for training: found and complete for the run's images, or refused before step 1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from visper.common.errors import ConfigError, DataError
-from visper.config import Run
-from visper.data.checks.digests import digests_of
-from visper.data.images import background_of
+from visper.config import Distillation
+from visper.data.checks.digests import digest, digests_of
 from visper.data.rows.records import Record
 from visper.data.rows.table import Records
-from visper.target_store.fingerprint import Fingerprint
-from visper.target_store.store import TargetStore, find_targets
+from visper.distillation.teachers.base import Teacher
+from visper.target_store.fingerprint import Fingerprint, fingerprints
+from visper.target_store.quantize import TargetCodec
+from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folder_of, read_dtype
 
 
-def build_command(run: Run, store: str | Path) -> str:
-    """What computes a run's missing targets, as a person would type it."""
-    written = Path(run.output) / "run.yaml"
-    return f"`visper targets build {written if written.is_file() else 'RUN.yaml'} --out {store}`"
+class DecodedTargets(Teacher):
+    """Takes the place of a teacher in training: maps joined targets ``[B, target_bytes]`` to targets ``[B, N, E]``."""
+
+    def __init__(self, codec: TargetCodec) -> None:
+        super().__init__()
+        self.codec, self.spec = codec, codec.spec
+        self.freeze()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """``[B, N, E]`` float32."""
+        return self.codec.decode(pixels)
+
+    def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+        """Raises ValueError: only the teacher itself can draw."""
+        raise ValueError("stored targets cannot be drawn: build the teacher (visper.distillation.build_teacher)")
 
 
-def makers(run: Run, image_processor: Any) -> dict[str, Fingerprint]:
-    """What makes the run's targets, by task; the processor knows the color that ``pad`` pads with."""
-    assert run.distillation is not None
-    geometry, background = run.data.geometry.value, background_of(image_processor)
-    return {task: Fingerprint.of(own.teacher, geometry, background) for task, own in run.distillation.tasks.items()}
+class TargetStore:
+    """The stored targets of a run's tasks.
+
+    Args:
+        tasks: task -> its teacher's targets.
+        remedy: the command that computes missing targets, for messages.
+    """
+
+    def __init__(self, tasks: Mapping[str, TaskTargets], remedy: str) -> None:
+        self.tasks = dict(tasks)
+        self.remedy = remedy
+
+    def teachers(self) -> dict[str, Teacher]:
+        """By task, the modules that training uses in place of teachers."""
+        return {task: DecodedTargets(targets.codec) for task, targets in self.tasks.items()}
+
+    def lookup(self, content: bytes) -> dict[str, Tensor]:
+        """By task, the joined target ``[target_bytes]`` uint8 of the image whose file has these bytes.
+
+        Raises:
+            DataError: there is none (the image is new or was changed), or it is damaged.
+        """
+        own = digest(content)
+        found = {}
+        for task, targets in self.tasks.items():
+            joined = targets.read(own)
+            if joined is None:
+                raise DataError(
+                    "no stored target",
+                    f"task '{task}': an image of this content (sha256 {own.hex()}...) is not in "
+                    f"'{targets.folder}'; it is new or was changed: {self.remedy}",
+                )
+            found[task] = joined
+        return found
+
+    def missing(self, digests: Iterable[bytes]) -> dict[str, list[bytes]]:
+        """Per task, those of these images that were not computed; complete tasks are left out."""
+        wanted = list(dict.fromkeys(digests))
+        missing = {}
+        for task, targets in self.tasks.items():
+            lost = [own for own, known in zip(wanted, targets.known(wanted), strict=True) if not known]
+            if lost:
+                missing[task] = lost
+        return missing
 
 
-def open_targets(run: Run, image_processor: Any, store: str | Path | None = None) -> TargetStore | None:
-    """The store that the run names (``distillation.targets``), or ``store``; None: its teachers are to be asked.
+def open_targets(
+    distillation: Distillation | None,
+    geometry: str,
+    background: tuple[int, int, int],
+    recipe: str | Path,
+    store: Path | None = None,
+) -> TargetStore | None:
+    """The store that the run names (``distillation.targets``), or ``store``; None: the run uses its teachers.
+
+    Args:
+        distillation: the run's section.
+        geometry: of the run's data.
+        background: the RGB color that ``pad`` puts around an image.
+        recipe: a file or name of the run, for the command in messages.
+        store: read this one instead.
 
     Raises:
-        ConfigError: it is none, or has no targets of one of the run's teachers.
+        ConfigError: it is not a store, or has no targets of one of the run's teachers.
     """
-    if run.distillation is None:
+    place = store or (Path(distillation.targets) if distillation and distillation.targets else None)
+    if distillation is None or place is None:
         return None
-    place = store or run.distillation.targets
-    if place is None:
-        return None
-    remedy = build_command(run, place)
+    remedy = f"`visper targets build {recipe} --out {place}`"
+    dtype = read_dtype(place)
+    if dtype is None:
+        raise ConfigError(f"distillation.targets: there is no target store at '{place}': {remedy}")
     found = {}
-    for task, fingerprint in makers(run, image_processor).items():
-        targets = find_targets(Path(place), task, fingerprint, run.distillation.tasks[task].teacher.model, remedy)
-        wanted, has = run.distillation.teacher_dtype, targets.teacher.precision
+    for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
+        folder = find_folder(place, task, fingerprint, distillation.tasks[task].teacher.model, remedy)
+        found[task] = TaskTargets(folder, dtype)
+        wanted, has = distillation.teacher_dtype, found[task].teacher.precision
         if wanted not in (None, has):
             raise ConfigError(
-                f"task '{task}': the targets in '{targets.folder}' were computed in {has}, distillation.teacher_dtype "
-                f"says {wanted}: leave it out, or build a store of its own"
+                f"task '{task}': the targets in '{folder}' were computed in {has}, distillation.teacher_dtype "
+                f"is {wanted}: leave it out, or build another store"
             )
-        found[task] = targets
     return TargetStore(found, remedy)
 
 
-def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool = True) -> None:
-    """Refuses, on every rank, rows whose pictures have no stored targets.
+def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, remedy: str) -> Path:
+    """The folder of the targets that this teacher computed.
 
-    The first process looks, at a hash of each file that is kept until the file changes. Pictures in shards are not
-    looked at: a missing target drops its row when its turn comes, and ``data.drop_limit`` counts it.
+    Args:
+        store: the store's folder.
+        task: for messages.
+        fingerprint: of the teacher; if its revision is unknown, the only one of ``model`` in the store is taken.
+        model: the recipe's.
+        remedy: the command that builds what is missing.
+
+    Raises:
+        ConfigError: there is none; the message says what the store has instead.
+    """
+    folder = folder_of(store, fingerprint)
+    if (folder / TEACHER).is_file():
+        return folder
+    others = {place.parent: StoredTeacher.read(place.parent) for place in sorted(store.glob(f"*/{TEACHER}"))}
+    if fingerprint.revision is None:
+        fitting = [p for p, other in others.items() if other.model == model and _same_but_revision(other, fingerprint)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            found = [others[place].fingerprint.revision for place in fitting]
+            raise ConfigError(
+                f"task '{task}': the hub cannot be asked for the revision of '{model}', and '{store}' holds {found}: "
+                "set the teacher's 'revision' to one of these commits"
+            )
+    same_kind = [other for other in others.values() if other.fingerprint.kind == fingerprint.kind]
+    near = min(same_kind, key=lambda other: len(fingerprint.differences(other.fingerprint)), default=None)
+    if near is not None:
+        differences = "; ".join(fingerprint.differences(near.fingerprint))
+        has = f"targets of another {fingerprint.kind} teacher ('{near.model}'): {differences}"
+    elif others:
+        has = f"targets of {sorted(other.fingerprint.kind for other in others.values())} teachers"
+    else:
+        has = "no targets"
+    raise ConfigError(
+        f"task '{task}': '{store}' has no targets of the teacher '{model}', but {has}. To add them: {remedy}"
+    )
+
+
+def _same_but_revision(other: StoredTeacher, fingerprint: Fingerprint) -> bool:
+    return all(difference.startswith("revision ") for difference in fingerprint.differences(other.fingerprint))
+
+
+def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool = True) -> None:
+    """Refuses, on every rank, rows whose images have no stored targets.
+
+    The first process compares a hash of each file, which is cached until the file changes. Images in shards are not
+    compared: a missing target drops its row when it is read, and ``data.drop_limit`` counts it.
 
     Raises:
         DataError: the message counts them, names the first, and the command that computes them.
@@ -79,12 +189,12 @@ def _fault(store: TargetStore, records: Records, quiet: bool) -> str | None:
     files = records.image_files()
     rows = np.flatnonzero([file is not None for file in files])
     digests = digests_of(records.select(rows), quiet) if len(rows) else []
-    lacking = store.lacking(own for own in digests if own is not None)
-    if not lacking:
+    missing = store.missing(own for own in digests if own is not None)
+    if not missing:
         return None
-    task, lost = next(iter(lacking.items()))
+    task, lost = next(iter(missing.items()))
     first = files[int(rows[digests.index(lost[0])])]
-    counts = ", ".join(f"{len(own)} pictures of task '{name}'" for name, own in lacking.items())
+    counts = ", ".join(f"{len(own)} images of task '{name}'" for name, own in missing.items())
     return (
         f"{counts} are not in '{store.tasks[task].folder.parent}', the first is '{first}': it is new or was changed "
         f"since; {store.remedy}"

@@ -1,8 +1,8 @@
-"""Targets as bytes and back: float32, float16, or eight bits with a scale a channel of each target.
+"""Targets as bytes and back: float32, float16, or eight bits with scales.
 
-Eight bits take one scale a channel (over the tokens of a target), because backbones have a few channels that are
-always large: a scale a token would spend its range on these. A target of few tokens has a scale a token instead, which
-would otherwise cost more than what it scales. docs/targets.md has both measured.
+Eight bits have one scale per channel (over the tokens of a target), because backbones have a few channels that are
+always large: a scale per token would spend its range on these. Targets of few tokens have a scale per token instead:
+scales per channel would take more space than the values. Both are measured in docs/targets.md.
 
 Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 """
@@ -28,26 +28,26 @@ _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How targets of a shape are kept in ``dtype``, a key of ``DTYPES``."""
+class TargetCodec:
+    """Encodes targets of the shape ``spec`` in ``dtype``, a key of ``DTYPES``, and decodes them."""
 
     spec: TargetSpec
     dtype: str
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"targets cannot be kept as '{self.dtype}': choose one of {', '.join(DTYPES)}")
+            raise ValueError(f"targets cannot be stored as '{self.dtype}': choose one of {', '.join(DTYPES)}")
 
     @property
     def scales(self) -> tuple[int, int]:
-        """Shape of a target's scales, which broadcasts to it; ``(0, 0)`` without."""
+        """Shape of a target's scales, which broadcasts to ``[N, E]``; ``(0, 0)`` if the dtype has none."""
         if self.dtype not in LARGEST:
             return 0, 0
         return (self.spec.tokens, 1) if self.spec.tokens < FEW_TOKENS else (1, self.spec.width)
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of one packed target."""
+        """Bytes of one encoded target, scales included."""
         values = self.spec.tokens * self.spec.width * DTYPES[self.dtype].itemsize
         return values + self._scale_bytes
 
@@ -55,7 +55,7 @@ class Packing:
     def _scale_bytes(self) -> int:
         return self.scales[0] * self.scales[1] * _SCALE_BYTES
 
-    def pack(self, targets_BNE: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, targets_BNE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values ``[B, N, E]`` in ``dtype`` and, for eight bits, scales ``[B, *scales]`` float32, both on the CPU.
 
         Raises:
@@ -68,7 +68,9 @@ class Packing:
             values = targets_BNE.to(DTYPES[self.dtype])
             if not torch.isfinite(values).all():
                 largest = float(targets_BNE.abs().max())
-                raise ValueError(f"a target of {largest:.3g} is beyond float16's 65504: keep targets as float32 or fp8")
+                raise ValueError(
+                    f"a target of {largest:.3g} is beyond float16's 65504: store targets as float32 or fp8"
+                )
             return values.cpu(), None
         over = 2 if self.scales[1] == 1 else 1
         largest_B = targets_BNE.abs().amax(over, keepdim=True)
@@ -76,17 +78,17 @@ class Packing:
         scaled = (targets_BNE / scale).clamp(-LARGEST[self.dtype], LARGEST[self.dtype])
         return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]).cpu(), scale.cpu()
 
-    def joined(self, values: Tensor, scales: Tensor | None) -> Tensor:
-        """One target ``[N, E]`` and its scales as ``[target_bytes]`` uint8: what travels with a batch."""
+    def join(self, values: Tensor, scales: Tensor | None) -> Tensor:
+        """One encoded target ``[N, E]`` and its scales as ``[target_bytes]`` uint8: its form in a batch."""
         content = values.reshape(-1).view(torch.uint8)
         return content if scales is None else torch.cat((scales.reshape(-1).view(torch.uint8), content))
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def decode(self, joined: Tensor) -> Tensor:
         """Targets ``[B, N, E]`` float32 of joined ones ``[B, target_bytes]``, on their device."""
-        shape = (len(packed), self.spec.tokens, self.spec.width)
-        # A slice begins anywhere; a copy of it begins where every type may be read.
-        values = packed[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype]).view(shape).float()
+        shape = (len(joined), self.spec.tokens, self.spec.width)
+        # A slice may start at any byte; its copy is aligned for every type.
+        values = joined[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype]).view(shape).float()
         if not self._scale_bytes:
             return values
-        scales = packed[:, : self._scale_bytes].flatten().clone().view(torch.float32)
-        return values * scales.view(len(packed), *self.scales)
+        scales = joined[:, : self._scale_bytes].flatten().clone().view(torch.float32)
+        return values * scales.view(len(joined), *self.scales)

@@ -32,8 +32,7 @@ from visper.distillation import (
 )
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student, TaskTokens, initial_queries
-from visper.target_store.open import require_targets
-from visper.target_store.store import TargetStore
+from visper.target_store.open import TargetStore, require_targets
 from visper.training.module import TrainingModel
 from visper.training.rates import check_rates
 from visper.training.stages import DISTILLATION_PARTS, LORA, TASK_TOKEN_PARTS, apply_stage, freeze_unused_vision

@@ -35,6 +35,7 @@ from visper.common.console import announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path, write_text
 from visper.config import Engine, Run, load_run, run_text, save_run
+from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation.teachers.tasks import build_teachers
@@ -95,7 +96,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.model.language_model)
-    targets = open_targets(run, student.processor.image_processor)
+    background = background_of(student.processor.image_processor)
+    targets = open_targets(run.distillation, run.data.geometry.value, background, output / "run.yaml")
     if targets is None:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     else:

@@ -1,0 +1,146 @@
+"""What a build would do: which targets are missing, in which parts, how large they are.
+
+Images are identified by content. The images of a part depend on what is missing and never on the number of processes,
+so that a build that is killed and repeated, with any number of processes, ends with the same files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from visper.common.cache import key
+from visper.common.console import announce
+from visper.common.errors import ConfigError
+from visper.data.checks.digests import digests_of
+from visper.data.rows.table import Records
+from visper.target_store.fingerprint import Fingerprint
+from visper.target_store.quantize import TargetCodec
+from visper.target_store.store import TEACHER, TaskTargets, folder_of
+
+PART_BYTES = 512 << 20
+"""Largest part: what is computed again after a kill, and what a process holds in memory a few times."""
+MAX_IMAGES = 4096
+"""Most images of a part, for small targets."""
+
+
+@dataclass(frozen=True)
+class TargetPart:
+    """Images whose targets go into one file per task: a row that shows each of them, and their digests."""
+
+    tasks: tuple[str, ...]
+    rows: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its files; follows from the images."""
+        return key(*self.digests)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Number of distinct images of the run, the missing parts, and bytes to write per task."""
+
+    images: int
+    parts: tuple[TargetPart, ...]
+    sizes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes still to be written."""
+        return sum(self.sizes.values())
+
+
+def plan_build(
+    records: Records,
+    store: Path,
+    made_by: Mapping[str, Fingerprint],
+    codecs: Mapping[str, TargetCodec],
+    quiet: bool,
+) -> BuildPlan:
+    """Compares the run's images with the store. Images that lack targets of the same tasks share parts, in row order.
+
+    Args:
+        records: the run's rows.
+        store: its folder; need not exist.
+        made_by: fingerprint of each task's teacher.
+        codecs: of each task's targets.
+        quiet: show no progress.
+    """
+    first_row: dict[bytes, int] = {}
+    for row, own in enumerate(digests_of(records, quiet)):
+        if own is not None:
+            first_row.setdefault(own, row)
+    missing: dict[bytes, list[str]] = defaultdict(list)
+    for task, fingerprint in made_by.items():
+        for own in _missing(list(first_row), folder_of(store, fingerprint), codecs[task].dtype):
+            missing[own].append(task)
+    groups: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
+    for own in first_row:
+        if own in missing:
+            groups[tuple(missing[own])].append(own)
+    largest = max(codec.target_bytes for codec in codecs.values())
+    each = max(1, min(MAX_IMAGES, PART_BYTES // largest))
+    parts = [
+        TargetPart(tasks, tuple(first_row[own] for own in some), tuple(some))
+        for tasks, digests in groups.items()
+        for some in (digests[start : start + each] for start in range(0, len(digests), each))
+    ]
+    counts = {task: sum(len(part.rows) for part in parts if task in part.tasks) for task in codecs}
+    return BuildPlan(
+        len(first_row), tuple(parts), {task: count * codecs[task].target_bytes for task, count in counts.items()}
+    )
+
+
+def _missing(digests: list[bytes], folder: Path, dtype: str) -> list[bytes]:
+    if not (folder / TEACHER).is_file():
+        return digests
+    known = TaskTargets(folder, dtype).known(digests)
+    return [own for own, is_known in zip(digests, known, strict=True) if not is_known]
+
+
+def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Path, console: Console) -> None:
+    """Prints, per task, what is missing and its size; then the size of all and the free disk."""
+    for task, codec in codecs.items():
+        missing = plan.sizes[task] // codec.target_bytes
+        shape = f"{codec.spec.tokens} x {codec.spec.width} {codec.dtype}, {codec.target_bytes:,} bytes an image"
+        announce(
+            console,
+            "targets",
+            f"{task}: {missing:,} of {plan.images:,} images to compute; {shape}: {format_bytes(plan.sizes[task])}",
+        )
+    announce(
+        console, "disk", f"{format_bytes(plan.total)} to write, {format_bytes(_free_bytes(store))} free at '{store}'"
+    )
+
+
+def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
+    """Raises ConfigError if the disk cannot hold what the plan writes."""
+    need, free = int(plan.total * 1.01), _free_bytes(store)  # files also have headers, digests and checksums
+    if need > free:
+        smaller = "" if dtype in ("int8", "fp8") else "; --dtype int8 halves float16"
+        raise ConfigError(
+            f"the targets still to be computed take {format_bytes(need)}, '{store}' has {format_bytes(free)} free: "
+            f"choose another disk{smaller}"
+        )
+
+
+def format_bytes(count: int) -> str:
+    """Such as "1.50 GB", in powers of ten as disks are sold."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count / 1000:.1f} kB"
+
+
+def _free_bytes(store: Path) -> int:
+    place = store.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
