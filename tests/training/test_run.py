@@ -424,7 +424,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
             "layers 1 to 4",
         ),
         (
-            {"distillation": tiny.distillation(tasks={"gen": {**tiny.distillation()["tasks"]["depth"]}})},
+            {
+                "distillation": tiny.distillation(
+                    tasks={"gen": {**tiny.distillation()["tasks"]["depth"], "predictor": {"queries": "states"}}}
+                )
+            },
             "queries.*matrix",
         ),
         (
