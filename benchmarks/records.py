@@ -93,12 +93,12 @@ def with_datasets(file: Path) -> dict[str, Any]:
     import datasets
 
     from visper.data.rows.json_rows import read_rows
-    from visper.data.rows.table import SCHEMA, _cells
+    from visper.data.rows.table import SCHEMA, cells
 
     begin = time.perf_counter()
     datasets.disable_progress_bars()
     kept = datasets.Dataset.from_generator(
-        lambda: map(_cells, read_rows(file)),
+        lambda: map(cells, read_rows(file)),
         features=datasets.Features.from_arrow_schema(SCHEMA),
         cache_dir=str(file.parent / "datasets"),
         fingerprint="mix",
@@ -171,7 +171,7 @@ def images(file: Path) -> dict[str, Any]:
 
 def named(file: Path) -> dict[str, Any]:
     """What ``visper data prepare`` reads of the file: the distinct pictures that its rows name."""
-    from visper.data.rows.records import image_names
+    from visper.data.rows.formats import image_names
 
     return {"distinct_images": len(set(image_names(file)))}
 

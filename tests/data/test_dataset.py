@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from tests.conftest import outside
 from tests.data.rows.test_records import read_records
 from tests.data.test_chat import CHATML, make_processor
+from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
-from visper.data.dataset import ConversationDataset, survey
+from visper.data.dataset import ConversationDataset, require_images, survey
 from visper.data.images import with_geometry
 from visper.data.rows.records import Drop, DropList, Record, Turn
 from visper.data.sampler import RowSampler
@@ -173,3 +174,9 @@ def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
     batch = collate(dataset, rows)
     assert len(batch["sample_ids"]) == len(rows) and not batch["dropped"]
     assert len(batch["pixel_values"]) == sum(dataset.has_image[i] for i in rows)
+
+
+def test_rows_without_any_image_are_refused_where_images_are_trained(records: list[Record]) -> None:
+    require_images(records)
+    with pytest.raises(DataError, match="none of the 2 rows shows an image"):
+        require_images([records[1], records[4]])

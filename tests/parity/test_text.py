@@ -22,7 +22,7 @@ from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded
 from visper.data.chat_template import student_template
 from visper.data.images import build_image_processor
-from visper.data.rows.records import parse_row
+from visper.data.rows.formats import parse_row
 
 PUBLISHED_IMAGE = -200
 ENDLESS = 100_000

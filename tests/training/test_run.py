@@ -392,12 +392,19 @@ def test_too_many_bad_rows_are_refused_before_the_first_step(make, rows, tmp_pat
 
 
 def test_text_only_batches_train_in_pt(make, tmp_path):
-    text = tiny.write_rows(tmp_path / "text", images=0, text_rows=6)
-    source = {"json": str(text / "rows.json"), "images": str(text / "images")}
+    mixed = tiny.write_rows(tmp_path / "mixed", images=1, text_rows=11)
+    source = {"json": str(mixed / "rows.json"), "images": str(mixed / "images")}
     run = make("pt", data={"sources": [source], "workers": 0})
     run_stage(run)
-    first = logs_of(run)[0]
-    assert all(first[name] == 0 for name in TERMS) and first["ntp"] > 0
+    text_only = [log for log in logs_of(run) if all(log.get(name) == 0 for name in TERMS)]
+    assert text_only and all(log["ntp"] > 0 for log in text_only)
+
+
+def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
+    text = tiny.write_rows(tmp_path / "text", images=0, text_rows=6)
+    source = {"json": str(text / "rows.json"), "images": str(text / "images")}
+    with pytest.raises(DataError, match="none of the 6 rows shows an image"):
+        run_stage(make("pt", data={"sources": [source]}))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):

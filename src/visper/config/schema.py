@@ -80,24 +80,47 @@ class Student(Section):
 
 
 class Source(Section):
-    """A data set by name; or a conversation file (LLaVA's JSON, JSONL) and the folder its image paths start from; or
-    shards."""
+    """Rows, in one of five ways: a set of the catalogue, a JSON file, a hub data set, Parquet files, or shards."""
 
     data_set: PathText | None = Field(
         None, alias="set", description="name in the catalogue, or a YAML file like its entries"
     )
-    json_file: PathText | None = Field(None, alias="json", description="conversations, .json or .jsonl")
-    images: PathText | None = Field(None, description="folder under which the image paths lie")
+    json_file: PathText | None = Field(None, alias="json", description=".json or .jsonl, optionally .gz; with 'images'")
+    hf: PathText | None = Field(None, description="data set of the hub, or a folder that holds one")
+    parquet: PathText | None = Field(None, description="Parquet file, or a pattern of several")
     shards: PathText | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
+    images: PathText | None = Field(None, description="folder under which the image paths lie")
+    columns: dict[Literal["id", "image", "images", "conversations", "messages", "text"], str] = Field(
+        default_factory=dict, description="what the rows' own names for these fields are"
+    )
+    split: str | None = Field(None, description="of 'hf'; default: train")
+    subset: str | None = Field(None, description="of 'hf', where the data set has several")
+    revision: str | None = Field(None, description="of 'hf': commit, tag or branch")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     @model_validator(mode="after")
     def _one_way(self) -> Source:
-        given = [name for name in ("data_set", "json_file", "images", "shards") if getattr(self, name) is not None]
-        if given not in (["data_set"], ["json_file", "images"], ["shards"]):
-            raise ValueError("give either 'set' (a data set's name), or 'json' and 'images', or 'shards'")
+        ways = {"set": self.data_set, "json": self.json_file, "hf": self.hf, "parquet": self.parquet}
+        given = [name for name, value in (ways | {"shards": self.shards}).items() if value is not None]
+        if len(given) != 1 or (given == ["json"] and self.images is None):
+            raise ValueError("give one of 'set', 'json' (with 'images'), 'hf', 'parquet' and 'shards'")
+        for name in ("images", "columns", "split", "subset", "revision"):
+            kinds = ("json", "hf", "parquet") if name in ("images", "columns") else ("hf",)
+            if getattr(self, name) and given[0] not in kinds:
+                raise ValueError(f"'{name}' belongs to {', '.join(kinds)}, this is '{given[0]}': remove it")
         return self
+
+    @property
+    def kind(self) -> Literal["json", "hf", "parquet", "shards"]:
+        """How the rows are given; a set consists of JSON files."""
+        kinds: tuple[Literal["hf", "parquet", "shards"], ...] = ("hf", "parquet", "shards")
+        return next((name for name in kinds if getattr(self, name) is not None), "json")
+
+    @property
+    def place(self) -> str:
+        """The file, folder, address or name; of a set its name."""
+        return str(self.data_set or self.json_file or self.hf or self.parquet or self.shards)
 
 
 class Data(Section):

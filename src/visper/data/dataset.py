@@ -135,6 +135,21 @@ def keep_good(
     return Survey(good, found.lengths[kept].tolist(), int(found.truncated[kept].sum()))
 
 
+def require_images(records: Sequence[Record]) -> None:
+    """Refuses rows of which none shows an image: the projector would be trained by nothing.
+
+    Raises:
+        DataError: no row has an image.
+    """
+    shown = records.has_image.any() if isinstance(records, Records) else any(r.image is not None for r in records)
+    if not shown:
+        raise DataError(
+            "no images",
+            f"none of the {len(records)} rows shows an image, but stage 'pt' trains what reads images: rows name "
+            "theirs by 'image' or 'images' (docs/data.md), or map your own key by 'columns'",
+        )
+
+
 def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
     """The rows that can be encoded but whose image file is missing or empty: index -> reason, detail.
 

@@ -49,7 +49,11 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """The picture, not yet decoded; what goes wrong with it inside becomes a ``DataError``; see ``open_image``."""
     path = Path(path)
-    if content is None and not path.is_file():
+    try:
+        there = content is not None or path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        there = False
+    if not there:
         raise DataError(
             "missing image", f"'{path}': expected a file; are all archives unpacked under the images folder?"
         )

@@ -14,7 +14,8 @@ from transformers import BatchFeature, LlavaProcessor
 
 from visper.common.errors import ConfigError
 from visper.data.chat import ConversationEncoder
-from visper.data.rows.records import Record, parse_row
+from visper.data.rows.formats import parse_row, read_turn
+from visper.data.rows.records import Record
 from visper.model import Student, load_student
 
 
@@ -27,6 +28,8 @@ def as_row(question: str, image: str | None) -> Record:
     Raises:
         DataError: it could not be such a row: several image tags beside one image, or text that no tokenizer can read.
     """
+    if image is None:
+        return Record("question", read_turn({"from": "human", "value": question})[:1])
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
     record = parse_row({"image": image, "conversations": turns}, "question", Path())
     return replace(record, turns=record.turns[:1])

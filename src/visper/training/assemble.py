@@ -16,7 +16,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import Run, Stage
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator, Sample
-from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images
+from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
 from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
@@ -114,8 +114,10 @@ def build_data(
     records, looked, total = _look(run, encoder, drops, console)
     drops.check(total, settings.drop_limit)
     if not records:
-        places = [place for place, _ in row_files(settings)]
+        places = [source.place for source in row_files(settings)]
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
+    if run.stage is Stage.PT:
+        require_images(records)
     if targets is not None and run.data.check_first:
         require_targets(targets, records, console.quiet)
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from visper.common.errors import DataError
+from visper.data.rows.formats import parse_row
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import DropList, Record, parse_row, sample_id_of, source_names
+from visper.data.rows.records import DropList, Record, sample_id_of, source_names
 
 
 def row(first: str, *more: str, **keys: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tests.data.sets.test_prepare import own_set
 from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import load_run, recipe_names
+from visper.data.rows.records import RowSource
 from visper.data.sets.catalog import missing, read_set, row_files, set_names, with_needs
 
 
@@ -51,7 +52,7 @@ def test_a_set_that_is_there_gives_its_rows_and_their_folder(tmp_path):
     with pytest.raises(ConfigError, match="no LLaVA-Pretrain/images"):
         row_files(data)
     (tmp_path / "LLaVA-Pretrain" / "images" / "00000").mkdir()
-    assert row_files(data) == [(str(rows), str(tmp_path / "LLaVA-Pretrain" / "images"))]
+    assert row_files(data) == [RowSource(str(rows), str(tmp_path / "LLaVA-Pretrain" / "images"))]
 
 
 def test_an_interrupted_preparation_is_not_taken_for_a_whole_one(tmp_path):
@@ -80,7 +81,7 @@ def test_parts_of_a_set_bring_its_rows():
 
 @pytest.mark.parametrize("source", ["{}", "{json: a}", "{set: a, json: b, images: c}", "{images: a}"])
 def test_a_source_is_a_set_or_a_file_with_its_folder(source):
-    with pytest.raises(ConfigError, match="give either 'set'"):
+    with pytest.raises(ConfigError, match="give one of 'set'"):
         load_run("llama3-8b-vit-l/pt", [f"data.sources=[{source}]"])
 
 

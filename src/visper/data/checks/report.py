@@ -22,8 +22,9 @@ from visper.common.files import atomic_path, write_text
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.normalize import reencode
+from visper.data.rows.formats import IMAGE_TAG
 from visper.data.rows.lengths import measure
-from visper.data.rows.records import IMAGE_TAG, Drop, DropList, source_names
+from visper.data.rows.records import Drop, DropList, source_names
 from visper.data.rows.table import Part, Records, RecordTable, open_table
 
 TOTAL = "total"

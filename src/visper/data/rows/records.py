@@ -1,34 +1,36 @@
-"""LLaVA's JSON and JSONL files as records: one image at most, turns with roles, bad rows named and counted.
-
-A source is a conversation file and the folder its image paths start from. Published files hold string and integer
-ids that repeat, first turns from the model, text rows that contain the literal tag, image rows without one.
-"""
+"""Records, a conversation with at most one image each; and drops, the rows left out, counted by reason."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
-from visper.data.rows.json_rows import read_rows
-
-IMAGE_TAG = "<image>"
-ROLES: dict[str, Literal["system", "user", "assistant"]] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+@dataclass(frozen=True)
+class RowSource:
+    """Where rows lie and how they are read, for ``sources.open_records``.
+
+    Attributes:
+        place: a JSON file, a folder or address of shards, a hub data set or its folder, or a pattern of Parquet files.
+        images: folder under which the rows' image paths lie; None: the images lie in the source itself.
+        kind: which of these ``place`` is.
+        columns: field of ``formats.FIELDS`` -> the source's own name for it, where that differs.
+    """
+
+    place: str
+    images: str | None = None
+    kind: Literal["json", "shards", "hf", "parquet"] = "json"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,7 @@ class Drop:
 class DropList:
     """The rows left out of a run, each counted once however often it is met.
 
-    Rows of a list that the run names (``data.drop_list``) are written with the others, but are agreed: no limit counts
-    them.
+    Rows of a list that the run names (``data.drop_list``) are agreed: written with the others, counted by no limit.
     """
 
     def __init__(self, drops: Iterable[Drop] = (), agreed: Iterable[Drop] = ()) -> None:
@@ -80,8 +81,8 @@ class DropList:
         return sample_id in self._drops
 
     def add(self, sample_id: str, reason: str, detail: str = "") -> None:
-        """Notes a bad row; the first reason of a row stays."""
-        self._drops.setdefault(sample_id, Drop(sample_id, reason, detail))
+        """Notes a bad row; the first reason of a row stays. Control characters in ``detail`` are escaped."""
+        self._drops.setdefault(sample_id, Drop(sample_id, reason, printable(detail)))
 
     def extend(self, drops: Iterable[Drop]) -> None:
         """Notes the drops that a batch or another list brings."""
@@ -93,7 +94,7 @@ class DropList:
         return dict(Counter(drop.reason for drop in self).most_common())
 
     def write(self, path: Path) -> None:
-        """Writes one JSON object a line (``sample_id``, ``reason``, ``detail``), the whole file or nothing."""
+        """Writes one JSON object a line (``sample_id``, ``reason``, ``detail``), atomically."""
         write_text(
             path,
             "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in [*self.agreed.values(), *self]),
@@ -104,7 +105,7 @@ class DropList:
         """The drops that ``write`` wrote.
 
         Raises:
-            DataError: the file is missing or is no drop list.
+            DataError: the file is missing or not a drop list.
         """
         try:
             return [Drop(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -136,84 +137,15 @@ class DropList:
         )
 
 
-def image_names(file: Path) -> Iterator[str]:
-    """The image paths that a conversation file names, as they stand there; bad rows are left to ``open_records``.
-
-    Raises:
-        DataError: the file is missing or is not a list of rows.
-    """
-    for row in read_rows(file):
-        named = row.get("image") if isinstance(row, dict) else None
-        yield from (name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str) and name)
-
-
-def parse_row(row: Any, sample_id: str, images: Path) -> Record:
-    """One row of LLaVA's JSON as a record. The tag, wherever it stands in its turn, is taken out of the text.
-
-    Raises:
-        DataError: the row is no conversation of alternating turns, or shows more than one image.
-    """
-    if not isinstance(row, dict):
-        raise DataError("not a row", f"expected an object with 'conversations', found {type(row).__name__}")
-    turns = _turns(row.get("conversations"))
-    image = _image(row.get("image"))
-    if image is None:
-        return Record(sample_id, tuple(turns))
-    tagged = [i for i, turn in enumerate(turns) if turn.role == "user" and IMAGE_TAG in turn.text]
-    tags = sum(turns[i].text.count(IMAGE_TAG) for i in tagged)
-    if tags > 1:
-        raise DataError("several image tags", f"{tags} tags '{IMAGE_TAG}' for the image '{image}': one is expected")
-    shown_in = tagged[0] if tagged else next(i for i, turn in enumerate(turns) if turn.role == "user")
-    # As the published code does: the image leads its turn, whether the tag stood first, last or between.
-    if tagged:
-        turns[shown_in] = Turn("user", turns[shown_in].text.replace(IMAGE_TAG, "").strip())
-    return Record(sample_id, tuple(turns), str(images / image), shown_in)
-
-
-def _turns(conversations: Any) -> list[Turn]:
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError("no conversation", f"expected a list of turns, found {str(conversations)[:80]!r}")
-    turns = []
-    for turn in conversations:
-        role = ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if role is None or not isinstance(text, str):
-            raise DataError(
-                "bad turn", f"expected 'from' (one of {', '.join(ROLES)}) and 'value', found {str(turn)[:80]!r}"
-            )
-        if _HALF_PAIR.search(text):
-            raise DataError("bad text", "half of a surrogate pair: no tokenizer can read it")
-        turns.append(Turn(role, text))
-    if turns[0].role == "assistant":
-        turns = turns[1:]
-    speakers = [turn.role for turn in turns if turn.role != "system"]
-    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(speakers))]
-    if not speakers or speakers != expected or any(turn.role == "system" for turn in turns[1:]):
-        found = ", ".join(turn.role for turn in turns[:6]) or "nothing"
-        raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}")
-    if len(speakers) == 1:
-        raise DataError("no answer", "the conversation has no turn of the model")
-    return turns
-
-
-def _image(image: Any) -> str | None:
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise DataError("several images", f"{len(image)} images in one row: one is expected")
-        image = image[0] if image else None
-    if image is None or image == "":
-        return None
-    if not isinstance(image, str):
-        raise DataError("bad image path", f"expected a path, found {type(image).__name__}")
-    if _HALF_PAIR.search(image) or "\0" in image:
-        raise DataError("bad image path", f"no file can have the name {image!r}")
-    return image
-
-
 def sample_id_of(name: str, index: int, row: Any) -> str:
-    """How a row is called in logs and drop lists: source, place, own id."""
-    own = row.get("id", "") if isinstance(row, dict) else ""
-    return f"{name}/{index}/{own}".encode("utf-8", "backslashreplace").decode()
+    """How a row is called in logs and drop lists: source, place, own id with control characters escaped."""
+    own = row.get("id") if isinstance(row, dict) else None
+    return f"{name}/{index}/{'' if own is None else printable(str(own))}"
+
+
+def printable(text: str) -> str:
+    """``text`` with everything escaped that a terminal would not show as a character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def source_names(files: Sequence[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run's sources, conversation files or shards, as one sequence of records."""
+"""A run's sources, whatever their kind, as one sequence of records."""
 
 from __future__ import annotations
 
@@ -9,32 +9,30 @@ import numpy as np
 import numpy.typing as npt
 
 from visper.common.errors import DataError
-from visper.data.rows.records import DropList, Record, source_names
-from visper.data.rows.shards import open_shards
+from visper.data.rows.hugging_face import open_hub, open_parquet
+from visper.data.rows.records import DropList, Record, RowSource, source_names
+from visper.data.rows.shards import ShardPictures, open_shards
 from visper.data.rows.table import Part, Records, open_table
 
 BLOCK_ROWS = 1000  # of a source without shards, where another one has them
 
 
 def open_records(
-    sources: Sequence[tuple[str | Path, str | Path | None]], drops: DropList, quiet: bool = True
+    sources: Sequence[RowSource | tuple[str | Path, str | Path | None]], drops: DropList, quiet: bool = True
 ) -> Records:
     """The good rows of every source, in order; each is read when it is asked for.
 
     Args:
-        sources: pairs of a ``.json`` or ``.jsonl`` file and the folder under which its image paths lie; or of the
-            address of shards and None.
+        sources: or, for short, pairs of a JSON file and the folder of its images, or of shards and None.
         drops: takes the bad rows; those it has ``agreed`` on are left out silently.
-        quiet: no progress bar where a file is read for the first time.
+        quiet: no progress bar where a source is read for the first time.
 
     Raises:
-        DataError: a file is missing or is not a list of rows, or an agreed drop names a row that is not there.
+        DataError: a source cannot be read, or an agreed drop names a row that is not there.
     """
-    names = source_names([Path(place) for place, _ in sources])
-    parts = [
-        open_shards(str(place), name) if images is None else Part(name, open_table(Path(place), quiet), Path(images))
-        for name, (place, images) in zip(names, sources, strict=True)
-    ]
+    given = [source if isinstance(source, RowSource) else _short(*source) for source in sources]
+    names = source_names([Path(source.place) for source in given])
+    parts = [_open(source, name, quiet) for name, source in zip(names, given, strict=True)]
     records = Records(parts)
     agreed = _agreed_rows(records, drops)
     for part in parts:
@@ -42,19 +40,36 @@ def open_records(
     return records.select(~np.isin(records.rows, agreed)) if len(agreed) else records
 
 
+def _short(place: str | Path, images: str | Path | None) -> RowSource:
+    return RowSource(str(place), kind="shards") if images is None else RowSource(str(place), str(images))
+
+
+def _open(source: RowSource, name: str, quiet: bool) -> Part:
+    if source.kind == "json":
+        assert source.images is not None
+        return Part(name, open_table(Path(source.place), quiet, source.columns), Path(source.images))
+    if source.kind == "shards":
+        return open_shards(source.place, name)
+    return (open_hub if source.kind == "hf" else open_parquet)(source, name, quiet)
+
+
 def blocks_of(records: Sequence[Record]) -> npt.NDArray[np.int64] | None:
     """Which rows are to be read together, ``[len(records)]``: those of a shard. None where no source has shards."""
-    if not isinstance(records, Records) or all(part.pictures is None for part in records.parts):
+    if not isinstance(records, Records) or not any(map(_in_shards, records.parts)):
         return None
     whole, first = [], 0
     for part in records.parts:
-        if part.pictures is None:
-            own = np.random.default_rng(0).permutation(len(part.table)) // BLOCK_ROWS
-        else:
+        if _in_shards(part):
             own = part.pictures.blocks()
+        else:
+            own = np.random.default_rng(0).permutation(len(part.table)) // BLOCK_ROWS
         whole.append(own + first)
         first += int(own.max(initial=-1)) + 1
     return np.concatenate(whole)[records.rows]
+
+
+def _in_shards(part: Part) -> bool:
+    return isinstance(part.pictures, ShardPictures)
 
 
 def _agreed_rows(records: Records, drops: DropList) -> npt.NDArray[np.int64]:

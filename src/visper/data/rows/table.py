@@ -6,8 +6,9 @@ between all processes of a machine; what a process pays for itself is an index o
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,10 +23,10 @@ from rich.progress import track
 from visper.common.cache import FOLDER, cache_folder, code_key, identity, key
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
-from visper.data.rows import json_rows as reading
-from visper.data.rows import records as parsing
+from visper.data.rows import formats, json_rows
+from visper.data.rows.formats import parse
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import IMAGE_TAG, ROLES, Drop, Record, Turn, parse_row, sample_id_of
+from visper.data.rows.records import Drop, Record, Turn, printable, sample_id_of
 
 ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
@@ -108,20 +109,39 @@ class RecordTable:
         return np.asarray(values.to_numpy(), dtype=np.bool_)
 
 
-def open_table(file: Path, quiet: bool = True) -> RecordTable:
-    """The table of a conversation file: from the cache if it holds this very file, else read and kept there.
+def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None = None) -> RecordTable:
+    """The table of a JSON file: from the cache if it holds this very file, else read and kept there.
+
+    Args:
+        columns: field of ``formats.FIELDS`` -> the rows' own key for it, where that differs.
 
     Raises:
         DataError: the file is missing, no list of rows, or changes while it is read.
     """
     before = identity(file)
-    name = f"{file.name}-{key(before, code_key(parsing, reading), *map(str, SCHEMA))}"
-    place = cache_folder(file.resolve().parent) / f"{name}.arrow"
+    columns = dict(columns or {})
+    place = cache_folder(file.resolve().parent) / f"{file.name}-{table_key(before, columns)}.arrow"
     if not place.is_file():
         counted = track(read_rows(file), description=f"reading {file.name}", disable=quiet)
-        write_table(map(_cells, counted), place, lambda: _refuse_change(file, before))
+        rows = (cells(rename(row, columns)) for row in counted)
+        write_table(rows, place, lambda: _refuse_change(file, before))
         _forget(place, file.name)
     return RecordTable(place)
+
+
+def table_key(*parts: str | Mapping[str, str]) -> str:
+    """A key of what a table's content follows from: ``parts``, and the code that reads rows."""
+    return key(*(json.dumps(part, sort_keys=True) for part in parts), code_key(formats, json_rows), *map(str, SCHEMA))
+
+
+def rename(row: Any, columns: Mapping[str, str]) -> Any:
+    """The row with its own keys called as ``columns`` (field -> own key) says."""
+    if not columns or not isinstance(row, dict):
+        return row
+    taken = {own: row[own] for own in columns.values() if own in row}
+    return {k: v for k, v in row.items() if k not in taken} | {
+        f: taken[own] for f, own in columns.items() if own in taken
+    }
 
 
 def write_table(rows: Iterable[dict[str, Any]], place: Path, last: Callable[[], None] = lambda: None) -> None:
@@ -148,21 +168,23 @@ def _forget(kept: Path, name: str) -> None:
             old.unlink(missing_ok=True)
 
 
-def _cells(row: Any) -> dict[str, Any]:
-    sample_id = sample_id_of("", 0, row)
-    own = sample_id.removeprefix("/0/")
+def cells(row: Any) -> dict[str, Any]:
+    """A row as ``SCHEMA`` keeps it, the bad ones with their reason."""
+    own = sample_id_of("", 0, row).removeprefix("/0/")
     try:
-        record = parse_row(row, sample_id, Path())
-    except DataError as error:
-        return {"id": own, "image_tags": 0, "roles": "", "texts": [], "reason": error.reason, "detail": error.detail}
-    turns = row["conversations"]
+        parsed = parse(row)
+    except (DataError, RecursionError) as error:
+        reason, detail = (
+            (error.reason, error.detail) if isinstance(error, DataError) else ("bad turn", "nested too deeply")
+        )
+        return {"id": own, "image_tags": 0, "roles": "", "texts": [], "reason": reason, "detail": printable(detail)}
     return {
         "id": own,
-        "image": record.image,
-        "image_turn": record.image_turn,
-        "image_tags": sum(t["value"].count(IMAGE_TAG) for t in turns if ROLES[t["from"]] == "user"),
-        "roles": "".join(ROLE_LETTERS[turn.role] for turn in record.turns),
-        "texts": [turn.text for turn in record.turns],
+        "image": parsed.image,
+        "image_turn": parsed.image_turn,
+        "image_tags": parsed.image_tags,
+        "roles": "".join(ROLE_LETTERS[turn.role] for turn in parsed.turns),
+        "texts": [turn.text for turn in parsed.turns],
     }
 
 

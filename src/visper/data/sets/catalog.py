@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Data, explain
 from visper.data.rows.json_rows import is_json_name
+from visper.data.rows.records import RowSource
 from visper.data.sets.archives import plain_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
@@ -256,19 +257,23 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
     return lines
 
 
-def row_files(data: Data) -> list[tuple[str, str | None]]:
-    """Conversation files with the folders of their image paths, and shards with None, in ``data.sources``' order.
+def row_files(data: Data) -> list[RowSource]:
+    """Where the rows of ``data.sources`` lie, in their order; a set may have several files.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
     """
-    files: list[tuple[str, str | None]] = []
+    found: list[RowSource] = []
     for source in data.sources:
         if source.data_set is not None:
-            files += _rows_of(source.data_set, Path(data.root))
+            files = _rows_of(source.data_set, Path(data.root))
+            found += [RowSource(file, images) for file, images in files]
         else:
-            files.append((str(source.shards or source.json_file), source.images))
-    return files
+            options = {
+                name: getattr(source, name) for name in ("images", "columns", "split", "subset", "revision", "weight")
+            }
+            found.append(RowSource(source.place, kind=source.kind, **options))
+    return found
 
 
 def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str | None]]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from visper.common.errors import DataError
-from visper.data.rows.records import image_names
+from visper.data.rows.formats import image_names
 from visper.data.sets.archives import look_at, plain_path
 from visper.data.sets.catalog import DataSet, Download, with_needs
 from visper.data.sets.fetch import FOUND, ProgressBar, Remote, RetryPolicy, SourceError, obtain, require_room

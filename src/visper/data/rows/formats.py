@@ -1,0 +1,197 @@
+"""The formats of a row, and how each becomes a record.
+
+    LLaVA     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}
+    messages  {"images": ["a.jpg"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+    caption   {"image": "a.jpg", "text": "A cat on a mat."}
+
+``image`` and ``images`` may stand in each, with one image. A message's content is text or a list of parts. Published
+files hold string and integer ids that repeat, first turns of the model, text rows that mention the tag, image rows
+without one. What cannot be trained on as it was meant is a ``DataError``, counted by its reason.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from visper.common.errors import DataError
+from visper.data.rows.json_rows import read_rows
+from visper.data.rows.records import Record, Turn
+
+IMAGE_TAG = "<image>"
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+FIELDS = ("id", "image", "images", "conversations", "messages", "text")
+"""What a row's keys may be called, or are mapped to by a source's ``columns``."""
+MEDIA_KEYS = ("video", "videos", "audio", "audios")
+CAPTION_QUESTION = "Describe the image concisely."
+"""The user's turn of a caption row."""
+_MEDIA_TAG = "(?:<image>|<video>|<audio>)"
+_SHOWS_MEDIA = re.compile(rf"\s*{_MEDIA_TAG}|.*{_MEDIA_TAG}\s*\Z", re.DOTALL)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONGEST_NAME = 255  # bytes, on every usual file system
+
+
+class NotEmbedded(str):
+    """The path of an image that a data set names without holding it."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A row's conversation and its image's name as it stands there."""
+
+    turns: tuple[Turn, ...]
+    image: str | None
+    image_turn: int | None
+    image_tags: int  # tags and image parts in the user's turns
+
+
+def parse_row(row: Any, sample_id: str, images: Path) -> Record:
+    """A row as a record whose image lies under the folder ``images``.
+
+    Raises:
+        DataError: the row is no conversation of alternating turns, or shows something else than one image.
+    """
+    parsed = parse(row)
+    image = None if parsed.image is None else str(images / parsed.image)
+    return Record(sample_id, parsed.turns, image, parsed.image_turn)
+
+
+def parse(row: Any) -> Parsed:
+    """See ``parse_row``. The tag, wherever it stands in its turn, is taken out of the text.
+
+    Raises:
+        DataError: see ``parse_row``.
+    """
+    if not isinstance(row, dict):
+        raise DataError("not a row", f"expected an object with 'conversations', found {type(row).__name__}")
+    for name in MEDIA_KEYS:
+        if row.get(name):
+            raise DataError("media other than images", f"the row has '{name}': only images are read")
+    turns, parts = _conversation(row)
+    named = [*_listed(row.get("image")), *_listed(row.get("images")), *(name for _, name in parts if name is not None)]
+    if len(named) > 1:
+        raise DataError("several images", f"{len(named)} images in one row: one is expected")
+    tagged = [i for i, turn in enumerate(turns) if turn.role == "user" and IMAGE_TAG in turn.text]
+    tags = sum(turns[i].text.count(IMAGE_TAG) for i in tagged) + len(parts)
+    if not named:
+        _refuse_unseen_media(turns, len(parts))
+        return Parsed(tuple(turns), None, None, tags)
+    image = _file_name(named[0])
+    if tags > 1:
+        raise DataError("several image tags", f"{tags} tags '{IMAGE_TAG}' for the image '{image}': one is expected")
+    places = [*tagged, *(i for i, _ in parts), *(i for i, turn in enumerate(turns) if turn.role == "user")]
+    # As the published code does: the image leads its turn, whether the tag stood first, last or between.
+    if tagged:
+        turns[places[0]] = Turn("user", turns[places[0]].text.replace(IMAGE_TAG, "").strip())
+    return Parsed(tuple(turns), image, places[0], tags)
+
+
+def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[tuple[int, Any]]]:
+    """The turns, and for each image part of a message its turn and the image it names, if any."""
+    said = row.get("conversations")
+    if said is None:
+        said = row.get("messages")
+    if said is None and isinstance(row.get("text"), str):
+        if not (row.get("image") or row.get("images")):
+            raise DataError("no image", "a caption without an image")
+        question = [{"type": "image"}, {"type": "text", "text": CAPTION_QUESTION}]
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
+    if not isinstance(said, list) or not said:
+        raise DataError("no conversation", f"expected a list of turns, found {str(said)[:80]!r}")
+    read = [read_turn(turn) for turn in said]
+    if read[0][0].role == "assistant":
+        read = read[1:]
+    turns = [turn for turn, _ in read]
+    speakers = [turn.role for turn in turns if turn.role != "system"]
+    expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(speakers))]
+    if not speakers or speakers != expected or any(turn.role == "system" for turn in turns[1:]):
+        found = ", ".join(turn.role for turn in turns[:6]) or "nothing"
+        raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}")
+    if len(speakers) == 1:
+        raise DataError("no answer", "the conversation has no turn of the model")
+    return turns, [(i, image) for i, (_, images) in enumerate(read) for image in images]
+
+
+def read_turn(turn: Any) -> tuple[Turn, list[Any]]:
+    """A turn, and the images that its parts name; None for a part that only marks the place.
+
+    Raises:
+        DataError: it has no role or text, shows something else than images, or holds text that no tokenizer can read.
+    """
+    speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if role is None or not isinstance(content, str | list):
+        keys = "'from' and 'value', or 'role' and 'content'"
+        raise DataError("bad turn", f"expected {keys}, by one of {', '.join(ROLES)}; found {str(turn)[:80]!r}")
+    texts, images = [], []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url") and role == "user":
+            given = (part.get(key) for key in ("image", "image_url", "path", "url"))
+            images.append(next((image for image in given if image), None))
+        elif kind in ("video", "audio", "video_url", "audio_url", "input_audio"):
+            raise DataError("media other than images", f"a part of type '{kind}': only images are read")
+        else:
+            raise DataError(
+                "bad turn", f"expected parts of type 'text' or, by the user, 'image'; found {str(part)[:80]!r}"
+            )
+    text = "".join(texts)
+    if _HALF_PAIR.search(text):
+        raise DataError("bad text", "half of a surrogate pair, or bytes that are not UTF-8: no tokenizer can read it")
+    return Turn(role, text), images
+
+
+def _refuse_unseen_media(turns: list[Turn], parts: int) -> None:
+    """Text may mention a tag; a turn that begins or ends with one, or has an image part, shows something."""
+    if parts:
+        raise DataError("media without a file", "a message shows an image, but the row names none")
+    for turn in turns:
+        if turn.role == "user" and _SHOWS_MEDIA.match(turn.text):
+            raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}")
+
+
+def _listed(named: Any) -> list[Any]:
+    return [image for image in (named if isinstance(named, list) else [named]) if image not in (None, "", {})]
+
+
+def _file_name(image: Any) -> str:
+    if isinstance(image, NotEmbedded):
+        raise DataError("image not embedded", f"{str(image)!r} comes without its bytes: give 'images', its folder")
+    if isinstance(image, dict):
+        image = image.get("path") or image.get("url")
+    if not isinstance(image, str):
+        raise DataError("bad image path", f"expected a path, found {type(image).__name__}")
+    if "://" in image or image.startswith("data:"):
+        raise DataError("bad image path", f"expected a file, found the address {image[:80]!r}: download it first")
+    longest = max(len(part.encode("utf-8", "replace")) for part in image.split("/"))
+    if _HALF_PAIR.search(image) or "\0" in image or longest > _LONGEST_NAME:
+        raise DataError("bad image path", f"no file can have the name {image[:80]!r}")
+    if posixpath.isabs(image) or posixpath.normpath(image).split("/")[0] == "..":
+        raise DataError(
+            "image outside its folder", f"{image[:200]!r}: paths start from the images folder and stay there"
+        )
+    return image
+
+
+def image_names(file: Path) -> Iterator[str]:
+    """The image paths that a file's rows name, as they stand there; bad rows are left to ``open_records``.
+
+    Raises:
+        DataError: the file is missing or is not a list of rows.
+    """
+    for row in read_rows(file):
+        named = [*_listed(row.get("image")), *_listed(row.get("images"))] if isinstance(row, dict) else []
+        yield from (name for name in named if isinstance(name, str))

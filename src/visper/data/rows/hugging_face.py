@@ -1,0 +1,200 @@
+"""Rows of the `datasets` library: data sets of the hub, folders of them on disk, and Parquet files.
+
+`datasets` downloads, converts and maps them; their texts become a table like a JSON file's (see ``table``), once, and
+images stay where they are, in the Arrow files of `datasets`, whether they are embedded there or named by path.
+"""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.progress import track
+
+from visper.common.cache import cache_folder, identity
+from visper.common.errors import DataError
+from visper.data.rows.formats import FIELDS, MEDIA_KEYS, NotEmbedded
+from visper.data.rows.records import RowSource
+from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
+
+_IMAGE_FIELDS = ("image", "images")
+_AT_ONCE = 1000
+
+
+def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
+    """A data set of the hub, a folder of data files, or one that ``Dataset.save_to_disk`` wrote.
+
+    Args:
+        source: of kind ``hf``.
+        name: of the source in the names of its rows.
+        quiet: no progress bar.
+
+    Raises:
+        DataError: it cannot be loaded, or its columns fit no format; the message says what to write.
+    """
+    import datasets
+
+    split, folder = source.split or "train", Path(source.place)
+    saved = folder / split if (folder / "dataset_dict.json").is_file() else folder
+    try:
+        with _progress_bars(not quiet):
+            if (saved / "state.json").is_file():
+                found = datasets.load_from_disk(str(saved))
+            else:
+                found = datasets.load_dataset(
+                    source.place, source.subset, split=split, revision=None if folder.exists() else source.revision
+                )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        remedy = (
+            f". Without a network, fetch it where there is one (`hf download --repo-type dataset {source.place} "
+            "--local-dir FOLDER`) and give {hf: FOLDER}"
+        )
+        raise DataError(
+            "cannot be loaded",
+            f"data set '{source.place}', split '{split}': {error}{'' if folder.exists() else remedy}",
+        ) from error
+    return _as_part(found, source, name, quiet)
+
+
+def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
+    """Parquet files, by path or pattern, in the order of their names; see ``open_hub``."""
+    import datasets
+
+    files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+    if not files:
+        raise DataError("no such file", f"'{source.place}': expected Parquet files; check 'data.sources'")
+    try:
+        with _progress_bars(not quiet):
+            found = datasets.load_dataset("parquet", data_files=files, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        why = f"{error}; are all of them Parquet files of one schema?"
+        raise DataError("cannot be loaded", f"'{source.place}': {why}") from error
+    return _as_part(found, source, name, quiet)
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """The library's own progress bars, on a terminal only."""
+    import datasets
+
+    before = datasets.are_progress_bars_disabled()
+    if not shown or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            datasets.enable_progress_bars()
+
+
+def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
+    used = _columns_of(found, source)
+    found = found.select_columns(list(used.values())).with_format("arrow")
+    shown = next((used[field] for field in _IMAGE_FIELDS if field in used), None)
+    embedded = source.images is None
+    if shown is not None and embedded and _holds_text(found.features.arrow_schema.field(shown).type):
+        why = f"its column '{shown}' holds paths: give 'images', the folder that they start from"
+        raise DataError("no images folder", f"'{source.place}': {why}")
+    files = [Path(file["filename"]) for file in found.cache_files]
+    key = table_key(used, f"{source.split} {len(found)} {embedded}", *map(identity, files))
+    table = cache_folder(files[0].parent if files else Path()) / f"{name.replace('/', '-')}-{key}.arrow"
+    if not table.is_file():
+        rows = track(_rows(found, used, embedded), description=f"reading {name}", total=len(found), disable=quiet)
+        write_table(map(cells, rows), table)
+    images = EmbeddedImages(found.select_columns([shown])) if shown is not None and embedded else None
+    return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)
+
+
+def _columns_of(found: Any, source: RowSource) -> dict[str, str]:
+    """Field -> column, of the columns that are read.
+
+    Raises:
+        DataError: ``columns`` names one that is not there, or none of the formats' are.
+    """
+    columns = source.columns
+    absent = [own for own in columns.values() if own not in found.column_names]
+    own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS) if field in found.column_names}
+    used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
+    captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
+    if absent or not (captions or "conversations" in used or "messages" in used):
+        lacking = f"'columns' names {absent}, but" if absent else "no column fits a format of rows:"
+        raise DataError(
+            "unknown columns",
+            f"'{source.place}': {lacking} it has {list(found.column_names)}; expected 'conversations', or 'messages', "
+            "or 'image' and 'text'. Say which are meant, for example columns: {messages: YOUR_COLUMN, image: YOURS}",
+        )
+    return used
+
+
+def _rows(found: Any, used: Mapping[str, str], embedded: bool) -> Iterator[dict[str, Any]]:
+    start = 0
+    for batch in found.iter(_AT_ONCE):
+        values = [
+            _image_names(batch.column(own).combine_chunks(), embedded, start)
+            if field in (*_IMAGE_FIELDS, *MEDIA_KEYS)
+            else batch.column(own).to_pylist()
+            for field, own in used.items()
+        ]
+        start += batch.num_rows
+        yield from (dict(zip(used, row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _image_names(column: Any, embedded: bool, start: int) -> list[Any]:
+    """Names in place of images, whose bytes are not copied: one of its own for an image without a path."""
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        flat = iter(_image_names(pc.list_flatten(column), embedded, start))
+        return [None if n is None else [next(flat) for _ in range(n)] for n in pc.list_value_length(column).to_pylist()]
+    if _is_binary(column.type):
+        return [f"embedded-{start + i}" if valid else None for i, valid in enumerate(pc.is_valid(column).to_pylist())]
+    if not _is_image(column.type):
+        return list(column.to_pylist())
+    paths = pc.struct_field(column, "path").to_pylist()
+    if not embedded:
+        return paths
+    held = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
+    names = (path or f"embedded-{start + i}" for i, path in enumerate(paths))
+    there = pc.is_valid(column).to_pylist()
+    return [
+        None if not row or (not has and path is None) else Path(name).name if has else NotEmbedded(name)
+        for row, has, path, name in zip(there, held, paths, names, strict=True)
+    ]
+
+
+def _holds_text(kind: Any) -> bool:
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
+
+
+def _is_binary(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_image(kind: Any) -> bool:
+    return bool(pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind})
+
+
+class EmbeddedImages:
+    """Row -> the bytes of its image. Can be sent to another process, which maps the same files.
+
+    Args:
+        column: a data set of one column, in Arrow's format.
+    """
+
+    def __init__(self, column: Any) -> None:
+        self.column = column
+
+    def __call__(self, row: int) -> bytes | None:
+        """The content of the row's image file; None for a row without one."""
+        value = self.column[row].column(0)[0].as_py()
+        if isinstance(value, list):
+            value = next((image for image in value if image is not None), None)
+        content = value["bytes"] if isinstance(value, dict) else value
+        return content if isinstance(content, bytes) else None

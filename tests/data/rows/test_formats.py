@@ -1,0 +1,123 @@
+"""Every format of a row becomes the same record, and what cannot be trained on as it was meant is a counted drop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import outside
+from tests.data.rows.test_records import row
+from visper.common.errors import DataError
+from visper.data.rows.formats import CAPTION_QUESTION, image_names, parse_row
+from visper.data.rows.records import DropList, Record, Turn
+from visper.data.rows.sources import open_records
+
+
+def parse(content: Any) -> Record:
+    return parse_row(content, "s/0/1", Path("images"))
+
+
+def messages(content: Any, answer: Any = "A cat.", **keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **keys}
+
+
+IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        row("<image>\nWhat?", "A cat.", image="a.jpg"),
+        row("<image>\nWhat?", "A cat.", images=["a.jpg"]),
+        row("<image>\nWhat?", "A cat.", image="", images="a.jpg"),
+        row("<image>\nWhat?", "A cat.", image={"path": "a.jpg"}),
+        messages("<image>\nWhat?", image="a.jpg"),
+        messages("What?", images=["a.jpg"]),
+        messages([IMAGE, WHAT], images=["a.jpg"]),
+        messages([WHAT, IMAGE], [{"type": "text", "text": "A cat."}], images=["a.jpg"]),
+        messages([{"type": "image", "image": "a.jpg"}, WHAT]),
+        messages([{"type": "image", "path": "a.jpg", "image": None}, WHAT], images=[]),
+        {"conversations": messages("<image>What?")["messages"], "image": ["a.jpg"]},
+    ],
+)
+def test_every_way_to_write_a_row_gives_one_record(content: dict[str, Any]) -> None:
+    turns = (Turn("user", "What?"), Turn("assistant", "A cat."))
+    assert parse(content) == Record("s/0/1", turns, str(Path("images/a.jpg")), 0)
+
+
+def test_an_image_part_marks_its_turn() -> None:
+    content = messages("Hello", "Hi", images=["a.jpg"])
+    content["messages"] = [{"role": "system", "content": "Be brief."}, *content["messages"]]
+    content["messages"] += [{"role": "user", "content": [IMAGE, WHAT]}, {"role": "assistant", "content": "A cat."}]
+    assert parse(content).image_turn == 3
+
+
+def test_a_caption_answers_one_question() -> None:
+    record = parse({"id": 1, "image": "a.jpg", "text": "A cat."})
+    assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and record.image_turn == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (row("<image>\nWhat?", "A."), "media without a file"),
+        (row("<image> What?", "A.", images=[]), "media without a file"),
+        (row("What?\n<image>", "A.", image=None), "media without a file"),
+        (row("<video>\nWhat?", "A."), "media without a file"),
+        (row("Hi", "Hi", "What is said? <audio>", "A."), "media without a file"),
+        (messages([IMAGE, WHAT]), "media without a file"),
+        (row("What?", "A.", video="a.mp4"), "media other than images"),
+        (row("What?", "A.", videos=["a.mp4"], image="a.jpg"), "media other than images"),
+        (row("What?", "A.", audio={"path": "a.wav"}), "media other than images"),
+        (messages([{"type": "video", "video": "a.mp4"}, WHAT]), "media other than images"),
+        (row("<image>", "A.", images=["a.jpg", "b.jpg"]), "several images"),
+        (row("<image>", "A.", image="a.jpg", images=["b.jpg"]), "several images"),
+        (messages([IMAGE, IMAGE, WHAT], images=["a.jpg"]), "several image tags"),
+        (messages([IMAGE, WHAT], [IMAGE], images=["a.jpg"]), "bad turn"),
+        (messages([{"type": "tool"}]), "bad turn"),
+        ({"text": "A cat."}, "no image"),
+        (row("Q", "A", image="http://a.b/c.jpg"), "bad image path"),
+        (row("Q", "A", image="data:image/png;base64,iVBO"), "bad image path"),
+        (row("Q", "A", image="x" * 300 + ".png"), "bad image path"),
+        (row("Q", "A", image="../a.jpg"), "image outside its folder"),
+        (row("Q", "A", image="a/../../a.jpg"), "image outside its folder"),
+        (row("Q", "A", image="/etc/hostname"), "image outside its folder"),
+    ],
+)
+def test_a_bad_row_says_why(content: Any, reason: str) -> None:
+    with pytest.raises(DataError) as error:
+        parse(content)
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("text", ["What does <image> mean?", "In HTML, <video> is a tag.", "What is `<audio>`?"])
+def test_text_may_mention_a_tag(text: str) -> None:
+    assert parse(row(text, "A tag.")).turns[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "reasons"),
+    [
+        ("odd_rows.json", 2, {"bad image path": 1, "bad turn": 2}),
+        ("escaping_names.json", 1, {"image outside its folder": 3}),
+        ("images_key/rows.json", 12, {}),
+        ("fromlist/rows.json", 120, {"bad turn": 1}),
+    ],
+)
+def test_known_faults_are_drops(name: str, rows: int, reasons: dict[str, int]) -> None:
+    drops = DropList()
+    records = open_records([(outside("faults") / name, outside("faults"))], drops)
+    assert len(records) == rows and drops.counts() == reasons
+    assert records.has_image.all()
+    assert all(record.id.isprintable() for record in records)
+
+
+def test_ids_and_details_hold_no_control_characters() -> None:
+    drops = DropList()
+    drops.add("a", "bad", "\x1b[2J\n\u202egood\ud800")
+    assert next(iter(drops)).detail == r"\x1b[2J\n\u202egood\ud800"
+
+
+def test_names_of_images_are_those_of_every_format(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"image": "a.jpg"}\n{"images": ["b.jpg", 7]}\n[]\n{"image": null}\n')
+    assert list(image_names(tmp_path / "x.jsonl")) == ["a.jpg", "b.jpg"]

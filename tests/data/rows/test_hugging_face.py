@@ -1,0 +1,181 @@
+"""Rows of hub data sets, folders on disk and Parquet files give what the same rows in JSON give."""
+
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.test_chat import CHATML, make_processor
+from visper.common.errors import DataError
+from visper.data.chat import ConversationEncoder
+from visper.data.checks.digests import digest, digests_of
+from visper.data.collator import Sample
+from visper.data.dataset import ConversationDataset
+from visper.data.rows import hugging_face
+from visper.data.rows.formats import CAPTION_QUESTION
+from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.sources import open_records
+from visper.data.rows.table import Records
+
+MESSAGES = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+TEXT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+PNGS = [png(i) for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def write(folder: Path, kind: str, rows: dict[str, list[Any]], features: Any = None) -> RowSource:
+    content = datasets.Dataset.from_dict(rows, features=features)
+    if kind == "saved":
+        content.save_to_disk(str(folder / "set"))
+        return RowSource(str(folder / "set"), kind="hf")
+    if kind == "saved splits":
+        datasets.DatasetDict(train=content, test=content.select([])).save_to_disk(str(folder / "set"))
+        return RowSource(str(folder / "set"), kind="hf")
+    (folder / "set").mkdir()
+    half = len(content) // 2
+    content.select(range(half)).to_parquet(str(folder / "set" / "train-0.parquet"))
+    content.select(range(half, len(content))).to_parquet(str(folder / "set" / "train-1.parquet"))
+    if kind == "folder":
+        return RowSource(str(folder / "set"), kind="hf")
+    return RowSource(str(folder / "set" / "train-*.parquet"), kind="parquet")
+
+
+def opened(source: RowSource) -> tuple[Records, DropList]:
+    drops = DropList()
+    return open_records([source], drops), drops
+
+
+EMBEDDED = [{"bytes": content, "path": None} for content in PNGS]
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "folder", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "images", "feature"),
+    [
+        ("image", EMBEDDED, datasets.Image()),
+        ("images", [[image] for image in EMBEDDED], datasets.List(datasets.Image())),
+        ("image", PNGS, datasets.Value("binary")),
+    ],
+)
+def test_embedded_images_become_samples(
+    tmp_path: Path, kind: str, column: str, images: list[Any], feature: Any
+) -> None:
+    rows = {"messages": [MESSAGES] * 3 + [TEXT], column: [*images, [] if column == "images" else None]}
+    features = datasets.Features(
+        {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}], column: feature}
+    )
+    records, drops = opened(write(tmp_path, kind, rows, features))
+    assert len(records) == 4 and not len(drops)
+    assert records.has_image.tolist() == [True] * 3 + [False]
+    assert digests_of(records) == [*map(digest, PNGS), None]
+    dataset = ConversationDataset(pickle.loads(pickle.dumps(records)), ConversationEncoder(make_processor(CHATML), 500))
+    shown, text = dataset[1], dataset[3]
+    assert isinstance(shown, Sample) and shown.picture is not None and isinstance(text, Sample)
+    assert (np.asarray(shown.picture) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
+    assert text.pixel_values is None
+
+
+def test_llava_captions_and_messages_give_the_same_records(tmp_path: Path) -> None:
+    for i, content in enumerate(PNGS):
+        (tmp_path / f"{i}.png").write_bytes(content)
+    names = [f"{i}.png" for i in range(3)]
+    found = []
+    for own, rows in {
+        "llava": {"conversations": [TURNS] * 3, "image": names},
+        "messages": {"messages": [MESSAGES] * 3, "images": [[name] for name in names]},
+        "renamed": {"dialog": [MESSAGES] * 3, "file": names, "image": [None] * 3},
+    }.items():
+        (tmp_path / own).mkdir()
+        source = write(tmp_path / own, "parquet", rows)
+        columns = {"messages": "dialog", "image": "file"} if own == "renamed" else {}
+        records, drops = opened(RowSource(source.place, str(tmp_path), "parquet", columns))
+        assert not len(drops)
+        found.append([(record.turns, record.image, record.image_turn) for record in records])
+        assert isinstance(ConversationDataset(records, ConversationEncoder(make_processor(CHATML), 500))[0], Sample)
+    assert found[0] == found[1] == found[2]
+    assert found[0][0][1] == str(tmp_path / "0.png")
+
+
+def test_captions_are_answers_to_one_question(tmp_path: Path) -> None:
+    rows = {"image": [EMBEDDED[0], None], "caption": ["A cat.", "Nothing."]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    source = write(tmp_path, "saved", rows, features)
+    records, drops = opened(RowSource(source.place, kind="hf", columns={"text": "caption"}))
+    assert [turn.text for turn in records[0].turns] == [CAPTION_QUESTION, "A cat."]
+    assert drops.counts() == {"no image": 1}
+
+
+def test_several_images_and_images_that_are_not_there_are_counted(tmp_path: Path) -> None:
+    lost = {"bytes": None, "path": "far/away.png"}
+    rows = {"messages": [MESSAGES] * 3, "images": [[EMBEDDED[0], EMBEDDED[1]], [lost], [EMBEDDED[2]]]}
+    records, drops = opened(write(tmp_path, "parquet", rows))
+    assert drops.counts() == {"several images": 1, "image not embedded": 1}
+    assert records.picture(0) == PNGS[2]
+
+
+def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path, "saved", {"prompt": ["a"], "answer": ["b"]})
+    with pytest.raises(DataError, match=r"has \['prompt', 'answer'\]; expected 'conversations'.*columns: \{messages: "):
+        opened(source)
+    with pytest.raises(DataError, match=r"'columns' names \['dialog'\], but it has \['prompt', 'answer'\]"):
+        opened(RowSource(source.place, kind="hf", columns={"messages": "dialog"}))
+
+
+def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path, "saved", {"messages": [MESSAGES], "image": ["a.png"]})
+    with pytest.raises(DataError, match="its column 'image' holds paths: give 'images'"):
+        opened(source)
+
+
+def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'me/mine' on the Hub")
+
+    with pytest.raises(DataError, match="expected Parquet files"):
+        opened(RowSource(str(tmp_path / "*.parquet"), kind="parquet"))
+    (tmp_path / "x.parquet").write_bytes(b"not Parquet")
+    with pytest.raises(DataError, match="are all of them Parquet files"):
+        opened(RowSource(str(tmp_path / "x.parquet"), kind="parquet"))
+    source = write(tmp_path, "folder", {"messages": [MESSAGES] * 2})
+    with pytest.raises(DataError, match="split 'validation'"):
+        opened(RowSource(source.place, kind="hf", split="validation"))
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="hf download --repo-type dataset me/mine --local-dir"):
+        opened(RowSource("me/mine", kind="hf"))
+
+
+def test_rows_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path, "parquet", {"messages": [TEXT] * 4})
+    assert len(opened(source)[0]) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(hugging_face, "_rows", lambda *_: pytest.fail("read again"))
+        assert len(opened(source)[0]) == 4
+    datasets.Dataset.from_dict({"messages": [[TEXT[0], {"role": "assistant", "content": "3"}]] * 2}).to_parquet(
+        str(tmp_path / "set" / "train-0.parquet")
+    )
+    assert [record.turns[1].text for record in opened(source)[0]] == ["3", "3", "2", "2"]
+
+
+def test_plain_json_does_not_import_datasets() -> None:
+    code = "import sys; import visper.data.rows.sources; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
