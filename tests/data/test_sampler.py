@@ -1,11 +1,14 @@
 """The order of the rows depends on seed and epoch alone, and groups what is alike."""
 
+from collections import Counter
+
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from visper.data.sampler import RowSampler
+from visper.common.errors import DataError
+from visper.data.sampler import Mixture, RowSampler
 
 
 def order(sampler: RowSampler, epoch: int = 0) -> list[int]:
@@ -70,3 +73,59 @@ def test_every_step_has_the_same_rows_however_the_batch_is_split(rows):
     for processes, micro_batch in ((1, 2), (1, 1), (2, 2), (2, 1), (4, 1)):
         assert steps(processes, micro_batch) == one
         assert steps(processes, micro_batch, skip=1) == one[1:], "continued behind the first step"
+
+
+SIZES, WEIGHTS = (10, 8, 40), (2.0, 1.25, 0.25)
+MIXTURE = Mixture(torch.arange(3).repeat_interleave(torch.tensor(SIZES)), WEIGHTS)
+
+
+def mixed(**options) -> RowSampler:
+    return RowSampler(sum(SIZES), seed=3, mixture=MIXTURE, **options)
+
+
+def test_a_weight_is_how_often_a_row_is_seen() -> None:
+    epochs = [order(mixed(), epoch) for epoch in range(4)]
+    assert [len(rows) for rows in epochs] == [len(mixed())] * 4 == [20 + 10 + 10] * 4
+    for rows in epochs:
+        seen = Counter(rows)
+        assert [seen[row] for row in range(10)] == [2] * 10
+        assert sorted(seen[row] for row in range(10, 18)) == [1] * 6 + [2] * 2
+        assert sorted(seen[row] for row in range(18, 58)) == [0] * 30 + [1] * 10
+    total = Counter(row for rows in epochs for row in rows)
+    assert [total[row] for row in range(58)] == [8] * 10 + [5] * 8 + [1] * 40, "another part in each epoch"
+
+
+def test_a_mixture_is_a_function_of_seed_and_epoch() -> None:
+    assert order(mixed(), 2) == order(mixed(), 2) != order(mixed(), 3)
+    sets = [set(order(RowSampler(58, seed=seed, mixture=MIXTURE))) for seed in (0, 1)]
+    assert sets[0] != sets[1]
+
+
+def test_weights_of_one_change_nothing() -> None:
+    ones = Mixture(MIXTURE.sources, (1.0, 1.0, 1.0))
+    for epoch in range(3):
+        rows = order(RowSampler(58, mixture=ones), epoch)
+        assert sorted(rows) == list(range(58))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mixture_is_grouped_by_length_and_split_like_any_rows(processes: int) -> None:
+    lengths, has_image = [(7 * row) % 58 for row in range(58)], [row % 3 > 0 for row in range(58)]
+    options = {"lengths": lengths, "has_image": has_image, "group_size": 4, "global_batch": 4}
+    plain, grouped = order(mixed(global_batch=4), 1), order(mixed(**options), 1)
+    assert Counter(grouped) == Counter(plain), "grouping moves rows, and changes none"
+    batches = BatchSampler(grouped, 4 // processes, drop_last=False)
+    shares = [list(BatchSamplerShard(batches, processes, process)) for process in range(processes)]
+    steps = [[row for share in shares for row in share[at]] for at in range(len(shares[0]))]
+    assert steps == [grouped[at : at + 4] for at in range(0, 40, 4)]
+    assert sum(len({has_image[row] for row in step}) == 1 for step in steps) >= len(steps) - 2
+
+
+def test_a_mixture_of_shards_goes_to_the_processes_by_blocks() -> None:
+    rows = order(mixed(blocks=[row // 5 for row in range(58)], group_size=4, processes=2), 1)
+    assert Counter(rows) == Counter(order(mixed(), 1))
+
+
+def test_a_weight_that_leaves_no_row_is_refused() -> None:
+    with pytest.raises(DataError, match=r"0.01 of the 10 rows of source 1 .* at least 0.1"):
+        Mixture(torch.zeros(10, dtype=torch.long), (0.01,))

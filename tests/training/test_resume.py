@@ -1,16 +1,16 @@
 """A checkpoint is continued in the order it was written in, or not at all."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList, Record
-from visper.data.sampler import RowSampler
+from visper.data.sampler import Mixture, RowSampler
 from visper.training.assemble import StageData
 from visper.training.resume import order_of, require_same_order, write_order
 
@@ -24,13 +24,15 @@ def data(ids: int = ROWS, **sampling: Any) -> StageData:
 
 
 SHARDS = {"blocks": [i // 3 for i in range(ROWS)]}
+HALVES = torch.arange(ROWS) // (ROWS // 2)
+MIXTURE = {"mixture": Mixture(HALVES, (2.0, 0.5))}
 LENGTHS = {"lengths": list(range(ROWS)), "has_image": [True] * ROWS}
 
 
-@pytest.mark.parametrize("make", [data, lambda: data(**LENGTHS), lambda: data(**SHARDS, group_size=2)])
-def test_the_same_order_goes_on(make: Callable[[], StageData], tmp_path: Path) -> None:
-    write_order(tmp_path, make())
-    require_same_order(tmp_path, make())
+@pytest.mark.parametrize("sampling", [{}, LENGTHS, MIXTURE, SHARDS | {"group_size": 2}])
+def test_the_same_order_goes_on(sampling: dict[str, Any], tmp_path: Path) -> None:
+    write_order(tmp_path, data(**sampling))
+    require_same_order(tmp_path, data(**sampling))
 
 
 def test_files_may_be_split_anew(tmp_path: Path) -> None:
@@ -52,13 +54,20 @@ def test_shards_may_not_be_split_anew(tmp_path: Path, group_size: int, processes
         (data(seed=1), "other rows"),
         (data(**LENGTHS), "other rows"),
         (data(**SHARDS, group_size=2), "other rows"),
+        (data(**MIXTURE), "other rows"),
     ],
-    ids=["a row less", "another seed", "grouped", "from shards"],
+    ids=["a row less", "another seed", "grouped", "from shards", "another mixture"],
 )
 def test_other_data_are_refused_with_what_to_do(tmp_path: Path, other: StageData, message: str) -> None:
     write_order(tmp_path, data())
     with pytest.raises(ConfigError, match=f"{message}; .*visper data check"):
         require_same_order(tmp_path, other)
+
+
+def test_other_weights_are_another_order(tmp_path: Path) -> None:
+    write_order(tmp_path, data(**MIXTURE))
+    with pytest.raises(ConfigError, match="other rows"):
+        require_same_order(tmp_path, data(mixture=Mixture(HALVES, (0.5, 2.0))))
 
 
 def test_as_many_other_rows_are_other_rows(tmp_path: Path) -> None:

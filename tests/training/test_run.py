@@ -232,6 +232,25 @@ def test_resume_in_a_later_epoch_meets_that_epochs_order(make, monkeypatch, tmp_
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
+def test_a_mixture_by_weight_is_resumed_bit_for_bit(make, monkeypatch, tmp_path, capsys):
+    pictures = tiny.write_rows(tmp_path / "pictures", images=8, text_rows=0, seed=1)
+    text = tiny.write_rows(tmp_path / "words", images=0, text_rows=8)
+    sources = [
+        {"json": str(folder / "rows.json"), "images": str(folder / "images"), "weight": weight}
+        for folder, weight in ((pictures, 1.5), (text, 0.5))
+    ]
+    changes = {"data": {"sources": sources, "group_by_length": True}, "optimization": {"max_steps": 7}}
+    run_stage(make("ift", name="whole", **changes))
+    assert "8 rows x 1.5 = 12, 8 rows x 0.5 = 4: 16 rows an epoch" in capsys.readouterr().out
+    cut_behind(monkeypatch, 6)
+    with pytest.raises(Stop):
+        run_stage(make("ift", name="cut", **changes))
+    monkeypatch.undo()
+    run_stage(make("ift", name="cut", **changes), resume=True)
+    whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
 def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
     run_stage(make("pt", name="whole"))
     cut_behind(monkeypatch, 3)

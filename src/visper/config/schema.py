@@ -96,6 +96,7 @@ class Source(Section):
     split: str | None = Field(None, description="of 'hf'; default: train")
     subset: str | None = Field(None, description="of 'hf', where the data set has several")
     revision: str | None = Field(None, description="of 'hf': commit, tag or branch")
+    weight: PositiveFloat = Field(1.0, allow_inf_nan=False, description="how often each row is expected in an epoch")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

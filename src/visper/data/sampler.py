@@ -1,4 +1,4 @@
-"""The order of the rows: a function of (seed, epoch) alone, in groups of similar length if asked.
+"""Which rows an epoch has and in which order: a function of (seed, epoch) alone, in groups of similar length if asked.
 
 Every rank builds the same global order and takes its share of the batches (accelerate does), so that neither the
 number of workers nor a restart changes which rows meet in a batch. Rows of shards come so that each rank reads its own
@@ -8,13 +8,66 @@ shards, one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
+from visper.common.errors import DataError
+
 POOL_BATCHES = 50  # rows are sorted by length within pools of so many batches: similar lengths, still random
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How often the rows of each source are seen in an epoch.
+
+    With weight 2.25, every row is seen twice, and a quarter of them, another one in each epoch, a third time: four
+    epochs see each row nine times.
+
+    Args:
+        sources: the source of each row, ``[rows]``.
+        weights: of each source, above 0.
+
+    Raises:
+        DataError: a weight so small that an epoch would have none of its source's rows.
+    """
+
+    sources: Tensor
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            if size and not count:
+                raise DataError(
+                    "weight too small",
+                    f"{self.weights[source]} of the {size} rows of source {source + 1} is less than half a row: give "
+                    f"at least {1 / size:.3g}, or leave the source out",
+                )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each source."""
+        return [int(size) for size in torch.bincount(self.sources, minlength=len(self.weights))]
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each source in an epoch, repeated ones counted again."""
+        return [round(weight * size) for weight, size in zip(self.weights, self.sizes, strict=True)]
+
+    def rows(self, seed: int, epoch: int) -> Tensor:
+        """The rows of an epoch, repeated ones repeatedly, source by source."""
+        chosen = []
+        for source, count in enumerate(self.counts):
+            own = torch.nonzero(self.sources == source).flatten()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - source)
+            # One endless round through a fixed shuffle: each epoch goes on where the one before ended.
+            places = torch.arange(epoch * count, (epoch + 1) * count) % max(1, len(own))
+            chosen.append(own[torch.randperm(len(own), generator=generator)][places])
+        return torch.cat(chosen)
 
 
 class RowSampler(Sampler[int]):
@@ -30,6 +83,7 @@ class RowSampler(Sampler[int]):
         processes: that share the blocks.
         global_batch: an epoch is filled up to a multiple of it with rows from its start, so that its last step, too, is
             the same however the batch is split, and no process runs out of rows.
+        mixture: how often rows are seen in an epoch; None: once.
     """
 
     def __init__(
@@ -42,11 +96,14 @@ class RowSampler(Sampler[int]):
         blocks: Sequence[int] | npt.NDArray[np.int64] | None = None,
         processes: int = 1,
         global_batch: int = 1,
+        mixture: Mixture | None = None,
     ) -> None:
         for name, values in (("lengths", lengths), ("has_image", has_image), ("blocks", blocks)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one a row")
         self.num_rows = num_rows
+        self.mixture = mixture
+        self.epoch_rows = num_rows if mixture is None else sum(mixture.counts)
         self.seed = seed
         self.epoch = 0
         self.group_size = group_size
@@ -66,26 +123,26 @@ class RowSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_rows // self.global_batch) * self.global_batch
+        return -(-self.epoch_rows // self.global_batch) * self.global_batch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.num_rows, generator=generator)
+        order = torch.randperm(self.epoch_rows, generator=generator)
+        if self.mixture is not None:
+            order = self.mixture.rows(self.seed, self.epoch)[order]
         if self.blocks is not None:
             order = self._dealt(order, self.blocks, generator)
         elif self.lengths is not None:
             groups, rest = self._grouped(order, self.group_size, generator)
             # What fills no group comes last, so that the groups before it stay whole.
             order = torch.cat([*groups, *rest])
-        return iter(order.repeat(-(-len(self) // max(1, self.num_rows)))[: len(self)].tolist())
+        return iter(order.repeat(-(-len(self) // max(1, self.epoch_rows)))[: len(self)].tolist())
 
-    def _grouped(
-        self, order: torch.Tensor, size: int, generator: torch.Generator
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _grouped(self, order: Tensor, size: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
         """Groups of ``size`` like rows, shuffled, and the rows that fill none."""
         assert self.lengths is not None
-        groups: list[torch.Tensor] = []
-        rest: list[torch.Tensor] = []
+        groups: list[Tensor] = []
+        rest: list[Tensor] = []
         for modality in (True, False):
             rows = order[self.has_image[order] == modality]
             whole = len(rows) // size * size
@@ -95,18 +152,18 @@ class RowSampler(Sampler[int]):
                 groups.extend(by_length.split(size))
         return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()], rest
 
-    def _dealt(self, order: torch.Tensor, blocks: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _dealt(self, order: Tensor, blocks: Tensor, generator: torch.Generator) -> Tensor:
         """Whole blocks for each process, in micro-batches in turn: the engine gives batch j to process j mod P."""
         size = self.group_size // self.processes
-        by_block = order[torch.argsort(blocks[order], stable=True)].split(torch.bincount(blocks).tolist())
-        shares: list[list[torch.Tensor]] = [[] for _ in range(self.processes)]
-        rests: list[list[torch.Tensor]] = [[] for _ in range(self.processes)]
+        by_block = order[torch.argsort(blocks[order], stable=True)].split(torch.bincount(blocks[order]).tolist())
+        shares: list[list[Tensor]] = [[] for _ in range(self.processes)]
+        rests: list[list[Tensor]] = [[] for _ in range(self.processes)]
         held = [0] * self.processes
         for i in torch.randperm(len(by_block), generator=generator).tolist():
             process = held.index(min(held))
             held[process] += len(by_block[i])
-            groups: list[torch.Tensor] = [by_block[i]]
-            rest: list[torch.Tensor] = []
+            groups: list[Tensor] = [by_block[i]]
+            rest: list[Tensor] = []
             if self.lengths is not None:
                 groups, rest = self._grouped(by_block[i], size, generator)
             shares[process].extend(groups)

@@ -10,7 +10,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.rows.records import DropList, Record
-from visper.data.rows.sources import open_records
+from visper.data.rows.sources import mixture_of, open_records
 from visper.data.sets.catalog import row_files
 from visper.model import Student, build_processor
 
@@ -73,8 +73,9 @@ def _measured(run: Run, first: Run, block: int) -> Rows:
         how = f"{len(counted)} of {len(records)} rows estimated by their characters"
     tokens, supervised = zip(*counted, strict=True) if counted else ((block,), (1,))
     pictures = sum(record.image is not None for record in sample) / len(sample)
+    mixture = mixture_of(records)
     return Rows(
-        len(records),
+        len(records) if mixture is None else sum(mixture.counts),
         round(sum(tokens) / len(tokens)),
         max(tokens),
         round(sum(supervised) / len(supervised)),
@@ -103,7 +104,9 @@ def _published(run: Run, block: int, error: Exception) -> Rows:
     unknown = [source for source, name in zip(run.data.sources, names, strict=True) if name not in PUBLISHED]
     if unknown:
         raise ConfigError(f"the rows cannot be counted: {error}") from error
-    sets = [PUBLISHED[name] for name in names if name is not None]
+    published = [PUBLISHED[name] for name in names if name is not None]
+    weights = [source.weight for source in run.data.sources]
+    sets = [(round(rows[0] * weight), *rows[1:]) for rows, weight in zip(published, weights, strict=True)]
     count = sum(entry[0] for entry in sets)
     mean = [round(sum(entry[0] * entry[at] for entry in sets) / count) for at in (1, 3)]
     pictures = sum(entry[0] * entry[5] for entry in sets) / count

@@ -20,7 +20,7 @@ from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_ima
 from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
-from visper.data.rows.sources import blocks_of, open_records
+from visper.data.rows.sources import blocks_of, mixture_of, open_records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
@@ -131,7 +131,8 @@ def build_data(
     alike = run.optimization.global_batch if blocks is None else run.optimization.micro_batch * processes
     has_image = dataset.has_image if lengths else None
     batch = run.optimization.global_batch
-    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes, batch)
+    mixture = mixture_of(records)
+    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes, batch, mixture)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     collator = PackingCollator(padded) if run.optimization.packing else padded
@@ -139,6 +140,10 @@ def build_data(
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
     cut = f"; text cut in {looked.num_truncated}" if looked is not None else ""
     announce(console, "data", f"{len(dataset)} of {total} rows{left_out}{cut}")
+    if mixture is not None:
+        parts = zip(mixture.sizes, mixture.weights, mixture.counts, strict=True)
+        shown = ", ".join(f"{size} rows x {weight:g} = {count}" for size, weight, count in parts)
+        announce(console, "mixture", f"{shown}: {sampler.epoch_rows} rows an epoch")
     _show_first(dataset, sampler, student, console)
     return StageData(dataset, collator, sampler, drops, total)
 

@@ -31,6 +31,8 @@ def order_of(data: StageData) -> dict[str, Any]:
         rows = key(*(record.id for record in records))
     grouping = [] if sampler.lengths is None else [_bytes(sampler.lengths), _bytes(sampler.has_image)]
     found = {"rows": len(records), "rows_key": rows, "grouping": key(sampler.seed, *grouping)}
+    if sampler.mixture is not None:
+        found["mixture"] = key(_bytes(sampler.mixture.sources), *map(str, sampler.mixture.weights))
     if sampler.blocks is not None:
         split = {"processes": sampler.processes, "micro_batch": sampler.group_size // sampler.processes}
         found |= {"shards": key(_bytes(sampler.blocks)), **split}

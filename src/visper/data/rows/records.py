@@ -22,6 +22,7 @@ class RowSource:
         images: folder under which the rows' image paths lie; None: the images lie in the source itself.
         kind: which of these ``place`` is.
         columns: field of ``formats.FIELDS`` -> the source's own name for it, where that differs.
+        weight: how often each row is expected in an epoch.
     """
 
     place: str
@@ -31,6 +32,7 @@ class RowSource:
     split: str | None = None
     subset: str | None = None
     revision: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

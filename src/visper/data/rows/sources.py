@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from visper.common.errors import DataError
 from visper.data.rows.hugging_face import open_hub, open_parquet
 from visper.data.rows.records import DropList, Record, RowSource, source_names
 from visper.data.rows.shards import ShardPictures, open_shards
 from visper.data.rows.table import Part, Records, open_table
+from visper.data.sampler import Mixture
 
 BLOCK_ROWS = 1000  # of a source without shards, where another one has them
 
@@ -32,7 +35,9 @@ def open_records(
     """
     given = [source if isinstance(source, RowSource) else _short(*source) for source in sources]
     names = source_names([Path(source.place) for source in given])
-    parts = [_open(source, name, quiet) for name, source in zip(names, given, strict=True)]
+    parts = [
+        replace(_open(source, name, quiet), weight=source.weight) for name, source in zip(names, given, strict=True)
+    ]
     records = Records(parts)
     agreed = _agreed_rows(records, drops)
     for part in parts:
@@ -66,6 +71,13 @@ def blocks_of(records: Sequence[Record]) -> npt.NDArray[np.int64] | None:
         whole.append(own + first)
         first += int(own.max(initial=-1)) + 1
     return np.concatenate(whole)[records.rows]
+
+
+def mixture_of(records: Sequence[Record]) -> Mixture | None:
+    """How often each source's rows are seen in an epoch; None where every row is seen once."""
+    if not isinstance(records, Records) or all(part.weight == 1 for part in records.parts):
+        return None
+    return Mixture(torch.from_numpy(records.part_numbers), tuple(part.weight for part in records.parts))
 
 
 def _in_shards(part: Part) -> bool:

@@ -196,6 +196,7 @@ class Part:
     table: RecordTable
     images: Path | None = None
     pictures: Any = None
+    weight: float = 1.0
 
 
 class Records(Sequence[Record]):
@@ -233,6 +234,11 @@ class Records(Sequence[Record]):
         at = int(self.rows[index])
         number = int(np.searchsorted(self.starts, at, side="right")) - 1
         return self.parts[number], at - int(self.starts[number])
+
+    @property
+    def part_numbers(self) -> npt.NDArray[np.int64]:
+        """The source of each row, counted from 0, ``[len(self)]``."""
+        return np.searchsorted(self.starts, self.rows, side="right") - 1
 
     def picture(self, index: int) -> bytes | None:
         """The content of the row's picture where a shard holds it; None: it is a file, or there is none."""

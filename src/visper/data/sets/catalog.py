@@ -267,7 +267,7 @@ def row_files(data: Data) -> list[RowSource]:
     for source in data.sources:
         if source.data_set is not None:
             files = _rows_of(source.data_set, Path(data.root))
-            found += [RowSource(file, images) for file, images in files]
+            found += [RowSource(file, images, weight=source.weight) for file, images in files]
         else:
             options = {
                 name: getattr(source, name) for name in ("images", "columns", "split", "subset", "revision", "weight")
