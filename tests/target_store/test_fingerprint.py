@@ -8,6 +8,7 @@ from PIL import Image
 from visper.config import Teacher
 from visper.data.images import arrange, open_image
 from visper.distillation.teachers import SquashedImage
+from visper.model import revisions
 from visper.target_store import fingerprint as fingerprint
 from visper.target_store.fingerprint import Fingerprint, revision_of
 
@@ -66,7 +67,7 @@ def test_a_hub_id_is_its_commit_or_unknown(monkeypatch):
                 return type("Info", (), {"sha": "a" * 40})
             raise ConnectionError
 
-    monkeypatch.setattr(fingerprint, "HfApi", Hub)
+    monkeypatch.setattr(revisions, "HfApi", Hub)
     monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda *args, **kwargs: None)
     assert revision_of("there/model") == "there/model@" + "a" * 40
     assert revision_of("away/model") is None

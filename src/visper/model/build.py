@@ -104,7 +104,9 @@ def build_student(
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
     with loading("student.llm", config.llm):
-        llm = AutoModelForCausalLM.from_pretrained(config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        llm = AutoModelForCausalLM.from_pretrained(
+            config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code, revision=config.llm_revision
+        )
     tokenizer, encoder = _reading_parts(config)
     if dtype == "auto":
         return assemble_student(llm, tokenizer, encoder, config, geometry, torch.float32)
@@ -147,8 +149,16 @@ def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor
 
 def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
     with loading("student.llm", config.llm):
-        tokenizer = AutoTokenizer.from_pretrained(config.llm, trust_remote_code=config.trust_remote_code)
-    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.llm, trust_remote_code=config.trust_remote_code, revision=config.llm_revision
+        )
+    encoder = load_encoder(
+        config.encoder,
+        config.feature_layer,
+        config.image_size,
+        config.trust_remote_code,
+        revision=config.encoder_revision,
+    )
     return tokenizer, encoder
 
 
@@ -161,11 +171,13 @@ def build_skeleton(config: StudentConfig) -> Student:
         ConfigError: a part's configuration cannot be loaded.
     """
     trust = config.trust_remote_code
-    llm_config = sizes_of(config.llm, "student.llm", trust_remote_code=trust)
-    vocabulary = vocabulary_of(config.llm, "student.llm", trust)
+    llm_config = sizes_of(config.llm, "student.llm", trust_remote_code=trust, revision=config.llm_revision)
+    vocabulary = vocabulary_of(config.llm, "student.llm", trust, config.llm_revision)
     with loading("student.llm", config.llm), torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config, trust_remote_code=trust)
-    encoder = load_encoder(config.encoder, config.feature_layer, config.image_size, trust, weights=False)
+    encoder = load_encoder(
+        config.encoder, config.feature_layer, config.image_size, trust, False, config.encoder_revision
+    )
     # In the order of _extend_vocabulary: image, task tokens, padding.
     image_id = vocabulary.size
     layout = config.task_tokens

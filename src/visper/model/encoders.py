@@ -141,6 +141,7 @@ def load_encoder(
     image_size: int | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    revision: str | None = None,
 ) -> Encoder:
     """Loads the image encoder ``name`` (hub id or folder, timm's included), wrapping it where it gives maps.
 
@@ -148,19 +149,21 @@ def load_encoder(
         feature_layer: hidden state the projector reads; a wrapped tower has one only, so it is ignored there.
         image_size: pixels a side; default: the encoder's own.
         weights: False = the sizes alone: parameters on the meta device, colors not looked up.
+        revision: commit, tag or branch of a hub id; default: its main branch.
 
     Raises:
         ConfigError: the encoder cannot be loaded, the layer does not exist, or the image does not divide into patches.
     """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     if weights:
         with loading("student.encoder", name):
-            config = _image_half(AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code))
-            model = AutoModel.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
+            config = _image_half(AutoConfig.from_pretrained(name, **options))
+            model = AutoModel.from_pretrained(name, config=config, **options)
     else:
-        config = _image_half(sizes_of(name, "student.encoder", trust_remote_code=trust_remote_code))
+        config = _image_half(sizes_of(name, "student.encoder", **options))
         with loading("student.encoder", name), torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    mean, std, own_size = _normalization(name, model, trust_remote_code) if weights else _colors(model.config)
+    mean, std, own_size = _normalization(name, model, **options) if weights else _colors(model.config)
     size = image_size or own_size
     try:
         states, last = _shapes(model, size)
@@ -264,14 +267,14 @@ def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
     return tuple(timm_config.get("mean", IMAGENET_MEAN)), tuple(timm_config.get("std", IMAGENET_STD)), int(size)
 
 
-def _normalization(name: str, model: PreTrainedModel, trust_remote_code: bool) -> tuple[Color, Color, int]:
+def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[Color, Color, int]:
     """Mean, standard deviation and size of the images the encoder was trained on."""
     mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
     processor: Any = None
     try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        processor = AutoImageProcessor.from_pretrained(name, **options)
     except OSError:
         logger.warning("encoder '%s' has no preprocessor_config.json: its images get ImageNet's mean and std", name)
     return (

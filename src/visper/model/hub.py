@@ -89,7 +89,9 @@ def known_sizes() -> dict[str, dict[str, Any]]:
     return known
 
 
-def sizes_of(name: str, part: str, subfolder: str = "", trust_remote_code: bool = False) -> PreTrainedConfig:
+def sizes_of(
+    name: str, part: str, subfolder: str = "", trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedConfig:
     """The configuration of ``name``, for its sizes alone: from its folder, the shipped table, timm, or the hub.
 
     Raises:
@@ -103,15 +105,19 @@ def sizes_of(name: str, part: str, subfolder: str = "", trust_remote_code: bool 
         if timm_config is not None:
             return timm_config
     with loading(part, name):
-        return AutoConfig.from_pretrained(name, subfolder=subfolder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            name, subfolder=subfolder, trust_remote_code=trust_remote_code, revision=revision
+        )
 
 
-def vocabulary_of(name: str, part: str, trust_remote_code: bool = False) -> Vocabulary:
+def vocabulary_of(name: str, part: str, trust_remote_code: bool = False, revision: str | None = None) -> Vocabulary:
     """The size of a tokenizer's vocabulary, from its folder, the shipped table or the hub. Raises as ``sizes_of``."""
     if not Path(name).is_dir() and name in known_sizes():
         return Vocabulary(**known_sizes()[name]["vocabulary"])
     with loading(part, name):
-        return Vocabulary.of(AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code))
+        return Vocabulary.of(
+            AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        )
 
 
 def _timm_config(name: str) -> PreTrainedConfig | None:

@@ -11,12 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-
 from visper.common.cache import key
 from visper.config import Task
 from visper.config import Teacher as TeacherSettings
 from visper.config.teacher_kinds import TEACHERS
+from visper.model.revisions import HUB_ID, commit_of
 
 COMPUTATION = 1
 """Increase it when visper's own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) computes
@@ -25,7 +24,6 @@ another target of the same image: targets stored before are then not found. A te
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 """Options of the kinds in ``TEACHERS`` that change how a target is drawn or how fast it is computed, not its values."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = 1 << 22
 
 
@@ -97,24 +95,10 @@ def revision_of(model: str, wanted: str | None = None) -> str | None:
     place = Path(model)
     if place.exists():
         return f"sha256:{_content_hash(place)}"
-    if not _HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         return f"name:{model}"
-    commit = _commit(model, wanted)
+    commit = commit_of(model, wanted)
     return None if commit is None else f"{model}@{commit}"
-
-
-def _commit(model: str, wanted: str | None) -> str | None:
-    if wanted and re.fullmatch(r"[0-9a-f]{40}", wanted):
-        return wanted
-    try:
-        sha = HfApi().model_info(model, revision=wanted, timeout=10).sha
-        return None if sha is None else str(sha)
-    except Exception:  # noqa: BLE001 - errors of the hub's HTTP library, which is another one in other versions
-        for name in ("config.json", "model_index.json", "preprocessor_config.json"):
-            cached = try_to_load_from_cache(model, name, revision=wanted)
-            if isinstance(cached, str):
-                return re.split(r"[\\/]snapshots[\\/]", cached)[1][:40]
-        return None
 
 
 def _content_hash(place: Path) -> str:

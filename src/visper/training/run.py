@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
@@ -40,6 +41,7 @@ from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
+from visper.model.revisions import with_commits
 from visper.model.start import starting_student
 from visper.target_store.open import open_targets
 from visper.training.arguments import check_split, training_arguments
@@ -88,6 +90,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
             "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     console = Console(quiet=not state.is_main_process)
+    run = broadcast_object_list([with_commits(run, _saved(output)) if state.is_main_process else None])[0]
     if state.is_main_process:
         claim_output(run, output, resume)
     state.wait_for_everyone()
@@ -217,11 +220,17 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
     write_text(output / "run.yaml", run_text(run))
 
 
+def _saved(output: Path) -> Run | None:
+    """The run that the output folder holds."""
+    return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
+
+
 def _refuse_other(run: Run, output: Path) -> None:
-    if not (output / "run.yaml").is_file():
+    saved = _saved(output)
+    if saved is None:
         return
-    theirs = load_run(output / "run.yaml").model_dump(exclude=MAY_DIFFER)
-    ours = run.model_dump(exclude=MAY_DIFFER)
+    theirs = saved.model_dump(exclude=MAY_DIFFER)
+    ours = with_commits(run, saved).model_dump(exclude=MAY_DIFFER)
     different = sorted(key for key in ours if ours[key] != theirs[key])
     if different:
         raise ConfigError(

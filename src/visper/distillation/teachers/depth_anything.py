@@ -37,7 +37,7 @@ class DepthAnythingTeacher(Teacher):
     def planned_spec(cls, model: str | Path, size: int = 336, **options: Any) -> TargetSpec:
         """Read from the configuration alone."""
         _refuse_pth(model)
-        return _spec(sizes_of(str(model), "depth_anything teacher"), size)
+        return _spec(sizes_of(str(model), "depth_anything teacher", revision=options.get("revision")), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, N, E]``: mean over levels, without class token."""

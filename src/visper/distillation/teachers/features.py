@@ -68,7 +68,7 @@ class FeaturesTeacher(Teacher):
     def planned_spec(cls, model: str | Path, size: int | None = None, **options: Any) -> TargetSpec:
         """Read from the configuration alone where all tokens are patches; else by loading."""
         trusted = bool(options.get("trust_remote_code", False))
-        config = sizes_of(str(model), "features teacher", trust_remote_code=trusted)
+        config = sizes_of(str(model), "features teacher", trust_remote_code=trusted, revision=options.get("revision"))
         config = getattr(config, "vision_config", config)
         # Stages that merge patches have depths or widths of their own.
         in_stages = hasattr(config, "depths") or hasattr(config, "hidden_sizes")

@@ -52,7 +52,7 @@ class OneFormerTeacher(Teacher):
     @classmethod
     def planned_spec(cls, model: str | Path, size: int = 768, **options: Any) -> TargetSpec:
         """Read from the configuration alone."""
-        return _spec(sizes_of(str(model), "oneformer teacher"), size)
+        return _spec(sizes_of(str(model), "oneformer teacher", revision=options.get("revision")), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, channels]``, row by row."""

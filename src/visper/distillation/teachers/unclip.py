@@ -63,7 +63,9 @@ class UnClipTeacher(Teacher):
     @classmethod
     def planned_spec(cls, model: str | Path, subfolder: str = "", **options: Any) -> TargetSpec:
         """Read from the configuration alone."""
-        return TargetSpec(1, int(sizes_of(str(model), "unclip teacher", subfolder).projection_dim))
+        return TargetSpec(
+            1, int(sizes_of(str(model), "unclip teacher", subfolder, revision=options.get("revision")).projection_dim)
+        )
 
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, 1, width]``."""

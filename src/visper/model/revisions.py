@@ -1,0 +1,79 @@
+"""Commits of a run's hub models: resolved once when the run starts, saved in its run.yaml, used by every loader."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+
+from visper.config import Distillation, Run, Student, Teacher
+from visper.config.teacher_kinds import TEACHERS
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def commit_of(model: str, revision: str | None = None) -> str | None:
+    """The commit of a hub model at ``revision`` (default: its main branch), from the hub or else the local cache.
+
+    Returns:
+        40 hex digits; None for a folder or file, or if neither knows the model.
+    """
+    if Path(model).exists() or not HUB_ID.fullmatch(model):
+        return None
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        sha = HfApi().model_info(model, revision=revision, timeout=10).sha
+        return None if sha is None else str(sha)
+    except Exception:  # noqa: BLE001 - errors of the hub's HTTP library, which differs between its versions
+        for name in ("config.json", "model_index.json", "preprocessor_config.json"):
+            cached = try_to_load_from_cache(model, name, revision=revision)
+            if isinstance(cached, str):
+                return re.split(r"[\\/]snapshots[\\/]", cached)[1][:40]
+        return None
+
+
+def with_commits(run: Run, saved: Run | None = None) -> Run:
+    """The run with the commit of every hub model in place of its branch or tag.
+
+    Args:
+        run: as the recipe describes it.
+        saved: the same run as it was started before. Where the recipe names no revision, its commits are kept, so that
+            a continued run loads the weights it was started with.
+    """
+    changes: dict[str, Any] = {}
+    if run.student is not None:
+        changes["student"] = _student(run.student, saved.student if saved else None)
+    if run.distillation is not None:
+        changes["distillation"] = _distillation(run.distillation, saved.distillation if saved else None)
+    return run.model_copy(update=changes)
+
+
+def _student(student: Student, saved: Student | None) -> Student:
+    changes = {}
+    for part in ("llm", "encoder"):
+        model, revision = getattr(student, part), getattr(student, f"{part}_revision")
+        if revision is None and saved is not None and getattr(saved, part) == model:
+            revision = getattr(saved, f"{part}_revision")
+        changes[f"{part}_revision"] = commit_of(model, revision) or revision
+    return student.model_copy(update=changes)
+
+
+def _distillation(distillation: Distillation, saved: Distillation | None) -> Distillation:
+    tasks = {}
+    for name, task in distillation.tasks.items():
+        before = saved.tasks[name].teacher if saved and name in saved.tasks else None
+        tasks[name] = task.model_copy(update={"teacher": _teacher(task.teacher, before)})
+    return distillation.model_copy(update={"tasks": tasks})
+
+
+def _teacher(teacher: Teacher, saved: Teacher | None) -> Teacher:
+    if teacher.kind not in TEACHERS or "revision" not in TEACHERS[teacher.kind].options:
+        return teacher  # it loads no hub model, or in a way that is its own
+    revision = teacher.revision
+    if revision is None and saved is not None and saved.model == teacher.model:
+        revision = saved.revision
+    return teacher.model_copy(update={"revision": commit_of(teacher.model, revision) or revision})
