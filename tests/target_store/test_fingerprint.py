@@ -68,12 +68,12 @@ def test_a_hub_id_is_its_commit_or_unknown(monkeypatch):
             raise ConnectionError
 
     monkeypatch.setattr(revisions, "HfApi", Hub)
-    monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(revisions, "try_to_load_from_cache", lambda *args, **kwargs: None)
     assert revision_of("there/model") == "there/model@" + "a" * 40
     assert revision_of("away/model") is None
     assert revision_of("away/model", "b" * 40) == "away/model@" + "b" * 40
     place = "/cache/models--away--model/snapshots/" + "c" * 40 + "/config.json"
-    monkeypatch.setattr(fingerprint, "try_to_load_from_cache", lambda *args, **kwargs: place)
+    monkeypatch.setattr(revisions, "try_to_load_from_cache", lambda *args, **kwargs: place)
     assert revision_of("away/model") == "away/model@" + "c" * 40
 
 
