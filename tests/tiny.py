@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -151,3 +153,15 @@ def write_rows(folder: Path, images: int = 12, text_rows: int = 4, seed: int = 0
         rows.append({"id": f"text-{i}", "conversations": [{"from": f, "value": v} for f, v in turns]})
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder
+
+
+def write_parquet(rows: Path, file: Path) -> None:
+    """The rows that ``write_rows`` wrote, as one Parquet file that holds their images."""
+    content = json.loads((rows / "rows.json").read_text(encoding="utf-8"))
+    images = [(rows / "images" / row["image"]).read_bytes() if "image" in row else None for row in content]
+    columns = {
+        "id": [str(row["id"]) for row in content],
+        "image": [None if image is None else {"bytes": image, "path": None} for image in images],
+        "conversations": [row["conversations"] for row in content],
+    }
+    pq.write_table(pa.table(columns), file)

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -221,6 +222,15 @@ def test_images_that_cannot_be_decoded_are_skipped_by_build_and_by_training(make
     live_logs, live = train(make("live"))
     assert logs == live_logs and all(torch.equal(weights[name], live[name]) for name in live)
     assert [drop.reason for drop in DropList.read(tmp_path / "stored" / "dropped.jsonl")] == ["not an image"]
+
+
+def test_embedded_images_find_the_targets_that_were_computed_from_files(make, tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    build_targets(make("files"), tmp_path / "store", quiet=True)
+    tiny.write_parquet(rows, tmp_path / "rows.parquet")
+    embedded = make("embedded", tmp_path / "store", source={"parquet": str(tmp_path / "rows.parquet")})
+    assert not build_targets(embedded, tmp_path / "store", quiet=True).parts
+    assert train(embedded)[0][0]["seg/2/smooth_l1"] > 0
 
 
 def test_shards_find_the_targets_that_were_computed_from_files(make, tmp_path, rows):

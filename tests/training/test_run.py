@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -171,6 +172,16 @@ def test_teachers_are_in_no_model_optimizer_or_checkpoint(make, monkeypatch, tmp
     assert seen and not any(seen)
     files = (tmp_path / "pt").rglob("*.safetensors")
     assert not any("mix" in name for file in files for name in load_file(file))
+
+
+def test_images_embedded_in_parquet_train_like_files(make, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    tiny.write_parquet(rows, tmp_path / "rows.parquet")
+    source = {"parquet": str(tmp_path / "*.parquet")}
+    run_stage(make("pt", name="files", data={"group_by_length": True}))
+    run_stage(make("pt", name="parquet", data={"sources": [source], "workers": 2, "group_by_length": True}))
+    files, parquet = (weights_of(tmp_path / name / "model") for name in ("files", "parquet"))
+    assert all(torch.equal(value, parquet[name]) for name, value in files.items())
 
 
 class Stop(Exception):  # noqa: N818 (stands for a kill)
