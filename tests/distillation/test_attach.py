@@ -167,7 +167,7 @@ def test_rows_with_several_images_take_one_target_or_are_refused(llava):
     ids = torch.tensor([row, [1, *[IMAGE] * 16, *range(10, 29)]])
     several = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == IMAGE, -100)}
     several["pixel_values"] = torch.randn(3, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"3 targets for 2 rows with an image.*shows several images"):
+    with pytest.raises(ValueError, match=r"3 targets for 2 rows with an image.*rows with several images"):
         terms_of(distiller, model, several, targets(3))
     with pytest.raises(ValueError, match=r"image_rows \[0, 0, 1\] name a row twice"):
         terms_of(distiller, model, several, targets(3), image_rows=torch.tensor([0, 0, 1]))

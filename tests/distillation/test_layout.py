@@ -68,5 +68,5 @@ def test_a_row_without_its_task_tokens_is_named():
     truncated = [1, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE, IMAGE]
     with pytest.raises(ValueError, match=r"rows \[1\] have an image but none of the task tokens of 'depth'"):
         layout([FULL, truncated]).own_tokens("depth", torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="no task 'normals'"):
+    with pytest.raises(ValueError, match="task 'normals' has no task tokens, only"):
         layout([FULL]).own_tokens("normals", torch.tensor([0]))

@@ -58,7 +58,7 @@ def test_nothing_stays_behind(decoder):
 
 @pytest.mark.parametrize("layer", [0, 4])
 def test_layer_beyond_the_model_is_refused(decoder, layer):
-    with pytest.raises(ValueError, match=f"layer {layer} cannot be tapped: the model has layers 1 to 3"):
+    with pytest.raises(ValueError, match=f"layer {layer} does not exist: the model has layers 1 to 3"):
         HiddenStateTap(decoder, (layer,))
 
 

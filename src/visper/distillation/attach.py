@@ -1,7 +1,7 @@
-"""Distillation for any vision-language model of transformers, in anybody's training loop.
+"""Distillation for any vision-language model of transformers, in your own training loop.
 
-Three facts about the model are enough: its decoder layers, the id of its image token, the width of its hidden states.
-Image spans are read from the ids, so images of several sizes, tiles and separators between them are all the same to it.
+It needs three facts about the model: its decoder layers, the id of its image token, the width of its hidden states.
+Image spans are read from the ids, so images may have any size, tiles and separators.
 
     distiller = attach(model, {"depth": DistilledTask(teacher.spec, layers=(8, 20))})
     with distiller.tap() as hidden:
@@ -31,7 +31,7 @@ from visper.model import TaskTokens, random_rows
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What distillation must know of a model.
+    """What distillation needs to know of a model.
 
     Attributes:
         decoder: its text model, with a list ``layers``.
@@ -45,10 +45,10 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFacts:
-        """The facts as models of transformers tell them.
+        """The facts from the model's own attributes, as transformers names them.
 
         Raises:
-            ValueError: the model does not tell one of them.
+            ValueError: the model lacks one of them.
         """
         get_decoder = getattr(model, "get_decoder", None)
         config = getattr(model, "config", None)
@@ -62,7 +62,7 @@ class ModelFacts:
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no {', no '.join(missing)}: take a wrapped model out of its wrapper, or "
-                "give facts=ModelFacts(decoder, image_token_id, width)"
+                "pass facts=ModelFacts(decoder, image_token_id, width)"
             )
         assert isinstance(decoder, nn.Module) and image_token_id is not None and width is not None
         return cls(decoder, int(image_token_id), int(width))
@@ -83,7 +83,7 @@ def attach(
     Args:
         model: any vision-language model; it is not changed, but see ``task_token_ids``.
         tasks: what to distil, by task.
-        facts: default: what the model itself tells.
+        facts: default: ``ModelFacts.of(model)``.
         task_token_ids: per task the vocabulary ids of its tokens, which the processor must put behind each image.
             Their embeddings then come from the query matrices, through a hook on the model's input embedding; call
             ``write_back`` before saving. None: no task tokens; each predictor with queries "matrix" reads a query
@@ -92,7 +92,7 @@ def attach(
         seed: of the queries.
 
     Raises:
-        ValueError: the model tells too little, lacks a layer, or a task has no tokens while others have.
+        ValueError: a fact is missing, the model lacks a layer, or a task has no tokens while others have.
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def attach(
 
 
 class AttachedDistillation(nn.Module):
-    """What ``attach`` gives. Its parameters are the predictors', the queries and the logit scales; the model's are not.
+    """The result of ``attach``. Its parameters are the predictors, the queries and the logit scales, not the model's.
 
     Attributes:
         objective: the embedding losses.
@@ -141,11 +141,11 @@ class AttachedDistillation(nn.Module):
         self.task_tokens = task_tokens
         self.queries = nn.ParameterDict({task: nn.Parameter(matrix) for task, matrix in queries.items()})
         self.image_token_id = facts.image_token_id
-        # In a partial, so that the model does not become a part of this module.
+        # In a partial, so that the model is not registered as a submodule.
         self._tap: Callable[[], HiddenStateTap] = functools.partial(HiddenStateTap, facts.decoder, objective.layers)
 
     def tap(self) -> HiddenStateTap:
-        """``with distiller.tap() as hidden:`` catches the hidden states of the model's forward; use them inside."""
+        """``with distiller.tap() as hidden:`` captures the hidden states of the model's forward; use them inside."""
         return self._tap()
 
     def forward(
@@ -157,10 +157,10 @@ class AttachedDistillation(nn.Module):
         image_rows: Tensor | None = None,
         num_images: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Every term, unweighted: "depth/20/smooth_l1" and the like -> scalar.
+        """Every term, unweighted, such as "depth/20/smooth_l1" -> scalar.
 
         Args:
-            hidden: what the tap caught, per layer ``[B, L, D]``.
+            hidden: what the tap captured, per layer ``[B, L, D]``.
             input_ids, attention_mask: ``[B, L]`` as the model got them; the mask may be None.
             targets: per task the teacher's embeddings ``[R, N, E]`` of the rows in ``image_rows``, in their order;
                 plain tensors are gathered over all ranks.
@@ -189,7 +189,7 @@ class AttachedDistillation(nn.Module):
         return self.objective.total(terms)
 
     def write_back(self, model: nn.Module) -> None:
-        """Writes learned task tokens into the model's vocabulary, for saving. Nothing to do where there are none."""
+        """Writes the trained task tokens into the model's vocabulary, for saving; does nothing without task tokens."""
         if self.task_tokens is not None:
             self.task_tokens.write_back(model.get_input_embeddings())  # type: ignore[operator]
 

@@ -1,7 +1,7 @@
-"""Where image, task tokens and text lie in each row, read from the ids.
+"""Positions of image, task tokens and text in each row, read from the ids.
 
-The published code counts from constants (38, 26 or 13 system tokens, 576 image tokens), so another prompt or resolution
-reads wrong states. Nothing is counted here: image spans may differ from row to row.
+The published code uses constants (38, 26 or 13 system tokens, 576 image tokens), so another prompt or resolution reads
+the wrong states. Here positions come from the ids: image spans may differ from row to row.
 
 Shape suffixes: B = rows, L = sequence, R = chosen rows, K = keys.
 """
@@ -55,7 +55,7 @@ class TokenLayout:
         return cls((input_ids == image_token_id) & attended, tasks, attended)
 
     def keys(self, task: str, rows: Tensor, text: bool = True) -> KeyPlaces:
-        """What the predictors of ``task`` read in ``rows`` ``[R]``.
+        """The positions that the predictors of ``task`` read in ``rows`` ``[R]``.
 
         Everything up to the image's end, the task's own tokens and the text; not the other tasks' tokens, not padding.
         ``text=False`` leaves out what follows the image and task tokens.
@@ -74,15 +74,15 @@ class TokenLayout:
         return KeyPlaces(index, None if shortest == longest else mask)
 
     def own_tokens(self, task: str, rows: Tensor) -> Tensor:
-        """``[R, L]``, True at the task's own tokens; of a model without any task tokens, True at the image's.
+        """``[R, L]``, True at the task's own tokens; in a model without task tokens, True at the image's.
 
         Raises:
-            ValueError: there are task tokens but none of this task, or a row has none of them.
+            ValueError: the model has task tokens but none of this task, or a row has none of them.
         """
         if not self.tasks:
             return self.image[rows]
         if task not in self.tasks:
-            raise ValueError(f"the layout knows no task '{task}', only {list(self.tasks)}: add it to the task tokens")
+            raise ValueError(f"task '{task}' has no task tokens, only {list(self.tasks)}: add it to the task tokens")
         own = self.tasks[task][rows]
         empty = (~own.any(1)).nonzero().flatten().tolist()
         if empty:

@@ -1,10 +1,11 @@
-"""The embedding losses of pre-training: every task, every tapped layer (paper, section 3; arXiv 2412.09585).
+"""The distillation objective: the losses of every task and tapped layer, summed (arXiv 2412.09585, section 3).
 
     sum over tasks t, layers l:  w_t * (mean of smooth-L1 + 0.3 * mean of InfoNCE)
 
-Means are over the samples of the *global* batch that have an image: each term here is a sum over local samples divided
-by that number, so that splitting a batch over micro-batches or ranks changes no sum. A text-only sample adds nothing.
-(The published code zeroes its masks in place before the losses, and divides by all samples.)
+The losses are in ``losses.py``, the predictors in ``heads.py``. Means are over the samples of the *global* batch that
+have an image: each term here is a sum over local samples divided by that number, so that splitting a batch over
+micro-batches or ranks changes no sum. Text-only samples contribute nothing. (The published code zeroes its masks in
+place before the losses, and divides by all samples.)
 
 Shape suffixes: B = rows, L = sequence, D = LLM width, R = rows with an image, K = keys, Q = queries, N = teacher
 tokens, E = teacher width, P = samples in the pool.
@@ -26,12 +27,12 @@ from visper.distillation.targets import Targets
 from visper.distillation.teachers.base import TargetSpec
 
 SMOOTH_L1, CONTRASTIVE = "smooth_l1", "contrastive"
-"""The two kinds of term, as they stand at the end of a term's name."""
+"""The two kinds of term: the last part of a term's name."""
 
 
 @dataclass(frozen=True)
 class DistilledTask:
-    """One task of the objective: what is predicted, from which layers (counted from 1), by what, with what weight."""
+    """One task of the objective: target shape, tapped layers (counted from 1), predictor architecture, loss weight."""
 
     target: TargetSpec
     layers: tuple[int, ...]
@@ -45,9 +46,9 @@ class DistilledTask:
 
 
 class EmbeddingDistillation(nn.Module):
-    """Predicts teachers' embeddings from hidden states and says how far off they are.
+    """Predicts teachers' embeddings from hidden states and computes their losses.
 
-    Teachers are not in here: their targets come with the batch.
+    Teachers are not part of it: their targets come with the batch.
 
     Args:
         tasks: what to distil.
@@ -63,7 +64,7 @@ class EmbeddingDistillation(nn.Module):
         logit_scales: ``[1]`` per task.
 
     Raises:
-        ValueError: a layer beyond the model, a target that the task's predictor cannot give.
+        ValueError: a layer beyond the model, or a target that the task's predictor cannot produce.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class EmbeddingDistillation(nn.Module):
         self.contrastive_weight = contrastive_weight
         self.text_keys = text_keys
         self.recompute = False
-        """Predictors keep no activations for the backward pass but are run again: theirs rival the LLM's."""
+        """Whether predictors are recomputed in the backward pass: their activations are as large as the LLM's."""
         self.predictors = nn.ModuleDict(
             {
                 f"{name}_{layer}": EmbeddingPredictor(llm_width, task.target, task.predictor)
@@ -121,15 +122,15 @@ class EmbeddingDistillation(nn.Module):
 
         Args:
             hidden: per tapped layer ``[B, L, D]``.
-            layout: where image, task tokens and text lie.
+            layout: positions of image, task tokens and text.
             queries: per task its query matrix ``[Q, D]``; not read for predictors with queries "states".
-            targets: per task the targets of the image rows and the pool; not read without image rows.
+            targets: per task, targets of the image rows and the pool; not read if there are no image rows.
             image_rows: ``[R]`` rows that have an image.
             num_images: samples with an image in the global batch.
 
         Returns:
-            "depth/20/smooth_l1" and the like -> unweighted scalar. Without image rows each is a zero that depends on
-            every parameter (DDP and ZeRO wait for each of them) and whose gradient is exactly zero.
+            Term, such as "depth/20/smooth_l1" -> unweighted scalar. Without image rows each is a zero that depends on
+            every parameter (DDP and ZeRO wait for their gradients) and whose gradient is exactly zero.
         """
         if not len(image_rows):
             return self._zero_terms(queries)
@@ -166,18 +167,18 @@ class EmbeddingDistillation(nn.Module):
             return self._predictor(name, layer, _gathered(states_RLD, places), query, places.mask)
 
         for layer in task.layers:
-            predicted[layer] = self._kept_or_not(embedding, layer, hidden[layer])
+            predicted[layer] = self._run(embedding, layer, hidden[layer])
         return predicted
 
-    def _kept_or_not(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What ``embedding`` gives; its activations are kept, or computed again where the backward pass needs them."""
+    def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """``embedding(*arguments)``; with ``recompute``, its activations are computed again for the gradient."""
         if self.recompute and torch.is_grad_enabled():
             again: Tensor = checkpoint(embedding, *arguments, use_reentrant=False, preserve_rng_state=False)
             return again
         return embedding(*arguments)
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms: what is added to the next-token loss."""
+        """The weighted sum of the terms, to be added to the next-token loss."""
         factors = {SMOOTH_L1: 1.0, CONTRASTIVE: self.contrastive_weight}
         parts = []
         for term, value in terms.items():
@@ -188,7 +189,7 @@ class EmbeddingDistillation(nn.Module):
     def _predictor(self, name: str, layer: int, states: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
         predictor = self.predictors[f"{name}_{layer}"]
         if not torch.is_autocast_enabled(states.device.type):
-            # A student in bf16 may meet predictors that learn in float32.
+            # A student in bfloat16 may have predictors that train in float32.
             dtype = next(predictor.parameters()).dtype
             states, query = states.to(dtype), query.to(dtype)
         predicted: Tensor = predictor(states, query, mask)
@@ -199,11 +200,9 @@ class EmbeddingDistillation(nn.Module):
         for name, task in self.tasks.items():
             state = self.logit_scales[name].new_zeros(1, 1, self.llm_width)
             query = queries[name][None] if name in queries else state
-            # A real pass over one state of zeros, in the order of a real one, forth and back: ZeRO gathers weights
-            # where a module is called, and sums gradients as they arrive.
-            predicted = {
-                layer: self._kept_or_not(self._predictor, name, layer, state, query, None) for layer in task.layers
-            }
+            # A forward pass over one state of zeros, in the order of a real one: ZeRO gathers weights when a module is
+            # called, and reduces gradients in the order they arrive.
+            predicted = {layer: self._run(self._predictor, name, layer, state, query, None) for layer in task.layers}
             for layer in task.layers:
                 terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted[layer].float().sum()
                 terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()
@@ -212,9 +211,7 @@ class EmbeddingDistillation(nn.Module):
 
 def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
     if not name.isidentifier():
-        raise ValueError(
-            f"task '{name}': a task's name stands in names of terms and parameters; use letters, digits, _"
-        )
+        raise ValueError(f"task '{name}': names of tasks become parts of parameter names; use letters, digits and _")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
     if beyond or len(set(task.layers)) != len(task.layers):
         raise ValueError(
@@ -226,12 +223,14 @@ def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
 
 def _target_of(name: str, targets: Mapping[str, Targets], rows: int) -> Targets:
     if name not in targets:
-        raise ValueError(f"the batch brings targets of {list(targets)} but none of '{name}': give every task's teacher")
+        raise ValueError(
+            f"the batch has targets of {list(targets)} but none of '{name}': give the targets of every task"
+        )
     target = targets[name]
     if len(target.own) != rows:
         raise ValueError(
-            f"task '{name}': {len(target.own)} targets for {rows} rows with an image: give one a row; leave a row that "
-            "shows several images out of 'image_rows', or give each image a row of its own"
+            f"task '{name}': {len(target.own)} targets for {rows} rows with an image: give one per row; leave rows "
+            "with several images out of 'image_rows', or put each image into its own row"
         )
     return target
 

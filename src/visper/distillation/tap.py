@@ -1,6 +1,6 @@
-"""Hidden states of chosen decoder layers, caught by forward hooks.
+"""Hidden states of selected decoder layers, captured by forward hooks.
 
-``output_hidden_states`` would keep every layer's states and differs between transformers versions; hooks give the same
+``output_hidden_states`` keeps every layer's states and differs between transformers versions; hooks give the same
 values and gradients with and without (non-reentrant) gradient checkpointing.
 """
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f")
-"""Names under which decoders keep the norm behind their last layer."""
+"""Names of the norm after the last layer in decoders."""
 
 
 class HiddenStateTap:
-    """Catches hidden states while it is open: ``with HiddenStateTap(decoder, (8, 20)) as hidden: ...``.
+    """Captures hidden states while it is open: ``with HiddenStateTap(decoder, (8, 20)) as hidden: ...``.
 
     Inside, ``hidden`` maps layer -> ``[B, L, D]`` of the latest forward; it is emptied on leaving, so use it there.
 
@@ -31,11 +31,11 @@ class HiddenStateTap:
     def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
         stack = getattr(decoder, "layers", None)
         if not isinstance(stack, nn.ModuleList):
-            raise ValueError(f"{type(decoder).__name__} has no list 'layers': give the model's get_decoder()")
+            raise ValueError(f"{type(decoder).__name__} has no list 'layers': pass the model's get_decoder()")
         self._modules: dict[int, nn.Module] = {}
         for layer in layers:
             if not 1 <= layer <= len(stack):
-                raise ValueError(f"layer {layer} cannot be tapped: the model has layers 1 to {len(stack)}")
+                raise ValueError(f"layer {layer} does not exist: the model has layers 1 to {len(stack)}")
             self._modules[layer] = stack[layer - 1] if layer < len(stack) else _final_norm(decoder, layer)
         self._handles: list[RemovableHandle] = []
         self._caught: dict[int, Tensor] = {}

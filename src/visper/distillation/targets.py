@@ -1,4 +1,4 @@
-"""Targets of a batch and of the global batch it belongs to.
+"""Targets of a micro-batch, and the pool of the global batch's targets for InfoNCE.
 
 Shape suffixes: B = own samples, P = samples in the pool, N = teacher tokens, E = teacher width.
 """
@@ -27,7 +27,7 @@ class Targets:
 
 @torch.no_grad()
 def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> Targets:
-    """Puts every rank's targets, in rank order, into one pool that all ranks share. No gradient flows through it.
+    """Gathers every rank's targets, in rank order, into one pool on all ranks. No gradient flows through it.
 
     Ranks may hold different numbers of samples, none included; every rank of ``group`` (default: all) must call. The
     targets travel in the precision they come in and are pooled in float32. In one process the pool is ``own``.
@@ -41,7 +41,7 @@ def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> T
     counts = [torch.zeros_like(count) for _ in range(ranks)]
     dist.all_gather(counts, count, group=group)
     sizes = [int(size) for size in torch.cat(counts).tolist()]
-    # Collectives want equal shapes: pad to the longest, cut off again. No rank has samples: nothing to send.
+    # Collectives need equal shapes: pad to the longest, then cut. If no rank has samples, nothing is sent.
     padded = own.new_zeros(max(sizes), *own.shape[1:])
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(ranks)]

@@ -1,4 +1,4 @@
-"""What a published checkpoint's ``config.json`` says, in our terms."""
+"""Reads a published checkpoint's ``config.json`` into visper's terms."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SUPPORTED = {
     "sample_tokens": (False,),
     "use_contrastive": (True,),
 }
-"""Keys that may be absent, but say something else in no checkpoint that can be converted."""
+"""Keys that may be absent; a checkpoint with another value cannot be converted."""
 
 PER_TASK = 8
-"""Task tokens a task, where a configuration that has some does not say how many."""
+"""Task tokens per task, if the configuration has task tokens but not their number."""
 
 
 class Kind(str, Enum):
@@ -90,16 +90,16 @@ class Published:
 
     @property
     def own_latents(self) -> bool:
-        """Whether heads read by latents of their own, not by task tokens: probes, and PT without task tokens."""
+        """Whether heads have latents of their own instead of task tokens: probes, and PT without task tokens."""
         return bool(self.heads) and not self.tasks
 
     @property
     def geometry(self) -> Geometry:
-        """How pictures were made square: IFT pads; PT leaves it to CLIP's own processor, which crops."""
+        """How images were made square: IFT pads; PT leaves it to CLIP's own processor, which crops."""
         return Geometry.PAD if self.config.get("image_aspect_ratio") == "pad" else Geometry.CROP
 
     def student(self, encoder: str, system_prompt: str | None) -> StudentConfig:
-        """Its student, as a run of ours would describe it."""
+        """Its student, as a visper run describes it."""
         resolution = re.search(r"-res(\d+)", str(self.config["mm_vision_tower"]))
         return StudentConfig(
             llm=str(self.folder),
@@ -117,7 +117,7 @@ def read_published(folder: Path, parameters: Iterable[str]) -> Published:
     """Reads the configuration of the checkpoint whose parameters have these names.
 
     Raises:
-        ConfigError: no config.json, another architecture, or a variant that our student cannot be.
+        ConfigError: no config.json, another architecture, or a variant that visper's student does not support.
     """
     file = folder / "config.json"
     if not file.is_file():

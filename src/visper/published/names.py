@@ -1,4 +1,4 @@
-"""Which published parameter is which of ours, and proof that none is left over on either side."""
+"""Maps published parameter names to visper's, and checks that none is left over on either side."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def account(
     if any(faults.values()):
         listed = "\n".join(f"{len(names)} {what}:\n{_listed(names)}" for what, names in faults.items() if names)
         raise ConfigError(
-            f"the parameters in '{source}' are not those that its config.json describes. {listed}\nIs it whole, and "
-            "its config.json its own? For another encoder than the one in mm_vision_tower, give --encoder"
+            f"the parameters in '{source}' are not those that its config.json describes. {listed}\nCheck "
+            "that all files are of one checkpoint. For another encoder than the one in mm_vision_tower, give --encoder"
         )
     return unused
 

@@ -1,6 +1,6 @@
-"""What a published checkpoint becomes, before its weights: student, objective and probes on the meta device.
+"""A converted checkpoint without its weights: student, objective and probes on the meta device.
 
-So every name and shape comes from the code that trains and saves, and from no list.
+Names and shapes come from the code that trains and saves, not from a list.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _encoder(name: str, layer: int, size: int | None, inside: bool) -> Encoder:
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         return load_encoder(name, layer, size)
-    # CLIP's layout follows from its configuration: no weights are fetched that the checkpoint brings itself.
+    # CLIP's layout follows from its configuration: weights that the checkpoint has are not downloaded.
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Weight files on disk, read and written one at a time: a checkpoint need never lie in memory whole."""
+"""Weight files on disk, read and written one at a time, so that a checkpoint is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fetch(source: str) -> Path:
     Of a repository only weights, configuration and tokenizer are taken, pickled weights only if there are no others.
 
     Raises:
-        ConfigError: neither a folder nor an id that can be reached.
+        ConfigError: ``source`` is neither a folder nor an id that can be reached.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -40,7 +40,7 @@ def fetch(source: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"'{source}' is no folder, and as a hub id it cannot be reached: {reason} Check the spelling and the "
+            f"'{source}' is not a folder, and as a hub id it cannot be reached: {reason} Check the spelling and the "
             f"network, or run `hf download {source}` where there is one and give the folder it made"
         ) from error
     return folder
@@ -126,11 +126,11 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         # Only the zip format can be mapped; weights_only refuses code in the file.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Without torch's own text: it advises to load the file with weights_only=False, which runs the code in it.
         raise ConfigError(
-            f"'{file}' cannot be read as plain tensors ({reason}): it may be cut short, or hold code, which is never "
-            "run. Download it again, or take the checkpoint's safetensors"
-        ) from error
+            f"'{file}' cannot be read as plain tensors ({type(error).__name__}): it may be cut short, or contain code, "
+            "which is never run. Download it again, or take the checkpoint's safetensors"
+        ) from None
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise ConfigError(f"'{file}' holds more than tensors: {', '.join(strange[:5])}. Expected a model's state dict")
