@@ -46,18 +46,23 @@ def check(
 ) -> None:
     """Count what is there, missing, broken and odd, per source. Exit code 1: rows that training would leave out.
 
+    With --run, words that its tokenizer does not know are counted too; past data.unknown_limit they are an error.
+
     Safe to interrupt and repeat: files looked at before are not looked at again.
 
     Example: `visper data check llava-665k --root data --report report.json --drop dropped.jsonl`
     """
+    from visper.config import load_run
     from visper.data.checks import report as checking
+    from visper.data.checks.unknown_words import total_of
     from visper.data.rows.records import DropList, source_names
     from visper.data.sets.catalog import sources_of
 
     console = Console()
     sources = sources_of(what, images, root, whole=False)
     names = source_names([file for file, _ in sources])
-    encoder = _encoder(run, overrides or []) if run is not None else None
+    settings = load_run(run, overrides or []) if run is not None else None
+    encoder = _encoder(settings) if settings is not None else None
 
     def look() -> list[checking.Report]:
         pairs = zip(names, sources, strict=True)
@@ -79,6 +84,9 @@ def check(
     drops = DropList(row for part in found for row in part.drops)
     if drop is not None:
         drops.write(drop)
+    unknown = total_of([part.unknown for part in found])
+    if settings is not None and unknown.num_unknown:
+        console.print(unknown.check(settings.data.unknown_limit) or str(unknown), markup=False, highlight=False)
     if len(drops):
         raise typer.Exit(1)
 
@@ -120,10 +128,8 @@ def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]
     return fetch
 
 
-def _encoder(recipe: str, overrides: list[str]):  # type: ignore[no-untyped-def]
-    from visper.config import load_run
+def _encoder(settings):  # type: ignore[no-untyped-def]
     from visper.data.chat import ConversationEncoder
     from visper.model.start import starting_processor
 
-    settings = load_run(recipe, overrides)
     return ConversationEncoder(starting_processor(settings), settings.data.max_tokens)

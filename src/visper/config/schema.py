@@ -132,6 +132,9 @@ class Data(Section):
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
+    unknown_limit: float = Field(
+        0.2, ge=0, le=1, description="share of supervised text the tokenizer does not know past which a run is refused"
+    )
     drop_list: tuple[PathText, ...] = Field(
         (), description="rows to leave out: files that `visper data check --drop` wrote"
     )

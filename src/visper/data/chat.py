@@ -6,12 +6,14 @@ way, drifts by a token wherever a merge crosses a turn's border, and silently su
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers.models import Unigram
 
 from visper.common.errors import DataError
 from visper.data.chat_template import (
@@ -29,11 +31,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as tokens. ``labels`` repeat ``input_ids`` where supervised, else -100."""
+    """One conversation as tokens. ``labels`` repeat ``input_ids`` where supervised, else -100.
+
+    Of the supervised tokens, ``num_text`` are text (not the ends of turns), and ``num_unknown`` of these the unknown
+    token. Both are 0 for a tokenizer that knows every text.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    num_text: int = 0
+    num_unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class ConversationEncoder:
         self.image_token_id = int(processor.image_token_id)
         self.num_image_tokens = _num_image_tokens(processor)
         self._special = special_pattern(self.tokenizer)
+        self._unknown_id = _unknown_id(self.tokenizer)
         self._special_ids = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._skeletons: dict[tuple[tuple[str, ...], int | None, bool, bool], _Skeleton] = {}
 
@@ -76,7 +85,26 @@ class ConversationEncoder:
         if all(label == IGNORED for label in labels):
             why = f"none within {self.max_tokens} tokens" if truncated else "every answer is empty"
             raise DataError("no supervised token", why)
-        return Encoded(ids, labels, truncated)
+        return Encoded(ids, labels, truncated, *self._count_unknown(labels))
+
+    def _count_unknown(self, labels: list[int]) -> tuple[int, int]:
+        if self._unknown_id is None:
+            return 0, 0
+        unknown = labels.count(self._unknown_id)
+        not_text = self._special_ids - {self._unknown_id} | {IGNORED}
+        return len(labels) - sum(map(not_text.__contains__, labels)), unknown
+
+    def unknown_words(self, record: Record) -> list[str]:
+        """The words of the record's answers that hold an unknown token, in order; also those behind ``max_tokens``.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        text, answers, cuts = self._fill(self._skeleton(record, asks=False), record)
+        ids, offsets = self._tokenize(text, cuts)
+        labels = _supervise(ids, offsets, answers)
+        spans = [span for label, span in zip(labels, offsets, strict=True) if label == self._unknown_id]
+        return [_word_around(text, *span) for span in spans]
 
     def prompt(self, record: Record) -> list[int]:
         """The ids of a conversation up to where its next answer begins, the image expanded; never cut.
@@ -177,6 +205,25 @@ class ConversationEncoder:
         ids = [*ids[:at], *[self.image_token_id] * more, *ids[at:]]
         labels = [*labels[:at], *[IGNORED] * more, *labels[at:]]
         return ids, labels, (at, behind + more)
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The id that the tokenizer's model gives what it does not know; None where it knows every text.
+
+    Not ``tokenizer.unk_token_id``: byte-level tokenizers give that name to their end-of-text token.
+    """
+    model = tokenizer.backend_tokenizer.model
+    token = getattr(model, "unk_token", None if not isinstance(model, Unigram) else tokenizer.unk_token)
+    return None if token is None else model.token_to_id(token)
+
+
+def _word_around(text: str, start: int, end: int) -> str:
+    """``text[start:end]`` with the letters and digits on both sides of it."""
+    start = end - len(text[start:end].lstrip())  # SentencePiece counts the space before a word as its own
+    before = re.search(r"\w*$", text[:start])
+    behind = re.match(r"\w*", text[end:])
+    assert before is not None and behind is not None
+    return before.group() + text[start:end] + behind.group()
 
 
 def _num_image_tokens(processor: Any) -> int:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -95,11 +96,16 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at every row found: the good rows, their lengths in tokens, and how many had text cut."""
+    """What a look at every row found: the good rows, their lengths in tokens, and how many had text cut.
+
+    ``num_text`` and ``num_unknown`` count each good row's supervised tokens, see ``chat.Encoded``.
+    """
 
     records: Sequence[Record]
     lengths: list[int]
     num_truncated: int
+    num_text: npt.NDArray[np.int32]
+    num_unknown: npt.NDArray[np.int32]
 
 
 def survey(
@@ -132,7 +138,8 @@ def keep_good(
     kept = np.ones(len(records), dtype=bool)
     kept[list(bad)] = False
     good = records.select(kept) if isinstance(records, Records) else [records[i] for i in np.flatnonzero(kept).tolist()]
-    return Survey(good, found.lengths[kept].tolist(), int(found.truncated[kept].sum()))
+    truncated = int(found.truncated[kept].sum())
+    return Survey(good, found.lengths[kept].tolist(), truncated, found.num_text[kept], found.num_unknown[kept])
 
 
 def require_images(records: Sequence[Record]) -> None:

@@ -15,6 +15,7 @@ from visper.common.console import announce
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run, Stage
 from visper.data.chat import ConversationEncoder
+from visper.data.checks.unknown_words import sampled_unknown_words, unknown_words
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
 from visper.data.packing import PackingCollator
@@ -106,7 +107,8 @@ def build_data(
     With stored ``targets``, the loaders read these in place of pictures for ``teachers``.
 
     Raises:
-        DataError: a source is missing, or the share of bad rows is past ``data.drop_limit``.
+        DataError: a source is missing, the share of bad rows is past ``data.drop_limit``, or that of words which the
+            tokenizer does not know past ``data.unknown_limit``.
     """
     settings = run.data
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
@@ -118,6 +120,7 @@ def build_data(
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
     if run.stage is Stage.PT:
         require_images(records)
+    _check_words(run, records, looked, encoder, console)
     if targets is not None and run.data.check_first:
         require_targets(targets, records, console.quiet)
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)
@@ -165,6 +168,18 @@ def _look(
     lost = broadcast_object_list([lost_images(records, found) if state.is_main_process else None])[0]
     looked = keep_good(records, found, lost, drops)
     return looked.records, looked, total
+
+
+def _check_words(
+    run: Run, records: Sequence[Record], looked: Survey | None, encoder: ConversationEncoder, console: Console
+) -> None:
+    if looked is None:
+        unknown = sampled_unknown_words(records, encoder)
+    else:
+        unknown = unknown_words(records, looked.num_text, looked.num_unknown, encoder)
+    warning = unknown.check(run.data.unknown_limit)
+    if warning is not None:
+        announce(console, "warning", warning)
 
 
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:

@@ -21,6 +21,7 @@ from visper.common.errors import DataError
 from visper.common.files import atomic_path, write_text
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
+from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.normalize import reencode
 from visper.data.rows.formats import IMAGE_TAG
 from visper.data.rows.lengths import measure
@@ -45,6 +46,8 @@ COLUMNS = (
     "empty answer",
     "no supervised token",
     "text cut",
+    "answer tokens",
+    "unknown tokens",
     "duplicate",
     "unusable",
 )
@@ -61,11 +64,12 @@ class Report:
     drops: DropList = field(default_factory=DropList)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     encoded: bool = False
+    unknown: UnknownWords = field(default_factory=UnknownWords)
 
-    def note(self, source: str, what: str, sample: str = "") -> None:
+    def note(self, source: str, what: str, sample: str = "", count: int = 1) -> None:
         """Counts something of a source; the first few are kept as examples."""
-        self.counts[source][what] += 1
-        self.counts[TOTAL][what] += 1
+        self.counts[source][what] += count
+        self.counts[TOTAL][what] += count
         if sample and len(self.examples[what]) < EXAMPLES:
             self.examples[what].append(sample)
 
@@ -78,6 +82,7 @@ class Report:
             "examples": dict(self.examples),
             "unusable": self.drops.counts(),
             "supervision checked": self.encoded,
+            "unknown words": {"share": self.unknown.share, "examples": list(self.unknown.examples)},
         }
 
     def table(self) -> Table:
@@ -141,6 +146,8 @@ def check(
             report.note(source_of(image), "mislabeled image", f"{path}: {by_file[path].format}")
     records = Records([Part(name, table, images)])
     found = measure(records, encoder, quiet) if encoder is not None else None
+    if encoder is not None and found is not None:
+        report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
         image = table.value("image", row)
@@ -150,6 +157,9 @@ def check(
             report.note(source, what, sample_id)
         if found is not None and found.truncated[index]:
             report.note(source, "text cut")
+        if found is not None and found.num_text[index]:
+            report.note(source, "answer tokens", count=int(found.num_text[index]))
+            report.note(source, "unknown tokens", count=int(found.num_unknown[index]))
         for reason, detail in _faults(index, found.problems if found else {}, by_file.get(named.get(image, ""))):
             report.note(source, reason, sample_id)
             report.drops.add(sample_id, reason, detail)

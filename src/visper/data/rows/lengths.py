@@ -27,17 +27,29 @@ from visper.data.rows.records import Record
 from visper.data.rows.table import Part, Records
 
 SCHEMA = pa.schema(
-    [("length", pa.int32()), ("truncated", pa.bool_()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        ("length", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("num_text", pa.int32()),
+        ("num_unknown", pa.int32()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
 )
-Measured = tuple[int, bool, str | None, str | None]
+Measured = tuple[int, bool, int, int, str | None, str | None]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What encoding found, an entry a row: tokens (0: the row cannot be encoded), whether text was cut."""
+    """What encoding found, an entry a row: tokens (0: the row cannot be encoded), whether text was cut.
+
+    ``num_text`` and ``num_unknown`` count supervised tokens, see ``chat.Encoded``.
+    """
 
     lengths: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
+    num_text: npt.NDArray[np.int32]
+    num_unknown: npt.NDArray[np.int32]
     problems: dict[int, tuple[str, str]]  # index -> reason, detail
 
     @classmethod
@@ -47,6 +59,8 @@ class Lengths:
         return cls(
             table.column("length").to_numpy(),
             np.asarray(table.column("truncated").to_numpy(), dtype=np.bool_),
+            table.column("num_text").to_numpy(),
+            table.column("num_unknown").to_numpy(),
             {row: (table.column("reason")[row].as_py(), table.column("detail")[row].as_py()) for row in bad},
         )
 
@@ -99,7 +113,7 @@ def _kept(part: Part, encoder: ConversationEncoder, quiet: bool) -> pa.Table:
 
 def _measured(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool) -> pa.Table:
     results = list(in_order(_Encode(encoder), records, "counting tokens", quiet))
-    columns: list[Any] = list(zip(*results, strict=True)) if results else [(), (), (), ()]
+    columns: list[Any] = list(zip(*results, strict=True)) if results else [() for _ in SCHEMA]
     return pa.table([pa.array(values, kind.type) for values, kind in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
 
 
@@ -111,5 +125,6 @@ class _Encode:
         try:
             encoded = self.encoder.encode(record)
         except DataError as error:
-            return 0, False, error.reason, error.detail
-        return len(encoded.input_ids), encoded.truncated, None, None
+            return 0, False, 0, 0, error.reason, error.detail
+        counts = encoded.num_text, encoded.num_unknown
+        return len(encoded.input_ids), encoded.truncated, *counts, None, None

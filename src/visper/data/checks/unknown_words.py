@@ -1,0 +1,86 @@
+"""Words of the supervised text that the tokenizer does not know: a model can only be taught to answer ``<unk>``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+import numpy.typing as npt
+
+from visper.common.errors import DataError
+from visper.data.chat import ConversationEncoder
+from visper.data.rows.lengths import measure
+from visper.data.rows.records import Record
+
+Counts = npt.NDArray[np.int32]
+WARN_PAST = 0.01
+"""Share of unknown tokens past which a run says so."""
+EXAMPLES = 8
+ROWS_FOR_EXAMPLES = 200
+SAMPLE = 200
+REMEDY = (
+    "add them to 'student.add_words' in the recipe of the first stage, or choose an LLM whose tokenizer knows the "
+    "language of the data"
+)
+
+
+@dataclass(frozen=True)
+class UnknownWords:
+    """Tokens of supervised text, how many of them are unknown, and the most frequent unknown words."""
+
+    num_text: int = 0
+    num_unknown: int = 0
+    examples: tuple[str, ...] = ()
+    where: str = "supervised text"
+
+    @property
+    def share(self) -> float:
+        """Unknown tokens among the tokens of supervised text."""
+        return self.num_unknown / max(1, self.num_text)
+
+    def __str__(self) -> str:
+        shown = ", ".join(repr(word) for word in self.examples)
+        return (
+            f"{self.share:.1%} of the {self.where} ({self.num_unknown:,} of {self.num_text:,} tokens) is unknown to "
+            f"the tokenizer, such as {shown}"
+        )
+
+    def check(self, limit: float) -> str | None:
+        """What to warn of, if anything.
+
+        Raises:
+            DataError: the share is past ``limit``.
+        """
+        if self.share > limit:
+            raise DataError(
+                "unknown words", f"{self}; data.unknown_limit allows {limit:.1%}: {REMEDY}, or raise the limit"
+            )
+        return f"{self}: {REMEDY}" if self.share > WARN_PAST else None
+
+
+def unknown_words(
+    records: Sequence[Record], num_text: Counts, num_unknown: Counts, encoder: ConversationEncoder
+) -> UnknownWords:
+    """Adds up what ``measure`` found in ``records``, and looks up examples in the first rows that have some."""
+    rows = np.flatnonzero(num_unknown)[:ROWS_FOR_EXAMPLES].tolist()
+    words = Counter(word for row in rows for word in encoder.unknown_words(records[row]))
+    examples = tuple(word for word, _ in words.most_common(EXAMPLES))
+    return UnknownWords(int(num_text.sum()), int(num_unknown.sum()), examples)
+
+
+def sampled_unknown_words(records: Sequence[Record], encoder: ConversationEncoder) -> UnknownWords:
+    """Likewise of the first rows alone, for a run that does not look at every row before it starts."""
+    sample = [records[row] for row in range(min(SAMPLE, len(records)))]
+    found = measure(sample, encoder, quiet=True)
+    counted = unknown_words(sample, found.num_text, found.num_unknown, encoder)
+    return replace(counted, where=f"supervised text of the first {len(sample)} rows")
+
+
+def total_of(parts: Sequence[UnknownWords]) -> UnknownWords:
+    """The counts of several files together."""
+    examples = [part.examples for part in parts if part.examples]
+    words = dict.fromkeys(word for same_rank in zip_longest(*examples) for word in same_rank if word is not None)
+    return UnknownWords(sum(p.num_text for p in parts), sum(p.num_unknown for p in parts), tuple(words)[:EXAMPLES])
