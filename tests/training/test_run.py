@@ -231,6 +231,7 @@ def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, 
         assert [e[name] for e in cut_log if name in e] == [e[name] for e in whole_log if name in e], name
 
 
+@pytest.mark.slow
 def test_resume_in_a_later_epoch_meets_that_epochs_order(make, monkeypatch, tmp_path):
     longer = {"max_steps": 7}  # four steps are an epoch
     run_stage(make("ift", name="whole", optimization=longer))
@@ -262,6 +263,7 @@ def test_a_mixture_by_weight_is_resumed_bit_for_bit(make, monkeypatch, tmp_path,
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
     run_stage(make("pt", name="whole"))
     cut_behind(monkeypatch, 3)
@@ -274,6 +276,7 @@ def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
         torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards):
     cut_behind(monkeypatch, 3)
     with pytest.raises(Stop):
@@ -284,6 +287,7 @@ def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards)
     run_stage(make("ift", name="cut", data=shards), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tmp_path):
     settings = {
         "optimization": {"max_steps": 3, "schedule": "constant_with_warmup"},
