@@ -37,9 +37,10 @@ from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Teacher
 from visper.model import Student
-from visper.training.attention import keep_samples_apart
+from visper.training.attention import separate_samples
 from visper.training.module import TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
+from visper.training.trainer import FORWARD_KEYS
 
 Case = dict[str, Any]
 
@@ -98,7 +99,7 @@ def fine_tuning(geometry: Geometry, packed: bool, options: argparse.Namespace, d
     padded = Collator(0)
     collator: Collator | PackingCollator = padded
     if packed:
-        keep_samples_apart(model.student.model.language_model)
+        separate_samples(model.student.model.language_model)
         collator = PackingCollator(padded)
     rows = rows_of(geometry, options.micro_batch * (options.steps + 2))
     batches = [collator(rows[i : i + options.micro_batch]) for i in range(0, len(rows), options.micro_batch)]
@@ -133,8 +134,7 @@ def fine_tuning(geometry: Geometry, packed: bool, options: argparse.Namespace, d
 
 def placed(batch: Any, device: str, half: bool) -> dict[str, Any]:
     """What the model is given, on the device."""
-    keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "position_ids", "sample_lengths")
-    given = {key: batch[key] for key in keys if key in batch}
+    given = {key: batch[key] for key in FORWARD_KEYS if key in batch}
     given = {key: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for key, v in given.items()}
     if half and "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].bfloat16()

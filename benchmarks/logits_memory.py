@@ -46,7 +46,8 @@ def measure(kind: str, rows: int, words: int, width: int) -> dict[str, float]:
         loss = ForCausalLMLoss(head(states), labels, words, num_items_in_batch=torch.tensor(rows * SUPERVISED))
     else:
         student = SimpleNamespace(get_output_embeddings=lambda: head)
-        holder = SimpleNamespace(student=student, silent=torch.empty(0, dtype=torch.long))
+        holder = SimpleNamespace(student=student, silent_ids=torch.empty(0, dtype=torch.long))
+        holder._can_fuse_head = lambda states: False
         holder._cross_entropy = lambda *part: TrainingModel._cross_entropy(holder, *part)  # type: ignore[arg-type]
         loss = TrainingModel.next_token_loss(holder, states, labels) / (rows * SUPERVISED)  # type: ignore[arg-type]
     loss.backward()

@@ -27,9 +27,10 @@ from visper.data.collator import Batch, Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.data.sampler import RowSampler
 from visper.model import Student
-from visper.training.attention import keep_samples_apart
+from visper.training.attention import separate_samples
 from visper.training.module import TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
+from visper.training.trainer import FORWARD_KEYS
 
 IMAGE_TOKENS, TASK_TOKENS, LONGEST = 576, 24, 2048
 IMAGE_ID = 999
@@ -81,8 +82,7 @@ def build(width: int, layers: int, attention: str) -> TrainingModel:
 
 def step(model: TrainingModel, batch: Batch) -> float:
     """Forward and backward; returns the loss."""
-    keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "position_ids", "sample_lengths")
-    given: dict[str, Any] = {key: batch[key] for key in keys if key in batch}  # type: ignore[literal-required]
+    given: dict[str, Any] = {key: batch[key] for key in FORWARD_KEYS if key in batch}  # type: ignore[literal-required]
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     loss = model(**given, num_tokens=tokens)["loss"]
     loss.backward()
@@ -102,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build(options.width, options.layers, "sdpa")
-    keep_samples_apart(model.student.model.language_model)  # padded batches are what they were
+    separate_samples(model.student.model.language_model)  # padded batches are what they were
     sizes, has_image = lengths(options.batch * 50, 0)
     padded = Collator(0)
     variants = {

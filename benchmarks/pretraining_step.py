@@ -191,7 +191,7 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
 
 def random_batch(geometry: Geometry, model: TrainingModel, size: int, device: str) -> dict[str, Any]:
     """Rows of one length: image, task tokens, text whose last tokens are supervised."""
-    image_token, task_ids = model._ids
+    image_token, task_ids = model.image_token_id, model.task_token_ids
     side = geometry.vision["image_size"]
     tokens = (side // geometry.vision["patch_size"]) ** 2
     block = [image_token] * tokens + [token for ids in task_ids.values() for token in ids]

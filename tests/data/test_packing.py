@@ -24,7 +24,9 @@ def test_samples_lie_whole_behind_each_other_and_positions_start_again():
     assert batch["input_ids"].tolist() == [[100, 101, 102, 200, 201, 300, 301, 302, 303]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 101, 102, -100, 201, -100, 301, 302, 303]]
-    assert batch["attention_mask"].all() and batch["sample_lengths"] == [3, 2, 4]
+    assert batch["attention_mask"].all() and batch["attention_mask"].shape == (1, 9)
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 9]
+    assert batch["max_length_q"] == batch["max_length_k"] == 4
     assert batch["sample_ids"] == ["1", "2", "3"]
 
 
@@ -43,7 +45,7 @@ def test_images_keep_the_order_of_their_tokens_and_bad_rows_their_names():
 
 def test_a_batch_of_bad_rows_alone_is_still_a_batch():
     batch = PACKED([Drop("bad", "lost")])
-    assert batch["input_ids"].tolist() == [[PAD]] and batch["sample_lengths"] == [1]
+    assert batch["input_ids"].tolist() == [[PAD]] and batch["cu_seq_lens_q"].tolist() == [0, 1]
     assert not len(batch["image_rows"])
 
 

@@ -19,7 +19,8 @@ from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.model import Student
 from visper.training import TrainingModel
-from visper.training.attention import borders, keep_samples_apart
+from visper.training.attention import packing_arguments, separate_samples
+from visper.training.trainer import FORWARD_KEYS
 
 FAMILIES = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
 IMAGE = 63
@@ -70,9 +71,8 @@ def samples() -> list[Sample]:
 def step(model: TrainingModel, collator: Collator | PackingCollator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss and every gradient of one step over ``samples``."""
     batch = collator(samples())
-    keys = ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "position_ids", "sample_lengths")
     model.zero_grad()
-    loss = model(**{k: batch[k] for k in keys if k in batch}, num_tokens=10, num_images=3)["loss"]
+    loss = model(**{k: batch[k] for k in FORWARD_KEYS if k in batch}, num_tokens=10, num_images=3)["loss"]
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -85,7 +85,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, attent
     if recompute:
         model.recompute_activations()
     loss, gradients = step(model, Collator(0))
-    keep_samples_apart(model.student.model.language_model)
+    separate_samples(model.student.model.language_model)
     packed_loss, packed_gradients = step(model, PackingCollator(Collator(0)))
     torch.testing.assert_close(packed_loss, loss, rtol=1e-6, atol=0)
     assert packed_gradients.keys() == gradients.keys()
@@ -97,7 +97,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, attent
 def test_padded_batches_are_what_they_were_under_the_attention_for_packed_ones():
     model = model_of("gemma3")
     loss, gradients = step(model, Collator(0))
-    keep_samples_apart(model.student.model.language_model)
+    separate_samples(model.student.model.language_model)
     again, same = step(model, Collator(0))
     assert torch.equal(again, loss) and all(torch.equal(same[name], gradients[name]) for name in gradients)
 
@@ -105,11 +105,12 @@ def test_padded_batches_are_what_they_were_under_the_attention_for_packed_ones()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_no_sample_sees_its_neighbor_in_the_row(attention):
     model = model_of("llama", attention).eval()
-    keep_samples_apart(model.student.model.language_model)
+    separate_samples(model.student.model.language_model)
     batch = PackingCollator(Collator(0))(samples())
     changed = batch["input_ids"].clone()
     changed[0, 9:14] = (changed[0, 9:14] + 7) % 60  # the second sample
-    packed = borders(model.student.model.language_model, batch["position_ids"], batch["sample_lengths"])
+    borders = {name: batch[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    packed = packing_arguments(model.student.model.language_model, batch["position_ids"], borders)
     states = [
         model.student.model(
             input_ids=ids, pixel_values=batch["pixel_values"], use_cache=False, **packed
@@ -120,7 +121,7 @@ def test_no_sample_sees_its_neighbor_in_the_row(attention):
     assert same[:9].all() and same[14:].all() and not same[9:14].any()
 
 
-def test_layers_that_carry_a_state_across_borders_are_refused():
+def test_layers_that_carry_a_state_from_sample_to_sample_are_refused():
     config = SimpleNamespace(layer_types=["full_attention", "linear_attention"])
     with pytest.raises(ConfigError, match="linear_attention"):
-        keep_samples_apart(SimpleNamespace(config=config))
+        separate_samples(SimpleNamespace(config=config))

@@ -27,7 +27,7 @@ def model(tiny_llm, tiny_encoder):
 
 def batch_of(model, images=2, text=1):
     """Rows of one length: an image block and text; the last five tokens are supervised."""
-    image_id, task_ids = model._ids
+    image_id, task_ids = model.image_token_id, model.task_token_ids
     block = [image_id] * 16 + [token for ids in task_ids.values() for token in ids]
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(0, 200, (images + text, len(block) + 12), generator=generator)
@@ -62,12 +62,20 @@ def test_the_loss_is_stock_llavas_up_to_silent_tokens(model):
     ours = model(**batch)["ntp"]
     with torch.no_grad():
         logits = model.student(input_ids=batch["input_ids"]).logits[:, :-1].float()
-        logits[..., model.silent] = float("-inf")
+        logits[..., model.silent_ids] = float("-inf")
         theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch, fused, tied):
+    if fused and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch 2.15 brings it")
+    if not fused:
+        monkeypatch.setattr(TrainingModel, "_can_fuse_head", lambda *_: False)
+    if tied:
+        model.student.lm_head.weight = model.student.get_input_embeddings().weight
     apply_stage(model, "ift", lacks=("task_tokens.*",))
     batch = batch_of(model)
     whole, expected = model(**batch)["ntp"], gradients(model, batch)
@@ -75,6 +83,16 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch):
     torch.testing.assert_close(model(**batch)["ntp"], whole, rtol=1e-6, atol=0)
     for name, gradient in gradients(model, batch).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_fused_head_is_used_in_plain_float32_only(model):
+    states = torch.zeros(1, 32)
+    assert model._can_fuse_head(states) is hasattr(torch.nn.functional, "linear_cross_entropy")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not model._can_fuse_head(states)
+    assert not model._can_fuse_head(states.bfloat16())
+    model.student.lm_head.to(torch.bfloat16)
+    assert not model._can_fuse_head(states)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

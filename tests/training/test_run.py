@@ -483,7 +483,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
         ({"optimization": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
         ({"optimization": {"freeze": ["vision"]}}, "freeze names 'vision'"),
         ({"optimization": {"packing": True}}, "packing.*distillation"),
-        ({"optimization": {"attention": "flash_attention_3"}}, "optimization.attention 'flash_attention_3'"),
+        ({"optimization": {"attention": "flash_attention_3"}}, "optimization.attention=flash_attention_3"),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_training(make, changes, message):

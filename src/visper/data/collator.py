@@ -41,8 +41,12 @@ class Batch(TypedDict, total=False):
     input_ids: Required[Tensor]  # [B, L] long
     labels: Required[Tensor]  # [B, L] long, -100 where unsupervised
     attention_mask: Required[Tensor]  # [B, L] long
-    position_ids: Tensor  # [1, T] long, from 0 with every sample; of packed batches only, as is the next
-    sample_lengths: list[int]  # tokens of each sample, T in sum
+    # Packed batches only, as transformers names them:
+    position_ids: Tensor  # [1, T] long, from 0 in every sample
+    cu_seq_lens_q: Tensor  # [samples + 1] int32: where each sample begins, and T
+    cu_seq_lens_k: Tensor  # the same
+    max_length_q: int  # tokens of the longest sample
+    max_length_k: int  # the same
     pixel_values: Tensor  # [B_img, 3, H, W] float32; absent if no row has an image
     image_rows: Required[Tensor]  # [B_img] long, ascending: which rows have an image
     # task -> [B_img, 3, h, w], or stored targets [B_img, bytes] uint8; absent without teachers or images

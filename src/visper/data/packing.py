@@ -1,9 +1,7 @@
-"""All samples of a micro-batch in one row, without padding: the same samples and losses, fewer tokens to work through.
+"""Packing: all samples of a micro-batch in one row, without padding: the same losses from fewer tokens.
 
-Which samples meet in a step, and what the loss is divided by, stay what they were; neither seed, epoch, workers nor
-processes have a say in how a micro-batch is laid out. Positions start again with every sample.
-
-Shapes: B = samples, L = tokens of the longest, T = tokens of all.
+Packing rearranges one micro-batch. Which samples meet in a step, and what the loss is divided by, do not change. The
+layout is that of transformers' ``DataCollatorWithFlattening``.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from visper.data.chat import IGNORED
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.rows.records import Drop
 
@@ -25,26 +22,22 @@ class PackingCollator:
     collator: Collator
 
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
-        """``[1, T]`` instead of ``[B, L]``, with ``position_ids`` and ``sample_lengths``."""
-        return pack(self.collator(items))
+        """One row ``[1, T]`` instead of ``[B, L]``, T = tokens of all samples, with the borders of the samples.
 
+        Samples and images keep their order. The first token of a sample is unsupervised: the token before it belongs to
+        another sample.
+        """
+        from transformers import DataCollatorWithFlattening
 
-def pack(batch: Batch) -> Batch:
-    """``batch`` ``[B, L]``, padded on the right, as one row ``[1, T]``; samples and images keep their order.
-
-    The first token of a sample is no label: the token before it belongs to another.
-    """
-    assert "teacher_images" not in batch, "predictors read rows of one sample"
-    real = batch["attention_mask"].bool()
-    labels = batch["labels"].clone()
-    labels[:, 0] = IGNORED
-    places = torch.arange(real.shape[1]).expand_as(real)
-    return {
-        **batch,
-        "input_ids": batch["input_ids"][real][None],
-        "labels": labels[real][None],
-        "attention_mask": batch["attention_mask"][real][None],
-        "position_ids": places[real][None],
-        "sample_lengths": real.sum(1).tolist(),
-        "image_rows": torch.zeros_like(batch["image_rows"]),
-    }
+        padded = self.collator(items)
+        assert "teacher_images" not in padded, "predictors read rows of one sample"
+        lengths = padded["attention_mask"].sum(1).tolist()
+        rows = zip(padded["input_ids"], padded["labels"], lengths, strict=True)
+        samples = [{"input_ids": ids[:length], "labels": labels[:length]} for ids, labels, length in rows]
+        flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(samples, return_tensors="pt")
+        return {
+            **padded,
+            **flat,
+            "attention_mask": torch.ones_like(flat["input_ids"]),
+            "image_rows": torch.zeros_like(padded["image_rows"]),
+        }

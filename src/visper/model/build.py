@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,10 +28,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.utils import cached_file
 
+from visper.common.compat import save_under_published_names
 from visper.common.errors import ConfigError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
@@ -257,9 +258,7 @@ def _assemble(
     model.config.text_config.pad_token_id = pad_id
     model.config.pad_token_id = pad_id
     model.tie_weights()
-    # Assembled, not loaded, so the library does not know which published parameter names to save under: without this
-    # CLIP's `vision_tower.vision_model.` prefix is left out, which vLLM and older transformers expect.
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    save_under_published_names(model)
     return model.eval()
 
 
@@ -321,12 +320,23 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **optio
         processor = _load_processor(source)
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
-    names: dict[str, list[str]] = {}
-    found = cached_file(source, STUDENT_FILE, _raise_exceptions_for_missing_entries=False)  # of a hub id, too
-    if found is not None:
-        names = json.loads(Path(found).read_text(encoding="utf-8"))["task_tokens"]
+    names = _read_task_tokens(source)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids)
+
+
+def _read_task_tokens(source: str) -> dict[str, list[str]]:
+    """Names of the task tokens, from a folder or a hub id; none where the model was not saved by this package."""
+    file = Path(source) / STUDENT_FILE
+    if not Path(source).is_dir():
+        try:
+            file = Path(hf_hub_download(source, STUDENT_FILE))
+        except EntryNotFoundError:
+            return {}
+    if not file.is_file():
+        return {}
+    names: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))["task_tokens"]
+    return names
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:

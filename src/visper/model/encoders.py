@@ -30,6 +30,7 @@ from visper.model.hub import loading, sizes_of
 logger = logging.getLogger(__name__)
 
 Color = tuple[float, ...]
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -83,8 +84,6 @@ class FeatureMapTower(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _supports_sdpa = True
-    # A frozen tower is never split over devices, so no class has to stay on one.
-    _no_split_modules: list[str] = []  # noqa: RUF012 (the name and type are transformers')
 
     def __init__(self, config: FeatureMapTowerConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
@@ -102,7 +101,7 @@ class FeatureMapTower(PreTrainedModel):
         """
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
         return self
 

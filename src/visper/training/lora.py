@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from visper.common.compat import forget_adapters
 from visper.common.errors import ConfigError
 from visper.config import Run
 from visper.model import Student, load_student
@@ -124,7 +125,7 @@ def merge_updates(run: Run, student: Student) -> Student:
             module.merge(safe_merge=True)
             parent, _, last = name.rpartition(".")
             setattr(student.model.get_submodule(parent), last, module.base_layer)
-    student.model.__dict__.pop("peft_config", None)
+    forget_adapters(student.model)
     return student
 
 

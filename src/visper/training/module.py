@@ -1,7 +1,9 @@
 """The training model: student, task tokens and objective as one module that returns the loss and its named terms.
 
-Everything is normalized by the *global* batch (supervised tokens, samples with an image), so that a term summed over
-micro-batches and ranks is the same however the batch is split.
+Every term is normalized by the *global* batch (supervised tokens, samples with an image), so that its sum over
+micro-batches and processes is the same however the batch is split.
+
+Shape suffixes: B = rows, L = tokens of a row, T = supervised tokens, D = width of the LLM.
 """
 
 from __future__ import annotations
@@ -13,29 +15,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from visper.common.compat import is_partitioned, recompute_layers
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import Student, TaskTokens
-from visper.training.attention import borders
+from visper.training.attention import packing_arguments
 
 NTP = "ntp"
 """Name of the next-token term."""
 LOGIT_ROWS = 2048
-"""Positions whose logits are held at once: 1 GB in float32 with 128k words."""
+"""Positions whose logits exist at once: 1 GB in float32 with 128k words."""
 
 
 class TrainingModel(nn.Module):
-    """A student that learns.
+    """A student with what is trained beside it.
 
     Args:
         student: what is trained and later saved.
-        task_tokens: their learning (PT) or frozen (VPT, IFT) queries; None for a student without task tokens.
+        task_tokens: their trainable (PT) or frozen (VPT, IFT) queries; None for a student without task tokens.
         objective: the embedding losses; None where the stage has none.
     """
 
-    silent: Tensor
+    silent_ids: Tensor
 
     def __init__(
         self, student: Student, task_tokens: TaskTokens | None = None, objective: EmbeddingDistillation | None = None
@@ -45,16 +49,19 @@ class TrainingModel(nn.Module):
         self.processor = student.processor
         self.task_tokens = task_tokens
         self.objective = objective
-        self.config = student.model.config  # the engine looks for it
-        self.blank_pictures = False
-        """For engines that sum gradients in the order they arrive in: batches without images then take the same way."""
-        self._ids = (student.image_token_id, dict(student.task_token_ids))
-        self.register_buffer("silent", torch.tensor(student.silent_ids), persistent=False)
+        self.config = student.model.config  # transformers' Trainer reads it
+        self.encode_blank_image = False
+        """Whether text-only batches run a blank image through the encoder; for engines that sum gradients in the order
+        in which they are computed."""
+        self.image_token_id = student.image_token_id
+        self.task_token_ids = dict(student.task_token_ids)
+        self.register_buffer("silent_ids", torch.tensor(student.silent_ids), persistent=False)
         if task_tokens is not None:
             task_tokens.attach(self.student.get_input_embeddings())
+        self.register_load_state_dict_post_hook(_allow_missing_frozen)
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """As always, but a frozen encoder stays in evaluation mode: training sees the features that inference sees."""
+        """Sets training mode, except for a frozen encoder: training then sees the features that inference sees."""
         super().train(mode)
         vision = self.student.model.vision_tower
         if not any(parameter.requires_grad for parameter in vision.parameters()):
@@ -62,22 +69,17 @@ class TrainingModel(nn.Module):
         return self
 
     def recompute_activations(self, share: float = 1.0) -> None:
-        """Turns gradient checkpointing on in student and predictors; never re-entrant, which loses hooks' gradients.
+        """Turns gradient checkpointing on in student and predictors.
 
         Args:
             share: of the student's layers, evenly spread; the others keep their activations.
         """
-        # transformers 5.2x renamed the method; 5.17 has the old name only.
-        enable = getattr(self.student, "activation_checkpointing_enable", self.student.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        recompute_layers(self.student)
         layers = [part for part in self.student.modules() if isinstance(part, GradientCheckpointingLayer)]
         for at, layer in enumerate(layers):
             layer.gradient_checkpointing = int((at + 1) * share) > int(at * share)
-        # transformers has also made the outputs of all embeddings ask for gradients, which only re-entrant
-        # checkpointing needs: a frozen encoder would keep its activations and be walked back through.
-        self.student.disable_input_require_grads()
         if self.objective is not None:
-            self.objective.recompute = True
+            self.objective.recompute = share > 0
 
     def forward(
         self,
@@ -90,7 +92,7 @@ class TrainingModel(nn.Module):
         image_rows: Tensor | None = None,
         targets: Mapping[str, Targets] | None = None,
         position_ids: Tensor | None = None,
-        sample_lengths: list[int] | None = None,
+        **borders: Any,
     ) -> dict[str, Tensor]:
         """One micro-batch's share of the global loss.
 
@@ -101,33 +103,28 @@ class TrainingModel(nn.Module):
             pixel_values: ``[B_img, 3, H, W]``.
             image_rows: ``[B_img]`` rows that have an image.
             targets: per task, with an objective.
-            position_ids, sample_lengths: of a packed row, ``B = 1`` (``data.packed``).
+            position_ids: ``[1, L]`` of a packed row, from 0 in every sample (``data.packing``).
+            **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``).
 
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
-        layers = self.objective.layers if self.objective is not None else ()
         text_model = self.student.model.language_model
-        tap: Any = HiddenStateTap(text_model, layers) if layers else contextlib.nullcontext({})
-        blind = pixel_values is None
-        with tap as hidden, self._as_if_seen() if blind else contextlib.nullcontext():
-            # No mask: padding lies on the right, where causal attention never looks, and a mask would keep SDPA from
-            # its causal kernel.
-            packed = borders(text_model, position_ids, sample_lengths)
-            output = self.student.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False, **packed)
-            ntp = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
-            terms = {NTP: ntp}
-            loss = ntp
+        with self._tap() as hidden, self._reaching_vision(pixel_values is None):
+            # Unpacked rows get no mask: padding is on the right, where causal attention never looks, and a mask would
+            # keep SDPA from its causal kernel.
+            packing = packing_arguments(text_model, position_ids, borders)
+            output = self.student.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False, **packing)
+            loss = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
+            terms = {NTP: loss}
             if self.objective is not None:
                 assert self.task_tokens is not None
-                image_token_id, task_ids = self._ids
-                layout = TokenLayout.from_ids(input_ids, attention_mask, image_token_id, task_ids)
+                layout = self._layout(input_ids, attention_mask)
                 rows = image_rows if image_rows is not None else input_ids.new_empty(0)
-                distilled = self.objective(
-                    hidden, layout, dict(self.task_tokens.queries), targets or {}, rows, num_images
-                )
-                terms.update(distilled)
+                queries = dict(self.task_tokens.queries)
+                distilled = self.objective(hidden, layout, queries, targets or {}, rows, num_images)
                 loss = loss + self.objective.total(distilled)
+                terms |= distilled
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
@@ -137,11 +134,11 @@ class TrainingModel(nn.Module):
         """What the tapped layers predict: ``"depth/20"`` and the like -> ``[B_img, N, E]``. Needs an objective."""
         if self.objective is None or self.task_tokens is None:
             raise ValueError("this model has no objective to predict with: add 'distillation' to the run")
-        with HiddenStateTap(self.student.model.language_model, self.objective.layers) as hidden:
+        with self._tap() as hidden:
             self.student.model(
                 input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
             )
-            layout = TokenLayout.from_ids(input_ids, attention_mask, *self._ids)
+            layout = self._layout(input_ids, attention_mask)
             queries = dict(self.task_tokens.queries)
             return {
                 f"{task}/{layer}": predicted
@@ -150,55 +147,98 @@ class TrainingModel(nn.Module):
             }
 
     def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
-        """Cross-entropy summed over supervised positions; logits exist at those positions only, and of ``LOGIT_ROWS``
-        of them at a time: with a vocabulary of 128k a batch of long answers would fill a GPU with logits alone.
+        """Cross-entropy summed over supervised tokens; logits are computed for those only, ``LOGIT_ROWS`` at a time.
 
-        Image and task tokens are inputs, never answers: they take no part in the softmax, so that their rows of a tied
-        head stay as they are.
+        With a vocabulary of 128k, the logits of a batch of long answers would otherwise fill a GPU. Image and task
+        tokens are inputs, never answers: they are left out of the softmax, so that their rows of a tied head get no
+        gradient from it.
         """
         shifted = labels_BL[:, 1:]
         supervised = shifted != -100
         states_TD, wanted_T = hidden_BLD[:, :-1][supervised], shifted[supervised]
         if len(states_TD) <= LOGIT_ROWS:
             return self._cross_entropy(states_TD, wanted_T)
+        if self._can_fuse_head(states_TD):
+            weight_VD = self.student.get_output_embeddings().weight
+            bias_V = weight_VD.new_zeros(len(weight_VD)).index_fill_(0, self.silent_ids, float("-inf"))
+            chunks = nn.LinearCrossEntropyOptions()
+            fused: Tensor = F.linear_cross_entropy(
+                states_TD, weight_VD, wanted_T, linear_bias=bias_V, reduction="sum", options=chunks
+            )
+            return fused
         parts = zip(states_TD.split(LOGIT_ROWS), wanted_T.split(LOGIT_ROWS), strict=True)
         sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
         return torch.stack(sums).sum()
 
     def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor) -> Tensor:
         logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
-        return F.cross_entropy(logits.index_fill_(1, self.silent, float("-inf")), wanted_T, reduction="sum")
+        return F.cross_entropy(logits.index_fill_(1, self.silent_ids, float("-inf")), wanted_T, reduction="sum")
+
+    def _can_fuse_head(self, states_TD: Tensor) -> bool:
+        """Whether ``F.linear_cross_entropy`` (torch 2.15) may replace head and loss: in plain float32 only.
+
+        In bfloat16 it sums the loss in bfloat16 (off by 1e-3), and it ignores autocast (docs/speed.md).
+        """
+        head = self.student.get_output_embeddings()
+        return (
+            hasattr(F, "linear_cross_entropy")
+            and type(head) is nn.Linear
+            and head.bias is None
+            and states_TD.dtype == head.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled(states_TD.device.type)
+            and not isinstance(self, FSDPModule)
+            and not is_partitioned(head.weight)
+        )
+
+    def _tap(self) -> contextlib.AbstractContextManager[Mapping[int, Tensor]]:
+        """Captures the hidden states that the objective reads, by layer; without an objective, none."""
+        if self.objective is None or not self.objective.layers:
+            return contextlib.nullcontext({})
+        return HiddenStateTap(self.student.model.language_model, self.objective.layers)
+
+    def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> TokenLayout:
+        return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids)
 
     @contextlib.contextmanager
-    def _as_if_seen(self) -> Iterator[None]:
-        """Makes a batch without images depend on what reads them, to no effect, from where their features would enter.
+    def _reaching_vision(self, text_only: bool) -> Iterator[None]:
+        """Adds a zero-valued dependency on the vision parameters to the embeddings of a text-only batch.
 
-        DDP waits for every gradient, and FSDP sums a layer's where its input's arrives: on every process, or on none.
+        Such a batch then yields zero gradients for them. DDP would wait forever for missing ones, and FSDP and
+        DeepSpeed for a process that skips a module which the others run.
         """
+        if not text_only:
+            yield
+            return
 
-        def look(module: nn.Module, args: Any, looked_up_BLD: Tensor) -> Tensor:
-            zero = self._blank_picture() if self.blank_pictures else self._untouched()
-            return looked_up_BLD + zero.to(looked_up_BLD.dtype)
+        def add_zero(module: nn.Module, args: Any, embedded_BLD: Tensor) -> Tensor:
+            zero = self._zero_from_blank_image() if self.encode_blank_image else self._zero_from_parameters()
+            return embedded_BLD + zero.to(embedded_BLD.dtype)
 
-        handle = self.student.get_input_embeddings().register_forward_hook(look)
+        handle = self.student.get_input_embeddings().register_forward_hook(add_zero)
         try:
             yield
         finally:
             handle.remove()
 
-    def _blank_picture(self) -> Tensor:
-        """Zero that a blank picture went all the way for."""
+    def _zero_from_blank_image(self) -> Tensor:
+        """A zero that depends on the vision parameters through a forward pass of a blank image."""
         inner, size = self.student.model, self.config.vision_config.image_size
-        learning = inner.vision_tower.training
-        inner.vision_tower.eval()  # batch statistics are of pictures
-        pixels = torch.zeros(1, 3, size, size, device=self.silent.device)
+        training = inner.vision_tower.training
+        inner.vision_tower.eval()  # batch statistics must not see it
+        pixels = torch.zeros(1, 3, size, size, device=self.silent_ids.device)
         features = torch.cat(list(inner.get_image_features(pixel_values=pixels).pooler_output))
-        inner.vision_tower.train(learning)
+        inner.vision_tower.train(training)
         return 0.0 * features.sum()
 
-    def _untouched(self) -> Tensor:
-        """Zero that depends on the parameters a batch without images does not reach."""
+    def _zero_from_parameters(self) -> Tensor:
+        """A zero that depends on the trainable vision parameters directly."""
         vision = (self.student.model.vision_tower, self.student.model.multi_modal_projector)
-        learning = [p for module in vision for p in module.parameters() if p.requires_grad]
-        zero = self.silent.new_zeros((), dtype=torch.float32)
-        return zero + sum((0.0 * p.sum().float() for p in learning), start=zero)
+        trainable = [p for module in vision for p in module.parameters() if p.requires_grad]
+        zero = self.silent_ids.new_zeros((), dtype=torch.float32)
+        return zero + sum((0.0 * p.sum().float() for p in trainable), start=zero)
+
+
+def _allow_missing_frozen(model: nn.Module, found: Any) -> None:
+    """Lets a state dict without frozen parameters load: checkpoints leave them out, they never change."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]

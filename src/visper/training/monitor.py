@@ -142,7 +142,7 @@ class RunMonitor:
             if parameter.grad is not None:
                 parts.setdefault(part_name(name).split(".")[0], []).append(parameter.grad.detach())
         for part, gradients in parts.items():
-            norms = [gathered(norm) for norm in torch._foreach_norm(gradients)]
+            norms = [gathered(torch.linalg.vector_norm(gradient)) for gradient in gradients]
             self._norms[part] = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
     def report(self, terms: Mapping[str, float], steps: int, step: int) -> dict[str, float]:

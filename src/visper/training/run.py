@@ -28,7 +28,6 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -41,6 +40,7 @@ from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
+from visper.model.encoders import BATCH_NORMS
 from visper.model.revisions import with_commits
 from visper.model.start import starting_student
 from visper.target_store.open import open_targets
@@ -50,7 +50,13 @@ from visper.training.attention import choose_attention
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, tensorboard
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
-from visper.training.parallel.deepspeed import prepare_for_zero, uses_zero, zero_settings, zero_state
+from visper.training.parallel.deepspeed import (
+    prepare_for_zero,
+    require_same_writer,
+    uses_zero,
+    zero_settings,
+    zero_state,
+)
 from visper.training.parallel.fsdp import is_sharded, shard, unshard
 from visper.training.rates import learning_rate_of
 from visper.training.resume import require_same_order
@@ -139,8 +145,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     if newest is not None and is_last(Path(newest)):
         trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
     else:
-        if newest is not None and zero:
-            trainer.restore(newest)  # while the weights are whole
+        if newest is not None:
+            require_same_writer(Path(newest), run.launch, state.num_processes)
         with stopping_on_sigterm(trainer):
             trainer.train(resume_from_checkpoint=newest)
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
@@ -262,7 +268,7 @@ def set_trainable(run: Run, model: TrainingModel, student: Student, console: Con
 
 def to_bfloat16(module: nn.Module) -> None:
     """Casts the weights, but not batch normalization's: its statistics are sums that half precision rounds away."""
-    kept = {id(p) for m in module.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    kept = {id(p) for m in module.modules() if isinstance(m, BATCH_NORMS) for p in m.parameters()}
     for parameter in module.parameters():
         if id(parameter) not in kept:
             parameter.data = parameter.data.to(torch.bfloat16)

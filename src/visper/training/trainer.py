@@ -34,7 +34,7 @@ from visper.distillation import Targets, Teacher, gather_targets
 from visper.training.assemble import StageData
 from visper.training.clock import BACKWARD, DATA, FORWARD, OPTIMIZER, REST, TEACHER
 from visper.training.monitor import RunMonitor
-from visper.training.parallel import deepspeed as zero
+from visper.training.parallel.deepspeed import save_zero_checkpoint
 from visper.training.parallel.fsdp import gathered, is_sharded, put, whole
 from visper.training.rates import parameter_groups
 from visper.training.resume import write_order
@@ -46,7 +46,7 @@ STAGING = ".staging"
 DROPPED = "dropped.jsonl"
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
-) | {"position_ids", "sample_lengths"}
+) | {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 class EpochCallback(TrainerCallback):
@@ -118,9 +118,8 @@ class StageTrainer(Trainer):
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.sharded:
-            # Only the run's precision is left to do: with this mark accelerate does not wrap the model in DDP.
+            # Only the run's precision is left to do; a model that is prepared is not wrapped in DDP later.
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            model._is_accelerate_prepared = True  # type: ignore[assignment]
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.sharded:  # shards are where they belong
@@ -265,22 +264,24 @@ class StageTrainer(Trainer):
             write_order(folder, self.data)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Whole and by parameter names, so that another number of processes, or another engine, can go on from it."""
+        """Unsharded and by parameter names, so that another number of processes or another engine can resume from it;
+        DeepSpeed writes its own."""
+        first = self.args.should_save
         if self.is_deepspeed_enabled:
-            state = zero.optimizer_state(self._bare(), self._optimizer(), keep=self.args.should_save)
+            processes = self.accelerator.num_processes
+            save_zero_checkpoint(self.model_wrapped, Path(output_dir), self.run.launch, processes, first)
         else:
             state = get_optimizer_state_dict(self._bare(), self._optimizer(), options=WHOLE)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            if first:
+                torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+        if first:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        if self.is_deepspeed_enabled:
-            zero.load_optimizer_state(self._bare(), self._optimizer(), state)
-        else:
+        if not self.is_deepspeed_enabled:  # transformers has let DeepSpeed load its own
+            state = torch.load(Path(checkpoint) / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
             set_optimizer_state_dict(self._bare(), self._optimizer(), state, options=WHOLE)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from visper.common.compat import is_partitioned
 from visper.training.module import TrainingModel
 
 
@@ -42,14 +43,14 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``model``'s weights are shared out."""
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """``tensor`` whole, whatever the engine. Every process must call."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):  # ZeRO-3's
+    if is_partitioned(tensor):
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):

@@ -1,0 +1,67 @@
+"""What is used of other libraries without their promise to keep it: one function each, with the versions tried.
+
+``tests/common/test_compat.py`` fails when one of them is gone, or when another file reads a private name of a library.
+Not here: what transformers documents for subclasses to define (``_supports_sdpa``, ``_init_weights``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TRAINER_METHODS = (
+    "_get_grad_norm",
+    "_get_train_sampler",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_move_model_to_device",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+)
+"""Private methods of transformers' Trainer that the stage's trainer overrides (transformers 5.17 to 5.23)."""
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of the attention function that a transformers model calls (transformers 5.17 to 5.23).
+
+    ``set_attn_implementation`` is public, reading it back is not.
+    """
+    name: str | None = model.config._attn_implementation
+    return name
+
+
+def save_under_published_names(model: Any) -> None:
+    """Lets ``save_pretrained`` name the weights of a model that was assembled as it names those of a loaded one.
+
+    ``from_pretrained`` notes on the model how it renamed the weights, for ``save_pretrained`` to undo. Without that
+    note CLIP's ``vision_tower.vision_model.`` prefix is left out, which vLLM and older transformers expect
+    (transformers 5.17 to 5.23).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+
+
+def recompute_layers(model: Any) -> None:
+    """Turns gradient checkpointing on in every layer of a transformers model, not re-entrant.
+
+    transformers 5.2x renamed the method; 5.17 has the old name only. The re-entrant kind would lose the gradients of
+    forward hooks, and would need embeddings whose outputs require gradients: a frozen encoder would keep its
+    activations for a backward pass through it. transformers sets that up for either kind, so it is undone.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has split ``parameter`` over the processes (DeepSpeed 0.18 to 0.19).
+
+    transformers asks the same way.
+    """
+    return hasattr(parameter, "ds_id")
+
+
+def forget_adapters(model: Any) -> None:
+    """Removes peft's configuration from a model whose adapters are merged: transformers would save it as an adapter
+    (peft 0.17 to 0.21)."""
+    model.__dict__.pop("peft_config", None)
