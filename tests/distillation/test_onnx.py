@@ -131,7 +131,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no ONNX model at"):
         build_teacher("onnx", tmp_path / "absent.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="is no ONNX model that can be run"):
+    with pytest.raises(ValueError, match="cannot be loaded as an ONNX model"):
         build_teacher("onnx", tmp_path / "broken.onnx")
 
 

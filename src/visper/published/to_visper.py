@@ -93,17 +93,17 @@ def _write_model(
         shard: dict[str, Tensor] = {}
         wanted = [name for name, place in weights.where.items() if place == file and name in slots]
         for name, tensor in weights.tensors(file, wanted):
-            place, ours, shape = slots[name]
+            place, own_name, shape = slots[name]
             if place is None:
                 continue
             if place != MODEL:
-                heads.setdefault(place, {})[ours] = tensor.clone().reshape(skeleton.heads[place][ours])
-            elif ours in (INPUT_TABLE, OUTPUT_TABLE):
-                shard[ours] = _grown(tensor, shape[0])
-                if ours == INPUT_TABLE and tokens is not None:
-                    tokens.write_back(nn.Embedding.from_pretrained(shard[ours]))
+                heads.setdefault(place, {})[own_name] = tensor.clone().reshape(skeleton.heads[place][own_name])
+            elif own_name in (INPUT_TABLE, OUTPUT_TABLE):
+                shard[own_name] = _grown(tensor, shape[0])
+                if own_name == INPUT_TABLE and tokens is not None:
+                    tokens.write_back(nn.Embedding.from_pretrained(shard[own_name]))
             else:
-                shard[ours] = tensor
+                shard[own_name] = tensor
         if shard:
             writer.write(shard)
     if not inside:

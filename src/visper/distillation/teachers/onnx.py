@@ -136,7 +136,7 @@ def _session(path: Path, output: str | None, threads: int | None) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)
     except (Fail, InvalidProtobuf) as error:
-        raise ValueError(f"'{path}' is no ONNX model that can be run: {error}") from error
+        raise ValueError(f"'{path}' cannot be loaded as an ONNX model: {error}") from error
     if output is None or output in [known.name for known in session.get_outputs()]:
         return session
     return onnxruntime.InferenceSession(_with_output(path, output), options, providers)

@@ -50,7 +50,7 @@ def divided(size: int, stride: int, kind: str) -> int:
     """Cells a side of a ``size`` pixel image; raises ValueError where the stride does not divide it."""
     if size % stride:
         raise ValueError(
-            f"teacher '{kind}' divides its image into cells of {stride} pixels, which {size} is no multiple of: "
+            f"teacher '{kind}' divides its image into cells of {stride} pixels, which do not divide {size}: "
             f"set 'size' to {size // stride * stride or stride} or {(size // stride + 1) * stride}"
         )
     return size // stride

@@ -25,7 +25,7 @@ def class_colors(classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One picture's segments.
+    """One image's segments.
 
     Attributes:
         segments: ``[H, W]`` long, the segment at each pixel; 0 where there is none.
