@@ -90,6 +90,11 @@ def test_a_bad_row_says_why(content: Any, reason: str) -> None:
     assert error.value.reason == reason
 
 
+def test_a_broken_line_is_shown() -> None:
+    with pytest.raises(DataError, match=r"a line that is not JSON: '\{ half a row'"):
+        parse("{ half a row")
+
+
 @pytest.mark.parametrize("text", ["What does <image> mean?", "In HTML, <video> is a tag.", "What is `<audio>`?"])
 def test_text_may_mention_a_tag(text: str) -> None:
     assert parse(row(text, "A tag.")).turns[0].text == text

@@ -59,7 +59,7 @@ def parse_row(row: Any, sample_id: str, images: Path) -> Record:
     """A row as a record whose image lies under the folder ``images``.
 
     Raises:
-        DataError: the row is no conversation of alternating turns, or shows something else than one image.
+        DataError: the row is not a conversation of alternating turns, or shows something else than one image.
     """
     parsed = parse(row)
     image = None if parsed.image is None else str(images / parsed.image)
@@ -73,7 +73,8 @@ def parse(row: Any) -> Parsed:
         DataError: see ``parse_row``.
     """
     if not isinstance(row, dict):
-        raise DataError("not a row", f"expected an object with 'conversations', found {type(row).__name__}")
+        found = f"a line that is not JSON: {row[:60]!r}" if isinstance(row, str) else type(row).__name__
+        raise DataError("not a row", f"expected an object with 'conversations' or 'messages', found {found}")
     for name in MEDIA_KEYS:
         if row.get(name):
             raise DataError("media other than images", f"the row has '{name}': only images are read")
