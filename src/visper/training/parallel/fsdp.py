@@ -1,8 +1,8 @@
-"""FSDP2: weights, gradients and optimizer state shared out over the processes, and whole again for what is written.
+"""FSDP2: weights, gradients and optimizer state sharded over the processes, and unsharded for what is written.
 
 The decoder's layers are gathered one at a time; everything else, the encoder included, makes one group that is gathered
-for the whole step, so that a process whose rows have no image never waits for one whose rows have. torch's
-``fully_shard`` is called here and not by accelerate, which knows it on GPUs only: what the tests run on two CPU
+once a step, so that a process whose samples have no image never waits for one whose samples have. torch's
+``fully_shard`` is called here and not by accelerate, which uses it on GPUs only: what the tests run on two CPU
 processes is what a cluster runs.
 """
 
@@ -24,14 +24,14 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     """Shards ``model`` over all processes, in place.
 
     Args:
-        bfloat16: layers are gathered and multiplied in it; learning weights and gradients' sums stay in float32.
+        bfloat16: layers are gathered and multiplied in it; trainable weights and gradient sums stay in float32.
 
     Returns:
         The share of the weights that lies on this process.
     """
     on_gpu = torch.cuda.is_available()
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", (processes,))
-    # Inputs keep their precision, as under autocast without sharding: the residual stream of a learning LLM is float32.
+    # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = precision if bfloat16 else MixedPrecisionPolicy()
     for layer in model.student.model.language_model.layers:
@@ -42,12 +42,12 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``model``'s weights are shared out."""
+    """Whether ``model``'s weights are sharded."""
     return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """``tensor`` whole, whatever the engine. Every process must call."""
+    """The full ``tensor``, whatever the engine. Every process must call."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if is_partitioned(tensor):
@@ -59,7 +59,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """The named tensors whole, on the CPU, one at a time.
+    """The named tensors, unsharded, on the CPU, gathered one at a time.
 
     Every process must call; those that do not ``keep`` get none.
     """
@@ -73,14 +73,14 @@ def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Writes a whole ``value`` into a parameter, sharded or not."""
+    """Writes an unsharded ``value`` into a parameter, sharded or not."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
 
 
 def unshard(model: nn.Module, keep: bool) -> None:
-    """Puts whole weights on the CPU in place of the shards, for good: the model can be saved, but trains no more.
+    """Replaces the shards by full weights on the CPU, for good: the model can be saved, but not trained further.
 
     Every process must call; those that do not ``keep`` lose their weights.
     """
