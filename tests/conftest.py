@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,6 +37,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps what tests cache out of the material beside the project."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VISPER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("datasets")
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for started processes
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         yield
 
 

@@ -153,16 +153,16 @@ def test_version_is_the_packages():
     assert call("--version").output == f"visper {version('visper-lm')}\n"
 
 
-def test_data_is_checked_with_a_runs_tokenizer_then_sharded_and_trained_from(trained, tmp_path):
+def test_data_is_checked_with_a_runs_tokenizer_then_written_to_parquet_and_trained_from(trained, tmp_path):
     rows = trained / "rows"
-    recipe, drops, shards = trained / "tiny.yaml", tmp_path / "dropped.jsonl", tmp_path / "shards"
+    recipe, drops, parquet = trained / "tiny.yaml", tmp_path / "dropped.jsonl", tmp_path / "parquet"
     file = ["data", "check", str(rows / "rows.json"), "--images", str(rows / "images")]
     assert call(*file, "--run", str(recipe)).exit_code == 0
     tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
     assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
-    made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(shards))
-    assert made.exit_code == 0 and "4 rows in 1 shards" in made.output
-    source = f"data.sources=[{{shards: {shards}}}]"
+    made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(parquet))
+    assert made.exit_code == 0 and "4 rows in 1 files" in made.output
+    source = f"data.sources=[{{parquet: {parquet}/*.parquet}}]"
     assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0
 
 

@@ -38,27 +38,27 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     assert call("data", "prepare", "llava-665k", "--root", root, "--drop-archives")[0] == 0
     check = ("data", "check", "llava-665k", "--root", root, "--report", report, "--drop", drops)
     code, said = call(*check)
-    assert code == 1 and "llava_v1_5_mix665k.json: 2 of 14 rows are unusable" in said, (
-        "one is lost, one corrupt for good"
+    assert code == 1 and "llava_v1_5_mix665k.json: 3 of 14 rows are unusable" in said, (
+        "one is lost, one corrupt for good, one shows an image that it does not name"
     )
     ocr = {"rows": 6, "images": 6, "images present": 5, "not an image": 1, "missing image": 1, "unusable": 2}
     assert totals(report, "ocr_vqa") == ocr
     assert totals(report, "coco") == {"rows": 3, "images": 2, "images present": 2, "duplicate": 1}
-    assert totals(report, "(text only)") == {"rows": 1, "tag without image": 1}
-    assert len(drops.read_text().splitlines()) == 2
+    assert totals(report, "(no conversation)") == {"rows": 1, "media without a file": 1, "unusable": 1}
+    assert len(drops.read_text().splitlines()) == 3
 
     (root / "gqa/images/1.jpg").write_bytes(b"")
     (root / "vg/VG_100K/1.jpg").write_bytes(picture(41)[:100])
     (root / "textvqa/train_images/0a.jpg").unlink()
     (root / "coco/train2017/000000000001.jpg").write_bytes(picture(1, "GIF", "P"))
     code, said = call(*check)
-    assert code == 1 and "5 of 14 rows are unusable" in said
+    assert code == 1 and "6 of 14 rows are unusable" in said
     assert totals(report, "gqa")["empty image file"] == totals(report, "vg")["broken image"] == 1
     assert totals(report, "coco")["mislabeled image"] == totals(report, "textvqa")["missing image"] == 1
 
     shelf.requests.clear()
     code, said = call(*check, "--repair")
-    assert code == 1 and "mended 4 images; 2 cannot be" in said and "2 of 14 rows are unusable" in said
+    assert code == 1 and "mended 4 images; 2 cannot be" in said and "3 of 14 rows are unusable" in said
     assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
     assert (root / "vg/VG_100K/1.jpg").read_bytes() == picture(41)
     assert not any("train2017" in path for path, *_ in shelf.requests), "re-encoded, not fetched"
@@ -129,15 +129,15 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
     code, said = call("data", "check", mine, "--root", root, "--repair")
     assert code == 0 and "mended 1 images" in said and lost.read_bytes() == whole
 
-    shards = tmp_path / "shards"
-    code, said = call("data", "shard", mine, "--root", root, "--out", shards, "--shard-mb", 4)
+    parquet = tmp_path / "parquet"
+    code, said = call("data", "shard", mine, "--root", root, "--out", parquet, "--file-mb", 4)
     assert code == 0 and f"{found['rows']:,} rows in" in said
     settings = {
         "stage": "ift",
         "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
         "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
     }
-    for name, source in (("files", {"set": str(mine)}), ("shards", {"shards": str(shards)})):
+    for name, source in (("files", {"set": str(mine)}), ("parquet", {"parquet": f"{parquet}/*.parquet"})):
         data = {"root": str(root), "sources": [source], "group_by_length": True, "workers": 0, "max_tokens": 2048}
         out = tmp_path / f"from-{name}"
         run_stage(Run.model_validate({**settings, "name": name, "output": str(out), "data": data}))

@@ -20,8 +20,10 @@ def order(sampler: RowSampler, epoch: int = 0) -> list[int]:
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 def test_every_epoch_holds_every_row_once(rows: int, grouped: bool) -> None:
     lengths = [i % 5 for i in range(rows)] if grouped else None
-    sampler = RowSampler(rows, lengths=lengths, has_image=[i % 3 == 0 for i in range(rows)], group_size=4)
-    assert sorted(order(sampler, 3)) == list(range(rows)) and len(sampler) == rows
+    sampler = RowSampler(rows, lengths=lengths, has_image=[i % 3 == 0 for i in range(rows)], global_batch=4)
+    found = order(sampler, 3)
+    assert sorted(found[:rows]) == list(range(rows)) and len(found) == len(sampler) == -(-rows // 4) * 4
+    assert found[rows:] == found[: len(found) - rows], "the last batch is filled up from the start"
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
@@ -37,7 +39,7 @@ def test_whole_groups_hold_one_modality_and_similar_lengths() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 1000, (403,), generator=generator).tolist()
     has_image = [i % 4 != 0 for i in range(403)]
-    rows = order(RowSampler(403, lengths=lengths, has_image=has_image, group_size=8))
+    rows = order(RowSampler(403, lengths=lengths, has_image=has_image, global_batch=8))
     groups = [rows[i : i + 8] for i in range(0, 403 - 16, 8)]
     assert all(len({has_image[i] for i in group}) == 1 for group in groups)
     spread = [max(lengths[i] for i in group) - min(lengths[i] for i in group) for group in groups]
@@ -47,7 +49,7 @@ def test_whole_groups_hold_one_modality_and_similar_lengths() -> None:
 
 @pytest.mark.parametrize("image", [True, False])
 def test_one_modality_alone_is_grouped_too(image: bool) -> None:
-    rows = order(RowSampler(20, lengths=list(range(20)), has_image=[image] * 20, group_size=4))
+    rows = order(RowSampler(20, lengths=list(range(20)), has_image=[image] * 20, global_batch=4))
     assert sorted(rows) == list(range(20))
 
 
@@ -111,7 +113,7 @@ def test_weights_of_one_change_nothing() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_mixture_is_grouped_by_length_and_split_like_any_rows(processes: int) -> None:
     lengths, has_image = [(7 * row) % 58 for row in range(58)], [row % 3 > 0 for row in range(58)]
-    options = {"lengths": lengths, "has_image": has_image, "group_size": 4, "global_batch": 4}
+    options = {"lengths": lengths, "has_image": has_image, "global_batch": 4}
     plain, grouped = order(mixed(global_batch=4), 1), order(mixed(**options), 1)
     assert Counter(grouped) == Counter(plain), "grouping moves rows, and changes none"
     batches = BatchSampler(grouped, 4 // processes, drop_last=False)
@@ -119,11 +121,6 @@ def test_a_mixture_is_grouped_by_length_and_split_like_any_rows(processes: int) 
     steps = [[row for share in shares for row in share[at]] for at in range(len(shares[0]))]
     assert steps == [grouped[at : at + 4] for at in range(0, 40, 4)]
     assert sum(len({has_image[row] for row in step}) == 1 for step in steps) >= len(steps) - 2
-
-
-def test_a_mixture_of_shards_goes_to_the_processes_by_blocks() -> None:
-    rows = order(mixed(blocks=[row // 5 for row in range(58)], group_size=4, processes=2), 1)
-    assert Counter(rows) == Counter(order(mixed(), 1))
 
 
 def test_a_weight_that_leaves_no_row_is_refused() -> None:

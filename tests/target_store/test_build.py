@@ -8,7 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,8 +20,8 @@ from tests.logs import computed
 from visper.cli import app
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run, save_run
+from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import DropList
-from visper.data.rows.shards import write_shards
 from visper.data.rows.sources import open_records
 from visper.target_store import plan as planning
 from visper.target_store.build import build_targets
@@ -224,22 +223,13 @@ def test_images_that_cannot_be_decoded_are_skipped_by_build_and_by_training(make
     assert [drop.reason for drop in DropList.read(tmp_path / "stored" / "dropped.jsonl")] == ["not an image"]
 
 
-def test_embedded_images_find_the_targets_that_were_computed_from_files(make, tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    build_targets(make("files"), tmp_path / "store", quiet=True)
-    tiny.write_parquet(rows, tmp_path / "rows.parquet")
-    embedded = make("embedded", tmp_path / "store", source={"parquet": str(tmp_path / "rows.parquet")})
-    assert not build_targets(embedded, tmp_path / "store", quiet=True).parts
-    assert train(embedded)[0][0]["seg/2/smooth_l1"] > 0
-
-
-def test_shards_find_the_targets_that_were_computed_from_files(make, tmp_path, rows):
+def test_parquet_files_find_the_targets_that_were_computed_from_files(make, tmp_path, rows):
     build_targets(make("build"), tmp_path / "store", quiet=True)
     records = open_records([(rows / "rows.json", rows / "images")], DropList())
-    write_shards(records, tmp_path / "shards", DropList(), seed=1)
-    sharded = make("sharded", tmp_path / "store", source={"shards": str(tmp_path / "shards")})
-    assert not build_targets(sharded, tmp_path / "store", quiet=True).parts
-    assert train(sharded)[0][0]["seg/2/smooth_l1"] > 0
+    write_parquet(records, tmp_path / "parquet", DropList(), seed=1)
+    embedded = make("embedded", tmp_path / "store", source={"parquet": f"{tmp_path}/parquet/*.parquet"})
+    assert not build_targets(embedded, tmp_path / "store", quiet=True).parts
+    assert train(embedded)[0][0]["seg/2/smooth_l1"] > 0
 
 
 @pytest.mark.slow

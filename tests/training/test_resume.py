@@ -23,28 +23,15 @@ def data(ids: int = ROWS, **sampling: Any) -> StageData:
     return StageData(cast(Any, dataset), cast(Any, None), RowSampler(ids, **sampling), DropList(), ids)
 
 
-SHARDS = {"blocks": [i // 3 for i in range(ROWS)]}
 HALVES = torch.arange(ROWS) // (ROWS // 2)
 MIXTURE = {"mixture": Mixture(HALVES, (2.0, 0.5))}
 LENGTHS = {"lengths": list(range(ROWS)), "has_image": [True] * ROWS}
 
 
-@pytest.mark.parametrize("sampling", [{}, LENGTHS, MIXTURE, SHARDS | {"group_size": 2}])
+@pytest.mark.parametrize("sampling", [{}, LENGTHS, MIXTURE])
 def test_the_same_order_goes_on(sampling: dict[str, Any], tmp_path: Path) -> None:
     write_order(tmp_path, data(**sampling))
     require_same_order(tmp_path, data(**sampling))
-
-
-def test_files_may_be_split_anew(tmp_path: Path) -> None:
-    write_order(tmp_path, data(**LENGTHS, group_size=4, processes=1))
-    require_same_order(tmp_path, data(**LENGTHS, group_size=4, processes=2))
-
-
-@pytest.mark.parametrize(("group_size", "processes"), [(4, 1), (4, 2), (2, 2)])
-def test_shards_may_not_be_split_anew(tmp_path: Path, group_size: int, processes: int) -> None:
-    write_order(tmp_path, data(**SHARDS, group_size=2, processes=1))
-    with pytest.raises(ConfigError, match=r"written with micro_batch 2 x 1 processes, this run has micro_batch \d x"):
-        require_same_order(tmp_path, data(**SHARDS, group_size=group_size, processes=processes))
 
 
 @pytest.mark.parametrize(
@@ -53,10 +40,9 @@ def test_shards_may_not_be_split_anew(tmp_path: Path, group_size: int, processes
         (data(ROWS - 1), f"{ROWS} rows then, {ROWS - 1} now"),
         (data(seed=1), "other rows"),
         (data(**LENGTHS), "other rows"),
-        (data(**SHARDS, group_size=2), "other rows"),
         (data(**MIXTURE), "other rows"),
     ],
-    ids=["a row less", "another seed", "grouped", "from shards", "another mixture"],
+    ids=["a row less", "another seed", "grouped", "another mixture"],
 )
 def test_other_data_are_refused_with_what_to_do(tmp_path: Path, other: StageData, message: str) -> None:
     write_order(tmp_path, data())

@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration
 from tests import tiny
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
+from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
-from visper.data.rows.shards import GROUP_ROWS, write_shards
 from visper.data.rows.sources import open_records
 from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
@@ -200,17 +200,16 @@ def cut_behind(monkeypatch, step):
 
 
 @pytest.fixture
-def shards(rows, tmp_path, monkeypatch):
-    """The same rows as a source of shards."""
-    monkeypatch.setattr("visper.data.rows.shards._AT_ONCE", GROUP_ROWS // 4)
+def parquet(rows, tmp_path):
+    """The same rows as Parquet files."""
     records = open_records([(rows / "rows.json", rows / "images")], DropList())
-    write_shards(records, tmp_path / "shards", DropList(), 2000)
-    return {"sources": [{"shards": str(tmp_path / "shards")}], "workers": 2, "group_by_length": True}
+    write_parquet(records, tmp_path / "parquet", DropList(), 2000)
+    return {"sources": [{"parquet": f"{tmp_path}/parquet/*.parquet"}], "workers": 2, "group_by_length": True}
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("pt", "json"), ("ift", "json"), ("pt", "shards")])
-def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, shards):
-    data = shards if kind == "shards" else {}
+@pytest.mark.parametrize(("stage", "kind"), [("pt", "json"), ("ift", "json"), ("pt", "parquet")])
+def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, parquet):
+    data = parquet if kind == "parquet" else {}
     run_stage(make(stage, name="whole", data=data))
     run = make(stage, name="cut", data=data)
     cut_behind(monkeypatch, 3)
@@ -274,17 +273,6 @@ def test_resume_may_split_the_batch_anew(make, monkeypatch, tmp_path):
     whole, cut = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "cut" / "model")
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_resume_from_shards_keeps_the_split(make, monkeypatch, tmp_path, shards):
-    cut_behind(monkeypatch, 3)
-    with pytest.raises(Stop):
-        run_stage(make("ift", name="cut", data=shards))
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="micro_batch 2 x 1 processes, this run has micro_batch 1 x 1"):
-        run_stage(make("ift", name="cut", data=shards, optimization={"micro_batch": 1}), resume=True)
-    run_stage(make("ift", name="cut", data=shards), resume=True)
 
 
 @pytest.mark.slow

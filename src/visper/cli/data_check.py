@@ -97,24 +97,22 @@ def shard(
     images: Images = None,
     root: Root = Path("data"),
     drop_list: DropLists = None,
-    shard_mb: Annotated[int, typer.Option(min=1, help="size of a shard, MiB; give every process several")] = 256,
+    file_mb: Annotated[int, typer.Option(min=1, help="images in a file, MiB, about")] = 256,
     seed: Annotated[int, typer.Option(help="of the order in which rows are written")] = 0,
 ) -> None:
-    """Write a data set as Parquet shards, shuffled; train from them by `data.sources=[{shards: FOLDER_OR_ADDRESS}]`.
+    """Write a data set as a few Parquet files, shuffled; train by `data.sources=[{parquet: FOLDER/*.parquet}]`.
 
     Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
+    from visper.data.rows.parquet import write_parquet
     from visper.data.rows.records import DropList
-    from visper.data.rows.shards import write_shards
     from visper.data.rows.sources import open_records
     from visper.data.sets.catalog import sources_of
 
     drops = DropList(agreed=(row for path in drop_list or [] for row in DropList.read(path)))
     records = open_records(sources_of(what, images, root), drops, quiet=False)
-    shards = write_shards(records, out, drops, shard_mb << 20, seed, quiet=False)
-    Console().print(
-        f"{sum(shard.rows for shard in shards):,} rows in {len(shards)} shards: {out}; left out: {drops.counts() or 0}"
-    )
+    counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False)
+    Console().print(f"{sum(counts):,} rows in {len(counts)} files: {out}; left out: {drops.counts() or 0}")
 
 
 def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:

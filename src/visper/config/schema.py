@@ -80,7 +80,7 @@ class Student(Section):
 
 
 class Source(Section):
-    """Rows, in one of five ways: a set of the catalogue, a JSON file, a hub data set, Parquet files, or shards."""
+    """Rows, in one of four ways: a set of the catalogue, a JSON file, a hub data set, or Parquet files."""
 
     data_set: PathText | None = Field(
         None, alias="set", description="name in the catalogue, or a YAML file like its entries"
@@ -88,7 +88,6 @@ class Source(Section):
     json_file: PathText | None = Field(None, alias="json", description=".json or .jsonl, optionally .gz; with 'images'")
     hf: PathText | None = Field(None, description="data set of the hub, or a folder that holds one")
     parquet: PathText | None = Field(None, description="Parquet file, or a pattern of several")
-    shards: PathText | None = Field(None, description="folder or fsspec address that `visper data shard` wrote")
     images: PathText | None = Field(None, description="folder under which the image paths lie")
     columns: dict[Literal["id", "image", "images", "conversations", "messages", "text"], str] = Field(
         default_factory=dict, description="what the rows' own names for these fields are"
@@ -103,9 +102,9 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_way(self) -> Source:
         ways = {"set": self.data_set, "json": self.json_file, "hf": self.hf, "parquet": self.parquet}
-        given = [name for name, value in (ways | {"shards": self.shards}).items() if value is not None]
+        given = [name for name, value in ways.items() if value is not None]
         if len(given) != 1 or (given == ["json"] and self.images is None):
-            raise ValueError("give one of 'set', 'json' (with 'images'), 'hf', 'parquet' and 'shards'")
+            raise ValueError("give one of 'set', 'json' (with 'images'), 'hf' and 'parquet'")
         for name in ("images", "columns", "split", "subset", "revision"):
             kinds = ("json", "hf", "parquet") if name in ("images", "columns") else ("hf",)
             if getattr(self, name) and given[0] not in kinds:
@@ -113,15 +112,15 @@ class Source(Section):
         return self
 
     @property
-    def kind(self) -> Literal["json", "hf", "parquet", "shards"]:
+    def kind(self) -> Literal["json", "hf", "parquet"]:
         """How the rows are given; a set consists of JSON files."""
-        kinds: tuple[Literal["hf", "parquet", "shards"], ...] = ("hf", "parquet", "shards")
+        kinds: tuple[Literal["hf", "parquet"], ...] = ("hf", "parquet")
         return next((name for name in kinds if getattr(self, name) is not None), "json")
 
     @property
     def place(self) -> str:
         """The file, folder, address or name; of a set its name."""
-        return str(self.data_set or self.json_file or self.hf or self.parquet or self.shards)
+        return str(self.data_set or self.json_file or self.hf or self.parquet)
 
 
 class Data(Section):

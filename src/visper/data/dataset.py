@@ -160,7 +160,7 @@ def require_images(records: Sequence[Record]) -> None:
 def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
     """The rows that can be encoded but whose image file is missing or empty: index -> reason, detail.
 
-    Every file is looked at once, however many rows show it. Pictures in shards were looked at when these were written.
+    Every file is checked once, however many rows show it. Images inside Parquet files are not: they were when written.
     """
     files = records.image_files() if isinstance(records, Records) else [record.image for record in records]
     rows: dict[str, list[int]] = {}

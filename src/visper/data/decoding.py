@@ -33,7 +33,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
     Args:
         path: the file, or the name of a picture whose ``content`` is at hand.
-        content: of a picture that is kept in a shard.
+        content: of a picture that a source holds.
 
     Raises:
         DataError: the file is missing, empty, truncated or no picture; ``reason`` tells which.

@@ -1,8 +1,7 @@
 """Which rows an epoch has and in which order: a function of (seed, epoch) alone, in groups of similar length if asked.
 
-Every rank builds the same global order and takes its share of the batches (accelerate does), so that neither the
-number of workers nor a restart changes which rows meet in a batch. Rows of shards come so that each rank reads its own
-shards, one after the other.
+Every process builds the same global order and takes its share of the batches (accelerate does), so that neither the
+number of workers nor a restart changes which rows meet in a batch.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -78,11 +75,8 @@ class RowSampler(Sampler[int]):
         seed: of the run.
         lengths: tokens of each row, to put rows of similar length side by side; None: a plain shuffle.
         has_image: which rows show an image; with ``lengths``, groups hold one modality.
-        group_size: rows that are to be alike: the global batch; with ``blocks`` the micro-batch times the processes.
-        blocks: the shard of each row; a shard's rows then all go to one process, and are alike by micro-batch.
-        processes: that share the blocks.
-        global_batch: an epoch is filled up to a multiple of it with rows from its start, so that its last step, too, is
-            the same however the batch is split, and no process runs out of rows.
+        global_batch: size of the groups. An epoch is filled up to a multiple of it with rows from its start, so that
+            its last step, too, is the same however the batch is split, and no process runs out of rows.
         mixture: how often rows are seen in an epoch; None: once.
     """
 
@@ -92,13 +86,10 @@ class RowSampler(Sampler[int]):
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         has_image: Sequence[bool] | None = None,
-        group_size: int = 1,
-        blocks: Sequence[int] | npt.NDArray[np.int64] | None = None,
-        processes: int = 1,
         global_batch: int = 1,
         mixture: Mixture | None = None,
     ) -> None:
-        for name, values in (("lengths", lengths), ("has_image", has_image), ("blocks", blocks)):
+        for name, values in (("lengths", lengths), ("has_image", has_image)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one a row")
         self.num_rows = num_rows
@@ -106,15 +97,7 @@ class RowSampler(Sampler[int]):
         self.epoch_rows = num_rows if mixture is None else sum(mixture.counts)
         self.seed = seed
         self.epoch = 0
-        self.group_size = group_size
-        self.processes = processes
         self.global_batch = global_batch
-        self.blocks = None if blocks is None else torch.as_tensor(blocks)
-        if self.blocks is not None and len(self.blocks.unique()) < processes:
-            raise ValueError(
-                f"{len(self.blocks.unique())} shards for {processes} processes: write smaller shards, "
-                "`visper data shard --shard-mb N`"
-            )
         self.lengths = None if lengths is None else torch.tensor(list(lengths))
         self.has_image = torch.zeros(num_rows, dtype=torch.bool) if has_image is None else torch.tensor(list(has_image))
 
@@ -130,46 +113,24 @@ class RowSampler(Sampler[int]):
         order = torch.randperm(self.epoch_rows, generator=generator)
         if self.mixture is not None:
             order = self.mixture.rows(self.seed, self.epoch)[order]
-        if self.blocks is not None:
-            order = self._dealt(order, self.blocks, generator)
-        elif self.lengths is not None:
-            groups, rest = self._grouped(order, self.group_size, generator)
-            # What fills no group comes last, so that the groups before it stay whole.
-            order = torch.cat([*groups, *rest])
+        if self.lengths is not None:
+            order = self._grouped(order, self.lengths, generator)
         return iter(order.repeat(-(-len(self) // max(1, self.epoch_rows)))[: len(self)].tolist())
 
-    def _grouped(self, order: Tensor, size: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """Groups of ``size`` like rows, shuffled, and the rows that fill none."""
-        assert self.lengths is not None
+    def _grouped(self, order: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
+        """``order`` in groups of a global batch, alike in modality and length; the groups are shuffled.
+
+        Rows that fill no group come last, so that the groups before them stay complete.
+        """
+        size = self.global_batch
         groups: list[Tensor] = []
         rest: list[Tensor] = []
         for modality in (True, False):
             rows = order[self.has_image[order] == modality]
-            whole = len(rows) // size * size
-            rest.append(rows[whole:])
-            for pool in rows[:whole].split(size * POOL_BATCHES):
-                by_length = pool[torch.argsort(self.lengths[pool], descending=True, stable=True)]
+            filled = len(rows) // size * size
+            rest.append(rows[filled:])
+            for pool in rows[:filled].split(size * POOL_BATCHES):
+                by_length = pool[torch.argsort(lengths[pool], descending=True, stable=True)]
                 groups.extend(by_length.split(size))
-        return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()], rest
-
-    def _dealt(self, order: Tensor, blocks: Tensor, generator: torch.Generator) -> Tensor:
-        """Whole blocks for each process, in micro-batches in turn: the engine gives batch j to process j mod P."""
-        size = self.group_size // self.processes
-        by_block = order[torch.argsort(blocks[order], stable=True)].split(torch.bincount(blocks[order]).tolist())
-        shares: list[list[Tensor]] = [[] for _ in range(self.processes)]
-        rests: list[list[Tensor]] = [[] for _ in range(self.processes)]
-        held = [0] * self.processes
-        for i in torch.randperm(len(by_block), generator=generator).tolist():
-            process = held.index(min(held))
-            held[process] += len(by_block[i])
-            groups: list[Tensor] = [by_block[i]]
-            rest: list[Tensor] = []
-            if self.lengths is not None:
-                groups, rest = self._grouped(by_block[i], size, generator)
-            shares[process].extend(groups)
-            rests[process].extend(rest)
-        rows = [torch.cat([*share, *rest]) for share, rest in zip(shares, rests, strict=True)]
-        whole = min(len(share) for share in rows) // size * size
-        in_turn = torch.stack([share[:whole].view(-1, size) for share in rows], dim=1)
-        # Shares differ by a block at most: its rows, the last of the epoch, go to whoever is next.
-        return torch.cat([in_turn.flatten(), *(share[whole:] for share in rows)])
+        shuffled = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+        return torch.cat([*shuffled, *rest])

@@ -86,7 +86,7 @@ def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
 
 
 def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
-    """Each picture once, with its content where a shard holds it."""
+    """Each picture once, with its content where the source holds it."""
     seen = set()
     for index, record in enumerate(records):
         if record.image is not None and record.image not in seen:

@@ -171,8 +171,8 @@ def _same_but_revision(other: StoredTeacher, fingerprint: Fingerprint) -> bool:
 def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool = True) -> None:
     """Refuses, on every rank, rows whose images have no stored targets.
 
-    The first process compares a hash of each file, which is cached until the file changes. Images in shards are not
-    compared: a missing target drops its row when it is read, and ``data.drop_limit`` counts it.
+    The first process compares a hash of each file, which is cached until the file changes. Images inside Parquet files
+    are not compared: a missing target drops its row when it is read, and ``data.drop_limit`` counts it.
 
     Raises:
         DataError: the message counts them, names the first, and the command that computes them.

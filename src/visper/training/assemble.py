@@ -21,7 +21,7 @@ from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_ima
 from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
-from visper.data.rows.sources import blocks_of, mixture_of, open_records
+from visper.data.rows.sources import mixture_of, open_records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
@@ -127,15 +127,9 @@ def build_data(
     lengths = None
     if settings.group_by_length:
         lengths = looked.lengths if looked is not None else dataset.estimated_lengths()
-    blocks = blocks_of(records)
-    # Alike are the rows of a global batch, so that the order does not depend on how that is split; rows of shards
-    # are dealt to the processes that read them, so theirs does.
-    processes = PartialState().num_processes
-    alike = run.optimization.global_batch if blocks is None else run.optimization.micro_batch * processes
     has_image = dataset.has_image if lengths else None
-    batch = run.optimization.global_batch
-    mixture = mixture_of(records)
-    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, alike, blocks, processes, batch, mixture)
+    batch, mixture = run.optimization.global_batch, mixture_of(records)
+    sampler = RowSampler(len(dataset), run.seed, lengths, has_image, batch, mixture)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     padded = Collator(student.processor.tokenizer.pad_token_id, preprocess)
     collator = PackingCollator(padded) if run.optimization.packing else padded

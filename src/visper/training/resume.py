@@ -1,7 +1,7 @@
 """The place in the data that a checkpoint stands at: a step, in an order that must be the same when it is continued.
 
-The order is a function of the rows, the seed and the grouping; that of shards also of how the batch is split, because
-each process reads its own. All of it is written into the checkpoint and compared on resuming.
+The order is a function of the rows, the seed and the grouping. These are written into the checkpoint and compared on
+resuming.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ def order_of(data: StageData) -> dict[str, Any]:
     found = {"rows": len(records), "rows_key": rows, "grouping": key(sampler.seed, *grouping)}
     if sampler.mixture is not None:
         found["mixture"] = key(_bytes(sampler.mixture.sources), *map(str, sampler.mixture.weights))
-    if sampler.blocks is not None:
-        split = {"processes": sampler.processes, "micro_batch": sampler.group_size // sampler.processes}
-        found |= {"shards": key(_bytes(sampler.blocks)), **split}
     return found
 
 
@@ -48,7 +45,7 @@ def require_same_order(checkpoint: Path, data: StageData) -> None:
     """Refuses to continue at a step of another order: rows would be read twice and others never.
 
     Raises:
-        ConfigError: the data or, with shards, the split of the batch differ from the checkpoint's.
+        ConfigError: the data differ from the checkpoint's.
     """
     file = checkpoint / ORDER
     if not file.is_file():
@@ -56,15 +53,6 @@ def require_same_order(checkpoint: Path, data: StageData) -> None:
     theirs, ours = json.loads(file.read_text(encoding="utf-8")), order_of(data)
     if theirs == ours:
         return
-    split = ("micro_batch", "processes")
-    if {name: value for name, value in theirs.items() if name not in split} == {
-        name: value for name, value in ours.items() if name not in split
-    }:
-        then, now = (f"micro_batch {order['micro_batch']} x {order['processes']} processes" for order in (theirs, ours))
-        raise ConfigError(
-            f"checkpoint '{checkpoint}' was written with {then}, this run has {now}: the order of rows from shards "
-            f"follows from it. Continue with {then}, or train anew into another output"
-        )
     what = f"{theirs['rows']} rows then, {ours['rows']} now" if theirs["rows"] != ours["rows"] else "other rows"
     raise ConfigError(
         f"checkpoint '{checkpoint}' stands at a step of other data ({what}; left out now: {_left_out(data.drops)}): "

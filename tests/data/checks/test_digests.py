@@ -7,8 +7,8 @@ import pytest
 from tests import tiny
 from visper.data.checks import digests
 from visper.data.checks.digests import LOCKFILE, content_of, digest, digests_of
-from visper.data.rows.records import DropList
-from visper.data.rows.shards import write_shards
+from visper.data.rows.parquet import write_parquet
+from visper.data.rows.records import DropList, RowSource
 from visper.data.rows.sources import open_records
 
 
@@ -41,7 +41,7 @@ def test_files_are_hashed_once_until_they_change(records, tmp_path, monkeypatch)
     assert digests_of(records)[2] is None
 
 
-def test_pictures_in_shards_have_the_digests_of_their_files(records, tmp_path):
-    write_shards(records, tmp_path / "shards", DropList(), seed=3)
-    sharded = open_records([(str(tmp_path / "shards"), None)], DropList())
-    assert sorted(filter(None, digests_of(sharded))) == sorted(filter(None, digests_of(records)))
+def test_images_in_parquet_files_have_the_digests_of_their_files(records, tmp_path):
+    write_parquet(records, tmp_path / "parquet", DropList(), seed=3)
+    embedded = open_records([RowSource(f"{tmp_path}/parquet/*.parquet", kind="parquet")], DropList())
+    assert sorted(filter(None, digests_of(embedded))) == sorted(filter(None, digests_of(records)))

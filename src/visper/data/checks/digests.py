@@ -29,7 +29,7 @@ def digest(content: bytes) -> bytes:
 
 
 def content_of(records: Sequence[Record], index: int) -> bytes | None:
-    """The bytes of a row's picture, from its shard or its file; None where there is no picture or no such file."""
+    """The bytes of a row's picture, from its source or its file; None where there is no picture or no such file."""
     held = records.picture(index) if isinstance(records, Records) else None
     image = records[index].image if held is None else None
     if image is None:
@@ -46,10 +46,10 @@ def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
     lockfile = records.parts[0].table.path.parent / LOCKFILE
     of_file = _of_files([file for file in dict.fromkeys(files) if file is not None], lockfile, quiet)
     found = [None if file is None else of_file.get(file) for file in files]
-    sharded = [i for i, has in enumerate(records.has_image.tolist()) if has and files[i] is None]
-    # In the order of the shards, whose pictures are read in groups.
-    order = sorted(sharded, key=lambda index: int(records.rows[index]))
-    for index in track(order, description="hashing pictures of shards", disable=quiet or not order):
+    embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and files[i] is None]
+    # In the order of the files, which read rows in groups.
+    order = sorted(embedded, key=lambda index: int(records.rows[index]))
+    for index in track(order, description="hashing embedded images", disable=quiet or not order):
         content = content_of(records, index)
         found[index] = None if content is None else digest(content)
     return found

@@ -18,7 +18,7 @@ class RowSource:
     """Where rows lie and how they are read, for ``sources.open_records``.
 
     Attributes:
-        place: a JSON file, a folder or address of shards, a hub data set or its folder, or a pattern of Parquet files.
+        place: a JSON file, a hub data set or its folder, or a pattern of Parquet files.
         images: folder under which the rows' image paths lie; None: the images lie in the source itself.
         kind: which of these ``place`` is.
         columns: field of ``formats.FIELDS`` -> the source's own name for it, where that differs.
@@ -27,7 +27,7 @@ class RowSource:
 
     place: str
     images: str | None = None
-    kind: Literal["json", "shards", "hf", "parquet"] = "json"
+    kind: Literal["json", "hf", "parquet"] = "json"
     columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
     subset: str | None = None

@@ -190,7 +190,7 @@ def cells(row: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """One source among a run's. ``pictures`` gives a row's picture where a shard holds it, else files do."""
+    """One source among a run's. ``pictures`` gives a row's picture where the source holds it, else files do."""
 
     name: str
     table: RecordTable
@@ -241,7 +241,7 @@ class Records(Sequence[Record]):
         return np.searchsorted(self.starts, self.rows, side="right") - 1
 
     def picture(self, index: int) -> bytes | None:
-        """The content of the row's picture where a shard holds it; None: it is a file, or there is none."""
+        """The content of the row's picture where the source holds it; None: it is a file, or there is none."""
         part, row = self.place(index)
         return None if part.pictures is None else part.pictures(row)
 
@@ -254,7 +254,7 @@ class Records(Sequence[Record]):
         return np.concatenate([values(part) for part in self.parts])[self.rows]
 
     def image_files(self) -> list[str | None]:
-        """The file of each row's picture; None where there is none, or a shard holds it. Costs no conversation."""
+        """The file of each row's picture; None where there is none, or the source holds it. Costs no conversation."""
         files: list[str | None] = []
         for part in self.parts:
             names = part.table.column("image").to_pylist()

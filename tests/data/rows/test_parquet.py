@@ -1,0 +1,111 @@
+"""A row from a Parquet file is the row it was, for this library and for any other reader."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.conftest import outside
+from tests.data.test_chat import CHATML, make_processor
+from visper.common.errors import DataError
+from visper.data.chat import ConversationEncoder
+from visper.data.collator import Sample
+from visper.data.dataset import ConversationDataset, survey
+from visper.data.rows.parquet import GROUP_ROWS, write_parquet
+from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.sources import open_records
+from visper.data.rows.table import Records
+
+SMALL = 1  # byte: a file a group
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return tiny.write_rows(tmp_path / "rows", images=GROUP_ROWS + 20, text_rows=GROUP_ROWS)
+
+
+def from_files(rows: Path) -> Records:
+    return open_records([(rows / "rows.json", rows / "images")], DropList())
+
+
+def from_parquet(folder: Path, drops: DropList | None = None) -> Records:
+    return open_records([RowSource(f"{folder}/*.parquet", kind="parquet")], drops or DropList())
+
+
+def own_id(sample_id: str) -> str:
+    return sample_id.split("/", 2)[2]
+
+
+def same(one: Sample, other: Sample) -> bool:
+    if (one.pixel_values is None) != (other.pixel_values is None):
+        return False
+    pixels = one.pixel_values is None or bool((one.pixel_values == other.pixel_values).all())  # type: ignore[union-attr]
+    return pixels and (one.input_ids, one.labels) == (other.input_ids, other.labels)
+
+
+def test_every_sample_comes_back_the_same(rows: Path, tmp_path: Path) -> None:
+    records = from_files(rows)
+    assert write_parquet(records, tmp_path / "out", DropList(), SMALL) == [GROUP_ROWS, GROUP_ROWS, 20]
+    encoder = ConversationEncoder(make_processor(CHATML), 500)
+    files, parquet = ConversationDataset(records, encoder), ConversationDataset(from_parquet(tmp_path / "out"), encoder)
+    assert len(files) == len(parquet) == 2 * GROUP_ROWS + 20
+    expected = {own_id(sample.id): sample for sample in (files[i] for i in range(len(files)))}
+    for i in range(len(parquet)):
+        sample = parquet[i]
+        assert isinstance(sample, Sample) and same(sample, expected.pop(own_id(sample.id)))
+    assert not expected
+
+
+def test_datasets_reads_images_and_conversations(rows: Path, tmp_path: Path) -> None:
+    write_parquet(from_files(rows), tmp_path / "out", DropList())
+    found = datasets.load_dataset("parquet", data_files=f"{tmp_path}/out/*.parquet", split="train")
+    row = next(row for row in found if row["image"] is not None)
+    assert isinstance(row["image"], Image.Image) and row["conversations"][0]["value"].startswith("<image>")
+
+
+def test_the_order_is_shuffled_by_the_seed(rows: Path, tmp_path: Path) -> None:
+    ids = []
+    for number, seed in enumerate((0, 0, 1)):
+        write_parquet(from_files(rows), tmp_path / str(number), DropList(), SMALL, seed)
+        ids.append([own_id(record.id) for record in from_parquet(tmp_path / str(number))])
+    assert ids[0] == ids[1] != ids[2] and sorted(ids[0]) == sorted(ids[2])
+
+
+def test_rows_without_an_image_file_are_left_out_and_named(rows: Path, tmp_path: Path) -> None:
+    (rows / "images" / "3.png").unlink()
+    (rows / "images" / "5.png").write_bytes(b"")
+    drops = DropList()
+    assert sum(write_parquet(from_files(rows), tmp_path / "out", drops)) == 2 * GROUP_ROWS + 18
+    assert drops.counts() == {"missing image": 1, "empty image file": 1}
+
+
+def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> int:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("visper.data.rows.parquet._write_file", stop)
+    with pytest.raises(OSError, match="disk full"):
+        write_parquet(from_files(rows), tmp_path / "out" / "parquet", DropList())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_that_exists_is_never_written_into(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="already there"):
+        write_parquet(from_files(rows), rows, DropList())
+
+
+def test_real_photographs_survive(tmp_path: Path) -> None:
+    folder = outside("photos")
+    records = open_records([(folder / "instruct.json", folder)], DropList())
+    drops = DropList()
+    write_parquet(records, tmp_path / "out", drops, 1 << 19)
+    parquet = from_parquet(tmp_path / "out", drops)
+    assert len(parquet) == len(records) and not len(drops)
+    encoder = ConversationEncoder(make_processor(CHATML), 4096)
+    assert len(survey(parquet, encoder, drops, quiet=True).records) == len(records)
+    by_id = {own_id(record.id): record for record in records}
+    for index in range(0, len(parquet), 7):
+        file = by_id[own_id(parquet[index].id)].image
+        assert parquet.picture(index) == (Path(file).read_bytes() if file else None)
