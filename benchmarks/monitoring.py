@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from visper.config import load_run
-from visper.training.clock import PARTS
-from visper.training.monitor import RunMonitor
+from visper.training.monitor import PARTS, RunMonitor
 
 
 def main() -> None:

@@ -7,16 +7,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 
-from visper.config import Run
+from visper.config import Monitor
 from visper.training.monitor import NonFiniteLossError, RunMonitor
 
 
 def watched(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    run = {"name": "x", "stage": "ift", "output": "x", "start_from": "y"}
-    run |= {"data": {"sources": [{"json": "a.json", "images": "."}]}, "optimization": {"global_batch": 2, "lr": 1e-3}}
-    watch = RunMonitor(Run.model_validate(run), Accelerator(cpu=True))
+    watch = RunMonitor(Monitor(), Accelerator(cpu=True))
     for number, loss in enumerate((1.0, math.nan if rank else 1.0), 1):
         watch.see({"loss": torch.tensor(loss)}, {"sample_ids": [f"row of {rank}"]})
         try:

@@ -52,8 +52,9 @@ def test_published_checkpoints_fit_name_by_name(recipe, stage, checkpoint, golde
     published = golden.full_size(checkpoint)
     run = load_run(recipe)
     student = build_skeleton(run.student)
-    changes = {} if stage is Stage.PT else {"stage": stage, "distillation": None}
-    model = build_training_model(run.model_copy(update=changes), student, planned_teachers(run.distillation))
+    model = build_training_model(
+        student, stage, run.distillation if stage is Stage.PT else None, planned_teachers(run.distillation)
+    )
     ours = {
         name.replace("vision_tower.vision_model.", "vision_tower."): tuple(p.shape)
         for name, p in model.named_parameters()

@@ -8,26 +8,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from visper.common.errors import DataError
-from visper.config import Monitor, Run
+from visper.config import Monitor
 from visper.data.rows.records import Drop
 from visper.training.callbacks import log_line
-from visper.training.clock import DATA, REST, StepClock
-from visper.training.monitor import DeadTermError, LossSpikeError, NonFiniteLossError, RunMonitor
+from visper.training.monitor import DATA, REST, DeadTermError, LossSpikeError, NonFiniteLossError, RunMonitor, StepClock
 
 
 def monitor(**rules):
-    run = Run.model_validate(
-        {
-            "name": "x",
-            "stage": "ift",
-            "output": "x",
-            "start_from": "y",
-            "data": {"sources": [{"json": "a.json", "images": "."}]},
-            "optimization": {"global_batch": 1, "lr": 1e-3},
-            "logging": {"monitor": rules},
-        }
-    )
-    return RunMonitor(run, Accelerator(cpu=True))
+    return RunMonitor(Monitor(**rules), Accelerator(cpu=True))
 
 
 def step(watch, loss, rows=("one", "two"), number=1):
@@ -111,7 +99,7 @@ def test_norms_by_part_make_up_the_whole():
 
 def test_the_parts_of_a_step_are_the_time_between_marks(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 5.0])
-    monkeypatch.setattr("visper.training.clock.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("visper.training.monitor.time.perf_counter", lambda: next(now))
     clock = StepClock(torch.device("cpu"))
     for part in (REST, DATA, REST, DATA):
         clock.mark(part)

@@ -11,8 +11,8 @@ import torch
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList, Record
 from visper.data.sampler import Mixture, RowSampler
-from visper.training.assemble import StageData
 from visper.training.resume import order_of, require_same_order, write_order
+from visper.training.stage_data import StageData
 
 ROWS = 12
 

@@ -54,7 +54,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
         raise ConfigError(
             f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.teacher.model=PLACE"
         ) from error
-    model = build_training_model(run, student, teachers)
+    model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
     weights = load_file(folder / "distillation" / "weights.safetensors")
     needed = {name for name in model.state_dict() if name.startswith(("objective.", "task_tokens."))}
     if needed != set(weights):

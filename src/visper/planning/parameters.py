@@ -12,7 +12,7 @@ from visper.common.errors import ConfigError
 from visper.config import Run, Stage, load_run, recipe_names
 from visper.distillation.teachers.tasks import planned_teachers
 from visper.model import build_skeleton
-from visper.training.assemble import apply_run, build_training_model
+from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.stages import count_parts
 
 
@@ -46,8 +46,8 @@ def part_sizes(run: Run) -> list[PartSize]:
         distillation = first.distillation if stage is Stage.PT else None
         staged = first.model_copy(update={**changes, "distillation": distillation})
         with torch.device("meta"):
-            model = build_training_model(staged, student, teachers)
-        apply_run(staged, model, student)
+            model = build_training_model(student, stage, distillation, teachers)
+        choose_trainable(model, stage, staged.optimization, staged.lora is not None)
         for count in count_parts(model):
             totals.setdefault(count.part, count.total)
             learning.setdefault(count.part, dict.fromkeys(Stage, 0))[stage] = count.trainable

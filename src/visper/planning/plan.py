@@ -26,10 +26,9 @@ from visper.model.hub import sizes_of
 from visper.planning.parameters import first_stage
 from visper.planning.row_statistics import Rows, rows_of
 from visper.planning.trace import StepShape, Traced, trace_forward, trace_step, without_values
-from visper.training.assemble import build_training_model
+from visper.training.assemble import build_training_model, set_trainable
 from visper.training.lora import add_updates
 from visper.training.module import TrainingModel
-from visper.training.run import set_trainable
 from visper.training.stages import PartCount, count_parts
 
 ASSUMED_MFU = 0.4
@@ -140,9 +139,11 @@ class Planner:
             run = run.model_copy(update={"lora": Lora.model_validate({})})
         student = self._student()
         with torch.device("meta"):
-            add_updates(run, student)
-            model = build_training_model(run, student, {t: PlannedTeacher(s) for t, s in self.specs.items()})
-        set_trainable(run, model, student, Console(quiet=True))
+            add_updates(run.lora, student)
+            model = build_training_model(
+                student, run.stage, run.distillation, {t: PlannedTeacher(s) for t, s in self.specs.items()}
+            )
+        set_trainable(model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))
         if checkpointing:
             model.recompute_activations(checkpointing)
         return model

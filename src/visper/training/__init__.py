@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visper.training.module import TrainingModel
     from visper.training.monitor import NonFiniteLossError
+    from visper.training.output import is_finished
     from visper.training.parallel.launch import start_processes
-    from visper.training.run import is_finished, run_pipeline, run_stage
+    from visper.training.run import run_pipeline, run_stage
     from visper.training.stages import TRAINABLE, apply_stage, count_parts
     from visper.training.trainer import StageTrainer
 
@@ -18,7 +19,7 @@ PLACES = {
     "TrainingModel": "module",
     "apply_stage": "stages",
     "count_parts": "stages",
-    "is_finished": "run",
+    "is_finished": "output",
     "run_pipeline": "run",
     "run_stage": "run",
     "start_processes": "parallel.launch",

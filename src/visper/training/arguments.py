@@ -1,4 +1,4 @@
-"""The engine's arguments for a run, and the split of the batch that they stand for."""
+"""The Trainer's arguments for a run, and the split of the batch that they stand for."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from transformers import TrainingArguments
 
 from visper.common.errors import ConfigError
-from visper.config import Run
-from visper.training.trainer import STAGING
+from visper.config import Optimization, Run
+from visper.training.checkpoint import FOLDER, STAGING
 
 
-def check_split(run: Run, processes: int) -> None:
+def check_split(optimization: Optimization, processes: int) -> None:
     """Refuses a global batch that does not divide into micro-batches and processes.
 
     Raises:
         ConfigError: what it could be.
     """
-    batch, micro = run.optimization.global_batch, run.optimization.micro_batch
+    batch, micro = optimization.global_batch, optimization.micro_batch
     if batch % processes:
         raise ConfigError(
             f"optimization.global_batch {batch} is not a multiple of {processes} processes: start as many processes "
@@ -35,11 +35,11 @@ def check_split(run: Run, processes: int) -> None:
 def training_arguments(
     run: Run, output: Path, world_size: int, deepspeed: dict[str, Any] | None = None
 ) -> TrainingArguments:
-    """The engine's arguments for a run whose batch divides; ``deepspeed`` holds DeepSpeed's own settings."""
+    """The Trainer's arguments for a run whose batch divides; ``deepspeed`` holds DeepSpeed's own settings."""
     opt = run.optimization
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(output / "checkpoints" / STAGING),
+        output_dir=str(output / FOLDER / STAGING),
         per_device_train_batch_size=opt.micro_batch,
         gradient_accumulation_steps=opt.global_batch // (opt.micro_batch * world_size),
         learning_rate=opt.lr,

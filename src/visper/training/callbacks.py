@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line a log, a JSONL file of every value, a bar with rate and time left."""
+"""The run's callbacks: a console line a log, a JSONL file of every value, a progress bar; the sampler's epoch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
+from visper.training.monitor import OPTIMIZER, StepClock
 
 
 class JsonlCallback(TrainerCallback):
@@ -39,7 +41,7 @@ class JsonlCallback(TrainerCallback):
 
 
 def tensorboard(folder: Path) -> TrainerCallback:
-    """The engine's TensorBoard callback, writing beside the run: its default is the folder of half-written checkpoints.
+    """The Trainer's TensorBoard callback, writing beside the run: by default it writes into staging.
 
     Raises:
         ConfigError: TensorBoard is not installed; the message names the extra.
@@ -55,8 +57,30 @@ def tensorboard(folder: Path) -> TrainerCallback:
     return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
+class EpochCallback(TrainerCallback):
+    """Tells the sampler its epoch, also when resuming: the Trainer does not reach a custom sampler on every process."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """``state.epoch`` is a float sum of step shares, hence the small push before the floor."""
+        self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
+
+
+class OptimizerClock(TrainerCallback):
+    """Marks the end of the optimizer's step."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the optimizer come the schedule, logs and checkpoints."""
+        self.clock.mark(OPTIMIZER)
+
+
 class ConsoleCallback(ProgressCallback):
-    """The engine's progress bar, with a short line for each log in place of a printed dictionary."""
+    """The Trainer's progress bar, with a short line for each log in place of a printed dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits in a line; ``log.jsonl`` has everything."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visper.common.compat import forget_adapters
 from visper.common.errors import ConfigError
-from visper.config import Run
+from visper.config import Lora
 from visper.model import Student, load_student
 
 ADAPTER = "adapter"
@@ -25,53 +25,51 @@ PROJECTOR = "multi_modal_projector"
 _LLM = "language_model"
 
 
-def add_updates(run: Run, student: Student) -> None:
-    """Puts the run's low-rank updates into the student's LLM, in place. Without 'lora' nothing happens.
+def add_updates(lora: Lora | None, student: Student) -> None:
+    """Puts low-rank updates into the student's LLM, in place. Without 'lora' nothing happens.
 
     Raises:
         ConfigError: peft is not installed, or a target names no linear layer of the LLM.
     """
-    if run.lora is None:
+    if lora is None:
         return
     _need("peft", "lora")
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(peft_config(run, student), student.model)
+    inject_adapter_in_model(peft_config(lora, student), student.model)
 
 
-def peft_config(run: Run, student: Student) -> Any:
+def peft_config(lora: Lora, student: Student) -> Any:
     """What peft is told."""
     from peft import LoraConfig
 
-    assert run.lora is not None
     return LoraConfig(
-        r=run.lora.rank,
-        lora_alpha=run.lora.alpha,
-        lora_dropout=run.lora.dropout,
-        target_modules=rf".*\.{_LLM}\..*\.({'|'.join(_targets(run, student))})",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf".*\.{_LLM}\..*\.({'|'.join(_targets(lora, student))})",
     )
 
 
-def _targets(run: Run, student: Student) -> list[str]:
-    assert run.lora is not None
+def _targets(lora: Lora, student: Student) -> list[str]:
     llm = student.model.model.language_model
     linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
     known = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linear})
-    if run.lora.targets == "all-linear":
+    if lora.targets == "all-linear":
         return known
-    strange = [name for name in run.lora.targets if name not in known]
-    if strange or not run.lora.targets:
+    strange = [name for name in lora.targets if name not in known]
+    if strange or not lora.targets:
         raise ConfigError(f"lora.targets names {strange or 'nothing'}: the LLM's linear layers are {', '.join(known)}")
-    return list(run.lora.targets)
+    return list(lora.targets)
 
 
-def quantized_student(run: Run) -> Student:
+def quantized_student(start_from: str | None) -> Student:
     """The student of the stage before with its LLM in 4 bits (NF4, double quantization); the rest stays whole.
 
     Raises:
         ConfigError: no GPU, bitsandbytes is not installed, or the run does not start from a folder.
     """
-    if run.start_from is None:
+    if start_from is None:
         raise ConfigError("lora.quantize needs 'start_from': the stage before, or any folder this library saved")
     _need("bitsandbytes", "qlora")
     if not torch.cuda.is_available():
@@ -86,20 +84,20 @@ def quantized_student(run: Run) -> Student:
         llm_int8_skip_modules=["vision_tower", PROJECTOR, "lm_head"],
     )
     device = torch.cuda.current_device()
-    return load_student(run.start_from, quantization_config=settings, device_map={"": device})
+    return load_student(start_from, quantization_config=settings, device_map={"": device})
 
 
-def save_adapter(run: Run, student: Student, folder: Path) -> None:
+def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -> None:
     """Writes the updates as peft reads them: ``PeftModel.from_pretrained(the folder the stage started from, folder)``.
 
-    The projector learns beside them, so its weights lie there too (peft's ``modules_to_save``).
+    The projector is trained beside them, so its weights are there too (peft's ``modules_to_save``).
     """
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True)
-    config = copy.copy(peft_config(run, student))
+    config = copy.copy(peft_config(lora, student))
     config.modules_to_save = [PROJECTOR]
-    config.base_model_name_or_path = run.start_from or (run.student.llm if run.student else None)
+    config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     weights: dict[str, Tensor] = get_peft_model_state_dict(student.model, state_dict=student.model.state_dict())
@@ -109,14 +107,13 @@ def save_adapter(run: Run, student: Student, folder: Path) -> None:
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def merge_updates(run: Run, student: Student) -> Student:
+def merge_updates(lora: Lora, student: Student, start_from: str | None) -> Student:
     """The student with its updates added to the weights they change: plain layers again.
 
     A quantized LLM is not added to: its updates go into the unquantized one, which is loaded for it.
     """
-    assert run.lora is not None
-    if run.lora.quantize is not None:
-        student = _onto_whole(run, student)
+    if lora.quantize is not None:
+        student = _onto_unquantized(lora, student, start_from)
     from peft.tuners.lora import LoraLayer
 
     modules: list[tuple[str, Any]] = list(student.model.named_modules())
@@ -129,12 +126,12 @@ def merge_updates(run: Run, student: Student) -> Student:
     return student
 
 
-def _onto_whole(run: Run, quantized: Student) -> Student:
-    assert run.start_from is not None
-    whole = load_student(run.start_from)
-    add_updates(run, whole)
-    learned = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
-    whole.model.load_state_dict(learned, strict=False)
+def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None) -> Student:
+    assert start_from is not None
+    whole = load_student(start_from)
+    add_updates(lora, whole)
+    updates = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
+    whole.model.load_state_dict(updates, strict=False)
     whole.processor = quantized.processor
     return whole
 

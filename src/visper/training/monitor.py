@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,13 +20,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from visper.common.errors import DataError, TrainingError
-from visper.config import Run
-from visper.training.clock import DATA, PARTS, StepClock
+from visper.config import Monitor
 from visper.training.parallel.fsdp import gathered
 from visper.training.stages import part_name
 
 logger = logging.getLogger(__name__)
 
+DATA, TEACHER, FORWARD, BACKWARD, OPTIMIZER, REST = "data", "teacher", "forward", "backward", "optimizer", "rest"
+PARTS = (DATA, TEACHER, FORWARD, BACKWARD, OPTIMIZER, REST)
+"""Where the seconds of a step go."""
 WINDOW, ENOUGH = 50, 20
 """Steps whose losses are remembered to tell a spike; how many of them are needed before one is called."""
 SMALLEST_DEVIATION = 0.02
@@ -46,20 +49,58 @@ class DeadTermError(TrainingError):
     """A loss term stays zero or constant; the message names it."""
 
 
+class StepClock:
+    """Gives each stretch between two marks to a part.
+
+    On a GPU the marks are events in its stream, read only when the seconds are asked for: nothing waits for the device,
+    and a loader that keeps up costs no data time even though the host asked for its batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._marks: list[tuple[str, Any]] = []
+        self._last: Any = None
+
+    def mark(self, part: str) -> None:
+        """What happened since the last mark was ``part``."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+            return
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds[part] += now - self._last
+        self._last = now
+
+    def collect(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        if self._marks:
+            self._marks[-1][1].synchronize()
+            for part, event in self._marks:
+                if self._last is not None:
+                    self._seconds[part] += self._last.elapsed_time(event) / 1e3
+                self._last = event
+            self._marks.clear()
+        seconds, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        return seconds
+
+
 class RunMonitor:
     """Sees every micro-batch and every step of one process.
 
     Args:
-        run: says in ``logging.monitor`` what stops the run and what warns.
-        accelerator: of the engine.
+        rules: what stops the run and what warns.
+        accelerator: the trainer's.
         operations: of one row's forward and backward, nothing recomputed; with ``peak`` it gives the utilization.
         peak: operations a second that one device can do; None: no utilization is reported.
     """
 
     def __init__(
-        self, run: Run, accelerator: Accelerator, operations: float | None = None, peak: float | None = None
+        self, rules: Monitor, accelerator: Accelerator, operations: float | None = None, peak: float | None = None
     ) -> None:
-        self.rules = run.logging.monitor
+        self.rules = rules
         self.accelerator = accelerator
         self.clock = StepClock(accelerator.device)
         self.operations, self.peak = operations, peak

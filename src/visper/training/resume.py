@@ -16,7 +16,7 @@ from visper.common.cache import key
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList
 from visper.data.rows.table import Records
-from visper.training.assemble import StageData
+from visper.training.stage_data import StageData
 
 ORDER = "order.json"
 

@@ -1,55 +1,43 @@
-"""The story of a stage: data, student, objective, engine, weights. Each line announces itself.
+"""The story of a stage: data, student, objective, trainer, training, finished folder. Each step announces itself.
 
-Layout of a stage's output::
-
-    run.yaml        the resolved run (whose folder this is)
-    adapter/        with 'lora': the low-rank updates in peft's format; model/ holds them merged
-    model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
-    distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
-    checkpoints/    what is needed to continue, complete or absent
-    log.jsonl       every logged value
-    dropped.jsonl   rows left out, with the reason
+``output`` says what a stage's folder holds.
 """
 
 from __future__ import annotations
 
-import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from visper.common.console import announce
 from visper.common.errors import ConfigError, StoppedError
-from visper.common.files import atomic_path, write_text
-from visper.config import Engine, Run, load_run, run_text, save_run
+from visper.common.files import atomic_path
+from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
+from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
-from visper.model.encoders import BATCH_NORMS
 from visper.model.revisions import with_commits
 from visper.model.start import starting_student
-from visper.target_store.open import open_targets
+from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
-from visper.training.assemble import apply_run, build_data, build_training_model
+from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
 from visper.training.callbacks import ConsoleCallback, JsonlCallback, tensorboard
+from visper.training.checkpoint import checkpoints, is_last
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
+from visper.training.output import DROPPED, claim_output, is_finished, saved_run
 from visper.training.parallel.deepspeed import (
     prepare_for_zero,
     require_same_writer,
@@ -58,19 +46,10 @@ from visper.training.parallel.deepspeed import (
     zero_state,
 )
 from visper.training.parallel.fsdp import is_sharded, shard, unshard
-from visper.training.rates import learning_rate_of
 from visper.training.resume import require_same_order
-from visper.training.stages import count_parts
-from visper.training.trainer import DROPPED, STAGING, StageTrainer, checkpoints, is_last
-
-MAY_DIFFER: dict[str, Any] = {
-    "output": True,
-    "logging": True,
-    "launch": True,
-    "data": {"workers"},
-    "optimization": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
-}
-"""What may change when a run is continued: how it is split, watched and stored, not what it computes."""
+from visper.training.stage_data import StageData, build_data
+from visper.training.stopping import StopRequest
+from visper.training.trainer import StageTrainer
 
 
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -78,113 +57,36 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
 
     Args:
         resume: continue from the newest complete checkpoint in the run's output.
-        callbacks: more of the engine's callbacks.
+        callbacks: more of the Trainer's callbacks.
 
     Raises:
-        ConfigError: the run cannot be, or its output folder holds another one.
+        ConfigError: the run cannot be trained, or its output folder holds another one.
         DataError: too many bad rows.
+        StoppedError: a signal ended it early; it has saved a checkpoint.
     """
-    row_files(run.data)  # what is missing is said before anything is loaded
-    output = Path(run.output)
-    timeout = timedelta(minutes=run.launch.timeout_minutes)
-    zero = uses_zero(run.launch)
-    state = zero_state(timeout) if zero else PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
-    if state.num_processes == 1 and torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        raise ConfigError(
-            f"one process sees {count} GPUs: start one process a GPU (`torchrun --nproc-per-node {count} -m visper "
-            "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
-    console = Console(quiet=not state.is_main_process)
-    run = broadcast_object_list([with_commits(run, _saved(output)) if state.is_main_process else None])[0]
-    if state.is_main_process:
-        claim_output(run, output, resume)
-    state.wait_for_everyone()
+    row_files(run.data)  # missing data is reported before anything is loaded
+    processes = join_processes(run.launch)
+    console = Console(quiet=not processes.is_main_process)
+    run = open_output(run, resume, processes)
+    check_split(run.optimization, processes.num_processes)
     torch.manual_seed(run.seed)
-    check_split(run, state.num_processes)
-    student = quantized_student(run) if run.lora and run.lora.quantize else starting_student(run)
-    announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
-    choose_attention(run, student.model.model.language_model)
-    background = background_of(student.processor.image_processor)
-    targets = open_targets(run.distillation, run.data.geometry.value, background, output / "run.yaml")
-    if targets is None:
-        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
-    else:
-        teachers = targets.teachers()
-    for task, teacher in teachers.items():
-        announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
-    data = build_data(run, student, teachers, console, targets)
-    add_updates(run, student)
-    model = build_training_model(run, student, teachers)
-    set_trainable(run, model, student, console)
-    if run.optimization.gradient_checkpointing:
-        model.recompute_activations(run.optimization.gradient_checkpointing)
 
-    if run.launch.engine is Engine.FSDP and state.num_processes > 1:
-        share = shard(model, state.num_processes, run.optimization.precision == "bfloat16")
-        announce(console, "sharded", f"{share:.1%} of the weights on each of {state.num_processes} processes")
-    elif zero:
-        prepare_for_zero(run.launch, model)
-
-    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
-    if "tensorboard" in run.logging.report_to and state.is_main_process:
-        watchers.append(tensorboard(output / "tensorboard"))
-    # Not earlier: once the arguments name ZeRO-3, transformers shares out whatever is loaded.
-    arguments = training_arguments(run, output, state.num_processes, zero_settings(run) if zero else None)
-    trainer = StageTrainer(model, arguments, data, run, teachers, watchers)
-    trainer.remove_callback(PrinterCallback)
-    found = checkpoints(output / "checkpoints")
-    newest = str(found[-1]) if resume and found else None
-    if newest is not None:
-        require_same_order(Path(newest), data)
-        before = DropList.read(output / DROPPED)  # also rows that were found bad while training
-        data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
-    if state.is_main_process:
-        data.drops.write(output / DROPPED)
-    announce(console, "training", f"stage {run.stage} from {'step 0' if newest is None else newest}")
-    if newest is not None and is_last(Path(newest)):
-        trainer.restore(newest)  # killed before the folder was finished: the engine would take one step more
-    else:
-        if newest is not None:
-            require_same_writer(Path(newest), run.launch, state.num_processes)
-        with stopping_on_sigterm(trainer):
-            trainer.train(resume_from_checkpoint=newest)
-        if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
-            raise StoppedError(
-                f"told to stop (SIGTERM): saved at step {trainer.state.global_step} of {trainer.state.max_steps} in "
-                f"{output / 'checkpoints'}; add --resume to go on"
-            )
-    if is_sharded(model):
-        unshard(model, keep=state.is_main_process)
-    if state.is_main_process:
-        finish(run, output, student, model)
-        announce(console, "saved", str(output / "model"))
-    state.wait_for_everyone()
-    return output / "model"
-
-
-@contextmanager
-def stopping_on_sigterm(trainer: StageTrainer) -> Iterator[None]:
-    """SIGTERM, which spot machines and schedulers send before they take a machine away, ends training at the next step.
-
-    In a thread that is not the main one nothing can be caught, and nothing is.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        trainer.stop_asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    student = build_student(run, console)
+    teachers, targets = build_targets(run, student, console)
+    images_required = run.stage is Stage.PT
+    data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
+    model = build_model(run, student, teachers, processes, console)
+    trainer = build_trainer(run, model, data, teachers, processes, callbacks)
+    train(trainer, newest_checkpoint(Path(run.output), data) if resume else None, console)
+    if processes.is_main_process:
+        finish(run, student, model)
+        announce(console, "saved", f"{run.output}/model")
+    processes.wait_for_everyone()
+    return Path(run.output) / "model"
 
 
 def run_pipeline(runs: Sequence[Run]) -> None:
-    """Trains stages in order; finished ones are skipped, interrupted ones continued from their checkpoint."""
+    """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
     console = Console()
     for run in runs:
         if is_finished(run):
@@ -193,89 +95,145 @@ def run_pipeline(runs: Sequence[Run]) -> None:
         run_stage(run, resume=True)
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the output holds this very run, whole. Raises ConfigError if it holds another one."""
-    output = Path(run.output)
-    _refuse_other(run, output)
-    return (output / "model" / "run.yaml").is_file()
-
-
-def claim_output(run: Run, output: Path, resume: bool) -> None:
-    """Makes the output folder this run's own. What another run left there is never touched.
+def join_processes(launch: Launch) -> PartialState:
+    """This process's place among those of the run.
 
     Raises:
-        ConfigError: it holds another run, a finished one, or an unfinished one and ``resume`` was not asked for.
+        ConfigError: one process sees several GPUs.
     """
-    _refuse_other(run, output)
-    if (output / "model").exists():
+    timeout = timedelta(minutes=launch.timeout_minutes)
+    on_gpu = torch.cuda.is_available()
+    processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
+    count = torch.cuda.device_count()
+    if processes.num_processes == 1 and count > 1:
         raise ConfigError(
-            f"output '{output}' holds this run, finished: remove it to train again, or choose another output"
+            f"one process sees {count} GPUs: start one process a GPU (`torchrun --nproc-per-node {count} -m visper "
+            "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    if checkpoints(output / "checkpoints") and not resume:
-        raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
-    output.mkdir(parents=True, exist_ok=True)
-    # What a run that was killed leaves behind; killed at once, nothing else.
-    leftovers = {*output.glob(".*.partial-*"), *output.glob(".*.old-*")}
-    if not (output / "run.yaml").exists() and any(
-        path not in leftovers or not path.name.startswith(".run.yaml.") for path in output.iterdir()
-    ):
-        raise ConfigError(f"output '{output}' is not empty and holds no run of ours: choose another output")
-    for leftover in leftovers:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    shutil.rmtree(output / "checkpoints" / STAGING, ignore_errors=True)
-    write_text(output / "run.yaml", run_text(run))
+    return processes
 
 
-def _saved(output: Path) -> Run | None:
-    """The run that the output folder holds."""
-    return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
+def open_output(run: Run, resume: bool, processes: PartialState) -> Run:
+    """Claims the run's output folder; returns the run with its hub models pinned to commits.
+
+    Raises:
+        ConfigError: the folder holds another run, or cannot be used otherwise.
+    """
+    output = Path(run.output)
+    pinned = with_commits(run, saved_run(output)) if processes.is_main_process else None
+    run = broadcast_object_list([pinned])[0]
+    if processes.is_main_process:
+        claim_output(run, output, resume)
+    processes.wait_for_everyone()
+    return run
 
 
-def _refuse_other(run: Run, output: Path) -> None:
-    saved = _saved(output)
-    if saved is None:
-        return
-    theirs = saved.model_dump(exclude=MAY_DIFFER)
-    ours = with_commits(run, saved).model_dump(exclude=MAY_DIFFER)
-    different = sorted(key for key in ours if ours[key] != theirs[key])
-    if different:
-        raise ConfigError(
-            f"output '{output}' holds another run (its {', '.join(different)} differ): "
-            "choose another output, or give back the settings in its run.yaml"
-        )
+def build_student(run: Run, console: Console) -> Student:
+    """The student that the stage starts with, with the run's attention."""
+    student = quantized_student(run.start_from) if run.lora and run.lora.quantize else starting_student(run)
+    announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
+    choose_attention(run, student.model.model.language_model)
+    return student
 
 
-def set_trainable(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
-    """Applies the stage's table, reports it, and puts what is frozen into the run's precision."""
-    unused = apply_run(run, model, student)
-    if unused:
-        announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
-    for count in count_parts(model):
-        if count.total:
-            rate = f" at {learning_rate_of(run, count.part):g}" if count.trainable else ""
-            announce(console, "learns", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
-    if run.optimization.precision == "bfloat16":
-        # Learning weights stay in float32 under autocast; parts that are frozen whole need only be read.
-        inner = student.model.model
-        for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.model.lm_head):
-            if run.lora is not None and part is inner.language_model:
-                for parameter in part.parameters():
-                    if not parameter.requires_grad and parameter.is_floating_point():
-                        parameter.data = parameter.data.to(torch.bfloat16)
-            elif not any(parameter.requires_grad for parameter in part.parameters()):
-                to_bfloat16(part)
+def build_targets(run: Run, student: Student, console: Console) -> tuple[dict[str, Teacher], TargetStore | None]:
+    """The teachers by task, and the store that replaces them, if the run names one."""
+    background = background_of(student.processor.image_processor)
+    store = open_targets(run.distillation, run.data.geometry.value, background, Path(run.output) / "run.yaml")
+    if store is None:
+        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
+    else:
+        teachers = dict(store.teachers())
+    for task, teacher in teachers.items():
+        announce(console, "teacher", f"{task}: {type(teacher).__name__}, {teacher.spec}")
+    return teachers, store
 
 
-def to_bfloat16(module: nn.Module) -> None:
-    """Casts the weights, but not batch normalization's: its statistics are sums that half precision rounds away."""
-    kept = {id(p) for m in module.modules() if isinstance(m, BATCH_NORMS) for p in m.parameters()}
-    for parameter in module.parameters():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(torch.bfloat16)
+def build_model(
+    run: Run, student: Student, teachers: Mapping[str, Teacher], processes: PartialState, console: Console
+) -> TrainingModel:
+    """Student and objective as one module, its trainable parts chosen, sharded if the engine shards."""
+    add_updates(run.lora, student)
+    model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
+    if run.optimization.gradient_checkpointing:
+        model.recompute_activations(run.optimization.gradient_checkpointing)
+    if run.launch.engine is Engine.FSDP and processes.num_processes > 1:
+        share = shard(model, processes.num_processes, run.optimization.precision == "bfloat16")
+        announce(console, "sharded", f"{share:.1%} of the weights on each of {processes.num_processes} processes")
+    elif uses_zero(run.launch):
+        prepare_for_zero(run.launch, model)
+    return model
 
 
-def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> None:
-    """Writes what the stage made. ``model`` is renamed into place last: where it is, everything is."""
+def build_trainer(
+    run: Run,
+    model: TrainingModel,
+    data: StageData,
+    teachers: Mapping[str, Teacher],
+    processes: PartialState,
+    callbacks: Sequence[TrainerCallback],
+) -> StageTrainer:
+    """The trainer with what it logs to. Not before the model: once its arguments name ZeRO-3, transformers shards
+    everything that is loaded."""
+    output = Path(run.output)
+    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
+    if "tensorboard" in run.logging.report_to and processes.is_main_process:
+        watchers.append(tensorboard(output / "tensorboard"))
+    zero = zero_settings(run) if uses_zero(run.launch) else None
+    arguments = training_arguments(run, output, processes.num_processes, zero)
+    trainer = StageTrainer(
+        model, arguments, data, teachers, run.optimization, run.logging, run.launch, output, StopRequest(), watchers
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def newest_checkpoint(output: Path, data: StageData) -> Path | None:
+    """The checkpoint to resume from, if any; rows that were found bad before it are left out of ``data`` again.
+
+    Raises:
+        ConfigError: it was written with other rows or in another order.
+    """
+    found = checkpoints(output)
+    if not found:
+        return None
+    require_same_order(found[-1], data)
+    before = DropList.read(output / DROPPED)
+    data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
+    return found[-1]
+
+
+def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> None:
+    """Trains to the end, from ``checkpoint`` if there is one.
+
+    Raises:
+        StoppedError: a signal ended it early; a checkpoint is saved.
+    """
+    if trainer.is_world_process_zero():
+        trainer.data.drops.write(trainer.output / DROPPED)
+    announce(console, "training", "from step 0" if checkpoint is None else f"from {checkpoint}")
+    if checkpoint is not None and is_last(checkpoint):
+        trainer.restore(checkpoint)  # killed before the folder was finished: the Trainer would take one step more
+    else:
+        if checkpoint is not None:
+            require_same_writer(checkpoint, trainer.launch, trainer.accelerator.num_processes)
+        with trainer.stop.on_signals():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        if trainer.stop.agreed and step < last:
+            raise StoppedError(
+                f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
+                "add --resume to go on"
+            )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_sharded(model):
+        unshard(model, keep=trainer.is_world_process_zero())
+
+
+def finish(run: Run, student: Student, model: TrainingModel) -> None:
+    """Writes the stage's results. ``model`` is renamed into place last: where it is, everything is."""
+    output = Path(run.output)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.objective is not None and model.task_tokens is not None:
@@ -287,8 +245,8 @@ def finish(run: Run, output: Path, student: Student, model: TrainingModel) -> No
             save_run(run, partial / "run.yaml")
     if run.lora is not None:
         with atomic_path(output / ADAPTER) as partial:
-            save_adapter(run, student, partial)
-        student = merge_updates(run, student)
+            save_adapter(run.lora, student, run.start_from or (run.student.llm if run.student else None), partial)
+        student = merge_updates(run.lora, student, run.start_from)
     if run.optimization.precision == "bfloat16":
         to_bfloat16(student.model)
     with atomic_path(output / "model") as partial:

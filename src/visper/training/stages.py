@@ -1,19 +1,23 @@
-"""What each stage trains: one table of patterns, applied, counted, and refused where a pattern matches nothing.
+"""What each stage trains, and at which learning rate: one table of patterns, applied, counted, and refused where a
+pattern matches nothing.
 
-Paper, section 3.3: PT learns the projector, the predictors, the task tokens (query matrices) and the logit scales;
-VPT the whole model; IFT the projector and the LLM. Task tokens are held still after PT.
+Paper, section 3.3: PT trains the projector, the predictors, the task tokens (query matrices) and the logit scales;
+VPT the complete model; IFT the projector and the LLM. Task tokens are frozen after PT.
 """
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from visper.config import Stage
+from visper.common.errors import ConfigError
+from visper.config import Optimization, Stage
 
 TRAINABLE: dict[Stage, tuple[str, ...]] = {
     Stage.PT: ("projector.*", "task_tokens.*", "predictors.*", "logit_scales.*"),
@@ -43,7 +47,7 @@ LORA = "lora"
 
 @dataclass(frozen=True)
 class PartCount:
-    """Parameters of one part: how many there are, how many learn."""
+    """Parameters of one part: how many there are, how many are trainable."""
 
     part: str
     total: int
@@ -94,7 +98,7 @@ def apply_stage(
 
 
 def count_parts(model: nn.Module) -> list[PartCount]:
-    """Parameters by part, all and learning. A tied embedding counts once, under the LLM."""
+    """Parameters by part, all and trainable. A tied embedding counts once, under the LLM."""
     totals: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         counts = totals.setdefault(part_name(name).split(".")[0], [0, 0])
@@ -111,13 +115,54 @@ def freeze_unused_vision(model: nn.Module, vision: nn.Module, pixel_values: torc
 
     Args:
         model: has ``get_image_features``.
-        pixel_values: any picture batch ``[1, 3, H, W]``.
+        pixel_values: any image batch ``[1, 3, H, W]``.
     """
     features = model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
-    learning = {name: p for name, p in vision.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in vision.named_parameters() if p.requires_grad}
     total = torch.cat(list(features)).float().sum()
-    gradients = torch.autograd.grad(total, list(learning.values()), allow_unused=True)
-    unused = [name for (name, _), gradient in zip(learning.items(), gradients, strict=True) if gradient is None]
+    gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+    unused = [name for (name, _), gradient in zip(trainable.items(), gradients, strict=True) if gradient is None]
     for name in unused:
-        learning[name].requires_grad_(False)
+        trainable[name].requires_grad_(False)
     return unused
+
+
+def check_rates(optimization: Optimization, stage: Stage, model: nn.Module) -> None:
+    """Refuses a learning rate for a part that the stage does not train.
+
+    Raises:
+        ConfigError: names the part and the trainable ones.
+    """
+    trainable = [count.part for count in count_parts(model) if count.trainable]
+    for part in optimization.lr_overrides:
+        if part not in trainable:
+            near = difflib.get_close_matches(part, trainable, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(trainable)}"
+            raise ConfigError(
+                f"optimization.lr_overrides names '{part}', which this run's stage '{stage}' does not train: {hint}"
+            )
+
+
+def learning_rate_of(optimization: Optimization, part: str) -> float:
+    """The peak learning rate of a part."""
+    return optimization.lr_overrides.get(part, optimization.lr)
+
+
+def parameter_groups(optimization: Optimization, model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
+    """The optimizer's groups: trainable parameters by part, and in each those with weight decay (``decayed``) first.
+
+    Each group carries the name of its ``part``.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_name(name).split(".")[0], name in decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": optimization.weight_decay if decays else 0.0,
+            "lr": learning_rate_of(optimization, part),
+            "part": part,
+        }
+        for (part, decays), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]

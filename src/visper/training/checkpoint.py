@@ -1,0 +1,119 @@
+"""Checkpoints: what is saved, how a checkpoint becomes complete, how it is read.
+
+Saved are the trainable parameters with the buffers of their modules, the optimizer's state, the schedule, the random
+states and the order of the rows; frozen weights come from where the stage started. All of it is unsharded and by
+parameter name, so that another number of processes can resume; only DeepSpeed writes its own. A checkpoint is written
+under ``STAGING`` and moved to its place once complete.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import TrainerState
+
+from visper.training.parallel.fsdp import put, whole
+
+FOLDER = "checkpoints"
+STAGING = ".staging"
+WEIGHTS = "model.safetensors"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The complete checkpoints of a run's output folder, oldest first."""
+    found = [
+        (int(m.group(1)), p) for p in (output / FOLDER).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether no step is left to train after ``checkpoint``."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.global_step >= state.max_steps)
+
+
+def complete(output: Path, name: str, keep: int) -> None:
+    """Moves the checkpoint ``name`` from staging to its place, then removes all but the newest ``keep``."""
+    place = output / FOLDER / name
+    if place.exists():
+        shutil.rmtree(place)
+    (output / FOLDER / STAGING / name).rename(place)
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters, and the saved buffers of modules that have some (batch statistics), by name."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved = model.state_dict().keys()
+    buffers = {
+        f"{place}.{name}": buffer
+        for place, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+        for name, buffer in module.named_buffers(recurse=False)
+        if f"{place}.{name}" in saved
+    }
+    return {**parameters, **buffers}
+
+
+def save_weights(model: nn.Module, folder: Path, write: bool) -> None:
+    """Writes ``trainable_state``. Every process must call; the one that is to ``write`` does."""
+    weights = whole(trainable_state(model).items(), keep=write)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Reads the weights of ``checkpoint`` into ``model``.
+
+    Raises:
+        ValueError: it is of another model or stage.
+    """
+    saved, own = load_file(checkpoint / WEIGHTS), trainable_state(model)
+    different = sorted(saved.keys() ^ own.keys())
+    different += [name for name in sorted(saved.keys() & own.keys()) if saved[name].shape != own[name].shape]
+    if different:
+        raise ValueError(
+            f"checkpoint {checkpoint} is of another model or stage: {len(different)} parameters differ, "
+            f"first {different[:3]}. Resume with the run that wrote it"
+        )
+    for name, tensor in own.items():
+        put(tensor, saved[name])
+
+
+def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, write: bool) -> None:
+    """Writes the optimizer's state. Every process must call; the one that is to ``write`` does."""
+    state = get_optimizer_state_dict(model, optimizer, options=UNSHARDED)
+    if write:
+        torch.save(state, folder / OPTIMIZER_FILE)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Reads the optimizer's state."""
+    state = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizer, state, options=UNSHARDED)
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """Writes the state of the learning rate's schedule."""
+    torch.save(scheduler.state_dict(), folder / SCHEDULER_FILE)
+
+
+def load_scheduler(scheduler: Any, checkpoint: Path) -> None:
+    """Reads the state of the learning rate's schedule."""
+    scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_FILE, weights_only=True))

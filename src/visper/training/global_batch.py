@@ -1,0 +1,80 @@
+"""The global batch of a step: what is counted in it over all processes, and the teachers' targets of all its images.
+
+The loss is a share of the global batch, and the contrastive term compares each image with all others of it. So both
+are known before the first forward, whatever the split into micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from visper.distillation import Targets, Teacher, gather_targets
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over the micro-batches of all processes.
+
+    ``supervised`` and ``images`` are also divisors of the loss, so they stay on the device as tensors.
+    """
+
+    supervised: Tensor
+    images: Tensor
+    dropped: int
+    asked_to_stop: int
+    rows: int
+    tokens: int
+    unlabeled: int
+
+
+def count(batches: Sequence[Batch], accelerator: Accelerator, asked_to_stop: bool, watched: Iterable[int]) -> Counts:
+    """Counts this process's micro-batches and sums over processes, in one reduction.
+
+    Args:
+        asked_to_stop: whether this process was; the sum tells all of them.
+        watched: what ``RunMonitor.count`` counts: rows, tokens, unlabeled micro-batches.
+    """
+    supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    images = sum(len(batch["image_rows"]) for batch in batches)
+    dropped = sum(len(batch.get("dropped", ())) for batch in batches)
+    own = torch.tensor(
+        [supervised, images, dropped, asked_to_stop, *watched], device=accelerator.device, dtype=torch.long
+    )
+    sums = accelerator.reduce(own, "sum")
+    return Counts(sums[0], sums[1], *sums[2:].tolist())
+
+
+@torch.no_grad()
+def teacher_targets(
+    batches: Sequence[Batch], teachers: Mapping[str, Teacher], device: torch.device
+) -> list[dict[str, Targets]]:
+    """Targets of every micro-batch by task, against the pool of the global batch. Every process must call."""
+    shares: list[dict[str, Targets]] = [{} for _ in batches]
+    sizes = [len(batch["image_rows"]) for batch in batches]
+    for task, teacher in teachers.items():
+        seen = [batch["teacher_images"][task] for batch in batches if len(batch["image_rows"])]
+        parts = [teacher(pixels.to(device)) for pixels in seen]
+        empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
+        # float32 on every process: one without images cannot know what a teacher in half precision would give.
+        everything = gather_targets(torch.cat(parts).float() if parts else empty)
+        split = zip(shares, everything.own.split(sizes), everything.labels.split(sizes), strict=True)
+        for share, own, labels in split:
+            share[task] = Targets(own=own, pool=everything.pool, labels=labels)
+    return shares
+
+
+def prepare(batches: Sequence[Batch], counts: Counts, targets: Sequence[Mapping[str, Targets]]) -> None:
+    """Adds to each micro-batch the divisors of its loss and its targets."""
+    for batch, own in zip(batches, targets, strict=True):
+        # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
+        batch["num_tokens"] = counts.supervised.clamp(min=1)
+        batch["num_images"] = counts.images.clamp(min=1)
+        batch["targets"] = own

@@ -1,0 +1,180 @@
+"""The data of a stage: rows, the survey of every row, the sampler that orders them, the collator that batches them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from visper.common.console import announce
+from visper.common.errors import DataError
+from visper.config import Data, Optimization
+from visper.data.chat import ConversationEncoder
+from visper.data.checks.unknown_words import sampled_unknown_words, unknown_words
+from visper.data.collator import Collator, Preprocess, Sample
+from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
+from visper.data.packing import PackingCollator
+from visper.data.rows.lengths import measure
+from visper.data.rows.records import Drop, DropList, Record
+from visper.data.rows.sources import mixture_of, open_records
+from visper.data.sampler import RowSampler
+from visper.data.sets.catalog import row_files
+from visper.data.show import show_sample
+from visper.distillation import Teacher
+from visper.model import Student
+from visper.target_store.open import TargetStore, require_targets
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What the trainer reads: rows, how they are batched, in which order; and the rows left out so far."""
+
+    dataset: ConversationDataset
+    collator: Collator | PackingCollator
+    sampler: RowSampler
+    drops: DropList
+    num_rows: int
+    drop_limit: float = 0.01
+
+    def drop_more(self, dropped: Sequence[Drop], file: Path | None) -> None:
+        """Adds rows found bad while loading, and writes the list to ``file``, if given.
+
+        Raises:
+            DataError: the share of bad rows has passed ``drop_limit``.
+        """
+        self.drops.extend(dropped)
+        if file is not None:
+            self.drops.write(file)
+        self.drops.check(self.num_rows, self.drop_limit)
+
+
+def build_data(
+    settings: Data,
+    optimization: Optimization,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    console: Console,
+    seed: int = 0,
+    images_required: bool = False,
+    targets: TargetStore | None = None,
+) -> StageData:
+    """Opens and surveys the rows, and shows one decoded sample with its supervised text in color.
+
+    Args:
+        settings: which rows.
+        optimization: how they are batched.
+        student: its processor makes tokens and pixels.
+        teachers: how each sees an image, by task; not asked where ``targets`` are stored.
+        console: shows counts and the sample.
+        seed: of the order.
+        images_required: whether rows without a single image are an error.
+        targets: the loaders read these in place of the teachers' images.
+
+    Raises:
+        DataError: a source is missing, the share of bad rows is past ``data.drop_limit``, or that of words which the
+            tokenizer does not know past ``data.unknown_limit``.
+    """
+    drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
+    encoder = ConversationEncoder(student.processor, settings.max_tokens)
+    records, survey, total = _surveyed_rows(settings, encoder, drops, console)
+    _require_rows(settings, records, drops, total)
+    if images_required:
+        require_images(records)
+    _check_words(settings, records, survey, encoder, console)
+    if targets is not None and settings.check_first:
+        require_targets(targets, records, console.quiet)
+    dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)
+    sampler = _sampler(settings, optimization, dataset, survey, seed)
+    preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
+    collator = _collator(student, preprocess, optimization.packing)
+    announce(console, "data", _summary(len(dataset), total, drops, survey))
+    _announce_mixture(sampler, console)
+    _show_first(dataset, sampler, student, console)
+    return StageData(dataset, collator, sampler, drops, total, settings.drop_limit)
+
+
+def _surveyed_rows(
+    settings: Data, encoder: ConversationEncoder, drops: DropList, console: Console
+) -> tuple[Sequence[Record], Survey | None, int]:
+    """The rows to train on, what the survey found, and how many rows there were.
+
+    The first process reads, counts and looks at files; the others read its cache, and take its word on the files.
+    """
+    state = PartialState()
+    with state.main_process_first():
+        records = open_records(row_files(settings), drops, quiet=console.quiet)
+        found = measure(records, encoder, console.quiet) if settings.check_first else None
+    total = len(records) + len(drops)
+    if found is None:
+        return records, None, total
+    lost = broadcast_object_list([lost_images(records, found) if state.is_main_process else None])[0]
+    survey = keep_good(records, found, lost, drops)
+    return survey.records, survey, total
+
+
+def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, total: int) -> None:
+    drops.check(total, settings.drop_limit)
+    if not records:
+        places = [source.place for source in row_files(settings)]
+        raise DataError("no rows", f"none of the {total} rows of {places} can be used")
+
+
+def _check_words(
+    settings: Data, records: Sequence[Record], survey: Survey | None, encoder: ConversationEncoder, console: Console
+) -> None:
+    if survey is None:
+        unknown = sampled_unknown_words(records, encoder)
+    else:
+        unknown = unknown_words(records, survey.num_text, survey.num_unknown, encoder)
+    warning = unknown.check(settings.unknown_limit)
+    if warning is not None:
+        announce(console, "warning", warning)
+
+
+def _sampler(
+    settings: Data, optimization: Optimization, dataset: ConversationDataset, survey: Survey | None, seed: int
+) -> RowSampler:
+    lengths = None
+    if settings.group_by_length:
+        lengths = survey.lengths if survey is not None else dataset.estimated_lengths()
+    has_image = dataset.has_image if lengths else None
+    mixture = mixture_of(dataset.records)
+    return RowSampler(len(dataset), seed, lengths, has_image, optimization.global_batch, mixture)
+
+
+def _collator(student: Student, preprocess: Mapping[str, Preprocess], packing: bool) -> Collator | PackingCollator:
+    padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess))
+    return PackingCollator(padded) if packing else padded
+
+
+def _summary(used: int, total: int, drops: DropList, survey: Survey | None) -> str:
+    left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
+    left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
+    cut = f"; text cut in {survey.num_truncated}" if survey is not None else ""
+    return f"{used} of {total} rows{left_out}{cut}"
+
+
+def _announce_mixture(sampler: RowSampler, console: Console) -> None:
+    mixture = sampler.mixture
+    if mixture is not None:
+        parts = zip(mixture.sizes, mixture.weights, mixture.counts, strict=True)
+        shown = ", ".join(f"{size} rows x {weight:g} = {count}" for size, weight, count in parts)
+        announce(console, "mixture", f"{shown}: {sampler.epoch_rows} rows an epoch")
+
+
+def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
+    has_image = dataset.has_image
+    order = sorted(sampler, key=lambda index: not has_image[index])
+    for index in order:
+        sample = dataset[index]
+        if isinstance(sample, Drop):
+            continue
+        assert isinstance(sample, Sample)
+        tokenizer = student.processor.tokenizer
+        console.print(show_sample(tokenizer, sample.input_ids, sample.labels, student.image_token_id))
+        return
+    raise DataError("no rows", "not one row could be loaded: see the reasons in the drop list")

@@ -1,0 +1,54 @@
+"""Stopping early: a signal asks, all processes agree, and the run saves a checkpoint after the current step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class StopRequest(TrainerCallback):
+    """Saves and ends training after the step in which any process was asked to stop.
+
+    ``asked`` is set on this process; the trainer sums it over processes with the counts of the next global batch and
+    sets ``agreed`` on all of them, so that all stop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.agreed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The trainer saves before it ends."""
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Asks on SIGTERM, which schedulers send before they take a machine away, and on Ctrl-C.
+
+        Python handles signals in the main thread only: in any other, nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(signum: int, frame: Any) -> None:
+            self.asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For loader processes, which get the signals sent to their process group too and must outlive the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
