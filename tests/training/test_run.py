@@ -496,3 +496,12 @@ def test_tensorboard_is_a_key(make, tmp_path):
     run_stage(make("pt", logging={"report_to": ["tensorboard"]}))
     events = list((tmp_path / "pt" / "tensorboard").glob("events*"))
     assert events and b"depth/1/smooth_l1" in events[0].read_bytes()
+
+
+def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
+    run = make("ift", optimization={"max_steps": 1})
+    run_stage(run)
+    assert logs_of(run)[0]["learning_rate"] == run.optimization.lr
+    name = "model.layers.0.mlp.up_proj.weight"
+    saved = next(value for key, value in weights_of(run_folder(run)).items() if "layers.0.mlp.up_proj" in key)
+    assert not torch.equal(saved, weights_of(tiny_llm)[name])

@@ -1,5 +1,6 @@
 """Losses become weights."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from visper.training.run import run_pipeline, run_stage
     from visper.training.stages import TRAINABLE, apply_stage, count_parts
     from visper.training.trainer import StageTrainer
+
+# Where DeepSpeed is installed, accelerate imports it in every run, and it warns on every machine without a GPU.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 PLACES = {
     "TRAINABLE": "stages",

@@ -44,7 +44,7 @@ def training_arguments(
         gradient_accumulation_steps=opt.global_batch // (opt.micro_batch * world_size),
         learning_rate=opt.lr,
         lr_scheduler_type=opt.schedule,
-        warmup_steps=opt.warmup_ratio,
+        warmup_steps=0 if opt.max_steps == 1 else opt.warmup_ratio,  # rounded up: a single step would have rate 0
         weight_decay=opt.weight_decay,
         adam_beta1=opt.betas[0],
         adam_beta2=opt.betas[1],

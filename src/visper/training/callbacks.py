@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers.trainer_callback import ProgressCallback
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
 from visper.training.monitor import OPTIMIZER, StepClock
+
+FILE_WIDTH = 200
+"""Characters of a line where no terminal sets the width."""
 
 
 class JsonlCallback(TrainerCallback):
@@ -79,13 +83,27 @@ class OptimizerClock(TrainerCallback):
         self.clock.mark(OPTIMIZER)
 
 
-class ConsoleCallback(ProgressCallback):
+def console_callback() -> TrainerCallback:
+    """A progress bar with a line for each log on a terminal; in a file or a pipe only the lines."""
+    return BarCallback() if sys.stderr.isatty() else LineCallback()
+
+
+class LineCallback(TrainerCallback):
+    """Prints a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """``step 20/300  loss 2.13  ntp 1.80 ...``, at most ``FILE_WIDTH`` characters."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            print(log_line(f"step {state.global_step}/{state.max_steps}", logs, FILE_WIDTH), flush=True)
+
+
+class BarCallback(ProgressCallback):
     """The Trainer's progress bar, with a short line for each log in place of a printed dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits in a line; ``log.jsonl`` has everything."""
         if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            width = shutil.get_terminal_size(fallback=(200, 24)).columns
+            width = shutil.get_terminal_size(fallback=(FILE_WIDTH, 24)).columns
             self.training_bar.write(log_line(f"step {state.global_step}/{state.max_steps}", logs, width))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.common.console import announce
+from visper.common.console import announce, without_loading_bars
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
 from visper.config import Engine, Launch, Run, Stage, save_run
@@ -33,7 +33,7 @@ from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
-from visper.training.callbacks import ConsoleCallback, JsonlCallback, tensorboard
+from visper.training.callbacks import JsonlCallback, console_callback, tensorboard
 from visper.training.checkpoint import checkpoints, is_last
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
@@ -52,6 +52,7 @@ from visper.training.stopping import StopRequest
 from visper.training.trainer import StageTrainer
 
 
+@without_loading_bars()
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
@@ -177,7 +178,7 @@ def build_trainer(
     """The trainer with what it logs to. Not before the model: once its arguments name ZeRO-3, transformers shards
     everything that is loaded."""
     output = Path(run.output)
-    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), ConsoleCallback(), *callbacks]
+    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), console_callback(), *callbacks]
     if "tensorboard" in run.logging.report_to and processes.is_main_process:
         watchers.append(tensorboard(output / "tensorboard"))
     zero = zero_settings(run) if uses_zero(run.launch) else None
