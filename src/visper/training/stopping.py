@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,13 @@ class StopRequest(TrainerCallback):
                 signal.signal(number, handler)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For loader processes, which get the signals sent to their process group too and must outlive the last step."""
+def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Makes a loader process ignore the signals that its process group gets too: it must serve the last step.
+
+    Args:
+        then: the loader's own start of a worker, which seeds it.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if then is not None:
+        then(worker)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -30,7 +31,7 @@ from visper.training.parallel.fsdp import gathered, is_sharded
 from visper.training.resume import write_order
 from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
-from visper.training.stopping import StopRequest
+from visper.training.stopping import StopRequest, start_worker
 
 FORWARD_KEYS = frozenset(
     ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
@@ -99,6 +100,13 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.data.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, with workers that outlive a signal to the process group."""
+        loader: Any = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # within accelerate's
+        inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
