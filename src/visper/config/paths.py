@@ -30,3 +30,19 @@ def expand_path(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(expand_path)]
 """A field that holds a path, or a hub id."""
+
+
+def read_words(path: str) -> list[str]:
+    """The lines of a text file without the empty ones.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    place = Path(expand_path(path))
+    try:
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read words from '{place}' ({error}): give a list, or a UTF-8 text file with one word a line"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]

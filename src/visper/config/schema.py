@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from visper.config.paths import PathText
+from visper.config.paths import PathText, read_words
 from visper.config.teacher_kinds import TEACHERS, check_options, class_place
 
 
@@ -76,7 +76,24 @@ class Student(Section):
     image_size: PositiveInt | None = Field(None, description="pixels a side; default: the encoder's own")
     system_prompt: str | None = Field(None, description="put first where a conversation has no system turn")
     task_tokens: TaskTokenLayout | None = Field(TaskTokenLayout(), description="null: a plain LLaVA student")
+    add_words: tuple[str, ...] = Field(
+        default=(), description="words that get a token of their own: a list, or a text file with one a line"
+    )
     trust_remote_code: bool = False
+
+    @field_validator("add_words", mode="before")
+    @classmethod
+    def _read_words(cls, given: Any) -> Any:
+        """A file's words become the run's: a run that is saved or resumed no longer depends on the file."""
+        return read_words(given) if isinstance(given, str) else given
+
+    @field_validator("add_words")
+    @classmethod
+    def _plain_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        bad = [word for word in words if not word or word != word.strip() or not word.isprintable()]
+        if bad:
+            raise ValueError(f"{bad[0]!r} is no word: remove spaces around it and control characters")
+        return tuple(dict.fromkeys(words))
 
 
 class Source(Section):

@@ -14,8 +14,10 @@ from visper.model.build import (
 )
 from visper.model.encoders import Encoder, FeatureMapTower, FeatureMapTowerConfig, load_encoder
 from visper.model.task_tokens import TaskTokens, random_rows, task_token_names
+from visper.model.words import AddedWords
 
 __all__ = [
+    "AddedWords",
     "Encoder",
     "FeatureMapTower",
     "FeatureMapTowerConfig",

@@ -8,7 +8,7 @@ without this package, wherever the encoder is one that stock LLaVA can hold.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,9 @@ from visper.config import Student as StudentConfig
 from visper.data.chat_template import end_of_turn_token, llm_template, student_template
 from visper.data.images import build_image_processor
 from visper.model.encoders import Encoder, FeatureMapTower, load_encoder
-from visper.model.hub import loading, sizes_of, vocabulary_of
+from visper.model.hub import Vocabulary, loading, sizes_of, vocabulary_of
 from visper.model.task_tokens import random_rows, task_token_names
+from visper.model.words import add_words, set_to_mean
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -66,11 +67,12 @@ processor = AutoProcessor.from_pretrained("this folder")
 
 @dataclass
 class Student:
-    """A vision-language model with its processor, and the vocabulary ids of its task tokens by task."""
+    """A vision-language model with its processor; the vocabulary ids of its task tokens by task, and of added words."""
 
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor  # None in a skeleton
     task_token_ids: dict[str, list[int]] = field(default_factory=dict)
+    word_ids: list[int] = field(default_factory=list)
 
     @property
     def image_token_id(self) -> int:
@@ -125,15 +127,15 @@ def assemble_student(
 ) -> Student:
     """A student from loaded parts, or from parts on the meta device: then it has everything but weights.
 
-    The tokenizer gains the image token, the task tokens and, where it has none, a padding token. The projector has the
-    LLM's precision, unless another is given.
+    The tokenizer gains added words, the image token, the task tokens and, where it has none, a padding token. The
+    projector has the LLM's precision, unless another is given.
     """
-    task_names = _extend_vocabulary(tokenizer, config)
+    word_ids, task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
     image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    model = _assemble(llm, encoder, len(tokenizer), image_id, tokenizer.pad_token_id, projector_dtype)
+    model = _assemble(llm, encoder, len(tokenizer), image_id, tokenizer.pad_token_id, word_ids, projector_dtype)
     ids = {task: tokenizer.convert_tokens_to_ids(names) for task, names in task_names.items()}
-    student = Student(model, processor, ids)
+    student = Student(model, processor, ids, word_ids)
     model.generation_config = _generation_config(llm, tokenizer, student.silent_ids)
     return student
 
@@ -145,14 +147,12 @@ def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
     tokenizer, encoder = _reading_parts(config)
-    return _processor(tokenizer, encoder, _extend_vocabulary(tokenizer, config), config.system_prompt, geometry)
+    _, task_names = _extend_vocabulary(tokenizer, config)
+    return _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
 
 
 def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
-    with loading("student.llm", config.llm):
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.llm, trust_remote_code=config.trust_remote_code, revision=config.llm_revision
-        )
+    tokenizer = _tokenizer(config)
     encoder = load_encoder(
         config.encoder,
         config.feature_layer,
@@ -163,23 +163,37 @@ def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Enco
     return tokenizer, encoder
 
 
+def _tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase:
+    with loading("student.llm", config.llm):
+        return AutoTokenizer.from_pretrained(
+            config.llm, trust_remote_code=config.trust_remote_code, revision=config.llm_revision
+        )
+
+
 def build_skeleton(config: StudentConfig) -> Student:
     """The student that ``build_student`` would make, at full size but without weights: parameters on the meta device.
 
-    Needs configurations only (``hub.sizes_of``), so a published base takes no download. It has no processor.
+    Needs configurations only (``hub.sizes_of``), so a published base takes no download; with ``add_words`` also its
+    tokenizer. It has no processor.
 
     Raises:
         ConfigError: a part's configuration cannot be loaded.
     """
     trust = config.trust_remote_code
     llm_config = sizes_of(config.llm, "student.llm", trust_remote_code=trust, revision=config.llm_revision)
-    vocabulary = vocabulary_of(config.llm, "student.llm", trust, config.llm_revision)
+    word_ids: list[int] = []
+    if config.add_words:
+        tokenizer = _tokenizer(config)
+        word_ids = add_words(tokenizer, config.add_words)
+        vocabulary = Vocabulary.of(tokenizer)
+    else:
+        vocabulary = vocabulary_of(config.llm, "student.llm", trust, config.llm_revision)
     with loading("student.llm", config.llm), torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(llm_config, trust_remote_code=trust)
     encoder = load_encoder(
         config.encoder, config.feature_layer, config.image_size, trust, False, config.encoder_revision
     )
-    # In the order of _extend_vocabulary: image, task tokens, padding.
+    # In the order of _extend_vocabulary: words, image, task tokens, padding.
     image_id = vocabulary.size
     layout = config.task_tokens
     order, per_task = (layout.order, layout.per_task) if layout else ((), 0)
@@ -187,19 +201,26 @@ def build_skeleton(config: StudentConfig) -> Student:
     ids = {task: list(range(start, start + per_task)) for task, start in starts.items()}
     size = image_id + 1 + len(order) * per_task + (not vocabulary.has_pad)
     pad_id = llm_config.pad_token_id if vocabulary.has_pad else size - 1
-    return Student(_assemble(llm, encoder, size, image_id, pad_id), None, ids)
+    return Student(_assemble(llm, encoder, size, image_id, pad_id, word_ids), None, ids, word_ids)
 
 
-def _extend_vocabulary(tokenizer: PreTrainedTokenizerBase, config: StudentConfig) -> dict[str, list[str]]:
+def _extend_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: StudentConfig
+) -> tuple[list[int], dict[str, list[str]]]:
+    """Returns the ids of added words, and the task tokens by task."""
     layout = config.task_tokens
     names = {task: task_token_names(task, layout.per_task) for task in layout.order} if layout else {}
     new = [IMAGE_TOKEN, *(name for task in names.values() for name in task)]
+    reserved = sorted({*new, PAD_TOKEN} & {*config.add_words})
+    if reserved:
+        raise ConfigError(f"student.add_words names {reserved}, which the student uses itself: remove them")
+    word_ids = add_words(tokenizer, config.add_words)
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = ANSWERING_SIDE
     tokenizer.init_kwargs["padding_side"] = ANSWERING_SIDE  # or `save_pretrained` leaves it out where it was a default
-    return names
+    return word_ids, names
 
 
 def _processor(
@@ -229,6 +250,7 @@ def _assemble(
     vocabulary_size: int,
     image_id: int,
     pad_id: int | None,
+    word_ids: Sequence[int] = (),
     projector_dtype: torch.dtype | None = None,
 ) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
@@ -254,19 +276,16 @@ def _assemble(
         linear.reset_parameters()
     old_size = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > old_size:
-        _grow(model, old_size, vocabulary_size)
+        model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
+    # Words may lie in rows that the LLM has beyond its tokenizer's entries.
+    new_rows = sorted({*range(old_size, vocabulary_size), *word_ids})
+    if new_rows:
+        set_to_mean((model.get_input_embeddings(), model.lm_head), new_rows, old_size)
     model.config.text_config.pad_token_id = pad_id
     model.config.pad_token_id = pad_id
     model.tie_weights()
     save_under_published_names(model)
     return model.eval()
-
-
-def _grow(model: LlavaForConditionalGeneration, old_size: int, new_size: int) -> None:
-    model.resize_token_embeddings(new_size, mean_resizing=False)
-    for table in {id(t): t for t in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
-        with torch.no_grad():
-            table[old_size:] = table[:old_size].float().mean(dim=0).to(table.dtype)
 
 
 def _generation_config(
@@ -293,10 +312,11 @@ def save_student(student: Student, folder: Path) -> None:
 
 
 def save_processor(student: Student, folder: Path) -> None:
-    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of task tokens."""
+    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of added tokens."""
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
-    (folder / STUDENT_FILE).write_text(json.dumps({"task_tokens": names}, indent=1), encoding="utf-8")
+    content = json.dumps({"task_tokens": names, "word_ids": student.word_ids}, indent=1)
+    (folder / STUDENT_FILE).write_text(content, encoding="utf-8")
     tower = student.model.model.vision_tower
     if isinstance(tower, FeatureMapTower):
         backbone: Any = tower.config.backbone_config
@@ -320,23 +340,23 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **optio
         processor = _load_processor(source)
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
-    names = _read_task_tokens(source)
+    names, word_ids = _read_added_tokens(source)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
-    return Student(model.eval(), processor, ids)
+    return Student(model.eval(), processor, ids, word_ids)
 
 
-def _read_task_tokens(source: str) -> dict[str, list[str]]:
-    """Names of the task tokens, from a folder or a hub id; none where the model was not saved by this package."""
+def _read_added_tokens(source: str) -> tuple[dict[str, list[str]], list[int]]:
+    """Names of the task tokens and ids of added words; none where the model was not saved by this package."""
     file = Path(source) / STUDENT_FILE
     if not Path(source).is_dir():
         try:
             file = Path(hf_hub_download(source, STUDENT_FILE))
         except EntryNotFoundError:
-            return {}
+            return {}, []
     if not file.is_file():
-        return {}
-    names: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))["task_tokens"]
-    return names
+        return {}, []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["task_tokens"], content["word_ids"]
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:

@@ -14,13 +14,14 @@ from visper.common.errors import ConfigError
 from visper.config import Distillation, Optimization, Stage
 from visper.distillation import EmbeddingDistillation, check_predictor, query_rows
 from visper.distillation.teachers.tasks import HasSpec
-from visper.model import Student, TaskTokens, initial_queries
+from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
 from visper.training.module import TrainingModel
 from visper.training.stages import (
     DISTILLATION_PARTS,
     LORA,
     TASK_TOKEN_PARTS,
+    WORD_PARTS,
     apply_stage,
     check_rates,
     count_parts,
@@ -36,7 +37,7 @@ def build_training_model(
     teachers: Mapping[str, HasSpec] | None = None,
     seed: int = 0,
 ) -> TrainingModel:
-    """Student, task tokens (trainable in PT, frozen later) and, with ``distillation``, the objective.
+    """Student, task tokens (trainable in PT, frozen later), added words and, with ``distillation``, the objective.
 
     Args:
         teachers: by task, the shapes of the targets; with ``distillation``.
@@ -49,6 +50,9 @@ def build_training_model(
     ids = student.task_token_ids
     if stage is not Stage.PT:
         return TrainingModel(student, TaskTokens.frozen(ids, embedding) if ids else None)
+    words = None
+    if student.word_ids:
+        words = AddedWords(student.word_ids, embedding, student.model.get_output_embeddings())
     objective, rows = None, {}
     if distillation is not None:
         missing = [task for task in distillation.tasks if task not in ids]
@@ -64,10 +68,10 @@ def build_training_model(
         for task, settings in distillation.tasks.items():
             rows[task] = query_rows(settings.predictor, specs[task], len(ids[task]))
     if not ids:
-        return TrainingModel(student)
+        return TrainingModel(student, words=words)
     queries = initial_queries(student, rows, torch.Generator().manual_seed(seed))
     try:
-        return TrainingModel(student, TaskTokens(ids, queries), objective)
+        return TrainingModel(student, TaskTokens(ids, queries), objective, words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -84,7 +88,8 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
     lacks: tuple[str, ...] = () if model.objective is not None else DISTILLATION_PARTS
     lacks += () if model.task_tokens is not None else TASK_TOKEN_PARTS
     lacks += ("llm.*",) if lora else ()
-    apply_stage(model, stage, lacks, optimization.freeze, (f"{LORA}.*",) if lora else ())
+    adds = ((f"{LORA}.*",) if lora else ()) + (WORD_PARTS if model.words is not None else ())
+    apply_stage(model, stage, lacks, optimization.freeze, adds)
     check_rates(optimization, stage, model)
     student = model.student
     vision = student.model.vision_tower

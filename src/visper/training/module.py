@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.common.compat import is_partitioned, recompute_layers
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
-from visper.model import Student, TaskTokens
+from visper.model import AddedWords, Student, TaskTokens
 from visper.training.attention import packing_arguments
 
 NTP = "ntp"
@@ -37,17 +37,23 @@ class TrainingModel(nn.Module):
         student: what is trained and later saved.
         task_tokens: their trainable (PT) or frozen (VPT, IFT) queries; None for a student without task tokens.
         objective: the embedding losses; None where the stage has none.
+        words: the trainable embeddings of added words in PT; else None, the LLM's own are used.
     """
 
     silent_ids: Tensor
 
     def __init__(
-        self, student: Student, task_tokens: TaskTokens | None = None, objective: EmbeddingDistillation | None = None
+        self,
+        student: Student,
+        task_tokens: TaskTokens | None = None,
+        objective: EmbeddingDistillation | None = None,
+        words: AddedWords | None = None,
     ) -> None:
         super().__init__()
         self.student = student.model
         self.processor = student.processor
         self.task_tokens = task_tokens
+        self.words = words
         self.objective = objective
         self.config = student.model.config  # transformers' Trainer reads it
         self.encode_blank_image = False
@@ -59,6 +65,8 @@ class TrainingModel(nn.Module):
         if task_tokens is not None:
             task_tokens.attach(self.student.get_input_embeddings())
         self.register_load_state_dict_post_hook(_allow_missing_frozen)
+        if words is not None:
+            words.attach(self.student.get_input_embeddings(), self.student.get_output_embeddings())
 
     def train(self, mode: bool = True) -> TrainingModel:
         """Sets training mode, except for a frozen encoder: training then sees the features that inference sees."""
@@ -184,6 +192,7 @@ class TrainingModel(nn.Module):
             hasattr(F, "linear_cross_entropy")
             and type(head) is nn.Linear
             and head.bias is None
+            and self.words is None  # scored by a hook of the head
             and states_TD.dtype == head.weight.dtype == torch.float32
             and not torch.is_autocast_enabled(states_TD.device.type)
             and not isinstance(self, FSDPModule)

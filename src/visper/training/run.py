@@ -237,6 +237,8 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
     output = Path(run.output)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
+    if model.words is not None:
+        model.words.write_back(student.model.get_input_embeddings(), student.model.get_output_embeddings())
     if model.objective is not None and model.task_tokens is not None:
         with atomic_path(output / "distillation") as partial:
             partial.mkdir()

@@ -30,12 +30,16 @@ DISTILLATION_PARTS = ("predictors.*", "logit_scales.*")
 TASK_TOKEN_PARTS = ("task_tokens.*",)
 """What a run without 'distillation', or a student without task tokens, lacks (plain LLaVA pre-training: both)."""
 
+WORD_PARTS = ("words.*",)
+"""What PT trains beside its table where a recipe adds words; in VPT and IFT their embeddings are the LLM's own."""
+
 PARTS: tuple[tuple[str, str], ...] = (
     ("student.model.vision_tower.", "vision."),
     ("student.model.multi_modal_projector.", "projector."),
     ("student.model.language_model.", "llm."),
     ("student.lm_head.", "llm.lm_head."),
     ("task_tokens.", "task_tokens."),
+    ("words.", "words."),
     ("objective.predictors.", "predictors."),
     ("objective.logit_scales.", "logit_scales."),
 )
