@@ -82,7 +82,7 @@ class Report:
             "examples": dict(self.examples),
             "unusable": self.drops.counts(),
             "supervision checked": self.encoded,
-            "unknown words": {"share": self.unknown.share, "examples": list(self.unknown.examples)},
+            "unknown words": {"share": self.unknown.share, "words": list(self.unknown.words)},
         }
 
     def table(self) -> Table:
@@ -147,7 +147,7 @@ def check(
     records = Records([Part(name, table, images)])
     found = measure(records, encoder, quiet) if encoder is not None else None
     if encoder is not None and found is not None:
-        report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder)
+        report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder, None)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
         image = table.value("image", row)

@@ -29,11 +29,11 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class UnknownWords:
-    """Tokens of supervised text, how many of them are unknown, and the most frequent unknown words."""
+    """Tokens of supervised text, how many of them are unknown, and unknown words, the most frequent first."""
 
     num_text: int = 0
     num_unknown: int = 0
-    examples: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     where: str = "supervised text"
 
     @property
@@ -42,7 +42,7 @@ class UnknownWords:
         return self.num_unknown / max(1, self.num_text)
 
     def __str__(self) -> str:
-        shown = ", ".join(repr(word) for word in self.examples)
+        shown = ", ".join(repr(word) for word in self.words[:EXAMPLES])
         return (
             f"{self.share:.1%} of the {self.where} ({self.num_unknown:,} of {self.num_text:,} tokens) is unknown to "
             f"the tokenizer, such as {shown}"
@@ -62,13 +62,20 @@ class UnknownWords:
 
 
 def unknown_words(
-    records: Sequence[Record], num_text: Counts, num_unknown: Counts, encoder: ConversationEncoder
+    records: Sequence[Record],
+    num_text: Counts,
+    num_unknown: Counts,
+    encoder: ConversationEncoder,
+    look_up: int | None = ROWS_FOR_EXAMPLES,
 ) -> UnknownWords:
-    """Adds up what ``measure`` found in ``records``, and looks up examples in the first rows that have some."""
-    rows = np.flatnonzero(num_unknown)[:ROWS_FOR_EXAMPLES].tolist()
+    """Adds up what ``measure`` found in ``records``.
+
+    Args:
+        look_up: the first so many rows with unknown tokens are read again for their words; None: all of them.
+    """
+    rows = np.flatnonzero(num_unknown)[:look_up].tolist()
     words = Counter(word for row in rows for word in encoder.unknown_words(records[row]))
-    examples = tuple(word for word, _ in words.most_common(EXAMPLES))
-    return UnknownWords(int(num_text.sum()), int(num_unknown.sum()), examples)
+    return UnknownWords(int(num_text.sum()), int(num_unknown.sum()), tuple(word for word, _ in words.most_common()))
 
 
 def sampled_unknown_words(records: Sequence[Record], encoder: ConversationEncoder) -> UnknownWords:
@@ -81,6 +88,6 @@ def sampled_unknown_words(records: Sequence[Record], encoder: ConversationEncode
 
 def total_of(parts: Sequence[UnknownWords]) -> UnknownWords:
     """The counts of several files together."""
-    examples = [part.examples for part in parts if part.examples]
-    words = dict.fromkeys(word for same_rank in zip_longest(*examples) for word in same_rank if word is not None)
-    return UnknownWords(sum(p.num_text for p in parts), sum(p.num_unknown for p in parts), tuple(words)[:EXAMPLES])
+    ranks = zip_longest(*(part.words for part in parts))
+    words = dict.fromkeys(word for same_rank in ranks for word in same_rank if word is not None)
+    return UnknownWords(sum(p.num_text for p in parts), sum(p.num_unknown for p in parts), tuple(words))
