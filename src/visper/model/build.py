@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from visper.common.compat import save_under_published_names
+from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
@@ -95,6 +96,7 @@ class Student:
         return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
+@without_loading_bars()
 def build_student(
     config: StudentConfig, geometry: Geometry, dtype: torch.dtype | Literal["auto"] = torch.float32
 ) -> Student:
@@ -301,6 +303,7 @@ def _generation_config(
     return base
 
 
+@without_loading_bars()
 def save_student(student: Student, folder: Path) -> None:
     """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``data.complete``.
 
@@ -325,6 +328,7 @@ def save_processor(student: Student, folder: Path) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+@without_loading_bars()
 def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
     """Loads a student from a stage's output, from its ``model`` folder, or from any LLaVA folder or hub id.
 

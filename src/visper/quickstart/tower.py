@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from visper.common.console import without_loading_bars
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher
 
 HEADS = ("depth", "classes", "image")
@@ -152,6 +153,7 @@ class TowerModel(PreTrainedModel):
 class TowerTeacher(Teacher):
     """A saved ``TowerModel`` as a teacher. ``model``: its folder."""
 
+    @without_loading_bars()
     def __init__(self, model: str | Path) -> None:
         super().__init__()
         self.model = TowerModel.from_pretrained(model, dtype=torch.float32)

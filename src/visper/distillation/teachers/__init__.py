@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from visper.common.console import without_loading_bars
 from visper.config.teacher_kinds import TEACHERS, check_options, class_place
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_images
 from visper.model.hub import remedy
@@ -20,6 +21,7 @@ EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "tim
 """Package that may be missing -> the extra of this project that brings it."""
 
 
+@without_loading_bars()
 def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
     """Loads a frozen teacher.
 
