@@ -1,64 +1,123 @@
-"""Complete or absent: what is written lies beside its place until it is whole, then takes it by one rename."""
+"""Files and folders that are complete or absent, and names that stay inside their folder.
+
+What is written lies beside its place until it is complete and on the disk, then takes its place by a rename. Promised:
+
+- Whoever opens a file sees its former content or the new one, also after a kill or a power loss at any moment.
+- Any error, a full disk included, leaves what was there before.
+- Two writers never share an unfinished file, on whichever host or in whichever container they run; the last one wins.
+- A folder is replaced by two renames, so it is absent for a moment; if the second fails, the former folder is put back,
+  and if the process dies between them, ``remove_leftovers`` puts it back.
+"""
 
 from __future__ import annotations
 
-import glob
+import errno
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LONGEST_NAME = 255  # bytes, on every usual file system
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>.+)-[0-9a-f]{16}", re.DOTALL)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A sibling path to write a file or a folder to; on success it becomes ``path``, on any error it vanishes.
-
-    An existing ``path`` is replaced only once the new one is whole: a full disk loses nothing that was there.
-    """
+    """A sibling path to write a file or a folder to; on success it becomes ``path``, on any error it vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    _remove(partial)
+    partial = _sibling(path, "partial")
     try:
         yield partial
+        _flush(partial)
+        _take_place(partial, path)
     except BaseException:
         _remove(partial)
         raise
-    if path.is_dir():
-        outgoing = path.with_name(f".{path.name}.old-{os.getpid()}")
-        path.rename(outgoing)
-        partial.rename(path)
-        _remove(outgoing)
-    else:
-        partial.replace(path)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes what processes of this machine left beside ``path`` when they were killed writing it."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        process = partial.name.rpartition("-")[2]
-        if process.isdecimal() and not _is_alive(int(process)):
-            _remove(partial)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # of another user
-    return True
+    _flush_entry(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file or leaves ``path`` as it was."""
+    """Writes a text file completely, or leaves ``path`` as it was."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def _remove(path: Path) -> None:
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is one that ``atomic_path``, here or on another host, has not moved to its place."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def remove_leftovers(found: Iterable[Path]) -> None:
+    """Removes what killed writers of this host left; a folder set aside returns to its place if that is empty.
+
+    The caller holds the lock under which these places are written: a process's id would say nothing about a process
+    in another container. What other hosts left stays, since a lock on a network file system may not reach them.
+
+    Args:
+        found: paths, for example of a ``glob``; those that are no leftovers of this host are passed over.
+    """
+    for leftover in list(found):
+        match = _LEFTOVER.fullmatch(leftover.name)
+        if match is None or match["host"] != socket.gethostname():
+            continue
+        place = leftover.with_name(match["name"])
+        if match["kind"] == "old" and not os.path.lexists(place):
+            leftover.rename(place)
+        else:
+            _remove(leftover)
+
+
+def _sibling(path: Path, kind: str) -> Path:
+    ending = f".{kind}-{socket.gethostname()}-{secrets.token_hex(8)}"
+    room = _LONGEST_NAME - len(os.fsencode(f".{ending}"))
+    return path.with_name(f".{os.fsencode(path.name)[:room].decode(errors='ignore')}{ending}")
+
+
+def _take_place(partial: Path, path: Path) -> None:
+    if not path.is_dir():
+        partial.replace(path)
+        return
+    outgoing = _sibling(path, "old")
+    path.rename(outgoing)
+    try:
+        partial.rename(path)
+    except BaseException:
+        outgoing.rename(path)
+        raise
+    _remove(outgoing)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder with all it holds, is on the disk."""
+    if path.is_symlink():
+        return
     if path.is_dir():
+        for entry in path.iterdir():
+            _flush(entry)
+        _flush_entry(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_entry(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where its file system can tell."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from visper.common.console import announce
 from visper.common.errors import ConfigError, DataError
+from visper.common.files import remove_leftovers
 from visper.config import Data, Distillation, Run
 from visper.data.checks.digests import content_of, digest
 from visper.data.collator import Preprocess
@@ -116,8 +117,7 @@ def _locked(out: Path, dtype: str, state: PartialState) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(f"another process is building targets in '{out}': wait for it, or stop it") from error
-        for leftover in out.rglob(".*.partial-*"):
-            leftover.unlink()
+        remove_leftovers(out.rglob(".*"))
     try:
         yield
     finally:

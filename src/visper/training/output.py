@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import ConfigError
-from visper.common.files import write_text
+from visper.common.files import is_leftover, remove_leftovers, write_text
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
@@ -56,15 +56,13 @@ def claim_output(run: Run, output: Path, resume: bool) -> None:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
     output.mkdir(parents=True, exist_ok=True)
     # What a run that was killed leaves behind; killed at once, nothing else.
-    leftovers = {*output.glob(".*.partial-*"), *output.glob(".*.old-*")}
     if not (output / "run.yaml").exists() and any(
-        path not in leftovers or not path.name.startswith(".run.yaml.") for path in output.iterdir()
+        not (is_leftover(path) and path.name.startswith(".run.yaml.")) for path in output.iterdir()
     ):
         raise ConfigError(
             f"output '{output}' is not empty and has no run.yaml written by visper: choose another output"
         )
-    for leftover in leftovers:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from visper.common.errors import DataError
+from visper.common.files import remove_leftovers
 from visper.data.rows.formats import image_names
 from visper.data.sets.archives import look_at, plain_path
 from visper.data.sets.catalog import DataSet, Download, with_needs
@@ -60,9 +61,8 @@ def prepare(
     console = console or Console()
     with only_one(root, console):
         # Only what a preparation writes: a run may be writing its tables beside, into the same folder.
-        own = ((root / STATE / folder).rglob(".*.partial-*") for folder in (PARTS, MEMBERS))
-        for leftover in chain(root.glob(f".{LOCKFILE}.partial-*"), *own):
-            leftover.unlink()
+        own = ((root / STATE / folder).rglob(".*") for folder in (PARTS, MEMBERS))
+        remove_leftovers(chain(root.glob(f".{LOCKFILE}.*"), *own))
         preparation = _Preparation(root, everything, drop_archives, workers, console, patience or RetryPolicy())
         return preparation.run(sets, set(again))
 

@@ -1,0 +1,130 @@
+"""Written files and folders are complete or absent, whoever is killed and whoever writes beside."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from visper.common.files import atomic_path, is_leftover, remove_leftovers, write_text
+
+TOKEN = 8 * "1f"
+
+
+def leftover(place: Path, kind: str = "partial", host: str | None = None) -> Path:
+    return place.with_name(f".{place.name}.{kind}-{host or socket.gethostname()}-{TOKEN}")
+
+
+def put_folder(path: Path, text: str) -> None:
+    with atomic_path(path) as partial:
+        partial.mkdir()
+        (partial / "a").write_text(text)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_files_and_folders_are_replaced_without_a_trace(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write_text(tmp_path / "deep" / "file", text)
+        put_folder(tmp_path / "deep" / "folder", text)
+    assert (tmp_path / "deep" / "file").read_text() == (tmp_path / "deep" / "folder" / "a").read_text() == "new"
+    assert names(tmp_path / "deep") == {"file", "folder"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_error_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(type(error)), atomic_path(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise error
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
+
+
+def test_a_folder_returns_when_its_successor_cannot_take_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_folder(tmp_path / "folder", "old")
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if ".partial-" in source.name:
+            raise PermissionError(13, "refused")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError):
+        put_folder(tmp_path / "folder", "new")
+    assert names(tmp_path) == {"folder"} and (tmp_path / "folder" / "a").read_text() == "old"
+
+
+def test_two_writers_at_once_share_nothing(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "file") as one, atomic_path(tmp_path / "file") as other:
+        one.write_text("one")
+        other.write_text("other")
+        assert one != other and socket.gethostname() in one.name and is_leftover(one)
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "one"
+
+
+def test_content_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    put_folder(tmp_path / "folder", "new")
+    partial = str(Path(flushed[0]).parent)
+    assert is_leftover(Path(partial)) and flushed == [f"{partial}/a", partial, str(tmp_path)]
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path) -> None:
+    for name in ("a" * 255, "ü" * 127):
+        write_text(tmp_path / name, "new")
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    put_folder(tmp_path / "far", "far")
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "file").symlink_to(tmp_path / "far" / "a")
+    put_folder(tmp_path / "link", "new")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "far" / "a").read_text() == "far" and not (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == {"far", "file", "link"}
+
+
+def test_a_killed_writer_leaves_the_old_content_and_is_tidied_up_after(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from visper.common.files import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2 and (tmp_path / "file").read_text() == "old"
+    remove_leftovers(tmp_path.iterdir())
+    assert names(tmp_path) == {"file"}
+
+
+def test_leftovers_of_other_hosts_and_files_of_other_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "place").touch()
+    place = tmp_path / "place"
+    others = [leftover(place, host="elsewhere"), leftover(place, host=f"{socket.gethostname()}-2"),
+              leftover(place, "old", "elsewhere"), tmp_path / ".place.partial-1", tmp_path / ".place"]  # fmt: skip
+    own = [leftover(place), leftover(place, "old")]
+    for path in (*others, *own):
+        path.mkdir()
+    remove_leftovers(tmp_path.iterdir())
+    assert names(tmp_path) == {"place", *(path.name for path in others)}
+
+
+def test_a_folder_set_aside_returns_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    put_folder(tmp_path / "folder", "old")
+    (tmp_path / "folder").rename(leftover(tmp_path / "folder", "old"))
+    leftover(tmp_path / "folder").mkdir()
+    remove_leftovers(tmp_path.iterdir())
+    assert names(tmp_path) == {"folder"} and (tmp_path / "folder" / "a").read_text() == "old"
