@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +47,30 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def tensorboard(folder: Path) -> TrainerCallback:
-    """The Trainer's TensorBoard callback, writing beside the run: by default it writes into staging.
+def require_trackers(names: Sequence[str]) -> None:
+    """Checks, before anything is loaded, that the trackers of ``logging.report_to`` can be used.
 
     Raises:
-        ConfigError: TensorBoard is not installed; the message names the extra.
+        ConfigError: one is not installed, or W&B is not logged in; the message says what to do.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "logging.report_to names tensorboard, which is not installed: pip install 'visper-lm[tensorboard]'"
-        ) from error
+    for name in names:
+        if find_spec(name) is None:  # package and extra have one name
+            raise ConfigError(
+                f"logging.report_to names {name}, which is not installed: pip install 'visper-lm[{name}]'"
+            )
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        if wandb.api.api_key is None:
+            raise ConfigError(
+                "logging.report_to names wandb, which is not logged in: run `wandb login`, set WANDB_API_KEY, or keep "
+                "the log on this machine with WANDB_MODE=offline"
+            )
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """The Trainer's TensorBoard callback, writing beside the run: by default it writes into staging."""
+    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
     return TensorBoardCallback(SummaryWriter(str(folder)))

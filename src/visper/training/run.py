@@ -65,7 +65,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         DataError: too many bad rows.
         StoppedError: a signal ended it early; it has saved a checkpoint.
     """
-    row_files(run.data)  # missing data is reported before anything is loaded
+    row_files(run.data)  # missing data and trackers are reported before anything is loaded
+    require_trackers(run.logging.report_to)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     run = open_output(run, resume, processes)
