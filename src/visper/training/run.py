@@ -33,7 +33,7 @@ from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
-from visper.training.callbacks import JsonlCallback, console_callback, tensorboard
+from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
 from visper.training.checkpoint import checkpoints, is_last
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
