@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from visper.common.files import atomic_path, is_leftover, remove_leftovers, write_text
+from visper.common.errors import DataError
+from visper.common.files import OUTSIDE, atomic_path, inside, is_leftover, remove_leftovers, write_text
 
 TOKEN = 8 * "1f"
 
@@ -128,3 +129,33 @@ def test_a_folder_set_aside_returns_after_a_kill_between_the_renames(tmp_path: P
     leftover(tmp_path / "folder").mkdir()
     remove_leftovers(tmp_path.iterdir())
     assert names(tmp_path) == {"folder"} and (tmp_path / "folder" / "a").read_text() == "old"
+
+
+def test_a_name_stays_inside_its_folder_when_all_links_are_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (folder / "a" / "in.jpg").write_text("x")
+    (folder / "link.jpg").symlink_to("a/in.jpg")
+    (folder / "up.jpg").symlink_to("../secret")
+    (folder / "far").symlink_to(tmp_path)
+    (tmp_path / "entry").symlink_to(folder)
+    (tmp_path / "images-2").mkdir()
+    for name in ("a/in.jpg", "link.jpg", "a/../link.jpg", "lost.jpg", "lost/lost.jpg", "far/images/a/in.jpg"):
+        assert inside(folder, name) == folder / name
+        assert inside(tmp_path / "entry", name) == tmp_path / "entry" / name
+    for name in ("up.jpg", "far/secret", "../secret", "a/../../secret", str(tmp_path / "secret"), "..", ".", "a/..",
+                 "../images-2/x"):  # fmt: skip
+        with pytest.raises(DataError) as error:
+            inside(folder, name)
+        assert error.value.reason == OUTSIDE and str(folder) in error.value.detail
+
+
+def test_the_folder_may_be_relative_or_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("one", "two"):
+        (tmp_path / place / "images").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        assert inside("images", "a.jpg") == Path("images/a.jpg")
+        with pytest.raises(DataError):
+            inside("images", "../a.jpg")
+    assert inside("/", str(tmp_path / "a.jpg")) == tmp_path / "a.jpg"

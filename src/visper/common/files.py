@@ -19,8 +19,13 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+from visper.common.errors import DataError
+
+OUTSIDE = "image outside its folder"
+"""The reason under which rows are counted whose image is not under the images folder."""
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>.+)-[0-9a-f]{16}", re.DOTALL)
 
@@ -69,6 +74,34 @@ def remove_leftovers(found: Iterable[Path]) -> None:
             leftover.rename(place)
         else:
             _remove(leftover)
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The file ``name`` of a folder of images, which lies under it when every link on the way is followed.
+
+    Cheap enough for each image of a run: the links of a folder are followed once in a process, a file's each time.
+
+    Raises:
+        DataError: ``name`` leads outside, by ``..``, as an absolute path or through a link.
+    """
+    base = str(folder) if os.path.isabs(folder) else os.path.abspath(folder)  # noqa: PTH100, PTH117 - Path is slow
+    parent, last = os.path.split(os.path.join(base, name))  # noqa: PTH118
+    found = f"{_followed(parent)}/{last}"
+    if last in ("", ".", "..") or os.path.islink(found):  # noqa: PTH114
+        found = os.path.realpath(found)
+    root = _followed(base)
+    if not found.startswith(root.rstrip("/") + "/"):
+        raise DataError(
+            OUTSIDE,
+            f"{name[:200]!r} leads to '{found[:200]}', not under '{root}': copy or mount it there, or name the folder "
+            "that holds it as the images folder",
+        )
+    return Path(folder) / name
+
+
+@lru_cache(maxsize=100_000)
+def _followed(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _sibling(path: Path, kind: str) -> Path:

@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from visper.common.errors import DataError
-from visper.common.files import write_text
+from visper.common.files import inside, write_text
 from visper.data.images import open_image
 from visper.data.rows.json_rows import read_rows
 from visper.evaluation.ask import answer, as_row
@@ -134,13 +134,14 @@ def evaluate(
         shuffle_images: every question gets another question's image: what a model scores that does not look.
 
     Raises:
-        DataError: images that are not there or questions that cannot be asked, before the first question.
+        DataError: before the first question, for images that are not there or not under their folder, and for
+            questions that cannot be asked.
     """
     items = list(questions)
     shown = [q.image for q in items]
     if shuffle_images:
         shown = _others(shown)
-    absent = sorted({name for name in shown if name is not None and not (images / name).is_file()})
+    absent = sorted({name for name in shown if name is not None and not inside(images, name).is_file()})
     if absent:
         raise DataError(f"{len(absent)} images of the questions are not under '{images}', the first '{absent[0]}'")
     for number, (question, name) in enumerate(zip(items, shown, strict=True)):
@@ -178,7 +179,7 @@ def _read_image(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
     try:
-        return open_image(folder / name)
+        return open_image(inside(folder, name))
     except DataError as error:
         logger.warning("%s: %s; its questions count as not answered", name, error)
         return None

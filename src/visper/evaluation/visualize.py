@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
+from visper.data.checks.digests import content_of
 from visper.data.images import arrange, background_of, geometry_of, open_image
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -86,12 +87,16 @@ def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
 
 
 def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
-    """Each picture once, with its content where the source holds it."""
+    """Each image once, with its content; without those that lie outside their folder."""
     seen = set()
     for index, record in enumerate(records):
         if record.image is not None and record.image not in seen:
             seen.add(record.image)
-            yield Path(record.image), records.picture(index)
+            try:
+                content = content_of(records, index)
+            except DataError:
+                continue
+            yield Path(record.image), content
 
 
 def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Image.Image]:

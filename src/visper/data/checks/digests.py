@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.progress import track
 
+from visper.common.errors import DataError
+from visper.common.files import inside
 from visper.data.checks.image_files import stamp_of
 from visper.data.rows.records import Record
 from visper.data.rows.table import Records
@@ -29,24 +31,32 @@ def digest(content: bytes) -> bytes:
 
 
 def content_of(records: Sequence[Record], index: int) -> bytes | None:
-    """The bytes of a row's picture, from its source or its file; None where there is no picture or no such file."""
-    held = records.picture(index) if isinstance(records, Records) else None
-    image = records[index].image if held is None else None
-    if image is None:
-        return held
+    """The bytes of a row's image, from its source or its file; None where there is no image or no such file.
+
+    Raises:
+        DataError: the file does not lie in its source's folder of images.
+    """
+    if not isinstance(records, Records):
+        image = records[index].image
+        return None if image is None else _read_file(Path(image))
+    held, place = records.picture(index), records.image_place(index)
+    return held if held is not None or place is None else _read_file(inside(*place))
+
+
+def _read_file(path: Path) -> bytes | None:
     try:
-        return Path(image).read_bytes()
+        return path.read_bytes() if path.is_file() else None
     except OSError:
         return None
 
 
 def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
     """The digest of every row's picture; None for a row without one, and where there is no such file."""
-    files = records.image_files()
+    places = records.image_places()
     lockfile = records.parts[0].table.path.parent / LOCKFILE
-    of_file = _of_files([file for file in dict.fromkeys(files) if file is not None], lockfile, quiet)
-    found = [None if file is None else of_file.get(file) for file in files]
-    embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and files[i] is None]
+    of_file = _of_files([place for place in dict.fromkeys(places) if place is not None], lockfile, quiet)
+    found = [None if place is None else of_file.get(str(place[0] / place[1])) for place in places]
+    embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and places[i] is None]
     # In the order of the files, which read rows in groups.
     order = sorted(embedded, key=lambda index: int(records.rows[index]))
     for index in track(order, description="hashing embedded images", disable=quiet or not order):
@@ -55,10 +65,11 @@ def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
     return found
 
 
-def _of_files(paths: list[str], lockfile: Path, quiet: bool) -> dict[str, bytes]:
+def _of_files(places: list[tuple[Path, str]], lockfile: Path, quiet: bool) -> dict[str, bytes]:
     before = _read(lockfile)
     with ThreadPoolExecutor(_THREADS) as threads:
-        stamps = dict(zip(paths, threads.map(stamp_of, paths, chunksize=256), strict=True))
+        paths = [str(folder / name) for folder, name in places]
+        stamps = dict(zip(paths, threads.map(_stamp, places), strict=True))
         found = {path: before[path][1] for path in paths if path in before and before[path][0] == stamps[path] != ""}
         new = [path for path in paths if path not in found and stamps[path]]
         if not new:
@@ -76,11 +87,16 @@ def _of_files(paths: list[str], lockfile: Path, quiet: bool) -> dict[str, bytes]
     return found
 
 
-def _hash(path: str) -> bytes | None:
+def _stamp(place: tuple[Path, str]) -> str:
     try:
-        return digest(Path(path).read_bytes())
-    except OSError:
-        return None
+        return stamp_of(str(inside(*place)))
+    except DataError:
+        return ""
+
+
+def _hash(path: str) -> bytes | None:
+    content = _read_file(Path(path))
+    return None if content is None else digest(content)
 
 
 def _read(lockfile: Path) -> dict[str, tuple[str, bytes]]:

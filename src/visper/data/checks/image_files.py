@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from visper.common.cache import code_key, key
 from visper.common.errors import DataError
+from visper.common.files import inside
 from visper.common.parallel import in_order
 from visper.data import decoding
 from visper.data.decoding import opened
@@ -50,21 +52,30 @@ def look(path: str) -> Verdict:
 
 
 def look_at_all(
-    paths: Sequence[str], kept: Path, quiet: bool = False, workers: int | None = None
+    folder: Path, names: Sequence[str], kept: Path, quiet: bool = False, workers: int | None = None
 ) -> dict[str, Verdict]:
-    """A verdict on every file, those looked at before from ``kept``.
+    """A verdict on every file by its path, those looked at before from ``kept``. Outside the folder nothing is opened.
 
     Args:
-        paths: files, each once.
+        folder: of the images.
+        names: the files under it, each once.
         kept: JSONL file of verdicts; one line a file, the newest line counts.
         quiet: no progress bar.
         workers: processes; default: one a core, or none for a few files.
     """
     before = _read(kept)
+    verdicts: dict[str, Verdict] = {}
+    stamps: dict[str, str] = {}
     with ThreadPoolExecutor(32) as threads:
-        stamps = dict(zip(paths, threads.map(stamp_of, paths, chunksize=256), strict=True))
-    verdicts = {path: before[path][1] for path in paths if path in before and before[path][0] == stamps[path] != ""}
-    new = [path for path in paths if path not in verdicts]
+        for name, stamp in zip(names, threads.map(partial(_stamp_or_fault, folder), names), strict=True):
+            path = str(folder / name)
+            if isinstance(stamp, Verdict):
+                verdicts[path] = stamp
+                continue
+            stamps[path] = stamp
+            if path in before and before[path][0] == stamp != "":
+                verdicts[path] = before[path][1]
+    new = [path for path in stamps if path not in verdicts]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a", encoding="utf-8") as lines:
         lines.write("\n")  # behind a line that an earlier check left half written
@@ -91,6 +102,13 @@ def stamp_of(path: str) -> str:
     except OSError:
         return ""
     return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def _stamp_or_fault(folder: Path, name: str) -> str | Verdict:
+    try:
+        return stamp_of(str(inside(folder, name)))
+    except DataError as error:
+        return Verdict(None, error.reason, error.detail)
 
 
 def _read(kept: Path) -> Mapping[str, tuple[str, Verdict]]:

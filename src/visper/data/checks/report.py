@@ -18,7 +18,7 @@ from rich.table import Table
 
 from visper.common.cache import cache_folder, key
 from visper.common.errors import DataError
-from visper.common.files import atomic_path, write_text
+from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
@@ -40,6 +40,8 @@ COLUMNS = (
     "not an image",
     "broken image",
     "huge image",
+    "format not allowed",
+    OUTSIDE,
     "mislabeled image",
     "image without tag",
     "tag without image",
@@ -51,6 +53,7 @@ COLUMNS = (
     "duplicate",
     "unusable",
 )
+FETCHED_AGAIN = ("missing image", "empty image file", "not an image", "broken image")
 Fetch = Callable[[list[Path]], None]
 
 
@@ -136,7 +139,7 @@ def check(
         report.note("(no conversation)", "unusable")
     named = {image: str(images / image) for image in table.column("image").to_pylist() if image is not None}
     kept = verdicts_file(cache_folder(file.resolve().parent), images)
-    by_file = look_at_all(list(dict.fromkeys(named.values())), kept, quiet, workers)
+    by_file = look_at_all(images, list(named), kept, quiet, workers)
     report.verdicts = by_file
     for image, path in named.items():
         report.note(source_of(image), "images")
@@ -196,7 +199,8 @@ def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, 
 
     Args:
         reports: of ``check``; check again afterwards.
-        fetch: given the missing, empty and broken files, puts sound ones there as far as it can.
+        fetch: given the files of which another copy may be sound, puts such there as far as it can. Not given are
+            those outside their folder and those that are as they were published: too large, of a refused format.
 
     Returns:
         How many files were mended, and those that could not be.
@@ -215,10 +219,12 @@ def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, 
             except (DataError, OSError) as error:
                 lost.append(Drop(path, "cannot be written", str(error)))
     bad = {path: verdict for path, verdict in verdicts.items() if verdict.reason is not None}
-    if fetch is not None and bad:
-        fetch([Path(path) for path in bad])
-        bad = {path: verdict for path in bad if (verdict := look(path)).reason is not None}
-        mended += sum(verdict.reason is not None for verdict in verdicts.values()) - len(bad)
+    again = [path for path, verdict in bad.items() if verdict.reason in FETCHED_AGAIN]
+    if fetch is not None and again:
+        fetch([Path(path) for path in again])
+        fetched = {path: look(path) for path in again}
+        mended += sum(verdict.reason is None for verdict in fetched.values())
+        bad = {path: verdict for path, verdict in {**bad, **fetched}.items() if verdict.reason is not None}
     return mended, lost + [Drop(path, str(verdict.reason), verdict.detail) for path, verdict in bad.items()]
 
 

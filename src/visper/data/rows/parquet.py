@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from rich.progress import track
 
 from visper.common.errors import DataError
-from visper.common.files import atomic_path
+from visper.common.files import atomic_path, inside
 from visper.data.rows.formats import IMAGE_TAG
 from visper.data.rows.records import Drop, DropList
 from visper.data.rows.table import Records
@@ -107,10 +107,12 @@ def _row(records: Records, index: int) -> dict[str, Any] | Drop:
     if tagged and record.image_turn is not None:  # where the row had none, its text stays untouched
         shown_in = conversations[record.image_turn]
         shown_in["value"] = f"{IMAGE_TAG}\n{shown_in['value']}"
-    content = records.picture(index)
-    if content is None:
+    content, file = records.picture(index), records.image_place(index)
+    if content is None and file is not None:
         try:
-            content = Path(record.image).read_bytes()
+            content = inside(*file).read_bytes()
+        except DataError as error:
+            return Drop(record.id, error.reason, error.detail)
         except OSError as error:
             return Drop(record.id, "missing image", f"'{record.image}': {error.strerror}")
     if not content:

@@ -253,13 +253,23 @@ class Records(Sequence[Record]):
         """``values`` of every part, which has one entry a row of its table, for these rows: ``[len(self)]``."""
         return np.concatenate([values(part) for part in self.parts])[self.rows]
 
-    def image_files(self) -> list[str | None]:
-        """The file of each row's picture; None where there is none, or the source holds it. Costs no conversation."""
-        files: list[str | None] = []
+    def image_place(self, index: int) -> tuple[Path, str] | None:
+        """The folder and name of the row's image file; None where there is none, or the source holds the image."""
+        part, row = self.place(index)
+        name = None if part.images is None else part.table.value("image", row)
+        return None if name is None or part.images is None else (part.images, name)
+
+    def image_places(self) -> list[tuple[Path, str] | None]:
+        """``image_place`` of each row. Costs no conversation."""
+        places: list[tuple[Path, str] | None] = []
         for part in self.parts:
             names = part.table.column("image").to_pylist()
-            files += [None if n is None or part.images is None else str(part.images / n) for n in names]
-        return [files[row] for row in self.rows.tolist()]
+            places += [None if n is None or part.images is None else (part.images, n) for n in names]
+        return [places[row] for row in self.rows.tolist()]
+
+    def image_files(self) -> list[str | None]:
+        """The file that each row names; None likewise. ``common.files.inside`` tells which may be opened."""
+        return [None if place is None else str(place[0] / place[1]) for place in self.image_places()]
 
     @property
     def has_image(self) -> npt.NDArray[np.bool_]:
