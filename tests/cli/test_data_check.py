@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.data.sets import published, server
-from tests.data.sets.published import picture
+from tests.data.sets.published import image
 from tests.data.sets.test_prepare import QUICK
 from visper.cli import app, main
 from visper.config import Run
@@ -48,9 +48,9 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     assert len(drops.read_text().splitlines()) == 3
 
     (root / "gqa/images/1.jpg").write_bytes(b"")
-    (root / "vg/VG_100K/1.jpg").write_bytes(picture(41)[:100])
+    (root / "vg/VG_100K/1.jpg").write_bytes(image(41)[:100])
     (root / "textvqa/train_images/0a.jpg").unlink()
-    (root / "coco/train2017/000000000001.jpg").write_bytes(picture(1, "GIF", "P"))
+    (root / "coco/train2017/000000000001.jpg").write_bytes(image(1, "GIF", "P"))
     code, said = call(*check)
     assert code == 1 and "6 of 14 rows are unusable" in said
     assert totals(report, "gqa")["empty image file"] == totals(report, "vg")["broken image"] == 1
@@ -59,8 +59,8 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
     shelf.requests.clear()
     code, said = call(*check, "--repair")
     assert code == 1 and "mended 4 images; 2 cannot be" in said and "3 of 14 rows are unusable" in said
-    assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
-    assert (root / "vg/VG_100K/1.jpg").read_bytes() == picture(41)
+    assert (root / "gqa/images/1.jpg").read_bytes() == image(21)
+    assert (root / "vg/VG_100K/1.jpg").read_bytes() == image(41)
     assert not any("train2017" in path for path, *_ in shelf.requests), "re-encoded, not fetched"
     assert "mislabeled image" not in totals(report, "coco")
 
@@ -69,14 +69,14 @@ def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatc
     root = tmp_path / "data"
     call("data", "prepare", "llava-665k", "--root", root, "--drop-archives")
     broken = root / "gqa/images/1.jpg"
-    broken.write_bytes(picture(21)[:100])
+    broken.write_bytes(image(21)[:100])
     shelf.files.clear()
     monkeypatch.setattr("visper.data.sets.prepare.RetryPolicy", lambda: QUICK)
     monkeypatch.setattr("sys.argv", ["visper", "data", "check", "llava-665k", "--root", str(root), "--repair"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2 and "gqa/images.zip: no source gave it" in capsys.readouterr().err
-    assert broken.read_bytes() == picture(21)[:100]
+    assert broken.read_bytes() == image(21)[:100]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from pathlib import Path
 from rich.console import Console
 
 import visper.data.images  # noqa: F401 - loaded once, not in each fork
+from visper.data.sets import archives
 from visper.data.sets import fetch as download
-from visper.data.sets import unpack
 from visper.data.sets.fetch import ProgressBar, RetryPolicy
 from visper.data.sets.prepare import prepare
 
 download.PIECE = 300
-download.CHUNK = unpack.CHUNK = 300
+download.CHUNK = archives.CHUNK = 300
 
 
 def in_fork(work) -> int:

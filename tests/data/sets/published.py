@@ -14,8 +14,8 @@ from visper.data.sets import catalog as sets
 HUB = "/datasets/{}/resolve/main/"
 
 
-def picture(number: int, form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
-    """A small picture of its own color."""
+def image(number: int, form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+    """A small image of its own color."""
     buffer = io.BytesIO()
     color = {"RGB": (number % 256, 90, 10), "L": number % 256, "P": number % 256, "CMYK": (9, 9, 9, 9), "I;16": 999}[
         mode
@@ -46,11 +46,11 @@ def rows(*images: str | None) -> bytes:
     """Conversations as published: text rows have a 'model' key, ids are strings and ints and repeat."""
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}]
     texts = {"id": "wgByO4Y_0", "model": "", "conversations": talk}
-    pictured = [
+    with_images = [
         {"id": n % 2 or "1", "image": image, "conversations": talk} if image else texts
         for n, image in enumerate(images)
     ]
-    return json.dumps(pictured).encode()
+    return json.dumps(with_images).encode()
 
 
 def use_server(shelf, folder: Path, monkeypatch) -> None:
@@ -75,12 +75,12 @@ OCR = {
     "tar with two": (HUB.format("ej2/llava-ocr-vqa") + "ocr_vqa.tar", "ocr_vqa/images/", tarred),
 }  # fmt: skip
 OCR_FILES = {
-    "10.jpg": picture(10),
-    "11.jpg": picture(11, "GIF", "P"),  # GIF bytes under .jpg, as one mirror has them
-    "12.gif": picture(12, "GIF", "P"),  # the loader's own extension, as another has them
-    "13.png": picture(13, "PNG"),
+    "10.jpg": image(10),
+    "11.jpg": image(11, "GIF", "P"),  # GIF bytes under .jpg, as one mirror has them
+    "12.gif": image(12, "GIF", "P"),  # the loader's own extension, as another has them
+    "13.png": image(13, "PNG"),
     "14.jpg": b"\x00 corrupt \x00",
-    "99.jpg": picture(99),
+    "99.jpg": image(99),
 }
 MIX = (
     "coco/train2017/000000000001.jpg",
@@ -101,20 +101,18 @@ MIX = (
 
 
 def put_llava_665k(shelf, ocr: str = "zip with a folder") -> None:
-    """LLaVA-665K's rows and the archives of its five picture sets, each with files that no row names."""
+    """LLaVA-665K's rows and the archives of its five image sets, each with files that no row names."""
     shelf.put(HUB.format("liuhaotian/LLaVA-Instruct-150K") + "llava_v1_5_mix665k.json", rows(*MIX))
-    coco = {f"train2017/{n:012}.jpg": picture(n) for n in (1, 2, 3)}
+    coco = {f"train2017/{n:012}.jpg": image(n) for n in (1, 2, 3)}
     shelf.put(COCO + "/zips/train2017.zip", zipped({"train2017/": b"", **coco}))
     shelf.put(
         "/downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
-        zipped({f"images/{n}.jpg": picture(20 + n) for n in (1, 2)}),
+        zipped({f"images/{n}.jpg": image(20 + n) for n in (1, 2)}),
     )
-    text = {"train_images/0a.jpg": picture(31), "train_images/0b.jpg": picture(32)}
+    text = {"train_images/0a.jpg": image(31), "train_images/0b.jpg": image(32)}
     shelf.put("/dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", zipped(text))
-    shelf.put(VG + "/images.zip", zipped({"VG_100K/1.jpg": picture(41), "VG_100K/9.jpg": picture(42)}))
-    shelf.put(
-        VG + "/images2.zip", zipped({"VG_100K_2/2.jpg": picture(43), "VG_100K_2/3.jpg": b""})
-    )  # empty, as 170 are
+    shelf.put(VG + "/images.zip", zipped({"VG_100K/1.jpg": image(41), "VG_100K/9.jpg": image(42)}))
+    shelf.put(VG + "/images2.zip", zipped({"VG_100K_2/2.jpg": image(43), "VG_100K_2/3.jpg": b""}))  # empty, as 170 are
     path, folder, pack = OCR[ocr]
     shelf.put(path, pack({folder + name: content for name, content in OCR_FILES.items()}))
 
@@ -125,7 +123,7 @@ def put_others(shelf, chunks: bool = True) -> None:
     shelf.put(pretrain + "blip_laion_cc_sbu_558k.json", rows("00453/004539375.jpg", "00659/1.jpg"))
     shelf.put(
         pretrain + "images.zip",
-        zipped({"00453/004539375.jpg": picture(1), "00659/1.jpg": picture(2), "00000/0.jpg": picture(3)}),
+        zipped({"00453/004539375.jpg": image(1), "00659/1.jpg": image(2), "00000/0.jpg": image(3)}),
     )
     allava = HUB.format("FreedomIntelligence/ALLaVA-4V")
     names = [f"allava/allava_laion/images/{n}.jpeg" for n in (1, 2)]
@@ -136,16 +134,16 @@ def put_others(shelf, chunks: bool = True) -> None:
         for n in (1, 2, 3):
             shelf.put(
                 allava + f"allava_laion/image_chunks/images_{n}.zip",
-                zipped({f"chunk_{n}/deep/{n}.jpeg": picture(50 + n)}),
+                zipped({f"chunk_{n}/deep/{n}.jpeg": image(50 + n)}),
             )
     else:
-        shelf.put(allava + "allava_laion/images.zip", zipped({f"images/{n}.jpeg": picture(50 + n) for n in (1, 2, 3)}))
-    pictures = {
-        "images_191task_1k/a+b.jpg": picture(61),
-        "images_191task_1k/c d.jpg": picture(62),
+        shelf.put(allava + "allava_laion/images.zip", zipped({f"images/{n}.jpeg": image(50 + n) for n in (1, 2, 3)}))
+    images = {
+        "images_191task_1k/a+b.jpg": image(61),
+        "images_191task_1k/c d.jpg": image(62),
         "__MACOSX/x.jpg": b"x",
     }
-    shelf.put(HUB.format("Vision-Flan/vision-flan_191-task_1k") + "image_191-task_1k.zip", zipped(pictures))
+    shelf.put(HUB.format("Vision-Flan/vision-flan_191-task_1k") + "image_191-task_1k.zip", zipped(images))
     for repository, file in (
         ("nyu-visionx/CV-Bench", "test_2d"),
         ("nyu-visionx/CV-Bench", "test_3d"),
@@ -157,19 +155,19 @@ def put_others(shelf, chunks: bool = True) -> None:
     okvqa = "/okvqa.allenai.org/static/data/"
     for name in ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"):
         shelf.put(f"{okvqa}{name}.zip", zipped({name: b"{}"}))
-    shelf.put(COCO + "/zips/val2014.zip", zipped({"val2014/COCO_val2014_000000000001.jpg": picture(71)}))
-    shelf.put(COCO + "/zips/val2017.zip", zipped({"val2017/000000000139.jpg": picture(72)}))
+    shelf.put(COCO + "/zips/val2014.zip", zipped({"val2014/COCO_val2014_000000000001.jpg": image(71)}))
+    shelf.put(COCO + "/zips/val2017.zip", zipped({"val2017/000000000139.jpg": image(72)}))
     notes = {
         f"annotations/{kind}_{part}2017.json": b"{}" for kind in ("captions", "instances") for part in ("train", "val")
     }
     shelf.put(COCO + "/annotations/annotations_trainval2017.zip", zipped(notes))
     maps = zipped(
-        {"panoptic_val2017/": b"", "panoptic_val2017/000000000139.png": picture(73, "PNG"), "__MACOSX/._a": b"x"}
+        {"panoptic_val2017/": b"", "panoptic_val2017/000000000139.png": image(73, "PNG"), "__MACOSX/._a": b"x"}
     )
     panoptic = {"annotations/panoptic_val2017.json": b"{}", "annotations/panoptic_train2017.json": b"{}",
                 "annotations/panoptic_val2017.zip": maps, "annotations/panoptic_train2017.zip": b""}  # fmt: skip
     shelf.put(COCO + "/annotations/panoptic_annotations_trainval2017.zip", zipped(panoptic))
     shelf.put(
         HUB.format("depth-anything/DA-2K") + "DA-2K.zip",
-        zipped({"DA-2K/annotations.json": b"{}", "DA-2K/images/a.jpg": picture(81)}),
+        zipped({"DA-2K/annotations.json": b"{}", "DA-2K/images/a.jpg": image(81)}),
     )

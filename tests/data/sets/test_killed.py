@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.data.sets import server
-from tests.data.sets.published import picture, rows, tarred, zipped
+from tests.data.sets.published import image, rows, tarred, zipped
 
 POINTS = int(os.environ.get("VISPER_KILL_POINTS", "16"))
 """How many of the several hundred points are tried; docs/data.md reports a run of them all."""
@@ -19,15 +19,15 @@ POINTS = int(os.environ.get("VISPER_KILL_POINTS", "16"))
 @pytest.mark.slow
 def test_killed_anywhere_and_repeated_the_bytes_are_the_same(tmp_path):
     with server.serving() as shelf:
-        first = {"a/1.jpg": picture(1), "a/2.jpg": picture(2, "GIF", "P"), "a/3.jpg": picture(3)}
-        inner = zipped({"m/1.png": picture(5, "PNG"), "m/2.png": picture(6, "PNG")})
+        first = {"a/1.jpg": image(1), "a/2.jpg": image(2, "GIF", "P"), "a/3.jpg": image(3)}
+        inner = zipped({"m/1.png": image(5, "PNG"), "m/2.png": image(6, "PNG")})
         named = rows("one/1.jpg", "one/2.jpg", None, "two/t.jpg", "two/none.jpg", "three/1.png")
         downloads = [
             {"file": "rows.json", "sources": [{"url": shelf.put("/rows.json", named)}]},
             {"file": "one.zip",
              "sources": [{"url": shelf.address + "/gone"}, {"url": shelf.put("/one.zip", zipped(first))}],
              "unpack": [{"inside": "a", "to": "one"}]},
-            {"file": "two.tar", "sources": [{"url": shelf.put("/two.tar", tarred({"t.jpg": picture(4)}))}],
+            {"file": "two.tar", "sources": [{"url": shelf.put("/two.tar", tarred({"t.jpg": image(4)}))}],
              "unpack": [{"to": "two"}]},
             {"file": "three.zip", "sources": [{"url": shelf.put("/3.zip", zipped({"n.json": b"{}", "m.zip": inner}))}],
              "unpack": [{"to": "notes", "only": ["n.json"]}, {"inner": "m.zip", "inside": "m", "to": "three"}]},

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.data.sets import published, server
-from tests.data.sets.published import COCO, HUB, picture, rows, tarred, zipped
+from tests.data.sets.published import COCO, HUB, image, rows, tarred, zipped
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, read_set, set_names
 from visper.data.sets.fetch import RetryPolicy
@@ -60,9 +60,9 @@ def test_llava_665k_comes_as_its_rows_name_it_from_any_mirror(shelf, root, mirro
     assert outcome.absent == ["ocr_vqa/images/15.jpg"] and outcome.unreadable == ["ocr_vqa/images/14.jpg: not an image"]
     assert outcome.repaired == {"GIF under .jpg": 2, "PNG under .jpg": 1}
     assert all(Image.open(root / f"ocr_vqa/images/{n}.jpg").format == "JPEG" for n in (10, 11, 12, 13))
-    assert (root / "ocr_vqa/images/10.jpg").read_bytes() == picture(10)  # sound: untouched
-    assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)  # not Visual Genome's images.zip
-    assert (root / "vg/VG_100K/1.jpg").read_bytes() == picture(41)
+    assert (root / "ocr_vqa/images/10.jpg").read_bytes() == image(10)  # sound: untouched
+    assert (root / "gqa/images/1.jpg").read_bytes() == image(21)  # not Visual Genome's images.zip
+    assert (root / "vg/VG_100K/1.jpg").read_bytes() == image(41)
     assert (root / "archives/gqa/images.zip").read_bytes() != (root / "archives/vg/images.zip").read_bytes()
 
 
@@ -105,7 +105,7 @@ def test_a_tree_put_together_by_hand_needs_no_archive(shelf, root):
     for name in ("archives", ".visper"):
         subprocess.run(["rm", "-r", root / name], check=True)
     (root / "visper-data.lock.json").unlink()
-    (root / "ocr_vqa/images/15.jpg").write_bytes(picture(15))
+    (root / "ocr_vqa/images/15.jpg").write_bytes(image(15))
     shelf.files.clear()
     assert bring("llava-665k", root).nothing_done
 
@@ -161,7 +161,7 @@ def test_every_entry_of_the_catalogue_is_tested():
 def test_a_mirror_serves_where_the_first_server_does_not(shelf, root):
     published.put_others(shelf)
     del shelf.files[COCO + "/zips/val2017.zip"]
-    shelf.put("/s3.amazonaws.com" + COCO + "/zips/val2017.zip", zipped({"val2017/000000000139.jpg": picture(72)}))
+    shelf.put("/s3.amazonaws.com" + COCO + "/zips/val2017.zip", zipped({"val2017/000000000139.jpg": image(72)}))
     bring("coco-val2017", root)
     assert "coco/val2017/000000000139.jpg" in tree(root)
 
@@ -188,11 +188,11 @@ def test_an_archive_damaged_on_its_way_is_fetched_again(shelf, root, damage):
     broken = whole[:where] + bytes([whole[where] ^ 255]) + whole[where + 1 :]
     shelf.faults[path] += [server.instead(broken)]
     bring("coco-val2017", root)
-    assert (root / "coco/val2017/000000000139.jpg").read_bytes() == picture(72)
+    assert (root / "coco/val2017/000000000139.jpg").read_bytes() == image(72)
 
 
 def test_an_archive_damaged_for_good_is_named_and_leaves_nothing_half(shelf, root):
-    whole = zipped({"val2017/a.jpg": picture(1), "val2017/b.jpg": picture(2)})
+    whole = zipped({"val2017/a.jpg": image(1), "val2017/b.jpg": image(2)})
     where = whole.index(b"val2017/b.jpg") + 60
     published.put_others(shelf)
     shelf.put(COCO + "/zips/val2017.zip", whole[:where] + bytes([whole[where] ^ 255]) + whole[where + 1 :])
@@ -203,11 +203,11 @@ def test_an_archive_damaged_for_good_is_named_and_leaves_nothing_half(shelf, roo
 
 def test_an_archive_laid_out_otherwise_is_named(shelf, root):
     published.put_others(shelf)
-    shelf.put(COCO + "/zips/val2017.zip", zipped({"val/000000000139.jpg": picture(1)}))
+    shelf.put(COCO + "/zips/val2017.zip", zipped({"val/000000000139.jpg": image(1)}))
     with pytest.raises(DataError, match=r"no 'val2017/' inside; there is \['val'\]"):
         bring("coco-val2017", root)
     pretrain = HUB.format("liuhaotian/LLaVA-Pretrain") + "images.zip"
-    shelf.put(pretrain, zipped({"images/00453/004539375.jpg": picture(1)}))
+    shelf.put(pretrain, zipped({"images/00453/004539375.jpg": image(1)}))
     with pytest.raises(DataError, match="holds none of the files that the rows name under 'LLaVA-Pretrain/images/'"):
         bring("llava-pretrain", root)
 
@@ -228,25 +228,25 @@ def test_a_full_disk_is_said_first(shelf, root, monkeypatch):
     assert not tree(root)
 
 
-PICTURES = {
-    "GIF under .jpg": picture(1, "GIF", "P"),
-    "PNG under .jpg": picture(1, "PNG"),
-    "WEBP under .jpg": picture(1, "WEBP"),
-    "CMYK colors": picture(1, "JPEG", "CMYK"),
-    "turned by a tag": picture(1, exif=(lambda exif: exif.__setitem__(0x0112, 6) or exif)(Image.Exif())),
-    "16-bit": picture(1, "PNG", "I;16"),
+IMAGES = {
+    "GIF under .jpg": image(1, "GIF", "P"),
+    "PNG under .jpg": image(1, "PNG"),
+    "WEBP under .jpg": image(1, "WEBP"),
+    "CMYK colors": image(1, "JPEG", "CMYK"),
+    "turned by a tag": image(1, exif=(lambda exif: exif.__setitem__(0x0112, 6) or exif)(Image.Exif())),
+    "16-bit": image(1, "PNG", "I;16"),
 }
 
 
-@pytest.mark.parametrize("fault", PICTURES)
-def test_pictures_become_what_their_name_says(tmp_path, root, fault):
+@pytest.mark.parametrize("fault", IMAGES)
+def test_images_become_what_their_name_says(tmp_path, root, fault):
     (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.png"))
-    (tmp_path / "pictures.zip").write_bytes(zipped({"a.jpg": PICTURES[fault], "b.png": picture(1, "PNG", "I;16")}))
+    (tmp_path / "images.zip").write_bytes(zipped({"a.jpg": IMAGES[fault], "b.png": image(1, "PNG", "I;16")}))
     local = {
         "rows": [{"json": "rows.json", "images": "."}],
         "downloads": [
             {"file": "rows.json", "sources": [{"path": "rows.json"}]},
-            {"file": "pictures.zip", "sources": [{"path": "pictures.zip"}], "unpack": [{"to": "."}]},
+            {"file": "images.zip", "sources": [{"path": "images.zip"}], "unpack": [{"to": "."}]},
         ],
     }
     outcome = bring(own_set(tmp_path, local), root)
@@ -254,13 +254,13 @@ def test_pictures_become_what_their_name_says(tmp_path, root, fault):
     with Image.open(root / "a.jpg") as made:
         assert (made.format, made.mode, made.getexif().get(0x0112)) == ("JPEG", "RGB", None)
         assert made.size == ((4, 6) if fault == "turned by a tag" else (6, 4))
-    assert (root / "b.png").read_bytes() == picture(1, "PNG", "I;16")
+    assert (root / "b.png").read_bytes() == image(1, "PNG", "I;16")
     assert bring(tmp_path / "mine.yaml", root).nothing_done
 
 
 @pytest.mark.parametrize("pack", ["folder", "zip", "tar", "tar.gz"])
 def test_a_set_of_ones_own_comes_from_this_disk(tmp_path, root, pack):
-    files = {"in/a.jpg": picture(1), "in/deep/b.jpg": picture(2), "in/c.jpg": picture(3)}
+    files = {"in/a.jpg": image(1), "in/deep/b.jpg": image(2), "in/c.jpg": image(3)}
     (tmp_path / "mine.jsonl").write_text(
         "\n".join(json.dumps(row) for row in json.loads(rows("a.jpg", None, "deep/b.jpg")))
     )
@@ -272,23 +272,23 @@ def test_a_set_of_ones_own_comes_from_this_disk(tmp_path, root, pack):
         content = zipped(files) if pack == "zip" else tarred(files, "w:gz" if pack == "tar.gz" else "w")
         (tmp_path / "pack").write_bytes(content)
     description = {
-        "rows": [{"json": "mine/rows.jsonl", "images": "mine/pictures"}],
+        "rows": [{"json": "mine/rows.jsonl", "images": "mine/images"}],
         "downloads": [
             {"file": "mine/rows.jsonl", "sources": [{"path": "mine.jsonl"}]},
-            {"file": "pack", "sources": [{"path": "pack"}], "unpack": [{"inside": "in", "to": "mine/pictures"}]},
+            {"file": "pack", "sources": [{"path": "pack"}], "unpack": [{"inside": "in", "to": "mine/images"}]},
         ],
     }
     file = own_set(tmp_path, description)
     bring(file, root)
-    assert tree(root) == {"mine/rows.jsonl", "mine/pictures/a.jpg", "mine/pictures/deep/b.jpg"}
+    assert tree(root) == {"mine/rows.jsonl", "mine/images/a.jpg", "mine/images/deep/b.jpg"}
     assert bring(file, root).nothing_done
     (tmp_path / "mine.jsonl").write_bytes(json.dumps(json.loads(rows("c.jpg"))[0]).encode())
-    assert bring(file, root).fetched == ["mine/rows.jsonl"] and "mine/pictures/c.jpg" in tree(root)
+    assert bring(file, root).fetched == ["mine/rows.jsonl"] and "mine/images/c.jpg" in tree(root)
 
 
-def test_rows_may_lie_in_the_archive_of_the_pictures(tmp_path, root):
+def test_rows_may_lie_in_the_archive_of_the_images(tmp_path, root):
     (tmp_path / "all.zip").write_bytes(
-        zipped({"rows.json": rows("images/a.jpg"), "images/a.jpg": picture(1), "images/b.jpg": b""})
+        zipped({"rows.json": rows("images/a.jpg"), "images/a.jpg": image(1), "images/b.jpg": b""})
     )
     unpack = [{"to": "m", "only": ["rows.json"]}, {"to": "m/images", "inside": "images"}]
     description = {
@@ -300,14 +300,14 @@ def test_rows_may_lie_in_the_archive_of_the_pictures(tmp_path, root):
 
 
 def test_two_runs_at_once_take_turns(shelf, tmp_path, root):
-    url = shelf.put("/pictures.zip", zipped({f"{n}.jpg": picture(n) for n in range(20)}), server.slow(0.2, 10))
+    url = shelf.put("/images.zip", zipped({f"{n}.jpg": image(n) for n in range(20)}), server.slow(0.2, 10))
     file = own_set(tmp_path, {"downloads": [{"file": "p.zip", "sources": [{"url": url}], "unpack": [{"to": "p"}]}]})
     command = [sys.executable, "-m", "visper", "data", "prepare", str(file), "--root", str(root)]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [" ".join(run.communicate(timeout=60)[0].split()) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert sum("waiting for it to end" in text for text in said) == sum("nothing to do" in text for text in said) == 1
-    assert len(tree(root)) == 20 and shelf.asked("/pictures.zip") == [None]
+    assert len(tree(root)) == 20 and shelf.asked("/images.zip") == [None]
 
 
 def test_what_others_write_under_the_root_is_left_alone(tmp_path, root):
@@ -334,17 +334,17 @@ def test_files_that_are_asked_for_again_are_replaced_once_whole(shelf, root):
     (root / "gqa/images/1.jpg").write_bytes(b"broken")
     outcome = bring("llava-665k", root, again=broken)
     assert outcome.unpacked == 1 and not outcome.fetched
-    assert (root / "gqa/images/1.jpg").read_bytes() == picture(21)
+    assert (root / "gqa/images/1.jpg").read_bytes() == image(21)
 
 
 def test_a_file_of_no_archive_can_be_asked_for_again(shelf, root, tmp_path):
-    url = shelf.put("/one.jpg", picture(5))
+    url = shelf.put("/one.jpg", image(5))
     file = own_set(tmp_path, {"downloads": [{"file": "p/one.jpg", "sources": [{"url": url}]}]})
     bring(file, root)
-    (root / "p/one.jpg").write_bytes(b"x" * len(picture(5)))
+    (root / "p/one.jpg").write_bytes(b"x" * len(image(5)))
     assert bring(file, root).nothing_done
     assert bring(file, root, again={"p/one.jpg"}).fetched == ["p/one.jpg"]
-    assert (root / "p/one.jpg").read_bytes() == picture(5)
+    assert (root / "p/one.jpg").read_bytes() == image(5)
 
 
 def test_the_photographs_are_a_set_of_ones_own(beside_project, tmp_path, root):

@@ -6,10 +6,12 @@ refuses the whole archive: no published one has any.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import posixpath
 import re
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -23,7 +25,10 @@ from typing import IO
 from visper.common.errors import DataError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError, NotImplementedError)
+CHUNK = 1 << 20
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError, struct.error,
+           ValueError, NotImplementedError, RuntimeError, OverflowError)  # fmt: skip
+"""What zipfile, tarfile and the decompressors raise on damaged bytes, besides an OSError without a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +62,21 @@ def plain_path(name: str) -> str:
 def list_members(path: Path, inner: Sequence[str] = ()) -> list[Member]:
     """The regular files of an archive or a folder, and of the archives ``inner`` inside it.
 
+    A damaged archive never yields fewer members silently: a tar is read to its end-of-archive blocks and to the
+    checked end of its compressed stream, each name in a zip's directory is compared with the member's own header.
+
     Raises:
-        DataError: 'broken archive' if it cannot be read, 'unsafe archive' if a member is a link or leads outside.
+        DataError: 'broken archive' if it cannot be read, 'unsafe archive' if a member is a link or a device.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [Member(file.relative_to(path).as_posix(), file.stat().st_size) for file in files]
-    with reading(path), ExitStack() as stack:
-        if not zipfile.is_zipfile(path):
+    with _reading(path), ExitStack() as stack:
+        if not _is_zip(path):
             tar = stack.enter_context(tarfile.open(path))
-            return [Member(entry.name, entry.size) for entry in tar if not _skipped_in_tar(entry, path)]
+            members = [Member(entry.name, entry.size) for entry in tar if not _skipped_in_tar(entry, path)]
+            _check_end(tar)
+            return members
         outer = stack.enter_context(zipfile.ZipFile(path))
         members = [Member(entry.filename, entry.file_size) for entry in _zip_files(outer, path)]
         for name in inner:
@@ -80,15 +90,15 @@ def read_members(path: Path, wanted: Collection[Member]) -> Iterator[tuple[Membe
 
     Raises:
         DataError: 'broken archive'. Damage shows while a member is read, a wrong checksum at its end: read the streams
-            under ``reading``.
+            with ``read_chunks``.
     """
     if path.is_dir():
         for member in wanted:
             with (path / member.name).open("rb") as stream:
                 yield member, stream
         return
-    with reading(path), ExitStack() as stack:
-        if not zipfile.is_zipfile(path):
+    with _reading(path), ExitStack() as stack:
+        if not _is_zip(path):
             names = {member.name: member for member in wanted}
             tar = stack.enter_context(tarfile.open(path))
             for entry in tar:
@@ -106,6 +116,17 @@ def read_members(path: Path, wanted: Collection[Member]) -> Iterator[tuple[Membe
             for member in sorted(here, key=lambda member: archive.getinfo(member.name).header_offset):
                 with archive.open(member.name) as stream:
                     yield member, stream
+
+
+def read_chunks(stream: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The bytes of a member of the archive at ``path``.
+
+    Raises:
+        DataError: 'broken archive'.
+    """
+    with _reading(path):
+        while chunk := stream.read(CHUNK):
+            yield chunk
 
 
 def places(
@@ -161,15 +182,39 @@ def _is_junk(name: str) -> bool:
     return "__MACOSX" in parts or parts[-1] == ".DS_Store" or parts[-1].startswith("._")
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether the file begins as a zip does. Its end says nothing: a tar may end with a zip."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+
+
 def _is_tar(path: Path) -> bool:
     try:
-        return tarfile.is_tarfile(path)
-    except _BROKEN:  # a compressed one that is cut
+        with _reading(path):
+            return tarfile.is_tarfile(path)
+    except DataError:  # a compressed one that is cut
         return False
 
 
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Reads on behind the last member: tarfile takes a damaged header for the end of the archive.
+
+    Raises:
+        ReadError: the two zero blocks of the end are not there, or something lies behind them.
+        EOFError, OSError: the compressed stream is cut, or its checksum is wrong.
+    """
+    stream = tar.fileobj
+    assert stream is not None
+    stream.seek(tar.offset)
+    if stream.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged after {len(tar.getmembers())} members: no end-of-archive blocks there")
+    while chunk := stream.read(CHUNK):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("more data lies behind its end-of-archive blocks")
+
+
 def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo]:
-    for entry in archive.infolist():
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
         if not entry.filename:  # zipfile itself trips over it
             raise DataError("unsafe archive", f"'{path}': a member has no name")
         kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -181,6 +226,9 @@ def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo
             )
         if entry.flag_bits & 1:
             raise DataError("broken archive", f"'{path}': '{entry.filename}' is encrypted")
+        if b"PK\x01\x02" in entry.comment + entry.extra:
+            raise DataError("broken archive", f"'{path}': the entry of '{entry.filename}' swallows the ones behind it")
+        archive.open(entry).close()  # compares the name in the directory with the one before the member
         yield entry
 
 
@@ -198,11 +246,18 @@ def _open_inner(outer: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What zip and tar raise on damaged bytes, here and in whoever reads a member's stream, as one DataError."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what is raised on damaged bytes into one DataError; errors of the disk keep their type."""
     try:
         yield
-    except _BROKEN as error:
+    except DataError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise
+        # gzip and bz2 give no number; a wrong offset in a zip is an invalid argument.
+        raise DataError("broken archive", f"'{path}': {error}") from error
+    except _DAMAGE as error:
         raise DataError("broken archive", f"'{path}': {error or type(error).__name__}") from error
 
 
@@ -221,6 +276,6 @@ def look_at(path: Path, archive: bool, name: str) -> str | None:
         return f"a web page, not {Path(name).suffix}: it starts with {head[:40]!r}"
     if Path(name).suffix == ".json" and not (head.lstrip()[:1] in (b"[", b"{") and tail[-1:] in (b"]", b"}")):
         return f"no JSON (cut short or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
-    if archive and not (zipfile.is_zipfile(path) or _is_tar(path)):
+    if archive and not (_is_zip(path) or _is_tar(path)):
         return f"no zip or tar archive (cut short or damaged): it starts with {head[:16]!r}"
     return None

@@ -244,29 +244,27 @@ class _Preparation:
             self.outcome.fetched.append(remote.name)
         return place
 
-    def _unpack(self, item: Request, paths: list[Path]) -> None:
-        """Unpacks a download's archives; if one turns out to be broken it is fetched once more."""
+    def _unpack(self, item: Request, paths: list[Path], retry: bool = True) -> None:
+        """Unpacks a download's archives. A broken one is not trusted any more, and fetched once more."""
         if not item.download.unpack:
             return
         try:
             for path in paths:
                 self.unpacker.unpack(item, path)
         except DataError as error:
-            if error.reason != "broken archive" or not self._throw_away(item.download):
+            if error.reason != "broken archive" or not self._distrust(item.download) or not retry:
                 raise
             self.console.print(f"{error}; fetching it again", markup=False)
-            for path in self._obtain(item):
-                self.unpacker.unpack(item, path)
+            self._unpack(item, self._obtain(item), retry=False)
 
-    def _throw_away(self, download: Download) -> bool:
-        """Forgets a broken download, but never one that a person put there."""
+    def _distrust(self, download: Download) -> bool:
+        """Forgets a broken download and deletes it, unless a person put it there. Returns whether it is deleted."""
         names = list(self.lockfile.parts(download.file))
-        if not names or any(self.lockfile.entry(name, FOUND) for name in names):
-            return False
+        ours = bool(names) and not any(self.lockfile.entry(name, FOUND) for name in names)
         self.lockfile.forget(download.file)
-        for name in names:
-            download.place(self.root, name).unlink()
-        return True
+        for name in names if ours else ():
+            download.place(self.root, name).unlink(missing_ok=True)
+        return ours
 
     def _drop_archives(self, item: Request) -> None:
         if self.drop and item.download.unpack and item.last and not self.unpacker.lacks(item):

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.progress import Progress
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.normalize import make_canonical
-from visper.data.sets.archives import Member, list_members, places, read_members, reading
+from visper.data.sets.archives import Member, list_members, places, read_chunks, read_members
 from visper.data.sets.catalog import ARCHIVES, Download, Unpack
-from visper.data.sets.fetch import CHUNK, ProgressBar, require_room
+from visper.data.sets.fetch import ProgressBar, require_room
 from visper.data.sets.lockfile import Lockfile
 
 STATE = ".visper"
@@ -130,20 +130,16 @@ class Unpacker:
         meter = ProgressBar(self.progress, self.stop, path.name)
         meter.show("unpacking", 0, total)
         try:
-            with reading(path):
-                for member, stream in read_members(path, todo):
-                    for place in sorted(todo[member]):
-                        stream.seek(0)
-                        self._stage(stream, meter)
-                        self._put(place)
+            for member, stream in read_members(path, todo):
+                for place in sorted(todo[member]):
+                    stream.seek(0)
+                    with self.staged.open("wb") as file:
+                        for chunk in read_chunks(stream, path):
+                            file.write(chunk)
+                            meter.advance(len(chunk))
+                    self._put(place)
         finally:
             meter.end()
-
-    def _stage(self, stream: IO[bytes], meter: ProgressBar) -> None:
-        with self.staged.open("wb") as file:
-            while chunk := stream.read(CHUNK):
-                file.write(chunk)
-                meter.advance(len(chunk))
 
     def _put(self, name: str) -> None:
         """The staged file, put right and moved to its place."""
