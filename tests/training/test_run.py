@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
 from visper.common.errors import ConfigError, DataError
-from visper.config import Run
+from visper.config import Run, load_run
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
@@ -338,7 +338,7 @@ def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_pat
 def test_an_output_with_another_run_is_refused_and_untouched(make, tmp_path):
     run_stage(make("pt"))
     before = weights_of(tmp_path / "pt" / "model")
-    with pytest.raises(ConfigError, match="holds another run \\(its seed differ"):
+    with pytest.raises(ConfigError, match="holds another run: seed is 0 there, 7 here"):
         run_stage(make("pt", seed=7))
     with pytest.raises(ConfigError, match="finished"):
         run_stage(make("pt"))
@@ -351,6 +351,41 @@ def test_a_foreign_folder_is_refused(make, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         run_stage(make("pt"))
     assert (tmp_path / "pt" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_failed_start_leaves_nothing_and_its_run_may_be_changed(make, tmp_path):
+    student = {"llm": str(tmp_path / "no such model"), "encoder": "x"}
+    with pytest.raises(ConfigError, match="no such model"):
+        run_stage(make("pt", student=student))
+    assert not (tmp_path / "pt").exists()
+    run_stage(make("pt"))
+
+
+def test_a_run_that_saved_nothing_locks_nothing(make, monkeypatch, tmp_path):
+    cut_behind(monkeypatch, 0)
+    with pytest.raises(Stop):
+        run_stage(make("pt"))
+    monkeypatch.undo()
+    run_stage(make("pt", seed=7))
+    assert load_run(tmp_path / "pt" / "run.yaml").seed == 7
+    assert [log["step"] for log in logs_of(make("pt")) if "loss" in log] == [1, 2, 3, 4]
+
+
+def test_a_log_redirected_into_the_output_is_no_foreign_content(make, tmp_path):
+    (tmp_path / "pt").mkdir()
+    (tmp_path / "pt" / "train.log").write_text("the shell's")
+    run_stage(make("pt"))
+    assert (tmp_path / "pt" / "train.log").read_text() == "the shell's"
+
+
+def test_what_may_differ_is_a_matter_of_keys(make, monkeypatch, tmp_path):
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(make("pt"))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"optimization\.lr is .* there, 0\.5 here.*as in its run\.yaml"):
+        run_stage(make("pt", optimization={"lr": 0.5}), resume=True)
+    run_stage(make("pt", logging={"every": 2}, data={"workers": 1}), resume=True)
 
 
 def test_pipeline_skips_what_is_finished(make, capsys):

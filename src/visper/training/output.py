@@ -14,6 +14,7 @@ Layout of a stage's output::
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,22 @@ from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
 
-MAY_DIFFER: dict[str, Any] = {
-    "output": True,
-    "logging": True,
-    "launch": True,
-    "data": {"workers"},
-    "optimization": {"micro_batch", "gradient_checkpointing", "packing", "attention"},
-}
-"""What may change when a run is resumed: how it is split, logged and stored, not what it computes."""
+MAY_DIFFER = (
+    "output",
+    "logging.*",
+    "launch.*",
+    "data.workers",
+    "optimization.micro_batch",
+    "optimization.gradient_checkpointing",
+    "optimization.packing",
+    "optimization.attention",
+)
+"""Keys that may change when a run is resumed: how it is split, logged and stored, not what it computes."""
 DROPPED = "dropped.jsonl"
+SHOWN = 5
+"""Differing keys that a message names."""
+LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
+"""Files that the shell may have redirected into the folder before the run was there."""
 
 
 def is_finished(run: Run) -> bool:
@@ -41,34 +49,45 @@ def is_finished(run: Run) -> bool:
     return (output / "model" / "run.yaml").is_file()
 
 
-def claim_output(run: Run, output: Path, resume: bool) -> None:
-    """Makes the output folder this run's own. What another run left there stays as it is.
+def check_output(run: Run, output: Path, resume: bool) -> None:
+    """Checks that the run may write into its output folder, and writes nothing.
+
+    A folder in which no run has saved anything yet is free for any run, so that a failed start locks nothing.
 
     Raises:
-        ConfigError: it holds another run, a finished one, or an unfinished one and ``resume`` was not asked for.
+        ConfigError: it holds another run, a finished one, an unfinished one and ``resume`` was not asked for, or
+            content that no run wrote.
     """
     _refuse_other(run, output)
     if (output / "model").exists():
         raise ConfigError(
-            f"output '{output}' holds this run, finished: remove it to train again, or choose another output"
+            f"output '{output}' holds this run, finished: remove it to train again, or choose another output; to train "
+            "it further, start a new run from it (start_from)"
         )
     if checkpoints(output) and not resume:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
-    output.mkdir(parents=True, exist_ok=True)
-    # What a run that was killed leaves behind; killed at once, nothing else.
-    if not (output / "run.yaml").exists() and any(
-        not (is_leftover(path) and path.name.startswith(".run.yaml.")) for path in output.iterdir()
-    ):
+    if not output.exists() or (output / "run.yaml").exists():
+        return
+    foreign = [path.name for path in output.iterdir() if not is_leftover(path) and path.suffix not in LOG_SUFFIXES]
+    if foreign:
         raise ConfigError(
-            f"output '{output}' is not empty and has no run.yaml written by visper: choose another output"
+            f"output '{output}' exists, is not empty (it holds '{foreign[0]}') and has no run.yaml written by visper: "
+            "choose another output"
         )
+
+
+def claim_output(run: Run, output: Path) -> None:
+    """Makes the output folder this run's own, just before it trains; leftovers of a killed run are removed."""
+    output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))
 
 
 def saved_run(output: Path) -> Run | None:
-    """The run that the output folder holds; None: it holds none."""
+    """The run that has saved a checkpoint or a model in the output folder; None: none has."""
+    if not checkpoints(output) and not (output / "model").exists():
+        return None
     return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
 
 
@@ -76,11 +95,25 @@ def _refuse_other(run: Run, output: Path) -> None:
     saved = saved_run(output)
     if saved is None:
         return
-    theirs = saved.model_dump(exclude=MAY_DIFFER)
-    ours = with_commits(run, saved).model_dump(exclude=MAY_DIFFER)
-    different = sorted(key for key in ours if ours[key] != theirs[key])
+    theirs, ours = _flat(saved.model_dump(mode="json")), _flat(with_commits(run, saved).model_dump(mode="json"))
+    different = [
+        f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
+    ]
     if different:
+        more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise ConfigError(
-            f"output '{output}' holds another run (its {', '.join(different)} differ): "
-            "choose another output, or give back the settings in its run.yaml"
+            f"output '{output}' holds another run: {'; '.join(different[:SHOWN])}{more}. Choose another output, or "
+            "set them back as in its run.yaml"
         )
+
+
+def _flat(settings: Any, place: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"optimization.lr": 1e-3}``; lists are values."""
+    if not isinstance(settings, dict) or not settings:
+        return {place: settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{place}.{key}" if place else key)
+    return found

@@ -37,7 +37,7 @@ from visper.training.callbacks import JsonlCallback, console_callback, require_t
 from visper.training.checkpoint import checkpoints, is_last
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
-from visper.training.output import DROPPED, claim_output, is_finished, saved_run
+from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
 from visper.training.parallel.deepspeed import (
     prepare_for_zero,
     require_same_writer,
@@ -78,6 +78,8 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     images_required = run.stage is Stage.PT
     data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
     model = build_model(run, student, teachers, processes, console)
+    if processes.is_main_process:
+        claim_output(run, Path(run.output))
     trainer = build_trainer(run, model, data, teachers, processes, callbacks)
     train(trainer, newest_checkpoint(Path(run.output), data) if resume else None, console)
     if processes.is_main_process:
@@ -116,7 +118,7 @@ def join_processes(launch: Launch) -> PartialState:
 
 
 def open_output(run: Run, resume: bool, processes: PartialState) -> Run:
-    """Claims the run's output folder; returns the run with its hub models pinned to commits.
+    """Checks the run's output folder; returns the run with its hub models pinned to commits.
 
     Raises:
         ConfigError: the folder holds another run, or cannot be used otherwise.
@@ -125,7 +127,7 @@ def open_output(run: Run, resume: bool, processes: PartialState) -> Run:
     pinned = with_commits(run, saved_run(output)) if processes.is_main_process else None
     run = broadcast_object_list([pinned])[0]
     if processes.is_main_process:
-        claim_output(run, output, resume)
+        check_output(run, output, resume)
     processes.wait_for_everyone()
     return run
 
