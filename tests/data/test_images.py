@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
+from tests.conftest import outside
 from visper.common.errors import DataError
+from visper.data import decoding
 from visper.data.images import (
     GEOMETRIES,
     arrange,
@@ -97,6 +99,94 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert (opened.mode, opened.size) == ("RGB", (40, 30))
     if mode == "I;16":  # scaled, not clipped to white
         assert opened.getpixel((0, 0)) == (155, 155, 155)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
+def test_a_gray_of_every_mode_stays_that_gray(mode: str) -> None:
+    gray = Image.new("RGB", (8, 8), (255, 255, 255) if mode == "1" else (204, 204, 204))
+    if mode == "LAB":
+        gray = Image.new("LAB", (8, 8), (209, 128, 128))  # L* = 82 of 100
+    elif mode == "PA":
+        gray = gray.convert("P")
+    shown = np.asarray(open_image("a", encoded(gray.convert(mode), "TIFF")), dtype=int)
+    assert np.abs(shown - (255 if mode == "1" else 204)).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["LA", "PA", "RGBA", "P", "L", "RGB"])
+def test_what_is_transparent_is_white_unless_told_otherwise(mode: str) -> None:
+    """A black drawing on a transparent ground whose hidden color is black too."""
+    drawing = Image.new("LA" if mode == "LA" else "RGBA", (8, 8))
+    drawing.paste((0, 255) if mode == "LA" else (0, 0, 0, 255), (0, 0, 4, 8))
+    options: dict[str, object] = {}
+    if mode == "PA":
+        drawing = drawing.convert("PA")
+    if mode in ("P", "L", "RGB"):  # one color is named as transparent
+        drawing = Image.new(mode, (8, 8), 1)
+        drawing.paste(0, (0, 0, 4, 8))
+        if mode == "P":
+            drawing.putpalette([0, 0, 0, 9, 9, 9])
+        options["transparency"] = (1, 0, 0) if mode == "RGB" else 1
+    content = encoded(drawing, "TIFF" if mode == "PA" else "PNG", **options)
+    shown = np.asarray(open_image("a", content), dtype=int)
+    assert shown[:, :4].max() == 0 and shown[:, 4:].min() == 255
+    assert np.asarray(open_image("a", content, ground=None)).max() < 10
+    assert open_image("a", content, ground=(1, 200, 3)).getpixel((7, 7)) == (1, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([0, 40_000, 65_535], "uint16", [0, 155, 255]),
+        ([0, 2_000, 4_095], "uint16", [0, 124, 255]),  # 12 bits in 16: a scan of an X-ray
+        ([0, 1, 2], "uint16", [0, 127, 255]),  # labels
+        ([0, 0, 0], "uint16", [0, 0, 0]),
+        ([0, 100, 200], "int32", [0, 100, 200]),
+        ([0, 40_000, 60_000], "int32", [0, 155, 233]),
+        ([0, 1_000_000, 2_000_000], "int32", [0, 127, 255]),
+        ([-1_000, 0, 1_000], "int32", [0, 127, 255]),
+        ([7_000_000] * 3, "int32", [255, 255, 255]),
+        ([0, 0.5, 1], "float32", [0, 127, 255]),
+        ([0, 0.0005, 0.001], "float32", [0, 127, 255]),
+        ([0, 100, 200], "float32", [0, 100, 200]),
+        ([-1, 0, 1], "float32", [0, 127, 255]),
+        ([float("nan"), 0.5, float("inf")], "float32", [0, 127, 255]),
+    ],
+)
+def test_values_beyond_eight_bits_keep_their_scale_or_fill_it(
+    values: list[float], kind: str, expected: list[int]
+) -> None:
+    image = Image.fromarray(np.asarray([values], dtype=kind))
+    shown = np.asarray(open_image("a", encoded(image, "TIFF")), dtype=int)
+    assert shown.shape == (1, 3, 3) and np.abs(shown[0, :, 0] - expected).max() <= 1
+    if kind == "uint16":
+        assert np.array_equal(np.asarray(open_image("a", encoded(image, "PNG"))), shown)
+
+
+def test_a_vector_image_under_a_jpg_name_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    eps = encoded(picture(), "EPS")
+    pdf = encoded(picture(), "PDF")
+    for content in (eps, pdf, outside("faults", "vector_under_jpg.jpg").read_bytes()):
+        with pytest.raises(DataError) as error:
+            open_image("a.jpg", content)
+        assert error.value.reason == "format not allowed" and "JPEG, PNG" in error.value.detail
+
+
+def test_images_too_large_to_decode_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")  # 49 KB
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * (2 << 20), zip=True)
+    many = encoded(picture(), "PNG", pnginfo=text)
+    for content, reason in ((bomb, "huge image"), (many, "huge metadata")):
+        with pytest.raises(DataError) as error:
+            open_image("a.png", content)
+        assert error.value.reason == reason and "fetch" not in error.value.detail
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 40 * 30 - 1)
+    with pytest.raises(DataError, match="40 x 30 pixels; at most 1,199"):
+        open_image("a.png", encoded(picture(), "PNG"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

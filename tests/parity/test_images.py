@@ -1,7 +1,8 @@
 """Our image geometry equals the published preprocessing (golden fixture g6).
 
-One deviation: the published code reads an image 1 or 3 pixels high as channels-first and mixes up its axes; ours does
-not, so `crop` of such an image differs (`pad` makes it square first, and agrees).
+Two deviations. Transparent images are laid upon white, which ``ground=None`` turns off here: the published code drops
+transparency. And the published code reads an image 1 or 3 pixels high as channels-first and mixes up its axes; ours
+does not, so `crop` of such an image differs (`pad` makes it square first, and agrees).
 """
 
 import re
@@ -27,7 +28,7 @@ def cases(golden: Golden, pattern: str) -> list[tuple[str, re.Match[str], torch.
 
 
 def opened(golden: Golden, name: str) -> Image.Image:
-    return open_image(golden.path(f"g6_images/{name}.png"))
+    return open_image(golden.path(f"g6_images/{name}.png"), ground=None)
 
 
 def test_pictures_of_every_mode_are_read_alike(golden: Golden) -> None:

@@ -40,6 +40,7 @@ COLUMNS = (
     "not an image",
     "broken image",
     "huge image",
+    "huge metadata",
     "format not allowed",
     OUTSIDE,
     "mislabeled image",
