@@ -106,7 +106,7 @@ class Source(Section):
     hf: PathText | None = Field(None, description="data set of the hub, or a folder that holds one")
     parquet: PathText | None = Field(None, description="Parquet file, or a pattern of several")
     images: PathText | None = Field(None, description="folder under which the image paths lie")
-    columns: dict[Literal["id", "image", "images", "conversations", "messages", "text"], str] = Field(
+    columns: dict[Literal["id", "image", "images", "conversations", "messages", "system", "text"], str] = Field(
         default_factory=dict, description="what the rows' own names for these fields are"
     )
     split: str | None = Field(None, description="of 'hf'; default: train")

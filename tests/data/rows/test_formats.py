@@ -52,6 +52,19 @@ def test_an_image_part_marks_its_turn() -> None:
     assert parse(content).image_turn == 3
 
 
+def test_a_rows_system_key_is_the_system_turn_where_there_is_none() -> None:
+    brief, polite = Turn("system", "Be brief."), {"role": "system", "content": "Be polite."}
+    content = messages([IMAGE, WHAT], images=["a.jpg"], system="Be brief.")
+    record = parse(content)
+    assert record.turns[0] == brief and record.image_turn == 1
+    assert parse({**row("Hello", "Hi"), "system": "Be brief."}).turns[0] == brief
+    assert parse({**content, "messages": [polite, *content["messages"]]}).turns[0] == Turn("system", "Be polite.")
+    for empty in (None, ""):
+        assert parse({**content, "system": empty}).turns == record.turns[1:]
+    with pytest.raises(DataError, match="bad turn"):
+        parse({**content, "system": 7})
+
+
 def test_a_caption_answers_one_question() -> None:
     record = parse({"id": 1, "image": "a.jpg", "text": "A cat."})
     assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and record.image_turn == 0

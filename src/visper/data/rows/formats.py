@@ -4,7 +4,8 @@
     messages  {"images": ["a.jpg"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
     caption   {"image": "a.jpg", "text": "A cat on a mat."}
 
-``image`` and ``images`` may stand in each, with one image. A message's content is text or a list of parts. Published
+Each may have ``image`` or ``images``, with one image, and ``system``, the system turn of a conversation without one (as
+in LLaMA-Factory's files). A message's content is text or a list of parts. Published
 files hold string and integer ids that repeat, first turns of the model, text rows that mention the tag, image rows
 without one. What cannot be trained on as it was meant is a ``DataError``, counted by its reason.
 """
@@ -30,7 +31,7 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-FIELDS = ("id", "image", "images", "conversations", "messages", "text")
+FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text")
 """What a row's keys may be called, or are mapped to by a source's ``columns``."""
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 CAPTION_QUESTION = "Describe the image concisely."
@@ -112,6 +113,8 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[tuple[int, A
     read = [read_turn(turn) for turn in said]
     if read[0][0].role == "assistant":
         read = read[1:]
+    if row.get("system") and not (read and read[0][0].role == "system"):
+        read = [read_turn({"role": "system", "content": row["system"]}), *read]
     turns = [turn for turn, _ in read]
     speakers = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(speakers))]
