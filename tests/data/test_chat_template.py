@@ -15,8 +15,8 @@ from tests.data.test_chat import (
     make_tokenizer,
     sentencepiece_tokenizer,
 )
+from tools.quickstart_bases.vocabulary import CHAT_TEMPLATE as QUICKSTART
 from visper.data.chat_template import llm_template, student_template
-from visper.quickstart.language import CHAT_TEMPLATE as QUICKSTART
 
 ALL_TEMPLATES = {**TEMPLATES, "quickstart": QUICKSTART}
 BLOCK = "<image>" + "".join(TASK_TOKENS)

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests import tiny
 from tests.data.checks.test_unknown_words import save_quickstart_llm
 from tests.data.test_chat import record
+from tools.quickstart_bases.vocabulary import new_tokenizer
 from visper.common.errors import ConfigError
 from visper.config import Geometry, Run
 from visper.config import Student as StudentConfig
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.model import AddedWords, build_skeleton, build_student, load_student, save_student
 from visper.model.words import add_words
-from visper.quickstart.language import new_tokenizer
 from visper.training import TrainingModel, run_stage
 
 WORDS = ("zebra", "teal", "hexagon", "café", "cat")

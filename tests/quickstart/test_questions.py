@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from visper.quickstart.language import caption, look_up, new_tokenizer, place_words
+from tools.quickstart_bases.vocabulary import new_tokenizer
+from visper.quickstart.language import caption, look_up, place_words
 from visper.quickstart.questions import (
     CHANCE,
     DEPTH_RATIO,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tools.quickstart_bases.patches import NO_COLOR
 from tools.quickstart_bases.scene_arrays import SceneArrays
+from tools.quickstart_bases.vocabulary import SYSTEM_PROMPT
 from visper.quickstart import language
 from visper.quickstart.language import COLUMNS, DEPTH_STEPS, DEPTHS, ROWS, depth_step
 from visper.quickstart.questions import Question, count_turns
@@ -142,7 +143,7 @@ def collate(
         turns = layouts.turns(rng, scene, objects, look_ups, most, 0.0 if exact else COUNT_SHARE)
         gap = TASK_GAPS if exact or rng.random() < 0.7 else 0
         image = " <unk>" * (PLACES + gap)
-        messages = [] if exact or rng.random() < 0.85 else [{"role": "system", "content": language.SYSTEM_PROMPT}]
+        messages = [] if exact or rng.random() < 0.85 else [{"role": "system", "content": SYSTEM_PROMPT}]
         for index, (question, answer) in enumerate(turns):
             if index == 0:
                 question = f"{question} {image}" if not exact and rng.random() < 0.25 else f"{image} {question}"

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tools.quickstart_bases.layouts import Conversations, Layouts, collate, embed
 from tools.quickstart_bases.progress import Progress
 from tools.quickstart_bases.scene_arrays import SceneArrays
-from visper.quickstart.language import COLUMNS, DEPTHS, PHRASES, ROWS, new_tokenizer
+from tools.quickstart_bases.vocabulary import PHRASES, new_tokenizer
+from visper.quickstart.language import COLUMNS, DEPTHS, ROWS
 from visper.quickstart.questions import KINDS, PLURALS, draw_questions
 from visper.quickstart.scenes import COLORS, SHAPES
 

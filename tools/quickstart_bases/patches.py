@@ -20,7 +20,7 @@ COVERED_SHARE = 0.2
 
 
 def log_depth(depth: npt.NDArray[np.floating[Any]] | float) -> npt.NDArray[np.float32]:
-    """Depth in metres to 0 (``NEAR``) .. 1 (``FAR``) on a logarithmic scale."""
+    """Depth in meters to 0 (``NEAR``) .. 1 (``FAR``) on a logarithmic scale."""
     clipped = np.clip(np.asarray(depth, np.float32), NEAR, FAR)
     return np.asarray(np.log(clipped / NEAR) / np.log(FAR / NEAR), np.float32)
 

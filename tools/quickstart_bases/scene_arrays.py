@@ -22,7 +22,7 @@ _PATCH_KEYS = ("color", "shape", "center", "depth")
 
 @dataclass
 class SceneArrays:
-    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 metres, ``classes`` [S,96,96] uint8, ``patches``
+    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 meters, ``classes`` [S,96,96] uint8, ``patches``
     name -> [S,P]."""
 
     images: npt.NDArray[np.uint8]
@@ -45,7 +45,7 @@ class SceneArrays:
         return images, {k: self._labels(k, rows, mirror) for k in _PATCH_KEYS}
 
     def maps(self, rng: np.random.Generator, size: int) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor]:
-        """Random images, depths [B,96,96] float32 metres, classes [B,96,96] long, half of them mirrored."""
+        """Random images, depths [B,96,96] float32 meters, classes [B,96,96] long, half of them mirrored."""
         rows, mirror = self.indices(rng, size)
         parts: list[npt.NDArray[Any]] = [
             self.images[rows],

@@ -1,6 +1,6 @@
-"""Procedural 3-D scenes, ray-cast with numpy: a image, its exact depth and its exact segmentation.
+"""Procedural 3-D scenes, ray-cast with numpy: an image, its exact depth and its exact segmentation.
 
-Geometry (metres, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that
+Geometry (meters, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that
 their component along the optical axis is 1; the ray parameter is then the z-depth that the depth map holds. Light
 falls straight down, so an object's shadow lies at its ground point: with floating objects this, and not the image
 row, tells the depth. Nothing fades with distance.
@@ -12,7 +12,7 @@ ground plane makes "lower in the image" the same as "nearer" (99 % of depth ques
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,11 +37,11 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 CLASSES = ("ground", "sky", "sphere", "box", "cylinder", "pedestal")
 NEAR, FAR = 2.0, 30.0
-"""Depths are clipped to this range (metres); the sky is at ``FAR``."""
+"""Depths are clipped to this range (meters); the sky is at ``FAR``."""
 MIN_VISIBLE_PIXELS = 50
 MIN_VISIBLE_SHARE = 0.55
 BAND, BAND_CONTRAST = 0.28, 0.3
-"""Every named object is painted with level bands this many metres high, this much darker: a near object shows few broad
+"""Every named object is painted with level bands this many meters high, this much darker: a near object shows few broad
 bands, a far one many narrow ones, however big it is. With feet and shadows alone a small encoder's depth was 12 % off
 (22 % standard deviation) and bounded the depth questions at 81 %, the distance questions at 72 %."""
 
@@ -50,7 +50,7 @@ Array = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One named object as it appears: ``column``/``row`` in pixels (center of its visible part), the rest in metres.
+    """One named object as it appears: ``column``/``row`` in pixels (center of its visible part), the rest in meters.
 
     ``position`` is the center in camera coordinates (right, up, forward); ``position[2]`` is its z-depth.
     ``pixels`` counts its visible pixels, ``brightness`` is their mean gray value in 0..1.
@@ -80,7 +80,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """``image`` [96,96,3] uint8; ``depth`` [96,96] float32 metres; ``classes`` and ``instances`` [96,96] uint8 (0 =
+    """``image`` [96,96,3] uint8; ``depth`` [96,96] float32 meters; ``classes`` and ``instances`` [96,96] uint8 (0 =
     no object, i+1 = objects[i])."""
 
     image: npt.NDArray[np.uint8]
@@ -324,16 +324,3 @@ def _finish(rng: np.random.Generator, camera: Camera, rays: Array, placed: list[
             )
         )
     return Scene(image, np.clip(hits.depth, NEAR, FAR), classes, instances, tuple(objects))
-
-
-def mirrored(scene: Scene) -> Scene:
-    """The scene seen in a mirror: still a legal scene, used to double the training images."""
-
-    def flip(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        return np.ascontiguousarray(array[:, ::-1])
-
-    objects = tuple(
-        replace(o, column=SIZE - 1 - o.column, position=(-o.position[0], o.position[1], o.position[2]))
-        for o in scene.objects
-    )
-    return Scene(flip(scene.image), flip(scene.depth), flip(scene.classes), flip(scene.instances), objects)  # type: ignore[arg-type]

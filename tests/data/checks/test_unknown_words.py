@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from tests.data.rows.test_records import row
 from tests.data.test_chat import CHATML, make_processor, record
+from tools.quickstart_bases.vocabulary import new_tokenizer
 from visper.cli import app
 from visper.common.errors import DataError
 from visper.config import Run
@@ -18,7 +19,6 @@ from visper.data.chat_template import student_template
 from visper.data.checks.report import TOTAL, check
 from visper.data.checks.unknown_words import UnknownWords
 from visper.data.images import build_image_processor
-from visper.quickstart.language import new_tokenizer
 from visper.training import run_stage
 
 ANSWERS = ("a teal hexagon", "two zebras graze", "mostly cloudy", "an umbrella", "a red sphere")
