@@ -1,4 +1,4 @@
-"""Pictures side by side."""
+"""Images side by side."""
 
 import torch
 from PIL import Image
@@ -19,6 +19,6 @@ def test_rows_may_differ_in_length_and_captions_take_room_only_where_they_are():
     assert contact_sheet(captioned, 16).height - contact_sheet(bare, 16).height == 24
 
 
-def test_pictures_become_images():
+def test_images_become_images():
     (image,) = images_of(torch.tensor([1.0, 0.0, 2.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4))
     assert image.size == (4, 2) and image.getpixel((0, 0)) == (255, 0, 255)

@@ -30,8 +30,8 @@ def test_a_first_token_that_only_the_tokenizer_writes_is_there_when_asked_too(st
     start = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     student.processor.chat_template = student.processor.chat_template.replace("{{ bos_token }}", "")
-    picture = Image.new("RGB", (16, 16))
-    asked = model_inputs(student.processor, ["What?"], [picture])["input_ids"][0].tolist()
+    image = Image.new("RGB", (16, 16))
+    asked = model_inputs(student.processor, ["What?"], [image])["input_ids"][0].tolist()
     record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), "1.png", 0)
     trained = ConversationEncoder(student.processor, 500).encode(record).input_ids
     assert asked[0] == start and trained[: len(asked)] == asked
@@ -77,7 +77,7 @@ def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_
     assert tokenizer.padding_side == "right"
 
 
-def test_an_unreadable_picture_counts_as_asked_and_not_answered(student, tmp_path):
+def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
     asked = [Question("what?", ("blue",), "cut.png"), Question("what?", ("red",), "red.png")]
@@ -86,12 +86,12 @@ def test_an_unreadable_picture_counts_as_asked_and_not_answered(student, tmp_pat
     assert scores(answered)[0].total == 2
 
 
-def test_absent_pictures_are_named_before_the_first_question(student, tmp_path):
+def test_absent_images_are_named_before_the_first_question(student, tmp_path):
     with pytest.raises(DataError, match=r"1 images of the questions are not under .*'nowhere\.png'"):
         evaluate(student, [Question("what?", ("red",), "nowhere.png")], tmp_path)
 
 
-def test_the_blind_control_keeps_the_picture_that_was_shown(student, tmp_path):
+def test_the_blind_control_keeps_the_image_that_was_shown(student, tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
     asked = [Question("what?", (color,), f"{color}.png") for color in ("red", "blue")]

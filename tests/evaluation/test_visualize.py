@@ -13,7 +13,7 @@ from tests import tiny, tiny_teachers
 from visper.cli import app
 from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
-from visper.evaluation.predictions import load_pre_trained, predict_pictures, teacher_targets
+from visper.evaluation.predictions import load_pre_trained, predict_images, teacher_targets
 from visper.evaluation.visualize import folder_gallery, look, needs_gallery, run_gallery
 from visper.training import run_stage
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory, tiny_llm, tiny_encoder):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(5).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
 
@@ -63,62 +63,62 @@ def test_the_model_folder_leads_there_too(trained):
     assert load_pre_trained(trained / "model").run == load_pre_trained(trained).run
 
 
-def test_predictions_do_not_depend_on_the_batch(trained, picture):
-    model, other = load_pre_trained(trained).model, picture.transpose(Image.Transpose.ROTATE_90)
-    together = predict_pictures(model, [picture, other], "what?")
-    alone = predict_pictures(model, [other], "what?")
+def test_predictions_do_not_depend_on_the_batch(trained, image):
+    model, other = load_pre_trained(trained).model, image.transpose(Image.Transpose.ROTATE_90)
+    together = predict_images(model, [image, other], "what?")
+    alone = predict_images(model, [other], "what?")
     assert list(together) == ["depth/1", "depth/3", "seg/2", "seg/4", "gen/3"]
     for name, value in alone.items():
         torch.testing.assert_close(together[name][1:], value, rtol=0, atol=1e-5)
 
 
-def test_each_task_is_a_row_and_each_layer_a_tile_in_the_teachers_colors(trained, picture):
+def test_each_task_is_a_row_and_each_layer_a_tile_in_the_teachers_colors(trained, image):
     found = load_pre_trained(trained)
-    sheet = look(found, picture)
-    # Picture, teacher, two layers; three tasks.
+    sheet = look(found, image)
+    # Image, teacher, two layers; three tasks.
     assert sheet.size == (4 * TILE + 6, 3 * (TILE + CAPTION))
     teacher = found.teachers["depth"]
-    target = teacher_targets(teacher, [picture])
-    predicted = predict_pictures(found.model, [picture], "Describe the image concisely.")["depth/3"]
+    target = teacher_targets(teacher, [image])
+    predicted = predict_images(found.model, [image], "Describe the image concisely.")["depth/3"]
     for column, embedding in ((1, target), (3, predicted)):
         drawn = teacher.decode(embedding, reference=target)[0, :, 0, 0] * 255
         corner = sheet.getpixel((6 + column * TILE + 5, CAPTION + 5))
         assert np.abs(np.array(corner) - drawn.numpy()).max() <= 1
 
 
-def test_a_one_token_target_is_never_drawn_as_a_map(trained, picture):
+def test_a_one_token_target_is_never_drawn_as_a_map(trained, image):
     """Without a gallery its row holds the image and a blank tile, whose caption says why."""
-    sheet = look(load_pre_trained(trained), picture)
+    sheet = look(load_pre_trained(trained), image)
     left, top = 6 + TILE, 2 * (TILE + CAPTION) + CAPTION
     colors = sheet.crop((left, top, sheet.width, sheet.height)).getcolors()
     assert [color for _, color in colors] == [(255, 255, 255)]
 
 
-def test_where_a_teacher_draws_nothing_the_nearest_pictures_are_shown(trained):
+def test_where_a_teacher_draws_nothing_the_nearest_images_are_shown(trained):
     found = load_pre_trained(trained)
     assert needs_gallery(found)
     gallery = run_gallery(found.run)
     assert len(gallery) == 5
     sheet = look(found, gallery[2], gallery=gallery)
-    # The nearest of a picture's own target is the picture: first quarter of the teacher's tile in the third row.
+    # The nearest of an image's own target is the image: first quarter of the teacher's tile in the third row.
     left, top = 6 + TILE, 2 * (TILE + CAPTION) + CAPTION
     shown = np.asarray(sheet.crop((left, top, left + 192, top + 192)), dtype=int)
     expected = np.asarray(gallery[2].resize((192, 192)), dtype=int)
     assert np.abs(shown - expected).max() <= 1
 
 
-def test_a_gallery_can_be_any_folder_with_pictures(trained, tmp_path):
+def test_a_gallery_can_be_any_folder_with_images(trained, tmp_path):
     assert len(folder_gallery(trained.parent / "rows", count=3)) == 3
-    with pytest.raises(DataError, match="no picture can be read"):
+    with pytest.raises(DataError, match="no image can be read"):
         folder_gallery(tmp_path)
 
 
-def test_a_run_whose_pictures_are_gone_has_no_gallery(trained):
+def test_a_run_whose_images_are_gone_has_no_gallery(trained):
     run = load_run(trained / "run.yaml", ["data.sources=[{json: /gone.json, images: /gone}]"])
     assert run_gallery(run) == []
 
 
-def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder, picture):
+def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder, image):
     """Depth by its head, segments by both decoders, the image embedding by its neighbors, features by components."""
     places = {
         "depth": tiny_teachers.save(tiny_teachers.depth_model(), tmp_path / "depth"),
@@ -141,12 +141,12 @@ def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder,
     tokens = {"order": list(kinds), "per_task": 4}
     student = {"llm": str(tiny_llm), "encoder": str(tiny_encoder), "task_tokens": tokens}
     run_stage(recipe(tmp_path, tiny_llm, tiny_encoder, student=student, distillation={"tasks": tasks}))
-    picture.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     asked = (
         "look",
         str(tmp_path / "pt"),
         "--image",
-        str(tmp_path / "picture.png"),
+        str(tmp_path / "image.png"),
         "-o",
         str(tmp_path / "a" / "b.png"),
     )

@@ -53,8 +53,8 @@ def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene])
     teacher = build_teacher(TOWER, BASES / f"teacher_{task}")
     pixels = torch.stack([teacher.preprocess(Image.fromarray(s.image)) for s in scenes])
     target = teacher(pixels)
-    pictures = teacher.decode(target)
-    assert pictures.shape == (8, 3, 96, 96) and pictures.min() >= 0 and pictures.max() <= 1
+    images = teacher.decode(target)
+    assert images.shape == (8, 3, 96, 96) and images.min() >= 0 and images.max() <= 1
     # Standardized tokens: smooth-L1 losses of all teachers then have one scale.
     assert 0.5 < target.std() < 2
 

@@ -1,4 +1,4 @@
-"""Scenes are deterministic, and picture, depth, segmentation and objects tell one story."""
+"""Scenes are deterministic, and image, depth, segmentation and objects tell one story."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_the_same_seed_draws_the_same_bits() -> None:
     assert not np.array_equal(one.image, other.image)
 
 
-def test_maps_have_the_pictures_size_and_legal_values(scenes: list[Scene]) -> None:
+def test_maps_have_the_images_size_and_legal_values(scenes: list[Scene]) -> None:
     for scene in scenes:
         assert scene.image.shape == (SIZE, SIZE, 3) and scene.image.dtype == np.uint8
         assert scene.depth.min() >= NEAR and scene.depth.max() <= FAR

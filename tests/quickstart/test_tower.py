@@ -23,7 +23,7 @@ def saved(folder: Path, **options: object) -> TowerTeacher:
 @pytest.mark.parametrize(
     ("head", "grid", "outputs", "shape"), [("depth", 2, 1, (4, 5)), ("classes", 2, 6, (4, 5)), ("image", 1, 3, (1, 5))]
 )
-def test_encode_gives_what_the_spec_says_and_decode_a_picture(
+def test_encode_gives_what_the_spec_says_and_decode_an_image(
     tmp_path: Path, head: str, grid: int, outputs: int, shape: tuple[int, int]
 ) -> None:
     teacher = saved(tmp_path, head=head, grid=grid, outputs=outputs)
@@ -31,8 +31,8 @@ def test_encode_gives_what_the_spec_says_and_decode_a_picture(
     embedding = teacher(pixels)
     assert embedding.shape == (3, *shape) == (3, teacher.spec.tokens, teacher.spec.width)
     assert teacher.decode_values(embedding).shape == (3, outputs, 24, 24)
-    pictures = teacher.decode(embedding)
-    assert pictures.shape == (3, 3, 24, 24) and pictures.min() >= 0 and pictures.max() <= 1
+    images = teacher.decode(embedding)
+    assert images.shape == (3, 3, 24, 24) and images.min() >= 0 and images.max() <= 1
 
 
 def test_a_saved_teacher_answers_identically(tmp_path: Path) -> None:

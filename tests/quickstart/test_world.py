@@ -18,7 +18,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_record_has_its_picture_and_one_image_tag(folder: Path) -> None:
+def test_every_record_has_its_image_and_one_image_tag(folder: Path) -> None:
     for name in ("pretrain.json", "instruct.json"):
         for record in json.loads((folder / name).read_text()):
             assert (folder / "images" / record["image"]).exists()
@@ -27,13 +27,13 @@ def test_every_record_has_its_picture_and_one_image_tag(folder: Path) -> None:
             assert sum(t["value"].count("<image>") for t in turns) == turns[0]["value"].count("<image>") == 1
 
 
-def test_questions_are_about_held_out_pictures(folder: Path) -> None:
+def test_questions_are_about_held_out_images(folder: Path) -> None:
     questions = json.loads((folder / "questions.json").read_text())
     assert questions and all(set(q) == {"image", "question", "answer", "kind"} for q in questions)
     assert all(q["image"].startswith("held_out") and (folder / "images" / q["image"]).exists() for q in questions)
 
 
-def test_exact_maps_lie_in_the_order_of_their_pictures(folder: Path) -> None:
+def test_exact_maps_lie_in_the_order_of_their_images(folder: Path) -> None:
     with np.load(folder / "held_out.npz") as maps:
         assert maps["depth"].shape == maps["classes"].shape == maps["instances"].shape == (60, 96, 96)
         assert str(maps["images"][7]) == "held_out_000007.png"

@@ -16,12 +16,12 @@ def run(
     image: Annotated[Path | None, typer.Option("--image", help="an image", parser=parse_path)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
 ) -> None:
-    """Ask a model about a picture.
+    """Ask a model about an image.
 
     Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
     """
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask
 
-    picture = open_image(image) if image is not None else None
-    print(answer(load_to_ask(model), [prompt], [picture], max_new_tokens)[0])
+    shown = open_image(image) if image is not None else None
+    print(answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0])

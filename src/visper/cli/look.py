@@ -1,4 +1,4 @@
-"""``visper look``: what the layers of a pre-trained student see in a picture."""
+"""``visper look``: what the layers of a pre-trained student see in an image."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,12 +33,12 @@ def run(
     from visper.evaluation.predictions import load_pre_trained
     from visper.evaluation.visualize import PROMPT, folder_gallery, look, needs_gallery, run_gallery
 
-    picture = open_image(image)
+    shown = open_image(image)
     found = load_pre_trained(model, overrides or [])
     others = []
     if needs_gallery(found):
         others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
-    sheet = look(found, picture, prompt or PROMPT, others)
+    sheet = look(found, shown, prompt or PROMPT, others)
     with atomic_path(out) as partial:
         sheet.save(partial, "PNG")
     print(out)

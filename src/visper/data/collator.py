@@ -23,14 +23,14 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One row ready to be batched. With ``pixel_values`` comes ``picture``, which teachers are shown, or ``stored``:
-    what they would say, by task, as it is stored."""
+    """One row ready to be batched. With ``pixel_values`` comes ``image``, which the teachers see, or ``stored``,
+    their stored targets by task."""
 
     id: str
     input_ids: list[int]
     labels: list[int]
     pixel_values: Tensor | None = None
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
 
@@ -62,7 +62,7 @@ class Collator:
 
     Args:
         pad_token_id: fills rows on the right, never attended.
-        teachers: task -> what that teacher does to a picture before it can be batched.
+        teachers: task -> that teacher's preprocessing of an image.
     """
 
     pad_token_id: int
@@ -95,9 +95,9 @@ class Collator:
             if stored:
                 batch["teacher_images"] = {task: torch.stack([own[task] for own in stored]) for task in stored[0]}
             elif self.teachers:
-                pictures = [s.picture for s in samples if s.picture is not None]
+                images = [s.image for s in samples if s.image is not None]
                 batch["teacher_images"] = {
-                    task: torch.stack([preprocess(picture) for picture in pictures])
+                    task: torch.stack([preprocess(image) for image in images])
                     for task, preprocess in self.teachers.items()
                 }
         return batch

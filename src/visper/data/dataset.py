@@ -39,8 +39,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
     Args:
         records: the rows.
         encoder: makes their tokens; its processor's image processor makes the pixels, in its geometry.
-        stored: the bytes of a picture's file -> its targets as they are stored, by task, in place of a picture for the
-            teachers; raises DataError where there are none.
+        stored: the bytes of an image file -> its stored targets, by task, in place of an image for the teachers; raises
+            DataError where there are none.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             encoded.input_ids,
             encoded.labels,
             pixel_values=student_pixels(self.image_processor, image),
-            picture=arrange(image, self.geometry, self.background) if stored is None else None,
+            image=arrange(image, self.geometry, self.background) if stored is None else None,
             stored=stored,
             truncated=encoded.truncated,
         )

@@ -1,4 +1,4 @@
-"""Pictures side by side, each with its caption."""
+"""Images side by side, each with its caption."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ GAP, CAPTION = 6, 24
 """Pixels between tiles, and above a tile that has a caption."""
 
 COARSE = 128
-"""Pixels up to which a picture is a grid of cells: their edges are kept when it is made larger."""
+"""Pixels up to which an image is a grid of cells: their edges are kept when it is made larger."""
 
 Tile = tuple[str, Image.Image]
-"""A caption (may be empty) and a picture."""
+"""A caption (may be empty) and an image."""
 
 
 def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Image:
-    """Rows of captioned pictures as one picture; rows may differ in length, and one without captions is set closer.
+    """Rows of captioned images as one image; rows may differ in length, and one without captions is set closer.
 
     Args:
         rows: tiles, row by row.
-        side: pixels a side of each tile; pictures are squashed to it.
+        side: pixels a side of each tile; images are squashed to it.
     """
     tops = [CAPTION if any(caption for caption, _ in row) else 0 for row in rows]
     width = max(len(row) for row in rows) * (side + GAP) + GAP
@@ -39,7 +39,7 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Imag
     return canvas
 
 
-def images_of(pictures: Tensor) -> list[Image.Image]:
+def images_of(drawn: Tensor) -> list[Image.Image]:
     """``[B, 3, H, W]`` in 0..1, as teachers draw them, as images."""
-    values = (pictures.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    values = (drawn.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]

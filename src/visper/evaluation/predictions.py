@@ -1,6 +1,6 @@
-"""What the layers of a pre-trained student predict of pictures.
+"""What the layers of a pre-trained student predict of images.
 
-Shape suffixes: S = pictures, N = teacher tokens, E = teacher width.
+Shape suffixes: S = images, N = teacher tokens, E = teacher width.
 """
 
 from __future__ import annotations
@@ -73,17 +73,17 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
     return PreTrained(run, model.to(device).eval(), {task: teacher.to(device) for task, teacher in teachers.items()})
 
 
-def predict_pictures(
-    model: TrainingModel, pictures: Sequence[Image.Image], prompt: str, batch: int = 50
+def predict_images(
+    model: TrainingModel, images: Sequence[Image.Image], prompt: str, batch: int = 50
 ) -> dict[str, Tensor]:
-    """Predictions ``{"depth/20": [S, N, E]}`` (float32, CPU) of every picture beside one prompt, without an answer.
+    """Predictions ``{"depth/20": [S, N, E]}`` (float32, CPU) of every image beside one prompt, without an answer.
 
     The predictors read the text too: a caption would tell them what is there.
     """
     processor = model.processor
     parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(pictures), batch):
-        chosen = list(pictures[start : start + batch])
+    for start in range(0, len(images), batch):
+        chosen = list(images[start : start + batch])
         inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
         inputs = inputs.to(model.student.device, model.student.dtype)
         rows = torch.arange(len(chosen), device=model.student.device)
@@ -93,11 +93,11 @@ def predict_pictures(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def teacher_targets(teacher: Teacher, pictures: Sequence[Image.Image], batch: int = 100) -> Tensor:
-    """A teacher's targets ``[S, N, E]`` (float32, CPU) of pictures already in the run's geometry."""
+def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int = 100) -> Tensor:
+    """A teacher's targets ``[S, N, E]`` (float32, CPU) of images already in the run's geometry."""
     parts = []
-    for start in range(0, len(pictures), batch):
-        pixels = torch.stack([teacher.preprocess(picture) for picture in pictures[start : start + batch]])
+    for start in range(0, len(images), batch):
+        pixels = torch.stack([teacher.preprocess(image) for image in images[start : start + batch]])
         parts.append(teacher(pixels).float().cpu())
     return torch.cat(parts)
 

@@ -1,4 +1,4 @@
-"""What each tapped layer predicts of one picture, drawn beside what the teacher sees."""
+"""What each tapped layer predicts of one image, drawn beside what the teacher sees."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
 from visper.distillation.teachers.unclip import nearest
 from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
-from visper.evaluation.predictions import PreTrained, predict_pictures, teacher_targets
+from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
 
 PROMPT = "Describe the image concisely."
-"""Asked beside the picture, as in LLaVA-558K."""
+"""Asked beside the image, as in LLaVA-558K."""
 
 GALLERY = 64
-"""Pictures among which the nearest are looked for, where an embedding draws no picture of its own."""
+"""Images among which the nearest are looked for, where an embedding draws no image of its own."""
 
 SIDE = 384
 BLANK = Image.new("RGB", (1, 1), "white")
 
 
 def look(
-    found: PreTrained, picture: Image.Image, prompt: str = PROMPT, gallery: Sequence[Image.Image] = ()
+    found: PreTrained, image: Image.Image, prompt: str = PROMPT, gallery: Sequence[Image.Image] = ()
 ) -> Image.Image:
-    """A row a task: the picture as the student sees it, the teacher's own target drawn, each layer's prediction drawn.
+    """A row a task: the image as the student sees it, the teacher's own target drawn, each layer's prediction drawn.
 
     Args:
         found: a pre-trained student with its teachers.
-        picture: RGB.
+        image: RGB.
         prompt: the question beside it, without an answer.
         gallery: images to show the nearest of, if a teacher draws none (a target of one token has no positions);
             without any, an empty tile says so.
     """
-    predicted = predict_pictures(found.model, [picture], prompt)
-    seen, *others = (_arranged(found, one) for one in (picture, *gallery))
+    predicted = predict_images(found.model, [image], prompt)
+    seen, *others = (_arranged(found, one) for one in (image, *gallery))
     rows: list[list[Tile]] = []
     for task, teacher in found.teachers.items():
         target = teacher_targets(teacher, [seen])
@@ -53,40 +53,40 @@ def look(
         embeddings = torch.cat((target, *layers.values()))
         if not teacher.draws_images and not others:
             shape = f"{teacher.spec.tokens} x {teacher.spec.width}"
-            rows.append([("picture", seen), (f"{task}: {shape}, not drawable: see --gallery", BLANK)])
+            rows.append([("image", seen), (f"{task}: {shape}, not drawable: see --gallery", BLANK)])
             continue
         if teacher.draws_images:
             drawn, how = _drawn(teacher, embeddings, target, seen), ""
         else:
             drawn, how = _nearest(teacher, embeddings, others), f", nearest of {len(others)}"
         captions = [f"{task}: teacher{how}", *(f"{task}: layer {layer}{how}" for layer in layers)]
-        rows.append([("picture", seen), *zip(captions, drawn, strict=True)])
+        rows.append([("image", seen), *zip(captions, drawn, strict=True)])
     return contact_sheet(rows, SIDE)
 
 
 def needs_gallery(found: PreTrained) -> bool:
-    """Whether a teacher of the run draws no pictures."""
+    """Whether a teacher of the run draws no images."""
     return not all(teacher.draws_images for teacher in found.teachers.values())
 
 
 def run_gallery(run: Run, count: int = GALLERY) -> list[Image.Image]:
-    """The first ``count`` pictures of a run's data; fewer, or none, where they are not here any more."""
+    """The first ``count`` images of a run's data; fewer, or none, where they are not here any more."""
     try:
         records = open_records(row_files(run.data), DropList())
     except (ConfigError, DataError, OSError):
         return []
-    return _opened(_pictures_of(records), count)
+    return _opened(_images_of(records), count)
 
 
 def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
-    """The first ``count`` pictures of a folder, by name. Raises DataError where it has none."""
-    pictures = _opened(((file, None) for file in sorted(folder.rglob("*")) if file.is_file()), count)
-    if not pictures:
-        raise DataError("no pictures", f"no picture can be read in '{folder}': give a folder with pictures")
-    return pictures
+    """The first ``count`` images of a folder, by name. Raises DataError where it has none."""
+    images = _opened(((file, None) for file in sorted(folder.rglob("*")) if file.is_file()), count)
+    if not images:
+        raise DataError("no images", f"no image can be read in '{folder}': give a folder with images")
+    return images
 
 
-def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
+def _images_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
     """Each image once, with its content; without those that lie outside their folder."""
     seen = set()
     for index, record in enumerate(records):
@@ -100,20 +100,20 @@ def _pictures_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
 
 
 def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Image.Image]:
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for path, content in places:
-        if len(pictures) == count:
+        if len(images) == count:
             break
         try:
-            pictures.append(open_image(path, content))
+            images.append(open_image(path, content))
         except DataError:
             continue
-    return pictures
+    return images
 
 
-def _arranged(found: PreTrained, picture: Image.Image) -> Image.Image:
+def _arranged(found: PreTrained, image: Image.Image) -> Image.Image:
     processor = found.model.processor.image_processor
-    return arrange(picture, geometry_of(processor), background_of(processor))
+    return arrange(image, geometry_of(processor), background_of(processor))
 
 
 def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Image) -> list[Image.Image]:
@@ -124,7 +124,7 @@ def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Ima
 
 
 def _nearest(teacher: Teacher, embeddings: Tensor, gallery: Sequence[Image.Image]) -> list[Image.Image]:
-    """For each embedding the four nearest pictures (or the one), best first, in one square."""
+    """For each embedding the four nearest images (or the one), best first, in one square."""
     targets = teacher_targets(teacher, gallery)
     shown = []
     for rows in nearest(embeddings, targets, 4 if len(gallery) >= 4 else 1).tolist():

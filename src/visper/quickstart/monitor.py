@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from visper.common.files import atomic_path
-from visper.evaluation.predictions import predict_pictures
+from visper.evaluation.predictions import predict_images
 from visper.quickstart.language import CAPTION_PROMPTS
 from visper.training import TrainingModel
 
@@ -47,7 +47,7 @@ class PredictionMonitor(TrainerCallback):
             return
         mode = model.training
         model.eval()
-        predicted = predict_pictures(model, self.images, PROMPT)
+        predicted = predict_images(model, self.images, PROMPT)
         model.train(mode)
         with atomic_path(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
             arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}

@@ -78,7 +78,7 @@ class _Candidate:
 
 
 def apart(one: SceneObject, two: SceneObject) -> float:
-    """Distance of two centers in metres."""
+    """Distance of two centers in meters."""
     return float(np.linalg.norm(np.subtract(one.position, two.position)))
 
 

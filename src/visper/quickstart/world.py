@@ -6,7 +6,7 @@ world/
   prompt)
   instruct.json      several questions about each image in LLaVA-Instruct's format
   questions.json     held-out questions: a list of {image, question, answer, kind}
-  held_out.npz       depth [S,96,96] float16 metres, classes and instances [S,96,96] uint8, images [S] names; in
+  held_out.npz       depth [S,96,96] float16 meters, classes and instances [S,96,96] uint8, images [S] names; in
   this order
   held_out_scenes.json   the objects of every held-out scene
   world.json         seed, sizes and what the cheap cues alone would score

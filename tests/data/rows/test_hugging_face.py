@@ -90,8 +90,8 @@ def test_embedded_images_become_samples(
     assert digests_of(records) == [*map(digest, PNGS), None]
     dataset = ConversationDataset(pickle.loads(pickle.dumps(records)), ConversationEncoder(make_processor(CHATML), 500))
     shown, text = dataset[1], dataset[3]
-    assert isinstance(shown, Sample) and shown.picture is not None and isinstance(text, Sample)
-    assert (np.asarray(shown.picture) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
+    assert isinstance(shown, Sample) and shown.image is not None and isinstance(text, Sample)
+    assert (np.asarray(shown.image) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
     assert text.pixel_values is None
 
 
@@ -130,7 +130,7 @@ def test_several_images_and_images_that_are_not_there_are_counted(tmp_path: Path
     rows = {"messages": [MESSAGES] * 3, "images": [[EMBEDDED[0], EMBEDDED[1]], [lost], [EMBEDDED[2]]]}
     records, drops = opened(write(tmp_path, "parquet", rows))
     assert drops.counts() == {"several images": 1, "image not embedded": 1}
-    assert records.picture(0) == PNGS[2]
+    assert records.embedded_image(0) == PNGS[2]
 
 
 def test_columns_of_no_format_are_named(tmp_path: Path) -> None:

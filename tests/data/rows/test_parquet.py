@@ -108,4 +108,4 @@ def test_real_photographs_survive(tmp_path: Path) -> None:
     by_id = {own_id(record.id): record for record in records}
     for index in range(0, len(parquet), 7):
         file = by_id[own_id(parquet[index].id)].image
-        assert parquet.picture(index) == (Path(file).read_bytes() if file else None)
+        assert parquet.embedded_image(index) == (Path(file).read_bytes() if file else None)

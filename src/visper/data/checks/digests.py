@@ -39,7 +39,7 @@ def content_of(records: Sequence[Record], index: int) -> bytes | None:
     if not isinstance(records, Records):
         image = records[index].image
         return None if image is None else _read_file(Path(image))
-    held, place = records.picture(index), records.image_place(index)
+    held, place = records.embedded_image(index), records.image_place(index)
     return held if held is not None or place is None else _read_file(inside(*place))
 
 

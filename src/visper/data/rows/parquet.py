@@ -107,7 +107,7 @@ def _row(records: Records, index: int) -> dict[str, Any] | Drop:
     if tagged and record.image_turn is not None:  # where the row had none, its text stays untouched
         shown_in = conversations[record.image_turn]
         shown_in["value"] = f"{IMAGE_TAG}\n{shown_in['value']}"
-    content, file = records.picture(index), records.image_place(index)
+    content, file = records.embedded_image(index), records.image_place(index)
     if content is None and file is not None:
         try:
             content = inside(*file).read_bytes()

@@ -190,12 +190,12 @@ def cells(row: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """One source among a run's. ``pictures`` gives a row's picture where the source holds it, else files do."""
+    """One source of a run. ``embedded``: row -> image bytes, where the source holds them; None: they are files."""
 
     name: str
     table: RecordTable
     images: Path | None = None
-    pictures: Any = None
+    embedded: Any = None
     weight: float = 1.0
 
 
@@ -223,7 +223,7 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
-        """Row ``index``, with the place of its picture; or some of the rows."""
+        """Row ``index``, with the place of its image; or some of the rows."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         part, row = self.place(index)
@@ -240,10 +240,10 @@ class Records(Sequence[Record]):
         """The source of each row, counted from 0, ``[len(self)]``."""
         return np.searchsorted(self.starts, self.rows, side="right") - 1
 
-    def picture(self, index: int) -> bytes | None:
-        """The content of the row's picture where the source holds it; None: it is a file, or there is none."""
+    def embedded_image(self, index: int) -> bytes | None:
+        """The bytes of the row's image where the source holds it; None: it is a file, or there is none."""
         part, row = self.place(index)
-        return None if part.pictures is None else part.pictures(row)
+        return None if part.embedded is None else part.embedded(row)
 
     def select(self, kept: npt.NDArray[Any]) -> Records:
         """Some of these rows, by their indices or by a flag each."""
