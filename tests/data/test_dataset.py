@@ -12,12 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.conftest import outside
-from tests.data.rows.test_records import read_records
+from tests.data.rows.test_records import read_records, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
-from visper.data.dataset import ConversationDataset, require_images, survey
+from visper.data.dataset import ConversationDataset, require_images
 from visper.data.images import with_geometry
 from visper.data.rows.records import Drop, DropList, Record, Turn
 from visper.data.sampler import RowSampler
@@ -138,7 +138,7 @@ def test_the_survey_finds_bad_rows_before_the_first_step(
     records: list[Record], encoder: ConversationEncoder, decode: bool
 ) -> None:
     drops = DropList()
-    found = survey(records, encoder, drops, decode=decode, quiet=True)
+    found = survey(records, encoder, drops, decode=decode)
     expected = {"missing image": 1, "no supervised token": 1} | ({"broken image": 1} if decode else {})
     assert drops.counts() == expected
     assert len(found.records) == len(found.lengths) == 6 - len(drops)
@@ -150,7 +150,7 @@ def test_the_survey_finds_bad_rows_before_the_first_step(
 def test_cut_rows_are_counted(records: list[Record]) -> None:
     long = Record("long", (records[1].turns[0], Turn("assistant", "word " * 200)))
     encoder = ConversationEncoder(make_processor(CHATML), 100)
-    assert survey([long, records[1]], encoder, DropList(), quiet=True).num_truncated == 1
+    assert survey([long, records[1]], encoder, DropList()).num_truncated == 1
     dataset = ConversationDataset([long, records[1]], encoder)
     assert collate(dataset, [0, 1])["num_truncated"] == 1
 
@@ -167,7 +167,7 @@ def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
     drops = DropList()
     records = read_records([(folder / name, folder)], drops)
     encoder.max_tokens = 4096
-    found = survey(records, encoder, drops, quiet=True)
+    found = survey(records, encoder, drops)
     assert len(drops) == 0
     dataset = ConversationDataset(found.records, encoder)
     rows = list(range(0, len(dataset), 40))

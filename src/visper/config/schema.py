@@ -24,26 +24,27 @@ from visper.config.paths import PathText, read_words
 from visper.config.teacher_kinds import TEACHERS, check_options, class_place
 
 
-class Stage(str, Enum):
+class Choice(str, Enum):
+    """One of several words, written as the word alone."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Stage(Choice):
     """The stages of the method, in their order."""
 
     PT = "pt"
     VPT = "vpt"
     IFT = "ift"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Geometry(str, Enum):
+class Geometry(Choice):
     """How an image becomes the square that the student and the teachers see."""
 
     SQUASH = "squash"
     PAD = "pad"
     CROP = "crop"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class Section(BaseModel):
@@ -295,16 +296,13 @@ class Logging(Section):
     monitor: Monitor = Field(default_factory=lambda: Monitor.model_validate({}))
 
 
-class Engine(str, Enum):
+class Engine(Choice):
     """How a stage is spread over processes."""
 
     DDP = "ddp"
     FSDP = "fsdp"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class Launch(Section):

@@ -24,7 +24,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import content_of
 from visper.data.collator import Sample
 from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
-from visper.data.rows.lengths import Lengths, measure
+from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
 
@@ -108,30 +108,10 @@ class Survey:
     num_unknown: npt.NDArray[np.int32]
 
 
-def survey(
-    records: Sequence[Record],
-    encoder: ConversationEncoder,
-    drops: DropList,
-    decode: bool = False,
-    quiet: bool = False,
-) -> Survey:
-    """Looks at every row before training: encodes its text, finds its image; bad rows go to ``drops``.
-
-    Args:
-        records: the rows that could be read.
-        encoder: the run's.
-        drops: takes the bad rows; ``drops.check`` then applies the limit.
-        decode: also decode every image (slow: a broken image is otherwise met, and skipped, when its turn comes).
-        quiet: no progress bar.
-    """
-    found = measure(records, encoder, quiet)
-    return keep_good(records, found, lost_images(records, found, decode), drops)
-
-
 def keep_good(
     records: Sequence[Record], found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
 ) -> Survey:
-    """The rows that ``measure`` and ``lost_images`` found nothing against; the others go to ``drops``, in order."""
+    """The rows without a fault, by ``lengths.measure`` (``found``) and ``lost_images``; the others go to ``drops``."""
     bad = {**lost, **found.problems}
     for index in sorted(bad):
         drops.add(records[index].id, *bad[index])
@@ -160,7 +140,8 @@ def require_images(records: Sequence[Record]) -> None:
 def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
     """The rows that can be encoded but whose image file is missing or empty: index -> reason, detail.
 
-    Every file is checked once, however many rows show it. Images inside Parquet files are not: they were when written.
+    Every file is checked once, however many rows show it; images inside Parquet files were when they were written.
+    ``decode``: also decode every image (slow: a broken image is otherwise found, and skipped, when its turn comes).
     """
     places = records.image_places() if isinstance(records, Records) else [_own_place(record) for record in records]
     rows: dict[tuple[Path, str], list[int]] = {}

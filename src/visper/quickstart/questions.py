@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -184,26 +184,21 @@ def _color_rank(thing: SceneObject) -> float:
     return float(sum(ord(c) * (i + 1) for i, c in enumerate(thing.name)) % 97)
 
 
+_Cue = Callable[[SceneObject, SceneObject, SceneObject], float]
+_APPEARANCE: dict[str, _Cue] = {
+    "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
+    "brighter": lambda a, b, c: a.brightness - b.brightness,
+    "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
+}
+_LOWER: dict[str, _Cue] = {"lower in the image": lambda a, b, c: a.row - b.row}
+_NEARER: dict[str, _Cue] = {
+    "closer in the image": lambda a, b, c: apart_in_image(b, c) - apart_in_image(a, c),
+    "closer row": lambda a, b, c: abs(b.row - c.row) - abs(a.row - c.row),
+}
 _PAIR_CUES = {
-    "depth": {
-        "lower in the image": lambda a, b, c: a.row - b.row,
-        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
-        "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
-    },
-    "distance": {
-        "closer in the image": lambda a, b, c: apart_in_image(b, c) - apart_in_image(a, c),
-        "closer row": lambda a, b, c: abs(b.row - c.row) - abs(a.row - c.row),
-        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
-        "lower in the image": lambda a, b, c: a.row - b.row,
-        "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
-    },
-    "relation": {
-        "bigger in the image": lambda a, b, c: a.pixels - b.pixels,
-        "brighter": lambda a, b, c: a.brightness - b.brightness,
-        "name": lambda a, b, c: _color_rank(a) - _color_rank(b),
-    },
+    "depth": _LOWER | _APPEARANCE,
+    "distance": _NEARER | _LOWER | _APPEARANCE,
+    "relation": _APPEARANCE,
 }
 _COUNT_CUES = {
     "number of objects": lambda objects: float(len(objects)),

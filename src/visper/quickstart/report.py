@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from visper.evaluation.predictions import teacher_targets
 from visper.quickstart.controls import HeldOut
 from visper.quickstart.monitor import read_predictions
 from visper.quickstart.questions import CHANCE
-from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result
+from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result, read_log
 from visper.quickstart.tower import TowerTeacher
 
 SHOWN = 5
@@ -69,7 +68,7 @@ def write_report(result: Result, budget: Budget) -> Path:
         scores=scores_table(result),
         predictions=[(header, [[data_uri(image) for image in row] for row in rows]) for header, rows in grids.values()],
         findings=findings_table(result),
-        losses=[(stage.upper(), curves(read_log(out / stage / "log.jsonl"))) for stage in result.runs],
+        losses=[(stage.upper(), curves(read_log(out / stage))) for stage in result.runs],
         answers=sample_answers(result),
         run=run_lines(result),
     )
@@ -203,12 +202,6 @@ def data_uri(image: Image.Image, scale: int = 2) -> str:
     buffer = io.BytesIO()
     enlarged.save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The entries of a stage's log that hold a loss."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [entry for entry in entries if "loss" in entry]
 
 
 def _mark(good: bool) -> str:

@@ -159,13 +159,12 @@ def stage_runs(
         "start_from": str(out / "pt"),
         "data": {"sources": [{"json": str(world / "instruct.json"), "images": str(world / "images")}]},
     }
-    steps = (
-        [f"optimization.max_steps={budget.pt_steps}"] if budget.pt_steps else [],
-        [f"optimization.max_steps={budget.ift_steps}"] if budget.ift_steps else [],
-    )
+    for changes, steps in ((pt, budget.pt_steps), (ift, budget.ift_steps)):
+        if steps:
+            changes["optimization"] = {"max_steps": steps}
     return {
-        "pt": load_run("quickstart/pt", steps[0], changes=(pt, pt_changes or {})),
-        "ift": load_run("quickstart/ift", steps[1], changes=(ift,)),
+        "pt": load_run("quickstart/pt", changes=(pt, pt_changes or {})),
+        "ift": load_run("quickstart/ift", changes=(ift,)),
     }
 
 
@@ -183,14 +182,20 @@ def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str,
     trained = load_student(out / "ift")
     torch.manual_seed(runs["pt"].seed)  # the projector that PT began with
     untrained = starting_student(runs["pt"])
+    asked = ((TRAINED, trained, False), (BLIND, trained, True), (UNTRAINED, untrained, False))
     answered = {
-        TRAINED: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4),
-        BLIND: evaluate(trained, questions, images, batch_size=64, max_new_tokens=4, shuffle_images=True),
-        UNTRAINED: evaluate(untrained, questions, images, batch_size=64, max_new_tokens=4),
+        name: evaluate(student, questions, images, batch_size=64, max_new_tokens=4, shuffle_images=shuffled)
+        for name, student, shuffled in asked
     }
     for name, rows in answered.items():
         save_answers(out / "answers" / f"{name}.jsonl", rows)
     return answered
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The entries of a stage's log that hold a loss."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
 def check_learning(result: Result) -> None:
@@ -201,8 +206,7 @@ def check_learning(result: Result) -> None:
     """
     stuck = []
     for stage in result.runs:
-        lines = (result.out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        logs = [entry for entry in map(json.loads, lines) if "loss" in entry]
+        logs = read_log(result.out / stage)
         terms = [name for name in logs[0] if name == "ntp" or name.endswith(("/smooth_l1", "/contrastive"))]
         third = max(1, len(logs) // 3)  # single batches are noisy
 

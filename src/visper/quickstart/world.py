@@ -8,7 +8,6 @@ world/
   questions.json     held-out questions: a list of {image, question, answer, kind}
   held_out.npz       depth [S,96,96] float16 meters, classes and instances [S,96,96] uint8, images [S] names; in
   this order
-  held_out_scenes.json   the objects of every held-out scene
   world.json         seed, sizes and what the cheap cues alone would score
 """
 
@@ -17,7 +16,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,6 @@ def write_world(
         _write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
         questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
         _write_json(beside / "questions.json", evaluation_records(asked, questions))
-        _write_json(beside / "held_out_scenes.json", [[asdict(o) for o in one] for one in asked])
         cues = cheap_cues(asked, questions)
         sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
         _write_json(beside / "world.json", {**sizes, "cheap_cues": cues})

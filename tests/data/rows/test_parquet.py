@@ -8,11 +8,12 @@ from PIL import Image
 
 from tests import tiny
 from tests.conftest import outside
+from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Sample
-from visper.data.dataset import ConversationDataset, survey
+from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import GROUP_ROWS, write_parquet
 from visper.data.rows.records import DropList, RowSource
 from visper.data.rows.sources import open_records
@@ -104,7 +105,7 @@ def test_real_photographs_survive(tmp_path: Path) -> None:
     parquet = from_parquet(tmp_path / "out", drops)
     assert len(parquet) == len(records) and not len(drops)
     encoder = ConversationEncoder(make_processor(CHATML), 4096)
-    assert len(survey(parquet, encoder, drops, quiet=True).records) == len(records)
+    assert len(survey(parquet, encoder, drops).records) == len(records)
     by_id = {own_id(record.id): record for record in records}
     for index in range(0, len(parquet), 7):
         file = by_id[own_id(parquet[index].id)].image

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from visper.common.errors import DataError
+from visper.data.chat import ConversationEncoder
+from visper.data.dataset import Survey, keep_good, lost_images
 from visper.data.rows.formats import parse_row
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import DropList, Record, sample_id_of, source_names
+from visper.data.rows.lengths import measure
+from visper.data.rows.records import DropList, Record, own_id, source_names
 
 
 def row(first: str, *more: str, **keys: Any) -> dict[str, Any]:
@@ -24,12 +27,18 @@ def read_records(sources: Sequence[tuple[Path, Path]], drops: DropList) -> list[
     records = []
     for name, (file, images) in zip(source_names([file for file, _ in sources]), sources, strict=True):
         for index, content in enumerate(read_rows(file)):
-            sample_id = sample_id_of(name, index, content)
+            sample_id = f"{name}/{index}/{own_id(content)}"
             try:
                 records.append(parse_row(content, sample_id, images))
             except DataError as error:
                 drops.add(sample_id, error.reason, error.detail)
     return records
+
+
+def survey(records: Sequence[Record], encoder: ConversationEncoder, drops: DropList, decode: bool = False) -> Survey:
+    """The look at every row that training takes before its first step."""
+    found = measure(records, encoder, quiet=True)
+    return keep_good(records, found, lost_images(records, found, decode), drops)
 
 
 def parse(content: Any) -> Record:

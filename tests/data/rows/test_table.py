@@ -11,12 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import outside
-from tests.data.rows.test_records import read_records, row
+from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.cache import cache_folder
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
-from visper.data.dataset import survey
 from visper.data.rows import lengths, table
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import encoder_key, measure
@@ -150,11 +149,11 @@ def test_lengths_are_those_of_the_encoder_and_counted_once(
 ) -> None:
     drops = DropList()
     records = open_records(mixed(tmp_path), drops)
-    found = survey(records, encoder, drops, quiet=True)
+    found = survey(records, encoder, drops)
     assert drops.counts() == {"not a row": 1, "no supervised token": 1}
     assert found.lengths == [len(encoder.encode(record).input_ids) for record in found.records]
     monkeypatch.setattr(lengths, "in_order", lambda *_: pytest.fail("counted again"))
-    assert survey(records, encoder, DropList(), quiet=True).lengths == found.lengths
+    assert survey(records, encoder, DropList()).lengths == found.lengths
 
 
 def test_lengths_do_not_depend_on_the_number_of_workers(

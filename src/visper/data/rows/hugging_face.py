@@ -42,23 +42,15 @@ def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
 
     split, folder = source.split or "train", Path(source.place)
     saved = folder / split if (folder / "dataset_dict.json").is_file() else folder
-    try:
-        with _progress_bars(not quiet):
-            if (saved / "state.json").is_file():
-                found = datasets.load_from_disk(str(saved))
-            else:
-                found = datasets.load_dataset(
-                    source.place, source.subset, split=split, revision=None if folder.exists() else source.revision
-                )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        remedy = (
-            f". Without a network, fetch it where there is one (`hf download --repo-type dataset {source.place} "
-            "--local-dir FOLDER`) and give {hf: FOLDER}"
-        )
-        raise DataError(
-            "cannot be loaded",
-            f"data set '{source.place}', split '{split}': {error}{'' if folder.exists() else remedy}",
-        ) from error
+    revision, remedy = None, ""
+    if not folder.exists():
+        revision, download = source.revision, f"`hf download --repo-type dataset {source.place} --local-dir FOLDER`"
+        remedy = f". Without a network, fetch it where there is one ({download}) and give {{hf: FOLDER}}"
+    with _loading(f"data set '{source.place}', split '{split}'", remedy, quiet):
+        if (saved / "state.json").is_file():
+            found = datasets.load_from_disk(str(saved))
+        else:
+            found = datasets.load_dataset(source.place, source.subset, split=split, revision=revision)
     return _as_part(found, source, name, quiet)
 
 
@@ -69,25 +61,23 @@ def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
     files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
     if not files:
         raise DataError("no such file", f"'{source.place}': expected Parquet files; check 'data.sources'")
-    try:
-        with _progress_bars(not quiet):
-            found = datasets.load_dataset("parquet", data_files=files, split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        why = f"{error}; are all of them Parquet files of one schema?"
-        raise DataError("cannot be loaded", f"'{source.place}': {why}") from error
+    with _loading(f"'{source.place}'", "; are all of them Parquet files of one schema?", quiet):
+        found = datasets.load_dataset("parquet", data_files=files, split="train")
     return _as_part(found, source, name, quiet)
 
 
 @contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """The library's own progress bars, on a terminal only."""
+def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
+    """Faults of `datasets` as ``DataError``, and its progress bars on a terminal only."""
     import datasets
 
     before = datasets.are_progress_bars_disabled()
-    if not shown or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        raise DataError("cannot be loaded", f"{what}: {error}{remedy}") from error
     finally:
         if not before:
             datasets.enable_progress_bars()

@@ -139,10 +139,10 @@ class DropList:
         )
 
 
-def sample_id_of(name: str, index: int, row: Any) -> str:
-    """How a row is called in logs and drop lists: source, place, own id with control characters escaped."""
-    own = row.get("id") if isinstance(row, dict) else None
-    return f"{name}/{index}/{'' if own is None else printable(str(own))}"
+def own_id(row: Any) -> str:
+    """The row's own id, control characters escaped; logs and drop lists name a row ``source/index/own id``."""
+    found = row.get("id") if isinstance(row, dict) else None
+    return "" if found is None else printable(str(found))
 
 
 def printable(text: str) -> str:

@@ -26,7 +26,7 @@ from visper.common.files import atomic_path
 from visper.data.rows import formats, json_rows
 from visper.data.rows.formats import parse
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import Drop, Record, Turn, printable, sample_id_of
+from visper.data.rows.records import Drop, Record, Turn, own_id, printable
 
 ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
@@ -170,14 +170,13 @@ def _forget(kept: Path, name: str) -> None:
 
 def cells(row: Any) -> dict[str, Any]:
     """A row as ``SCHEMA`` keeps it, the bad ones with their reason."""
-    own = sample_id_of("", 0, row).removeprefix("/0/")
+    own = own_id(row)
     try:
         parsed = parse(row)
     except (DataError, RecursionError) as error:
-        reason, detail = (
-            (error.reason, error.detail) if isinstance(error, DataError) else ("bad turn", "nested too deeply")
-        )
-        return {"id": own, "image_tags": 0, "roles": "", "texts": [], "reason": reason, "detail": printable(detail)}
+        bad = error if isinstance(error, DataError) else DataError("bad turn", "nested too deeply")
+        empty = {"id": own, "image_tags": 0, "roles": "", "texts": []}
+        return {**empty, "reason": bad.reason, "detail": printable(bad.detail)}
     return {
         "id": own,
         "image": parsed.image,
