@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
-from visper.common.errors import ConfigError, DataError
+from visper.common.errors import ConfigError, DataError, TrainingError
 from visper.config import Run, load_run
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
@@ -471,6 +471,67 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
     monkeypatch.setattr(TrainingModel, "next_token_loss", lambda *a: original(*a) * float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"rows/\d+/"):
         run_stage(make("ift"))
+
+
+def damage_gradients(monkeypatch, steps):
+    """A gradient that is NaN at these steps, behind a finite loss."""
+    original = StageTrainer.training_step
+
+    def damaged(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        if self.accelerator.sync_gradients and self.state.global_step + 1 in steps:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(StageTrainer, "training_step", damaged)
+
+
+def test_a_nan_gradient_stops_the_run_before_the_optimizer_moves_and_resume_recovers(make, monkeypatch, tmp_path):
+    run_stage(make("ift", name="sound"))
+    damage_gradients(monkeypatch, {3})
+    with pytest.raises(NonFiniteLossError, match=r"the gradients' norm is nan at step 3.*rows/"):
+        run_stage(make("ift", name="cut"))
+    assert not (tmp_path / "cut" / "model").exists()
+    monkeypatch.undo()
+    run_stage(make("ift", name="cut"), resume=True)
+    sound, cut = weights_of(tmp_path / "sound" / "model"), weights_of(tmp_path / "cut" / "model")
+    assert all(torch.equal(value, cut[name]) for name, value in sound.items())
+
+
+def test_a_step_with_a_nan_gradient_is_left_out(make, monkeypatch, tmp_path):
+    damage_gradients(monkeypatch, {2, 4})  # the last one too
+    skip = {"every": 1, "monitor": {"non_finite": "skip"}}
+    run_stage(make("ift", logging=skip))
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "ift" / "model").values())
+    norms = [log["grad_norm"] for log in logs_of(make("ift")) if "grad_norm" in log]
+    assert norms[1] == norms[3] == 0 < norms[0]
+
+
+def test_more_than_a_few_steps_left_out_in_a_row_stop_the_run(make, monkeypatch, tmp_path):
+    damage_gradients(monkeypatch, set(range(3, 20)))
+    skip = {"save_every": 2, "monitor": {"non_finite": "skip"}}
+    with pytest.raises(NonFiniteLossError, match=r"6 steps in a row were left out.*--resume"):
+        run_stage(make("ift", logging=skip, optimization={"max_steps": 12}))
+    assert not (tmp_path / "ift" / "model").exists()
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(1, []), (4, ["checkpoint-2"])])
+def test_weights_that_are_not_finite_are_never_saved(make, monkeypatch, tmp_path, steps, saved):
+    """A step may overflow the weights with a finite loss and gradient; at the last step nothing comes after it."""
+    end = StageTrainer._get_grad_norm
+
+    def overflow(self, model, *args, **kwargs):
+        if self.state.global_step + 1 == steps:
+            for group in self._optimizer().param_groups:
+                group["lr"] = torch.tensor(1e39) if isinstance(group["lr"], torch.Tensor) else 1e39
+        return end(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "_get_grad_norm", overflow)
+    logging = {"save_every": 2, "keep_checkpoints": 1}
+    with pytest.raises(TrainingError, match=r"trainable parameters are NaN or infinite.*nothing was saved"):
+        run_stage(make("ift", logging=logging, optimization={"max_steps": steps, "schedule": "constant_with_warmup"}))
+    assert [path.name for path in (tmp_path / "ift" / "checkpoints").glob("checkpoint-*")] == saved
+    assert not (tmp_path / "ift" / "model").exists()
 
 
 @pytest.mark.parametrize(

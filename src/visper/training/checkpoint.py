@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,8 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
+from visper.common.errors import TrainingError
 from visper.training.parallel.fsdp import put, whole
 
 FOLDER = "checkpoints"
@@ -68,6 +71,23 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         if f"{place}.{name}" in saved
     }
     return {**parameters, **buffers}
+
+
+def require_finite(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuses to save weights that are NaN or infinite: they would replace good ones. Every process must call.
+
+    Raises:
+        TrainingError: the message names the first parameter.
+    """
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in trainable_state(model).items()}
+    damaged = [name for name, p in local.items() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    count = accelerator.reduce(torch.tensor(len(damaged), device=accelerator.device), "sum")
+    if int(count):
+        first = f", the first here '{damaged[0]}'" if damaged else ""
+        raise TrainingError(
+            f"{int(count)} trainable parameters are NaN or infinite{first}: nothing was saved over the last good "
+            "checkpoint. Lower the learning rate or train in float32, then add --resume"
+        )
 
 
 def save_weights(model: nn.Module, folder: Path, write: bool) -> None:

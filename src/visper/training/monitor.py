@@ -33,6 +33,8 @@ WINDOW, ENOUGH = 50, 20
 """Steps whose losses are remembered to tell a spike; how many of them are needed before one is called."""
 SMALLEST_DEVIATION = 0.02
 """Of the median: a very calm loss is not called to spike at a ripple."""
+MOST_LEFT_OUT = 5
+"""Steps in a row that ``non_finite: skip`` may leave out; more of them mean that the weights are damaged."""
 UNCHANGED = 1e-6
 """Relative change below which a term counts as constant."""
 
@@ -109,6 +111,9 @@ class RunMonitor:
         self._dead: set[str] = set()
         self._counts = [0, 0, 0]  # rows, tokens and images of all processes since the last log
         self._norms: dict[str, Tensor] = {}
+        self._judged: tuple[list[str], dict[str, Tensor]] = ([], {})
+        self._settled = True  # the loss of the step at hand was finite
+        self._left_out = 0  # steps in a row
         self._start_step()
 
     def _start_step(self) -> None:
@@ -147,17 +152,11 @@ class RunMonitor:
         """Judges the step's loss, on every process alike, before the optimizer moves. False: leave this step out."""
         assert self._share is not None
         loss = float(self.accelerator.reduce(self._share, "sum"))  # NaN and infinity survive a sum
-        rows = self._rows
+        rows, terms = self._rows, self._terms
+        self._judged = (rows, terms)
         if not math.isfinite(loss):
-            terms = {name: round(float(term), 4) for name, term in self._terms.items()}
-            named = gather_object([(rows, terms)])
-            text = (
-                f"the loss is {loss} at step {step}; terms of each process's last micro-batch {[t for _, t in named]}; "
-                f"rows {_some([row for part, _ in named for row in part])}. "
-                "Look at these rows, lower the rate, or train in float32"
-            )
             self._start_step()
-            self._say("stop" if self.rules.non_finite == "stop" else "warn", NonFiniteLossError(text), text)
+            self._leave_out(f"the loss is {loss} at step {step}")
             return False
         if self.rules.spike != "ignore" and self._spikes(loss):
             text = (
@@ -167,7 +166,38 @@ class RunMonitor:
             self._say(self.rules.spike, LossSpikeError(text), text)
         self._losses.append(loss)
         self._start_step()
+        self._settled = True
         return True
+
+    def settle_gradients(self, norm: float, step: int) -> bool:
+        """Judges the norm of all gradients, on every process alike, before the optimizer moves. False: leave it out.
+
+        Raises:
+            NonFiniteLossError: it is not finite and the run is to stop, or too many steps in a row were left out.
+        """
+        if math.isfinite(norm):
+            self._left_out = 0 if self._settled else self._left_out
+            return True
+        self._leave_out(f"the gradients' norm is {norm} at step {step}, with a finite loss")
+        return False
+
+    def _leave_out(self, what: str) -> None:
+        rows, terms = self._judged
+        named = gather_object([(rows, {name: round(float(term), 4) for name, term in terms.items()})])
+        self._left_out += 1
+        self._settled = False
+        text = (
+            f"{what}; terms of each process's last micro-batch {[t for _, t in named]}; "
+            f"rows {_some([row for part, _ in named for row in part])}. "
+            "Look at these rows, lower the learning rate, or train in float32"
+        )
+        if self._left_out > MOST_LEFT_OUT:
+            text = (
+                f"{self._left_out} steps in a row were left out, so the weights themselves may be damaged: {text}. "
+                "Then add --resume: the newest checkpoint is finite"
+            )
+            raise NonFiniteLossError(text)
+        self._say("stop" if self.rules.non_finite == "stop" else "warn", NonFiniteLossError(text), text)
 
     def _spikes(self, loss: float) -> bool:
         if len(self._losses) < ENOUGH:

@@ -34,7 +34,7 @@ from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
-from visper.training.checkpoint import checkpoints, is_last
+from visper.training.checkpoint import checkpoints, is_last, require_finite
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -213,6 +213,7 @@ def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> N
 
     Raises:
         StoppedError: a signal ended it early; a checkpoint is saved.
+        TrainingError: the weights at the end are not finite.
     """
     if trainer.is_world_process_zero():
         trainer.data.drops.write(trainer.output / DROPPED)
@@ -231,6 +232,7 @@ def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> N
                 "add --resume to go on"
             )
     model = trainer.accelerator.unwrap_model(trainer.model)
+    require_finite(model, trainer.accelerator)
     if is_sharded(model):
         unshard(model, keep=trainer.is_world_process_zero())
 

@@ -160,9 +160,16 @@ class StageTrainer(Trainer):
         return self._countable(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        """Of all processes: up to torch 2.14 or so, the norm of sharded gradients reads as this process's alone."""
+        """Of all processes: up to torch 2.14 or so, the norm of sharded gradients reads as this process's alone.
+
+        The Trainer calls this right before the optimizer's step, so this is where gradients are judged.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        return gathered(norm) if isinstance(norm, Tensor) else norm
+        norm = gathered(norm) if isinstance(norm, Tensor) else norm
+        if norm is not None and not self.monitor.settle_gradients(float(norm), self.state.global_step + 1):
+            model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
+            return 0.0
+        return norm
 
     def _countable(self, value: Tensor) -> Tensor:
         """Where a step may be left out, what is not finite must not enter the sums that are logged."""
@@ -233,7 +240,12 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint to the staging folder and moves it to its place once complete."""
+        """Writes the checkpoint to the staging folder and moves it to its place once complete.
+
+        Raises:
+            TrainingError: a weight is not finite; older checkpoints stay.
+        """
+        checkpoint.require_finite(self._bare(), self.accelerator)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
