@@ -25,11 +25,11 @@ from visper.config import Run, load_run
 
 def planned(run: Run) -> dict[str, Any]:
     """Bytes by part, as planned."""
-    from visper.planning.plan import Machine, Planner
+    from visper.planning.memory import Machine
+    from visper.planning.plan import plan
 
-    planner = Planner(run, Machine(0, None))
-    memory = planner.memory(planner.choice)
-    return {"planned": memory.total, "parts": memory.parts}
+    memory = plan(run, Machine(0, None)).memory
+    return {"planned": memory.total, "parts": dict(memory.parts)}
 
 
 def measured(run: Run) -> dict[str, Any]:

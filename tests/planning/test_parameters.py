@@ -36,7 +36,7 @@ def counts(name, *overrides):
     """Per part all parameters; per stage and part those that learn."""
     found = {size.part: size for size in part_sizes(load_run(name, overrides))}
     return {part: size.total for part, size in found.items()}, {
-        stage: {part: size.learning[stage] for part, size in found.items() if size.learning[stage]} for stage in Stage
+        stage: {part: size.trainable[stage] for part, size in found.items() if size.trainable[stage]} for stage in Stage
     }
 
 

@@ -7,7 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from visper.planning.plan import Memory, Planner
+    from visper.config import Run
+    from visper.planning.memory import Memory
+    from visper.planning.plan import Plan
 
 NAME = "plan"
 
@@ -20,75 +22,88 @@ def run(
     gpu_memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) of one; default: the GPU's own")] = None,
     hourly_price: Annotated[float | None, typer.Option(help="price of one GPU for an hour")] = None,
 ) -> None:
-    """Say what a run needs: parameters, memory, operations, time, cost, disk; and what to change where it does not fit.
+    """Say what a run needs: parameters, memory, FLOPs, time, cost, disk; and what to change where it does not fit.
 
-    Nothing is loaded: sizes come from configurations, a step is traced without values.
+    Nothing is loaded: sizes come from configurations, a step is traced without values. Where the run does not fit, the
+    last line is an error that names the estimate and the first change that fits.
 
     Example: `visper plan llama3-8b-vit-l/ift launch.engine=fsdp --gpus 8 --gpu H100 --hourly-price 2.5`
     """
-    from visper.common.gpus import known_gpu
+    from visper.common.gpus import find_gpu
     from visper.config import load_run
-    from visper.planning.plan import Machine, Planner
+    from visper.planning.memory import Machine
+    from visper.planning.plan import plan
 
     settings = load_run(recipe, overrides or [])
-    kind = known_gpu(gpu) if gpus else None
-    memory = (gpu_memory or kind.memory_gb) * 1e9 if kind else (gpu_memory * 1e9 if gpu_memory else None)
-    planner = Planner(settings, Machine(gpus, memory, settings.launch.engine, kind.peak if kind else None))
-    _show(planner, gpu, hourly_price, Console())
+    kind = find_gpu(gpu, gpu_memory) if gpus else None
+    memory = gpu_memory * 1e9 if gpu_memory else kind.memory_gb * 1e9 if kind else None
+    found = plan(settings, Machine(gpus, memory, kind.peak if kind else None))
+    _show(found, gpu, hourly_price, Console())
+    _require_fit(found)
 
 
-def _show(planner: "Planner", gpu: str, price: float | None, console: Console) -> None:
-    from visper.planning.plan import ASSUMED_MFU, USABLE, cheapest_that_fits
-
-    console.print(_parts(planner))
-    rows, machine, opt = planner.rows, planner.machine, planner.run.optimization
+def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None:
+    rows, machine, opt = plan.rows, plan.machine, plan.run.optimization
+    console.print(_parts(plan))
     console.print(
-        f"rows: {rows.count:,}; tokens a row {rows.mean} on average, {rows.longest} at most ({rows.source})",
+        f"rows: {rows.count:,}; tokens a row {rows.average.tokens} on average, {rows.longest.tokens} at most "
+        f"({rows.source})",
         markup=False,
     )
-    memory = planner.memory(planner.choice)
-    place = f"{machine.gpus} x {gpu}, {machine.engine}" if machine.gpus else "CPU, the training process"
-    console.print(_memory(memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
-    if machine.memory is not None:
-        fits = memory.total <= USABLE * machine.memory
-        verdict = "fits" if fits else "does NOT fit"
+    place = f"{machine.gpus} x {gpu}, {plan.run.launch.engine}" if machine.gpus else "CPU, the training process"
+    console.print(_memory(plan.memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
+    if opt.packing:
+        measured = "the most tokens of a packed micro-batch in an epoch"
+        bound = "an upper bound: every row is taken to be as long as the longest, because no row lengths are known"
+        console.print(f"packed rows: memory is for {measured if rows.sample else bound}")
+    if machine.usable is not None and machine.memory is not None:
         console.print(
-            f"{memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({USABLE:.0%} may be filled): {verdict}"
+            f"{plan.memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({machine.usable / 1e9:.1f} GB may be "
+            f"filled): {'fits' if plan.fits else 'does NOT fit'}"
         )
-        if not fits:
-            found = cheapest_that_fits(planner)
-            console.print(
-                f"cheapest change that fits: {found[2]} -> {found[1].total / 1e9:.1f} GB"
-                if found
-                else "no single-setting change here fits: use more or larger GPUs, or a smaller LLM",
-                markup=False,
-            )
-    student, teachers = planner.operations()
-    steps = planner.steps()
-    total = (student + teachers) * opt.global_batch
+    step, teachers = plan.step_flops, plan.teacher_flops / (plan.row_flops + plan.teacher_flops)
     console.print(
-        f"operations: {total:.3g} a step, {total * steps:.3g} in {steps:,} steps; teachers "
-        f"{teachers / (student + teachers):.0%} of them (those of kind onnx and your own are not counted)"
+        f"FLOPs: {step:.3g} a step, {step * plan.steps:.3g} in {plan.steps:,} steps; teachers {teachers:.0%} of them "
+        "(onnx teachers are not counted)"
     )
-    seconds = planner.seconds()
-    if seconds is None:
-        console.print("time: not estimated on a CPU; a few steps of the run tell it")
-    else:
-        hours = seconds / 3600
-        cost = f"; cost {hours * machine.gpus * price:,.0f} at {price:g} a GPU hour" if price else ""
-        console.print(
-            f"time: {hours:.1f} h, {hours * machine.gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}"
-        )
-    for what, size in planner.disk().items():
+    console.print(_time(plan, price))
+    for what, size in plan.disk.items():
         console.print(f"disk: {what}: {size / 1e9:,.2f} GB")
 
 
-def _parts(planner: "Planner") -> Table:
-    table = Table("part", "parameters", "learning", box=None, pad_edge=False)
-    for part in planner.parts:
+def _time(plan: "Plan", price: float | None) -> str:
+    from visper.planning.plan import ASSUMED_MFU
+
+    if plan.seconds is None:
+        return "time: not estimated, as the FLOPs per second of the device are not known; a few steps of the run tell it"
+    hours, gpus = plan.seconds / 3600, plan.machine.gpus
+    cost = f"; cost {hours * gpus * price:,.0f} at {price:g} a GPU hour" if price else ""
+    return f"time: {hours:.1f} h, {hours * gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}"
+
+
+def _require_fit(plan: "Plan") -> None:
+    from visper.common.errors import ConfigError
+
+    if plan.fits:
+        return
+    assert plan.machine.usable is not None
+    lever = (
+        f"first change that fits: {plan.lever.changes} -> {plan.lever.memory.total / 1e9:.1f} GB"
+        if plan.lever
+        else "no setting makes it fit: use more or larger GPUs, or a smaller LLM"
+    )
+    raise ConfigError(
+        f"'{plan.run.name}' needs an estimated {plan.memory.total / 1e9:.1f} GB on each device, where "
+        f"{plan.machine.usable / 1e9:.1f} GB may be filled; {lever}"
+    )
+
+
+def _parts(plan: "Plan") -> Table:
+    table = Table("part", "parameters", "trainable", box=None, pad_edge=False)
+    for part in plan.parts:
         if part.total:
             table.add_row(part.part, f"{part.total:,}", f"{part.trainable:,}")
-    table.add_row("total", *(f"{sum(getattr(p, what) for p in planner.parts):,}" for what in ("total", "trainable")))
+    table.add_row("total", *(f"{sum(getattr(p, what) for p in plan.parts):,}" for what in ("total", "trainable")))
     return table
 
 

@@ -14,7 +14,7 @@ NAME = "recipes"
 
 def run(
     name: Annotated[str | None, typer.Argument(help="show this recipe, resolved", metavar="[NAME]")] = None,
-    parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters, all and learning")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters, all and trainable")] = False,
 ) -> None:
     """List the shipped recipes, or show one with everything it extends, or the size of its model.
 
@@ -36,7 +36,7 @@ def run(
 
 
 def _listed(runs: "dict[str, Run]") -> Table:
-    table = Table("recipe", "stage", "starts from", "global batch", "rate")
+    table = Table("recipe", "stage", "starts from", "global batch", "learning rate")
     for recipe, settings in runs.items():
         student = settings.student
         start = f"{student.llm} + {student.encoder}" if student else str(settings.start_from)
@@ -53,7 +53,7 @@ def _sizes(name: str, settings: "Run") -> Table:
     table = Table("part", title=f"{name}: parameters", show_footer=True)
     table.columns[0].footer = "total"
     columns = {"all": [size.total for size in sizes]}
-    columns |= {f"learn in {stage}": [size.learning[stage] for size in sizes] for stage in Stage}
+    columns |= {f"trainable in {stage}": [size.trainable[stage] for size in sizes] for stage in Stage}
     for header, counts in columns.items():
         table.add_column(header, f"{sum(counts):,}", justify="right", no_wrap=True)
     for row, size in enumerate(sizes):

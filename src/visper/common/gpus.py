@@ -1,19 +1,22 @@
-"""GPUs as their makers describe them: operations a second, memory."""
+"""GPUs as their makers describe them: FLOPs per second, memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from visper.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``peak``: dense bfloat16 operations a second with float32 sums; ``memory_gb``: 10^9 bytes, nominal."""
+    """``peak``: dense bfloat16 FLOPs per second with float32 sums, None where unknown; ``memory_gb``: 10^9 bytes,
+    nominal."""
 
-    peak: float
+    peak: float | None
     memory_gb: float
 
 
@@ -34,22 +37,29 @@ GPUS: dict[str, Gpu] = {
 """By what stands in the device's name; the longer names first where one holds the other. Data sheets, no sparsity."""
 
 
-def known_gpu(name: str) -> Gpu:
-    """A GPU of the table by its name, in any case.
+def find_gpu(name: str, memory_gb: float | None = None) -> Gpu:
+    """A GPU of the table by its name, in any case; one that is not there by its memory, without a peak.
 
     Raises:
-        ConfigError: it is not in the table.
+        ConfigError: it is not in the table and its memory is not given.
     """
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu
-    raise ConfigError(f"--gpu {name} is not in the table: use one of {', '.join(GPUS)}")
+    if memory_gb is None:
+        raise ConfigError(
+            f"--gpu '{name}' is not in the table: use one of {', '.join(GPUS)}, or add --gpu-memory GB (memory is then "
+            "planned, time is not)"
+        )
+    return Gpu(None, memory_gb)
 
 
 def peak_of(device: torch.device) -> float | None:
-    """Operations a second of the device at hand; None where its name is not in the table, or it is no GPU."""
+    """Peak FLOPs per second of the device at hand; None where its name is not in the table, or it is not a GPU."""
     if device.type != "cuda":
         return None
+    import torch
+
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
     found = [gpu for known, gpu in GPUS.items() if all(word in words for word in known.split())]
     return found[0].peak if found else None

@@ -1,4 +1,4 @@
-"""How large a recipe's model is and what each stage would train, without its weights: everything on the meta device."""
+"""A run's student and training model at full size without weights (on the meta device), and its parameters by part."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from visper.common.errors import ConfigError
 from visper.config import Run, Stage, load_run, recipe_names
 from visper.distillation.teachers.tasks import planned_teachers
-from visper.model import build_skeleton
+from visper.model import Student, build_skeleton, load_student
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.stages import count_parts
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Parameters of one part: all of them, and how many learn in each stage."""
+    """Parameters of one part: all of them, and how many are trainable in each stage."""
 
     part: str
     total: int
-    learning: Mapping[Stage, int]
+    trainable: Mapping[Stage, int]
 
 
 def part_sizes(run: Run) -> list[PartSize]:
@@ -32,15 +32,14 @@ def part_sizes(run: Run) -> list[PartSize]:
     run's own stage.
 
     Raises:
-        ConfigError: the first stage or a part's configuration cannot be had, or a task fits no predictor.
+        ConfigError: the first stage or a part's configuration cannot be found, or a task fits no predictor.
     """
     first = first_stage(run)
-    assert first.student is not None
     teachers = planned_teachers(first.distillation)
-    student = build_skeleton(first.student)
+    student = student_skeleton(first)
     totals: dict[str, int] = {}
-    learning: dict[str, dict[Stage, int]] = {}
-    for stage in Stage:  # pt first: it has the predictors and the whole query matrices
+    trainable: dict[str, dict[Stage, int]] = {}
+    for stage in Stage:  # pt first: it has the predictors and the full query matrices
         freeze = run.optimization.freeze if stage is run.stage else ()
         changes = {"stage": stage, "optimization": run.optimization.model_copy(update={"freeze": freeze})}
         distillation = first.distillation if stage is Stage.PT else None
@@ -50,21 +49,23 @@ def part_sizes(run: Run) -> list[PartSize]:
         choose_trainable(model, stage, staged.optimization, staged.lora is not None)
         for count in count_parts(model):
             totals.setdefault(count.part, count.total)
-            learning.setdefault(count.part, dict.fromkeys(Stage, 0))[stage] = count.trainable
-    return [PartSize(part, total, learning[part]) for part, total in totals.items() if total]
+            trainable.setdefault(count.part, dict.fromkeys(Stage, 0))[stage] = count.trainable
+    return [PartSize(part, total, trainable[part]) for part, total in totals.items() if total]
 
 
 def first_stage(run: Run) -> Run:
-    """The run that assembles the student ``run`` starts from: itself, or found through the folders it starts from.
+    """The earliest run on the way to ``run``: the one with a 'student', or one that starts from a plain LLaVA folder.
 
     Raises:
-        ConfigError: such a folder is not there yet and no shipped recipe makes it.
+        ConfigError: a folder that a run starts from does not exist yet and no shipped recipe makes it.
     """
     while run.start_from is not None:
         written = Path(run.start_from) / "run.yaml"
         if written.is_file():
             run = load_run(written)
             continue
+        if _has_model(run.start_from):
+            return run
         makers = [recipe for recipe in map(load_run, recipe_names()) if recipe.output == run.start_from]
         if not makers:
             raise ConfigError(
@@ -73,3 +74,28 @@ def first_stage(run: Run) -> Run:
             )
         run = makers[0]
     return run
+
+
+def starting_point(run: Run) -> Run:
+    """The run to take the student of ``run`` from: itself where that student exists, else the first stage's.
+
+    Raises:
+        ConfigError: as ``first_stage``.
+    """
+    return run if run.start_from is not None and _has_model(run.start_from) else first_stage(run)
+
+
+def student_skeleton(start: Run) -> Student:
+    """The student that ``start`` begins with, without weights: from configurations, or from the folder it starts from.
+
+    Raises:
+        ConfigError: a configuration cannot be found.
+    """
+    if start.student is not None:
+        return build_skeleton(start.student)
+    assert start.start_from is not None
+    return load_student(start.start_from, device_map="meta")
+
+
+def _has_model(folder: str) -> bool:
+    return any((Path(folder) / place / "config.json").is_file() for place in ("", "model"))

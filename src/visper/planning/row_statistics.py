@@ -1,10 +1,11 @@
-"""How many rows a run has and how long they are: measured on a sample where they are, else published or assumed."""
+"""How many rows a run has and how long they are: measured on a sample of the rows, else published or assumed."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
@@ -12,25 +13,67 @@ from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.rows.records import DropList, Record
 from visper.data.rows.sources import mixture_of, open_records
 from visper.data.sets.catalog import row_files
-from visper.model import Student, build_processor
+from visper.model import Student
+from visper.model.start import starting_processor
 
 SAMPLED = 1000
 """Rows that are tokenized to learn lengths."""
+MICRO_BATCHES = 10_000
+"""Micro-batches drawn to find the largest packed one; the run's own number where that is smaller."""
 CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
+class RowLength:
+    """One row: its tokens (image and task tokens included), how many are supervised, whether it has an image."""
+
+    tokens: int
+    supervised: int
+    image: bool
+
+
+@dataclass(frozen=True)
 class Rows:
-    """Rows of an epoch; tokens a row (image and task tokens included) on average and at most; supervised tokens a row
-    on average and at most; share of rows with a picture; where the figures come from."""
+    """The rows of one epoch.
+
+    Attributes:
+        count: rows in all.
+        sample: the rows that were measured; where lengths are assumed, none.
+        average: the average row.
+        longest: the most tokens and the most supervised tokens of any row.
+        images: share of rows with an image.
+        source: where the figures come from.
+    """
 
     count: int
-    mean: int
-    longest: int
-    supervised: int
-    most_supervised: int
-    pictures: float
+    sample: tuple[RowLength, ...]
+    average: RowLength
+    longest: RowLength
+    images: float
     source: str
+
+    def largest_micro_batch(self, rows: int, packed: bool, seed: int = 0) -> list[RowLength]:
+        """The micro-batch of ``rows`` rows that needs the most memory.
+
+        Padded: every row as long as the longest. Packed: the one with the most tokens of as many random micro-batches
+        as an epoch has (at most ``MICRO_BATCHES``); where lengths are assumed, every row as long as the longest, which
+        is an upper bound.
+        """
+        if packed and self.sample:
+            drawn = random.Random(seed)
+            batches = (
+                drawn.choices(self.sample, k=rows) for _ in range(min(MICRO_BATCHES, -(-self.count // rows)))
+            )
+            return max(batches, key=lambda batch: sum(row.tokens for row in batch))
+        return self._uniform(self.longest, rows)
+
+    def average_micro_batch(self, rows: int) -> list[RowLength]:
+        """``rows`` average rows, of which the usual share has an image."""
+        return self._uniform(self.average, rows)
+
+    def _uniform(self, row: RowLength, rows: int) -> list[RowLength]:
+        images = max(1, round(rows * self.images)) if self.images else 0
+        return [RowLength(row.tokens, row.supervised, at < images) for at in range(rows)]
 
 
 PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
@@ -40,83 +83,87 @@ PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
     "allava-laion": (489_044, 320, 1500, 230, 1200, 1.0),
     "allava-vflan": (202_552, 320, 1500, 230, 1200, 1.0),
 }
-"""Set -> rows as published; text tokens on average and at most, supervised ones likewise, share with a picture: all
-these assumed, not measured. A run cuts rows at ``data.max_tokens``."""
+"""Set -> rows as published; then, all assumed: text tokens on average and at most, supervised tokens on average and at
+most, share of rows with an image. A run cuts rows at ``data.max_tokens``."""
 
 
-def rows_of(run: Run, first: Run, student: Student) -> Rows:
-    """The rows of ``run``, whose student (a skeleton) is assembled by ``first``.
+def row_statistics(run: Run, start: Run, student: Student) -> Rows:
+    """The rows of ``run``.
+
+    Args:
+        run: whose rows are counted.
+        start: the run whose student ``run`` begins with (``parameters.starting_point``): its processor encodes them.
+        student: that student, with or without weights.
 
     Raises:
-        ConfigError: the rows are not here and none of the sets is a published one.
+        ConfigError: the rows are not on this machine and not all of the data sets are published ones.
     """
     block = int(student.model.config.image_seq_length) + sum(map(len, student.task_token_ids.values()))
     try:
-        return _measured(run, first, block)
+        return _measured(run, start, block)
     except (ConfigError, DataError, OSError) as error:
         return _published(run, block, error)
 
 
-def _measured(run: Run, first: Run, block: int) -> Rows:
+def _measured(run: Run, start: Run, block: int) -> Rows:
     records = open_records(row_files(run.data), DropList(), quiet=True)
     if not len(records):
         raise DataError("no rows", "none can be read")
     picked = random.Random(run.seed).sample(range(len(records)), min(SAMPLED, len(records)))
     sample = [records[index] for index in picked]
-    assert first.student is not None
     try:
-        encoder = ConversationEncoder(build_processor(first.student, run.data.geometry), run.data.max_tokens)
-        counted = [found for found in (_encoded(encoder, record) for record in sample) if found is not None]
-        how = f"{len(counted)} of {len(records)} rows tokenized"
-    except ConfigError:  # a tokenizer that is not here
-        counted = [_estimated(record, block, run.data.max_tokens) for record in sample]
-        how = f"{len(counted)} of {len(records)} rows estimated by their characters"
-    tokens, supervised = zip(*counted, strict=True) if counted else ((block,), (1,))
-    pictures = sum(record.image is not None for record in sample) / len(sample)
+        processor: Any = starting_processor(start.model_copy(update={"data": run.data}))
+        encoder = ConversationEncoder(processor, run.data.max_tokens)
+        lengths = [length for length in (_encoded(encoder, record) for record in sample) if length is not None]
+        how = f"{len(lengths)} of {len(records)} rows tokenized"
+    except ConfigError:  # the tokenizer is not on this machine
+        lengths = [_estimated(record, block, run.data.max_tokens) for record in sample]
+        how = f"{len(lengths)} of {len(records)} rows estimated by their characters"
+    if not lengths:
+        raise DataError("no rows", f"none of {len(sample)} sampled rows can be encoded")
     mixture = mixture_of(records)
+    return _rows(len(records) if mixture is None else sum(mixture.counts), lengths, how)
+
+
+def _rows(count: int, lengths: Sequence[RowLength], source: str) -> Rows:
+    tokens, supervised = [row.tokens for row in lengths], [row.supervised for row in lengths]
+    images = sum(row.image for row in lengths) / len(lengths)
+    average = RowLength(round(sum(tokens) / len(lengths)), round(sum(supervised) / len(lengths)), images > 0)
     return Rows(
-        len(records) if mixture is None else sum(mixture.counts),
-        round(sum(tokens) / len(tokens)),
-        max(tokens),
-        round(sum(supervised) / len(supervised)),
-        max(supervised),
-        pictures,
-        how,
+        count, tuple(lengths), average, RowLength(max(tokens), max(supervised), images > 0), images, source
     )
 
 
-def _encoded(encoder: ConversationEncoder, record: Record) -> tuple[int, int] | None:
+def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:
     try:
         encoded = encoder.encode(record)
     except DataError:
         return None
-    return len(encoded.input_ids), sum(label != IGNORED for label in encoded.labels)
+    supervised = sum(label != IGNORED for label in encoded.labels)
+    return RowLength(len(encoded.input_ids), supervised, record.image is not None)
 
 
-def _estimated(record: Record, block: int, most: int) -> tuple[int, int]:
+def _estimated(record: Record, block: int, most: int) -> RowLength:
     words = [len(turn.text) // CHARACTERS_PER_TOKEN for turn in record.turns]
     tokens = sum(words) + (block if record.image is not None else 0)
-    return min(tokens, most), max(1, min(sum(words[1::2]), most))
+    return RowLength(min(tokens, most), max(1, min(sum(words[1::2]), most)), record.image is not None)
 
 
 def _published(run: Run, block: int, error: Exception) -> Rows:
     names = [source.data_set for source in run.data.sources]
-    unknown = [source for source, name in zip(run.data.sources, names, strict=True) if name not in PUBLISHED]
-    if unknown:
+    if any(name not in PUBLISHED for name in names):
         raise ConfigError(f"the rows cannot be counted: {error}") from error
-    published = [PUBLISHED[name] for name in names if name is not None]
-    weights = [source.weight for source in run.data.sources]
-    sets = [(round(rows[0] * weight), *rows[1:]) for rows, weight in zip(published, weights, strict=True)]
-    count = sum(entry[0] for entry in sets)
-    mean = [round(sum(entry[0] * entry[at] for entry in sets) / count) for at in (1, 3)]
-    pictures = sum(entry[0] * entry[5] for entry in sets) / count
-    most = run.data.max_tokens
-    return Rows(
-        count,
-        min(mean[0] + round(block * pictures), most),
-        min(max(entry[2] for entry in sets) + block, most),
-        mean[1],
-        min(max(entry[4] for entry in sets), most),
-        pictures,
-        f"{', '.join(map(str, map(Path, filter(None, names))))}: row count as published, lengths assumed",
+    known = [name for name in names if name is not None]
+    counts, text, most_text, supervised, most_supervised, images = zip(
+        *(PUBLISHED[name] for name in known), strict=True
     )
+    counts = [rows * source.weight for rows, source in zip(counts, run.data.sources, strict=True)]
+    count, most = sum(counts), run.data.max_tokens
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(rows * value for rows, value in zip(counts, values, strict=True)) / count
+
+    share = mean(images)
+    average = RowLength(min(round(mean(text)) + round(block * share), most), round(mean(supervised)), True)
+    longest = RowLength(min(max(most_text) + block, most), min(max(most_supervised), most), True)
+    return Rows(round(count), (), average, longest, share, f"{', '.join(known)}: row count as published, lengths assumed")

@@ -1,0 +1,146 @@
+"""The training model of a run on tensors without values, and the micro-batches that it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from visper.config import Run
+from visper.data.chat import IGNORED
+from visper.data.collator import Collator, Sample
+from visper.data.packing import pack
+from visper.distillation import Targets
+from visper.distillation.teachers.tasks import planned_teachers
+from visper.model import Student
+from visper.planning.fake_step import KnownPositions, adamw, autocast, fake_parameters, state_of, step_activations
+from visper.planning.parameters import student_skeleton
+from visper.planning.row_statistics import RowLength, Rows
+from visper.training.assemble import build_training_model, set_trainable
+from visper.training.attention import choose_attention
+from visper.training.flops import model_flops
+from visper.training.lora import add_updates
+from visper.training.module import LOGIT_ROWS, TrainingModel
+from visper.training.stages import PartCount, count_parts
+
+FUSED = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Attention that may not be installed where a run is planned; it holds what torch's own fused kernel holds."""
+NF4 = (4 + 0.127) / 8
+"""Bytes of a weight that ``lora.quantize: 4bit`` quantizes twice (arXiv 2305.14314, section 3)."""
+
+
+class FakeRun:
+    """The training model of a run, built once and traced once for each question.
+
+    Args:
+        run: what trains.
+        start: where its student comes from (``parameters.starting_point``).
+
+    Attributes:
+        parts: parameters by part.
+        weights, gradients, moments: bytes of parameters and buffers, of all gradients, of AdamW's state.
+        layers: bytes of the LLM's decoder layers.
+        layer_parameters: parameters of one of them.
+
+    Raises:
+        ConfigError: a configuration cannot be found, or the run's parts do not fit together.
+    """
+
+    def __init__(self, run: Run, start: Run) -> None:
+        attention = "sdpa" if run.optimization.attention in FUSED else run.optimization.attention
+        optimization = run.optimization.model_copy(update={"attention": attention})
+        self.run = run.model_copy(update={"optimization": optimization})
+        self.student: Student = student_skeleton(start)
+        llm: Any = self.student.model.model.language_model
+        choose_attention(self.run, llm)
+        with torch.device("meta"):
+            add_updates(run.lora, self.student)
+            teachers = planned_teachers(run.distillation)
+            self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, teachers)
+        set_trainable(self.model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))
+        self.parts: list[PartCount] = count_parts(self.model)
+        self.layers = float(sum(p.nbytes for p in llm.layers.parameters()))
+        self.layer_parameters = sum(p.numel() for p in llm.layers[0].parameters())
+        held = [*self.model.parameters(), *self.model.buffers()]
+        self.weights = float(sum(tensor.nbytes for tensor in held))
+        if run.lora is not None and run.lora.quantize is not None:
+            self.weights -= _saved_by_quantizing(llm)
+        self.gradients = float(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake_parameters(self.model, self._fake)
+        self._optimizer = adamw(self.model)
+        self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
+        self.model.train()
+        self._activations: dict[tuple[int, float, bool], float] = {}
+
+    def activations(self, rows: Rows, micro_batch: int, checkpointing: float, accumulates: bool) -> float:
+        """Bytes that the largest micro-batch of ``rows`` holds beyond weights, gradients, moments and targets."""
+        key = (micro_batch, checkpointing, accumulates)
+        if key not in self._activations:
+            self.model.recompute_activations(checkpointing)
+            lengths = rows.largest_micro_batch(micro_batch, self.run.optimization.packing, self.run.seed)
+            batch = fake_batch(lengths, self.student, self.model, self.run, self._fake)
+            self._activations[key] = step_activations(
+                self.model, self._optimizer, batch, self.run, self._fake, accumulates
+            )
+        return self._activations[key]
+
+    def row_flops(self, rows: Rows) -> float:
+        """Model FLOPs of an average row: forward and backward once, teachers apart."""
+        # More supervised tokens than LOGIT_ROWS would be recomputed.
+        size = max(1, min(16, LOGIT_ROWS // max(1, rows.average.supervised)))
+        batch = fake_batch(rows.average_micro_batch(size), self.student, self.model, self.run, self._fake)
+        self.model.recompute_activations(0.0)
+        with KnownPositions(self._fake), autocast(self.run):
+            flops = model_flops(self.model, batch)
+        self.model.zero_grad(set_to_none=True)
+        return flops / size
+
+
+def fake_batch(
+    rows: Sequence[RowLength], student: Student, model: TrainingModel, run: Run, fake: FakeTensorMode
+) -> dict[str, Any]:
+    """What ``TrainingModel.forward`` takes, of rows of these lengths, padded or packed as ``run`` says.
+
+    The pool of targets holds a global batch.
+    """
+    side = int(model.config.vision_config.image_size)
+    task_tokens = [token for ids in student.task_token_ids.values() for token in ids]
+    block = [student.image_token_id] * int(model.config.image_seq_length) + task_tokens
+    samples = []
+    for row in rows:
+        text = max(row.tokens - len(block) if row.image else row.tokens, 2)
+        supervised = min(row.supervised, text - 1)
+        ids = [0, *(block if row.image else ()), *[0] * (text - 1)]
+        with fake:
+            pixels = torch.empty(3, side, side) if row.image else None
+        samples.append(Sample("fake", ids, [IGNORED] * (len(ids) - supervised) + [0] * supervised, pixels))
+    batch: dict[str, Any] = dict(Collator(0)(samples))
+    if run.optimization.packing:
+        batch = dict(pack(batch))  # type: ignore[arg-type]
+    for name in ("sample_ids", "dropped", "num_truncated"):
+        del batch[name]
+    images = sum(row.image for row in rows)
+    if model.objective is not None:
+        pool = max(images, run.optimization.global_batch)
+        batch["targets"] = {
+            name: _targets(images, pool, task.target.tokens, task.target.width, fake)
+            for name, task in model.objective.tasks.items()
+        }
+    return {**batch, "num_tokens": 1, "num_images": 1}
+
+
+def _targets(images: int, pool: int, tokens: int, width: int, fake: FakeTensorMode) -> Targets:
+    with fake:
+        everything = torch.empty(pool, tokens, width)
+        own = everything[:images]
+    return Targets(own, everything, torch.arange(images))
+
+
+def _saved_by_quantizing(llm: nn.Module) -> float:
+    linear = [module for name, module in llm.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
+    return sum(module.weight.nbytes - module.weight.numel() * NF4 for module in linear)

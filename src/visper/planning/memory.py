@@ -1,0 +1,136 @@
+"""Memory of one device (on a CPU: of the training process) at the moment when most is held, by what holds it.
+
+What a step holds in one process is traced (``fake_run``); what the engines share out is arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from visper.config import Engine, Run
+from visper.distillation import TargetSpec
+from visper.planning.fake_run import FakeRun
+from visper.planning.row_statistics import Rows
+from visper.planning.teachers import TeacherSize
+
+CUDA_CONTEXT = 700e6
+"""Bytes of the driver and its libraries on each GPU. Assumed."""
+CPU_CACHES = 0.10
+"""What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every
+run, from ``benchmarks/results/plan_memory.md``."""
+USABLE = 0.95
+"""Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
+SHARDED_WEIGHTS = (Engine.FSDP, Engine.ZERO3)
+ZERO_BUFFER = 5e8 * 4
+"""Bytes that DeepSpeed gathers gradients in: its ``reduce_bucket_size``, in float32."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``gpus`` 0: the CPU. ``memory``: bytes of one device, ``peak``: its FLOPs per second; None where unknown."""
+
+    gpus: int
+    memory: float | None
+    peak: float | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many processes train."""
+        return max(1, self.gpus)
+
+    @property
+    def usable(self) -> float | None:
+        """Bytes of one device that a plan may fill."""
+        return None if self.memory is None else USABLE * self.memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that decide memory. ``checkpointing``: share of the layers whose activations are recomputed."""
+
+    micro_batch: int
+    checkpointing: float
+    engine: Engine
+    stored_targets: bool
+    lora: bool
+
+    @classmethod
+    def of(cls, run: Run) -> Settings:
+        """Those of ``run``."""
+        opt, lora = run.optimization, run.lora is not None
+        stored = run.distillation is not None and run.distillation.targets is not None
+        return cls(opt.micro_batch, opt.gradient_checkpointing, run.launch.engine, stored, lora)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what holds them."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What the settings of a run do to its memory on one machine.
+
+    Attributes:
+        run, machine, rows: what is planned.
+        specs, teachers: shapes of the targets and sizes of the teachers, by task.
+        process: bytes of a process before it holds a model.
+    """
+
+    run: Run
+    machine: Machine
+    rows: Rows
+    specs: Mapping[str, TargetSpec]
+    teachers: Mapping[str, TeacherSize]
+    process: float
+
+    def memory(self, settings: Settings, model: FakeRun) -> Memory:
+        """With ``settings``, of which ``model`` has the LoRA setting."""
+        held, ways = self.standing(settings, model), self._ways(settings)
+        accumulates = self.run.optimization.global_batch > settings.micro_batch * self.machine.processes or ways > 1
+        step = model.activations(self.rows, settings.micro_batch, settings.checkpointing, accumulates)
+        teaching = max((teacher.activations for teacher in self.teachers.values()), default=0.0)
+        share = settings.micro_batch / self.run.optimization.micro_batch
+        teaching *= 0.0 if settings.stored_targets else share
+        # Teachers run before the step; gradients of the step before are gone then.
+        if teaching > step + held["gradients"]:
+            held |= {"gradients": 0.0, "teachers' activations": teaching}
+        else:
+            held["activations"] = step
+        if not self.machine.gpus:
+            held["allocator, kernels (assumed)"] = CPU_CACHES * sum(held.values())
+        return Memory({name: size for name, size in held.items() if size})
+
+    def standing(self, settings: Settings, model: FakeRun) -> dict[str, float]:
+        """Bytes by part that are held whatever the micro-batch."""
+        engine, ways, gpus = settings.engine, self._ways(settings), self.machine.gpus
+        sharded = engine in SHARDED_WEIGHTS
+        held = {"CUDA context" if gpus else "process": self.process}
+        held["weights"] = model.weights / (ways if sharded else 1)
+        if sharded:
+            half = self.run.optimization.precision == "bfloat16"
+            held["gathered layers"] = 2.0 * model.layer_parameters * (2 if half else 4)
+            held["gathered, all else"] = model.weights - model.layers
+        held["optimizer"] = model.moments / ways
+        if engine in (Engine.ZERO2, Engine.ZERO3) and ways > 1:
+            # DeepSpeed steps a flat copy of its own, and gathers gradients in a buffer of fixed size.
+            held["DeepSpeed's copy and buffer"] = model.gradients / ways + ZERO_BUFFER
+        if not settings.stored_targets:
+            held["teachers"] = sum(teacher.weights for teacher in self.teachers.values())
+        floats = sum(spec.tokens * spec.width for spec in self.specs.values())
+        pool = self.run.optimization.global_batch * self.rows.images * floats * 4
+        held["targets"] = pool * (2 if gpus > 1 else 1)  # gathered: the parts and the pool
+        buckets = model.gradients if gpus > 1 and engine is Engine.DDP else 0.0
+        held["gradients"] = model.gradients / ways + buckets
+        return held
+
+    def _ways(self, settings: Settings) -> int:
+        return 1 if settings.engine is Engine.DDP else self.machine.processes

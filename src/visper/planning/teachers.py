@@ -1,0 +1,100 @@
+"""What a run's teachers take: their weights, what they hold while they run, and their FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from visper.config import Run
+from visper.config import Teacher as TeacherConfig
+from visper.distillation import Teacher, build_teacher
+from visper.distillation.teachers.tasks import DTYPES
+from visper.model.hub import sizes_of
+from visper.planning.fake_step import LiveBytes, fake_parameters
+from visper.training.flops import CountFlops
+
+PUBLISHED: Mapping[str, tuple[str, str, int]] = {
+    "depth_anything": ("AutoModelForDepthEstimation", "backbone", 336),
+    "oneformer": ("OneFormerModel", "pixel_level_module.encoder", 768),
+    "unclip": ("CLIPVisionModelWithProjection", "", 224),
+    "features": ("AutoModel", "", 0),
+}
+"""Kind -> transformers class that its configuration describes, the part of it that runs, pixels a side unless the
+options say (0: the encoder's own). They are measured without their weights; other kinds are loaded and run."""
+
+
+@dataclass(frozen=True)
+class TeacherSize:
+    """Bytes of a teacher's weights, bytes that a micro-batch of images holds while it runs, FLOPs of one image."""
+
+    weights: float
+    activations: float
+    flops: float
+
+
+def measure_teachers(run: Run, on_gpu: bool) -> tuple[dict[str, TeacherSize], list[Teacher]]:
+    """Every teacher of the run by task, and those that had to be loaded for it.
+
+    A loaded teacher's memory is in this process's own while it lives, so on a CPU it counts as zero here.
+
+    Raises:
+        ConfigError: a configuration cannot be found.
+        ValueError: a teacher cannot be loaded.
+    """
+    sizes: dict[str, TeacherSize] = {}
+    loaded: list[Teacher] = []
+    images = run.optimization.micro_batch
+    for task, settings in (run.distillation.tasks if run.distillation else {}).items():
+        if settings.teacher.kind in PUBLISHED:
+            assert run.distillation is not None
+            dtype = run.distillation.teacher_dtype or (run.optimization.precision if on_gpu else "float32")
+            sizes[task] = _published(settings.teacher, images, DTYPES[dtype])
+        else:
+            teacher = build_teacher(settings.teacher.kind, settings.teacher.model, **settings.teacher.options)
+            sizes[task] = _loaded(teacher, images, on_gpu)
+            loaded.append(teacher)
+    return sizes, loaded
+
+
+def _published(settings: TeacherConfig, images: int, dtype: torch.dtype) -> TeacherSize:
+    class_name, part, side = PUBLISHED[settings.kind]
+    model, config = _skeleton(settings, class_name)
+    side = int(settings.options.get("size") or side or config.image_size)
+    model.to(dtype)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake_parameters(model, fake)
+    held = [*model.parameters(), *model.buffers()]
+    running: Any = model.get_submodule(part)
+    extras = {"interpolate_pos_encoding": True} if settings.kind == "features" and side != config.image_size else {}
+    with fake:
+        pixels = torch.empty(images, 3, side, side, dtype=dtype)
+    with torch.no_grad(), CountFlops() as counter, LiveBytes(fake, held) as live:
+        running(pixels, **extras)
+    return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), counter.flops / images)
+
+
+def _skeleton(settings: TeacherConfig, class_name: str) -> tuple[nn.Module, Any]:
+    import transformers
+
+    kind, options = settings.kind, settings.options
+    trust = bool(options.get("trust_remote_code", False))
+    config: Any = sizes_of(settings.model, f"{kind} teacher", str(options.get("subfolder", "")), trust)
+    if kind == "features":
+        config = getattr(config, "vision_config", config)
+    made = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model: nn.Module = made.from_config(config) if class_name.startswith("Auto") else made(config)
+    return model.eval(), config
+
+
+def _loaded(teacher: Teacher, images: int, on_gpu: bool) -> TeacherSize:
+    height, width = getattr(teacher.preprocess, "size", (224, 224))
+    with CountFlops() as counter:
+        teacher(torch.zeros(images, 3, height, width))  # what it holds while it runs stays with the process
+    weights = sum(t.nbytes for t in teacher.parameters()) if on_gpu else 0
+    return TeacherSize(float(weights), 0.0, counter.flops / images)
