@@ -1,111 +1,95 @@
 """The plan: what it counts, what it says does not fit, and what it advises."""
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from tests import tiny
 from visper.cli import app
-from visper.config import Engine, Run
-from visper.planning.plan import Machine, Planner, cheapest_that_fits
-from visper.planning.trace import StepShape
+from visper.config import Engine, Geometry, Run
+from visper.config import Student as StudentConfig
+from visper.model import build_student, save_student
+from visper.planning.memory import Machine
+from visper.planning.plan import plan
 
 
-@pytest.fixture(scope="module")
-def planner(tmp_path_factory, tiny_llm, tiny_encoder):
-    """A tiny PT run on one 80 GB GPU."""
-    rows = tiny.write_rows(tmp_path_factory.mktemp("rows"))
-    run = Run.model_validate(
-        {
-            "name": "pt",
-            "stage": "pt",
-            "output": "x",
-            "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
-            "distillation": tiny.distillation(),
-            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}]},
-            "optimization": {"global_batch": 8, "micro_batch": 8, "lr": 1e-3, "precision": "float32"},
-        }
+def tiny_run(folder, llm, encoder, **changes):
+    """A tiny PT run on 16 rows, 12 of them with an image."""
+    rows = tiny.write_rows(folder)
+    settings = {
+        "name": "pt",
+        "stage": "pt",
+        "output": "x",
+        "student": {"llm": str(llm), "encoder": str(encoder)},
+        "distillation": tiny.distillation(),
+        "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}]},
+        "optimization": {"global_batch": 8, "micro_batch": 8, "lr": 1e-3, "precision": "float32"},
+    }
+    return Run.model_validate(settings | changes)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llm, tiny_encoder):
+    return tiny_run(tmp_path, tiny_llm, tiny_encoder)
+
+
+def with_optimization(run, **changes):
+    return run.model_copy(update={"optimization": run.optimization.model_copy(update=changes)})
+
+
+def test_rows_are_measured_where_they_are(run):
+    found = plan(run, Machine(1, 80e9, peak=1e15))
+    assert found.rows.count == 16 and found.rows.images == 0.75 and "tokenized" in found.rows.source
+    assert found.steps == 2 and found.fits and found.lever is None
+
+
+def test_recomputation_lowers_memory_and_leaves_model_flops(run):
+    kept, recomputed = (
+        plan(with_optimization(run, gradient_checkpointing=share), Machine(1, 80e9)) for share in (0.0, 1.0)
     )
-    return Planner(run, Machine(1, 80e9, peak=1e15))
+    assert recomputed.memory.parts["activations"] < kept.memory.parts["activations"]
+    assert recomputed.row_flops == kept.row_flops
 
 
-def shape(planner, rows):
-    return StepShape(rows, planner.rows.longest, planner.rows.most_supervised, rows)
-
-
-def test_rows_are_measured_where_they_are(planner):
-    assert planner.rows.count == 16 and planner.rows.pictures == 0.75 and "tokenized" in planner.rows.source
-    assert planner.steps() == 2
-
-
-def test_operations_of_a_step_are_what_torch_counts_of_its_matrices(planner):
-    one, two = (planner.trace(shape(planner, rows), False, False).operations for rows in (1, 2))
-    llm = next(part.total for part in planner.parts if part.part == "llm")
-    assert two == pytest.approx(2 * one, rel=0.1)  # the queries are projected once a batch
-    assert one > 4 * planner.rows.longest * 0.5 * llm  # forward and backward through a frozen LLM, tables left out
-
-
-def test_recomputation_trades_memory_for_operations(planner):
-    kept, half, recomputed = (planner.trace(shape(planner, 8), share, False) for share in (0.0, 0.5, 1.0))
-    assert recomputed.kept < half.kept < kept.kept
-    assert recomputed.operations > half.operations > kept.operations
-    assert recomputed.peak < kept.peak
-
-
-def test_traced_activations_are_those_a_real_step_holds(planner):
-    """Against the tensors autograd saves in a real forward of an LLM of the same shape, weights left out."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from visper.planning.trace import _Alive, without_values
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config)
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    states = torch.randn(4, 50, 32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        real = model.model(inputs_embeds=states, use_cache=False).last_hidden_state
-    with torch.device("meta"):
-        planned = LlamaForCausalLM(config)
-    with without_values(planned):
-        held = {t.untyped_storage()._cdata for t in (*planned.parameters(), *planned.buffers())}
-        with _Alive(held) as alive:
-            out = planned.model(inputs_embeds=torch.empty(4, 50, 32), use_cache=False).last_hidden_state
-            assert out.shape == real.shape
-    assert alive.now == pytest.approx(sum(saved.values()), rel=0.15)  # 11 % seen: states alive that nothing saves
-
-
-def test_every_engine_has_a_figure_and_sharding_lowers_it(planner):
-    alone = planner.machine
+def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
     found = {}
     for engine in Engine:
-        planner.machine = Machine(8, 80e9, engine, 1e15)
-        found[engine] = planner.memory(planner.choice).parts
-    planner.machine = alone
-    whole = found.pop(Engine.DDP)
-    assert {parts["optimizer"] for parts in found.values()} == {whole["optimizer"] / 8}
-    assert found[Engine.ZERO2]["weights"] == whole["weights"]
-    assert found[Engine.ZERO3]["weights"] == found[Engine.FSDP]["weights"] == whole["weights"] / 8
+        launch = run.launch.model_copy(update={"engine": engine})
+        found[engine] = plan(run.model_copy(update={"launch": launch}), Machine(8, 80e9)).memory.parts
+    alone = found.pop(Engine.DDP)
+    assert {parts["optimizer"] for parts in found.values()} == {alone["optimizer"] / 8}
+    assert found[Engine.ZERO2]["weights"] == alone["weights"]
+    assert found[Engine.ZERO3]["weights"] == found[Engine.FSDP]["weights"] == alone["weights"] / 8
 
 
-def test_the_cheapest_change_that_fits_is_found(planner):
-    full = planner.memory(planner.choice).total
-    whole = planner.machine
-    planner.machine = Machine(1, full / 0.95 * 0.999, peak=1e15)
-    choice, memory, words = cheapest_that_fits(planner)
-    assert memory.total < full and choice.micro_batch == 4 and "micro_batch=4" in words
-    planner.machine = Machine(1, 1e6, peak=1e15)
-    assert cheapest_that_fits(planner) is None
-    planner.machine = whole
+def test_the_first_change_that_fits_is_found(run):
+    full = plan(run, Machine(1, 80e9)).memory.total
+    found = plan(run, Machine(1, full / 0.95 * 0.999))
+    assert not found.fits and found.lever is not None and found.lever.memory.total < full
+    nothing = plan(run, Machine(1, 1e6))
+    assert not nothing.fits and nothing.lever is None
+
+
+def test_a_run_from_a_plain_llava_folder_is_planned(tmp_path, tiny_llm, tiny_encoder):
+    config = StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder))
+    save_student(build_student(config, Geometry.SQUASH), tmp_path / "llava")
+    run = tiny_run(
+        tmp_path,
+        tiny_llm,
+        tiny_encoder,
+        stage="ift",
+        student=None,
+        distillation=None,
+        start_from=str(tmp_path / "llava"),
+    )
+    found = plan(run, Machine(1, 80e9))
+    assert "tokenized" in found.rows.source and found.row_flops > 0
+
+
+def test_packed_rows_hold_less_than_padded_ones(tmp_path, tiny_llm, tiny_encoder):
+    padded = tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None)
+    packed = with_optimization(padded, packing=True)
+    held = [plan(each, Machine(1, 80e9)).memory.parts["activations"] for each in (padded, packed)]
+    assert held[1] < held[0]
 
 
 @pytest.mark.slow

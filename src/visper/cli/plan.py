@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from visper.config import Run
     from visper.planning.memory import Memory
     from visper.planning.plan import Plan
 
@@ -75,7 +74,9 @@ def _time(plan: "Plan", price: float | None) -> str:
     from visper.planning.plan import ASSUMED_MFU
 
     if plan.seconds is None:
-        return "time: not estimated, as the FLOPs per second of the device are not known; a few steps of the run tell it"
+        return (
+            "time: not estimated, as the FLOPs per second of the device are not known; a few steps of the run tell it"
+        )
     hours, gpus = plan.seconds / 3600, plan.machine.gpus
     cost = f"; cost {hours * gpus * price:,.0f} at {price:g} a GPU hour" if price else ""
     return f"time: {hours:.1f} h, {hours * gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}"

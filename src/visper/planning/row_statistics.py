@@ -61,9 +61,7 @@ class Rows:
         """
         if packed and self.sample:
             drawn = random.Random(seed)
-            batches = (
-                drawn.choices(self.sample, k=rows) for _ in range(min(MICRO_BATCHES, -(-self.count // rows)))
-            )
+            batches = (drawn.choices(self.sample, k=rows) for _ in range(min(MICRO_BATCHES, -(-self.count // rows))))
             return max(batches, key=lambda batch: sum(row.tokens for row in batch))
         return self._uniform(self.longest, rows)
 
@@ -129,9 +127,7 @@ def _rows(count: int, lengths: Sequence[RowLength], source: str) -> Rows:
     tokens, supervised = [row.tokens for row in lengths], [row.supervised for row in lengths]
     images = sum(row.image for row in lengths) / len(lengths)
     average = RowLength(round(sum(tokens) / len(lengths)), round(sum(supervised) / len(lengths)), images > 0)
-    return Rows(
-        count, tuple(lengths), average, RowLength(max(tokens), max(supervised), images > 0), images, source
-    )
+    return Rows(count, tuple(lengths), average, RowLength(max(tokens), max(supervised), images > 0), images, source)
 
 
 def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:
@@ -166,4 +162,6 @@ def _published(run: Run, block: int, error: Exception) -> Rows:
     share = mean(images)
     average = RowLength(min(round(mean(text)) + round(block * share), most), round(mean(supervised)), True)
     longest = RowLength(min(max(most_text) + block, most), min(max(most_supervised), most), True)
-    return Rows(round(count), (), average, longest, share, f"{', '.join(known)}: row count as published, lengths assumed")
+    return Rows(
+        round(count), (), average, longest, share, f"{', '.join(known)}: row count as published, lengths assumed"
+    )
