@@ -14,7 +14,7 @@ NAME = "recipes"
 
 def run(
     name: Annotated[str | None, typer.Argument(help="show this recipe, resolved", metavar="[NAME]")] = None,
-    parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters, all and trainable")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters")] = False,
 ) -> None:
     """List the shipped recipes, or show one with everything it extends, or the size of its model.
 
