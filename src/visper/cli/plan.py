@@ -63,7 +63,7 @@ def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None
     step, teachers = plan.step_flops, plan.teacher_flops / (plan.row_flops + plan.teacher_flops)
     console.print(
         f"FLOPs: {step:.3g} a step, {step * plan.steps:.3g} in {plan.steps:,} steps; teachers {teachers:.0%} of them "
-        "(onnx teachers are not counted)"
+        "(of onnx teachers nothing is counted, of your own what torch computes)"
     )
     console.print(_time(plan, price))
     for what, size in plan.disk.items():

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from visper.config import Run
 from visper.data.chat import IGNORED
 from visper.data.collator import Collator, Sample
-from visper.data.packing import pack
+from visper.data.packing import PackingCollator
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import planned_teachers
 from visper.model import Student
@@ -26,6 +26,7 @@ from visper.training.flops import model_flops
 from visper.training.lora import add_updates
 from visper.training.module import LOGIT_ROWS, TrainingModel
 from visper.training.stages import PartCount, count_parts
+from visper.training.trainer import FORWARD_KEYS
 
 FUSED = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention that may not be installed where a run is planned; it holds what torch's own fused kernel holds."""
@@ -45,6 +46,7 @@ class FakeRun:
         weights, gradients, moments: bytes of parameters and buffers, of all gradients, of AdamW's state.
         layers: bytes of the LLM's decoder layers.
         layer_parameters: parameters of one of them.
+        fake: made all tensors.
 
     Raises:
         ConfigError: a configuration cannot be found, or the run's parts do not fit together.
@@ -70,8 +72,8 @@ class FakeRun:
         if run.lora is not None and run.lora.quantize is not None:
             self.weights -= _saved_by_quantizing(llm)
         self.gradients = float(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        fake_parameters(self.model, self._fake)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake_parameters(self.model, self.fake)
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()
@@ -83,9 +85,9 @@ class FakeRun:
         if key not in self._activations:
             self.model.recompute_activations(checkpointing)
             lengths = rows.largest_micro_batch(micro_batch, self.run.optimization.packing, self.run.seed)
-            batch = fake_batch(lengths, self.student, self.model, self.run, self._fake)
+            batch = fake_batch(lengths, self.student, self.model, self.run, self.fake)
             self._activations[key] = step_activations(
-                self.model, self._optimizer, batch, self.run, self._fake, accumulates
+                self.model, self._optimizer, batch, self.run, self.fake, accumulates
             )
         return self._activations[key]
 
@@ -93,9 +95,9 @@ class FakeRun:
         """Model FLOPs of an average row: forward and backward once, teachers apart."""
         # More supervised tokens than LOGIT_ROWS would be recomputed.
         size = max(1, min(16, LOGIT_ROWS // max(1, rows.average.supervised)))
-        batch = fake_batch(rows.average_micro_batch(size), self.student, self.model, self.run, self._fake)
+        batch = fake_batch(rows.average_micro_batch(size), self.student, self.model, self.run, self.fake)
         self.model.recompute_activations(0.0)
-        with KnownPositions(self._fake), autocast(self.run):
+        with KnownPositions(self.fake), autocast(self.run):
             flops = model_flops(self.model, batch)
         self.model.zero_grad(set_to_none=True)
         return flops / size
@@ -119,11 +121,9 @@ def fake_batch(
         with fake:
             pixels = torch.empty(3, side, side) if row.image else None
         samples.append(Sample("fake", ids, [IGNORED] * (len(ids) - supervised) + [0] * supervised, pixels))
-    batch: dict[str, Any] = dict(Collator(0)(samples))
-    if run.optimization.packing:
-        batch = dict(pack(batch))  # type: ignore[arg-type]
-    for name in ("sample_ids", "dropped", "num_truncated"):
-        del batch[name]
+    padded = Collator(0)
+    collated = (PackingCollator(padded) if run.optimization.packing else padded)(samples)
+    batch: dict[str, Any] = {name: value for name, value in collated.items() if name in FORWARD_KEYS}
     images = sum(row.image for row in rows)
     if model.objective is not None:
         pool = max(images, run.optimization.global_batch)

@@ -5,9 +5,9 @@ labels and whatever follows from them are ordinary tensors, because the model's 
 lies, which positions are supervised). Forward, backward, recomputation and AdamW are the trainer's, so nothing here
 knows how a model is built.
 
-``torch.distributed._tools.mem_tracker.MemTracker`` would report memory too, but it does not take frozen parameters: in
-torch 2.9 to 2.15 it registers a gradient hook on every parameter, and that fails with "cannot register a hook on a
-tensor that doesn't require gradient". ``LiveBytes`` below is what is needed of it.
+``torch.distributed._tools.mem_tracker.MemTracker`` would report memory too, but tried on torch 2.15 (the only version
+tried) it does not take frozen parameters: it registers a gradient hook on every parameter, which fails with "cannot
+register a hook on a tensor that doesn't require gradient". ``LiveBytes`` below is what is needed of it.
 """
 
 from __future__ import annotations

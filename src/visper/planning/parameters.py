@@ -64,7 +64,7 @@ def first_stage(run: Run) -> Run:
         if written.is_file():
             run = load_run(written)
             continue
-        if _has_model(run.start_from):
+        if _has_model(run):
             return run
         makers = [recipe for recipe in map(load_run, recipe_names()) if recipe.output == run.start_from]
         if not makers:
@@ -82,7 +82,7 @@ def starting_point(run: Run) -> Run:
     Raises:
         ConfigError: as ``first_stage``.
     """
-    return run if run.start_from is not None and _has_model(run.start_from) else first_stage(run)
+    return run if _has_model(run) else first_stage(run)
 
 
 def student_skeleton(start: Run) -> Student:
@@ -97,5 +97,7 @@ def student_skeleton(start: Run) -> Student:
     return load_student(start.start_from, device_map="meta")
 
 
-def _has_model(folder: str) -> bool:
-    return any((Path(folder) / place / "config.json").is_file() for place in ("", "model"))
+def _has_model(run: Run) -> bool:
+    if run.start_from is None:
+        return False
+    return any((Path(run.start_from) / part / "config.json").is_file() for part in ("", "model"))

@@ -150,10 +150,10 @@ def _published(run: Run, block: int, error: Exception) -> Rows:
     if any(name not in PUBLISHED for name in names):
         raise ConfigError(f"the rows cannot be counted: {error}") from error
     known = [name for name in names if name is not None]
-    counts, text, most_text, supervised, most_supervised, images = zip(
+    published, text, most_text, supervised, most_supervised, images = zip(
         *(PUBLISHED[name] for name in known), strict=True
     )
-    counts = [rows * source.weight for rows, source in zip(counts, run.data.sources, strict=True)]
+    counts = [rows * source.weight for rows, source in zip(published, run.data.sources, strict=True)]
     count, most = sum(counts), run.data.max_tokens
 
     def mean(values: Sequence[float]) -> float:
