@@ -66,7 +66,7 @@ def test_recipes_are_listed_and_shown_resolved():
 
 def test_parameters_of_a_recipe_are_counted_by_part_and_stage():
     shown = call("recipes", "phi3-mini-vit-l/ift", "--parameters").output
-    assert "3,821,079,552" in shown and "learn in vpt" in shown and "predictors" in shown
+    assert "3,821,079,552" in shown and "all and trainable" in shown and "in vpt" in shown and "predictors" in shown
 
 
 def test_train_takes_overrides(trained):

@@ -50,10 +50,10 @@ def _sizes(name: str, settings: "Run") -> Table:
     from visper.planning.parameters import part_sizes
 
     sizes = part_sizes(settings)
-    table = Table("part", title=f"{name}: parameters", show_footer=True)
+    table = Table("part", title=f"{name}: parameters, all and trainable", show_footer=True)
     table.columns[0].footer = "total"
     columns = {"all": [size.total for size in sizes]}
-    columns |= {f"trainable in {stage}": [size.trainable[stage] for size in sizes] for stage in Stage}
+    columns |= {f"in {stage}": [size.trainable[stage] for size in sizes] for stage in Stage}
     for header, counts in columns.items():
         table.add_column(header, f"{sum(counts):,}", justify="right", no_wrap=True)
     for row, size in enumerate(sizes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from visper.data.chat import IGNORED
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student
 from visper.planning.fake_step import KnownPositions, adamw, autocast, fake_parameters, state_of, step_activations
 from visper.planning.parameters import student_skeleton
@@ -40,6 +40,7 @@ class FakeRun:
     Args:
         run: what trains.
         start: where its student comes from (``parameters.starting_point``).
+        teachers: the shapes of the targets by task.
 
     Attributes:
         parts: parameters by part.
@@ -52,7 +53,7 @@ class FakeRun:
         ConfigError: a configuration cannot be found, or the run's parts do not fit together.
     """
 
-    def __init__(self, run: Run, start: Run) -> None:
+    def __init__(self, run: Run, start: Run, teachers: Mapping[str, HasSpec]) -> None:
         attention = "sdpa" if run.optimization.attention in FUSED else run.optimization.attention
         optimization = run.optimization.model_copy(update={"attention": attention})
         self.run = run.model_copy(update={"optimization": optimization})
@@ -61,7 +62,6 @@ class FakeRun:
         choose_attention(self.run, llm)
         with torch.device("meta"):
             add_updates(run.lora, self.student)
-            teachers = planned_teachers(run.distillation)
             self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, teachers)
         set_trainable(self.model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))
         self.parts: list[PartCount] = count_parts(self.model)

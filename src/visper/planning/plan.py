@@ -85,14 +85,15 @@ def plan(run: Run, machine: Machine) -> Plan:
         ConfigError: a configuration cannot be found, or the rows cannot be counted.
     """
     start = starting_point(run)
-    specs = {task: teacher.spec for task, teacher in planned_teachers(run.distillation).items()}
+    planned = planned_teachers(run.distillation)
+    specs = {task: teacher.spec for task, teacher in planned.items()}
     teachers, loaded = measure_teachers(run, machine.gpus > 0)
     # Later than the teachers: small ones are loaded, and are part of a training process on a CPU.
 
     @cache
     def model_of(lora: bool) -> FakeRun:
         settings = (run.lora or Lora.model_validate({})) if lora else None
-        return FakeRun(run.model_copy(update={"lora": settings}), start)
+        return FakeRun(run.model_copy(update={"lora": settings}), start, planned)
 
     model = model_of(run.lora is not None)
     rows = row_statistics(run, start, model.student)
