@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -59,15 +58,12 @@ def test_rows_are_measured_where_they_are(run):
     assert found.steps == 2 and found.fits and found.lever is None
 
 
-def test_model_flops_are_torchs_and_two_rows_cost_twice_as_many_as_one(run):
+def test_model_flops_of_two_rows_are_twice_those_of_one(run):
     model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, True), []
     for rows in (1, 2):
         batch = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
-        with KnownPositions(model.fake), FlopCounterMode(display=False) as torchs:
-            model.model(**batch)["loss"].backward()
         with KnownPositions(model.fake):
             counted.append(model_flops(model.model, batch))
-        assert counted[-1] == torchs.get_total_flops()  # nothing is recomputed here
     assert counted[1] == pytest.approx(2 * counted[0], rel=0.1)  # the queries are projected once a batch
     llm = next(part.total for part in model.parts if part.part == "llm")
     assert counted[0] > 4 * row.tokens * 0.5 * llm  # forward and backward through a frozen LLM, tables left out

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from visper.config import Run
 from visper.data.chat import IGNORED
@@ -17,7 +16,15 @@ from visper.data.packing import PackingCollator
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student
-from visper.planning.fake_step import KnownPositions, adamw, autocast, fake_parameters, state_of, step_activations
+from visper.planning.fake_step import (
+    FakeTensorMode,
+    KnownPositions,
+    adamw,
+    autocast,
+    fake_parameters,
+    state_of,
+    step_activations,
+)
 from visper.planning.parameters import student_skeleton
 from visper.planning.row_statistics import RowLength, Rows
 from visper.training.assemble import build_training_model, set_trainable
@@ -93,7 +100,7 @@ class FakeRun:
 
     def row_flops(self, rows: Rows) -> float:
         """Model FLOPs of an average row: forward and backward once, teachers apart."""
-        # More supervised tokens than LOGIT_ROWS would be recomputed.
+        # The head of more supervised tokens than LOGIT_ROWS would be counted twice.
         size = max(1, min(16, LOGIT_ROWS // max(1, rows.average.supervised)))
         batch = fake_batch(rows.average_micro_batch(size), self.student, self.model, self.run, self.fake)
         self.model.recompute_activations(0.0)

@@ -25,6 +25,17 @@ from torch.utils._pytree import tree_leaves
 
 from visper.config import Run
 
+__all__ = [
+    "FakeTensorMode",  # private in torch: the other files of planning take it from here
+    "KnownPositions",
+    "LiveBytes",
+    "adamw",
+    "autocast",
+    "fake_parameters",
+    "state_of",
+    "step_activations",
+]
+
 
 class KnownPositions(TorchDispatchMode):
     """Lets a fake tensor be indexed by a real boolean mask: the result's size is the number of True entries.

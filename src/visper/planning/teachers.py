@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from visper.config import Run
 from visper.config import Teacher as TeacherConfig
 from visper.distillation import Teacher, build_teacher
 from visper.distillation.teachers.tasks import DTYPES
 from visper.model.hub import sizes_of
-from visper.planning.fake_step import LiveBytes, fake_parameters
-from visper.training.flops import CountFlops
+from visper.planning.fake_step import FakeTensorMode, LiveBytes, fake_parameters
 
 PUBLISHED: Mapping[str, tuple[str, str, int]] = {
     "depth_anything": ("AutoModelForDepthEstimation", "backbone", 336),
@@ -73,9 +72,9 @@ def _published(settings: TeacherConfig, images: int, dtype: torch.dtype) -> Teac
     extras = {"interpolate_pos_encoding": True} if settings.kind == "features" and side != config.image_size else {}
     with fake:
         pixels = torch.empty(images, 3, side, side, dtype=dtype)
-    with torch.no_grad(), CountFlops() as counter, LiveBytes(fake, held) as live:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes(fake, held) as live:
         running(pixels, **extras)
-    return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), counter.flops / images)
+    return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), counter.get_total_flops() / images)
 
 
 def _skeleton(settings: TeacherConfig, class_name: str) -> tuple[nn.Module, Any]:
@@ -94,7 +93,7 @@ def _skeleton(settings: TeacherConfig, class_name: str) -> tuple[nn.Module, Any]
 
 def _loaded(teacher: Teacher, images: int, on_gpu: bool) -> TeacherSize:
     height, width = getattr(teacher.preprocess, "size", (224, 224))
-    with CountFlops() as counter:
+    with FlopCounterMode(display=False) as counter:
         teacher(torch.zeros(images, 3, height, width))  # what it holds while it runs stays with the process
     weights = sum(t.nbytes for t in teacher.parameters()) if on_gpu else 0
-    return TeacherSize(float(weights), 0.0, counter.flops / images)
+    return TeacherSize(float(weights), 0.0, counter.get_total_flops() / images)
