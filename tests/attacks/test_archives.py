@@ -135,3 +135,26 @@ def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
     content = {"a.zip": zipped({"other": b"1"}), "b.zip": zipped({"another": b"2"})}
     path.write_bytes(tarred(content))
     assert read(path) == content
+
+
+def test_an_archive_never_plants_what_another_set_would_take_for_its_own(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zipped({"Archives/gqa/images.zip": zipped({"images/1.jpg": image(1)})}))
+    download = {"file": "x.zip", "sources": [{"path": "x.zip"}], "unpack": [{"to": "."}]}
+    content = {"name": "mine", "title": "t", "use": "u", "license": "l", "downloads": [download]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match="unsafe archive"):
+        prepare(str(tmp_path / "mine.yaml"), tmp_path / "root", console=Console(quiet=True))
+    assert not list(tmp_path.glob("root/[aA]rchives/*"))
+
+
+def test_another_published_hash_of_a_prepared_file_is_refused(tmp_path, shelf):
+    url = shelf.put("/x.json", b"[1]")
+    download = {"file": "x.json", "sources": [{"url": f"{url}?Signature=secret"}]}
+    content = {"name": "mine", "title": "t", "use": "u", "license": "l", "downloads": [download]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    prepare(str(tmp_path / "mine.yaml"), tmp_path / "root", console=Console(quiet=True))
+    assert "secret" not in (tmp_path / "root" / LOCKFILE).read_text()
+    download["sha256"] = "0" * 64
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match="description now says 0000"):
+        prepare(str(tmp_path / "mine.yaml"), tmp_path / "root", console=Console(quiet=True))

@@ -19,7 +19,8 @@ from rich.console import Console
 import visper.data.images  # noqa: F401 - loaded once, not in each fork
 from visper.data.sets import archives
 from visper.data.sets import fetch as download
-from visper.data.sets.fetch import ProgressBar, RetryPolicy
+from visper.data.sets.background import ProgressBar
+from visper.data.sets.fetch import RetryPolicy
 from visper.data.sets.prepare import prepare
 
 download.PIECE = 300

@@ -225,6 +225,70 @@ def unmeasured(cut: int | None = None) -> Fault:
     return fault(act)
 
 
+def endless() -> Fault:
+    """Neither a length nor chunks: the body ends with the connection, cut or not."""
+
+    def act(handler: Handler, content: bytes) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(content[:-10] + b"]")
+
+    return fault(act)
+
+
+def more() -> Fault:
+    """A piece with more bytes than it announces, in chunks."""
+
+    def act(handler: Handler, content: bytes) -> None:
+        sought = handler.headers.get("Range")
+        start = int(sought.removeprefix("bytes=").removesuffix("-")) if sought else 0
+        handler.send_response(206 if sought else 200)
+        for key, value in handler.shelf.headers_of(handler.path, content).items():
+            handler.send_header(key, value)
+        if sought:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            handler.send_header("Transfer-Encoding", "chunked")
+            body = content[start:] + b"more" * 100
+            handler.end_headers()
+            with suppress(OSError):
+                handler.wfile.write(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+            return
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[:1000])
+
+    return fault(act)
+
+
+def piece_of_unknown_total() -> Fault:
+    """206 that does not tell how long the file is."""
+    return fault(lambda h, c: h.answer(206, c[1000:2000], {"Content-Range": "bytes 1000-1999/*"}))
+
+
+def odd_length() -> Fault:
+    """A length that Python's ``isdigit`` takes for a number, and no body."""
+
+    def act(handler: Handler, content: bytes) -> None:
+        handler.send_response(503)
+        handler.send_header("Content-Length", "\xb2")
+        handler.end_headers()
+
+    return fault(act)
+
+
+def trickle() -> Fault:
+    """Headers that come slowly and never end."""
+
+    def act(handler: Handler, content: bytes) -> None:
+        with suppress(OSError):
+            for _ in range(20):
+                handler.wfile.write(b"X")
+                handler.wfile.flush()
+                time.sleep(0.1)
+
+    return fault(act)
+
+
 def moved(address: str) -> Fault:
     """A redirect."""
     return fault(lambda handler, _: handler.answer(302, b"", {"Location": address}))

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,8 @@ from rich.progress import Progress
 
 from tests.data.sets import server as at
 from visper.common.errors import DataError
-from visper.data.sets.fetch import ProgressBar, Remote, RetryPolicy, SourceError, obtain
+from visper.data.sets.background import ProgressBar
+from visper.data.sets.fetch import Remote, RetryPolicy, SourceError, obtain
 from visper.data.sets.lockfile import Lockfile
 
 CONTENT = b"[" + random.Random(0).randbytes(5000) + b"]"
@@ -31,13 +33,13 @@ class Place:
     """A file on its way to a root."""
 
     def __init__(self, root, patience=QUICK):
-        self.root, self.patience = root, patience
+        self.root, self.patience, self.stop = root, patience, threading.Event()
         self.place, self.part = root / "rows.json", root / "state" / "rows.json"
         self.lockfile = Lockfile(root / "lock.json")
 
     def get(self, url, **known):
         progress = Progress(console=Console(quiet=True), disable=True)
-        meter = ProgressBar(progress, threading.Event(), "rows.json")
+        meter = ProgressBar(progress, self.stop, "rows.json")
         remote = Remote("rows.json", url, url, **known)
         return obtain(remote, self.place, self.part, False, self.lockfile, meter, self.patience)
 
@@ -77,6 +79,10 @@ SURVIVED = {
     "cut short, then well": [at.promise(1000)],
     "an error page, then well": [at.instead(PAGE)],
     "a pointer, then well": [at.instead(POINTER)],
+    "a piece of unknown total after a drop": [at.drop(1000), at.piece_of_unknown_total()],
+    "a length that is no number": [at.drop(1000), at.odd_length()],
+    "429 until the year 99999": [at.status(429, Retry_After="Fri, 31 Dec 99999 23:59:59 GMT")],
+    "429 with a superscript": [at.status(429, Retry_After="\xb2")],
 }
 
 
@@ -100,6 +106,10 @@ def test_without_a_published_hash_a_fault_is_survived_too(shelf, here, name):
 
 
 REFUSED = {
+    "no length, ends with the connection": ([at.endless()], "does not tell its length"),
+    "sends more than it announced": ([at.drop(1000), *[at.more()] * 9], "more than the 5002 bytes announced"),
+    "always an error message": ([at.instead(b'{"error": "quota exceeded"}')] * 9, "an error message"),
+    "headers that never end": ([at.trickle()] * 9, "nothing came for"),
     "gone": ([at.status(404)], "HTTP 404"),
     "gone for good": ([at.status(410)], "HTTP 410"),
     "forbidden": ([at.status(403)], "not allowed"),
@@ -180,6 +190,44 @@ def test_without_a_published_hash_a_mirror_starts_anew(shelf, here):
         here.get(shelf.put("/a", CONTENT, at.drop(3000), at.status(404)))
     here.get(shelf.put("/b", OTHER))
     assert here.is_whole(OTHER) and shelf.asked("/b") == [None]
+
+
+def test_a_weak_etag_that_changes_is_another_file(shelf, here):
+    """The date is the same: If-Range alone would continue the part of the former file."""
+    date = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    shelf.validators["/rows.json"] = {"ETag": 'W/"1"', **date}
+
+    def change(handler, content):
+        handler.shelf.files["/rows.json"] = b"[" + b"1" * 5000 + b"]"
+        handler.shelf.validators["/rows.json"] = {"ETag": 'W/"2"', **date}
+        handler.serve(handler.shelf.files["/rows.json"])
+        return True
+
+    here.get(shelf.put("/rows.json", CONTENT, at.drop(1000), change))
+    assert here.is_whole(b"[" + b"1" * 5000 + b"]")
+
+
+def test_a_published_hash_is_checked_though_a_file_of_that_size_was_recorded(shelf, here):
+    url = shelf.put("/rows.json", CONTENT)
+    here.get(url)
+    with pytest.raises(DataError, match="published is"):
+        here.get(url, sha256=hashlib.sha256(OTHER).hexdigest())
+
+
+def test_query_strings_stay_out_of_messages(here):
+    with pytest.raises(SourceError) as error:
+        here.get("http://127.0.0.1:9/rows.json?Signature=secret&Expires=1")
+    assert "secret" not in str(error.value) and "Expires" not in str(error.value)
+
+
+def test_a_stop_is_seen_within_two_seconds_on_a_silent_line(shelf, tmp_path):
+    here = Place(tmp_path, RetryPolicy(timeout=30))
+    url = shelf.put("/rows.json", CONTENT, at.stall(10, 8))
+    threading.Timer(0.3, here.stop.set).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        here.get(url)
+    assert time.monotonic() - began < 2
 
 
 def test_redirects_are_followed(shelf, here):

@@ -15,7 +15,7 @@ from tests.data.sets import published, server
 from tests.data.sets.published import COCO, HUB, image, rows, tarred, zipped
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, read_set, set_names
-from visper.data.sets.fetch import RetryPolicy
+from visper.data.sets.fetch import RetryPolicy, obtain
 from visper.data.sets.prepare import prepare
 
 QUICK = RetryPolicy(attempts=2, timeout=2, pause=0.01, longest_pause=0.02)
@@ -359,6 +359,30 @@ def test_the_photographs_are_a_set_of_ones_own(beside_project, tmp_path, root):
     outcome = bring(own_set(tmp_path, description), root)
     assert outcome.unpacked == 79 and not outcome.absent and not outcome.unreadable and not outcome.repaired
     assert bring(tmp_path / "mine.yaml", root).nothing_done
+
+
+@pytest.mark.parametrize("body", [b"[1, 2]", b'[{"id": "\\ud8', b"[{]"])
+def test_rows_that_cannot_be_read_are_fetched_afresh_by_the_next_call(shelf, root, tmp_path, body):
+    url = shelf.put("/rows.json", rows(None), server.instead(body + b"]"))
+    described = {"rows": [{"json": "rows.json"}], "downloads": [{"file": "rows.json", "sources": [{"url": url}]}]}
+    with pytest.raises(DataError):
+        bring(own_set(tmp_path, described), root)
+    bring(tmp_path / "mine.yaml", root)
+    assert (root / "rows.json").read_bytes() == rows(None)
+
+
+def test_any_error_of_one_file_leaves_the_others(shelf, root, tmp_path, monkeypatch):
+    files = [{"file": name, "sources": [{"url": shelf.put(f"/{name}", b"[1]")}]} for name in ("a.json", "b.json")]
+
+    def fails(remote, *_):
+        if remote.name == "a.json":
+            raise OverflowError("odd")
+        return obtain(remote, *_)
+
+    monkeypatch.setattr("visper.data.sets.prepare.obtain", fails)
+    with pytest.raises(DataError, match=r"a\.json: OverflowError: odd"):
+        bring(own_set(tmp_path, {"downloads": files}), root)
+    assert tree(root) == {"b.json"}
 
 
 def test_an_unknown_set_suggests_the_nearest():

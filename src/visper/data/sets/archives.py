@@ -276,6 +276,12 @@ def look_at(path: Path, archive: bool, name: str) -> str | None:
         return f"a web page, not {Path(name).suffix}: it starts with {head[:40]!r}"
     if Path(name).suffix == ".json" and not (head.lstrip()[:1] in (b"[", b"{") and tail[-1:] in (b"]", b"}")):
         return f"no JSON (cut short or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
+    if re.match(rb"\s*<(!doctype )?html", head, re.IGNORECASE) and Path(name).suffix not in (".html", ".htm"):
+        return f"a web page: it starts with {head[:40]!r}"
+    if Path(name).suffix == ".json" and re.match(rb'\s*\{\s*"(error|message)"', head) and path.stat().st_size < 4096:
+        return f"an error message: {head[:80]!r}"
+    if Path(name).suffix == ".parquet" and not (head[:4] == tail[-4:] == b"PAR1"):
+        return f"no Parquet (cut short or damaged): it starts with {head[:16]!r}"
     if archive and not (_is_zip(path) or _is_tar(path)):
         return f"no zip or tar archive (cut short or damaged): it starts with {head[:16]!r}"
     return None

@@ -7,23 +7,23 @@ with its strong ETag or date), or if a published hash will tell in the end.
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import json
-import shutil
-import threading
-import time
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import requests
-from rich.progress import Progress, TaskID
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.sets.archives import look_at
+from visper.data.sets.background import ProgressBar, in_background, require_room
 from visper.data.sets.lockfile import Entry, Lockfile
 
 CHUNK = 1 << 20
@@ -36,12 +36,19 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a server is waited for. Seconds; a pause doubles with each fruitless attempt."""
+    """How long a server is waited for. Seconds; a pause doubles with each fruitless attempt.
+
+    ``timeout`` bounds the connection, all of the headers, and each piece of the body.
+    """
 
     attempts: int = 6
     timeout: float = 60.0
     pause: float = 2.0
     longest_pause: float = 600.0
+
+    def retries(self) -> Retry:
+        """The attempts that are left after the first one."""
+        return Retry(self.attempts - 1, backoff_factor=self.pause, backoff_max=self.longest_pause)
 
 
 @dataclass(frozen=True)
@@ -71,54 +78,13 @@ class _PassingError(Exception):
     """The same request may succeed later."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
+        super().__init__(without_queries(reason))
         self.wait = wait
 
 
-class ProgressBar:
-    """One line of the progress display; also where a download learns that it should stop."""
-
-    def __init__(self, progress: Progress, stop: threading.Event, title: str) -> None:
-        self.progress, self.stop, self.title = progress, stop, title
-        self.task: TaskID | None = None
-
-    def show(self, what: str, done: int, total: int | None) -> None:
-        """Shows a step at ``done`` of ``total`` bytes."""
-        if self.task is None:
-            self.task = self.progress.add_task(self.title, total=total)
-        self.progress.update(self.task, description=f"{what} {self.title}", completed=done, total=total)
-
-    def advance(self, count: int) -> None:
-        """Adds bytes, or stops the work."""
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        if self.task is not None:
-            self.progress.advance(self.task, count)
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.progress.console.print(f"{self.title}: {text}", markup=False, highlight=False)
-
-    def end(self) -> None:
-        """Takes the line away."""
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-            self.task = None
-
-
-def require_room(folder: Path, needed: int, what: str) -> None:
-    """Refuses to begin what the disk cannot hold.
-
-    Raises:
-        DataError: fewer than ``needed`` bytes are free.
-    """
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    if needed > free:
-        raise DataError(
-            "disk full",
-            f"{what} needs {needed / 1e9:.2f} GB, '{folder}' has {free / 1e9:.2f} GB free: make room, choose "
-            "another --root, or drop archives once unpacked (--drop-archives); what is there stays, repeat to go on",
-        )
+def without_queries(text: str) -> str:
+    """A message or an address without the query strings of addresses: those of presigned ones are secrets."""
+    return re.sub(r"\?[^\s'\")>]*=[^\s'\")>]*", "", text)
 
 
 def obtain(
@@ -164,18 +130,21 @@ def obtain(
 
 
 def _accept(remote: Remote, place: Path, archive: bool, lockfile: Lockfile, meter: ProgressBar) -> Entry:
-    """A file that is already in its place: ours if its size is the recorded one, else judged as if just fetched."""
+    """A file that is already in its place: its published hash decides, else the recorded size."""
     known = lockfile.recorded(remote.name)
-    for entry in known:
-        if entry.bytes == place.stat().st_size:
-            return entry
+    size = place.stat().st_size
     try:
-        if known:
-            raise SourceError(f"{place.stat().st_size} bytes, {known[0].bytes} were recorded")
+        if not remote.hash_is_published:
+            for entry in known:
+                if entry.bytes == size:
+                    return entry
+            if known:
+                raise SourceError(f"{size} bytes, {known[0].bytes} were recorded")
         found = _verified(remote, place, archive, None, meter)
     except SourceError as error:
         raise DataError("unexpected file", f"'{place}': {error}. Move it away to have it fetched again") from error
-    lockfile.record(remote.name, FOUND, found)
+    if found not in known:
+        lockfile.record(remote.name, FOUND, found)
     return found
 
 
@@ -214,28 +183,35 @@ def fetch(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy)
         SourceError: the server refuses it, or nothing is gained for ``patience.attempts`` attempts.
         DataError: the disk is too small.
     """
-    furthest, fruitless = _size(part), 0
-    with requests.Session() as session:
-        while True:
-            try:
-                _continue(session, remote, part, meter, patience)
-                return
-            except requests.RequestException as error:
-                passing = _PassingError(f"{type(error).__name__}: {error}"[:300])
-            except _PassingError as error:
-                passing = error
-            gained = _size(part) > furthest
-            furthest = max(furthest, _size(part))
-            fruitless = 0 if gained else fruitless + 1
-            if fruitless >= patience.attempts:
-                raise SourceError(f"gave up after {fruitless} fruitless attempts: {passing}") from passing
-            wait = min(patience.longest_pause, passing.wait or patience.pause * 2 ** max(0, fruitless - 1))
-            meter.say(f"{passing}; trying again in {wait:g} s, {_size(part)} bytes are kept")
-            if meter.stop.wait(wait):
-                raise KeyboardInterrupt
+    furthest, retries = _size(part), patience.retries()
+    while True:
+        try:
+            _continue(remote, part, meter, patience)
+            return
+        except (requests.RequestException, HTTPError, TimeoutError) as error:
+            passing = _PassingError(f"{type(error).__name__}: {error}"[:300])
+        except _PassingError as error:
+            passing = error
+        gained = _size(part) > furthest
+        furthest = max(furthest, _size(part))
+        try:
+            retries = patience.retries() if gained else retries.increment(error=passing)
+        except MaxRetryError as error:
+            raise SourceError(f"gave up after {patience.attempts} fruitless attempts: {passing}") from error
+        wait = min(patience.longest_pause, passing.wait or max(patience.pause, retries.get_backoff_time()))
+        meter.say(f"{passing}; trying again in {wait:g} s, {_size(part)} bytes are kept")
+        if meter.stop.wait(wait):
+            raise KeyboardInterrupt
 
 
-def _continue(session: requests.Session, remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
+def _answer(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[requests.Response | bytes]:
+    """The reply to a request, then its body in pieces."""
+    with requests.get(url, headers=dict(headers), stream=True, timeout=timeout) as reply:
+        yield reply
+        yield from reply.iter_content(PIECE)
+
+
+def _continue(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
     """One request: what is missing of the part, or all of it."""
     state, offset = _read_state(part), _size(part)
     same = state.get("source") == remote.source
@@ -248,7 +224,10 @@ def _continue(session: requests.Session, remote: Remote, part: Path, meter: Prog
         headers["Range"] = f"bytes={offset}-"
         if validator:
             headers["If-Range"] = str(validator)
-    with session.get(remote.url, headers=headers, stream=True, timeout=(patience.timeout, patience.timeout)) as reply:
+    received = in_background(_answer(remote.url, headers, patience.timeout), meter.stop, 2 * patience.timeout)
+    with closing(received):
+        reply = next(received)
+        assert isinstance(reply, requests.Response)
         if reply.status_code == 416 and offset:
             _discard(part)
             raise _PassingError(f"the server has no bytes from {offset} on: starting anew", 0.001)
@@ -258,20 +237,36 @@ def _continue(session: requests.Session, remote: Remote, part: Path, meter: Prog
         else:
             offset, total = 0, _length(reply)
             _refuse_size(remote, total)
+            _refuse_endless(remote, reply)
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(b"")  # before its state: a kill in between leaves nothing to continue wrongly
         _refuse_size(remote, total)
-        new = {"source": remote.source, "validator": _validator(reply), "total": total}
+        new = {
+            "source": remote.source,
+            "validator": _validator(reply),
+            "total": total,
+            "etag": reply.headers.get("ETag"),
+        }
         if new != state:
             write_text(_state_of(part), json.dumps(new, sort_keys=True))
         require_room(part.parent, (total or offset) - offset, remote.name)
         meter.show("fetching", offset, total)
-        with part.open("ab") as file:
-            for chunk in reply.iter_content(PIECE):
-                file.write(chunk)
-                meter.advance(len(chunk))
+        _write(received, part, total or remote.bytes, meter)
     if total is not None and _size(part) != total:
         raise _PassingError(f"{_size(part)} of {total} bytes came")
+
+
+def _write(received: Iterator[requests.Response | bytes], part: Path, most: int | None, meter: ProgressBar) -> None:
+    """Appends a body to the part, within the disk and the bytes announced."""
+    with part.open("ab") as file:
+        for chunk in received:
+            assert isinstance(chunk, bytes)
+            require_room(part.parent, len(chunk), part.name)
+            if most is not None and file.tell() + len(chunk) > most:
+                _discard(part)
+                raise _PassingError(f"more than the {most} bytes announced came")
+            file.write(chunk)
+            meter.advance(len(chunk))
 
 
 def _refuse_bad(reply: requests.Response) -> None:
@@ -289,39 +284,53 @@ def _refuse_size(remote: Remote, total: int | None) -> None:
         raise SourceError(f"the server offers {total} bytes, published are {remote.bytes}")
 
 
-def _check_range(
-    reply: requests.Response, offset: int, state: Mapping[str, Any], remote: Remote, part: Path
-) -> int | None:
-    """The whole length, if the piece sent continues the very file that the part is of."""
-    unit, _, rest = reply.headers.get("Content-Range", "").partition(" ")
-    span, _, total = rest.partition("/")
-    start = span.partition("-")[0]
-    found = _validator(reply)
+def _refuse_endless(remote: Remote, reply: requests.Response) -> None:
+    """A body that ends with the connection may have been cut: only a published size or hash can tell."""
+    measured = _number(reply.headers.get("Content-Length")) is not None
+    chunked = reply.headers.get("Transfer-Encoding", "").lower() == "chunked"
+    if not measured and not chunked and remote.bytes is None and not remote.hash_is_published:
+        raise SourceError("the server does not tell its length: give its 'bytes' or 'sha256' in the set's description")
+
+
+def _check_range(reply: requests.Response, offset: int, state: Mapping[str, Any], remote: Remote, part: Path) -> int:
+    """The file's length, if the piece sent reaches its end and continues the very file that the part is of."""
+    span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.headers.get("Content-Range", ""), re.ASCII)
+    start, end, total = map(int, span.groups()) if span else (-1, -1, -1)
+    found, etag = _validator(reply), reply.headers.get("ETag")
     same = state.get("source") == remote.source
-    changed = same and found is not None and state.get("validator") not in (None, found)
-    grown = total.isdigit() and state.get("total") not in (None, int(total))
-    if unit != "bytes" or start != str(offset) or changed or grown:
+    changed = same and (
+        (found is not None and state.get("validator") not in (None, found))
+        or state.get("etag") not in (None, etag)  # a weak one too: no other file is continued
+        or state.get("total") not in (None, total)
+    )
+    if start != offset or end != total - 1 or changed or "Content-Encoding" in reply.headers:
         _discard(part)
         raise _PassingError("the server's file changed or it sent another piece than asked for: starting anew", 0.001)
-    return int(total) if total.isdigit() else None
+    return total
 
 
 def _validator(reply: requests.Response) -> str | None:
+    if "Content-Encoding" in reply.headers:  # its bytes are not the file's
+        return None
     etag = reply.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else reply.headers.get("Last-Modified")
 
 
 def _length(reply: requests.Response) -> int | None:
-    length = reply.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() and not reply.headers.get("Content-Encoding") else None
+    return None if "Content-Encoding" in reply.headers else _number(reply.headers.get("Content-Length"))
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
 def _retry_after(reply: requests.Response) -> float | None:
+    """Seconds the server asks to wait; None where it says nothing that can be read."""
     value = reply.headers.get("Retry-After", "")
-    if value.isdigit():
-        return float(value)
-    parsed = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
+    try:
+        return Retry().parse_retry_after(value)
+    except (HTTPError, ValueError, OverflowError, TypeError):
+        return None
 
 
 def _state_of(part: Path) -> Path:

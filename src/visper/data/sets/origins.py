@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, build_hf_headers
 
 from visper.data.sets.catalog import Download, Origin
-from visper.data.sets.fetch import Remote, SourceError
+from visper.data.sets.fetch import Remote, SourceError, without_queries
 
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
 """What asking the hub raises: the bases are its HTTP client's own error (httpx's or httpx2's, by version), OSError."""
@@ -22,7 +22,7 @@ def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
         SourceError: it has none, or cannot be asked.
     """
     if origin.url is not None:
-        return [_remote(download, origin, download.name_of(origin.url), origin.url, url=origin.url)]
+        return [_remote(download, origin, download.name_of(origin.url), without_queries(origin.url), url=origin.url)]
     if origin.hub is not None:
         return _on_hub(download, origin, origin.hub, str(origin.path))
     local = folder / str(origin.path)

@@ -26,7 +26,16 @@ from visper.common.files import remove_leftovers
 from visper.data.rows.formats import image_names
 from visper.data.sets.archives import look_at, plain_path
 from visper.data.sets.catalog import DataSet, Download, with_needs
-from visper.data.sets.fetch import FOUND, ProgressBar, Remote, RetryPolicy, SourceError, obtain, require_room
+from visper.data.sets.fetch import (
+    FOUND,
+    ProgressBar,
+    Remote,
+    RetryPolicy,
+    SourceError,
+    obtain,
+    require_room,
+    without_queries,
+)
 from visper.data.sets.lockfile import LOCKFILE, Entry, Lockfile
 from visper.data.sets.origins import remotes
 from visper.data.sets.unpack import MEMBERS, STATE, Outcome, Request, Unpacker, absent
@@ -111,7 +120,7 @@ class _Preparation:
             if unread and not self.failures:
                 self.failures[unread[0]] = "no download of the set brings these rows: name them in 'file' or 'only'"
             if not unread and not any(part.json_file in self.failures for part in rows):
-                names = None if self.everything or not rows else self._named(files)
+                names = None if self.everything or not rows else self._named(files, [d for d, _ in downloads])
                 self._bring([Request(d, f, names) for d, f in downloads if _waits(d)])
                 if names is not None:
                     self.outcome.named, self.outcome.absent = len(names), sorted(absent(self.root, names))
@@ -123,12 +132,19 @@ class _Preparation:
         self.lockfile.set_unfinished(set_names, False)
         return self.outcome
 
-    def _named(self, files: list[tuple[Path, str]]) -> set[str]:
-        """Places under the root that rows name."""
+    def _named(self, files: list[tuple[Path, str]], downloads: list[Download]) -> set[str]:
+        """Places under the root that rows name. Rows that cannot be read are not trusted any more."""
         found = set()
         for file, images in files:
             self.console.print(f"reading {file}", markup=False)
-            for name in image_names(file):
+            try:
+                names = list(image_names(file))
+            except DataError:
+                for download in downloads:
+                    if not download.unpack and download.place(self.root, download.file) == file:
+                        self._distrust(download)
+                raise
+            for name in names:
                 try:
                     found.add(plain_path(f"{images}/{name}" if images and not name.startswith("/") else name))
                 except DataError:
@@ -137,6 +153,10 @@ class _Preparation:
 
     def _bring(self, wanted: list[Request]) -> None:
         """Downloads side by side and unpacks each as it arrives; a failure lets the others go on."""
+        self.failures |= {
+            item.download.file: fault for item in wanted if (fault := self._other_identity(item.download))
+        }
+        wanted = [item for item in wanted if item.download.file not in self.failures]
         todo = [item for item in wanted if self._needs(item)]
         sizes = [size for item in todo if (size := self._still_to_come(item.download))]
         least = sum(nlargest(self.workers, sizes)) if self.drop else sum(sizes)
@@ -149,8 +169,9 @@ class _Preparation:
                 try:
                     self._unpack(item, future.result())
                     self._drop_archives(item)
-                except DataError as error:
-                    self.failures[item.download.file] = str(error)
+                except Exception as error:  # noqa: BLE001 - of one file, whatever it is: the others go on
+                    text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+                    self.failures[item.download.file] = without_queries(text)
         except BaseException:
             self.stop.set()
             raise
@@ -167,6 +188,18 @@ class _Preparation:
         for name in self.unpacker.again & {*self.lockfile.parts(item.download.file), item.download.file}:
             (self.root / name).unlink(missing_ok=True)  # of no archive: nothing would be fetched over it
         return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
+
+    def _other_identity(self, download: Download) -> str | None:
+        """How what was recorded differs from what the description publishes now; None: in nothing."""
+        for name, entry in self.lockfile.parts(download.file).items():
+            found = {"sha256": entry.sha256, "bytes": entry.bytes}
+            for key, published in (("sha256", download.sha256), ("bytes", download.exact_bytes)):
+                if published is not None and published != found[key]:
+                    return (
+                        f"prepared from a file of {key} {found[key]}, the set's description now says {published}: "
+                        f"choose another --root, or remove '{name}' from {LOCKFILE} and its files under the root"
+                    )
+        return None
 
     def _at_hand(self, download: Download) -> list[Path]:
         """The files of a download if all lie in their places with the recorded sizes; else none."""
@@ -188,7 +221,8 @@ class _Preparation:
     def _obtain(self, item: Request) -> list[Path]:
         """All files of a download, from the first source that gives them; runs in a thread of its own."""
         download = item.download
-        if download.unpack and (found := self._at_hand(download)):
+        hash_is_published = bool(download.sha256 or download.md5)
+        if download.unpack and not hash_is_published and (found := self._at_hand(download)):
             return found
         place = download.place(self.root, download.file)
         if place.is_file() and not any(origin.is_local for origin in download.sources):
@@ -205,7 +239,7 @@ class _Preparation:
                     return [self._local(files[0], files[0].local, download)]
                 parts = {remote.name: self._fetch(remote, download, meter) for remote in files}
             except SourceError as error:
-                errors.append(f"{label}: {error}")
+                errors.append(without_queries(f"{label}: {error}"))
                 meter.say(errors[-1])
                 continue
             finally:

@@ -17,13 +17,15 @@ from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.normalize import make_canonical
 from visper.data.sets.archives import Member, list_members, places, read_chunks, read_members
+from visper.data.sets.background import ProgressBar, require_room
 from visper.data.sets.catalog import ARCHIVES, Download, Unpack
-from visper.data.sets.fetch import ProgressBar, require_room
-from visper.data.sets.lockfile import Lockfile
+from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 STATE = ".visper"
 """Folder under the root for what is unfinished, and for the lists of members."""
 MEMBERS = "members"
+RESERVED = (ARCHIVES, STATE, LOCKFILE)
+"""Under the root, never written from an archive: another set would take what lies there for its own download."""
 
 
 @dataclass
@@ -118,6 +120,9 @@ class Unpacker:
                     f"'{path}' holds none of the files that the rows name under '{unpack.to}/'; "
                     f"unpacked, its files would be, for example, {sorted(here)[:3]}",
                 )
+            for place in needed:
+                if place.split("/")[0].casefold() in RESERVED:
+                    raise DataError("unsafe archive", f"'{path}': '{place}' is reserved for downloads")
             for place in self._absent(needed):
                 todo.setdefault(here[place], []).append(place)
         self._list(download, path, members)
