@@ -1,8 +1,9 @@
-"""The one geometry in which student and teachers see pictures.
+"""The one geometry in which student and teachers see images.
 
-``squash`` scales both sides to the square, ``pad`` puts the picture on a square of the encoder's mean color, ``crop``
+``squash`` scales both sides to the square, ``pad`` puts the image on a square of the encoder's mean color, ``crop``
 keeps the central square. The student sees what the saved image processor makes, in training as at inference; teachers
-see ``arrange``'s square picture, which covers the same pixels.
+see ``arrange``'s square image, which covers the same pixels. Images so long that a square would cost gigabytes are
+``bounded`` first, for both.
 """
 
 from __future__ import annotations
@@ -15,21 +16,49 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import LlavaImageProcessor
 
-from visper.data.decoding import open_image as open_image  # whoever looks at pictures needs both
+from visper.data.decoding import MAX_PIXELS
+from visper.data.decoding import open_image as open_image  # whoever looks at images needs both
 
 GEOMETRIES = ("squash", "pad", "crop")
+MAX_RATIO = 16
+"""Of the sides. Images within it are arranged pixel for pixel as the published code does, unless their square is too
+large to decode."""
+LONG_SIDE = 2048
+"""To which longer ones are scaled before they are padded, pixels; no encoder or teacher sees finer detail."""
+
+
+def bounded(image: Image.Image, geometry: str) -> Image.Image:
+    """The image, or one that looks the same in this geometry and whose square costs little memory.
+
+    ``pad`` would make 30,000 x 10 pixels a square of 2.7 GB, and ``crop`` enlarge 5,000 x 4 a hundredfold. Past
+    ``MAX_RATIO``, or where the square would have over ``MAX_PIXELS``, ``pad`` scales the image to ``LONG_SIDE`` first
+    and ``crop`` keeps ``MAX_RATIO`` times the shorter side first. No array then has more than ``MAX_RATIO`` times the
+    pixels of the image, of ``LONG_SIDE`` squared or of the target squared.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    extreme = long > MAX_RATIO * short
+    if geometry == "crop" and extreme:
+        kept = MAX_RATIO * short
+        start = (long - kept) // 2
+        return image.crop((start, 0, start + kept, short) if width > height else (0, start, short, start + kept))
+    if geometry == "pad" and long > LONG_SIDE and (extreme or long * long > MAX_PIXELS):
+        size = [max(1, round(side * LONG_SIDE / long)) for side in (width, height)]
+        return image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return image
 
 
 def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0, 0)) -> Image.Image:
-    """The part of the picture that the student sees, as a picture whose sides become equal when it is resized.
+    """The part of the image that the student sees, as an image whose sides become equal when it is resized.
 
     Args:
-        image: an RGB picture.
+        image: RGB.
         geometry: ``squash`` returns it unchanged (whoever resizes it to a square squashes it), ``pad`` a square
             with ``background`` around it, ``crop`` its central square.
         background: RGB, 0 to 255, see ``background_of``.
     """
     _known(geometry)
+    image = bounded(image, geometry)
     width, height = image.size
     if geometry == "squash" or width == height:
         return image
@@ -52,7 +81,7 @@ def background_of(image_processor: Any) -> tuple[int, int, int]:
 def build_image_processor(
     geometry: str, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> LlavaImageProcessor:
-    """A stock image processor that turns any picture into ``[3, image_size, image_size]`` by ``geometry``.
+    """A stock image processor that turns any image into ``[3, image_size, image_size]`` by ``geometry``.
 
     It is saved with the model, so inference sees what training saw. On torch's bicubic resize it differs from the
     published PIL code by at most one gray level, at less than one pixel in a hundred.
@@ -91,10 +120,10 @@ def output_size(image_processor: Any) -> int:
 
 
 def student_pixels(image_processor: Any, image: Image.Image) -> torch.Tensor:
-    """What the student sees of a picture, ``[3, H, W]`` float32, by the processor that is saved with it."""
-    # Given as a tensor whose channels are named first: a picture 1 or 3 pixels high would be misread otherwise, and
-    # transformers 5.17 turns a picture's axes twice when told they come last.
-    tensor = pil_to_tensor(image)
+    """What the student sees of an image, ``[3, H, W]`` float32, by the processor that is saved with it."""
+    # Given as a tensor whose channels are named first: an image 1 or 3 pixels high would be misread otherwise, and
+    # transformers 5.17 turns an image's axes twice when told they come last.
+    tensor = pil_to_tensor(bounded(image, geometry_of(image_processor)))
     pixels: torch.Tensor = image_processor(tensor, return_tensors="pt", input_data_format="channels_first")[
         "pixel_values"
     ]

@@ -14,6 +14,7 @@ from transformers import BatchFeature, LlavaProcessor
 
 from visper.common.errors import ConfigError
 from visper.data.chat import ConversationEncoder
+from visper.data.images import student_pixels
 from visper.data.rows.formats import parse_row, read_turn
 from visper.data.rows.records import Record
 from visper.model import Student, load_student
@@ -51,7 +52,8 @@ def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], images: Sequ
 
     inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
     if images:
-        inputs["pixel_values"] = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        shown = [student_pixels(processor.image_processor, image.convert("RGB")) for image in images]
+        inputs["pixel_values"] = torch.stack(shown)
     return BatchFeature(inputs)
 
 

@@ -17,7 +17,7 @@ from visper.config import Teacher as TeacherSettings
 from visper.config.teacher_kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
-COMPUTATION = 1
+COMPUTATION = 2
 """Increase it when visper's own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) computes
 another target of the same image: targets stored before are then not found. A test compares the pixels."""
 
