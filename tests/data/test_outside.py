@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import content_of, digests_of
 from visper.data.checks.report import check, repair
-from visper.data.dataset import ConversationDataset, survey
+from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records

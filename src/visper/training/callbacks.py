@@ -122,7 +122,7 @@ class BarCallback(ProgressCallback):
             self.training_bar.write(log_line(f"step {state.global_step}/{state.max_steps}", logs, width))
 
 
-FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "mfu", "data_wait", "memory_gib")
+FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "data_wait", "memory_gib")
 """What a line of the console says first; then come the other losses."""
 UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time_", "grad_norm_", "lr_")
 """Never in the console: starts of names."""

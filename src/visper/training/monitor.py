@@ -95,17 +95,12 @@ class RunMonitor:
     Args:
         rules: what stops the run and what warns.
         accelerator: the trainer's.
-        operations: of one row's forward and backward, nothing recomputed; with ``peak`` it gives the utilization.
-        peak: operations a second that one device can do; None: no utilization is reported.
     """
 
-    def __init__(
-        self, rules: Monitor, accelerator: Accelerator, operations: float | None = None, peak: float | None = None
-    ) -> None:
+    def __init__(self, rules: Monitor, accelerator: Accelerator) -> None:
         self.rules = rules
         self.accelerator = accelerator
         self.clock = StepClock(accelerator.device)
-        self.operations, self.peak = operations, peak
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._history: dict[str, deque[float]] = {}
         self._dead: set[str] = set()
@@ -223,12 +218,10 @@ class RunMonitor:
         found = {f"grad_norm_{part}": float(norm) for part, norm in self._norms.items()}
         self._norms.clear()
         if total > 0 and steps > 0:
-            rows, tokens, images = self._counts
+            _, tokens, images = self._counts
             found |= {"tokens_per_s": tokens / total, "images_per_s": images / total, "step_s": total / steps}
             found |= {f"time_{part}": seconds[part] / steps for part in PARTS}
             found["data_wait"] = seconds[DATA] / total
-            if self.operations and self.peak:
-                found["mfu"] = rows * self.operations / total / self.peak / self.accelerator.num_processes
         self._counts = [0, 0, 0]
         found["memory_gib"] = memory_gib(self.accelerator.device)
         if self.rules.dead_term != "ignore":
