@@ -1,4 +1,4 @@
-"""Pictures become what their name says. Under .jpg: upright, 8-bit, RGB or gray JPEG. Sound ones keep their bytes.
+"""Images become what their name says. Under .jpg: upright, 8-bit, RGB or gray JPEG. Sound ones keep their bytes.
 
 OCR-VQA holds GIF and PNG content under .jpg names; phone cameras turn by a tag; CMYK and 16-bit files trip decoders.
 """
@@ -12,24 +12,24 @@ from PIL import Image
 from visper.data.decoding import open_image, opened, turn_of
 
 QUALITY = 95
-"""Of re-encoded pictures, without chroma subsampling; the same Pillow gives the same bytes."""
-_SAME = {"MPO": "JPEG"}  # a camera's JPEG with more pictures behind it
+"""Of re-encoded images, without chroma subsampling; the same Pillow gives the same bytes."""
+_SAME = {"MPO": "JPEG"}  # a camera's JPEG with more images behind it
 
 
 def mislabeled(content: str, name: str) -> bool:
-    """Whether a picture of the format ``content`` (Pillow's name) has a name that promises another one."""
+    """Whether an image of the format ``content`` (Pillow's name) has a name that promises another one."""
     promised = _promised(name)
     return promised is not None and _SAME.get(content, content) != promised
 
 
 def make_canonical(path: Path, name: str) -> str | None:
-    """Rewrites the picture at ``path`` if ``name`` promises a JPEG and it is none that every decoder reads alike.
+    """Rewrites the image at ``path`` if ``name`` promises a JPEG and it is none that every decoder reads alike.
 
     Returns:
         What was wrong, or None.
 
     Raises:
-        DataError: the content is no picture that can be decoded; ``path`` is left as it is.
+        DataError: the content is no image that can be decoded; ``path`` is left as it is.
     """
     if _promised(name) != "JPEG":
         return None
@@ -41,10 +41,10 @@ def make_canonical(path: Path, name: str) -> str | None:
 
 
 def reencode(source: Path, name: str, target: Path) -> None:
-    """Writes the picture in ``source`` to ``target`` in the format that ``name`` promises: first frame, upright RGB.
+    """Writes the image in ``source`` to ``target`` in the format that ``name`` promises: first frame, upright RGB.
 
     Raises:
-        DataError: ``source`` is no picture; nothing is written.
+        DataError: ``source`` is no image; nothing is written.
     """
     promised = _promised(name) or "JPEG"
     options = {"quality": QUALITY, "subsampling": 0} if promised == "JPEG" else {}

@@ -1,4 +1,4 @@
-"""Pictures by their content: the same bytes are the same picture, whatever the file's name, place or date.
+"""Images by their content: the same bytes are the same image, whatever the file's name, place or date.
 
 What was hashed is kept line by line, so that an interrupted look goes on where it stopped and a second one takes
 seconds. A file that has changed since is hashed again.
@@ -51,7 +51,7 @@ def _read_file(path: Path) -> bytes | None:
 
 
 def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
-    """The digest of every row's picture; None for a row without one, and where there is no such file."""
+    """The digest of every row's image; None for a row without one, and where there is no such file."""
     places = records.image_places()
     lockfile = records.parts[0].table.path.parent / LOCKFILE
     of_file = _of_files([place for place in dict.fromkeys(places) if place is not None], lockfile, quiet)
@@ -77,7 +77,7 @@ def _of_files(places: list[tuple[Path, str]], lockfile: Path, quiet: bool) -> di
         lockfile.parent.mkdir(parents=True, exist_ok=True)
         with lockfile.open("a", encoding="utf-8") as lines:
             lines.write("\n")  # behind a line that an earlier look left half written
-            for start in track(range(0, len(new), _AT_ONCE), description="hashing pictures", disable=quiet):
+            for start in track(range(0, len(new), _AT_ONCE), description="hashing images", disable=quiet):
                 some = new[start : start + _AT_ONCE]
                 for path, own in zip(some, threads.map(_hash, some), strict=True):
                     if own is not None:

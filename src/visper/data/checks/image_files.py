@@ -1,4 +1,4 @@
-"""Is this file a picture, and the one its name says: every file of a data set, decoded on all cores.
+"""Is this file an image, and the one its name says: every file of a data set, decoded on all cores.
 
 What was found is kept line by line as it is found, so that an interrupted check goes on where it stopped, and one of a
 data set that was checked before takes seconds. A file that has changed since is looked at again.
@@ -27,14 +27,14 @@ _WRITE_EVERY = 256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a file is: its content's format, or why it is no picture."""
+    """What a file is: its content's format, or why it is no image."""
 
     format: str | None = None
     reason: str | None = None
     detail: str = ""
 
     def mislabeled(self, path: str) -> bool:
-        """Whether the content is a sound picture of another format than the name says."""
+        """Whether the content is a sound image of another format than the name says."""
         return self.format is not None and mislabeled(self.format, path)
 
 

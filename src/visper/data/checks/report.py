@@ -1,6 +1,6 @@
 """What a conversation file and its images hold, counted per source, before a run pays for it.
 
-A row is *unusable* where training would leave it out: it is no conversation, its picture is missing, empty or cannot be
+A row is *unusable* where training would leave it out: it is no conversation, its image is missing, empty or cannot be
 decoded, or nothing of it would be supervised. Everything else found (a GIF named .jpg, a tag without an image, an empty
 answer, a duplicate) is counted and trained on.
 """
@@ -196,7 +196,7 @@ def _faults(index: int, problems: dict[int, tuple[str, str]], verdict: Verdict |
 
 
 def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
-    """Re-encodes pictures whose content is another format than their name says, and fetches lost ones anew.
+    """Re-encodes images whose content is another format than their name says, and fetches lost ones anew.
 
     Args:
         reports: of ``check``; check again afterwards.
