@@ -14,7 +14,7 @@ from rich.console import Console
 from tests.data.sets.published import tarred, zipped
 from tests.data.sets.test_prepare import own_set
 from visper.common.errors import DataError
-from visper.data.sets.archives import Member, list_members, places, plain_path
+from visper.data.sets.archives import Member, list_members, relative_path, target_paths
 from visper.data.sets.prepare import prepare
 
 OUTSIDE = [
@@ -37,14 +37,14 @@ OUTSIDE = [
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_outside_are_refused(name):
     with pytest.raises(DataError, match="unsafe name"):
-        plain_path(name)
+        relative_path(name)
 
 
 @pytest.mark.parametrize(
     ("name", "plain"), [("./a/b", "a/b"), ("a//b", "a/b"), ("a/./b", "a/b"), (".", ""), ("ä/..b", "ä/..b")]
 )
 def test_other_names_take_their_shortest_form(name, plain):
-    assert plain_path(name) == plain
+    assert relative_path(name) == plain
 
 
 def unpack(folder: Path, content: bytes, **how) -> Path:
@@ -94,11 +94,13 @@ def test_an_encrypted_zip_is_named(tmp_path):
 @pytest.mark.parametrize("names", [["a/x.jpg", "b/x.jpg"], ["x.jpg", "x.jpg"]])
 def test_two_members_for_one_place_are_refused(names):
     with pytest.raises(DataError, match="would both become"):
-        places([Member(name, 1) for name in names], "to", flat=True)
+        target_paths([Member(name, 1) for name in names], "to", flat=True)
 
 
 def test_a_member_that_already_has_the_extension_wins():
-    found = places([Member("a.gif", 1), Member("a.jpg", 2), Member("a.png", 3)], "to", flat=True, extension=".jpg")
+    found = target_paths(
+        [Member("a.gif", 1), Member("a.jpg", 2), Member("a.png", 3)], "to", flat=True, extension=".jpg"
+    )
     assert found == {"to/a.jpg": Member("a.jpg", 2)}
 
 
@@ -150,12 +152,12 @@ def test_no_name_whatsoever_writes_outside(tmp_path_factory, names, flat, tar):
 
 @settings(max_examples=200, deadline=None)
 @given(name=st.text(max_size=30) | st.lists(PARTS, max_size=5).map("/".join))
-def test_a_plain_path_stays_inside_and_is_its_own_plain_path(name):
+def test_a_relative_path_stays_inside_and_is_its_own_relative_path(name):
     try:
-        plain = plain_path(name)
+        plain = relative_path(name)
     except DataError:
         return
-    assert plain_path(plain) == plain and ".." not in Path(plain).parts and not Path(plain).is_absolute()
+    assert relative_path(plain) == plain and ".." not in Path(plain).parts and not Path(plain).is_absolute()
 
 
 def test_members_of_an_inner_archive_are_listed_with_it(tmp_path):

@@ -40,7 +40,7 @@ class Member:
     inner: str = ""
 
 
-def plain_path(name: str) -> str:
+def relative_path(name: str) -> str:
     """A relative path in its shortest form ('' = the folder itself).
 
     Raises:
@@ -129,7 +129,7 @@ def read_chunks(stream: IO[bytes], path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def places(
+def target_paths(
     members: Collection[Member],
     to: str,
     inside: str = "",
@@ -143,7 +143,7 @@ def places(
     Raises:
         DataError: a name leads outside, nothing lies where it should, or two members have one place.
     """
-    checked = [(plain_path(member.name), member) for member in members if member.inner == (inner or "")]
+    checked = [(relative_path(member.name), member) for member in members if member.inner == (inner or "")]
     nameless = next((member.name for name, member in checked if not name), None)
     if nameless is not None:
         raise DataError("unsafe name", f"{nameless!r} names no file")
@@ -261,7 +261,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError("broken archive", f"'{path}': {error or type(error).__name__}") from error
 
 
-def look_at(path: Path, archive: bool, name: str) -> str | None:
+def content_fault(path: Path, archive: bool, name: str) -> str | None:
     """Why a file that has just arrived cannot be what its name says; None if it may be.
 
     Servers answer with an error page and status 200, and a repository cloned without git-lfs holds pointers.

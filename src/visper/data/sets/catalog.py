@@ -22,7 +22,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import Data, explain
 from visper.data.rows.json_rows import is_json_name
 from visper.data.rows.records import RowSource
-from visper.data.sets.archives import plain_path
+from visper.data.sets.archives import relative_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 ARCHIVES = "archives"
@@ -32,7 +32,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 
 def _relative(path: str) -> str:
     try:
-        return plain_path(path)
+        return relative_path(path)
     except DataError as error:
         raise ValueError(f"expected a path inside the root: {error.detail}") from error
 
@@ -246,7 +246,7 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
         sets = [data_set for data_set, _ in with_needs(name)]
         downloads = [download for data_set in sets for download in data_set.downloads]
         known = sum(download.estimate or 0 for download in downloads)
-        # Pictures do not shrink in an archive: unpacked whole they take its size once more.
+        # Images do not shrink in an archive: unpacked they take its size once more.
         both = sum((download.estimate or 0) * (2 if download.unpack else 1) for download in downloads)
         more = " +" if any(download.estimate is None for download in downloads) else ""
         size, disk = (f"{total / 1e9:.1f} GB{more}" if total else "?" for total in (known, both))
@@ -280,7 +280,7 @@ def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str |
     sets = [data_set for data_set, _ in with_needs(name)]
     rows = [part for data_set in sets for part in data_set.rows]
     if not rows:
-        shown = "".join(f"; rows of '{other}' name its pictures" for other in sets[0].needed_by)
+        shown = "".join(f"; rows of '{other}' name its images" for other in sets[0].needed_by)
         raise ConfigError(f"data set '{name}' has no rows to train on: it is for {sets[0].use}{shown}")
     if whole:
         absent = [place for data_set in sets for place in missing(data_set, root)]
@@ -301,7 +301,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
         name: a conversation file (.json or .jsonl), a set of the catalogue, or a YAML file like its entries.
         images: folder of a conversation file's images; a set knows its own.
         root: where sets lie.
-        whole: a set's pictures must be there, not only its rows.
+        whole: a set's images must be there, not only its rows.
 
     Raises:
         ConfigError: a file without ``images``, or a set with them; the set is unknown or not there.

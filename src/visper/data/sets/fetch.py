@@ -22,7 +22,7 @@ from urllib3.exceptions import HTTPError, MaxRetryError
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
-from visper.data.sets.archives import look_at
+from visper.data.sets.archives import content_fault
 from visper.data.sets.background import ProgressBar, in_background, require_room
 from visper.data.sets.lockfile import Entry, Lockfile
 
@@ -152,7 +152,7 @@ def _verified(remote: Remote, path: Path, archive: bool, known: Entry | None, me
     size = path.stat().st_size
     if remote.bytes is not None and size != remote.bytes:
         raise SourceError(f"{size} bytes, expected {remote.bytes}")
-    fault = look_at(path, archive, remote.name)
+    fault = content_fault(path, archive, remote.name)
     if fault is not None:
         raise SourceError(fault)
     hashes = {"sha256": hashlib.sha256()}

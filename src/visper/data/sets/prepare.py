@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from visper.common.errors import DataError
 from visper.common.files import remove_leftovers
 from visper.data.rows.formats import image_names
-from visper.data.sets.archives import look_at, plain_path
+from visper.data.sets.archives import content_fault, relative_path
 from visper.data.sets.catalog import DataSet, Download, with_needs
 from visper.data.sets.fetch import (
     FOUND,
@@ -38,7 +38,7 @@ from visper.data.sets.fetch import (
 )
 from visper.data.sets.lockfile import LOCKFILE, Entry, Lockfile
 from visper.data.sets.origins import remotes
-from visper.data.sets.unpack import MEMBERS, STATE, Outcome, Request, Unpacker, absent
+from visper.data.sets.unpack import MEMBERS, STATE, Request, Summary, Unpacker, absent
 
 PARTS = "parts"
 
@@ -52,7 +52,7 @@ def prepare(
     console: Console | None = None,
     patience: RetryPolicy | None = None,
     again: Collection[str] = (),
-) -> Outcome:
+) -> Summary:
     """Brings a set and what it needs under a root. Safe to kill at any moment and to repeat; a second run waits.
 
     Args:
@@ -100,13 +100,13 @@ class _Preparation:
         self.console, self.patience = console, patience
         self.stop = threading.Event()
         self.lockfile = Lockfile(root / LOCKFILE)
-        self.outcome = Outcome()
+        self.outcome = Summary()
         self.failures: dict[str, str] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self.unpacker = Unpacker(root, self.lockfile, self.outcome, self.progress, self.stop)
 
-    def run(self, sets: list[tuple[DataSet, Path]], again: set[str]) -> Outcome:
+    def run(self, sets: list[tuple[DataSet, Path]], again: set[str]) -> Summary:
         """The story: rows first, then what they name, then a look at what is still absent."""
         self.unpacker.again = again
         set_names = [data_set.name for data_set, _ in sets]
@@ -146,7 +146,7 @@ class _Preparation:
                 raise
             for name in names:
                 try:
-                    found.add(plain_path(f"{images}/{name}" if images and not name.startswith("/") else name))
+                    found.add(relative_path(f"{images}/{name}" if images and not name.startswith("/") else name))
                 except DataError:
                     self.console.print(f"{file.name} names {name[:200]!r}, outside its folder: left out", markup=False)
         return found
@@ -262,7 +262,7 @@ class _Preparation:
 
     def _local(self, remote: Remote, local: Path, download: Download) -> Path:
         """A file or folder of this machine: archives are read where they lie, other files copied when they differ."""
-        fault = look_at(local, bool(download.unpack), remote.name) if local.is_file() else None
+        fault = content_fault(local, bool(download.unpack), remote.name) if local.is_file() else None
         if fault is not None:
             raise SourceError(fault)
         if download.unpack:

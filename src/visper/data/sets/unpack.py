@@ -16,7 +16,7 @@ from rich.progress import Progress
 from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.data.normalize import make_canonical
-from visper.data.sets.archives import Member, list_members, places, read_chunks, read_members
+from visper.data.sets.archives import Member, list_members, read_chunks, read_members, target_paths
 from visper.data.sets.background import ProgressBar, require_room
 from visper.data.sets.catalog import ARCHIVES, Download, Unpack
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
@@ -29,7 +29,7 @@ RESERVED = (ARCHIVES, STATE, LOCKFILE)
 
 
 @dataclass
-class Outcome:
+class Summary:
     """What a preparation did. Names are places under the root."""
 
     fetched: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Unpacker:
     """Unpacks under one root, one member at a time; ``staged`` is thrown away by the next run if this one dies."""
 
     def __init__(
-        self, root: Path, lockfile: Lockfile, outcome: Outcome, progress: Progress, stop: threading.Event
+        self, root: Path, lockfile: Lockfile, outcome: Summary, progress: Progress, stop: threading.Event
     ) -> None:
         self.root, self.lockfile, self.outcome = root, lockfile, outcome
         self.progress, self.stop = progress, stop
@@ -91,7 +91,7 @@ class Unpacker:
         listed = self._listed(item.download)
         for unpack in item.download.unpack:
             if listed is not None:
-                here = set().union(*(places(members, **unpack.model_dump()) for members in listed))
+                here = set().union(*(target_paths(members, **unpack.model_dump()) for members in listed))
                 here = _needed(here, unpack, item.names)
             elif item.names is not None and not unpack.only:
                 here = _under(item.names, unpack)
@@ -111,7 +111,7 @@ class Unpacker:
         members = list_members(path, [unpack.inner for unpack in download.unpack if unpack.inner])
         todo: dict[Member, list[str]] = {}
         for unpack in download.unpack:
-            here = places(members, **unpack.model_dump())
+            here = target_paths(members, **unpack.model_dump())
             needed = _needed(set(here), unpack, item.names)
             several = len(self.lockfile.parts(download.file)) > 1
             if not needed and not several and item.names is not None and _under(item.names, unpack):
