@@ -235,6 +235,10 @@ def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo
 def _skipped_in_tar(entry: tarfile.TarInfo, path: Path) -> bool:
     if not (entry.isfile() or entry.isdir()):
         raise DataError("unsafe archive", f"'{path}': '{entry.name}' is a link or a device, expected files only")
+    try:
+        tarfile.data_filter(entry, "/nowhere")
+    except tarfile.FilterError as error:
+        raise DataError("unsafe name", f"'{path}': {error}") from error
     return entry.isdir()
 
 
