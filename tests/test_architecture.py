@@ -82,3 +82,14 @@ def test_every_package_has_its_place_in_the_order():
 def test_files_stay_readable():
     long = {str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if len(f.read_text().splitlines()) > 400}
     assert not long
+
+
+def test_functions_stay_readable():
+    long = {
+        f"{file.relative_to(PACKAGE)}:{node.name}"
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or node.lineno) - node.lineno >= 60
+    }
+    assert not long

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from visper.cli.arguments import parse_path
+
+if TYPE_CHECKING:
+    from visper.data.checks.report import Report
 
 What = Annotated[
     str,
@@ -75,10 +78,7 @@ def check(
         console.print(f"mended {mended} images{rest}", markup=False)
         found = look()
     for part in found:
-        console.print(part.table())
-        for reason in part.drops.counts():
-            console.print(f"{reason}: {', '.join(part.examples[reason])}", style="dim", markup=False, highlight=False)
-        console.print(f"{part.file.name}: {checking.summary(part)}", markup=False)
+        _show(part, console)
     if report is not None:
         checking.write_report(found, report)
     drops = DropList(row for part in found for row in part.drops)
@@ -89,6 +89,15 @@ def check(
         console.print(unknown.check(settings.data.unknown_limit) or str(unknown), markup=False, highlight=False)
     if len(drops):
         raise typer.Exit(1)
+
+
+def _show(report: "Report", console: Console) -> None:
+    from visper.data.checks.report import summary
+
+    console.print(report.table())
+    for reason in report.drops.counts():
+        console.print(f"{reason}: {', '.join(report.examples[reason])}", style="dim", markup=False, highlight=False)
+    console.print(f"{report.file.name}: {summary(report)}", markup=False)
 
 
 def shard(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -142,12 +142,7 @@ def check(
     kept = verdicts_file(cache_folder(file.resolve().parent), images)
     by_file = look_at_all(images, list(named), kept, quiet, workers)
     report.verdicts = by_file
-    for image, path in named.items():
-        report.note(source_of(image), "images")
-        if by_file[path].reason != "missing image":
-            report.note(source_of(image), "images present")
-        if by_file[path].mislabeled(path):
-            report.note(source_of(image), "mislabeled image", f"{path}: {by_file[path].format}")
+    _note_images(report, named)
     records = Records([Part(name, table, images)])
     found = measure(records, encoder, quiet) if encoder is not None else None
     if encoder is not None and found is not None:
@@ -170,6 +165,16 @@ def check(
         if sample_id in report.drops:
             report.note(source, "unusable")
     return report
+
+
+def _note_images(report: Report, named: Mapping[str, str]) -> None:
+    for image, path in named.items():
+        verdict = report.verdicts[path]
+        report.note(source_of(image), "images")
+        if verdict.reason != "missing image":
+            report.note(source_of(image), "images present")
+        if verdict.mislabeled(path):
+            report.note(source_of(image), "mislabeled image", f"{path}: {verdict.format}")
 
 
 def _oddities(table: RecordTable, row: int, image: str | None, seen: set[str]) -> Iterator[str]:
