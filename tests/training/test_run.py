@@ -361,13 +361,19 @@ def test_a_failed_start_leaves_nothing_and_its_run_may_be_changed(make, tmp_path
     run_stage(make("pt"))
 
 
-def test_a_run_that_saved_nothing_locks_nothing(make, monkeypatch, tmp_path):
+def test_a_run_that_took_no_step_locks_nothing_and_one_that_did_is_kept(make, monkeypatch, tmp_path):
     cut_behind(monkeypatch, 0)
     with pytest.raises(Stop):
         run_stage(make("pt"))
     monkeypatch.undo()
-    run_stage(make("pt", seed=7))
+    cut_behind(monkeypatch, 1)  # before the first checkpoint
+    with pytest.raises(Stop):
+        run_stage(make("pt", seed=7))
+    monkeypatch.undo()
     assert load_run(tmp_path / "pt" / "run.yaml").seed == 7
+    with pytest.raises(ConfigError, match="holds another run: seed is 7 there, 0 here"):
+        run_stage(make("pt"))
+    run_stage(make("pt", seed=7))
     assert [log["step"] for log in logs_of(make("pt")) if "loss" in log] == [1, 2, 3, 4]
 
 

@@ -38,7 +38,9 @@ MAY_DIFFER = (
 DROPPED = "dropped.jsonl"
 SHOWN = 5
 """Differing keys that a message names."""
-LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
+LOG = "log.jsonl"
+"""Its first line is written after the first step."""
+LOG_SUFFIXES = (".log", ".out", ".err")
 """Files that the shell may have redirected into the folder before the run was there."""
 
 
@@ -52,7 +54,7 @@ def is_finished(run: Run) -> bool:
 def check_output(run: Run, output: Path, resume: bool) -> None:
     """Checks that the run may write into its output folder, and writes nothing.
 
-    A folder in which no run has saved anything yet is free for any run, so that a failed start locks nothing.
+    A folder in which no run has taken a step is free for any run, so that a failed start locks nothing.
 
     Raises:
         ConfigError: it holds another run, a finished one, an unfinished one and ``resume`` was not asked for, or
@@ -85,8 +87,8 @@ def claim_output(run: Run, output: Path) -> None:
 
 
 def saved_run(output: Path) -> Run | None:
-    """The run that has saved a checkpoint or a model in the output folder; None: none has."""
-    if not checkpoints(output) and not (output / "model").exists():
+    """The run that has taken a step in the output folder; None: none has, and what is there may be replaced."""
+    if not checkpoints(output) and not (output / "model").exists() and not (output / LOG).exists():
         return None
     return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
 
