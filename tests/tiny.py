@@ -155,6 +155,28 @@ def write_rows(folder: Path, images: int = 12, text_rows: int = 4, seed: int = 0
     return folder
 
 
+def write_recipe(folder: Path, stage: str, llm: Path, encoder: Path, max_steps: int, workers: int = 0) -> Path:
+    """A recipe of a few tiny rows that logs every step into ``folder/STAGE``; the rows are written beside it."""
+    rows = write_rows(folder / "rows")
+    settings = {
+        "name": stage,
+        "stage": stage,
+        "output": str(folder / stage),
+        "student": {"llm": str(llm), "encoder": str(encoder)},
+        "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": workers},
+        "optimization": {
+            "global_batch": 4,
+            "micro_batch": 2,
+            "lr": 1e-3,
+            "max_steps": max_steps,
+            "precision": "float32",
+        },
+        "logging": {"every": 1},
+    }
+    (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    return folder / "run.yaml"
+
+
 def write_parquet(rows: Path, file: Path) -> None:
     """The rows that ``write_rows`` wrote, as one Parquet file that holds their images."""
     content = json.loads((rows / "rows.json").read_text(encoding="utf-8"))

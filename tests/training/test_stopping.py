@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests import tiny
 
@@ -19,18 +18,7 @@ WAIT_S = 120
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_group_saves_and_ends(number, tmp_path, tiny_llm, tiny_encoder):
-    rows = tiny.write_rows(tmp_path / "rows")
-    settings = {
-        "name": "ift",
-        "stage": "ift",
-        "output": str(tmp_path / "ift"),
-        "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
-        "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 2},
-        "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 4000, "precision": "float32"},
-        "logging": {"every": 1},
-    }
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(yaml.safe_dump(settings))
+    recipe = tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=4000, workers=2)
     command = [sys.executable, "-m", "visper", "train", str(recipe)]
     options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.Popen(command, start_new_session=True, **options)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.common.console import announce, without_loading_bars
+from visper.common.console import announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
 from visper.config import Engine, Launch, Run, Stage, save_run
@@ -52,7 +52,6 @@ from visper.training.stopping import StopRequest
 from visper.training.trainer import StageTrainer
 
 
-@without_loading_bars()
 def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Trains one stage and returns the folder of the finished student.
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visper.common.errors import DataError
+from visper.common.files import OUTSIDE
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.records import Record, Turn
 
@@ -184,9 +185,7 @@ def _file_name(image: Any) -> str:
     if _HALF_PAIR.search(image) or "\0" in image or longest > _LONGEST_NAME:
         raise DataError("bad image path", f"no file can have the name {image[:80]!r}")
     if posixpath.isabs(image) or posixpath.normpath(image).split("/")[0] == "..":
-        raise DataError(
-            "image outside its folder", f"{image[:200]!r}: paths start from the images folder and stay there"
-        )
+        raise DataError(OUTSIDE, f"{image[:200]!r}: paths start from the images folder and stay there")
     return image
 
 
