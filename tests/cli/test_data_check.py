@@ -142,3 +142,14 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
         out = tmp_path / f"from-{name}"
         run_stage(Run.model_validate({**settings, "name": name, "output": str(out), "data": data}))
         assert json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"] > 0
+
+
+def test_names_from_rows_are_text_on_the_terminal(tmp_path, monkeypatch, capsys):
+    name = "[red]\x1b[2Jfolder/x.jpg"
+    rows = [{"id": "\x1b]0;owned\x07", "image": name, "conversations": [{"from": "human", "value": "<image>"}]}]
+    (tmp_path / "[b]x.json").write_text(json.dumps(rows))
+    monkeypatch.setattr("sys.argv", ["visper", "data", "check", str(tmp_path / "[b]x.json"), "--images", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and "[b]x.json" in out and not {"\x1b", "\x07"} & set(out + err)

@@ -8,7 +8,6 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from visper import __version__
@@ -26,6 +25,7 @@ from visper.cli import (
     targets,
     train,
 )
+from visper.common.console import Console, printable
 from visper.common.errors import StoppedError, VisperError
 
 DEBUG = "VISPER_DEBUG"
@@ -76,7 +76,7 @@ def main() -> None:
             Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), str(error)))
         sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)
         print(
             f"\nThis is a bug in visper {__version__} ({type(error).__name__}): please report it with the traceback "
             "above, the command and the run.yaml",

@@ -20,8 +20,10 @@ def run(
 
     Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
     """
+    from visper.common.console import Console
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask
 
     shown = open_image(image) if image is not None else None
-    print(answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0])
+    said = answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0]
+    Console(soft_wrap=True).print(said, highlight=False)

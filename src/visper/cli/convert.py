@@ -3,7 +3,8 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from visper.common.console import Console
 
 NAME = "convert"
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from visper.cli.arguments import parse_path
+from visper.common.console import Console
 
 NAME = "data"
 app = typer.Typer(help="Data sets: list them, bring them under one folder.", no_args_is_help=True)
@@ -40,7 +40,7 @@ def list_sets(
         "'+': and what has no published size."
     )
     for entry in entries if names else ():
-        console.print(f"{entry.name}: {entry.title}. License: {entry.license}", markup=False)
+        console.print(f"{entry.name}: {entry.title}. License: {entry.license}")
 
 
 @app.command("prepare")
@@ -60,4 +60,4 @@ def prepare_sets(
     console = Console(soft_wrap=True)
     for name in names:
         outcome = prepare(name, root, everything, drop_archives, workers, console)
-        console.print(f"{name}: {outcome}", markup=False, highlight=False)
+        console.print(f"{name}: {outcome}", highlight=False)

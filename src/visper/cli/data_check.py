@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from visper.cli.arguments import parse_path
+from visper.common.console import Console
 
 if TYPE_CHECKING:
     from visper.data.checks.report import Report
@@ -75,7 +75,7 @@ def check(
     if repair:
         mended, lost = checking.repair(found, None if images is not None else _fetch_from(what, root, console))
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
-        console.print(f"mended {mended} images{rest}", markup=False)
+        console.print(f"mended {mended} images{rest}")
         found = look()
     for part in found:
         _show(part, console)
@@ -86,7 +86,7 @@ def check(
         drops.write(drop)
     unknown = total_of([part.unknown for part in found])
     if settings is not None and unknown.num_unknown:
-        console.print(unknown.check(settings.data.unknown_limit) or str(unknown), markup=False, highlight=False)
+        console.print(unknown.check(settings.data.unknown_limit) or str(unknown), highlight=False)
     if len(drops):
         raise typer.Exit(1)
 
@@ -96,8 +96,8 @@ def _show(report: "Report", console: Console) -> None:
 
     console.print(report.table())
     for reason in report.drops.counts():
-        console.print(f"{reason}: {', '.join(report.examples[reason])}", style="dim", markup=False, highlight=False)
-    console.print(f"{report.file.name}: {summary(report)}", markup=False)
+        console.print(f"{reason}: {', '.join(report.examples[reason])}", style="dim", highlight=False)
+    console.print(f"{report.file.name}: {summary(report)}")
 
 
 def shard(
@@ -130,7 +130,7 @@ def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]
 
     def fetch(files: list[Path]) -> None:
         again = {file.relative_to(root).as_posix() for file in files if file.is_relative_to(root)}
-        console.print(f"{name}: {prepare(name, root, console=console, again=again)}", markup=False, highlight=False)
+        console.print(f"{name}: {prepare(name, root, console=console, again=again)}", highlight=False)
 
     return fetch
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from visper.cli.arguments import parse_path
+from visper.common.console import Console
 
 NAME = "evaluate"
 

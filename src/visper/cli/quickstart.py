@@ -28,8 +28,7 @@ def run(
     # one it makes a step take tens of times as long.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    from rich.console import Console
-
+    from visper.common.console import Console
     from visper.quickstart.ablate import ablate as run_ablation
     from visper.quickstart.report import write_report
     from visper.quickstart.run import FAST, FULL, check_learning, quickstart

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from visper.common.console import Console
 
 if TYPE_CHECKING:
     from visper.config import Run

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from visper.cli.arguments import parse_path
+from visper.common.console import Console
 
 NAME = "targets"
 app = typer.Typer(help="Teachers' targets, computed once into a store that PT reads.", no_args_is_help=True)

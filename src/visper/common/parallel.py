@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
+
+from visper.common.console import track
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,7 +44,7 @@ def in_order(
         _Each(function, items), chunk, num_workers=workers, collate_fn=_as_list, generator=torch.Generator()
     )
     everything = (result for results in loader for result in results)
-    return iter(track(everything, description=description, total=len(items), disable=quiet))
+    return iter(track(everything, description=description, total=len(items), quiet=quiet))
 
 
 def num_cores() -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from visper.common.console import Console, printable
 from visper.common.errors import DataError
 from visper.common.files import inside, write_text
 from visper.data.images import open_image
@@ -181,7 +181,7 @@ def _read_image(folder: Path, name: str | None) -> Image.Image | None:
     try:
         return open_image(inside(folder, name))
     except DataError as error:
-        logger.warning("%s: %s; its questions count as not answered", name, error)
+        logger.warning("%s", printable(f"{name}: {error}; its questions count as not answered"))
         return None
 
 
@@ -238,6 +238,7 @@ def show_scores(console: Console, rows: list[Score]) -> None:
     console.print(table)
     if rows and rows[-1].empty > rows[-1].total * EMPTY_SHARE:
         console.print(
-            f"[yellow]{rows[-1].empty} of {rows[-1].total} answers are empty[/]: does the tokenizer know the words of "
-            "the answers, and was the model trained to answer such questions?"
+            f"{rows[-1].empty} of {rows[-1].total} answers are empty: does the tokenizer know the words of "
+            "the answers, and was the model trained to answer such questions?",
+            style="yellow",
         )

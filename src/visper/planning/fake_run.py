@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
+from visper.common.console import Console
 from visper.config import Run
 from visper.data.chat import IGNORED
 from visper.data.collator import Collator, Sample

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from visper.common.console import Console
 from visper.quickstart.run import FULL, TASKS, TRAINED, Budget, quickstart, stage_runs
 
 BASELINE = "no losses"

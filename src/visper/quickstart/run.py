@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from visper.common.console import announce
+from visper.common.console import Console, announce
 from visper.common.files import atomic_path, write_text
 from visper.config import Run, load_run
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores

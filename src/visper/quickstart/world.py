@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
+from visper.common.console import track
 from visper.common.files import atomic_path
 from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, cheap_cues, count_turns, draw_questions
@@ -75,7 +75,7 @@ def image_name(split: str, index: int) -> str:
 def _write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects]:
     objects: list[Objects] = []
     maps: list[Scene] = []
-    bar = track(range(count), f"drawing {split} scenes", disable=not sys.stderr.isatty())
+    bar = track(range(count), f"drawing {split} scenes", quiet=not sys.stderr.isatty())
     for index in bar:
         scene = draw_scene(seed, index)
         Image.fromarray(scene.image).save(folder / "images" / image_name(split, index), compress_level=1)

@@ -16,12 +16,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from visper.common.console import announce
+from visper.common.console import Console, announce, track
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
 from visper.config import Data, Distillation, Run
@@ -216,7 +214,7 @@ def _compute(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
-    batches = track(loader, description="computing targets", total=len(order), console=console, disable=console.quiet)
+    batches = track(loader, description="computing targets", total=len(order), console=console, quiet=console.quiet)
     computed: dict[str, list[Tensor | None]] = defaultdict(list)
     for (part, start), (readable, pixels) in zip(steps, batches, strict=True):
         for task in part.tasks:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.progress import track
-
+from visper.common.console import track
 from visper.common.errors import ConfigError
 from visper.config import Distillation
 from visper.target_store.fingerprint import fingerprints
@@ -38,6 +37,6 @@ def damaged_parts(
         folder = find_folder(store, task, fingerprint, distillation.tasks[task].teacher.model, remedy)
         codec = TargetCodec(StoredTeacher.read(folder).spec, dtype)
         parts += [(part, codec) for part in sorted(folder.glob("*.safetensors"))]
-    for part, codec in track(parts, description="verifying checksums", disable=quiet):
+    for part, codec in track(parts, description="verifying checksums", quiet=quiet):
         if is_damaged(part, codec):
             yield part

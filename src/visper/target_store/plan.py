@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from visper.common.cache import key
-from visper.common.console import announce
+from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.data.checks.digests import digests_of
 from visper.data.rows.table import Records

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from visper.common.console import announce
+from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Optimization, Stage
 from visper.distillation import EmbeddingDistillation, check_predictor, query_rows

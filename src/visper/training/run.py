@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from visper.common.console import announce
+from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
 from visper.config import Engine, Launch, Run, Stage, save_run

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 
-from visper.common.console import announce
+from visper.common.console import Console, announce
 from visper.common.errors import DataError
 from visper.config import Data, Optimization
 from visper.data.chat import ConversationEncoder

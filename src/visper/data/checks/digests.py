@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rich.progress import track
-
+from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import inside
 from visper.data.checks.image_files import stamp_of
@@ -59,7 +58,7 @@ def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
     embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and places[i] is None]
     # In the order of the files, which read rows in groups.
     order = sorted(embedded, key=lambda index: int(records.rows[index]))
-    for index in track(order, description="hashing embedded images", disable=quiet or not order):
+    for index in track(order, description="hashing embedded images", quiet=quiet or not order):
         content = content_of(records, index)
         found[index] = None if content is None else digest(content)
     return found
@@ -77,7 +76,7 @@ def _of_files(places: list[tuple[Path, str]], lockfile: Path, quiet: bool) -> di
         lockfile.parent.mkdir(parents=True, exist_ok=True)
         with lockfile.open("a", encoding="utf-8") as lines:
             lines.write("\n")  # behind a line that an earlier look left half written
-            for start in track(range(0, len(new), _AT_ONCE), description="hashing images", disable=quiet):
+            for start in track(range(0, len(new), _AT_ONCE), description="hashing images", quiet=quiet):
                 some = new[start : start + _AT_ONCE]
                 for path, own in zip(some, threads.map(_hash, some), strict=True):
                     if own is not None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import track
 
 from visper.common.cache import cache_folder, identity
+from visper.common.console import track
 from visper.common.errors import DataError
 from visper.data.rows.formats import FIELDS, MEDIA_KEYS, NotEmbedded
 from visper.data.rows.records import RowSource
@@ -95,7 +95,7 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     key = table_key(used, f"{source.split} {len(found)} {embedded}", *map(identity, files))
     table = cache_folder(files[0].parent if files else Path()) / f"{name.replace('/', '-')}-{key}.arrow"
     if not table.is_file():
-        rows = track(_rows(found, used, embedded), description=f"reading {name}", total=len(found), disable=quiet)
+        rows = track(_rows(found, used, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
         write_table(map(cells, rows), table)
     images = EmbeddedImages(found.select_columns([shown])) if shown is not None and embedded else None
     return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.progress import track
 
+from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import atomic_path, inside
 from visper.data.rows.formats import IMAGE_TAG
@@ -55,7 +55,7 @@ def write_parquet(
     counts: list[int] = []
     with atomic_path(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
         partial.mkdir(parents=True)
-        good = _good_rows(threads, records, track(order, description="writing rows", disable=quiet), drops)
+        good = _good_rows(threads, records, track(order, description="writing rows", quiet=quiet), drops)
         while group := list(islice(good, GROUP_ROWS)):
             counts.append(_write_file(partial / f"{len(counts):05d}.parquet", group, good, file_bytes))
         if not counts:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.common.files import write_text
 
@@ -143,11 +144,6 @@ def own_id(row: Any) -> str:
     """The row's own id, control characters escaped; logs and drop lists name a row ``source/index/own id``."""
     found = row.get("id") if isinstance(row, dict) else None
     return "" if found is None else printable(str(found))
-
-
-def printable(text: str) -> str:
-    """``text`` with everything escaped that a terminal would not show as a character."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def source_names(files: Sequence[Path]) -> list[str]:

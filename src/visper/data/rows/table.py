@@ -18,15 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import track
 
 from visper.common.cache import FOLDER, cache_folder, code_key, identity, key
+from visper.common.console import printable, track
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.data.rows import formats, json_rows
 from visper.data.rows.formats import parse
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import Drop, Record, Turn, own_id, printable
+from visper.data.rows.records import Drop, Record, Turn, own_id
 
 ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
@@ -122,7 +122,7 @@ def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None
     columns = dict(columns or {})
     place = cache_folder(file.resolve().parent) / f"{file.name}-{table_key(before, columns)}.arrow"
     if not place.is_file():
-        counted = track(read_rows(file), description=f"reading {file.name}", disable=quiet)
+        counted = track(read_rows(file), description=f"reading {file.name}", quiet=quiet)
         rows = (cells(rename(row, columns)) for row in counted)
         write_table(rows, place, lambda: _refuse_change(file, before))
         _forget(place, file.name)

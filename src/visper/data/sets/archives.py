@@ -160,7 +160,7 @@ def target_paths(
         if place not in found or (extension and tail == renamed):
             found[place] = member
         elif not extension:
-            raise DataError("unsafe archive", f"'{found[place].name}' and '{member.name}' would both become '{place}'")
+            raise DataError("unsafe archive", f"{found[place].name!r} and {member.name!r} would both become '{place}'")
     if not found:
         folders = sorted({name.split("/")[0] for name, _ in checked})[:5]
         looked = f"'{inside}/'" if inside else "files"
@@ -222,19 +222,19 @@ def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo
             continue
         if kind not in (0, stat.S_IFREG):
             raise DataError(
-                "unsafe archive", f"'{path}': '{entry.filename}' is a link or a device, expected files only"
+                "unsafe archive", f"'{path}': {entry.filename!r} is a link or a device, expected files only"
             )
         if entry.flag_bits & 1:
-            raise DataError("broken archive", f"'{path}': '{entry.filename}' is encrypted")
+            raise DataError("broken archive", f"'{path}': {entry.filename!r} is encrypted")
         if b"PK\x01\x02" in entry.comment + entry.extra:
-            raise DataError("broken archive", f"'{path}': the entry of '{entry.filename}' swallows the ones behind it")
+            raise DataError("broken archive", f"'{path}': the entry of {entry.filename!r} swallows the ones behind it")
         archive.open(entry).close()  # compares the name in the directory with the one before the member
         yield entry
 
 
 def _skipped_in_tar(entry: tarfile.TarInfo, path: Path) -> bool:
     if not (entry.isfile() or entry.isdir()):
-        raise DataError("unsafe archive", f"'{path}': '{entry.name}' is a link or a device, expected files only")
+        raise DataError("unsafe archive", f"'{path}': {entry.name!r} is a link or a device, expected files only")
     try:
         tarfile.data_filter(entry, "/nowhere")
     except tarfile.FilterError as error:

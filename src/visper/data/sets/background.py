@@ -40,7 +40,7 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.progress.console.print(f"{self.title}: {text}", markup=False, highlight=False)
+        self.progress.console.print(f"{self.title}: {text}", highlight=False)
 
     def end(self) -> None:
         """Takes the line away."""

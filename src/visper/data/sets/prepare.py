@@ -18,9 +18,9 @@ from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from visper.common.console import Console
 from visper.common.errors import DataError
 from visper.common.files import remove_leftovers
 from visper.data.rows.formats import image_names
@@ -102,7 +102,7 @@ class _Preparation:
         self.lockfile = Lockfile(root / LOCKFILE)
         self.outcome = Summary()
         self.failures: dict[str, str] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self.unpacker = Unpacker(root, self.lockfile, self.outcome, self.progress, self.stop)
 
@@ -136,7 +136,7 @@ class _Preparation:
         """Places under the root that rows name. Rows that cannot be read are not trusted any more."""
         found = set()
         for file, images in files:
-            self.console.print(f"reading {file}", markup=False)
+            self.console.print(f"reading {file}")
             try:
                 names = list(image_names(file))
             except DataError:
@@ -148,7 +148,7 @@ class _Preparation:
                 try:
                     found.add(relative_path(f"{images}/{name}" if images and not name.startswith("/") else name))
                 except DataError:
-                    self.console.print(f"{file.name} names {name[:200]!r}, outside its folder: left out", markup=False)
+                    self.console.print(f"{file.name} names {name[:200]!r}, outside its folder: left out")
         return found
 
     def _bring(self, wanted: list[Request]) -> None:
@@ -288,7 +288,7 @@ class _Preparation:
         except DataError as error:
             if error.reason != "broken archive" or not self._distrust(item.download) or not retry:
                 raise
-            self.console.print(f"{error}; fetching it again", markup=False)
+            self.console.print(f"{error}; fetching it again")
             self._unpack(item, self._obtain(item), retry=False)
 
     def _distrust(self, download: Download) -> bool:
