@@ -1,4 +1,4 @@
-"""Assembles, saves and loads the student: a stock LLaVA made of an encoder, a projector and an LLM.
+"""Assembles the student: a stock LLaVA made of an encoder, a projector and an LLM.
 
 Paper, section 3. The student is ``LlavaForConditionalGeneration`` with ``LlavaProcessor``; the task tokens are
 vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers
@@ -7,19 +7,12 @@ without this package, wherever the encoder is one that stock LLaVA can hold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
@@ -37,63 +30,14 @@ from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat_template import end_of_turn_token, llm_template, student_template
 from visper.data.images import build_image_processor
-from visper.model.encoders import Encoder, FeatureMapTower, load_encoder
+from visper.model.encoders import Encoder, load_encoder
 from visper.model.hub import Vocabulary, loading, sizes_of, vocabulary_of
-from visper.model.task_tokens import random_rows, task_token_names
+from visper.model.student import ANSWERING_SIDE, Student
+from visper.model.task_tokens import task_token_names
 from visper.model.words import add_words, set_to_mean
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-STUDENT_FILE = "student.json"
-ANSWERING_SIDE = "left"
-"""Where the tokenizer pads prompts: answers go on from their right end. Training pads in its collator, on the right."""
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-A LLaVA model whose image encoder ({backbone}) gives a feature map, which stock LLaVA cannot read. Loading it needs the
-package that registers its tower, `pip install 'visper-lm{extra}'`, imported before transformers loads:
-
-```python
-import visper.model  # registers the image encoder's tower
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-model = LlavaForConditionalGeneration.from_pretrained("this folder")
-processor = AutoProcessor.from_pretrained("this folder")
-```
-"""
-"""What a folder says that stock transformers alone cannot load."""
-
-
-@dataclass
-class Student:
-    """A vision-language model with its processor; the vocabulary ids of its task tokens by task, and of added words."""
-
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor  # None in a skeleton
-    task_token_ids: dict[str, list[int]] = field(default_factory=dict)
-    word_ids: list[int] = field(default_factory=list)
-
-    @property
-    def image_token_id(self) -> int:
-        """The vocabulary id whose copies hold the image's features."""
-        return int(self.model.config.image_token_id)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the LLM."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the LLM."""
-        return int(self.model.config.get_text_config().num_hidden_layers)
-
-    @property
-    def silent_ids(self) -> list[int]:
-        """Vocabulary that stands for inputs only (image, task tokens): never an answer."""
-        return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
 @without_loading_bars()
@@ -301,98 +245,3 @@ def _generation_config(
     base.pad_token_id = tokenizer.pad_token_id
     base.suppress_tokens = sorted(silent_ids)
     return base
-
-
-@without_loading_bars()
-def save_student(student: Student, folder: Path) -> None:
-    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``data.complete``.
-
-    Where stock LLaVA cannot hold the encoder, a README.md says what the folder needs.
-    """
-    folder.mkdir(parents=True)
-    student.model.save_pretrained(folder)
-    save_processor(student, folder)
-
-
-def save_processor(student: Student, folder: Path) -> None:
-    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of added tokens."""
-    student.processor.save_pretrained(folder)
-    names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
-    content = json.dumps({"task_tokens": names, "word_ids": student.word_ids}, indent=1)
-    (folder / STUDENT_FILE).write_text(content, encoding="utf-8")
-    tower = student.model.model.vision_tower
-    if isinstance(tower, FeatureMapTower):
-        backbone: Any = tower.config.backbone_config
-        name = getattr(backbone, "architecture", backbone.model_type)
-        card = MODEL_CARD.format(backbone=name, extra="[timm]" if backbone.model_type == "timm_wrapper" else "")
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-@without_loading_bars()
-def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
-    """Loads a student from a stage's output, from its ``model`` folder, or from any LLaVA folder or hub id.
-
-    Args:
-        **options: more for ``from_pretrained``, such as a quantization.
-
-    Raises:
-        ConfigError: there is no such folder or it holds no LLaVA model.
-    """
-    source = _student_place(folder)
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
-        processor = _load_processor(source)
-    except OSError as error:
-        raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
-    names, word_ids = _read_added_tokens(source)
-    ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
-    return Student(model.eval(), processor, ids, word_ids)
-
-
-def _read_added_tokens(source: str) -> tuple[dict[str, list[str]], list[int]]:
-    """Names of the task tokens and ids of added words; none where the model was not saved by this package."""
-    file = Path(source) / STUDENT_FILE
-    if not Path(source).is_dir():
-        try:
-            file = Path(hf_hub_download(source, STUDENT_FILE))
-        except EntryNotFoundError:
-            return {}, []
-    if not file.is_file():
-        return {}, []
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content["task_tokens"], content["word_ids"]
-
-
-def load_processor(folder: str | Path) -> LlavaProcessor:
-    """The processor that ``load_student`` gives the student, without loading its weights.
-
-    Raises:
-        ConfigError: there is no such folder or it holds no LLaVA model.
-    """
-    try:
-        return _load_processor(_student_place(folder))
-    except OSError as error:
-        raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
-
-
-def _load_processor(source: str) -> LlavaProcessor:
-    # Without trust_remote_code=False it may ask on the console.
-    return AutoProcessor.from_pretrained(source, trust_remote_code=False, padding_side=ANSWERING_SIDE)
-
-
-def _student_place(folder: str | Path) -> str:
-    place = Path(folder)
-    if (place / "model" / "config.json").is_file():
-        place = place / "model"
-    if place.is_dir() and not (place / "config.json").is_file():
-        raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
-    return str(place) if place.is_dir() else str(folder)
-
-
-def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random query matrices ``[rows, D]`` whose group means have the spread of the LLM's word embeddings."""
-    embedding: nn.Module = student.model.get_input_embeddings()
-    return {
-        task: random_rows(embedding, rows.get(task, len(ids)), student.hidden_size, len(ids), generator)
-        for task, ids in student.task_token_ids.items()
-    }

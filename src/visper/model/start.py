@@ -8,7 +8,8 @@ import torch
 
 from visper.config import Run, Stage
 from visper.data.images import with_geometry
-from visper.model.build import Student, build_processor, build_student, load_processor, load_student
+from visper.model.build import build_processor, build_student
+from visper.model.student import Student, load_processor, load_student
 
 
 def starting_student(run: Run) -> Student:

@@ -65,7 +65,7 @@ class FakeRun:
         optimization = run.optimization.model_copy(update={"attention": attention})
         self.run = run.model_copy(update={"optimization": optimization})
         self.student: Student = student_skeleton(start)
-        llm: Any = self.student.model.model.language_model
+        llm: Any = self.student.model.get_decoder()
         choose_attention(self.run, llm)
         with torch.device("meta"):
             add_updates(run.lora, self.student)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
@@ -15,6 +14,7 @@ from visper.distillation import EmbeddingDistillation, check_predictor, query_ro
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
+from visper.model.parts import LLM, PROJECTOR, VISION, parameters_of
 from visper.training.module import TrainingModel
 from visper.training.stages import (
     DISTILLATION_PARTS,
@@ -90,13 +90,9 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
     adds = ((f"{LORA}.*",) if lora else ()) + (WORD_PARTS if model.words is not None else ())
     apply_stage(model, stage, lacks, optimization.freeze, adds)
     check_rates(optimization, stage, model)
-    student = model.student
-    vision = student.model.vision_tower
-    if not any(p.requires_grad for p in vision.parameters()):
+    if not any(p.requires_grad for _, p in parameters_of(model.student, VISION)):
         return []
-    size = student.config.vision_config.image_size
-    pixels = torch.zeros(1, 3, size, size, dtype=student.dtype, device=student.device)
-    return freeze_unused_vision(student, vision, pixels)
+    return freeze_unused_vision(model.student, model.blank_image())
 
 
 def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization, lora: bool, console: Console) -> None:
@@ -109,24 +105,16 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
             rate = f" at {learning_rate_of(optimization, count.part):g}" if count.trainable else ""
             announce(console, "trainable", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
     if optimization.precision == "bfloat16":
-        _cast_frozen(model.student, lora)
+        # Trainable weights stay in float32 under autocast; parts that are completely frozen are only read.
+        frozen = [count.part for count in count_parts(model) if not count.trainable]
+        to_bfloat16(model.student, [part for part in (VISION, PROJECTOR, LLM) if part in frozen])
 
 
-def _cast_frozen(student: LlavaForConditionalGeneration, lora: bool) -> None:
-    """Trainable weights stay in float32 under autocast; parts that are completely frozen are only read."""
-    inner = student.model
-    for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model, student.lm_head):
-        if lora and part is inner.language_model:
-            for parameter in part.parameters():
-                if not parameter.requires_grad and parameter.is_floating_point():
-                    parameter.data = parameter.data.to(torch.bfloat16)
-        elif not any(parameter.requires_grad for parameter in part.parameters()):
-            to_bfloat16(part)
-
-
-def to_bfloat16(module: nn.Module) -> None:
-    """Casts the weights, but not batch normalization's: its statistics are sums that half precision rounds away."""
-    kept = {id(p) for m in module.modules() if isinstance(m, BATCH_NORMS) for p in m.parameters()}
-    for parameter in module.parameters():
-        if id(parameter) not in kept:
-            parameter.data = parameter.data.to(torch.bfloat16)
+def to_bfloat16(student: nn.Module, parts: Sequence[str] = (VISION, PROJECTOR, LLM)) -> None:
+    """Casts the weights of ``parts``, but not batch normalization's: its statistics are sums that half precision rounds
+    away."""
+    kept = {id(p) for m in student.modules() if isinstance(m, BATCH_NORMS) for p in m.parameters()}
+    for part in parts:
+        for name, parameter in parameters_of(student, part):
+            if id(parameter) not in kept and parameter.is_floating_point() and ".lora_" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)

@@ -18,11 +18,10 @@ from visper.common.compat import forget_adapters
 from visper.common.errors import ConfigError
 from visper.config import Lora
 from visper.model import Student, load_student
+from visper.model.parts import LLM, PLACES, PROJECTOR, modules_of, parameters_of
 
 ADAPTER = "adapter"
 """Folder beside ``model/`` that holds the updates in peft's format, the projector's weights among them."""
-PROJECTOR = "multi_modal_projector"
-_LLM = "language_model"
 
 
 def add_updates(lora: Lora | None, student: Student) -> None:
@@ -47,12 +46,12 @@ def peft_config(lora: Lora, student: Student) -> Any:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=rf".*\.{_LLM}\..*\.({'|'.join(_targets(lora, student))})",
+        target_modules=rf"({'|'.join(modules_of(student.model, LLM))})\..*\.({'|'.join(_targets(lora, student))})",
     )
 
 
 def _targets(lora: Lora, student: Student) -> list[str]:
-    llm = student.model.model.language_model
+    llm = student.model.get_decoder()
     linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
     known = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linear})
     if lora.targets == "all-linear":
@@ -81,7 +80,7 @@ def quantized_student(start_from: str | None) -> Student:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["vision_tower", PROJECTOR, "lm_head"],
+        llm_int8_skip_modules=[start.strip(".").split(".")[-1] for start, part in PLACES if part != "llm."],
     )
     device = torch.cuda.current_device()
     return load_student(start_from, quantization_config=settings, device_map={"": device})
@@ -96,13 +95,13 @@ def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -
 
     folder.mkdir(parents=True)
     config = copy.copy(peft_config(lora, student))
-    config.modules_to_save = [PROJECTOR]
+    config.modules_to_save = [name.rpartition(".")[2] for name in modules_of(student.model, PROJECTOR)]
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     weights: dict[str, Tensor] = get_peft_model_state_dict(student.model, state_dict=student.model.state_dict())
-    projector = student.model.model.multi_modal_projector
-    weights |= {f"model.{PROJECTOR}.{name}": value for name, value in projector.state_dict().items()}
+    projector = tuple(f"{name}." for name in modules_of(student.model, PROJECTOR))
+    weights |= {name: value for name, value in student.model.state_dict().items() if name.startswith(projector)}
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -130,7 +129,8 @@ def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None) ->
     assert start_from is not None
     whole = load_student(start_from)
     add_updates(lora, whole)
-    updates = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or PROJECTOR in n}
+    projector = {name for name, _ in parameters_of(quantized.model, PROJECTOR)}
+    updates = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or n in projector}
     whole.model.load_state_dict(updates, strict=False)
     whole.processor = quantized.processor
     return whole

@@ -22,7 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from visper.common.compat import is_partitioned, recompute_layers
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
+from visper.model.parts import PROJECTOR, VISION, parameters_of
 from visper.training.attention import packing_arguments
+from visper.training.stages import feature_sum
 
 NTP = "ntp"
 """Name of the next-token term."""
@@ -61,6 +63,7 @@ class TrainingModel(nn.Module):
         in which they are computed."""
         self.image_token_id = student.image_token_id
         self.task_token_ids = dict(student.task_token_ids)
+        self._blank_image = student.blank_image
         self.register_buffer("silent_ids", torch.tensor(student.silent_ids), persistent=False)
         if task_tokens is not None:
             task_tokens.attach(self.student.get_input_embeddings())
@@ -71,9 +74,8 @@ class TrainingModel(nn.Module):
     def train(self, mode: bool = True) -> TrainingModel:
         """Sets training mode, except for a frozen encoder: training then sees the features that inference sees."""
         super().train(mode)
-        vision = self.student.model.vision_tower
-        if not any(parameter.requires_grad for parameter in vision.parameters()):
-            vision.eval()
+        if not any(parameter.requires_grad for _, parameter in parameters_of(self.student, VISION)):
+            self.student.get_encoder(modality="image").eval()
         return self
 
     def recompute_activations(self, share: float = 1.0) -> None:
@@ -117,7 +119,7 @@ class TrainingModel(nn.Module):
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
-        text_model = self.student.model.language_model
+        text_model = self.student.get_decoder()
         with self._tap() as hidden, self._reaching_vision(pixel_values is None):
             # Unpacked rows get no mask: padding is on the right, where causal attention never looks, and a mask would
             # keep SDPA from its causal kernel.
@@ -203,10 +205,16 @@ class TrainingModel(nn.Module):
         """Captures the hidden states that the objective reads, by layer; without an objective, none."""
         if self.objective is None or not self.objective.layers:
             return contextlib.nullcontext({})
-        return HiddenStateTap(self.student.model.language_model, self.objective.layers)
+        return HiddenStateTap(self.student.get_decoder(), self.objective.layers)
 
     def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> TokenLayout:
         return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids)
+
+    def blank_image(self) -> dict[str, Tensor]:
+        """An image of one color as the student's forward takes it, on its device and in its precision."""
+        dtype, device = self.student.dtype, self.student.device
+        blank = self._blank_image().items()
+        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in blank}
 
     @contextlib.contextmanager
     def _reaching_vision(self, text_only: bool) -> Iterator[None]:
@@ -231,18 +239,17 @@ class TrainingModel(nn.Module):
 
     def _zero_from_blank_image(self) -> Tensor:
         """A zero that depends on the vision parameters through a forward pass of a blank image."""
-        inner, size = self.student.model, self.config.vision_config.image_size
-        training = inner.vision_tower.training
-        inner.vision_tower.eval()  # batch statistics must not see it
-        pixels = torch.zeros(1, 3, size, size, device=self.silent_ids.device)
-        features = torch.cat(list(inner.get_image_features(pixel_values=pixels).pooler_output))
-        inner.vision_tower.train(training)
-        return 0.0 * features.sum()
+        vision = self.student.get_encoder(modality="image")
+        training = vision.training
+        vision.eval()  # batch statistics must not see it
+        features = feature_sum(self.student, self.blank_image())
+        vision.train(training)
+        return 0.0 * features
 
     def _zero_from_parameters(self) -> Tensor:
         """A zero that depends on the trainable vision parameters directly."""
-        vision = (self.student.model.vision_tower, self.student.model.multi_modal_projector)
-        trainable = [p for module in vision for p in module.parameters() if p.requires_grad]
+        parts = (parameters_of(self.student, part) for part in (VISION, PROJECTOR))
+        trainable = [parameter for part in parts for _, parameter in part if parameter.requires_grad]
         zero = self.silent_ids.new_zeros((), dtype=torch.float32)
         return zero + sum((0.0 * p.sum().float() for p in trainable), start=zero)
 

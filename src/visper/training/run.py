@@ -134,7 +134,7 @@ def build_student(run: Run, console: Console) -> Student:
     """The student that the stage starts with, with the run's attention."""
     student = quantized_student(run.start_from) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
-    choose_attention(run, student.model.model.language_model)
+    choose_attention(run, student.model.get_decoder())
     return student
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from visper.common.errors import ConfigError
 from visper.config import Optimization, Stage
+from visper.model.parts import PLACES, VISION, parameters_of
 
 TRAINABLE: dict[Stage, tuple[str, ...]] = {
     Stage.PT: ("projector.*", "task_tokens.*", "predictors.*", "logit_scales.*"),
@@ -34,10 +35,7 @@ WORD_PARTS = ("words.*",)
 """What PT trains beside its table where a recipe adds words; in VPT and IFT their embeddings are the LLM's own."""
 
 PARTS: tuple[tuple[str, str], ...] = (
-    ("student.model.vision_tower.", "vision."),
-    ("student.model.multi_modal_projector.", "projector."),
-    ("student.model.language_model.", "llm."),
-    ("student.lm_head.", "llm.lm_head."),
+    *((f"student.{start}", part) for start, part in PLACES),
     ("task_tokens.", "task_tokens."),
     ("words.", "words."),
     ("objective.predictors.", "predictors."),
@@ -65,7 +63,7 @@ def part_name(parameter: str) -> str:
             if ".lora_" in parameter:
                 return f"{LORA}.{parameter[len(place) :]}"
             return part + parameter[len(place) :]
-    raise ValueError(f"parameter '{parameter}' belongs to no part: add its place to stages.PARTS")
+    raise ValueError(f"parameter '{parameter}' belongs to no part: add its place to model.parts.PLACES")
 
 
 def apply_stage(
@@ -111,7 +109,7 @@ def count_parts(model: nn.Module) -> list[PartCount]:
     return [PartCount(part, *counts) for part, counts in totals.items()]
 
 
-def freeze_unused_vision(model: nn.Module, vision: nn.Module, pixel_values: torch.Tensor) -> list[str]:
+def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) -> list[str]:
     """Freezes encoder parameters that no projected feature depends on, and returns their names.
 
     The projector reads a hidden layer before the last, so the layers behind it never get a gradient; left trainable
@@ -119,16 +117,22 @@ def freeze_unused_vision(model: nn.Module, vision: nn.Module, pixel_values: torc
 
     Args:
         model: has ``get_image_features``.
-        pixel_values: any image batch ``[1, 3, H, W]``.
+        image: any image as the model takes it (``Student.blank_image``).
     """
-    features = model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
-    trainable = {name: p for name, p in vision.named_parameters() if p.requires_grad}
-    total = torch.cat(list(features)).float().sum()
+    trainable = {name: p for name, p in parameters_of(model, VISION) if p.requires_grad}
+    total = feature_sum(model, image)
     gradients = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
     unused = [name for (name, _), gradient in zip(trainable.items(), gradients, strict=True) if gradient is None]
     for name in unused:
         trainable[name].requires_grad_(False)
     return unused
+
+
+def feature_sum(model: Any, image: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of all that the LLM reads of an image, float32: deep features too, where a model has them."""
+    output = model.get_image_features(**image)
+    features = [*output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    return torch.stack([feature.float().sum() for feature in features]).sum()
 
 
 def check_rates(optimization: Optimization, stage: Stage, model: nn.Module) -> None:

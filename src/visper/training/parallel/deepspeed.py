@@ -89,7 +89,7 @@ def prepare_for_zero(launch: Launch, model: TrainingModel) -> None:
     from deepspeed.runtime.zero import register_external_parameter
     from deepspeed.utils import set_z3_leaf_modules
 
-    layers = model.student.model.language_model.layers
+    layers = model.student.get_decoder().layers
     set_z3_leaf_modules(model, [type(layers[0])])
     in_layers = set(layers.parameters())
     for parameter in model.parameters():

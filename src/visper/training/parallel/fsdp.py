@@ -34,7 +34,7 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = precision if bfloat16 else MixedPrecisionPolicy()
-    for layer in model.student.model.language_model.layers:
+    for layer in model.student.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
