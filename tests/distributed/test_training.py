@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.logs import computed
+from visper.common.console import Console
+from visper.common.lock import locked
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
@@ -279,6 +281,13 @@ def test_a_process_that_hangs_ends_the_run(make):
 
 
 @pytest.mark.slow
+def test_an_output_in_use_ends_every_process_with_one_line(make, tmp_path):
+    recipe = make("ift", "ift")
+    with locked(tmp_path / "ift", Console(quiet=True)):
+        said = refused(recipe, "launch.processes=2")
+    assert said.count("is in use by process") == 1 and "ended with exit code 2" in said, said
+
+
 def test_processes_that_do_not_divide_the_batch_are_refused(make):
     run = start(make("pt", "odd", launch={"processes": 2}, optimization={"global_batch": 3, "micro_batch": 1}))
     said, _ = run.communicate(timeout=WAIT)

@@ -18,7 +18,9 @@ from tests import tiny, tiny_teachers
 from tests.data.sets.killed import in_fork
 from tests.logs import computed
 from visper.cli import app
+from visper.common.console import Console
 from visper.common.errors import ConfigError, DataError
+from visper.common.lock import locked
 from visper.config import Run, save_run
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import DropList
@@ -71,7 +73,7 @@ def train(run):
 
 def files_of(store):
     found = {file.relative_to(store).as_posix(): file for file in store.rglob("*") if file.is_file()}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in found.items() if name != ".lock"}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in found.items()}
 
 
 @pytest.mark.parametrize(("dtype", "geometry"), [("float16", "squash"), ("float32", "pad")])
@@ -260,6 +262,14 @@ def test_killed_anywhere_and_repeated_the_store_is_the_same(make, tmp_path, monk
         shutil.rmtree(store)
         assert in_fork(lambda point=point: build(point)) == signal.SIGKILL
         assert in_fork(build) == 0 and files_of(store) == expected, point
+
+
+def test_one_build_at_a_time_is_in_a_store_and_leaves_no_lock(make, tmp_path):
+    in_use = pytest.raises(ConfigError, match="store' is in use by process")
+    with locked(tmp_path / "store", Console(quiet=True)), in_use:
+        build_targets(make("build"), tmp_path / "store", quiet=True)
+    build_targets(make("build"), tmp_path / "store", quiet=True)
+    assert not list((tmp_path / "store").glob(".*"))
 
 
 def test_a_part_that_is_broken_is_named(make, tmp_path):

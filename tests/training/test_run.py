@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
+from visper.common.console import Console
 from visper.common.errors import ConfigError, DataError, TrainingError
+from visper.common.lock import HOLDER, LOCK, locked
 from visper.config import Run, load_run
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
@@ -359,6 +361,19 @@ def test_a_failed_start_leaves_nothing_and_its_run_may_be_changed(make, tmp_path
         run_stage(make("pt", student=student))
     assert not (tmp_path / "pt").exists()
     run_stage(make("pt"))
+
+
+def test_one_run_at_a_time_is_in_an_output_and_leaves_no_lock(make, tmp_path):
+    with locked(tmp_path / "pt", Console(quiet=True)):
+        before = {path.name for path in (tmp_path / "pt").iterdir()}
+        with pytest.raises(ConfigError, match=r"pt' is in use by process \d+ on host '.*' since 20"):
+            run_stage(make("pt"))
+        assert {path.name for path in (tmp_path / "pt").iterdir()} == before == {LOCK, HOLDER}
+    for name in (LOCK, HOLDER):  # of a process that was killed
+        (tmp_path / "pt").mkdir(exist_ok=True)
+        (tmp_path / "pt" / name).touch()
+    run_stage(make("pt"))
+    assert not [path for path in (tmp_path / "pt").rglob(".*") if path.name.startswith(LOCK)]
 
 
 def test_a_run_that_took_no_step_locks_nothing_and_one_that_did_is_kept(make, monkeypatch, tmp_path):

@@ -70,9 +70,9 @@ def main() -> None:
     except (VisperError, OSError) as error:  # OSError: a full disk, a missing file, a hub that does not answer
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        stopped = isinstance(error, StoppedError)
-        if not stopped or os.environ.get("RANK", "0") == "0":  # all processes of a run stop together: one says so
-            name = "stopped" if stopped else "error"
+        shared = isinstance(error, VisperError) and error.shared
+        if not shared or os.environ.get("RANK", "0") == "0":
+            name = "stopped" if isinstance(error, StoppedError) else "error"
             Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), str(error)))
         sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it

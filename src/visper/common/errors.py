@@ -14,6 +14,8 @@ class VisperError(Exception):
     """An error that the person at the keyboard can act on; the command line prints its message alone."""
 
     exit_code: ClassVar[int] = 2
+    shared = False
+    """Whether every process of the run raises it, so that the first alone prints it."""
 
 
 class ConfigError(VisperError, ValueError):
@@ -40,6 +42,7 @@ class StoppedError(VisperError, RuntimeError):
     """The run was told to stop and has saved what it had."""
 
     exit_code = 128 + signal.SIGTERM
+    shared = True
 
 
 class ProcessFailedError(VisperError, RuntimeError):

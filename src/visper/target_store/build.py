@@ -8,20 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from visper.common.console import Console, announce, track
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
+from visper.common.lock import locked_by_first
+from visper.common.ranks import first_decides
 from visper.config import Data, Distillation, Run
 from visper.data.checks.digests import content_of, digest
 from visper.data.collator import Preprocess
@@ -38,7 +39,6 @@ from visper.target_store.plan import BuildPlan, TargetPart, announce_plan, plan_
 from visper.target_store.quantize import TargetCodec
 from visper.target_store.store import TEACHER, StoredTeacher, claim_store, folder_of, read_dtype, write_part
 
-LOCK = ".lock"
 DEFAULT_DTYPE = "float16"
 
 
@@ -70,11 +70,11 @@ def build_targets(
     codecs = {task: TargetCodec(own.spec, dtype) for task, own in planned_teachers(run.distillation).items()}
     records = _open_rows(run.data, state, console.quiet)
     if size_only:
-        return _shared_plan(records, out, made_by, codecs, state, console)
+        return _shared_plan(records, out, made_by, codecs, console)
 
     _require_revisions(made_by, run.distillation)
-    with _locked(out, dtype, state):
-        plan = _shared_plan(records, out, made_by, codecs, state, console)
+    with _locked(out, dtype, state, console):
+        plan = _shared_plan(records, out, made_by, codecs, console)
         if not plan.parts:
             announce(console, "targets", f"nothing to do: '{out}' holds all {plan.images:,} images of '{run.name}'")
             return plan
@@ -106,20 +106,13 @@ def _require_revisions(made_by: Mapping[str, Fingerprint], distillation: Distill
 
 
 @contextmanager
-def _locked(out: Path, dtype: str, state: PartialState) -> Iterator[None]:
-    """The store claimed and locked by the first process, without leftovers of a build that was killed."""
-    lock = FileLock(out / LOCK)
-    if state.is_main_process:
-        claim_store(out, dtype)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(f"another process is building targets in '{out}': wait for it, or stop it") from error
-        remove_leftovers(out.rglob(".*"))
-    try:
+def _locked(out: Path, dtype: str, state: PartialState, console: Console) -> Iterator[None]:
+    """The store locked and claimed by the first process, without leftovers of a build that was killed."""
+    with locked_by_first(out, console):
+        first_decides(lambda: claim_store(out, dtype))
+        if state.is_main_process:
+            remove_leftovers(out.rglob(".*"))
         yield
-    finally:
-        lock.release()
 
 
 def _shared_plan(
@@ -127,13 +120,10 @@ def _shared_plan(
     out: Path,
     made_by: Mapping[str, Fingerprint],
     codecs: Mapping[str, TargetCodec],
-    state: PartialState,
     console: Console,
 ) -> BuildPlan:
     """The plan of the first process, on every process; printed."""
-    plan = plan_build(records, out, made_by, codecs, console.quiet) if state.is_main_process else None
-    plan = broadcast_object_list([plan])[0]
-    assert plan is not None
+    plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet))
     announce_plan(plan, codecs, out, console)
     return plan
 
@@ -162,20 +152,15 @@ def _open_outputs(
         if teacher.spec != spec:
             raise ConfigError(f"task '{task}': the teacher has targets {teacher.spec}, its configuration says {spec}")
         outputs[task] = _Output(teacher.to(state.device), folder, codecs[task])
-        if state.is_main_process:
-            _describe(
-                task,
-                folder,
-                StoredTeacher(
-                    made_by[task],
-                    spec,
-                    teacher_dtype(distillation, precision),
-                    distillation.tasks[task].teacher.model,
-                    {name: version(name) for name in ("visper-lm", "torch", "transformers", "pillow")}
-                    | {"python": platform.python_version()},
-                ),
-            )
-    state.wait_for_everyone()
+        described = StoredTeacher(
+            made_by[task],
+            spec,
+            teacher_dtype(distillation, precision),
+            distillation.tasks[task].teacher.model,
+            {name: version(name) for name in ("visper-lm", "torch", "transformers", "pillow")}
+            | {"python": platform.python_version()},
+        )
+        first_decides(partial(_describe, task, folder, described))
     return outputs
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from visper.common.errors import ConfigError, DataError
+from visper.common.ranks import first_decides
 from visper.config import Distillation
 from visper.data.checks.digests import digest, digests_of
 from visper.data.rows.records import Record
@@ -177,25 +176,22 @@ def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool =
     Raises:
         DataError: the message counts them, names the first, and the command that computes them.
     """
-    fault = None
-    if PartialState().is_main_process and isinstance(records, Records):
-        fault = _fault(store, records, quiet)
-    fault = broadcast_object_list([fault])[0]
-    if fault is not None:
-        raise DataError("no stored target", fault)
+    if isinstance(records, Records):
+        first_decides(lambda: _require_images(store, records, quiet))
 
 
-def _fault(store: TargetStore, records: Records, quiet: bool) -> str | None:
+def _require_images(store: TargetStore, records: Records, quiet: bool) -> None:
     files = records.image_files()
     rows = np.flatnonzero([file is not None for file in files])
     digests = digests_of(records.select(rows), quiet) if len(rows) else []
     missing = store.missing(own for own in digests if own is not None)
     if not missing:
-        return None
+        return
     task, lost = next(iter(missing.items()))
     first = files[int(rows[digests.index(lost[0])])]
     counts = ", ".join(f"{len(own)} images of task '{name}'" for name, own in missing.items())
-    return (
+    raise DataError(
+        "no stored target",
         f"{counts} are not in '{store.tasks[task].folder.parent}', the first is '{first}': it is new or was changed "
-        f"since; {store.remedy}"
+        f"since; {store.remedy}",
     )

@@ -9,6 +9,7 @@ Layout of a stage's output::
     checkpoints/    what is needed to continue, complete or absent
     log.jsonl       every logged value
     dropped.jsonl   rows left out, with the reason
+    .lock           while a run is in the folder; .lock.json says which process
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from visper.common.errors import ConfigError
 from visper.common.files import is_leftover, remove_leftovers, write_text
+from visper.common.lock import HOLDER, LOCK
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
@@ -70,7 +72,9 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
     if not output.exists() or (output / "run.yaml").exists():
         return
-    foreign = [path.name for path in output.iterdir() if not is_leftover(path) and path.suffix not in LOG_SUFFIXES]
+    ours = (LOCK, HOLDER)
+    files = [path for path in output.iterdir() if path.name not in ours and path.suffix not in LOG_SUFFIXES]
+    foreign = [path.name for path in files if not is_leftover(path)]
     if foreign:
         raise ConfigError(
             f"output '{output}' exists, is not empty (it holds '{foreign[0]}') and has no run.yaml written by visper: "
@@ -79,8 +83,7 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
 
 
 def claim_output(run: Run, output: Path) -> None:
-    """Makes the output folder this run's own, just before it trains; leftovers of a killed run are removed."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Makes the locked output folder this run's own, just before it trains; removes a killed run's leftovers."""
     remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
     write_text(output / "run.yaml", run_text(run))

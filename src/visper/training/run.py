@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -19,6 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
+from visper.common.lock import locked_by_first
+from visper.common.ranks import first_decides
 from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
@@ -59,7 +60,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         callbacks: more of the Trainer's callbacks.
 
     Raises:
-        ConfigError: the run cannot be trained, or its output folder holds another one.
+        ConfigError: the run cannot be trained, or its output folder holds another one or is in use.
         DataError: too many bad rows.
         StoppedError: a signal ended it early; it has saved a checkpoint.
     """
@@ -67,23 +68,24 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     require_trackers(run.logging.report_to)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
-    run = open_output(run, resume, processes)
-    check_split(run.optimization, processes.num_processes)
-    torch.manual_seed(run.seed)
+    with locked_by_first(Path(run.output), console):
+        run = open_output(run, resume)
+        check_split(run.optimization, processes.num_processes)
+        torch.manual_seed(run.seed)
 
-    student = build_student(run, console)
-    teachers, targets = build_targets(run, student, console)
-    images_required = run.stage is Stage.PT
-    data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
-    model = build_model(run, student, teachers, processes, console)
-    if processes.is_main_process:
-        claim_output(run, Path(run.output))
-    trainer = build_trainer(run, model, data, teachers, processes, callbacks)
-    train(trainer, newest_checkpoint(Path(run.output), data) if resume else None, console)
-    if processes.is_main_process:
-        finish(run, student, model)
-        announce(console, "saved", f"{run.output}/model")
-    processes.wait_for_everyone()
+        student = build_student(run, console)
+        teachers, targets = build_targets(run, student, console)
+        images_required = run.stage is Stage.PT
+        data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
+        model = build_model(run, student, teachers, processes, console)
+        if processes.is_main_process:
+            claim_output(run, Path(run.output))
+        trainer = build_trainer(run, model, data, teachers, processes, callbacks)
+        train(trainer, newest_checkpoint(Path(run.output), data) if resume else None, console)
+        if processes.is_main_process:
+            finish(run, student, model)
+            announce(console, "saved", f"{run.output}/model")
+        processes.wait_for_everyone()
     return Path(run.output) / "model"
 
 
@@ -115,19 +117,20 @@ def join_processes(launch: Launch) -> PartialState:
     return processes
 
 
-def open_output(run: Run, resume: bool, processes: PartialState) -> Run:
+def open_output(run: Run, resume: bool) -> Run:
     """Checks the run's output folder; returns the run with its hub models pinned to commits.
 
     Raises:
         ConfigError: the folder holds another run, or cannot be used otherwise.
     """
     output = Path(run.output)
-    pinned = with_commits(run, saved_run(output)) if processes.is_main_process else None
-    run = broadcast_object_list([pinned])[0]
-    if processes.is_main_process:
-        check_output(run, output, resume)
-    processes.wait_for_everyone()
-    return run
+
+    def pinned() -> Run:
+        own = with_commits(run, saved_run(output))
+        check_output(own, output, resume)
+        return own
+
+    return first_decides(pinned)
 
 
 def build_student(run: Run, console: Console) -> Student:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from visper.common.console import Console, announce
 from visper.common.errors import DataError
+from visper.common.ranks import first_decides
 from visper.config import Data, Optimization
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import sampled_unknown_words, unknown_words
@@ -110,7 +110,7 @@ def _surveyed_rows(
     total = len(records) + len(drops)
     if found is None:
         return records, None, total
-    lost = broadcast_object_list([lost_images(records, found) if state.is_main_process else None])[0]
+    lost = first_decides(lambda: lost_images(records, found))
     survey = keep_good(records, found, lost, drops)
     return survey.records, survey, total
 

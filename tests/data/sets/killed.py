@@ -62,7 +62,7 @@ def run(name: str, root: Path, die_at: int = 0, count_to: Path | None = None) ->
 
 
 def digest(root: Path) -> dict[str, str]:
-    files = sorted(file for file in root.rglob("*") if file.is_file() and file.name != "lock")
+    files = sorted(file for file in root.rglob("*") if file.is_file())
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 import filecmp
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from visper.common.console import Console
 from visper.common.errors import DataError
 from visper.common.files import remove_leftovers
+from visper.common.lock import locked
 from visper.data.rows.formats import image_names
 from visper.data.sets.archives import content_fault, relative_path
 from visper.data.sets.catalog import DataSet, Download, with_needs
@@ -68,28 +67,12 @@ def prepare(
     """
     sets = with_needs(name)
     console = console or Console()
-    with only_one(root, console):
+    with locked(root / STATE, console, wait=True):
         # Only what a preparation writes: a run may be writing its tables beside, into the same folder.
         own = ((root / STATE / folder).rglob(".*") for folder in (PARTS, MEMBERS))
         remove_leftovers(chain(root.glob(f".{LOCKFILE}.*"), *own))
         preparation = _Preparation(root, everything, drop_archives, workers, console, patience or RetryPolicy())
         return preparation.run(sets, set(again))
-
-
-@contextmanager
-def only_one(root: Path, console: Console) -> Iterator[None]:
-    """Holds the root's lock; the system takes it from a process that dies."""
-    (root / STATE).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / STATE / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        console.print(f"another `visper data prepare` is at work on '{root}': waiting for it to end")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Preparation:

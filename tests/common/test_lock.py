@@ -1,0 +1,106 @@
+"""One process at a time holds a folder; a dead one holds nothing."""
+
+import errno
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from visper.common.console import Console
+from visper.common.errors import ConfigError
+from visper.common.lock import HOLDER, LOCK, locked
+
+QUIET = Console(quiet=True)
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from visper.common.console import Console
+from visper.common.lock import locked
+with locked(Path(sys.argv[1]), Console(quiet=True)):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_one_is_refused_with_who_holds_it_and_since_when(tmp_path: Path) -> None:
+    with locked(tmp_path / "run", QUIET):
+        holder = rf"process {os.getpid()} on host '{re.escape(socket.gethostname())}' since 20\d\d-.* UTC"
+        with (
+            pytest.raises(ConfigError, match=rf"/run' is in use by {holder}: wait for it"),
+            locked(tmp_path / "run", QUIET),
+        ):
+            pass
+        assert (tmp_path / "run" / LOCK).exists(), "the refused one leaves the lock alone"
+        (tmp_path / "run" / HOLDER).write_text("{")
+        with pytest.raises(ConfigError, match="in use by another process"), locked(tmp_path / "run", QUIET):
+            pass
+
+
+def test_a_killed_holder_holds_nothing_though_its_forked_child_lives(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(ConfigError, match=f"process {holder.pid} on"), locked(tmp_path, QUIET):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path, QUIET):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_nothing_is_left_of_a_lock_but_what_was_written_under_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "made" / "deep", QUIET):
+        pass
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "there").mkdir()
+    with locked(tmp_path / "there", QUIET), locked(tmp_path / "kept", QUIET):
+        (tmp_path / "kept" / "a").touch()
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"there", "kept", "kept/a"}
+
+
+def test_an_error_under_the_lock_releases_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path, QUIET):
+        raise KeyboardInterrupt
+    with locked(tmp_path, QUIET):
+        pass
+
+
+def test_whoever_waits_goes_on_when_the_holder_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    said = StringIO()
+    subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({holder.pid}, 9)"])
+    began = time.monotonic()
+    with locked(tmp_path, Console(file=said, width=500), wait=True):
+        assert time.monotonic() - began > 0.5 and "waiting for it to end" in said.getvalue()
+    os.kill(child, signal.SIGKILL)
+    holder.wait()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_and_used(tmp_path: Path, monkeypatch, number: int) -> None:
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = StringIO()
+    with locked(tmp_path / "run", Console(file=said, width=500)):
+        (tmp_path / "run" / "a").touch()
+    assert re.search(
+        r"warning +the file system of '.*run' has no locks \(.*\): start no second process", said.getvalue()
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]
