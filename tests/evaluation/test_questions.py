@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
+from visper.common.console import Console
 from visper.common.errors import DataError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
@@ -16,7 +16,9 @@ from visper.data.chat import ConversationEncoder
 from visper.data.rows.records import Record, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
 from visper.evaluation.ask import model_inputs
-from visper.evaluation.questions import _judged, answers_file, show_scores
+from visper.evaluation.asking import answers_file
+from visper.evaluation.questions import judge
+from visper.evaluation.scores import show_scores
 from visper.model import build_student
 
 
@@ -87,7 +89,7 @@ def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path)
 
 
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):
-    with pytest.raises(DataError, match=r"1 images of the questions are not under .*'nowhere\.png'"):
+    with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'nowhere\.png'"):
         evaluate(student, [Question("what?", ("red",), "nowhere.png")], tmp_path)
 
 
@@ -129,20 +131,22 @@ def test_any_accepted_answer_is_right_whatever_wrote_the_file(tmp_path):
     (tmp_path / "q.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
     first, second = read_questions(tmp_path / "q.json")
     assert first == Question("how many?", ("two", "2"), "a.png") and second == Question("which?", ("3",))
-    assert [_judged(first, None, said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [
-        False
-    ] * 3
+    assert [judge(first, None, said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [False] * 3
 
 
 def test_empty_answers_are_counted_and_said(capsys):
     question = Question("what?", ("red",))
-    (score,) = scores([_judged(question, None, said) for said in ("", " ", "red", None)])
+    (score,) = scores([judge(question, None, said) for said in ("", " ", "red", None)])
     assert (score.correct, score.total, score.empty) == (1, 4, 2)
     show_scores(Console(), [score])
     assert "2 of 4 answers are empty" in capsys.readouterr().out
 
 
 def test_answers_lie_with_the_model_that_gave_them(tmp_path):
-    place = answers_file(str(tmp_path), tmp_path / "cv.json", shuffle_images=False)
-    assert place == tmp_path / "answers" / "cv.jsonl"
-    assert answers_file(str(tmp_path), tmp_path / "cv.json", shuffle_images=True) != place
+    assert answers_file(str(tmp_path), "cv") == tmp_path / "answers" / "cv.jsonl"
+    assert answers_file("owner/model", "cv").parts == ("owner--model", "answers", "cv.jsonl")
+
+
+def test_an_answer_of_signs_alone_is_not_an_empty_one():
+    question = Question("which sign?", ("?",))
+    assert [judge(question, None, said).correct for said in ("?", " ? ", "", "!")] == [True, True, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +59,11 @@ def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], images: Sequ
 
 
 def load_to_ask(folder: str | Path) -> Student:
-    """A student ready to answer: on a GPU in bfloat16 where there is one, else on the CPU in float32."""
+    """A student ready to answer: on this process's GPU in bfloat16 where there is one, else on the CPU in float32."""
     if not torch.cuda.is_available():
         return load_student(folder)
     student = load_student(folder, torch.bfloat16)
-    student.model.to("cuda")
+    student.model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
     return student
 
 

@@ -1,19 +1,41 @@
-"""How sure a share is: Wilson's interval."""
+"""How sure a share is: Wilson's interval, and that of a weighted sum of shares."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 
-def wilson(correct: int, total: int) -> tuple[float, float]:
+Z = 1.959963984540054
+"""Standard deviations that hold 95 % of a normal distribution."""
+
+
+def wilson(correct: float, total: int) -> tuple[float, float]:
     """The 95 % interval of a share of ``correct`` in ``total``, both ends in 0..1 (Wilson 1927).
 
-    Unlike the normal interval it stays inside 0..1 and keeps its coverage near the ends and for few samples.
+    Unlike the normal interval it stays inside 0..1 and keeps its coverage near the ends and for few samples. Where
+    answers score parts of a point (``correct`` is their sum), it is wider than necessary: no values in 0..1 of that
+    mean vary more than zeros and ones.
 
     Raises:
         ValueError: the two numbers make no share.
     """
-    from scipy.stats import binomtest  # a second to import: only those who score pay for it
-
-    if not 0 <= correct <= total or total < 1:
+    if total < 1 or not -1e-9 <= correct <= total + 1e-9:
         raise ValueError(f"{correct} of {total} is no share: expected 0 <= correct <= total and at least one sample")
-    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, spread = correct / total, Z * Z / total
+    center = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(max(0.0, share * (1 - share)) / total + spread / (4 * total)) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def weighted(parts: Iterable[tuple[float, float, tuple[float, float]]]) -> tuple[float, tuple[float, float]]:
+    """A weighted sum of independent shares with its 95 % interval, from the shares' own (Newcombe 1998, method 10).
+
+    Args:
+        parts: weight, share and interval of each.
+    """
+    value = below = above = 0.0
+    for weight, share, (low, high) in parts:
+        value += weight * share
+        below += (weight * (share - low)) ** 2
+        above += (weight * (high - share)) ** 2
+    return value, (value - math.sqrt(below), value + math.sqrt(above))

@@ -1,45 +1,49 @@
-"""Exact-match accuracy on questions ``{image, question, answer}``, with intervals; raw answers are kept."""
+"""Questions with known answers: what is asked, what counts as right, and the answers beside their blind control."""
 
 from __future__ import annotations
 
-import json
-import logging
-import re
-import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
-from visper.common.console import Console, printable
 from visper.common.errors import DataError
-from visper.common.files import inside, write_text
-from visper.data.images import open_image
-from visper.data.rows.json_rows import read_rows
-from visper.evaluation.ask import answer, as_row
-from visper.evaluation.intervals import wilson
+from visper.common.files import write_text
+from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, lines, other_images
+from visper.evaluation.choices import LETTERS, ask_with_options, plain, read_choice
+from visper.evaluation.pictures import ImageFolder, ImageSource
 from visper.model import Student
 
-logger = logging.getLogger(__name__)
-
 EVERYTHING = "all"
-EMPTY_SHARE = 0.01
-"""Share of answers without text past which something is likely to be wrong with the model or its tokenizer."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question on one image (or none), with the answers accepted for it and, if given, its kind."""
+    """One question on one image (or none), with the answers accepted for it and, if given, its kind.
+
+    Attributes:
+        options: of a multiple-choice question; ``answers`` are then the right one's letter and its text.
+        id: the question's own, where its file gives one.
+    """
 
     question: str
     answers: tuple[str, ...]
     image: str | None = None
     kind: str = EVERYTHING
+    options: tuple[str, ...] = ()
+    id: str = ""
+
+    def prompt(self, image: str | None) -> Prompt:
+        """What is asked, on its own image or another's."""
+        text = ask_with_options(self.question, self.options) if self.options else self.question
+        return Prompt(self.id, text, image)
+
+    def accepts(self, said: str) -> bool:
+        """Whether an answer is right: equal to an accepted one but for case and punctuation at the ends, or, of
+        multiple choice, one that means the right option (see ``read_choice``)."""
+        if self.options:
+            return read_choice(said, dict(zip(LETTERS, self.options, strict=False))) == self.answers[0]
+        return plain(said) in map(plain, self.answers)
 
 
 @dataclass(frozen=True)
@@ -55,68 +59,28 @@ class Answered:
     expected: tuple[str, ...]
     said: str | None
     correct: bool
+    id: str = ""
 
 
-@dataclass(frozen=True)
-class Score:
-    """Right answers of one kind, with the 95 % interval of their share; ``empty`` counts answers without any text."""
-
-    kind: str
-    correct: int
-    total: int
-    empty: int = 0
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers, 0..1."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, 0..1."""
-        return wilson(self.correct, self.total)
+def judge(question: Question, image: str | None, said: str | None) -> Answered:
+    """A question with what was said to it, right or wrong."""
+    correct = said is not None and question.accepts(said)
+    return Answered(image, question.kind, question.question, question.answers, said, correct, question.id)
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSON or JSONL file: rows of ``{image, question, answer}``, optionally with ``kind``.
-
-    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of one, or missing.
+def shown_images(questions: Sequence[Question], blind: bool) -> list[str | None]:
+    """The images that are shown: each question's own, or for the blind control another question's.
 
     Raises:
-        DataError: the file or a question is not of this form; the message names the question.
+        DataError: a blind control of fewer than two different images.
     """
-    rows = list(read_rows(path))
-    questions = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or "question" not in row or "answer" not in row:
-            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected image, question, answer")
-        kind = str(row.get("kind", EVERYTHING))
-        place = f"'{path}', question {number}"
-        answers = _accepted(row["answer"], place)
-        questions.append(Question(str(row["question"]), answers, _one_image(row.get("image"), place), kind))
-    if not questions:
-        raise DataError(f"{path} holds no questions")
-    return questions
-
-
-def _accepted(answer: Any, place: str) -> tuple[str, ...]:
-    answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers):
-        raise DataError("no answer", f"{place}: 'answer' is {str(answer)[:80]!r}: expected a text or a list of texts")
-    return tuple(str(one) for one in answers)
-
-
-def _one_image(image: Any, place: str) -> str | None:
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if image is not None and not isinstance(image, str):
-        raise DataError("bad image", f"{place}: 'image' is {str(image)[:80]!r}: expected one path")
-    return image or None
-
-
-def normalized(text: str) -> str:
-    """What is compared: lower case, no punctuation at the ends, single spaces. ``(A).`` equals ``a``."""
-    return re.sub(r"\s+", " ", text.lower()).strip(string.punctuation + " ")
+    own = [question.image for question in questions]
+    if not blind:
+        return own
+    others = other_images(own)
+    if others is None:
+        raise DataError("no other images", "the blind control needs questions on at least two different images")
+    return others
 
 
 def evaluate(
@@ -138,107 +102,48 @@ def evaluate(
             questions that cannot be asked.
     """
     items = list(questions)
-    shown = [q.image for q in items]
-    if shuffle_images:
-        shown = _others(shown)
-    absent = sorted({name for name in shown if name is not None and not inside(images, name).is_file()})
-    if absent:
-        raise DataError(f"{len(absent)} images of the questions are not under '{images}', the first '{absent[0]}'")
-    for number, (question, name) in enumerate(zip(items, shown, strict=True)):
-        try:
-            as_row(question.question, name)
-        except DataError as error:
-            raise DataError(error.reason, f"question {number}, {question.question[:80]!r}: {error.detail}") from error
-    order = sorted(range(len(items)), key=lambda i: (shown[i] is None, len(items[i].question)))
-    batches = [
-        part
-        for has in (True, False)
-        for part in _chunks([i for i in order if (shown[i] is not None) is has], batch_size)
-    ]
-    said: dict[int, str | None] = {}
-    columns = (SpinnerColumn(), TextColumn("asking {task.completed}/{task.total}"), TimeElapsedColumn())
-    with torch.inference_mode(), Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
-        bar = progress.add_task("asking", total=len(items))
-        for part in batches:
-            loaded = {i: _read_image(images, shown[i]) for i in part}
-            readable = [i for i in part if shown[i] is None or loaded[i] is not None]
-            if readable:
-                asked = [items[i].question for i in readable]
-                answers = answer(student, asked, [loaded[i] for i in readable], max_new_tokens)
-                said.update(zip(readable, answers, strict=True))
-            progress.advance(bar, len(part))
-    return [_judged(question, shown[i], said.get(i)) for i, question in enumerate(items)]
+    shown = shown_images(items, shuffle_images)
+    prompts = [question.prompt(image) for question, image in zip(items, shown, strict=True)]
+    answers = Answers(None, max_new_tokens=max_new_tokens)
+    ask_all(lambda: student, prompts, ImageFolder(images), answers, batch_size)
+    return [judge(q, p.image, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
 
 
-def _judged(question: Question, image: str | None, said: str | None) -> Answered:
-    correct = said is not None and normalized(said) in {normalized(answer) for answer in question.answers}
-    return Answered(image, question.kind, question.question, question.answers, said, correct)
+def ask_questions(
+    asker: Asker,
+    questions: Sequence[Question],
+    images: ImageSource,
+    file: Path | None = None,
+    max_new_tokens: int = 32,
+    blind: bool = True,
+) -> tuple[list[Answered], list[Answered] | None]:
+    """Asks this process's share of the questions, and answers what all processes have asked so far.
 
+    Args:
+        file: keeps raw answers; complete once one process asks alone.
+        blind: ask once more, each question on another's image.
 
-def _read_image(folder: Path, name: str | None) -> Image.Image | None:
-    if name is None:
-        return None
-    try:
-        return open_image(inside(folder, name))
-    except DataError as error:
-        logger.warning("%s", printable(f"{name}: {error}; its questions count as not answered"))
-        return None
-
-
-def answers_file(model: str, questions: Path, shuffle_images: bool) -> Path:
-    """Where raw answers go by default: with the model that gave them, the blind control's apart.
-
-    ``MODEL/answers/QUESTIONS.jsonl``; for a hub id a folder of its name here.
+    Returns:
+        The answers, and those of the blind control; None where there is none: fewer than two images differ.
     """
-    name = f"{questions.stem}-shuffled" if shuffle_images else questions.stem
-    folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
-    return folder / "answers" / f"{name}.jsonl"
-
-
-def _others(shown: list[str | None]) -> list[str | None]:
-    """For every question an image that is not its own: the distinct images, moved round by half their number."""
-    distinct = sorted({name for name in shown if name is not None})
-    if len(distinct) < 2:
-        raise DataError("shuffling images needs at least two different ones")
-    step = len(distinct) // 2
-    swap = {name: distinct[(i + step) % len(distinct)] for i, name in enumerate(distinct)}
-    return [swap[name] if name is not None else None for name in shown]
-
-
-def _chunks(indices: list[int], size: int) -> list[list[int]]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def scores(answered: Iterable[Answered]) -> list[Score]:
-    """Accuracy by kind in order of appearance, and over all if there is more than one kind."""
-    rows = list(answered)
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    result = [_score(kind, [row for row in rows if row.kind == kind]) for kind in kinds]
-    return [*result, _score(EVERYTHING, rows)] if len(kinds) > 1 else result
-
-
-def _score(kind: str, rows: list[Answered]) -> Score:
-    empty = sum(row.said is not None and not row.said.strip() for row in rows)
-    return Score(kind, sum(row.correct for row in rows), len(rows), empty)
+    shown = [[question.image for question in questions]]
+    others = other_images(shown[0]) if blind else None
+    shown += [others] if others is not None else []
+    prompts = [[q.prompt(image) for q, image in zip(questions, own, strict=True)] for own in shown]
+    answers = asker.ask([prompt for part in prompts for prompt in part], images, file, max_new_tokens)
+    judged = [[judge(q, p.image, answers.get(p)) for q, p in zip(questions, part, strict=True)] for part in prompts]
+    if file is not None and asker.share == (0, 1):
+        answers.finish(
+            [
+                {"key": answers.key(prompt), "blind": number == 1, **asdict(row)}
+                for number, (part, rows) in enumerate(zip(prompts, judged, strict=True))
+                for prompt, row in zip(part, rows, strict=True)
+            ]
+        )
+    return judged[0], judged[1] if others is not None else None
 
 
 def save_answers(path: Path, answered: Iterable[Answered]) -> None:
-    """Every question with its raw answer, one JSON object a line; whole or not at all."""
-    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answered))
-
-
-def show_scores(console: Console, rows: list[Score]) -> None:
-    """A table of accuracies with their intervals, and how many answers were empty."""
-    table = Table("kind", "accuracy", "95 % interval", "right / asked", "empty answers")
-    for row in rows:
-        low, high = row.interval
-        table.add_row(
-            row.kind, f"{row.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{row.correct} / {row.total}", str(row.empty)
-        )
-    console.print(table)
-    if rows and rows[-1].empty > rows[-1].total * EMPTY_SHARE:
-        console.print(
-            f"{rows[-1].empty} of {rows[-1].total} answers are empty: does the tokenizer know the words of "
-            "the answers, and was the model trained to answer such questions?",
-            style="yellow",
-        )
+    """Every question with its raw answer, one JSON object a line; complete or not at all."""
+    rows: list[dict[str, Any]] = [asdict(row) for row in answered]
+    write_text(path, lines(rows))

@@ -56,14 +56,22 @@ def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
 
 def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
     """Parquet files, by path or pattern, in the order of their names; see ``open_hub``."""
-    import datasets
-
     files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
     if not files:
         raise DataError("no such file", f"'{source.place}': expected Parquet files; check 'data.sources'")
-    with _loading(f"'{source.place}'", "; are all of them Parquet files of one schema?", quiet):
-        found = datasets.load_dataset("parquet", data_files=files, split="train")
-    return _as_part(found, source, name, quiet)
+    return _as_part(load_parquet(files, f"'{source.place}'", quiet), source, name, quiet)
+
+
+def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[str] | None = None) -> Any:
+    """Parquet files as one table of `datasets`, mapped into memory; all columns, or those named.
+
+    Raises:
+        DataError: they cannot be loaded; the message begins with ``what``.
+    """
+    import datasets
+
+    with _loading(what, "; are all of them Parquet files of one schema?", quiet):
+        return datasets.load_dataset("parquet", data_files=files, split="train", columns=columns)
 
 
 @contextmanager

@@ -25,11 +25,17 @@ GRACE_S = 10.0
 PR_SET_PDEATHSIG = 1
 
 
-def start_processes(launch: Launch, command: Sequence[str]) -> bool:
+TRAINING_GOES_ON = "--resume goes on from the newest complete checkpoint, if there is one"
+
+
+def start_processes(launch: Launch, command: Sequence[str], remedy: str = TRAINING_GOES_ON) -> bool:
     """Runs ``visper COMMAND`` in as many processes as ``launch`` says, and waits for them.
 
     SIGTERM, SIGINT and SIGHUP tell every process to save and end; they have as long as they need. A second Ctrl-C kills
     them. Should this process be killed, the kernel kills them too (Linux).
+
+    Args:
+        remedy: how to go on after a process has failed, for the error's message.
 
     Returns:
         False where there is nothing to start: one process is asked for, or a launcher has started this one.
@@ -57,7 +63,7 @@ def start_processes(launch: Launch, command: Sequence[str]) -> bool:
         for rank in range(launch.processes):
             processes.append(_start(rank, launch.processes, port, command))
         failed = _wait(processes)
-    _report(processes, failed, received)
+    _report(processes, failed, received, remedy)
     return True
 
 
@@ -144,7 +150,9 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
         time.sleep(POLL_S)
 
 
-def _report(processes: Sequence[subprocess.Popen], failed: int | None, received: Sequence[signal.Signals]) -> None:
+def _report(
+    processes: Sequence[subprocess.Popen], failed: int | None, received: Sequence[signal.Signals], remedy: str
+) -> None:
     """Says what was seen: the signal, and the exit code of the process that failed first."""
     if failed is None:
         if any(process.returncode == StoppedError.exit_code for process in processes):
@@ -153,10 +161,6 @@ def _report(processes: Sequence[subprocess.Popen], failed: int | None, received:
     ended = f"process {failed} of {len(processes)} ended with exit code {processes[failed].returncode}"
     if received:
         raise StoppedError(
-            f"told to stop ({received[0].name}), but {ended}, which means that it did not save: --resume goes on from "
-            "the newest checkpoint, if there is one"
+            f"told to stop ({received[0].name}), but {ended}, which means that it did not save: {remedy}"
         )
-    raise ProcessFailedError(
-        f"{ended}, the others were stopped: its own message stands above. Complete checkpoints remain: "
-        "fix the cause, then add --resume"
-    )
+    raise ProcessFailedError(f"{ended}, the others were stopped: its own message stands above. Fix the cause; {remedy}")

@@ -1,0 +1,99 @@
+"""Where the images of questions are: files in a folder, or bytes in Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from visper.common.cache import key
+from visper.common.errors import DataError
+from visper.common.files import inside
+from visper.data.images import open_image
+
+
+class ImageSource(Protocol):
+    """Opens images by the names that questions give them; images of different names differ."""
+
+    def open(self, name: str) -> Image.Image:
+        """The image, RGB. Raises DataError where it cannot be read."""
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that stand for no image."""
+
+
+class ImageFolder:
+    """Images by their paths under a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, name: str) -> Image.Image:
+        """The image, RGB. Raises DataError where it cannot be read."""
+        return open_image(inside(self.folder, name))
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Those of the names under which the folder has no file. Raises DataError for names that lead outside."""
+        return [name for name in names if not inside(self.folder, name).is_file()]
+
+
+class TableImages:
+    """Images whose bytes are in a table, named by a digest of them, so that one in several rows has one name.
+
+    Attributes:
+        names: of each row's image; None for a row without one.
+    """
+
+    def __init__(self, table: Any, column: str) -> None:
+        from visper.data.rows.hugging_face import EmbeddedImages
+
+        self._content = EmbeddedImages(table.select_columns([column]).with_format("arrow"))
+        self.names: list[str | None] = []
+        self._rows: dict[str, int] = {}
+        for row in range(len(table)):
+            content = self._content(row)
+            name = None if content is None else key(content)
+            self.names.append(name)
+            if name is not None:
+                self._rows.setdefault(name, row)
+
+    def open(self, name: str) -> Image.Image:
+        """The image, RGB. Raises DataError where it cannot be read."""
+        row = self._rows[name]
+        return open_image(f"the image of row {row}", self._content(row))
+
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """None of them: the names are those of bytes at hand."""
+        return [name for name in names if name not in self._rows]
+
+
+def read_table(files: Sequence[Path], needed: Sequence[str], optional: Sequence[str], what: str) -> Any:
+    """Columns of Parquet files as one table of `datasets`.
+
+    Args:
+        needed: columns that every file has.
+        optional: columns that are read where every file has them.
+
+    Raises:
+        DataError: a file cannot be read, or lacks a needed column; the message begins with ``what``.
+    """
+    from visper.data.rows.hugging_face import load_parquet
+
+    columns: list[str] = [*needed, *optional]
+    for file in files:
+        try:
+            found = pq.read_schema(file).names
+        except (OSError, pa.ArrowException) as error:
+            raise DataError("unreadable file", f"{what}: '{file}': {error}; is it a complete Parquet file?") from error
+        lacking = [name for name in needed if name not in found]
+        if lacking:
+            raise DataError(
+                "missing column",
+                f"{what}: '{file}' has no column {', '.join(map(repr, lacking))}; it has {', '.join(found)}",
+            )
+        columns = [name for name in columns if name in found]
+    return load_parquet([str(file) for file in files], what, columns=columns)

@@ -1,0 +1,130 @@
+"""Files of questions: JSON, JSONL or Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from visper.common.errors import ConfigError, DataError
+from visper.data.rows.json_rows import read_rows
+from visper.evaluation.choices import LETTERS, plain
+from visper.evaluation.pictures import ImageFolder, ImageSource, TableImages, read_table
+from visper.evaluation.questions import EVERYTHING, Question
+
+NEEDED = ("question", "answer")
+OPTIONAL = ("image", "kind", "options", "id")
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a JSON or JSONL file: rows of ``{question, answer}``, optionally ``image``, ``kind``, ``options``,
+    ``id``.
+
+    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of one, or missing. With
+    ``options``, a list of texts, ``answer`` is the letter of one of them ("B") or its text.
+
+    Raises:
+        DataError: the file or a question is not of this form; the message names the question.
+    """
+    return _questions(path, read_rows(path))
+
+
+def open_questions(path: Path, images: Path | None) -> tuple[list[Question], ImageSource]:
+    """Questions of any file that ``visper evaluate`` takes, and where their images are.
+
+    Args:
+        path: JSON or JSONL, see ``read_questions``, or Parquet with the same columns; its images may be embedded.
+        images: folder that image paths start from.
+
+    Raises:
+        ConfigError: images are paths, and ``images`` is not given.
+        DataError: the file or a question is not of the form expected; the message names the question.
+    """
+    if path.suffix != ".parquet":
+        questions = read_questions(path)
+    else:
+        table = read_table([path], NEEDED, OPTIONAL, "questions")
+        if "image" not in table.column_names or _is_text(table.features["image"]):
+            questions = _questions(path, table)
+        else:
+            source = TableImages(table, "image")
+            rows = table.remove_columns("image")
+            named = ({**row, "image": name} for row, name in zip(rows, source.names, strict=True))
+            return _questions(path, named), source
+    if images is None and any(question.image is not None for question in questions):
+        raise ConfigError(f"the images of '{path}' are paths: say with --images where they start")
+    return questions, ImageFolder(images or Path())
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
+    questions: list[Question] = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or any(name not in row for name in NEEDED):
+            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected image, question, answer")
+        place = f"'{path}', question {number}"
+        options = _options(row.get("options"), place)
+        answers = _accepted(row["answer"], place)
+        questions.append(
+            Question(
+                str(row["question"]),
+                _right_option(answers, options, place) if options else answers,
+                _one_image(row.get("image"), place),
+                EVERYTHING if row.get("kind") is None else str(row["kind"]),
+                options,
+                "" if row.get("id") is None else str(row["id"]),
+            )
+        )
+    if not questions:
+        raise DataError(f"{path} holds no questions")
+    if len({question.kind for question in questions}) == 1:
+        return questions
+    return [replace(question, kind="other") if question.kind == EVERYTHING else question for question in questions]
+
+
+def _accepted(answer: Any, place: str) -> tuple[str, ...]:
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers or not all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers):
+        raise DataError("no answer", f"{place}: 'answer' is {str(answer)[:80]!r}: expected a text or a list of texts")
+    return tuple(str(one) for one in answers)
+
+
+def _options(options: Any, place: str) -> tuple[str, ...]:
+    if options is None or options == []:
+        return ()
+    texts = [str(one).strip() for one in options] if isinstance(options, list) else []
+    if not 2 <= len(texts) <= len(LETTERS) or not all(texts) or len({plain(text) for text in texts}) < len(texts):
+        raise DataError("bad options", f"{place}: 'options' is {str(options)[:80]!r}: expected 2 to 26 different texts")
+    return tuple(texts)
+
+
+def _right_option(answers: tuple[str, ...], options: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """The right option's letter and text. An answer is a letter or a text; one that is both, of different options, is
+    refused."""
+    letters = LETTERS[: len(options)]
+    found = {
+        letter
+        for answer in answers
+        for letter, text in zip(letters, options, strict=True)
+        if plain(answer) in (letter.lower(), plain(text))
+    }
+    if len(found) != 1:
+        means = f"means {' and '.join(sorted(found))}" if found else "is none of them"
+        raise DataError(
+            "bad answer", f"{place}: 'answer' is {', '.join(answers)[:80]!r}, which {means}: expected one option's "
+            f"letter ({letters[0]} to {letters[-1]}) or text"
+        )  # fmt: skip
+    letter = found.pop()
+    return letter, options[letters.index(letter)]
+
+
+def _one_image(image: Any, place: str) -> str | None:
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if image is not None and not isinstance(image, str):
+        raise DataError("bad image", f"{place}: 'image' is {str(image)[:80]!r}: expected one path")
+    return image or None

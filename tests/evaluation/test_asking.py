@@ -1,0 +1,156 @@
+"""Every question is asked once, whatever the batch, the order, the number of processes, or what interrupts."""
+
+import json
+import logging
+
+import pytest
+import torch
+from PIL import Image
+
+from visper.common.errors import DataError, StoppedError
+from visper.config import Geometry
+from visper.config import Student as StudentConfig
+from visper.evaluation import asking
+from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, model_key, other_images
+from visper.evaluation.pictures import ImageFolder
+from visper.evaluation.questions import Question, ask_questions
+from visper.model import build_student, save_student
+
+WORDS = ["Which", "sphere", "is", "closer", "to", "the", "camera", "?"]
+
+
+@pytest.fixture(scope="module")
+def student(tiny_llm, tiny_encoder):
+    """Large random weights, so that answers differ from question to question."""
+    torch.manual_seed(0)
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    with torch.no_grad():
+        for weight in student.model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.5)
+    return student
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        image = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 10 + 9 * i).convert("RGB")
+        image.save(folder / f"{i}.png")
+    return ImageFolder(folder)
+
+
+PROMPTS = [Prompt("", " ".join(WORDS[i % 8 :]), f"{(i + i // 8) % 8}.png" if i < 12 else None) for i in range(16)]
+
+
+def no_student():
+    raise AssertionError("nothing was left to ask")
+
+
+def said(prompts, answers):
+    return [answers.get(prompt) for prompt in prompts]
+
+
+def test_a_batch_of_eight_gives_the_answers_of_one(student, images):
+    together, apart = Answers(None, max_new_tokens=12), Answers(None, max_new_tokens=12)
+    ask_all(lambda: student, PROMPTS, images, together, batch_size=8)
+    ask_all(lambda: student, PROMPTS, images, apart, batch_size=1)
+    assert said(PROMPTS, together) == said(PROMPTS, apart)
+    assert None not in said(PROMPTS, apart) and len(set(said(PROMPTS, apart))) > 8  # or the test would see nothing
+
+
+def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, tmp_path, monkeypatch):
+    whole = Answers(None, max_new_tokens=4)
+    ask_all(lambda: student, PROMPTS, images, whole)
+    asked = []
+
+    def counting(student, prompts, shown, length):
+        asked.extend(prompts)
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        return answer(student, prompts, shown, length)
+
+    answer = asking.answer
+    monkeypatch.setattr(asking, "answer", counting)
+    file = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(lambda: student, PROMPTS, images, Answers(file, "m", 4), batch_size=4)
+    with (tmp_path / "answers.jsonl.part-0").open("a") as part:
+        part.write('{"key": "cut off')
+    again = Answers(file, "m", 4, process=0)
+    before = len(asked)
+    ask_all(lambda: student, PROMPTS[::-1], images, again, batch_size=4)
+    assert said(PROMPTS, again) == said(PROMPTS, whole)
+    assert len(asked) - before == 16 - 4 and len(set(PROMPTS)) == 16  # four were kept, four were not
+    ask_all(no_student, PROMPTS, images, Answers(file, "m", 4), batch_size=4)
+
+
+@pytest.mark.parametrize("other", [("n", 4), ("m", 5)], ids=["another model", "longer answers"])
+def test_answers_of_another_model_or_length_are_not_met(other, tmp_path):
+    kept = Answers(tmp_path / "a.jsonl", "m", 4)
+    kept.add(PROMPTS[:1], ["yes"])
+    assert Answers(tmp_path / "a.jsonl", "m", 4).get(PROMPTS[0]) == "yes"
+    assert Answers(tmp_path / "a.jsonl", *other).get(PROMPTS[0]) is None
+
+
+def test_a_model_trained_again_in_its_place_is_another_model(student, tmp_path):
+    save_student(student, tmp_path / "out" / "model")
+    before = model_key(str(tmp_path / "out"))
+    assert before == model_key(str(tmp_path / "out")) == model_key(str(tmp_path / "out" / "model"))
+    (tmp_path / "out" / "model").rename(tmp_path / "old")
+    save_student(student, tmp_path / "out" / "model")
+    assert model_key(str(tmp_path / "out")) != before
+
+
+def test_shares_are_disjoint_and_complete_also_where_some_is_answered(student, images, tmp_path):
+    file = tmp_path / "a.jsonl"
+    ask_all(lambda: student, PROMPTS[3:7], images, Answers(file, "m", 2))
+    for process in range(3):  # each sees what those before it have answered meanwhile
+        ask_all(lambda: student, PROMPTS, images, Answers(file, "m", 2, process), 4, (process, 3))
+    ask_all(no_student, PROMPTS, images, Answers(file, "m", 2))
+    rows = [
+        json.loads(line) for part in tmp_path.glob("a.jsonl.part-*") for line in part.read_text().split("\n") if line
+    ]
+    assert len(rows) == len({row["key"] for row in rows}) == 16
+
+
+def test_told_to_stop_it_says_what_is_kept(student, images, tmp_path, monkeypatch):
+    class Told(asking.StopRequest):
+        def on_signals(self):
+            self.asked = True
+            return super().on_signals()
+
+    monkeypatch.setattr(asking, "StopRequest", Told)
+    with pytest.raises(StoppedError, match="16 questions were open, 0 are answered; the same command asks the others"):
+        ask_all(lambda: student, PROMPTS, images, Answers(tmp_path / "a.jsonl", "m", 2))
+
+
+def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, tmp_path, caplog):
+    asker = Asker(str(tmp_path))
+    asker._student = student
+    file = images.folder / "0.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:40])
+    questions = [Question("what?", ("red",), "0.png"), Question("what?", ("red",), "1.png")]
+    with caplog.at_level(logging.WARNING):
+        own, blind = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
+    assert [row.said is None for row in own] == [True, False] and [row.said is None for row in blind] == [False, True]
+    assert "its questions count as not answered" in caplog.text
+    file.write_bytes(content)
+    own, _ = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
+    assert all(row.said is not None for row in own)
+
+
+def test_no_question_is_shown_its_own_image_in_the_blind_control():
+    for count in (2, 3, 7, 8):
+        own = [f"{i}.png" for i in range(count)] * 2 + [None]
+        others = other_images(own)
+        assert others == other_images(own) and others[-1] is None
+        assert all(a != b for a, b in zip(own[:-1], others[:-1], strict=True)) and set(others) == set(own)
+    assert other_images(["a.png", "a.png", None]) is None
+
+
+def test_absent_images_are_named_before_a_model_is_loaded(images):
+    with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'no\.png'"):
+        ask_all(no_student, [Prompt("", "what?", "no.png")], images, Answers(None))

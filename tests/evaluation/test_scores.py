@@ -1,0 +1,58 @@
+"""A score stands beside what needs no image, and a model that scores by the words alone does not look good."""
+
+import re
+
+from visper.common.console import Console
+from visper.evaluation.questions import Question, judge
+from visper.evaluation.scores import blind_scores, scores, show_scores
+
+KINDS = {"yes/no": ("yes", "yes", "yes", "no"), "count": ("1", "2", "2", "3")}
+QUESTIONS = [Question("?", (answer,), f"{answer}.png", kind) for kind, own in KINDS.items() for answer in own]
+
+
+def answered(said, image="x.png"):
+    return [judge(question, image, one) for question, one in zip(QUESTIONS, said, strict=True)]
+
+
+def test_the_best_constant_answer_by_kind_and_over_all():
+    rows = scores(answered(["yes"] * 8))
+    assert [(row.kind, row.correct, row.total, row.constant, row.constant_answer) for row in rows] == [
+        ("yes/no", 3, 4, 3, "yes"),
+        ("count", 0, 4, 2, "2"),
+        ("all", 3, 8, 5, ""),
+    ]
+
+
+def test_the_best_constant_answer_is_any_accepted_one():
+    questions = [Question("?", ("red", "crimson")), Question("?", ("blue", "navy")), Question("?", ("Crimson.",))]
+    (row,) = scores([judge(question, None, "") for question in questions])
+    assert (row.constant, row.constant_answer) == (2, "crimson")
+
+
+def shown(capsys, said, control):
+    show_scores(Console(width=160), scores(answered(said)), blind_scores(control))
+    return capsys.readouterr().out
+
+
+def test_a_model_that_answers_by_the_words_alone_is_called_so(capsys):
+    said = ["yes"] * 4 + ["2"] * 4
+    text = shown(capsys, said, answered(said, "other.png"))
+    assert re.search(r"yes/no +│ 75.0% +│ .* │ 75.0% \(yes\) +│ 75.0% +│ 3 / 4", text)
+    assert "not above what needs no image (within the interval): yes/no, count, all" in text
+
+
+def test_a_model_that_looks_is_not_doubted(capsys):
+    said = [question.answers[0] for question in QUESTIONS]
+    many = answered(said) * 20
+    show_scores(Console(width=160), scores(many), blind_scores(answered(["yes"] * 4 + ["2"] * 4, "other.png")))
+    assert "needs no image" not in capsys.readouterr().out
+
+
+def test_kinds_without_images_have_no_blind_control(capsys):
+    control = [judge(question, None if question.kind == "count" else "x.png", "") for question in QUESTIONS]
+    assert set(blind_scores(control)) == {"yes/no", "all"}
+    assert re.search(r"count .*│ no image +│", shown(capsys, [""] * 8, control))
+
+
+def test_without_a_control_there_is_no_column_for_it(capsys):
+    assert "blind" not in shown(capsys, [""] * 8, None)
