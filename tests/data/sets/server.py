@@ -1,5 +1,6 @@
 """A server of small files on this machine with the faults of real ones: a request takes its file's next fault."""
 
+import gzip
 import hashlib
 import json
 import socket
@@ -232,6 +233,22 @@ def endless() -> Fault:
         handler.send_response(200)
         handler.end_headers()
         handler.wfile.write(content[:-10] + b"]")
+
+    return fault(act)
+
+
+def encoded(share: float = 1.0, length: bool = True, how: str = "gzip") -> Fault:
+    """A compressed body that nobody asked for; ``share``: of it, as a broken cache has kept it."""
+
+    def act(handler: Handler, content: bytes) -> None:
+        body = gzip.compress(content)
+        body = body[: int(len(body) * share)]
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", how)
+        if length:
+            handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
 
     return fault(act)
 

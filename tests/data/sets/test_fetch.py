@@ -37,10 +37,10 @@ class Place:
         self.place, self.part = root / "rows.json", root / "state" / "rows.json"
         self.lockfile = Lockfile(root / "lock.json")
 
-    def get(self, url, **known):
+    def get(self, url, remote=None, **known):
         progress = Progress(console=Console(quiet=True), disable=True)
         meter = ProgressBar(progress, self.stop, "rows.json")
-        remote = Remote("rows.json", url, url, **known)
+        remote = remote or Remote("rows.json", url, url, **known)
         return obtain(remote, self.place, self.part, False, self.lockfile, meter, self.patience)
 
     def is_whole(self, content=CONTENT):
@@ -81,6 +81,9 @@ SURVIVED = {
     "a pointer, then well": [at.instead(POINTER)],
     "a piece of unknown total after a drop": [at.drop(1000), at.piece_of_unknown_total()],
     "a length that is no number": [at.drop(1000), at.odd_length()],
+    "compressed unasked": [at.encoded()],
+    "compressed and half, then well": [at.encoded(0.5)],
+    "compressed in an unknown way, then well": [at.encoded(how="br")],
     "429 until the year 99999": [at.status(429, Retry_After="Fri, 31 Dec 99999 23:59:59 GMT")],
     "429 with a superscript": [at.status(429, Retry_After="\xb2")],
 }
@@ -106,6 +109,8 @@ def test_without_a_published_hash_a_fault_is_survived_too(shelf, here, name):
 
 
 REFUSED = {
+    "always compressed and half": ([at.encoded(0.5)] * 9, "the compressed body is cut"),
+    "always compressed in an unknown way": ([at.encoded(how="br")] * 9, "encoded as 'br'"),
     "no length, ends with the connection": ([at.endless()], "does not tell its length"),
     "sends more than it announced": ([at.drop(1000), *[at.more()] * 9], "more than the 5002 bytes announced"),
     "always an error message": ([at.instead(b'{"error": "quota exceeded"}')] * 9, "an error message"),
@@ -133,6 +138,18 @@ def test_a_lasting_fault_is_named_and_nothing_takes_its_place(shelf, here, name)
     with pytest.raises(SourceError, match=message):
         here.get(url, **known)
     assert not here.place.exists()
+
+
+def test_half_a_compressed_file_is_never_taken_for_a_whole_one(shelf, here):
+    """No bracket tells that a text is cut; what was kept of it is not in the way of the next call."""
+    here.place, text = here.root / "notes.txt", CONTENT.hex().encode()
+    url = shelf.put("/notes.txt", text, *[at.encoded(0.5)] * 9)
+    remote = Remote("notes.txt", url, url)
+    with pytest.raises(SourceError, match="the compressed body is cut"):
+        here.get(url, remote=remote)
+    shelf.faults["/notes.txt"].clear()
+    here.get(url, remote=remote)
+    assert here.is_whole(text)
 
 
 def test_a_server_that_is_not_there_is_named(here):

@@ -361,9 +361,9 @@ def test_the_photographs_are_a_set_of_ones_own(beside_project, tmp_path, root):
     assert bring(tmp_path / "mine.yaml", root).nothing_done
 
 
-@pytest.mark.parametrize("body", [b"[1, 2]", b'[{"id": "\\ud8', b"[{]"])
+@pytest.mark.parametrize("body", [b"[1, 2]]", b'[{"id": "\\ud8]', b"[{]]", b'{"detail": "gone"}'])
 def test_rows_that_cannot_be_read_are_fetched_afresh_by_the_next_call(shelf, root, tmp_path, body):
-    url = shelf.put("/rows.json", rows(None), server.instead(body + b"]"))
+    url = shelf.put("/rows.json", rows(None), server.instead(body))
     described = {"rows": [{"json": "rows.json"}], "downloads": [{"file": "rows.json", "sources": [{"url": url}]}]}
     with pytest.raises(DataError):
         bring(own_set(tmp_path, described), root)

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,8 @@ from visper.common.files import remove_leftovers
 from visper.common.lock import locked
 from visper.data.rows.formats import image_names
 from visper.data.sets.archives import content_fault, relative_path
-from visper.data.sets.catalog import DataSet, Download, with_needs
+from visper.data.sets.background import in_background
+from visper.data.sets.catalog import DataSet, Download, Origin, with_needs
 from visper.data.sets.fetch import (
     FOUND,
     ProgressBar,
@@ -217,7 +219,7 @@ class _Preparation:
         for origin, label in zip(download.sources, download.labels, strict=True):
             meter = ProgressBar(self.progress, self.stop, download.file)
             try:
-                files = remotes(download, origin, item.folder)
+                files = self._remotes(download, origin, item.folder)
                 if files[0].local is not None:
                     return [self._local(files[0], files[0].local, download)]
                 parts = {remote.name: self._fetch(remote, download, meter) for remote in files}
@@ -233,6 +235,15 @@ class _Preparation:
             "no source gave it",
             f"{'; '.join(errors)}. What came is kept: repeat later, or put the file at '{place}' yourself",
         )
+
+    def _remotes(self, download: Download, origin: Origin, folder: Path) -> list[Remote]:
+        """The files of an origin; the hub's client would wait for a silent server for ever, deaf to Ctrl-C."""
+        asked = (remotes(download, origin, folder) for _ in range(1))
+        with closing(in_background(asked, self.stop, 2 * self.patience.timeout)) as listed:
+            try:
+                return next(listed)
+            except TimeoutError as error:
+                raise SourceError(f"its files could not be listed: {error}") from error
 
     def _fetch(self, remote: Remote, download: Download, meter: ProgressBar) -> Entry:
         place = download.place(self.root, remote.name)
