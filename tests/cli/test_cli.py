@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests import tiny
+from tests.evaluation.benchmarks.published import write_mmstar
 from visper.cli import app, main
 from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
@@ -101,6 +102,14 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
     assert [row["expected"] for row in kept] == [["thing"], ["word"]] and all("said" in row for row in kept)
 
 
+def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
+    write_mmstar(tmp_path)
+    result = call("evaluate", str(trained / "out"), "--benchmark", "mmstar", "--root", str(tmp_path))
+    assert "MMStar" in result.output and "OLA-VLM, Phi-3 ViT-L" in result.output
+    saved = json.loads((trained / "out" / "answers" / "mmstar.scores.json").read_text())
+    assert saved["mmstar"]["asked"] == 4 and saved["mmstar"]["unanswered"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,6 +120,12 @@ def test_evaluate_keeps_raw_answers_and_shows_intervals(trained):
         (["recipes", "photographs/pt", "--parameters"], "models/"),
         (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
+        (["evaluate", "/nowhere"], "give --questions FILE or --benchmark NAME"),
+        (
+            ["evaluate", "/nowhere", "--benchmark", "mmstar", "--root", "/none"],
+            "visper data prepare mmstar --root /none",
+        ),
+        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--protocol", "own"], "no protocol 'own': choose paper"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypatch, capsys):

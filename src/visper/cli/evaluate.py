@@ -1,5 +1,6 @@
-"""``visper evaluate``: accuracy on questions."""
+"""``visper evaluate``: accuracy on questions or on public benchmarks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,56 +8,122 @@ import typer
 
 from visper.cli.arguments import parse_path
 from visper.common.console import Console
+from visper.common.errors import ConfigError
 
 NAME = "evaluate"
+REMEDY = "the same command goes on: answers so far are kept"
 
 
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     questions: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]", parser=parse_path),
-    ],
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="folder of the image paths; none for embedded images", parser=parse_path)
     ] = None,
+    benchmark: Annotated[str | None, typer.Option(help="cv-bench, mmstar, realworldqa, ok-vqa or all")] = None,
+    root: Annotated[Path, typer.Option(help="folder of all data sets, for benchmarks", parser=parse_path)] = Path(
+        "data"
+    ),
+    protocol: Annotated[str, typer.Option(help="prompts, readers and formulas of benchmarks: paper")] = "paper",
+    limit: Annotated[int | None, typer.Option(min=1, help="questions at most, evenly spaced over all")] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="raw answers, JSONL; default: MODEL/answers", parser=parse_path)
+        Path | None, typer.Option(help="raw answers, JSONL; default: in MODEL/answers", parser=parse_path)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="questions asked at once")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="length of an answer at most")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions asked at once")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of an answer; benchmarks have theirs")] = 32,
     blind: Annotated[
-        bool, typer.Option("--blind/--no-blind", help="ask once more with other questions' images")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--blind/--no-blind", help="ask once more, with other questions' images; default: for --questions"
+        ),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="on this machine, each with its share, one a GPU")] = 1,
 ) -> None:
-    """Score a model on questions, beside the best constant answer and the blind control.
+    """Score a model on questions, beside the best constant answer and the blind control, or on public benchmarks.
 
     Raw answers are kept as they come: the same command goes on where it was interrupted.
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
-    from visper.config import Launch
-    from visper.evaluation.asking import Asker, answers_file, own_share
+    if (questions is None) == (benchmark is None):
+        raise ConfigError("give --questions FILE or --benchmark NAME")
+    if protocol != "paper":
+        raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
+    options = {
+        **{"--questions": questions, "--images": images, "--benchmark": benchmark, "--root": root, "--limit": limit},
+        **{"--answers": answers, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens},
+        "--processes": processes,
+    }
+    command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    command += [] if blind is None else ["--blind" if blind else "--no-blind"]
+
+    def start() -> tuple[int, int]:
+        """Starts the processes, if several are asked for, and waits; this one's share afterwards."""
+        from visper.config import Launch
+        from visper.evaluation.asking import own_share
+        from visper.training import start_processes
+
+        started = start_processes(Launch(processes=processes), ["evaluate", model, *command], REMEDY)
+        return (0, 1) if started else own_share()  # started ones ask; what is left to this one is to score
+
+    if questions is not None:
+        _questions(model, questions, images, limit, answers, batch_size, max_new_tokens, blind is not False, start)
+    elif benchmark is not None:
+        _benchmarks(model, benchmark, root, limit, batch_size, bool(blind), start)
+
+
+def _questions(
+    model: str,
+    questions: Path,
+    images: Path | None,
+    limit: int | None,
+    answers: Path | None,
+    batch_size: int,
+    max_new_tokens: int,
+    blind: bool,
+    start: Callable[[], tuple[int, int]],
+) -> None:
+    from visper.evaluation.asking import Asker, answers_file, spread
     from visper.evaluation.question_files import open_questions
     from visper.evaluation.questions import ask_questions
     from visper.evaluation.scores import blind_scores, scores, show_scores
-    from visper.training import start_processes
 
     asked, source = open_questions(questions, images)
-    place = answers or answers_file(model, questions.stem)
-    command = ["evaluate", model, "--questions", questions, "--answers", place, "--batch-size", batch_size]
-    command += ["--max-new-tokens", max_new_tokens, "--blind" if blind else "--no-blind", "--processes", processes]
-    command += ["--images", images] if images is not None else []
-    share = own_share()
-    remedy = "the same command goes on: answers so far are kept"
-    if start_processes(Launch(processes=processes), [str(part) for part in command], remedy):
-        share = (0, 1)  # they have asked; what is left is to score
-    own, control = ask_questions(Asker(model, batch_size, share), asked, source, place, max_new_tokens, blind)
-    if share[1] > 1:
+    place = answers or answers_file(model, questions.stem, limit)
+    asker = Asker(model, batch_size, start())
+    own, control = ask_questions(asker, spread(asked, limit), source, place, max_new_tokens, blind)
+    if asker.share[1] > 1:
         return
     console = Console()
     show_scores(console, scores(own), blind_scores(control))
     if blind and control is None:
         console.print("no blind control: fewer than two images differ")
     print(f"raw answers: {place}")
+
+
+def _benchmarks(
+    model: str,
+    name: str,
+    root: Path,
+    limit: int | None,
+    batch_size: int,
+    blind: bool,
+    start: Callable[[], tuple[int, int]],
+) -> None:
+    from visper.evaluation.asking import Asker, answers_file
+    from visper.evaluation.benchmarks import find_benchmarks
+    from visper.evaluation.benchmarks.base import require_prepared
+    from visper.evaluation.benchmarks.run import run_benchmark, save_results, show_results
+
+    chosen = find_benchmarks(name)
+    for benchmark in chosen:
+        require_prepared(benchmark.name, root)
+    asker = Asker(model, batch_size, start())
+    results = [run_benchmark(asker, benchmark, root, limit, blind) for benchmark in chosen]
+    found = [result for result in results if result is not None]
+    if found:
+        show_results(Console(), found)
+        save_results(answers_file(model, name, limit).with_suffix(".scores.json"), found)

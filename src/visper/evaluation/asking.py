@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,6 +24,7 @@ from visper.model import Student
 from visper.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ def ask_all(
     todo = [prompt for prompt in order[share[0] :: share[1]] if answers.get(prompt) is None]
     stop = StopRequest()
     columns = (SpinnerColumn(), TextColumn("asking {task.completed}/{task.total}"), TimeElapsedColumn())
-    hidden = Progress(
-        *columns, TimeRemainingColumn(), console=Console(), transient=True, disable=share[0] != 0 or not todo
-    )
-    with torch.inference_mode(), hidden as progress, stop.on_signals():
+    console = Console()
+    hidden = share[0] != 0 or not console.is_terminal
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
+    with torch.inference_mode(), bars as progress, stop.on_signals():
         bar = progress.add_task("asking", total=len(todo))
         for batch in _batches(todo, batch_size):
             if stop.asked:
@@ -242,7 +243,15 @@ def own_share() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def answers_file(model: str, name: str) -> Path:
-    """Where raw answers go by default: ``MODEL/answers/NAME.jsonl``; for a hub id a folder of its name here."""
+def answers_file(model: str, name: str, limit: int | None = None) -> Path:
+    """Where raw answers go by default: ``MODEL/answers/NAME.jsonl``, of limited runs ``NAME-LIMIT.jsonl``; for a hub id
+    in a folder of its name here."""
     folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
-    return folder / "answers" / f"{name}.jsonl"
+    return folder / "answers" / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """At most ``limit`` rows, evenly spaced over all, so that every kind is among them."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]

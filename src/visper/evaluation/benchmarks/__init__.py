@@ -1,0 +1,30 @@
+"""The paper's benchmarks: one file and one entry of the table each."""
+
+from visper.common.errors import ConfigError
+from visper.evaluation.benchmarks import cv_bench, mmstar, ok_vqa, realworldqa
+from visper.evaluation.benchmarks.base import Benchmark
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("cv-bench", 128, cv_bench.rows, cv_bench.read, cv_bench.score),
+        Benchmark("mmstar", 128, mmstar.rows, mmstar.read, mmstar.score),
+        Benchmark("realworldqa", 16, realworldqa.rows, realworldqa.read, realworldqa.score),
+        Benchmark("ok-vqa", 32, ok_vqa.rows, ok_vqa.read, ok_vqa.score),
+    )
+}
+"""By the name under which `visper data prepare` brings them."""
+ALL = "all"
+
+
+def find_benchmarks(name: str) -> list[Benchmark]:
+    """The benchmark of that name, or all.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == ALL:
+        return list(BENCHMARKS.values())
+    if name not in BENCHMARKS:
+        raise ConfigError(f"no benchmark '{name}': choose one of {', '.join(BENCHMARKS)} or {ALL}")
+    return [BENCHMARKS[name]]

@@ -1,0 +1,44 @@
+"""MMStar (Chen et al. 2024): 1,500 questions that cannot be answered without the image; multiple choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
+from visper.evaluation.choices import read_choice
+from visper.evaluation.pictures import ImageSource
+
+REQUEST = "\nAnswer with the option's letter from the given choices directly, such as answer letter 'A' only. \n"
+OPTIONS = dict.fromkeys("ABCD", "")
+"""Their texts stand in the question, separated by commas that may also stand in a text."""
+_PUBLISHED = re.compile(r"(?:\(|option |the answer is )?([a-d])")
+
+
+def rows(root: Path) -> tuple[list[Item], ImageSource]:
+    """1,500 rows, 250 of each category."""
+    found, images = read_parquet("mmstar", root, ("index", "question", "answer", "category"))
+    items = [
+        Item(
+            row["question"] + REQUEST,
+            (row["answer"].strip().upper(),),
+            row["image"],
+            row["category"],
+            options=OPTIONS,
+            id=str(row["index"]),
+        )
+        for row in found
+    ]
+    return items, images
+
+
+def read(item: Item, said: str) -> Reading:
+    """The published reader takes the character at the beginning, or after "(", "option " or "the answer is "."""
+    match = _PUBLISHED.match(said.lower().strip())
+    return Reading(read_choice(said, item.options), match[1].upper() if match else None)
+
+
+def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
+    """Share of right answers. (The published code divides by 1,500, however many were asked.)"""
+    return [share("MMStar", [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)])]

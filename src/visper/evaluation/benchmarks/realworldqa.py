@@ -1,0 +1,52 @@
+"""RealWorldQA (xAI 2024): 765 photographs, many from cars; multiple choice, numbers and words."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
+from visper.evaluation.benchmarks.vqa_text import NUMBERS
+from visper.evaluation.choices import LETTERS, read_choice
+from visper.evaluation.pictures import ImageSource
+
+_OPTION = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
+_SIGNS = str.maketrans("", "", string.punctuation)
+
+
+def rows(root: Path) -> tuple[list[Item], ImageSource]:
+    """765 rows; the question, asked as it is, names the options and how to answer."""
+    found, images = read_parquet("realworldqa", root, ("question", "answer"))
+    items = []
+    for row in found:
+        question, answer = row["question"].strip(), row["answer"].strip()
+        options = {letter: text.strip() for letter, text in _OPTION.findall(question)}
+        items.append(Item(question, (answer,), row["image"], options=options if answer in options else {}))
+    return items, images
+
+
+def read(item: Item, said: str) -> Reading:
+    """Options by letter or text; otherwise number words become digits, and case and punctuation do not count.
+
+    The published reader looks for an option's text, with its case and anywhere, also inside a word, in the answer
+    without punctuation; else it takes that answer.
+    """
+    said = NUMBERS.get(said.strip().lower(), said)
+    cleaned = re.sub(r"[^\w\s]", "", said).strip()
+    # It numbers the options it finds, whatever letters they have; of equal texts the last counts.
+    texts = dict(zip((text.strip() for _, text in _OPTION.findall(item.prompt)), LETTERS, strict=False))
+    found = re.search("|".join(map(re.escape, texts)), cleaned)
+    published = bare(texts.get(found[0], cleaned) if found else cleaned)
+    return Reading(read_choice(said, item.options) if item.options else bare(said), published)
+
+
+def bare(text: str) -> str:
+    """Upper case, without punctuation: what is compared, and what an option's letter is."""
+    return text.translate(_SIGNS).strip().upper()
+
+
+def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
+    """Share of right answers."""
+    return [share("RWQA", [float(text == bare(item.answers[0])) for item, text in zip(items, readings, strict=True)])]

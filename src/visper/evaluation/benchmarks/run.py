@@ -1,0 +1,176 @@
+"""Asks benchmarks, scores the answers, and shows the scores beside the paper's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from visper.common.console import Console
+from visper.common.files import write_text
+from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, other_images, spread
+from visper.evaluation.benchmarks.base import Benchmark, Column, Item, Reading, mean
+from visper.evaluation.benchmarks.published_scores import AVERAGE, COLUMNS, PAPER, YARDSTICKS
+
+PROTOCOL = "paper"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model scored on one benchmark.
+
+    Attributes:
+        columns: scores of the answers, read robustly.
+        published: scores of the same answers as the published reader takes them.
+        blind: scores with other questions' images; none where they were not asked.
+        read_otherwise: answers that the published reader reads otherwise.
+        empty: answers without any text.
+        unanswered: questions whose image could not be read; they count as wrong.
+    """
+
+    name: str
+    asked: int
+    of: int
+    columns: list[Column]
+    published: list[Column]
+    blind: list[Column]
+    read_otherwise: int
+    empty: int
+    unanswered: int
+    answers: Path
+
+
+def run_benchmark(
+    asker: Asker, benchmark: Benchmark, root: Path, limit: int | None = None, blind: bool = False
+) -> Result | None:
+    """Asks this process's share of a benchmark; the result, or None where other processes have theirs still to ask.
+
+    Args:
+        root: of all data sets.
+        limit: rows asked at most, see ``spread``.
+        blind: ask once more, each question on another's image.
+    """
+    rows, images = benchmark.rows(root)
+    items = spread(rows, limit)
+    file = answers_file(asker.model, benchmark.name, limit)
+    own = [Prompt(item.id, item.prompt, item.image) for item in items]
+    others = other_images([item.image for item in items]) if blind else None
+    swapped = [
+        Prompt(item.id, item.prompt, image) for item, image in zip(items, others or [], strict=others is not None)
+    ]
+    answers = asker.ask([*own, *swapped], images, file, benchmark.max_new_tokens)
+    if asker.share[1] > 1:
+        return None
+    read = [_read(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, own, strict=True)]
+    read_blind = [_read(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, swapped, strict=False)]
+    answers.finish([*_lines(answers, items, own, read, False), *_lines(answers, items, swapped, read_blind, True)])
+    said = [answers.get(prompt) for prompt in own]
+    return Result(
+        benchmark.name,
+        len(items),
+        len(rows),
+        benchmark.score(items, [reading.text for reading in read]),
+        benchmark.score(items, [reading.published for reading in read]),
+        benchmark.score(items, [reading.text for reading in read_blind]) if read_blind else [],
+        sum(reading.text != reading.published for reading in read),
+        sum(text is not None and not text.strip() for text in said),
+        sum(text is None for text in said),
+        file,
+    )
+
+
+def _read(benchmark: Benchmark, item: Item, said: str | None) -> Reading:
+    return Reading(None, None) if said is None else benchmark.read(item, said)
+
+
+def _lines(
+    answers: Answers, items: Sequence[Item], prompts: Sequence[Prompt], read: Sequence[Reading], blind: bool
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "key": answers.key(prompt),
+            "id": item.id,
+            "blind": blind,
+            "kind": item.kind,
+            "image": prompt.image,
+            "question": prompt.text,
+            "expected": item.answers,
+            "said": answers.get(prompt),
+            "read": reading.text,
+            "published_reading": reading.published,
+        }
+        for item, prompt, reading in zip(items, prompts, read, strict=False)
+    ]
+
+
+def average(results: Sequence[Result]) -> Column | None:
+    """The paper's average: the mean of its seven columns; None unless all are there."""
+    columns = {column.name: column for result in results for column in result.columns}
+    return mean(AVERAGE, [columns[name] for name in COLUMNS]) if all(name in columns for name in COLUMNS) else None
+
+
+def show_results(console: Console, results: Sequence[Result]) -> None:
+    """All scores with their intervals, then beside the paper's and others', and how the answers were read."""
+    total = average(results)
+    own = [*(column for result in results for column in result.columns), *([total] if total is not None else [])]
+    published = {column.name: column.value for result in results for column in result.published}
+    blind = {column.name: column.value for result in results for column in result.blind}
+    table = Table("score", "%", "95 % interval", "published reader", *(["blind"] if blind else []), "questions")
+    for column in own:
+        low, high = column.interval
+        cells = [f"{100 * column.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", _percent(published, column.name)]
+        table.add_row(column.name, *cells, *([_percent(blind, column.name)] if blind else []), str(column.total))
+    console.print(Text(f"protocol: {PROTOCOL} (its prompts and formulas)"))
+    console.print(table)
+    others: dict[str, Mapping[str, float | None]] = {
+        "this model": {column.name: 100 * column.value for column in own},
+        **PAPER,
+        **YARDSTICKS,
+    }
+    names = [column.name for column in own if any(column.name in row for row in PAPER.values())]
+    beside = Table("", *names, box=None, pad_edge=False)
+    for label, row in others.items():
+        values = [row.get(name) for name in names]
+        if any(value is not None for value in values):
+            beside.add_row(label, *("" if value is None else f"{value:.1f}" for value in values))
+    console.print(beside)
+    for result in results:
+        part = "" if result.asked == result.of else f" of {result.of} (the scores are no benchmark results)"
+        console.print(
+            f"{result.name}: {result.asked}{part} asked, {result.empty} answers empty, {result.unanswered} images "
+            f"unreadable, {result.read_otherwise} answers that the published reader reads otherwise; raw answers: "
+            f"{result.answers}"
+        )
+
+
+def _percent(shares: Mapping[str, float], name: str) -> str:
+    return f"{100 * shares[name]:.1f}" if name in shares else ""
+
+
+def save_results(file: Path, results: Sequence[Result]) -> None:
+    """Every score with its interval, as JSON."""
+    content = {
+        result.name: {
+            "protocol": PROTOCOL,
+            "asked": result.asked,
+            "of": result.of,
+            "empty": result.empty,
+            "unanswered": result.unanswered,
+            "read_otherwise": result.read_otherwise,
+            "scores": {
+                c.name: {"score": c.value, "interval": c.interval, "questions": c.total} for c in result.columns
+            },
+            "published_reader": {c.name: c.value for c in result.published},
+            "blind": {c.name: c.value for c in result.blind},
+        }
+        for result in results
+    }
+    total = average(results)
+    if total is not None:
+        content[AVERAGE] = {"score": total.value, "interval": total.interval}
+    write_text(file, json.dumps(content, indent=1))
