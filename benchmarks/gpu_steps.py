@@ -88,7 +88,7 @@ def rows_of(geometry: Geometry, count: int) -> list[Sample]:
         ids = [image_id if token == packing.IMAGE_ID else token % (image_id - 30) for token in row.input_ids]
         labels = [label if label < 0 else label % (image_id - 30) for label in row.labels]
         found.append(
-            replace(row, input_ids=ids, labels=labels, pixel_values=torch.randn(3, side, side) if image else None)
+            replace(row, input_ids=ids, labels=labels, pixel_values=torch.randn(1, 3, side, side) if image else None)
         )
     return found
 

@@ -55,7 +55,8 @@ def sample(number: int, length: int, image: bool) -> Sample:
         ids[1 : 1 + IMAGE_TOKENS] = [IMAGE_ID] * IMAGE_TOKENS
         text -= IMAGE_TOKENS + TASK_TOKENS
     labels = [-100] * (length - text // 2) + ids[length - text // 2 :]
-    return Sample(str(number), ids, labels, torch.randn(3, 48, 48, generator=generator) if image else None)
+    pixels = torch.randn(1, 3, 48, 48, generator=generator) if image else None
+    return Sample(str(number), ids, labels, (IMAGE_TOKENS,) if image else (), pixels)
 
 
 def build(width: int, layers: int, attention: str) -> TrainingModel:

@@ -37,6 +37,7 @@ def main() -> None:
 
 
 def compare(rows: Path, images: Path, repeat: int, scratch: Path) -> None:
+    from visper.data.checks.digests import contents_of
     from visper.data.rows.parquet import write_parquet
     from visper.data.rows.records import DropList, RowSource
     from visper.data.rows.sources import open_records
@@ -53,8 +54,8 @@ def compare(rows: Path, images: Path, repeat: int, scratch: Path) -> None:
         parquet = open_records([RowSource(f"{scratch}/out/*.parquet", kind="parquet")], DropList())
         print(f"opened ({which}): {time.perf_counter() - start:.2f} s")
     indices = np.random.default_rng(0).integers(0, len(files), 4000).tolist()
-    print("an image at random, Parquet:", microseconds(parquet.picture, indices))
-    print("an image at random, files:  ", microseconds(lambda i: Path(str(files[i].image)).read_bytes(), indices))
+    print("an image at random, Parquet:", microseconds(lambda i: contents_of(parquet, i), indices))
+    print("an image at random, files:  ", microseconds(lambda i: contents_of(files, i), indices))
 
 
 if __name__ == "__main__":

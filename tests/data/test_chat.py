@@ -1,6 +1,10 @@
 """Labels hold exactly the answers, whatever the texts; the image is shown exactly once, whatever is cut."""
 
+import hashlib
+import json
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,8 @@ from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded
 from visper.data.chat_template import end_of_turn_token, student_template
 from visper.data.images import build_image_processor
-from visper.data.rows.records import Record, Turn
+from visper.data.rows.formats import parse_row
+from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.show import show_sample
 
 TASK_TOKENS = [f"<|{task}_{i}|>" for task in ("depth", "seg", "gen") for i in range(1, 9)]
@@ -76,7 +81,7 @@ PROCESSORS = {name: make_processor(template) for name, template in TEMPLATES.ite
 
 def record(*texts: str, image_turn: int | None = 0) -> Record:
     turns = tuple(Turn("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts))
-    return Record("r", turns, None if image_turn is None else "a.jpg", image_turn)
+    return Record("r", turns, () if image_turn is None else (ShownImage("a.jpg", image_turn),))
 
 
 def supervised(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
@@ -121,6 +126,39 @@ def test_training_prompts_equal_inference_prompts(name: str, system: str | None)
     text = whole(processor.tokenizer, encoded)
     assert text.count(SYSTEM) == (system is not None)
     assert "<image>" * 4 + "".join(TASK_TOKENS) + "\nWhat?" in text
+
+
+def test_rows_of_one_image_keep_their_ids_and_labels() -> None:
+    """Those of the code that knew rows of one image alone (f365acd): four templates, cut and not."""
+    image = {"type": "image"}
+    rows = [
+        chat("<image>\nWhat?", "A cat.", image="a.jpg"),
+        chat("What? <image> ", " A cat. ", "Sure <image?", "Yes <|eot_id|>", image="a.jpg"),
+        chat("Hi", "Hi", "a <image> b", "c", images=["a.jpg"]),
+        chat("<image>", "A cat.", image=["a.jpg"]),
+        chat([text_part(" one "), image, text_part(" two")], "A <image>.", image="a.jpg"),
+        chat("What?", "A.", "B?", "b" * 90, image="a.jpg"),
+        chat("What is <image> <|depth_1|>?", "A tag."),
+    ]
+    digest = hashlib.sha256()
+    for name, max_tokens, row in product(TEMPLATES, (60, 90, 10_000), rows):
+        encoder, parsed = ConversationEncoder(PROCESSORS[name], max_tokens), parse_row(row, "r", Path("images"))
+        try:
+            encoded = encoder.encode(parsed)
+            found: Any = [encoded.input_ids, encoded.labels, encoded.truncated, encoder.prompt(parsed)]
+        except DataError as error:
+            found = error.reason
+        digest.update(json.dumps(found).encode())
+    assert digest.hexdigest()[:16] == "a89afac06b79ebec"
+
+
+def text_part(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def chat(*contents: Any, **keys: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)], **keys}
 
 
 def tiny_picture() -> Image.Image:

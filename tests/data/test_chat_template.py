@@ -155,9 +155,24 @@ def test_an_image_alone_has_no_newline_behind_it(content: Any) -> None:
     assert f"<|im_start|>user\n{BLOCK}<|im_end|>" in render("chatml", [user(content)], as_parts=False)
 
 
-@pytest.mark.parametrize("content", ["one <image> and <image>", [IMAGE, IMAGE, text("one  and <image>")]])
-def test_two_images_in_a_turn_lead_it_one_behind_the_other(content: Any) -> None:
-    assert f"user\n{BLOCK}{BLOCK}\none  and<|im_end|>" in render("chatml", [user(content)], as_parts=False)
+@pytest.mark.parametrize("as_parts", [False, True])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (" one <image> and <image>\nSame?\n", "one B and B\nSame?"),
+        ("<image>\n<image>\nSame?", "B\nB\nSame?"),
+        ([text("one "), IMAGE, text(" and "), IMAGE, text("?")], "one B and B?"),
+        ([IMAGE, IMAGE, text("Same?")], "BBSame?"),
+        ([IMAGE, IMAGE], "BB"),
+        ([IMAGE, IMAGE, text("one <image> and <image>?")], "one B and B?"),
+        ([IMAGE, text("one <image> and <image>?")], "one B and B?"),
+        ([IMAGE, text("one and "), IMAGE, text(" <image>?")], "Bone and B ?"),
+    ],
+)
+@pytest.mark.parametrize("name", ALL_TEMPLATES)
+def test_several_images_of_a_turn_stay_where_they_stand(name: str, content: Any, expected: str, as_parts: bool) -> None:
+    rendered = render(name, [user(content)], as_parts)
+    assert rendered == render(name, [user("PLACE")], as_parts=False).replace("PLACE", expected.replace("B", BLOCK))
 
 
 @pytest.mark.parametrize("answer", [{"content": None}, {}, {"content": ""}, {"content": []}])

@@ -109,8 +109,9 @@ def test_a_batch_of_bad_rows_alone_is_one_unsupervised_token(dataset: Conversati
 def test_the_geometry_is_the_processors(records: list[Record], encoder: ConversationEncoder) -> None:
     encoder.processor.image_processor = with_geometry(encoder.processor.image_processor, "pad")
     sample = ConversationDataset(records, encoder)[0]
-    assert isinstance(sample, Sample) and sample.image is not None
-    assert sample.image.size == (90, 90) and sample.image.getpixel((0, 0)) == (127, 127, 127)
+    assert isinstance(sample, Sample)
+    (image,) = sample.images
+    assert image.size == (90, 90) and image.getpixel((0, 0)) == (127, 127, 127)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,7 @@ from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.digests import content_of, digests_of
+from visper.data.checks.digests import contents_of, digests_of
 from visper.data.checks.report import check, repair
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import write_parquet
@@ -52,17 +52,18 @@ def records(rows: Path) -> Records:
 
 def test_such_a_row_is_a_drop_of_the_survey_and_of_the_dataset(records: Records) -> None:
     encoder, drops = ConversationEncoder(make_processor(CHATML), 500), DropList()
-    assert [record.image for record in survey(records, encoder, drops).records] == records.image_files()[:2]
+    files = [str(folder / name) for _, _, folder, name in records.image_files()]
+    assert [record.images[0].path for record in survey(records, encoder, drops).records] == files[:2]
     assert drops.counts() == {OUTSIDE: 2}
     samples = list(map(ConversationDataset(records, encoder).__getitem__, range(4)))
     assert {i: s.reason for i, s in enumerate(samples) if isinstance(s, Drop)} == REFUSED
 
 
 def test_its_image_is_not_hashed_nor_read_nor_written_into_parquet(records: Records, tmp_path: Path) -> None:
-    good = digests_of(records)
-    assert good[0] == good[1] is not None and good[2:] == [None, None]
+    good, same, *others = digests_of(records).values()
+    assert good == same is not None and others == [None, None]
     with pytest.raises(DataError, match=OUTSIDE):
-        content_of(records, 2)
+        contents_of(records, 2)
     drops = DropList()
     assert write_parquet(records, tmp_path / "parquet", drops) == [2] and drops.counts() == {OUTSIDE: 2}
 

@@ -13,10 +13,11 @@ PAD = 9
 PACKED = PackingCollator(Collator(PAD))
 
 
-def sample(number: int, length: int, image: bool = False) -> Sample:
-    """Tokens ``100 * number, ...``, all of them supervised; pixels filled with the number."""
+def sample(number: int, length: int, images: int = 0) -> Sample:
+    """Tokens ``100 * number, ...``, all of them supervised; pixels of each image filled with the number."""
     ids = [100 * number + i for i in range(length)]
-    return Sample(str(number), ids, list(ids), torch.full((3, 2, 2), float(number)) if image else None)
+    pixels = torch.full((images, 3, 2, 2), float(number)) if images else None
+    return Sample(str(number), ids, list(ids), tuple(range(1, images + 1)), pixels)
 
 
 def test_samples_lie_whole_behind_each_other_and_positions_start_again():
@@ -37,9 +38,10 @@ def test_as_many_labels_count_as_without_packing():
 
 
 def test_images_keep_the_order_of_their_tokens_and_bad_rows_their_names():
-    batch = PACKED([sample(1, 2, True), sample(2, 9), Drop("bad", "lost"), sample(3, 8, True)])
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3]
-    assert batch["image_rows"].tolist() == [0, 0], "both in the one row, and still two images"
+    batch = PACKED([sample(1, 2, images=1), sample(2, 9), Drop("bad", "lost"), sample(3, 8, images=2)])
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 3, 3]
+    assert batch["image_rows"].tolist() == [0, 0, 0], "all in the one row, and still three images"
+    assert batch["image_tokens"].tolist() == [1, 1, 2]
     assert [drop.sample_id for drop in batch["dropped"]] == ["bad"]
 
 

@@ -41,7 +41,7 @@ def images(tmp_path):
     return ImageFolder(folder)
 
 
-PROMPTS = [Prompt("", " ".join(WORDS[i % 8 :]), f"{(i + i // 8) % 8}.png" if i < 12 else None) for i in range(16)]
+PROMPTS = [Prompt("", " ".join(WORDS[i % 8 :]), (f"{(i + i // 8) % 8}.png",) if i < 12 else ()) for i in range(16)]
 
 
 def no_student():
@@ -132,11 +132,11 @@ def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, t
     file = images.folder / "0.png"
     content = file.read_bytes()
     file.write_bytes(content[:40])
-    questions = [Question("what?", ("red",), "0.png"), Question("what?", ("red",), "1.png")]
+    questions = [Question("what?", ("red",), ("0.png",)), Question("what?", ("red",), ("1.png",))]
     with caplog.at_level(logging.WARNING):
         own, blind = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
     assert [row.said is None for row in own] == [True, False] and [row.said is None for row in blind] == [False, True]
-    assert "its questions count as not answered" in caplog.text
+    assert "their questions count as not answered" in caplog.text
     file.write_bytes(content)
     own, _ = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
     assert all(row.said is not None for row in own)
@@ -144,13 +144,21 @@ def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, t
 
 def test_no_question_is_shown_its_own_image_in_the_blind_control():
     for count in (2, 3, 7, 8):
-        own = [f"{i}.png" for i in range(count)] * 2 + [None]
+        own = [(f"{i}.png",) for i in range(count)] * 2 + [()]
         others = other_images(own)
-        assert others == other_images(own) and others[-1] is None
+        assert others == other_images(own) and others[-1] == ()
         assert all(a != b for a, b in zip(own[:-1], others[:-1], strict=True)) and set(others) == set(own)
-    assert other_images(["a.png", "a.png", None]) is None
+    assert other_images([("a.png",), ("a.png",), ()]) is None
+
+
+def test_no_image_of_a_question_is_in_its_blind_control():
+    own = [("a", "b"), ("c", "d", "c"), ("e",), ("f", "a")]
+    others = other_images(own)
+    assert [len(names) for names in others] == [2, 3, 1, 2] and others[1][0] == others[1][2] != others[1][1]
+    assert not any(set(a) & set(b) for a, b in zip(own, others, strict=True))
+    assert other_images([("a", "b"), ("c", "a")]) is None, "two others are needed, one is there"
 
 
 def test_absent_images_are_named_before_a_model_is_loaded(images):
     with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'no\.png'"):
-        ask_all(no_student, [Prompt("", "what?", "no.png")], images, Answers(None))
+        ask_all(no_student, [Prompt("", "what?", ("no.png",))], images, Answers(None))

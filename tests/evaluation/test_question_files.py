@@ -17,8 +17,8 @@ ROWS = [
     {"question": "which?", "answer": ["B"], "image": "b.png", "kind": "choice", "options": ["red", "blue"], "id": "8"},
 ]
 EXPECTED = [
-    Question("which?", ("red", "crimson"), "a.png", "color", (), "7"),
-    Question("which?", ("B", "blue"), "b.png", "choice", ("red", "blue"), "8"),
+    Question("which?", ("red", "crimson"), ("a.png",), "color", (), "7"),
+    Question("which?", ("B", "blue"), ("b.png",), "choice", ("red", "blue"), "8"),
 ]
 
 
@@ -52,9 +52,21 @@ def test_embedded_images_need_no_folder_and_equal_ones_have_one_name(folder):
     rows = [{"question": "which?", "answer": "red", "image": image} for image in [*content, None]]
     pq.write_table(pa.Table.from_pylist(rows), folder / "q.parquet")
     questions, images = open_questions(folder / "q.parquet", None)
-    names = [question.image for question in questions]
-    assert names[0] == names[2] != names[1] and names[3] is None
-    assert [images.open(name).getpixel((0, 0)) for name in names[:2]] == [(255, 0, 0), (0, 0, 255)]
+    names = [question.images for question in questions]
+    assert names[0] == names[2] != names[1] and names[3] == ()
+    assert [images.open(*name).getpixel((0, 0)) for name in names[:2]] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_lists_of_embedded_images_are_those_of_their_question(folder):
+    held = {name: {"bytes": (folder / name).read_bytes(), "path": None} for name in ("a.png", "b.png")}
+    rows = [
+        {"question": "<image> or <image>?", "answer": "red", "image": [held["a.png"], held["b.png"]]},
+        {"question": "which?", "answer": "blue", "image": [held["b.png"]]},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "q.parquet")
+    (two, one), images = open_questions(folder / "q.parquet", None)
+    assert two.images[1:] == one.images
+    assert [images.open(name).getpixel((0, 0)) for name in two.images] == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_a_parquet_file_without_a_column_is_named(folder):

@@ -13,7 +13,7 @@ from visper.common.errors import DataError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
-from visper.data.rows.records import Record, Turn
+from visper.data.rows.records import Record, ShownImage, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
 from visper.evaluation.ask import model_inputs
 from visper.evaluation.asking import answers_file
@@ -33,8 +33,8 @@ def test_a_first_token_that_only_the_tokenizer_writes_is_there_when_asked_too(st
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
     student.processor.chat_template = student.processor.chat_template.replace("{{ bos_token }}", "")
     image = Image.new("RGB", (16, 16))
-    asked = model_inputs(student.processor, ["What?"], [image])["input_ids"][0].tolist()
-    record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), "1.png", 0)
+    asked = model_inputs(student.processor, ["What?"], [[image]])["input_ids"][0].tolist()
+    record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), (ShownImage("1.png", 0),))
     trained = ConversationEncoder(student.processor, 500).encode(record).input_ids
     assert asked[0] == start and trained[: len(asked)] == asked
 
@@ -45,10 +45,10 @@ SPELLED_OUT = "Is <|end|> here,\n<|depth_1|> or <image> </s>? é "
 @pytest.mark.parametrize("shows_image", [False, True])
 def test_the_text_of_a_question_is_text_as_in_training(student, shows_image):
     question = SPELLED_OUT.replace("<image>", "image") if shows_image else SPELLED_OUT
-    images = [Image.new("RGB", (16, 16))] if shows_image else []
+    images = [[Image.new("RGB", (16, 16))] if shows_image else []]
     asked = model_inputs(student.processor, [question], images)["input_ids"][0].tolist()
     turns = (Turn("user", question), Turn("assistant", "Yes."))
-    record = Record("r", turns, "1.png", 0) if shows_image else Record("r", turns)
+    record = Record("r", turns, (ShownImage("1.png", 0),) if shows_image else ())
     assert ConversationEncoder(student.processor, 500).encode(record).input_ids[: len(asked)] == asked
     special = set(student.processor.tokenizer.added_tokens_decoder)
     harmless = model_inputs(student.processor, ["What?"], images)["input_ids"][0].tolist()
@@ -58,22 +58,22 @@ def test_the_text_of_a_question_is_text_as_in_training(student, shows_image):
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image> What?"])
 def test_the_tag_of_a_questions_image_is_no_text(student, question):
-    images = [Image.new("RGB", (16, 16))]
+    images = [[Image.new("RGB", (16, 16))]]
     tagged, plain = (model_inputs(student.processor, [text], images)["input_ids"] for text in (question, "What?"))
     assert torch.equal(tagged, plain)
 
 
 def test_a_question_with_two_tags_is_named_before_the_first_is_asked(student, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    asked = [Question("what?", ("red",), "a.png"), Question("<image> or <image>?", ("red",), "a.png")]
-    with pytest.raises(DataError, match=r"several image tags: question 1, '<image> or <image>\?': 2 tags"):
+    asked = [Question("what?", ("red",), ("a.png",)), Question("<image> or <image>?", ("red",), ("a.png",))]
+    with pytest.raises(DataError, match=r"question 1, '<image> or <image>\?': images: 1, tags '<image>' and .*: 2"):
         evaluate(student, asked, tmp_path)
 
 
 def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_is_left_alone(student):
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "right"
-    inputs = model_inputs(student.processor, ["What?", "What is this?"], [])
+    inputs = model_inputs(student.processor, ["What?", "What is this?"], [[], []])
     assert inputs["attention_mask"].tolist()[0] == [0] * 8 + [1] * (inputs["input_ids"].shape[1] - 8)
     assert inputs["input_ids"][0, :8].tolist() == [tokenizer.pad_token_id] * 8
     assert tokenizer.padding_side == "right"
@@ -82,7 +82,7 @@ def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_
 def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
-    asked = [Question("what?", ("blue",), "cut.png"), Question("what?", ("red",), "red.png")]
+    asked = [Question("what?", ("blue",), ("cut.png",)), Question("what?", ("red",), ("red.png",))]
     answered = evaluate(student, asked, tmp_path, max_new_tokens=2)
     assert answered[0].said is None and not answered[0].correct and answered[1].said is not None
     assert scores(answered)[0].total == 2
@@ -90,15 +90,15 @@ def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path)
 
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):
     with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'nowhere\.png'"):
-        evaluate(student, [Question("what?", ("red",), "nowhere.png")], tmp_path)
+        evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
 
 
 def test_the_blind_control_keeps_the_image_that_was_shown(student, tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
-    asked = [Question("what?", (color,), f"{color}.png") for color in ("red", "blue")]
+    asked = [Question("what?", (color,), (f"{color}.png",)) for color in ("red", "blue")]
     answered = evaluate(student, asked, tmp_path, max_new_tokens=1, shuffle_images=True)
-    assert [row.image for row in answered] == ["blue.png", "red.png"]
+    assert [row.images for row in answered] == [("blue.png",), ("red.png",)]
 
 
 @pytest.mark.parametrize("content", [{"question": "q"}, [3], [{"question": "q"}]])
@@ -115,7 +115,7 @@ def test_other_json_than_questions_is_refused(content, tmp_path):
         ({"answer": []}, "question 1: 'answer' is"),
         ({"answer": ["red", None]}, "question 1: 'answer' is"),
         ({"answer": " "}, "question 1: 'answer' is"),
-        ({"image": ["a.png", "b.png"]}, "question 1: 'image' is"),
+        ({"image": ["a.png", None]}, "question 1: 'image' is"),
         ({"image": {"path": "a.png"}}, "question 1: 'image' is"),
     ],
 )
@@ -130,13 +130,13 @@ def test_any_accepted_answer_is_right_whatever_wrote_the_file(tmp_path):
     rows = [{"question": "how many?", "answer": ["two", 2], "image": ["a.png"]}, {"question": "which?", "answer": 3}]
     (tmp_path / "q.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
     first, second = read_questions(tmp_path / "q.json")
-    assert first == Question("how many?", ("two", "2"), "a.png") and second == Question("which?", ("3",))
-    assert [judge(first, None, said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [False] * 3
+    assert first == Question("how many?", ("two", "2"), ("a.png",)) and second == Question("which?", ("3",))
+    assert [judge(first, (), said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [False] * 3
 
 
 def test_empty_answers_are_counted_and_said(capsys):
     question = Question("what?", ("red",))
-    (score,) = scores([judge(question, None, said) for said in ("", " ", "red", None)])
+    (score,) = scores([judge(question, (), said) for said in ("", " ", "red", None)])
     assert (score.correct, score.total, score.empty) == (1, 4, 2)
     show_scores(Console(), [score])
     assert "2 of 4 answers are empty" in capsys.readouterr().out
@@ -149,4 +149,4 @@ def test_answers_lie_with_the_model_that_gave_them(tmp_path):
 
 def test_an_answer_of_signs_alone_is_not_an_empty_one():
     question = Question("which sign?", ("?",))
-    assert [judge(question, None, said).correct for said in ("?", " ? ", "", "!")] == [True, True, False, False]
+    assert [judge(question, (), said).correct for said in ("?", " ? ", "", "!")] == [True, True, False, False]

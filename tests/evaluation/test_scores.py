@@ -7,11 +7,11 @@ from visper.evaluation.questions import Question, judge
 from visper.evaluation.scores import blind_scores, scores, show_scores
 
 KINDS = {"yes/no": ("yes", "yes", "yes", "no"), "count": ("1", "2", "2", "3")}
-QUESTIONS = [Question("?", (answer,), f"{answer}.png", kind) for kind, own in KINDS.items() for answer in own]
+QUESTIONS = [Question("?", (answer,), (f"{answer}.png",), kind) for kind, own in KINDS.items() for answer in own]
 
 
 def answered(said, image="x.png"):
-    return [judge(question, image, one) for question, one in zip(QUESTIONS, said, strict=True)]
+    return [judge(question, (image,), one) for question, one in zip(QUESTIONS, said, strict=True)]
 
 
 def test_the_best_constant_answer_by_kind_and_over_all():
@@ -25,7 +25,7 @@ def test_the_best_constant_answer_by_kind_and_over_all():
 
 def test_the_best_constant_answer_is_any_accepted_one():
     questions = [Question("?", ("red", "crimson")), Question("?", ("blue", "navy")), Question("?", ("Crimson.",))]
-    (row,) = scores([judge(question, None, "") for question in questions])
+    (row,) = scores([judge(question, (), "") for question in questions])
     assert (row.constant, row.constant_answer) == (2, "crimson")
 
 
@@ -49,7 +49,7 @@ def test_a_model_that_looks_is_not_doubted(capsys):
 
 
 def test_kinds_without_images_have_no_blind_control(capsys):
-    control = [judge(question, None if question.kind == "count" else "x.png", "") for question in QUESTIONS]
+    control = [judge(question, () if question.kind == "count" else ("x.png",), "") for question in QUESTIONS]
     assert set(blind_scores(control)) == {"yes/no", "all"}
     assert re.search(r"count .*│ no image +│", shown(capsys, [""] * 8, control))
 

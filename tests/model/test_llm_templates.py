@@ -14,7 +14,7 @@ from visper.common.errors import ConfigError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
-from visper.data.rows.records import Record, Turn
+from visper.data.rows.records import Record, ShownImage, Turn
 from visper.evaluation.ask import model_inputs
 from visper.model import build_processor
 
@@ -78,11 +78,11 @@ USABLE = {
 def test_prompts_are_those_of_the_plain_template(case: str, llm: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     plain = processor_of(llm, tiny_encoder, lambda folder: None)
     processor = processor_of(llm, tiny_encoder, USABLE[case])
-    expected = model_inputs(plain, ["What?"], [PICTURE])["input_ids"][0].tolist()
+    expected = model_inputs(plain, ["What?"], [[PICTURE]])["input_ids"][0].tolist()
     assert expected[0] == processor.tokenizer.bos_token_id and expected.count(expected[0]) == 1
-    asked = model_inputs(processor, ["What?"], [PICTURE])["input_ids"][0].tolist()
+    asked = model_inputs(processor, ["What?"], [[PICTURE]])["input_ids"][0].tolist()
     assert asked == expected
-    record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), "1.png", 0)
+    record = Record("r", (Turn("user", "What?"), Turn("assistant", "A cat.")), (ShownImage("1.png", 0),))
     trained = ConversationEncoder(processor).encode(record)
     assert trained.input_ids[: len(asked)] == asked
     assert processor.tokenizer.decode([i for i in trained.labels if i >= 0]) == "A cat.<|end|>"

@@ -59,7 +59,7 @@ def test_rows_are_measured_where_they_are(run):
 
 
 def test_model_flops_of_two_rows_are_twice_those_of_one(run):
-    model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, True), []
+    model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, 1), []
     for rows in (1, 2):
         batch = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
         with KnownPositions(model.fake):

@@ -63,8 +63,8 @@ def samples() -> list[Sample]:
         if image:
             ids[1:5] = [IMAGE] * 4
         labels = [-100] * (length - 2) + ids[-2:] if length > 1 else ids
-        pixels = torch.randn(3, 8, 8, generator=generator) if image else None
-        found.append(Sample(str(number), ids, labels, pixels))
+        pixels = torch.randn(1, 3, 8, 8, generator=generator) if image else None
+        found.append(Sample(str(number), ids, labels, (4,) if image else (), pixels))
     return found
 
 

@@ -13,17 +13,24 @@ NAME = "chat"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", help="the question")],
-    image: Annotated[Path | None, typer.Option("--image", help="an image", parser=parse_path)] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="an image; with several, each stands at a tag <image> of the question", parser=parse_path
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
 ) -> None:
-    """Ask a model about an image.
+    """Ask a model about an image, or several.
 
     Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
     """
     from visper.common.console import Console
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask
+    from visper.evaluation.ask import as_row
 
-    shown = open_image(image) if image is not None else None
+    shown = [open_image(image) for image in images or []]
+    as_row(prompt, [image.name for image in images or []])  # refused before the model is loaded
     said = answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0]
     Console(soft_wrap=True).print(said, highlight=False)

@@ -27,38 +27,39 @@ from visper.data.images import output_size
 from visper.data.rows.records import Record
 
 IGNORED = -100
+_IMAGE, _TEXT = "i", "t"
 
 
 @dataclass(frozen=True)
 class Encoded:
     """One conversation as tokens. ``labels`` repeat ``input_ids`` where supervised, else -100.
 
-    Of the supervised tokens, ``num_text`` are text (not the ends of turns), and ``num_unknown`` of these the unknown
-    token. Both are 0 for a tokenizer that knows every text.
+    ``image_tokens`` counts the image tokens of each image. Of the supervised tokens, ``num_text`` are text (not the
+    ends of turns), and ``num_unknown`` of these the unknown token. Both are 0 for a tokenizer that knows every text.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+    image_tokens: tuple[int, ...] = ()
     num_text: int = 0
     num_unknown: int = 0
 
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """The template rendered for one sequence of roles, cut at the places where the texts go."""
+    """The template rendered for conversations of one form, cut at the places where the texts go."""
 
     literals: list[str]
-    turns: list[int]
-    answer_ends: dict[int, int]  # index into turns -> characters of the next literal up to the end of the turn's token
+    answer_ends: dict[int, int]  # index of a text -> characters of the next literal up to the end of the turn's token
 
 
 class ConversationEncoder:
     """Turns records into tokens with a LLaVA processor.
 
     Args:
-        processor: a ``LlavaProcessor`` whose chat template shows the image (see ``student_template``).
-        max_tokens: longest row; only text is cut, from the end, never the image and its task tokens.
+        processor: a ``LlavaProcessor`` whose chat template shows images (see ``student_template``).
+        max_tokens: longest row; only text is cut, from the end, never an image and its task tokens.
     """
 
     def __init__(self, processor: Any, max_tokens: int = sys.maxsize) -> None:
@@ -70,22 +71,25 @@ class ConversationEncoder:
         self._special = special_pattern(self.tokenizer)
         self._unknown_id = _unknown_id(self.tokenizer)
         self._special_ids = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._skeletons: dict[tuple[tuple[str, ...], int | None, bool, bool], _Skeleton] = {}
+        self._behind_image = self._special_ids - {self.image_token_id}
+        self._skeletons: dict[tuple[tuple[tuple[str, str], ...], bool], _Skeleton] = {}
 
     def encode(self, record: Record) -> Encoded:
-        """The record's ids and labels, the image expanded.
+        """The record's ids and labels, the images expanded.
 
         Raises:
-            DataError: the template refuses the conversation, the image alone is too long, or nothing is left to learn.
+            DataError: the template refuses the conversation, the images alone are too long, or nothing is left to
+                learn.
         """
-        ids, labels, block = self._tokens(record, asks=False)
+        ids, labels, blocks = self._tokens(record, asks=False)
         truncated = len(ids) > self.max_tokens
         if truncated:
-            ids, labels = _truncate(ids, labels, block, self.max_tokens)
+            ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
         if all(label == IGNORED for label in labels):
             why = f"none within {self.max_tokens} tokens" if truncated else "every answer is empty"
             raise DataError("no supervised token", why)
-        return Encoded(ids, labels, truncated, *self._count_unknown(labels))
+        image_tokens = (self.num_image_tokens,) * len(record.images)
+        return Encoded(ids, labels, truncated, image_tokens, *self._count_unknown(labels))
 
     def _count_unknown(self, labels: list[int]) -> tuple[int, int]:
         if self._unknown_id is None:
@@ -100,14 +104,14 @@ class ConversationEncoder:
         Raises:
             DataError: the template refuses the conversation.
         """
-        text, answers, cuts = self._fill(self._skeleton(record, asks=False), record)
+        text, answers, cuts = self._fill(record, asks=False)
         ids, offsets = self._tokenize(text, cuts)
         labels = _supervise(ids, offsets, answers)
         spans = [span for label, span in zip(labels, offsets, strict=True) if label == self._unknown_id]
         return [_word_around(text, *span) for span in spans]
 
     def prompt(self, record: Record) -> list[int]:
-        """The ids of a conversation up to where its next answer begins, the image expanded; never cut.
+        """The ids of a conversation up to where its next answer begins, the images expanded; never cut.
 
         They are the ids of training: a text that spells the image token or a control token out stays text, which it
         would not in a prompt rendered by the processor.
@@ -117,56 +121,56 @@ class ConversationEncoder:
         """
         return self._tokens(record, asks=True)[0]
 
-    def _tokens(self, record: Record, asks: bool) -> tuple[list[int], list[int], tuple[int, int]]:
-        """Ids, labels and the image's block ``[start, end)``; with ``asks`` the header of an answer comes behind."""
-        text, answers, cuts = self._fill(self._skeleton(record, asks), record)
+    def _tokens(self, record: Record, asks: bool) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Ids, labels and each image's block ``[start, end)``; with ``asks`` the header of an answer comes behind."""
+        text, answers, cuts = self._fill(record, asks)
         ids, offsets = self._tokenize(text, cuts)
         labels = _supervise(ids, offsets, answers)
-        expected = int(record.image_turn is not None)
-        if ids.count(self.image_token_id) != expected:
-            found = ids.count(self.image_token_id)
+        found, expected = ids.count(self.image_token_id), len(record.images)
+        if found != expected:
             raise DataError("image tokens", f"the chat template shows {found} images: expected {expected}")
-        return self._expand_image(ids, labels) if expected else (ids, labels, (0, 0))
+        return self._expand_images(ids, labels)
 
-    def _skeleton(self, record: Record, asks: bool) -> _Skeleton:
-        silent_image = record.image_turn is not None and not record.turns[record.image_turn].text
-        key = (tuple(turn.role for turn in record.turns), record.image_turn, silent_image, asks)
-        if key not in self._skeletons:
-            self._skeletons[key] = self._render(*key)
-        return self._skeletons[key]
-
-    def _render(self, roles: tuple[str, ...], image_turn: int | None, silent_image: bool, asks: bool) -> _Skeleton:
-        messages = []
-        expected = []
-        for i, role in enumerate(roles):
-            content: list[dict[str, str]] = [{"type": "image"}] if i == image_turn else []
-            if not (i == image_turn and silent_image):
-                content.append({"type": "text", "text": SENTINEL.format(i)})
-                expected.append(i)
+    def _render(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
+        """The template's text around the texts of turns, each given by its role and form (see ``_forms``)."""
+        messages: list[dict[str, Any]] = []
+        speakers: list[str] = []
+        for role, form in turns:
+            content = []
+            for part in form:
+                if part == _IMAGE:
+                    content.append({"type": "image"})
+                else:
+                    content.append({"type": "text", "text": SENTINEL.format(len(speakers))})
+                    speakers.append(role)
             messages.append({"role": role, "content": content})
         try:
             rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
         except TemplateError as error:
-            raise DataError("chat template refuses the turns", f"{', '.join(roles[:6])}: {error}") from error
+            roles = ", ".join(role for role, _ in turns[:6])
+            raise DataError("chat template refuses the turns", f"{roles}: {error}") from error
         pieces = SENTINELS.split(rendered)
-        turns = [int(i) for i in pieces[1::2]]
-        if turns != expected:
-            raise DataError("chat template leaves turns out", f"turns {expected} were given, {turns} came back")
+        found = [int(i) for i in pieces[1::2]]
+        if found != list(range(len(speakers))):
+            raise DataError("chat template leaves texts out", f"{len(speakers)} were given, {found} came back")
         literals = pieces[0::2]
         ends = {
             place: find_end_of_turn(literals[place + 1], self._special).end()
-            for place, turn in enumerate(turns)
-            if roles[turn] == "assistant"
+            for place, role in enumerate(speakers)
+            if role == "assistant"
         }
-        return _Skeleton(literals, turns, ends)
+        return _Skeleton(literals, ends)
 
-    def _fill(self, skeleton: _Skeleton, record: Record) -> tuple[str, list[tuple[int, int]], list[int]]:
+    def _fill(self, record: Record, asks: bool) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The whole text, the spans to supervise, and where to cut so that no text spells a control token."""
+        texts, turns = _texts(record)
+        if (turns, asks) not in self._skeletons:
+            self._skeletons[turns, asks] = self._render(turns, asks)
+        skeleton = self._skeletons[turns, asks]
         parts = [skeleton.literals[0]]
         at = len(skeleton.literals[0])
         answers, cuts = [], []
-        for place, turn in enumerate(skeleton.turns):
-            text = record.turns[turn].text
+        for place, text in enumerate(texts):
             literal = skeleton.literals[place + 1]
             # Cut behind the first character of each control token spelt out in a text, overlapping ones too.
             found = self._special.search(text)
@@ -196,15 +200,19 @@ class ConversationEncoder:
         )
         return list(out["input_ids"]), list(out["offset_mapping"])
 
-    def _expand_image(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], tuple[int, int]]:
-        at = ids.index(self.image_token_id)
-        behind = at + 1
-        while behind < len(ids) and ids[behind] in self._special_ids and labels[behind] == IGNORED:
-            behind += 1
-        more = self.num_image_tokens - 1
-        ids = [*ids[:at], *[self.image_token_id] * more, *ids[at:]]
-        labels = [*labels[:at], *[IGNORED] * more, *labels[at:]]
-        return ids, labels, (at, behind + more)
+    def _expand_images(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Repeats each image's token, and gives its block ``[start, end)``: the image and the special tokens behind."""
+        blocks: list[tuple[int, int]] = []
+        for _ in range(ids.count(self.image_token_id)):
+            at = ids.index(self.image_token_id, blocks[-1][1] if blocks else 0)
+            behind = at + 1
+            while behind < len(ids) and ids[behind] in self._behind_image and labels[behind] == IGNORED:
+                behind += 1
+            more = self.num_image_tokens - 1
+            ids = [*ids[:at], *[self.image_token_id] * more, *ids[at:]]
+            labels = [*labels[:at], *[IGNORED] * more, *labels[at:]]
+            blocks.append((at, behind + more))
+        return ids, labels, blocks
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
@@ -247,14 +255,44 @@ def _supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tup
 
 
 def _truncate(
-    ids: list[int], labels: list[int], block: tuple[int, int], max_tokens: int
+    ids: list[int], labels: list[int], blocks: list[tuple[int, int]], max_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Cuts text from the end, and keeps the image block ``[start, end)`` whole even where it lies behind the cut."""
-    start, end = block
-    if end <= max_tokens:
-        return ids[:max_tokens], labels[:max_tokens]
-    room = max_tokens - (end - start)
+    """Cuts text from the end, and keeps the images' blocks ``[start, end)`` whole, also those behind the cut."""
+    in_blocks = sum(end - start for start, end in blocks)
+    room = max_tokens - in_blocks
     if room < 0:
-        raise DataError("image longer than a row", f"its {end - start} tokens exceed max_tokens = {max_tokens}")
-    keep = min(room, start)
-    return ids[:keep] + ids[start:end], labels[:keep] + labels[start:end]
+        raise DataError(
+            "images longer than a row", f"the {in_blocks} tokens of {len(blocks)} exceed max_tokens = {max_tokens}"
+        )
+    kept: list[int] = []
+    behind = 0
+    for start, end in [*blocks, (len(ids), len(ids))]:
+        text = range(behind, min(start, behind + room))
+        kept += [*text, *range(start, end)]
+        room -= len(text)
+        behind = end
+    return [ids[i] for i in kept], [labels[i] for i in kept]
+
+
+def _texts(record: Record) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """The texts of a conversation, cut where images stand, and each turn's role and form.
+
+    A form has a letter for each text and image of a turn, in order. Beside images, empty texts are left out.
+    """
+    texts: list[str] = []
+    turns = []
+    images = iter(record.images)
+    image = next(images, None)
+    for number, turn in enumerate(record.turns):
+        form, at = "", 0
+        while image is not None and image.turn == number:
+            if image.at > at:
+                texts.append(turn.text[at : image.at])
+                form, at = form + _TEXT, image.at
+            form += _IMAGE
+            image = next(images, None)
+        if at < len(turn.text) or not form:
+            texts.append(turn.text[at:])
+            form += _TEXT
+        turns.append((turn.role, form))
+    return texts, tuple(turns)

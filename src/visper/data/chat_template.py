@@ -17,10 +17,11 @@ SENTINEL = "\ue000{}\ue001"
 
 SENTINELS = re.compile("\ue000(\\d+)\ue001")
 
-# Each message's content becomes a string, then the LLM's own template goes on. The image leads its turn, as in the
-# published prompt: image, task tokens, newline, text. An `<image>` written into a user's text is the place of an image,
-# as in LLaVA's rows, and of one more only where there are more tags than image parts. Servers that inspect a template's
-# syntax tree (vLLM) take it for one of content parts only if it has a plain loop over `message['content']`.
+# Each message's content becomes a string, then the LLM's own template goes on. The only image of a turn leads it, as in
+# the published prompt: image, task tokens, newline, text. Of several, each stands where its part or tag stands, and
+# nothing is added. An `<image>` written into a user's text is the place of an image, as in LLaVA's rows, and of one
+# more only where there are more tags than image parts. Servers that inspect a template's syntax tree (vLLM) take it
+# for one of content parts only if it has a plain loop over `message['content']`.
 _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- set system_prompt = SYSTEM_PROMPT -%}
 {%- set fold_system = FOLD_SYSTEM -%}
@@ -30,12 +31,15 @@ _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- else -%}{%- set turns.list = [{'role': 'system', 'content': system_prompt}] -%}{%- endif -%}
 {%- endif -%}
 {%- for message in messages -%}
-{%- set parts = namespace(images=0, text='', said=false, lead='') -%}
+{%- set parts = namespace(images=0, text='', said=false, lead='', placed='') -%}
 {%- if message['content'] is string -%}{%- set parts.text = message['content'] -%}
 {%- elif message['content'] is not none -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{%- set parts.images = parts.images + 1 -%}
-{%- elif part['type'] == 'text' -%}{%- set parts.text = parts.text ~ part['text'] -%}{%- set parts.said = true -%}
+{%- if part['type'] == 'image' -%}
+{%- set parts.images = parts.images + 1 -%}{%- set parts.placed = parts.placed ~ IMAGE_BLOCK -%}
+{%- elif part['type'] == 'text' -%}
+{%- set parts.text = parts.text ~ part['text'] -%}{%- set parts.said = true -%}
+{%- set parts.placed = parts.placed ~ part['text'] | replace(IMAGE_TOKEN, '') -%}
 {%- else -%}{{- raise_exception("expected content parts of type 'image' or 'text', found '" ~ part['type'] ~ "'") -}}
 {%- endif -%}
 {%- endfor -%}
@@ -44,12 +48,16 @@ _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- set parts.lead = lead.text -%}{%- set lead.text = '' -%}
 {%- set pieces = parts.text.split(IMAGE_TOKEN) -%}
 {%- if pieces | length > 1 -%}
-{%- set parts.images = [parts.images, pieces | length - 1] | max -%}
+{%- if parts.images < pieces | length -%}
+{%- set parts.images = pieces | length - 1 -%}
+{%- set parts.placed = parts.text | trim | replace(IMAGE_TOKEN, IMAGE_BLOCK) -%}
+{%- endif -%}
 {%- set parts.text = pieces | join | trim -%}{%- set parts.said = parts.text != '' -%}
 {%- endif -%}
 {%- endif -%}
-{%- set parts.lead = parts.lead ~ IMAGE_BLOCK * parts.images -%}
-{%- if parts.images and parts.said -%}{%- set parts.lead = parts.lead ~ '\\n' -%}{%- endif -%}
+{%- if parts.images > 1 -%}{%- set parts.text = parts.placed -%}
+{%- elif parts.images -%}{%- set parts.lead = parts.lead ~ IMAGE_BLOCK ~ ('\\n' if parts.said else '') -%}
+{%- endif -%}
 {%- set turns.list = turns.list + [dict(message, content=parts.lead ~ parts.text)] -%}
 {%- endfor -%}
 {%- set messages = turns.list -%}
@@ -62,7 +70,7 @@ def student_template(
     """The student's chat template: images become the image token and the task tokens, then the LLM's template.
 
     A message's content may be a string, a list of ``image`` and ``text`` parts, None or missing. An image stands as a
-    part or as the image token in a user's text, which is taken out of the text.
+    part or as the image token in a user's text. A turn's only image leads it; several stay where they stand.
 
     A system prompt goes first where a conversation has no system turn. An LLM whose template refuses or ignores system
     turns gets it at the head of the first user turn.

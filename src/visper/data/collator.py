@@ -1,6 +1,6 @@
-"""Samples become batches: right padding, pixels for the rows that have an image and for no others.
+"""Samples become batches: right padding, and the pixels of the images that the rows show.
 
-Shapes: B = rows, L = tokens, B_img = rows with an image, H and W = pixels.
+Shapes: B = rows, L = tokens, S = images of all rows, in order; H and W = pixels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """One row ready to be batched. With ``pixel_values`` comes ``image``, which the teachers see, or ``stored``,
-    their stored targets by task."""
+    """One row ready to be batched.
+
+    Attributes:
+        image_tokens: of each of its images, how many of ``input_ids`` are its image tokens.
+        pixel_values: ``[images, 3, H, W]``; None without images.
+        images: what teachers see of each; or
+        stored: their stored targets by task, ``[images, bytes]``.
+    """
 
     id: str
     input_ids: list[int]
     labels: list[int]
+    image_tokens: tuple[int, ...] = ()
     pixel_values: Tensor | None = None
-    image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
     stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
 
@@ -47,9 +54,10 @@ class Batch(TypedDict, total=False):
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
-    pixel_values: Tensor  # [B_img, 3, H, W] float32; absent if no row has an image
-    image_rows: Required[Tensor]  # [B_img] long, ascending: which rows have an image
-    # task -> [B_img, 3, h, w], or stored targets [B_img, bytes] uint8; absent without teachers or images
+    pixel_values: Tensor  # [S, 3, H, W] float32; absent if no row has an image
+    image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
+    image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
+    # task -> [S, 3, h, w], or stored targets [S, bytes] uint8; absent without teachers or images
     teacher_images: dict[str, Tensor]
     sample_ids: Required[list[str]]  # B names
     dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
@@ -81,21 +89,20 @@ class Collator:
             "input_ids": _padded([s.input_ids for s in samples], self.pad_token_id),
             "labels": _padded([s.labels for s in samples], IGNORED),
             "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
-            "image_rows": torch.tensor(
-                [i for i, s in enumerate(samples) if s.pixel_values is not None], dtype=torch.long
-            ),
+            "image_rows": torch.tensor([i for i, s in enumerate(samples) for _ in s.image_tokens], dtype=torch.long),
+            "image_tokens": torch.tensor([tokens for s in samples for tokens in s.image_tokens], dtype=torch.long),
             "sample_ids": [s.id for s in samples],
             "dropped": dropped,
             "num_truncated": sum(s.truncated for s in samples),
         }
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
         if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
+            batch["pixel_values"] = torch.cat(pixels)
             stored = [s.stored for s in samples if s.stored is not None]
             if stored:
-                batch["teacher_images"] = {task: torch.stack([own[task] for own in stored]) for task in stored[0]}
+                batch["teacher_images"] = {task: torch.cat([own[task] for own in stored]) for task in stored[0]}
             elif self.teachers:
-                images = [s.image for s in samples if s.image is not None]
+                images = [image for s in samples for image in s.images]
                 batch["teacher_images"] = {
                     task: torch.stack([preprocess(image) for image in images])
                     for task, preprocess in self.teachers.items()

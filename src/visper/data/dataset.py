@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from visper.common.errors import DataError
 from visper.common.files import inside
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.digests import content_of
+from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
 from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
 from visper.data.rows.lengths import Lengths
@@ -60,21 +61,20 @@ class ConversationDataset(Dataset[Sample | Drop]):
         record = self.records[index]
         try:
             encoded = self.encoder.encode(record)
-            if record.image is None:
-                return Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
-            held = content_of(self.records, index)  # read once: what is looked up is what is decoded
-            image = open_image(record.image, held)
-            stored = None if self.stored is None or held is None else self.stored(held)
+            sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
+            if not record.images:
+                return sample
+            contents = contents_of(self.records, index)  # read once: what is looked up is what is decoded
+            images = [open_image(shown.path, held) for shown, held in zip(record.images, contents, strict=True)]
+            stored = [self.stored(held) for held in contents if held is not None] if self.stored is not None else []
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
-        return Sample(
-            record.id,
-            encoded.input_ids,
-            encoded.labels,
-            pixel_values=student_pixels(self.image_processor, image),
-            image=arrange(image, self.geometry, self.background) if stored is None else None,
-            stored=stored,
-            truncated=encoded.truncated,
+        return replace(
+            sample,
+            image_tokens=encoded.image_tokens,
+            pixel_values=torch.stack([student_pixels(self.image_processor, image) for image in images]),
+            images=() if stored else tuple(arrange(image, self.geometry, self.background) for image in images),
+            stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
         )
 
     @property
@@ -82,16 +82,16 @@ class ConversationDataset(Dataset[Sample | Drop]):
         """Which rows show an image."""
         if isinstance(self.records, Records):
             return list(self.records.has_image.tolist())
-        return [record.image is not None for record in self.records]
+        return [bool(record.images) for record in self.records]
 
     def estimated_lengths(self) -> list[int]:
         """Tokens of each row by its characters, without tokenizing."""
         if isinstance(self.records, Records):
-            characters = self.records.characters
+            characters, images = self.records.characters, self.records.num_images
         else:
             characters = np.asarray([sum(len(turn.text) for turn in r.turns) for r in self.records], dtype=np.int64)
-        image = self.encoder.num_image_tokens * np.asarray(self.has_image, dtype=np.int64)
-        return list((characters // CHARACTERS_PER_TOKEN + image).tolist())
+            images = np.asarray([len(record.images) for record in self.records], dtype=np.int32)
+        return list((characters // CHARACTERS_PER_TOKEN + self.encoder.num_image_tokens * images).tolist())
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def require_images(records: Sequence[Record]) -> None:
     Raises:
         DataError: no row has an image.
     """
-    shown = records.has_image.any() if isinstance(records, Records) else any(r.image is not None for r in records)
+    shown = records.has_image.any() if isinstance(records, Records) else any(record.images for record in records)
     if not shown:
         raise DataError(
             "no images",
@@ -138,16 +138,15 @@ def require_images(records: Sequence[Record]) -> None:
 
 
 def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
-    """The rows that can be encoded but whose image file is missing or empty: index -> reason, detail.
+    """The rows that can be encoded but of whose image files one is missing or empty: index -> reason, detail.
 
     Every file is checked once, however many rows show it; images inside Parquet files were when they were written.
     ``decode``: also decode every image (slow: a broken image is otherwise found, and skipped, when its turn comes).
     """
-    places = records.image_places() if isinstance(records, Records) else [_own_place(record) for record in records]
     rows: dict[tuple[Path, str], list[int]] = {}
-    for index, place in enumerate(places):
-        if place is not None and index not in found.problems:
-            rows.setdefault(place, []).append(index)
+    for index, _, folder, name in records.image_files() if isinstance(records, Records) else _own_files(records):
+        if index not in found.problems:
+            rows.setdefault((folder, name), []).append(index)
     with ThreadPoolExecutor(THREADS) as threads:
         sound = list(threads.map(_has_content, rows))
     lost = {}
@@ -161,9 +160,11 @@ def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False)
     return lost
 
 
-def _own_place(record: Record) -> tuple[Path, str] | None:
-    """Of a record that comes without a folder: its caller's word is taken."""
-    return None if record.image is None else (Path(record.image).parent, Path(record.image).name)
+def _own_files(records: Sequence[Record]) -> Iterator[tuple[int, int, Path, str]]:
+    """Of records that come without a folder: their caller's word is taken."""
+    for index, record in enumerate(records):
+        paths = (Path(image.path) for image in record.images)
+        yield from ((index, number, path.parent, path.name) for number, path in enumerate(paths))
 
 
 def _has_content(place: tuple[Path, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Asks a student: images and questions in, greedy answers out."""
+"""Asks a student: questions with their images in, greedy answers out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, LlavaProcessor
 
-from visper.common.errors import ConfigError
 from visper.data.chat import ConversationEncoder
 from visper.data.images import student_pixels
 from visper.data.rows.formats import parse_row, read_turn
@@ -21,39 +20,41 @@ from visper.data.rows.records import Record
 from visper.model import Student, load_student
 
 
-def as_row(question: str, image: str | None) -> Record:
+def as_row(question: str, images: Sequence[str]) -> Record:
     """A question as a row of training data without its answer, so that the rules of training rows are its own.
 
-    Text is text: a control token or an ``<image>`` spelled out in it changes nothing, and beside an image the one tag
-    that marks the image's place is taken out.
+    Text is text: a control token or an ``<image>`` spelled out in it changes nothing. Beside images, each tag is the
+    place of one; a single image needs none.
 
     Raises:
-        DataError: it could not be such a row: several image tags beside one image, or text that no tokenizer can read.
+        DataError: it could not be such a row: not as many image tags as images, or text that no tokenizer can read.
     """
-    if image is None:
+    if not images:
         return Record("question", read_turn({"from": "human", "value": question})[:1])
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
-    record = parse_row({"image": image, "conversations": turns}, "question", Path())
+    record = parse_row({"images": list(images), "conversations": turns}, "question", Path())
     return replace(record, turns=record.turns[:1])
 
 
-def model_inputs(processor: LlavaProcessor, prompts: Sequence[str], images: Sequence[Image.Image]) -> BatchFeature:
+def model_inputs(
+    processor: LlavaProcessor, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+) -> BatchFeature:
     """Ids, mask and pixels of one-turn conversations, padded on the left; the ids that training would give them.
 
     Args:
-        images: one for each prompt, or none at all.
+        images: of each prompt, in the order of its tags.
     """
     encoder = ConversationEncoder(processor)
-    image = "the image" if images else None
-    rows = [torch.tensor(encoder.prompt(as_row(prompt, image))) for prompt in prompts]
+    named = (as_row(prompt, ["image"] * len(own)) for prompt, own in zip(prompts, images, strict=True))
+    rows = [torch.tensor(encoder.prompt(row)) for row in named]
     padding = int(processor.tokenizer.pad_token_id or 0)  # never attended
 
     def padded(values: list[Tensor], filling: int) -> Tensor:
         return pad_sequence(values, batch_first=True, padding_value=filling, padding_side="left")
 
     inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
-    if images:
-        shown = [student_pixels(processor.image_processor, image.convert("RGB")) for image in images]
+    shown = [student_pixels(processor.image_processor, image.convert("RGB")) for own in images for image in own]
+    if shown:
         inputs["pixel_values"] = torch.stack(shown)
     return BatchFeature(inputs)
 
@@ -69,24 +70,21 @@ def load_to_ask(folder: str | Path) -> Student:
 
 @torch.inference_mode()
 def answer(
-    student: Student, prompts: Sequence[str], images: Sequence[Image.Image | None], max_new_tokens: int = 64
+    student: Student, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_new_tokens: int = 64
 ) -> list[str]:
     """Greedy answers of one batch.
 
     Args:
         prompts: one question each.
-        images: one image (or None) each. A batch holds either images only or none.
+        images: of each question, in the order of its tags; may be empty.
 
     Returns:
         The answers' texts, without special tokens, stripped.
 
     Raises:
-        ConfigError: some questions of the batch have an image and some have none.
+        DataError: see ``as_row``.
     """
-    shown = [image for image in images if image is not None]
-    if shown and len(shown) != len(images):
-        raise ConfigError("a batch mixes questions with and without an image: ask them apart")
-    inputs = model_inputs(student.processor, prompts, shown).to(student.model.device, student.model.dtype)
+    inputs = model_inputs(student.processor, prompts, images).to(student.model.device, student.model.dtype)
     generated = student.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from PIL import Image
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from visper.common.cache import identity, key
@@ -29,17 +30,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a student is shown: a text and an image, or no image. ``id`` is the question's, where it has one."""
+    """What a student is shown: a text and its images, if any. ``id`` is the question's, where it has one."""
 
     id: str
     text: str
-    image: str | None
+    images: tuple[str, ...] = ()
 
 
 class Answers:
     """The answers given so far, by what was asked; with a file they outlive this process.
 
-    A key covers the model's files, the prompt, the image and the longest answer allowed: neither the order of the
+    A key covers the model's files, the prompt, the images and the longest answer allowed: neither the order of the
     questions nor their number is part of it, and answers of another model are never met.
 
     Args:
@@ -59,7 +60,7 @@ class Answers:
 
     def key(self, prompt: Prompt) -> str:
         """Under which the answer to a prompt is kept."""
-        return key(self._model, prompt.id, prompt.text, prompt.image or "no image", self.max_new_tokens)
+        return key(self._model, prompt.id, prompt.text, "\n".join(prompt.images), self.max_new_tokens)
 
     def get(self, prompt: Prompt) -> str | None:
         """What was said, or None."""
@@ -129,7 +130,7 @@ def ask_all(
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Asks, greedily and in batches, the prompts that have no answer yet; those whose image is unreadable get none.
+    """Asks, greedily and in batches, the prompts that have no answer yet; those with an unreadable image get none.
 
     Args:
         student: gives the student; called only if something is to be asked.
@@ -142,7 +143,7 @@ def ask_all(
     _check(prompts, images)
     # By length, so that a batch pads little. The order depends on all prompts, not on which have an answer: processes
     # that start while others answer must agree on their shares.
-    order = sorted(dict.fromkeys(prompts), key=lambda prompt: (prompt.image is None, len(prompt.text)))
+    order = sorted(dict.fromkeys(prompts), key=lambda prompt: (-len(prompt.images), len(prompt.text)))
     todo = [prompt for prompt in order[share[0] :: share[1]] if answers.get(prompt) is None]
     stop = StopRequest()
     columns = (SpinnerColumn(), TextColumn("asking {task.completed}/{task.total}"), TimeElapsedColumn())
@@ -151,46 +152,35 @@ def ask_all(
     bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden)
     with torch.inference_mode(), bars as progress, stop.on_signals():
         bar = progress.add_task("asking", total=len(todo))
-        for batch in _batches(todo, batch_size):
+        for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
             if stop.asked:
                 raise StoppedError(f"{len(todo)} questions were open, {progress.tasks[0].completed:.0f} are answered; "
                                    "the same command asks the others")  # fmt: skip
-            opened = [_open(images, prompt.image) for prompt in batch]
-            readable = [i for i, prompt in enumerate(batch) if prompt.image is None or opened[i] is not None]
-            if readable:
-                asked = [batch[i] for i in readable]
-                shown = [opened[i] for i in readable]
-                answers.add(asked, answer(student(), [p.text for p in asked], shown, answers.max_new_tokens))
+            shown = {prompt: opened for prompt in batch if (opened := _open(images, prompt.images)) is not None}
+            if shown:
+                texts = [prompt.text for prompt in shown]
+                answers.add(list(shown), answer(student(), texts, list(shown.values()), answers.max_new_tokens))
             progress.advance(bar, len(batch))
 
 
 def _check(prompts: Sequence[Prompt], images: ImageSource) -> None:
-    absent = images.absent(sorted({prompt.image for prompt in prompts if prompt.image is not None}))
+    absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
     if absent:
         raise DataError(
             "missing images", f"{len(absent)} images of the questions are not there, the first '{absent[0]}'"
         )
     for number, prompt in enumerate(prompts):
         try:
-            as_row(prompt.text, prompt.image)
+            as_row(prompt.text, prompt.images)
         except DataError as error:
             raise DataError(error.reason, f"question {number}, {prompt.text[:80]!r}: {error.detail}") from error
 
 
-def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    """Prompts with an image, then those without: a batch holds one kind."""
-    for has_image in (True, False):
-        own = [prompt for prompt in prompts if (prompt.image is not None) is has_image]
-        yield from (own[start : start + size] for start in range(0, len(own), size))
-
-
-def _open(images: ImageSource, name: str | None) -> Any:
-    if name is None:
-        return None
+def _open(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
     try:
-        return images.open(name)
+        return [images.open(name) for name in names]
     except DataError as error:
-        logger.warning("%s", printable(f"{name}: {error}; its questions count as not answered"))
+        logger.warning("%s", printable(f"{', '.join(names)}: {error}; their questions count as not answered"))
         return None
 
 
@@ -224,18 +214,27 @@ class Asker:
         return answers
 
 
-def other_images(shown: Sequence[str | None]) -> list[str | None] | None:
-    """For every question an image that is not its own: the distinct images, moved round by half their number.
+def other_images(shown: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]] | None:
+    """For every question images that are not its own: the distinct images, moved round by half their number or the
+    next number that shows none of its own.
 
     Returns:
-        The images' names in the questions' order; None where fewer than two differ.
+        The images' names in the questions' order; None where there are not enough for a question.
     """
-    distinct = sorted({name for name in shown if name is not None})
-    if len(distinct) < 2:
-        return None
-    step = len(distinct) // 2
-    swap = {name: distinct[(i + step) % len(distinct)] for i, name in enumerate(distinct)}
-    return [swap[name] if name is not None else None for name in shown]
+    distinct = sorted({name for names in shown for name in names})
+    places = {name: i for i, name in enumerate(distinct)}
+    half = len(distinct) // 2
+    found = []
+    for names in shown:
+        moved = (
+            tuple(distinct[(places[name] + half + more) % len(distinct)] for name in names)
+            for more in range(len(distinct))
+        )
+        other = next((new for new in moved if not set(new) & set(names)), None) if names else ()
+        if other is None:
+            return None
+        found.append(other)
+    return found if distinct else None
 
 
 def own_share() -> tuple[int, int]:

@@ -45,30 +45,29 @@ class TableImages:
     """Images whose bytes are in a table, named by a digest of them, so that one in several rows has one name.
 
     Attributes:
-        names: of each row's image; None for a row without one.
+        names: of each row's images, in order.
     """
 
     def __init__(self, table: Any, column: str) -> None:
         from visper.data.rows.hugging_face import EmbeddedImages
 
         self._content = EmbeddedImages(table.select_columns([column]).with_format("arrow"))
-        self.names: list[str | None] = []
-        self._rows: dict[str, int] = {}
+        self.names: list[tuple[str, ...]] = []
+        self._places: dict[str, tuple[int, int]] = {}
         for row in range(len(table)):
-            content = self._content(row)
-            name = None if content is None else key(content)
-            self.names.append(name)
-            if name is not None:
-                self._rows.setdefault(name, row)
+            names = tuple(key(content) for content in self._content(row))
+            self.names.append(names)
+            for number, name in enumerate(names):
+                self._places.setdefault(name, (row, number))
 
     def open(self, name: str) -> Image.Image:
         """The image, RGB. Raises DataError where it cannot be read."""
-        row = self._rows[name]
-        return open_image(f"the image of row {row}", self._content(row))
+        row, number = self._places[name]
+        return open_image(f"image {number + 1} of row {row}", self._content(row)[number])
 
     def absent(self, names: Iterable[str]) -> list[str]:
         """None of them: the names are those of bytes at hand."""
-        return [name for name in names if name not in self._rows]
+        return [name for name in names if name not in self._places]
 
 
 def read_table(files: Sequence[Path], needed: Sequence[str], optional: Sequence[str], what: str) -> Any:

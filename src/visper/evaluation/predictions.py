@@ -84,7 +84,7 @@ def predict_images(
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), batch):
         chosen = list(images[start : start + batch])
-        inputs = model_inputs(processor, [prompt] * len(chosen), chosen)
+        inputs = model_inputs(processor, [prompt] * len(chosen), [[image] for image in chosen])
         inputs = inputs.to(model.student.device, model.student.dtype)
         rows = torch.arange(len(chosen), device=model.student.device)
         predicted = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)

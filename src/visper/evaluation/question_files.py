@@ -21,8 +21,9 @@ def read_questions(path: Path) -> list[Question]:
     """Questions of a JSON or JSONL file: rows of ``{question, answer}``, optionally ``image``, ``kind``, ``options``,
     ``id``.
 
-    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of one, or missing. With
-    ``options``, a list of texts, ``answer`` is the letter of one of them ("B") or its text.
+    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of them, or missing. Several
+    images stand where the question has tags ``<image>``. With ``options``, a list of texts, ``answer`` is the letter of
+    one of them ("B") or its text.
 
     Raises:
         DataError: the file or a question is not of this form; the message names the question.
@@ -50,15 +51,15 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         else:
             source = TableImages(table, "image")
             rows = table.remove_columns("image")
-            named = ({**row, "image": name} for row, name in zip(rows, source.names, strict=True))
+            named = ({**row, "image": list(names)} for row, names in zip(rows, source.names, strict=True))
             return _questions(path, named), source
-    if images is None and any(question.image is not None for question in questions):
+    if images is None and any(question.images for question in questions):
         raise ConfigError(f"the images of '{path}' are paths: say with --images where they start")
     return questions, ImageFolder(images or Path())
 
 
 def _is_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+    return getattr(getattr(feature, "feature", feature), "dtype", None) in ("string", "large_string")
 
 
 def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
@@ -73,7 +74,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
             Question(
                 str(row["question"]),
                 _right_option(answers, options, place) if options else answers,
-                _one_image(row.get("image"), place),
+                _images(row.get("image"), place),
                 EVERYTHING if row.get("kind") is None else str(row["kind"]),
                 options,
                 "" if row.get("id") is None else str(row["id"]),
@@ -122,9 +123,8 @@ def _right_option(answers: tuple[str, ...], options: tuple[str, ...], place: str
     return letter, options[letters.index(letter)]
 
 
-def _one_image(image: Any, place: str) -> str | None:
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if image is not None and not isinstance(image, str):
-        raise DataError("bad image", f"{place}: 'image' is {str(image)[:80]!r}: expected one path")
-    return image or None
+def _images(image: Any, place: str) -> tuple[str, ...]:
+    images = image if isinstance(image, list) else [image] if image else []
+    if not all(isinstance(one, str) and one for one in images):
+        raise DataError("bad image", f"{place}: 'image' is {str(image)[:80]!r}: expected a path, or a list of paths")
+    return tuple(images)

@@ -19,7 +19,7 @@ EVERYTHING = "all"
 
 @dataclass(frozen=True)
 class Question:
-    """One question on one image (or none), with the answers accepted for it and, if given, its kind.
+    """One question on its images, if any, with the answers accepted for it and, if given, its kind.
 
     Attributes:
         options: of a multiple-choice question; ``answers`` are then the right one's letter and its text.
@@ -28,15 +28,15 @@ class Question:
 
     question: str
     answers: tuple[str, ...]
-    image: str | None = None
+    images: tuple[str, ...] = ()
     kind: str = EVERYTHING
     options: tuple[str, ...] = ()
     id: str = ""
 
-    def prompt(self, image: str | None) -> Prompt:
-        """What is asked, on its own image or another's."""
+    def prompt(self, images: tuple[str, ...]) -> Prompt:
+        """What is asked, on its own images or others."""
         text = ask_with_options(self.question, self.options) if self.options else self.question
-        return Prompt(self.id, text, image)
+        return Prompt(self.id, text, images)
 
     def accepts(self, said: str) -> bool:
         """Whether an answer is right: equal to an accepted one but for case and punctuation at the ends, or, of
@@ -48,12 +48,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with the image that was shown and what the student said, as it said it.
+    """A question with the images that were shown and what the student said, as it said it.
 
-    ``said`` is None where the image could not be read: the question counts as asked and not answered.
+    ``said`` is None where an image could not be read: the question counts as asked and not answered.
     """
 
-    image: str | None
+    images: tuple[str, ...]
     kind: str
     question: str
     expected: tuple[str, ...]
@@ -62,19 +62,19 @@ class Answered:
     id: str = ""
 
 
-def judge(question: Question, image: str | None, said: str | None) -> Answered:
+def judge(question: Question, images: tuple[str, ...], said: str | None) -> Answered:
     """A question with what was said to it, right or wrong."""
     correct = said is not None and question.accepts(said)
-    return Answered(image, question.kind, question.question, question.answers, said, correct, question.id)
+    return Answered(images, question.kind, question.question, question.answers, said, correct, question.id)
 
 
-def shown_images(questions: Sequence[Question], blind: bool) -> list[str | None]:
-    """The images that are shown: each question's own, or for the blind control another question's.
+def shown_images(questions: Sequence[Question], blind: bool) -> list[tuple[str, ...]]:
+    """The images that are shown: each question's own, or for the blind control other questions'.
 
     Raises:
         DataError: a blind control of fewer than two different images.
     """
-    own = [question.image for question in questions]
+    own = [question.images for question in questions]
     if not blind:
         return own
     others = other_images(own)
@@ -95,7 +95,7 @@ def evaluate(
 
     Args:
         images: folder under which the questions' image paths lie.
-        shuffle_images: every question gets another question's image: what a model scores that does not look.
+        shuffle_images: every question gets other questions' images: what a model scores that does not look.
 
     Raises:
         DataError: before the first question, for images that are not there or not under their folder, and for
@@ -103,10 +103,10 @@ def evaluate(
     """
     items = list(questions)
     shown = shown_images(items, shuffle_images)
-    prompts = [question.prompt(image) for question, image in zip(items, shown, strict=True)]
+    prompts = [question.prompt(names) for question, names in zip(items, shown, strict=True)]
     answers = Answers(None, max_new_tokens=max_new_tokens)
     ask_all(lambda: student, prompts, ImageFolder(images), answers, batch_size)
-    return [judge(q, p.image, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
+    return [judge(q, p.images, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
 
 
 def ask_questions(
@@ -121,17 +121,17 @@ def ask_questions(
 
     Args:
         file: keeps raw answers; complete once one process asks alone.
-        blind: ask once more, each question on another's image.
+        blind: ask once more, each question on others' images.
 
     Returns:
         The answers, and those of the blind control; None where there is none: fewer than two images differ.
     """
-    shown = [[question.image for question in questions]]
+    shown = [[question.images for question in questions]]
     others = other_images(shown[0]) if blind else None
     shown += [others] if others is not None else []
-    prompts = [[q.prompt(image) for q, image in zip(questions, own, strict=True)] for own in shown]
+    prompts = [[q.prompt(names) for q, names in zip(questions, own, strict=True)] for own in shown]
     answers = asker.ask([prompt for part in prompts for prompt in part], images, file, max_new_tokens)
-    judged = [[judge(q, p.image, answers.get(p)) for q, p in zip(questions, part, strict=True)] for part in prompts]
+    judged = [[judge(q, p.images, answers.get(p)) for q, p in zip(questions, part, strict=True)] for part in prompts]
     if file is not None and asker.share == (0, 1):
         answers.finish(
             [

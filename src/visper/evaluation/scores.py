@@ -61,7 +61,7 @@ def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
     """The blind control's scores by kind, without those kinds none of whose questions has an image."""
     if control is None:
         return None
-    shown = {row.kind for row in control if row.image is not None} | {EVERYTHING}
+    shown = {row.kind for row in control if row.images} | {EVERYTHING}
     return {score.kind: score for score in scores(control) if score.kind in shown}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
-from visper.data.checks.digests import content_of
+from visper.data.checks.digests import contents_of
 from visper.data.images import arrange, background_of, geometry_of, open_image
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -88,15 +88,15 @@ def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
 
 def _images_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
     """Each image once, with its content; without those that lie outside their folder."""
-    seen = set()
+    seen: set[str] = set()
     for index, record in enumerate(records):
-        if record.image is not None and record.image not in seen:
-            seen.add(record.image)
-            try:
-                content = content_of(records, index)
-            except DataError:
-                continue
-            yield Path(record.image), content
+        new = [number for number, image in enumerate(record.images) if image.path not in seen]
+        seen |= {image.path for image in record.images}
+        try:
+            contents = contents_of(records, index) if new else []
+        except DataError:
+            continue
+        yield from ((Path(record.images[number].path), contents[number]) for number in new)
 
 
 def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Image.Image]:

@@ -119,19 +119,21 @@ def fake_batch(
     """
     side = int(model.config.vision_config.image_size)
     task_tokens = [token for ids in student.task_token_ids.values() for token in ids]
-    block = [student.image_token_id] * int(model.config.image_seq_length) + task_tokens
+    image_tokens = int(model.config.image_seq_length)
+    block = [student.image_token_id] * image_tokens + task_tokens
     samples = []
     for row in rows:
-        text = max(row.tokens - len(block) if row.image else row.tokens, 2)
+        text = max(row.tokens - len(block) * row.images, 2)
         supervised = min(row.supervised, text - 1)
-        ids = [0, *(block if row.image else ()), *[0] * (text - 1)]
+        ids = [0, *block * row.images, *[0] * (text - 1)]
+        labels = [IGNORED] * (len(ids) - supervised) + [0] * supervised
         with fake:
-            pixels = torch.empty(3, side, side) if row.image else None
-        samples.append(Sample("fake", ids, [IGNORED] * (len(ids) - supervised) + [0] * supervised, pixels))
+            pixels = torch.empty(row.images, 3, side, side) if row.images else None
+        samples.append(Sample("fake", ids, labels, (image_tokens,) * row.images, pixels))
     padded = Collator(0)
     collated = (PackingCollator(padded) if run.optimization.packing else padded)(samples)
     batch: dict[str, Any] = {name: value for name, value in collated.items() if name in FORWARD_KEYS}
-    images = sum(row.image for row in rows)
+    images = sum(row.images for row in rows)
     if model.objective is not None:
         pool = max(images, run.optimization.global_batch)
         batch["targets"] = {

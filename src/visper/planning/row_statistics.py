@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from visper.common.errors import ConfigError, DataError
@@ -25,11 +25,11 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class RowLength:
-    """One row: its tokens (image and task tokens included), how many are supervised, whether it has an image."""
+    """One row: its tokens (image and task tokens included), how many are supervised, its images."""
 
     tokens: int
     supervised: int
-    image: bool
+    images: int
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Rows:
         count: rows in all.
         sample: the rows that were measured; where lengths are assumed, none.
         average: the average row.
-        longest: the most tokens and the most supervised tokens of any row.
-        images: share of rows with an image.
+        longest: the most tokens, supervised tokens and images of any row.
+        images: of a row, on average.
         source: where the figures come from.
     """
 
@@ -63,15 +63,15 @@ class Rows:
             drawn = random.Random(seed)
             batches = (drawn.choices(self.sample, k=rows) for _ in range(min(MICRO_BATCHES, -(-self.count // rows))))
             return max(batches, key=lambda batch: sum(row.tokens for row in batch))
-        return self._uniform(self.longest, rows)
+        return self._uniform(self.longest, rows, self.longest.images if self.longest.images > 1 else self.images)
 
     def average_micro_batch(self, rows: int) -> list[RowLength]:
-        """``rows`` average rows, of which the usual share has an image."""
-        return self._uniform(self.average, rows)
+        """``rows`` average rows with the usual number of images."""
+        return self._uniform(self.average, rows, self.images)
 
-    def _uniform(self, row: RowLength, rows: int) -> list[RowLength]:
-        images = max(1, round(rows * self.images)) if self.images else 0
-        return [RowLength(row.tokens, row.supervised, at < images) for at in range(rows)]
+    def _uniform(self, row: RowLength, rows: int, images_a_row: float) -> list[RowLength]:
+        images = max(1, round(rows * images_a_row)) if images_a_row else 0
+        return [replace(row, images=images // rows + (at < images % rows)) for at in range(rows)]
 
 
 PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
@@ -125,9 +125,10 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
 
 def _rows(count: int, lengths: Sequence[RowLength], source: str) -> Rows:
     tokens, supervised = [row.tokens for row in lengths], [row.supervised for row in lengths]
-    images = sum(row.image for row in lengths) / len(lengths)
-    average = RowLength(round(sum(tokens) / len(lengths)), round(sum(supervised) / len(lengths)), images > 0)
-    return Rows(count, tuple(lengths), average, RowLength(max(tokens), max(supervised), images > 0), images, source)
+    images = [row.images for row in lengths]
+    share = sum(images) / len(lengths)
+    average = RowLength(round(sum(tokens) / len(lengths)), round(sum(supervised) / len(lengths)), round(share))
+    return Rows(count, tuple(lengths), average, RowLength(max(tokens), max(supervised), max(images)), share, source)
 
 
 def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:
@@ -136,13 +137,13 @@ def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:
     except DataError:
         return None
     supervised = sum(label != IGNORED for label in encoded.labels)
-    return RowLength(len(encoded.input_ids), supervised, record.image is not None)
+    return RowLength(len(encoded.input_ids), supervised, len(record.images))
 
 
 def _estimated(record: Record, block: int, most: int) -> RowLength:
     words = [len(turn.text) // CHARACTERS_PER_TOKEN for turn in record.turns]
-    tokens = sum(words) + (block if record.image is not None else 0)
-    return RowLength(min(tokens, most), max(1, min(sum(words[1::2]), most)), record.image is not None)
+    tokens = sum(words) + block * len(record.images)
+    return RowLength(min(tokens, most), max(1, min(sum(words[1::2]), most)), len(record.images))
 
 
 def _published(run: Run, block: int, error: Exception) -> Rows:
@@ -160,8 +161,8 @@ def _published(run: Run, block: int, error: Exception) -> Rows:
         return sum(rows * value for rows, value in zip(counts, values, strict=True)) / count
 
     share = mean(images)
-    average = RowLength(min(round(mean(text)) + round(block * share), most), round(mean(supervised)), True)
-    longest = RowLength(min(max(most_text) + block, most), min(max(most_supervised), most), True)
+    average = RowLength(min(round(mean(text)) + round(block * share), most), round(mean(supervised)), 1)
+    longest = RowLength(min(max(most_text) + block, most), min(max(most_supervised), most), 1)
     return Rows(
         round(count), (), average, longest, share, f"{', '.join(known)}: row count as published, lengths assumed"
     )

@@ -162,7 +162,7 @@ def sample_answers(result: Result) -> list[dict[str, Any]]:
     chosen = [row for rows in by_kind.values() for row in rows[:: max(1, len(rows) // 3)][:3]]
     found = []
     for row in chosen:
-        with Image.open(result.world / "images" / str(row.image)) as file:
+        with Image.open(result.world / "images" / row.images[0]) as file:
             uri = data_uri(file.convert("RGB"))
         verdict = "right" if row.correct else f"wrong, it is {' or '.join(row.expected)}"
         found.append({"uri": uri, "kind": row.kind, "question": row.question, "said": row.said, "verdict": verdict})

@@ -24,7 +24,7 @@ from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
 from visper.common.ranks import first_decides
 from visper.config import Data, Distillation, Run
-from visper.data.checks.digests import content_of, digest
+from visper.data.checks.digests import contents_of, digest
 from visper.data.collator import Preprocess
 from visper.data.images import arrange, background_of, open_image
 from visper.data.rows.records import DropList
@@ -186,9 +186,9 @@ def _compute(
     console: Console,
 ) -> None:
     """Reads the images of each part in batches, encodes them by each teacher, and writes the part."""
-    steps = [(part, start) for part in parts for start in range(0, len(part.rows), batch)]
+    steps = [(part, start) for part in parts for start in range(0, len(part.places), batch)]
     order = [
-        [(row, own, part.tasks) for row, own in zip(part.rows, part.digests, strict=True)][start : start + batch]
+        [(place, own, part.tasks) for place, own in zip(part.places, part.digests, strict=True)][start : start + batch]
         for part, start in steps
     ]
     loader: DataLoader[Any] = DataLoader(
@@ -204,7 +204,7 @@ def _compute(
     for (part, start), (readable, pixels) in zip(steps, batches, strict=True):
         for task in part.tasks:
             computed[task] += _targets(outputs[task].teacher, pixels.get(task), readable, device)
-        if start + batch >= len(part.rows):
+        if start + batch >= len(part.places):
             for task in part.tasks:
                 write_part(outputs[task].folder, outputs[task].codec, part.digests, computed[task], part.name)
             computed.clear()
@@ -219,7 +219,7 @@ def _targets(
 
 
 class _Images(Dataset[Any]):
-    """(row, digest, tasks) -> per task the teacher's input ``[3, h, w]``; None if the image cannot be decoded."""
+    """((row, number in it), digest, tasks) -> per task the teacher's input ``[3, h, w]``; None: not decodable."""
 
     def __init__(
         self, records: Records, geometry: str, background: tuple[int, int, int], preprocess: Mapping[str, Preprocess]
@@ -229,10 +229,10 @@ class _Images(Dataset[Any]):
         self.background = background
         self.preprocess = dict(preprocess)
 
-    def __getitem__(self, item: tuple[int, bytes, Sequence[str]]) -> dict[str, Tensor] | None:
-        row, own, tasks = item
-        content = content_of(self.records, row)
-        name = self.records[row].image or ""
+    def __getitem__(self, item: tuple[tuple[int, int], bytes, Sequence[str]]) -> dict[str, Tensor] | None:
+        (row, number), own, tasks = item
+        content = contents_of(self.records, row)[number]
+        name = self.records[row].images[number].path
         if content is None or digest(content) != own:
             raise DataError("changing image", f"'{name}' was changed or removed during the build: repeat the command")
         try:

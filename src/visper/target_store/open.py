@@ -181,14 +181,15 @@ def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool =
 
 
 def _require_images(store: TargetStore, records: Records, quiet: bool) -> None:
-    files = records.image_files()
-    rows = np.flatnonzero([file is not None for file in files])
-    digests = digests_of(records.select(rows), quiet) if len(rows) else []
-    missing = store.missing(own for own in digests if own is not None)
+    in_files = np.unique(np.fromiter((row for row, *_ in records.image_files()), dtype=np.int64))
+    records = records.select(in_files)
+    digests = digests_of(records, quiet) if len(records) else {}
+    missing = store.missing(own for own in digests.values() if own is not None)
     if not missing:
         return
     task, lost = next(iter(missing.items()))
-    first = files[int(rows[digests.index(lost[0])])]
+    row, number = next(place for place, own in digests.items() if own == lost[0])
+    first = records[row].images[number].path
     counts = ", ".join(f"{len(own)} images of task '{name}'" for name, own in missing.items())
     raise DataError(
         "no stored target",

@@ -29,10 +29,10 @@ MAX_IMAGES = 4096
 
 @dataclass(frozen=True)
 class TargetPart:
-    """Images whose targets go into one file per task: a row that shows each of them, and their digests."""
+    """Images whose targets go into one file per task: where each is shown (row, number in it), and their digests."""
 
     tasks: tuple[str, ...]
-    rows: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
     digests: tuple[bytes, ...]
 
     @property
@@ -71,28 +71,28 @@ def plan_build(
         codecs: of each task's targets.
         quiet: show no progress.
     """
-    first_row: dict[bytes, int] = {}
-    for row, own in enumerate(digests_of(records, quiet)):
+    first_place: dict[bytes, tuple[int, int]] = {}
+    for place, own in digests_of(records, quiet).items():
         if own is not None:
-            first_row.setdefault(own, row)
+            first_place.setdefault(own, place)
     missing: dict[bytes, list[str]] = defaultdict(list)
     for task, fingerprint in made_by.items():
-        for own in _missing(list(first_row), folder_of(store, fingerprint), codecs[task].dtype):
+        for own in _missing(list(first_place), folder_of(store, fingerprint), codecs[task].dtype):
             missing[own].append(task)
     groups: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
-    for own in first_row:
+    for own in first_place:
         if own in missing:
             groups[tuple(missing[own])].append(own)
     largest = max(codec.target_bytes for codec in codecs.values())
     each = max(1, min(MAX_IMAGES, PART_BYTES // largest))
     parts = [
-        TargetPart(tasks, tuple(first_row[own] for own in some), tuple(some))
+        TargetPart(tasks, tuple(first_place[own] for own in some), tuple(some))
         for tasks, digests in groups.items()
         for some in (digests[start : start + each] for start in range(0, len(digests), each))
     ]
-    counts = {task: sum(len(part.rows) for part in parts if task in part.tasks) for task in codecs}
+    counts = {task: sum(len(part.places) for part in parts if task in part.tasks) for task in codecs}
     return BuildPlan(
-        len(first_row), tuple(parts), {task: count * codecs[task].target_bytes for task, count in counts.items()}
+        len(first_place), tuple(parts), {task: count * codecs[task].target_bytes for task, count in counts.items()}
     )
 
 

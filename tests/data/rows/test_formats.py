@@ -9,12 +9,17 @@ from tests.conftest import outside
 from tests.data.rows.test_records import row
 from visper.common.errors import DataError
 from visper.data.rows.formats import CAPTION_QUESTION, image_names, parse_row
-from visper.data.rows.records import DropList, Record, Turn
+from visper.data.rows.records import DropList, Record, ShownImage, Turn
 from visper.data.rows.sources import open_records
 
 
 def parse(content: Any) -> Record:
     return parse_row(content, "s/0/1", Path("images"))
+
+
+def turn_of_image(record: Record) -> int:
+    (image,) = record.images
+    return image.turn
 
 
 def messages(content: Any, answer: Any = "A cat.", **keys: Any) -> dict[str, Any]:
@@ -42,21 +47,21 @@ IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
 )
 def test_every_way_to_write_a_row_gives_one_record(content: dict[str, Any]) -> None:
     turns = (Turn("user", "What?"), Turn("assistant", "A cat."))
-    assert parse(content) == Record("s/0/1", turns, str(Path("images/a.jpg")), 0)
+    assert parse(content) == Record("s/0/1", turns, (ShownImage(str(Path("images/a.jpg")), 0),))
 
 
 def test_an_image_part_marks_its_turn() -> None:
     content = messages("Hello", "Hi", images=["a.jpg"])
     content["messages"] = [{"role": "system", "content": "Be brief."}, *content["messages"]]
     content["messages"] += [{"role": "user", "content": [IMAGE, WHAT]}, {"role": "assistant", "content": "A cat."}]
-    assert parse(content).image_turn == 3
+    assert turn_of_image(parse(content)) == 3
 
 
 def test_a_rows_system_key_is_the_system_turn_where_there_is_none() -> None:
     brief, polite = Turn("system", "Be brief."), {"role": "system", "content": "Be polite."}
     content = messages([IMAGE, WHAT], images=["a.jpg"], system="Be brief.")
     record = parse(content)
-    assert record.turns[0] == brief and record.image_turn == 1
+    assert record.turns[0] == brief and turn_of_image(record) == 1
     assert parse({**row("Hello", "Hi"), "system": "Be brief."}).turns[0] == brief
     assert parse({**content, "messages": [polite, *content["messages"]]}).turns[0] == Turn("system", "Be polite.")
     for empty in (None, ""):
@@ -67,7 +72,7 @@ def test_a_rows_system_key_is_the_system_turn_where_there_is_none() -> None:
 
 def test_a_caption_answers_one_question() -> None:
     record = parse({"id": 1, "image": "a.jpg", "text": "A cat."})
-    assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and record.image_turn == 0
+    assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and turn_of_image(record) == 0
 
 
 @pytest.mark.parametrize(
@@ -83,9 +88,9 @@ def test_a_caption_answers_one_question() -> None:
         (row("What?", "A.", videos=["a.mp4"], image="a.jpg"), "media other than images"),
         (row("What?", "A.", audio={"path": "a.wav"}), "media other than images"),
         (messages([{"type": "video", "video": "a.mp4"}, WHAT]), "media other than images"),
-        (row("<image>", "A.", images=["a.jpg", "b.jpg"]), "several images"),
-        (row("<image>", "A.", image="a.jpg", images=["b.jpg"]), "several images"),
-        (messages([IMAGE, IMAGE, WHAT], images=["a.jpg"]), "several image tags"),
+        (row("<image>", "A.", images=["a.jpg", "b.jpg"]), "images and tags differ"),
+        (row("<image>", "A.", image="a.jpg", images=["b.jpg"]), "images and tags differ"),
+        (messages([IMAGE, IMAGE, WHAT], images=["a.jpg"]), "images and tags differ"),
         (messages([IMAGE, WHAT], [IMAGE], images=["a.jpg"]), "bad turn"),
         (messages([{"type": "tool"}]), "bad turn"),
         ({"text": "A cat."}, "no image"),

@@ -15,12 +15,12 @@ from PIL import Image
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.digests import digest, digests_of
+from visper.data.checks.digests import contents_of, digest, digests_of
 from visper.data.collator import Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.rows import hugging_face
 from visper.data.rows.formats import CAPTION_QUESTION
-from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.records import DropList, RowSource, ShownImage
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 
@@ -87,11 +87,12 @@ def test_embedded_images_become_samples(
     records, drops = opened(write(tmp_path, kind, rows, features))
     assert len(records) == 4 and not len(drops)
     assert records.has_image.tolist() == [True] * 3 + [False]
-    assert digests_of(records) == [*map(digest, PNGS), None]
+    assert digests_of(records) == {(i, 0): digest(content) for i, content in enumerate(PNGS)}
     dataset = ConversationDataset(pickle.loads(pickle.dumps(records)), ConversationEncoder(make_processor(CHATML), 500))
     shown, text = dataset[1], dataset[3]
-    assert isinstance(shown, Sample) and shown.image is not None and isinstance(text, Sample)
-    assert (np.asarray(shown.image) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
+    assert isinstance(shown, Sample) and isinstance(text, Sample)
+    (image,) = shown.images
+    assert (np.asarray(image) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
     assert text.pixel_values is None
 
 
@@ -110,10 +111,10 @@ def test_llava_captions_and_messages_give_the_same_records(tmp_path: Path) -> No
         columns = {"messages": "dialog", "image": "file"} if own == "renamed" else {}
         records, drops = opened(RowSource(source.place, str(tmp_path), "parquet", columns))
         assert not len(drops)
-        found.append([(record.turns, record.image, record.image_turn) for record in records])
+        found.append([(record.turns, record.images) for record in records])
         assert isinstance(ConversationDataset(records, ConversationEncoder(make_processor(CHATML), 500))[0], Sample)
     assert found[0] == found[1] == found[2]
-    assert found[0][0][1] == str(tmp_path / "0.png")
+    assert found[0][0][1] == (ShownImage(str(tmp_path / "0.png"), 0),)
 
 
 def test_captions_are_answers_to_one_question(tmp_path: Path) -> None:
@@ -129,8 +130,8 @@ def test_several_images_and_images_that_are_not_there_are_counted(tmp_path: Path
     lost = {"bytes": None, "path": "far/away.png"}
     rows = {"messages": [MESSAGES] * 3, "images": [[EMBEDDED[0], EMBEDDED[1]], [lost], [EMBEDDED[2]]]}
     records, drops = opened(write(tmp_path, "parquet", rows))
-    assert drops.counts() == {"several images": 1, "image not embedded": 1}
-    assert records.embedded_image(0) == PNGS[2]
+    assert drops.counts() == {"images and tags differ": 1, "image not embedded": 1}
+    assert contents_of(records, 0) == [PNGS[2]]
 
 
 def test_columns_of_no_format_are_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
+from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import GROUP_ROWS, write_parquet
@@ -108,5 +109,5 @@ def test_real_photographs_survive(tmp_path: Path) -> None:
     assert len(survey(parquet, encoder, drops).records) == len(records)
     by_id = {own_id(record.id): record for record in records}
     for index in range(0, len(parquet), 7):
-        file = by_id[own_id(parquet[index].id)].image
-        assert parquet.embedded_image(index) == (Path(file).read_bytes() if file else None)
+        images = by_id[own_id(parquet[index].id)].images
+        assert contents_of(parquet, index) == [Path(image.path).read_bytes() for image in images]

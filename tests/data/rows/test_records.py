@@ -13,7 +13,7 @@ from visper.data.dataset import Survey, keep_good, lost_images
 from visper.data.rows.formats import parse_row
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import measure
-from visper.data.rows.records import DropList, Record, own_id, source_names
+from visper.data.rows.records import DropList, Record, ShownImage, own_id, source_names
 
 
 def row(first: str, *more: str, **keys: Any) -> dict[str, Any]:
@@ -49,23 +49,22 @@ def parse(content: Any) -> Record:
 def test_the_tag_is_taken_out_wherever_it_stands(text: str) -> None:
     record = parse(row(text, "A cat.", image="a.jpg"))
     assert record.turns[0].text == "What?"
-    assert record.image_turn == 0
-    assert record.image == str(Path("images/a.jpg"))
+    assert record.images == (ShownImage(str(Path("images/a.jpg")), 0),)
 
 
 def test_an_image_without_a_tag_leads_the_first_question() -> None:
     record = parse(row("What?", "A cat.", "Sure?", "Yes.", image="a.jpg"))
-    assert (record.image_turn, record.turns[0].text) == (0, "What?")
+    assert (record.images[0].turn, record.turns[0].text) == (0, "What?")
 
 
 def test_the_image_belongs_to_the_turn_that_holds_its_tag() -> None:
-    assert parse(row("Hello", "Hi", "<image>\nWhat?", "A cat.", image="a.jpg")).image_turn == 2
+    assert parse(row("Hello", "Hi", "<image>\nWhat?", "A cat.", image="a.jpg")).images[0].turn == 2
 
 
 @pytest.mark.parametrize("keys", [{}, {"image": None}, {"image": ""}, {"model": ""}])
 def test_the_literal_tag_of_a_text_row_stays_text(keys: dict[str, Any]) -> None:
     record = parse(row("What does <image> mean?", "A tag.", **keys))
-    assert record.image is None
+    assert not record.images
     assert record.turns[0].text == "What does <image> mean?"
 
 
@@ -86,9 +85,9 @@ def test_an_empty_answer_is_kept() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (row("<image> and <image>", "Same.", image="a.jpg"), "several image tags"),
-        (row("<image>\nA?", "a", "<image>\nB?", "b", image="a.jpg"), "several image tags"),
-        (row("<image>", "Same.", image=["a.jpg", "b.jpg"]), "several images"),
+        (row("<image> and <image>", "Same.", image="a.jpg"), "images and tags differ"),
+        (row("<image>\nA?", "a", "<image>\nB?", "b", image="a.jpg"), "images and tags differ"),
+        (row("<image>", "Same.", image=["a.jpg", "b.jpg"]), "images and tags differ"),
         (row("What?", "A.", image=7), "bad image path"),
         (row("What?"), "no answer"),
         ({"id": 1}, "no conversation"),

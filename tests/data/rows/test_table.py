@@ -209,6 +209,7 @@ def test_real_photographs_come_back(name: str) -> None:
     records = open_records([(folder / name, folder)], DropList())
     assert list(records) == read_records([(folder / name, folder)], DropList())
     assert isinstance(records.parts[0].table, RecordTable)
-    assert records.has_image.tolist() == [record.image is not None for record in records]
+    assert records.has_image.tolist() == [bool(record.images) for record in records]
     assert records.characters.tolist() == [sum(len(t.text) for t in r.turns) for r in records]
-    assert records.image_files() == [record.image for record in records]
+    files = [str(folder / name) for _, _, folder, name in records.image_files()]
+    assert files == [image.path for record in records for image in record.images]

@@ -29,17 +29,22 @@ def digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
-def content_of(records: Sequence[Record], index: int) -> bytes | None:
-    """The bytes of a row's image, from its source or its file; None where there is no image or no such file.
+def contents_of(records: Sequence[Record], index: int) -> list[bytes | None]:
+    """The bytes of a row's images, from its source or their files; None for one that has no such file.
 
     Raises:
-        DataError: the file does not lie in its source's folder of images.
+        DataError: a file does not lie in its source's folder of images, or the source does not hold every image.
     """
     if not isinstance(records, Records):
-        image = records[index].image
-        return None if image is None else _read_file(Path(image))
-    held, place = records.embedded_image(index), records.image_place(index)
-    return held if held is not None or place is None else _read_file(inside(*place))
+        return [_read_file(Path(image.path)) for image in records[index].images]
+    part, row = records.place(index)
+    images = part.table.images(row)
+    if part.images is not None:
+        return [_read_file(inside(part.images, image.path)) for image in images]
+    held = part.embedded(row) if part.embedded is not None and images else []
+    if len(held) != len(images):
+        raise DataError("image not embedded", f"the source holds {len(held)} of the row's {len(images)} images")
+    return list(held)
 
 
 def _read_file(path: Path) -> bytes | None:
@@ -49,19 +54,22 @@ def _read_file(path: Path) -> bytes | None:
         return None
 
 
-def digests_of(records: Records, quiet: bool = True) -> list[bytes | None]:
-    """The digest of every row's image; None for a row without one, and where there is no such file."""
-    places = records.image_places()
+def digests_of(records: Records, quiet: bool = True) -> dict[tuple[int, int], bytes | None]:
+    """The digest of every image by its row and its number there, in this order; None where there is no such file."""
+    files = {(index, number): (folder, name) for index, number, folder, name in records.image_files()}
     lockfile = records.parts[0].table.path.parent / LOCKFILE
-    of_file = _of_files([place for place in dict.fromkeys(places) if place is not None], lockfile, quiet)
-    found = [None if place is None else of_file.get(str(place[0] / place[1])) for place in places]
-    embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and places[i] is None]
+    of_file = _of_files(list(dict.fromkeys(files.values())), lockfile, quiet)
+    found = {place: of_file.get(str(folder / name)) for place, (folder, name) in files.items()}
+    embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and (i, 0) not in files]
     # In the order of the files, which read rows in groups.
     order = sorted(embedded, key=lambda index: int(records.rows[index]))
     for index in track(order, description="hashing embedded images", quiet=quiet or not order):
-        content = content_of(records, index)
-        found[index] = None if content is None else digest(content)
-    return found
+        try:
+            contents = contents_of(records, index)
+        except DataError:
+            continue  # training leaves the row out
+        found |= {(index, number): digest(held) for number, held in enumerate(contents) if held is not None}
+    return dict(sorted(found.items()))
 
 
 def _of_files(places: list[tuple[Path, str]], lockfile: Path, quiet: bool) -> dict[str, bytes]:

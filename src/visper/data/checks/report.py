@@ -102,7 +102,7 @@ class Report:
 
 
 def source_of(image: str | None) -> str:
-    """Where a row comes from, by its image's first folder; numbered folders (LLaVA-Pretrain's) are one source."""
+    """Where a row comes from, by its first image's folder; numbered folders (LLaVA-Pretrain's) are one source."""
     if image is None:
         return TEXT_ONLY
     folders = PurePath(image).parts[:-1]
@@ -138,7 +138,8 @@ def check(
         report.note("(no conversation)", "rows")
         report.note("(no conversation)", drop.reason, drop.sample_id)
         report.note("(no conversation)", "unusable")
-    named = {image: str(images / image) for image in table.column("image").to_pylist() if image is not None}
+    names = table.image_names()
+    named = {image: str(images / image) for own in names for image in own}
     kept = verdicts_file(cache_folder(file.resolve().parent), images)
     by_file = look_at_all(images, list(named), kept, quiet, workers)
     report.verdicts = by_file
@@ -149,17 +150,17 @@ def check(
         report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder, None)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
-        image = table.value("image", row)
-        source, sample_id = source_of(image), f"{name}/{row}/{table.value('id', row)}"
+        source, sample_id = source_of(next(iter(names[row]), None)), f"{name}/{row}/{table.value('id', row)}"
         report.note(source, "rows")
-        for what in _oddities(table, row, image, seen):
+        for what in _oddities(table, row, names[row], seen):
             report.note(source, what, sample_id)
         if found is not None and found.truncated[index]:
             report.note(source, "text cut")
         if found is not None and found.num_text[index]:
             report.note(source, "answer tokens", count=int(found.num_text[index]))
             report.note(source, "unknown tokens", count=int(found.num_unknown[index]))
-        for reason, detail in _faults(index, found.problems if found else {}, by_file.get(named.get(image, ""))):
+        faults = _faults(index, found.problems if found else {}, [by_file[named[image]] for image in names[row]])
+        for reason, detail in faults.items():
             report.note(source, reason, sample_id)
             report.drops.add(sample_id, reason, detail)
         if sample_id in report.drops:
@@ -177,27 +178,28 @@ def _note_images(report: Report, named: Mapping[str, str]) -> None:
             report.note(source_of(image), "mislabeled image", f"{path}: {verdict.format}")
 
 
-def _oddities(table: RecordTable, row: int, image: str | None, seen: set[str]) -> Iterator[str]:
+def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str]) -> Iterator[str]:
     """What is strange about a row and no reason to leave it out."""
     roles, texts = table.value("roles", row), table.value("texts", row)
-    if image is not None and not table.value("image_tags", row):
+    if images and not table.value("image_tags", row):
         yield "image without tag"
-    if image is None and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
+    if not images and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
         yield "tag without image"
     if any(not text.strip() for role, text in zip(roles, texts, strict=True) if role == "a"):
         yield "empty answer"
-    content = key(str(image), roles, *texts)
+    content = key(str(table.images(row)), roles, *texts)
     if content in seen:
         yield "duplicate"
     seen.add(content)
 
 
-def _faults(index: int, problems: dict[int, tuple[str, str]], verdict: Verdict | None) -> Iterator[tuple[str, str]]:
-    """Why training would leave a row out."""
-    if index in problems:
-        yield problems[index]
-    if verdict is not None and verdict.reason is not None:
-        yield verdict.reason, verdict.detail
+def _faults(index: int, problems: dict[int, tuple[str, str]], verdicts: Sequence[Verdict]) -> dict[str, str]:
+    """Why training would leave a row out: reason -> detail."""
+    faults = dict([problems[index]] if index in problems else [])
+    for verdict in verdicts:
+        if verdict.reason is not None:
+            faults.setdefault(verdict.reason, verdict.detail)
+    return faults
 
 
 def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, list[Drop]]:

@@ -4,10 +4,11 @@
     messages  {"images": ["a.jpg"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
     caption   {"image": "a.jpg", "text": "A cat on a mat."}
 
-Each may have ``image`` or ``images``, with one image, and ``system``, the system turn of a conversation without one (as
-in LLaMA-Factory's files). A message's content is text or a list of parts. Published
-files hold string and integer ids that repeat, first turns of the model, text rows that mention the tag, image rows
-without one. What cannot be trained on as it was meant is a ``DataError``, counted by its reason.
+Each may have ``image`` or ``images``, with a path or a list of them, and ``system``, the system turn of a conversation
+without one (as in LLaMA-Factory's files). A message's content is text or a list of parts. An image stands where its tag
+or part stands. Published files hold string and integer ids that repeat, first turns of the model, text rows that
+mention the tag, rows of one image without a tag. What cannot be trained on as it was meant is a ``DataError``, counted
+by its reason.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import Record, Turn
+from visper.data.rows.records import Record, ShownImage, Turn
 
 IMAGE_TAG = "<image>"
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
@@ -37,6 +38,8 @@ FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text"
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 CAPTION_QUESTION = "Describe the image concisely."
 """The user's turn of a caption row."""
+Part = tuple[int, Any]
+"""An image part: how many characters of its turn's text stand before it, and the image it names, if any."""
 _MEDIA_TAG = "(?:<image>|<video>|<audio>)"
 _SHOWS_MEDIA = re.compile(rf"\s*{_MEDIA_TAG}|.*{_MEDIA_TAG}\s*\Z", re.DOTALL)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -49,27 +52,26 @@ class NotEmbedded(str):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row's conversation and its image's name as it stands there."""
+    """A row's conversation and its images, named as the row does."""
 
     turns: tuple[Turn, ...]
-    image: str | None
-    image_turn: int | None
+    images: tuple[ShownImage, ...]
     image_tags: int  # tags and image parts in the user's turns
 
 
 def parse_row(row: Any, sample_id: str, images: Path) -> Record:
-    """A row as a record whose image lies under the folder ``images``.
+    """A row as a record whose images lie under the folder ``images``.
 
     Raises:
-        DataError: the row is not a conversation of alternating turns, or shows something else than one image.
+        DataError: the row is not a conversation of alternating turns, has not as many images as tags, or shows
+            something else than images.
     """
     parsed = parse(row)
-    image = None if parsed.image is None else str(images / parsed.image)
-    return Record(sample_id, parsed.turns, image, parsed.image_turn)
+    return Record(sample_id, parsed.turns, tuple(replace(one, path=str(images / one.path)) for one in parsed.images))
 
 
 def parse(row: Any) -> Parsed:
-    """See ``parse_row``. The tag, wherever it stands in its turn, is taken out of the text.
+    """See ``parse_row``. Tags are taken out of the text.
 
     Raises:
         DataError: see ``parse_row``.
@@ -81,26 +83,53 @@ def parse(row: Any) -> Parsed:
         if row.get(name):
             raise DataError("media other than images", f"the row has '{name}': only images are read")
     turns, parts = _conversation(row)
-    named = [*_listed(row.get("image")), *_listed(row.get("images")), *(name for _, name in parts if name is not None)]
-    if len(named) > 1:
-        raise DataError("several images", f"{len(named)} images in one row: one is expected")
-    tagged = [i for i, turn in enumerate(turns) if turn.role == "user" and IMAGE_TAG in turn.text]
-    tags = sum(turns[i].text.count(IMAGE_TAG) for i in tagged) + len(parts)
-    if not named:
-        _refuse_unseen_media(turns, len(parts))
-        return Parsed(tuple(turns), None, None, tags)
-    image = _file_name(named[0])
-    if tags > 1:
-        raise DataError("several image tags", f"{tags} tags '{IMAGE_TAG}' for the image '{image}': one is expected")
-    places = [*tagged, *(i for i, _ in parts), *(i for i, turn in enumerate(turns) if turn.role == "user")]
-    # As the published code does: the image leads its turn, whether the tag stood first, last or between.
-    if tagged:
-        turns[places[0]] = Turn("user", turns[places[0]].text.replace(IMAGE_TAG, "").strip())
-    return Parsed(tuple(turns), image, places[0], tags)
+    listed = [*_listed(row.get("image")), *_listed(row.get("images"))]
+    placed = [_place_images(turn, named) for turn, named in zip(turns, parts, strict=True)]
+    places = [(i, at, name) for i, (_, own) in enumerate(placed) for at, name in own]
+    nameless = sum(name is None for *_, name in places)
+    if not listed and nameless == len(places):
+        _refuse_unseen_media(turns, sum(map(len, parts)))
+        return Parsed(tuple(turns), (), len(places))
+    if len(listed) == 1 and not places:
+        first = next(i for i, turn in enumerate(turns) if turn.role == "user")
+        return Parsed(tuple(turns), (ShownImage(_file_name(listed[0]), first),), 0)
+    if len(listed) != nameless:
+        images = len(listed) + len(places) - nameless
+        raise DataError(
+            "images and tags differ",
+            f"images: {images}, tags '{IMAGE_TAG}' and image parts: {len(places)}; the user's turns need one of these "
+            "for each image, where it stands",
+        )
+    names = iter(listed)
+    shown = (ShownImage(_file_name(next(names) if name is None else name), i, at) for i, at, name in places)
+    return Parsed(tuple(turn for turn, _ in placed), tuple(shown), len(places))
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[tuple[int, Any]]]:
-    """The turns, and for each image part of a message its turn and the image it names, if any."""
+def _place_images(turn: Turn, parts: list[Part]) -> tuple[Turn, list[Part]]:
+    """The turn without its tags, and each of its images, tags and parts alike, with its place in that text.
+
+    The only image of a turn leads it, wherever its tag stood, as in the code of LLaVA and LLaVA-NeXT.
+    """
+    if turn.role != "user" or not (parts or IMAGE_TAG in turn.text):
+        return turn, []
+    said = turn.text if parts else turn.text.strip()
+    ats = [at for at, _ in parts]
+    text, places = "", []
+    for part, start, end in zip([None, *parts], [0, *ats], [*ats, len(said)], strict=True):
+        if part is not None:
+            places.append((len(text), part[1]))
+        first, *behind_tags = said[start:end].split(IMAGE_TAG)
+        text += first
+        for piece in behind_tags:
+            places.append((len(text), None))
+            text += piece
+    if len(places) > 1:
+        return Turn("user", text), places
+    return Turn("user", text if parts else text.strip()), [(0, places[0][1])]
+
+
+def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]:
+    """The turns, and the image parts of each."""
     said = row.get("conversations")
     if said is None:
         said = row.get("messages")
@@ -124,11 +153,11 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[tuple[int, A
         raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}")
     if len(speakers) == 1:
         raise DataError("no answer", "the conversation has no turn of the model")
-    return turns, [(i, image) for i, (_, images) in enumerate(read) for image in images]
+    return turns, [parts for _, parts in read]
 
 
-def read_turn(turn: Any) -> tuple[Turn, list[Any]]:
-    """A turn, and the images that its parts name; None for a part that only marks the place.
+def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
+    """A turn and its image parts.
 
     Raises:
         DataError: it has no role or text, shows something else than images, or holds text that no tokenizer can read.
@@ -139,14 +168,15 @@ def read_turn(turn: Any) -> tuple[Turn, list[Any]]:
     if role is None or not isinstance(content, str | list):
         keys = "'from' and 'value', or 'role' and 'content'"
         raise DataError("bad turn", f"expected {keys}, by one of {', '.join(ROLES)}; found {str(turn)[:80]!r}")
-    texts, images = [], []
+    texts: list[str] = []
+    images: list[Part] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url") and role == "user":
             given = (part.get(key) for key in ("image", "image_url", "path", "url"))
-            images.append(next((image for image in given if image), None))
+            images.append((sum(map(len, texts)), next((image for image in given if image), None)))
         elif kind in ("video", "audio", "video_url", "audio_url", "input_audio"):
             raise DataError("media other than images", f"a part of type '{kind}': only images are read")
         else:

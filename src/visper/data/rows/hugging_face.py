@@ -94,10 +94,11 @@ def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
 def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     used = _columns_of(found, source)
     found = found.select_columns(list(used.values())).with_format("arrow")
-    shown = next((used[field] for field in _IMAGE_FIELDS if field in used), None)
+    shown = [used[field] for field in _IMAGE_FIELDS if field in used]
     embedded = source.images is None
-    if shown is not None and embedded and _holds_text(found.features.arrow_schema.field(shown).type):
-        why = f"its column '{shown}' holds paths: give 'images', the folder that they start from"
+    paths = [own for own in shown if embedded and _holds_text(found.features.arrow_schema.field(own).type)]
+    if paths:
+        why = f"its column '{paths[0]}' holds paths: give 'images', the folder that they start from"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
     key = table_key(used, f"{source.split} {len(found)} {embedded}", *map(identity, files))
@@ -105,7 +106,7 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     if not table.is_file():
         rows = track(_rows(found, used, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
         write_table(map(cells, rows), table)
-    images = EmbeddedImages(found.select_columns([shown])) if shown is not None and embedded else None
+    images = EmbeddedImages(found.select_columns(shown)) if shown and embedded else None
     return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)
 
 
@@ -180,19 +181,18 @@ def _is_image(kind: Any) -> bool:
 
 
 class EmbeddedImages:
-    """Row -> the bytes of its image. Can be sent to another process, which maps the same files.
+    """Row -> the bytes of its images. Can be sent to another process, which maps the same files.
 
     Args:
-        column: a data set of one column, in Arrow's format.
+        columns: a data set of the columns with images, in Arrow's format.
     """
 
-    def __init__(self, column: Any) -> None:
-        self.column = column
+    def __init__(self, columns: Any) -> None:
+        self.columns = columns
 
-    def __call__(self, row: int) -> bytes | None:
-        """The content of the row's image file; None for a row without one."""
-        value = self.column[row].column(0)[0].as_py()
-        if isinstance(value, list):
-            value = next((image for image in value if image is not None), None)
-        content = value["bytes"] if isinstance(value, dict) else value
-        return content if isinstance(content, bytes) else None
+    def __call__(self, row: int) -> list[bytes]:
+        """The contents of the row's image files, in order."""
+        values = [column[0].as_py() for column in self.columns[row].columns]
+        images = [image for value in values for image in (value if isinstance(value, list) else [value])]
+        contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
+        return [content for content in contents if isinstance(content, bytes)]

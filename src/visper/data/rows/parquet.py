@@ -7,6 +7,7 @@ row has a number and any process reads any row: the order, and continuing in it,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,9 +20,10 @@ import pyarrow.parquet as pq
 
 from visper.common.console import track
 from visper.common.errors import DataError
-from visper.common.files import atomic_path, inside
+from visper.common.files import atomic_path
+from visper.data.checks.digests import contents_of
 from visper.data.rows.formats import IMAGE_TAG
-from visper.data.rows.records import Drop, DropList
+from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
 
 FILE_BYTES = 256 << 20
@@ -37,9 +39,10 @@ def write_parquet(
     """Writes records and their images into the folder ``out``, in an order shuffled by ``seed``.
 
     Args:
-        records: the good rows. Each keeps its id; an image that several rows show is written with each of them.
+        records: the good rows. Each keeps its id; an image that several rows show is written with each of them. The
+            images lie in a column ``image``, or ``images`` (lists) where a row has several.
         out: a new folder; it appears only once everything is in it.
-        drops: takes the rows whose image file is missing or empty.
+        drops: takes the rows of which an image file is missing or empty.
         file_bytes: of images in a file, about.
         quiet: no progress bar.
 
@@ -53,69 +56,89 @@ def write_parquet(
         raise DataError("folder exists", f"'{out}' is already there: remove it, or name another folder")
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     counts: list[int] = []
+    column = "images" if (records.num_images > 1).any() else "image"
     with atomic_path(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
         partial.mkdir(parents=True)
-        good = _good_rows(threads, records, track(order, description="writing rows", quiet=quiet), drops)
+        good = _good_rows(threads, records, track(order, description="writing rows", quiet=quiet), drops, column)
         while group := list(islice(good, GROUP_ROWS)):
-            counts.append(_write_file(partial / f"{len(counts):05d}.parquet", group, good, file_bytes))
+            file = partial / f"{len(counts):05d}.parquet"
+            counts.append(_write_file(file, _schema(column), group, good, file_bytes))
         if not counts:
             raise DataError("no rows", f"none of the {len(records)} rows could be written: {drops.counts()}")
     return counts
 
 
-def _schema() -> pa.Schema:
+def _schema(column: str) -> pa.Schema:
     from datasets import Features, Image, Value
 
-    text = Value("string")
-    return Features({"id": text, "image": Image(), "conversations": [{"from": text, "value": text}]}).arrow_schema
+    text, image = Value("string"), [Image()] if column == "images" else Image()
+    return Features({"id": text, column: image, "conversations": [{"from": text, "value": text}]}).arrow_schema
 
 
-def _write_file(file: Path, group: list[dict[str, Any]], rows: Iterator[dict[str, Any]], file_bytes: int) -> int:
+def _write_file(
+    file: Path, schema: pa.Schema, group: list[dict[str, Any]], rows: Iterator[dict[str, Any]], file_bytes: int
+) -> int:
     """Writes ``group`` and further groups from ``rows`` until the file is large enough; returns its rows."""
-    schema, count, size = _schema(), 0, 0
+    count, size = 0, 0
     # Images are compressed already, and a dictionary of them would hold each twice.
     with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         while group:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)
-            size += sum(len(row["image"]["bytes"]) for row in group if row["image"])
+            size += sum(map(_image_bytes, group))
             group = [] if size >= file_bytes else list(islice(rows, GROUP_ROWS))
     return count
 
 
+def _image_bytes(row: dict[str, Any]) -> int:
+    images = row["images"] if "images" in row else [row["image"]]
+    return sum(len(image["bytes"]) for image in images if image)
+
+
 def _good_rows(
-    threads: ThreadPoolExecutor, records: Records, order: Iterable[int], drops: DropList
+    threads: ThreadPoolExecutor, records: Records, order: Iterable[int], drops: DropList, column: str
 ) -> Iterator[dict[str, Any]]:
     """The rows in order, read some at a time, so that memory holds few images; the others go to ``drops``."""
     indices = iter(order)
     while some := list(islice(indices, 4 * _THREADS)):
-        for row in threads.map(lambda index: _row(records, index), some):
+        for row in threads.map(lambda index: _row(records, index, column), some):
             if isinstance(row, Drop):
                 drops.extend([row])
             else:
                 yield row
 
 
-def _row(records: Records, index: int) -> dict[str, Any] | Drop:
+def _row(records: Records, index: int, column: str) -> dict[str, Any] | Drop:
     part, place = records.place(index)
     record = records[index]
-    tagged = bool(part.table.value("image_tags", place))
-    conversations = [{"from": _SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
-    row: dict[str, Any] = {"id": part.table.value("id", place), "image": None, "conversations": conversations}
-    if record.image is None:
-        return row
-    if tagged and record.image_turn is not None:  # where the row had none, its text stays untouched
-        shown_in = conversations[record.image_turn]
-        shown_in["value"] = f"{IMAGE_TAG}\n{shown_in['value']}"
-    content, file = records.embedded_image(index), records.image_place(index)
-    if content is None and file is not None:
-        try:
-            content = inside(*file).read_bytes()
-        except DataError as error:
-            return Drop(record.id, error.reason, error.detail)
-        except OSError as error:
-            return Drop(record.id, "missing image", f"'{record.image}': {error.strerror}")
-    if not content:
-        return Drop(record.id, "empty image file", f"'{record.image}' has no bytes: fetch it again")
-    row["image"] = {"bytes": content, "path": part.table.value("image", place)}
-    return row
+    try:
+        contents = contents_of(records, index)
+    except DataError as error:
+        return Drop(record.id, error.reason, error.detail)
+    for image, content in zip(record.images, contents, strict=True):
+        if content is None:
+            return Drop(record.id, "missing image", f"'{image.path}': expected a file")
+        if not content:
+            return Drop(record.id, "empty image file", f"'{image.path}' has no bytes: fetch it again")
+    # Where the row had no tag, its text stays untouched.
+    texts = _tagged(record) if part.table.value("image_tags", place) else [turn.text for turn in record.turns]
+    names = (image.path for image in part.table.images(place))
+    images = [{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)]
+    return {
+        "id": part.table.value("id", place),
+        column: images if column == "images" else next(iter(images), None),
+        "conversations": [
+            {"from": _SPEAKERS[turn.role], "value": text} for turn, text in zip(record.turns, texts, strict=True)
+        ],
+    }
+
+
+def _tagged(record: Record) -> list[str]:
+    """The turns' texts with a tag for each image, where it stands among others, else on a line before the text."""
+    texts = [turn.text for turn in record.turns]
+    counts = Counter(image.turn for image in record.images)
+    for image in reversed(record.images):
+        text = texts[image.turn]
+        alone = counts[image.turn] == 1
+        texts[image.turn] = f"{IMAGE_TAG}\n{text}" if alone else f"{text[: image.at]}{IMAGE_TAG}{text[image.at :]}"
+    return texts

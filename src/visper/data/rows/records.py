@@ -1,4 +1,4 @@
-"""Records, a conversation with at most one image each; and drops, the rows left out, counted by reason."""
+"""Records, conversations with the images that they show; and drops, the rows left out, counted by reason."""
 
 from __future__ import annotations
 
@@ -38,20 +38,29 @@ class RowSource:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation, without its image tag."""
+    """One message of a conversation, without its image tags."""
 
     role: Literal["system", "user", "assistant"]
     text: str
 
 
 @dataclass(frozen=True, slots=True)
+class ShownImage:
+    """An image of a conversation: its path, the index of the turn that shows it, and how many characters of that turn's
+    text stand before it. The only image of a turn leads it."""
+
+    path: str
+    turn: int
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation. ``image_turn`` is the index of the turn that shows the image; both image fields or none."""
+    """One conversation, with its images in reading order."""
 
     id: str
     turns: tuple[Turn, ...]
-    image: str | None = None
-    image_turn: int | None = None
+    images: tuple[ShownImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

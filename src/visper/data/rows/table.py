@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -26,7 +26,7 @@ from visper.common.files import atomic_path
 from visper.data.rows import formats, json_rows
 from visper.data.rows.formats import parse
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.records import Drop, Record, Turn, own_id
+from visper.data.rows.records import Drop, Record, ShownImage, Turn, own_id
 
 ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a"}
 _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
@@ -34,8 +34,10 @@ BATCH_ROWS = 1024
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),  # the row's own, as text
-        ("image", pa.string()),  # relative to the images folder; null: text only
+        ("image", pa.string()),  # the first one, relative to the images folder; null: text only
         ("image_turn", pa.int32()),
+        # Every image of a row with several, and of no other: rows of one image are not to pay for these.
+        ("images", pa.list_(pa.struct([("path", pa.string()), ("turn", pa.int32()), ("at", pa.int32())]))),
         ("image_tags", pa.int32()),  # in the user's turns as published, before the tag was taken out
         ("roles", pa.string()),  # a letter a turn
         ("texts", pa.list_(pa.string())),
@@ -53,6 +55,7 @@ class RecordTable:
         with pa.memory_map(str(path)) as source:
             self._table = pa.ipc.open_file(source).read_all()
         self._columns = {name: self._table.column(name) for name in self._table.schema.names}
+        self._has_several = self._columns["images"].null_count < len(self)
 
     def __reduce__(self) -> tuple[type[RecordTable], tuple[Path]]:
         return type(self), (self.path,)
@@ -69,17 +72,39 @@ class RecordTable:
         return self._columns[name][row].as_py()
 
     def record(self, row: int, name: str, images: Path | None) -> Record:
-        """Row ``row`` as a record. Without a folder of images, ``image`` is the name in the file."""
+        """Row ``row`` as a record. Without a folder, its images' paths are the names in the file."""
         roles = self.value("roles", row)
         turns = tuple(
             Turn(_ROLE_OF[role], text)  # type: ignore[arg-type]
             for role, text in zip(roles, self.value("texts", row), strict=True)
         )
-        sample_id = f"{name}/{row}/{self.value('id', row)}"
-        image = self.value("image", row)
-        if image is None:
-            return Record(sample_id, turns)
-        return Record(sample_id, turns, image if images is None else str(images / image), self.value("image_turn", row))
+        shown = self.images(row)
+        if images is not None:
+            shown = tuple(replace(image, path=str(images / image.path)) for image in shown)
+        return Record(f"{name}/{row}/{self.value('id', row)}", turns, shown)
+
+    def images(self, row: int) -> tuple[ShownImage, ...]:
+        """The images of a row, named as in the file."""
+        several = self.value("images", row) if self._has_several else None
+        if several is not None:
+            return tuple(ShownImage(**image) for image in several)
+        first = self.value("image", row)
+        return () if first is None else (ShownImage(first, self.value("image_turn", row)),)
+
+    def image_names(self) -> list[tuple[str, ...]]:
+        """The names of every row's images."""
+        names: list[tuple[str, ...]] = [() if first is None else (first,) for first in self.column("image").to_pylist()]
+        if self._has_several:
+            for row in np.flatnonzero(self._flags(pc.is_valid(self.column("images")))).tolist():
+                names[row] = tuple(image.path for image in self.images(row))
+        return names
+
+    def num_images(self) -> npt.NDArray[np.int32]:
+        """Images of each row, ``[rows]``."""
+        counts = self.has_image().astype(np.int32)
+        if self._has_several:
+            counts = np.maximum(counts, pc.list_value_length(self.column("images")).fill_null(0).to_numpy())
+        return counts
 
     def good_rows(self) -> npt.NDArray[np.int64]:
         """The rows that are conversations, ascending."""
@@ -179,17 +204,23 @@ def cells(row: Any) -> dict[str, Any]:
         return {**empty, "reason": bad.reason, "detail": printable(bad.detail)}
     return {
         "id": own,
-        "image": parsed.image,
-        "image_turn": parsed.image_turn,
+        **_image_cells(parsed.images),
         "image_tags": parsed.image_tags,
         "roles": "".join(ROLE_LETTERS[turn.role] for turn in parsed.turns),
         "texts": [turn.text for turn in parsed.turns],
     }
 
 
+def _image_cells(images: Sequence[ShownImage]) -> dict[str, Any]:
+    if not images:
+        return {}
+    first = {"image": images[0].path, "image_turn": images[0].turn}
+    return first if len(images) == 1 else {**first, "images": [asdict(image) for image in images]}
+
+
 @dataclass(frozen=True)
 class Part:
-    """One source of a run. ``embedded``: row -> image bytes, where the source holds them; None: they are files."""
+    """One source of a run. ``embedded``: row -> the bytes of its images, where the source holds them; None: files."""
 
     name: str
     table: RecordTable
@@ -222,7 +253,7 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
-        """Row ``index``, with the place of its image; or some of the rows."""
+        """Row ``index``, with the places of its images; or some of the rows."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         part, row = self.place(index)
@@ -239,11 +270,6 @@ class Records(Sequence[Record]):
         """The source of each row, counted from 0, ``[len(self)]``."""
         return np.searchsorted(self.starts, self.rows, side="right") - 1
 
-    def embedded_image(self, index: int) -> bytes | None:
-        """The bytes of the row's image where the source holds it; None: it is a file, or there is none."""
-        part, row = self.place(index)
-        return None if part.embedded is None else part.embedded(row)
-
     def select(self, kept: npt.NDArray[Any]) -> Records:
         """Some of these rows, by their indices or by a flag each."""
         return Records(self.parts, self.rows[kept])
@@ -252,23 +278,21 @@ class Records(Sequence[Record]):
         """``values`` of every part, which has one entry a row of its table, for these rows: ``[len(self)]``."""
         return np.concatenate([values(part) for part in self.parts])[self.rows]
 
-    def image_place(self, index: int) -> tuple[Path, str] | None:
-        """The folder and name of the row's image file; None where there is none, or the source holds the image."""
-        part, row = self.place(index)
-        name = None if part.images is None else part.table.value("image", row)
-        return None if name is None or part.images is None else (part.images, name)
+    def image_files(self) -> Iterator[tuple[int, int, Path, str]]:
+        """Every image that is a file: its row, its number there, the folder of images and its name in the row.
 
-    def image_places(self) -> list[tuple[Path, str] | None]:
-        """``image_place`` of each row. Costs no conversation."""
-        places: list[tuple[Path, str] | None] = []
-        for part in self.parts:
-            names = part.table.column("image").to_pylist()
-            places += [None if n is None or part.images is None else (part.images, n) for n in names]
-        return [places[row] for row in self.rows.tolist()]
+        ``common.files.inside`` tells which may be opened. Costs no conversation.
+        """
+        names = [own for part in self.parts for own in part.table.image_names()]
+        for index, (row, part) in enumerate(zip(self.rows.tolist(), self.part_numbers.tolist(), strict=True)):
+            folder = self.parts[part].images
+            if folder is not None:
+                yield from ((index, number, folder, name) for number, name in enumerate(names[row]))
 
-    def image_files(self) -> list[str | None]:
-        """The file that each row names; None likewise. ``common.files.inside`` tells which may be opened."""
-        return [None if place is None else str(place[0] / place[1]) for place in self.image_places()]
+    @property
+    def num_images(self) -> npt.NDArray[np.int32]:
+        """Images of each row, ``[len(self)]``."""
+        return self.gather(lambda part: part.table.num_images())
 
     @property
     def has_image(self) -> npt.NDArray[np.bool_]:
