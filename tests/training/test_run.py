@@ -14,6 +14,7 @@ from tests import tiny
 from visper.common.console import Console
 from visper.common.errors import ConfigError, DataError, TrainingError
 from visper.common.lock import HOLDER, LOCK, locked
+from visper.common.manifest import write_manifest
 from visper.config import Run, load_run
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
@@ -450,7 +451,8 @@ def test_a_checkpoint_of_another_model_is_refused(make, monkeypatch, tmp_path):
     file = tmp_path / "ift" / "checkpoints" / "checkpoint-2" / "model.safetensors"
     weights = load_file(file)
     save_file({name: value[:-1] if "up_proj" in name else value for name, value in weights.items()}, file)
-    with pytest.raises(ValueError, match="of another model or stage: 4 parameters differ"):
+    write_manifest(file.parent)
+    with pytest.raises(ConfigError, match="of another model or stage: 4 parameters differ"):
         run_stage(make("ift"), resume=True)
 
 

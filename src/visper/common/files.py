@@ -37,12 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = _sibling(path, "partial")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         _take_place(partial, path)
     except BaseException:
         _remove(partial)
         raise
-    _flush_entry(path.parent)
+    flush_names(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,6 +104,31 @@ def _followed(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder with all it holds, is on the disk."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for entry in path.iterdir():
+            flush(entry)
+        flush_names(path)
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_names(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where its file system can tell."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _sibling(path: Path, kind: str) -> Path:
     ending = f".{kind}-{socket.gethostname()}-{secrets.token_hex(8)}"
     room = _LONGEST_NAME - len(os.fsencode(f".{ending}"))
@@ -122,31 +147,6 @@ def _take_place(partial: Path, path: Path) -> None:
         outgoing.rename(path)
         raise
     _remove(outgoing)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or a folder with all it holds, is on the disk."""
-    if path.is_symlink():
-        return
-    if path.is_dir():
-        for entry in path.iterdir():
-            _flush(entry)
-        _flush_entry(path)
-        return
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_entry(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where its file system can tell."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

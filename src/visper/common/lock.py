@@ -23,6 +23,8 @@ from visper.common.files import write_text
 from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
+PATIENCE_S = 1.0
+"""For a holder that was killed while it forked: its child closes the lock first thing."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -43,7 +45,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
     lock = FileLock(folder / LOCK, fallback_to_soft=False)
     try:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE_S)
         except Timeout:
             if not wait:
                 raise ConfigError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visper.common.errors import ConfigError
+from visper.common.manifest import require_undamaged
 from visper.config import Run, Stage, load_run
 from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
@@ -55,6 +56,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
             f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.teacher.model=PLACE"
         ) from error
     model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    require_undamaged(folder / "distillation")
     weights = load_file(folder / "distillation" / "weights.safetensors")
     needed = {name for name in model.state_dict() if name.startswith(("objective.", "task_tokens."))}
     if needed != set(weights):

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
+from visper.common.manifest import WEIGHTS_ONLY, require_undamaged, write_manifest
 from visper.model.encoders import FeatureMapTower
 from visper.model.task_tokens import random_rows
 
@@ -78,12 +79,13 @@ class Student:
 
 @without_loading_bars()
 def save_student(student: Student, folder: Path) -> None:
-    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``data.complete``.
+    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
 
     Where stock LLaVA cannot hold the encoder, a README.md says what the folder needs.
     """
     folder.mkdir(parents=True)
     student.model.save_pretrained(folder)
+    write_manifest(folder, WEIGHTS_ONLY)
     save_processor(student, folder)
 
 
@@ -110,8 +112,11 @@ def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **optio
 
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
+        DataError: its weights are damaged.
     """
     source = _student_place(folder)
+    if options.get("device_map") != "meta":
+        require_undamaged(Path(source))
     try:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
         processor = _load_processor(source)

@@ -3,7 +3,8 @@
 Saved are the trainable parameters with the buffers of their modules, the optimizer's state, the schedule, the random
 states and the order of the rows; frozen weights come from where the stage started. All of it is unsharded and by
 parameter name, so that another number of processes can resume; only DeepSpeed writes its own. A checkpoint is written
-under ``STAGING`` and moved to its place once complete.
+under ``STAGING``, its manifest last, and moved to its place once it is on the disk. One that no longer matches its
+manifest is set aside, and the newest that does is resumed.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
-from visper.common.errors import TrainingError
+from visper.common.console import Console, announce
+from visper.common.errors import ConfigError, TrainingError
+from visper.common.files import flush_names
+from visper.common.manifest import find_damage, write_manifest
 from visper.training.parallel.fsdp import put, whole
 
 FOLDER = "checkpoints"
 STAGING = ".staging"
+DAMAGED = ".damaged"
 WEIGHTS = "model.safetensors"
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The complete checkpoints of a run's output folder, oldest first."""
+    """The checkpoints in a run's output folder, oldest first, without those set aside as damaged."""
     found = [
         (int(m.group(1)), p) for p in (output / FOLDER).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     ]
@@ -50,13 +55,45 @@ def is_last(checkpoint: Path) -> bool:
 
 
 def complete(output: Path, name: str, keep: int) -> None:
-    """Moves the checkpoint ``name`` from staging to its place, then removes all but the newest ``keep``."""
-    place = output / FOLDER / name
+    """Moves the checkpoint ``name`` from staging to its place, then removes all but the newest ``keep``.
+
+    Raises:
+        TrainingError: it does not read as it was written; older ones stay.
+    """
+    staged, place = output / FOLDER / STAGING / name, output / FOLDER / name
+    write_manifest(staged)
     if place.exists():
         shutil.rmtree(place)
-    (output / FOLDER / STAGING / name).rename(place)
+    staged.rename(place)
+    flush_names(place.parent)
+    damage = find_damage(place)
+    if damage is not None:
+        raise TrainingError(f"checkpoint '{place}' is damaged right after it was written ({damage}): check the disk")
     for old in checkpoints(output)[:-keep]:
         shutil.rmtree(old)
+
+
+def newest_undamaged(output: Path, console: Console) -> Path | None:
+    """The newest checkpoint that matches its manifest; None: none was completed. Sets damaged ones aside, and says so.
+
+    Raises:
+        ConfigError: all are damaged.
+    """
+    for found in reversed(checkpoints(output)):
+        damage = find_damage(found)
+        if damage is None:
+            return found
+        aside = found.with_name(f"{found.name}{DAMAGED}")
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+        announce(console, "warning", f"checkpoint '{found}' is damaged ({damage}): renamed to '{aside.name}'")
+    damaged = sorted(path.name for path in (output / FOLDER).glob(f"*{DAMAGED}"))
+    if damaged:
+        raise ConfigError(
+            f"no checkpoint in '{output / FOLDER}' is undamaged, there are {', '.join(damaged)}: put one back from a "
+            "copy, or remove the folder to train from step 0"
+        )
+    return None
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -102,14 +139,14 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Reads the weights of ``checkpoint`` into ``model``.
 
     Raises:
-        ValueError: it is of another model or stage.
+        ConfigError: it is of another model or stage.
     """
     saved, own = load_file(checkpoint / WEIGHTS), trainable_state(model)
     different = sorted(saved.keys() ^ own.keys())
     different += [name for name in sorted(saved.keys() & own.keys()) if saved[name].shape != own[name].shape]
     if different:
-        raise ValueError(
-            f"checkpoint {checkpoint} is of another model or stage: {len(different)} parameters differ, "
+        raise ConfigError(
+            f"checkpoint '{checkpoint}' is of another model or stage: {len(different)} parameters differ, "
             f"first {different[:3]}. Resume with the run that wrote it"
         )
     for name, tensor in own.items():

@@ -19,6 +19,7 @@ from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
 from visper.common.lock import locked_by_first
+from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides
 from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.images import background_of
@@ -34,7 +35,7 @@ from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
-from visper.training.checkpoint import checkpoints, is_last, require_finite
+from visper.training.checkpoint import is_last, newest_undamaged, require_finite
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -56,7 +57,7 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     """Trains one stage and returns the folder of the finished student.
 
     Args:
-        resume: continue from the newest complete checkpoint in the run's output.
+        resume: continue from the newest undamaged checkpoint in the run's output.
         callbacks: more of the Trainer's callbacks.
 
     Raises:
@@ -68,8 +69,10 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
     require_trackers(run.logging.report_to)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
-    with locked_by_first(Path(run.output), console):
+    output = Path(run.output)
+    with locked_by_first(output, console):
         run = open_output(run, resume)
+        checkpoint = first_decides(lambda: newest_undamaged(output, console)) if resume else None
         check_split(run.optimization, processes.num_processes)
         torch.manual_seed(run.seed)
 
@@ -79,14 +82,16 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
         model = build_model(run, student, teachers, processes, console)
         if processes.is_main_process:
-            claim_output(run, Path(run.output))
+            claim_output(run, output)
         trainer = build_trainer(run, model, data, teachers, processes, callbacks)
-        train(trainer, newest_checkpoint(Path(run.output), data) if resume else None, console)
+        if checkpoint is not None:
+            continue_rows(checkpoint, output, data)
+        train(trainer, checkpoint, console)
         if processes.is_main_process:
             finish(run, student, model)
-            announce(console, "saved", f"{run.output}/model")
+            announce(console, "saved", f"{output}/model")
         processes.wait_for_everyone()
-    return Path(run.output) / "model"
+    return output / "model"
 
 
 def run_pipeline(runs: Sequence[Run]) -> None:
@@ -194,19 +199,15 @@ def build_trainer(
     return trainer
 
 
-def newest_checkpoint(output: Path, data: StageData) -> Path | None:
-    """The checkpoint to resume from, if any; rows that were found bad before it are left out of ``data`` again.
+def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
+    """Leaves out of ``data`` the rows that were found bad before the checkpoint.
 
     Raises:
         ConfigError: it was written with other rows or in another order.
     """
-    found = checkpoints(output)
-    if not found:
-        return None
-    require_same_order(found[-1], data)
+    require_same_order(checkpoint, data)
     before = DropList.read(output / DROPPED)
     data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
-    return found[-1]
 
 
 def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> None:
@@ -251,6 +252,7 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
             kept = {f"objective.{n}": t for n, t in model.objective.state_dict().items()}
             kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
+            write_manifest(partial, WEIGHTS_ONLY)
             save_run(run, partial / "run.yaml")
     if run.lora is not None:
         with atomic_path(output / ADAPTER) as partial:

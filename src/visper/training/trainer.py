@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from visper.common.ranks import first_decides
 from visper.config import Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
@@ -232,7 +233,7 @@ class StageTrainer(Trainer):
         """Reads the weights of a checkpoint into the model without training on.
 
         Raises:
-            ValueError: it is of another model or stage.
+            ConfigError: it is of another model or stage.
         """
         checkpoint.load_weights(self._bare(), folder)
 
@@ -243,15 +244,13 @@ class StageTrainer(Trainer):
         """Writes the checkpoint to the staging folder and moves it to its place once complete.
 
         Raises:
-            TrainingError: a weight is not finite; older checkpoints stay.
+            TrainingError: a weight is not finite, or the disk damages what is written; older checkpoints stay.
         """
         checkpoint.require_finite(self._bare(), self.accelerator)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoint.complete(self.output, name, self.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        first_decides(lambda: checkpoint.complete(self.output, name, self.keep_checkpoints))
 
 
 class TermSums:

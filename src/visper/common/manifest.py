@@ -1,0 +1,72 @@
+"""Sizes and digests of a folder's files, in ``manifest.json``, by which damage is found before anything is loaded.
+
+xxh3 (128 bits) finds damage, not forgery. It was measured at 11 GB/s on one core, where crc32 and sha256 reach 1.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import xxhash
+
+from visper.common.errors import DataError
+from visper.common.files import flush, write_text
+
+MANIFEST = "manifest.json"
+WEIGHTS_ONLY = "*.safetensors"
+_BLOCK = 1 << 22
+
+
+def digest_of(file: Path) -> str:
+    """The digest of a file's content, 32 hex digits."""
+    total, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
+    with file.open("rb", buffering=0) as content:
+        while size := content.readinto(block):
+            total.update(block[:size])
+    return total.hexdigest()
+
+
+def write_manifest(folder: Path, pattern: str = "*") -> None:
+    """Writes the manifest of the files that match ``pattern``, in subfolders too, once they are on the disk."""
+    flush(folder)
+    files = sorted(file for file in folder.rglob(pattern) if file.is_file() and file != folder / MANIFEST)
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3": digest_of(file)} for file in files
+    }
+    write_text(folder / MANIFEST, json.dumps(entries, indent=1))
+
+
+def find_damage(folder: Path) -> str | None:
+    """How a folder first differs from its manifest; None: in nothing. Reads every file that the manifest names."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in entries.items():
+            file = folder / name
+            if not file.is_file():
+                return f"'{name}' is missing"
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                return f"'{name}' has {size} bytes, expected {entry['bytes']}"
+            if digest_of(file) != entry["xxh3"]:
+                return f"the content of '{name}' has changed since it was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, which is written last"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
+def require_undamaged(folder: Path) -> None:
+    """Compares a folder with its manifest, if it has one.
+
+    Raises:
+        DataError: it differs; the message names the file.
+    """
+    damage = find_damage(folder) if (folder / MANIFEST).is_file() else None
+    if damage is not None:
+        raise DataError(
+            "damaged folder",
+            f"'{folder}': {damage}: copy the folder again or train it anew; if you changed it on purpose, remove its "
+            f"{MANIFEST}",
+        )
