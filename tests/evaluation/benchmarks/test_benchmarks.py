@@ -56,12 +56,12 @@ def asker(tmp_path, monkeypatch):
 
     def answer(student, prompts, shown, length):
         lengths.update(dict.fromkeys(prompts, length))
-        return [said.get((prompt, image.tobytes()), "") for prompt, image in zip(prompts, shown, strict=True)]
+        return [said.get((prompt, image.tobytes()), "") for prompt, (image,) in zip(prompts, shown, strict=True)]
 
     def prepare(name, root, answers):
         items, images = BENCHMARKS[name].rows(root)
         pairs = zip(items, answers, strict=True)
-        said.update({(item.prompt, images.open(item.image).tobytes()): text for item, text in pairs})
+        said.update({(item.prompt, images.open(*item.images).tobytes()): text for item, text in pairs})
 
     monkeypatch.setattr(asking, "answer", answer)
     monkeypatch.setattr(asking, "load_to_ask", lambda model: None)

@@ -8,9 +8,9 @@ from visper.evaluation.benchmarks.mmstar import OPTIONS
 from visper.evaluation.benchmarks.ok_vqa import accuracy
 from visper.evaluation.benchmarks.vqa_text import normalize
 
-CV = Item("q", ("B",), None, options={"A": "2", "B": "blue box"})
-STAR = Item("q", ("B",), None, options=OPTIONS)
-WAY = Item("Which?\nA. Left\nB. Right.\nC. No", ("B",), None, options={"A": "Left", "B": "Right.", "C": "No"})
+CV = Item("q", ("B",), (), options={"A": "2", "B": "blue box"})
+STAR = Item("q", ("B",), (), options=OPTIONS)
+WAY = Item("Which?\nA. Left\nB. Right.\nC. No", ("B",), (), options={"A": "Left", "B": "Right.", "C": "No"})
 OPEN = Item("How many?", ("2",), None)
 
 

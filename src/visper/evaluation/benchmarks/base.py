@@ -19,7 +19,7 @@ class Item:
     Attributes:
         prompt: exactly what is asked.
         answers: the right one, or, in OK-VQA, one of each annotator.
-        image: its name in the benchmark's images.
+        images: their names among the benchmark's.
         kind: the task it is counted under.
         source: where its image comes from, if scores are counted by that.
         options: of multiple choice, letter -> text (empty where the text is part of the prompt only).
@@ -27,7 +27,7 @@ class Item:
 
     prompt: str
     answers: tuple[str, ...]
-    image: str | None
+    images: tuple[str, ...]
     kind: str = ""
     source: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def read_parquet(name: str, root: Path, columns: Sequence[str]) -> tuple[list[di
     table = read_table(files, [*columns, "image"], [], f"benchmark '{name}'")
     images = TableImages(table, "image")
     rows: list[dict] = table.remove_columns("image").to_list()
-    return [{**row, "image": image} for row, image in zip(rows, images.names, strict=True)], images
+    return [{**row, "images": names} for row, names in zip(rows, images.names, strict=True)], images
 
 
 def share(name: str, marks: Sequence[float]) -> Column:

@@ -22,7 +22,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
         Item(
             row["prompt"] + REQUEST,
             (row["answer"].strip("() ").upper(),),
-            row["image"],
+            row["images"],
             row["task"],
             row["source"],
             dict(zip(LETTERS, map(str, row["choices"]), strict=False)),

@@ -23,7 +23,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
         Item(
             row["question"] + REQUEST,
             (row["answer"].strip().upper(),),
-            row["image"],
+            row["images"],
             row["category"],
             options=OPTIONS,
             id=str(row["index"]),

@@ -32,7 +32,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
         if row["question_id"] not in answers:
             raise DataError("no answers", f"'{folder / ANNOTATIONS}' has none for question {row['question_id']}")
         image = f"COCO_val2014_{row['image_id']:012d}.jpg"
-        items.append(Item(row["question"] + REQUEST, answers[row["question_id"]], image, id=str(row["question_id"])))
+        items.append(Item(row["question"] + REQUEST, answers[row["question_id"]], (image,), id=str(row["question_id"])))
     return items, ImageFolder(root / "coco" / "val2014")
 
 

@@ -23,7 +23,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
     for row in found:
         question, answer = row["question"].strip(), row["answer"].strip()
         options = {letter: text.strip() for letter, text in _OPTION.findall(question)}
-        items.append(Item(question, (answer,), row["image"], options=options if answer in options else {}))
+        items.append(Item(question, (answer,), row["images"], options=options if answer in options else {}))
     return items, images
 
 

@@ -58,10 +58,10 @@ def run_benchmark(
     rows, images = benchmark.rows(root)
     items = spread(rows, limit)
     file = answers_file(asker.model, benchmark.name, limit)
-    own = [Prompt(item.id, item.prompt, item.image) for item in items]
-    others = other_images([item.image for item in items]) if blind else None
+    own = [Prompt(item.id, item.prompt, item.images) for item in items]
+    others = other_images([item.images for item in items]) if blind else None
     swapped = [
-        Prompt(item.id, item.prompt, image) for item, image in zip(items, others or [], strict=others is not None)
+        Prompt(item.id, item.prompt, names) for item, names in zip(items, others or [], strict=others is not None)
     ]
     answers = asker.ask([*own, *swapped], images, file, benchmark.max_new_tokens)
     if asker.share[1] > 1:
@@ -97,7 +97,7 @@ def _lines(
             "id": item.id,
             "blind": blind,
             "kind": item.kind,
-            "image": prompt.image,
+            "images": prompt.images,
             "question": prompt.text,
             "expected": item.answers,
             "said": answers.get(prompt),
