@@ -174,7 +174,7 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
     student = Student(llava, None, ids)  # type: ignore[arg-type]  # no text is processed here
     distillation = load_run("llama3-8b-vit-l/pt").distillation
     assert distillation is not None
-    specs = {task: distillation.tasks[task].predictor for task in TASKS}
+    specs = {task: distillation.tasks[task].head for task in TASKS}
     tasks = {t: DistilledTask(geometry.targets[t], geometry.layers[t], specs[t]) for t in TASKS}
     rows = {task: query_rows(specs[task], geometry.targets[task], PER_TASK) for task in TASKS}
     queries = initial_queries(student, rows, torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from visper.data.images import open_image
-from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce_per_sample, smooth_l1_per_sample
+from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce, smooth_l1
 from visper.quickstart import BASES
 from visper.target_store import quantize
 from visper.target_store.fingerprint import Fingerprint
@@ -143,8 +143,8 @@ def cases(photos: Path, onnx: Path | None, count: int) -> Iterator[tuple[str, Te
 def terms(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses and the gradient of their weighted sum with respect to the prediction."""
     predicted = predicted.clone().requires_grad_()
-    smooth = smooth_l1_per_sample(predicted, target).mean()
-    contrastive = info_nce_per_sample(predicted, target, torch.arange(len(target)), torch.tensor(2.0)).mean()
+    smooth = smooth_l1(predicted, target).mean()
+    contrastive = info_nce(predicted, target, torch.arange(len(target)), torch.tensor(2.0)).mean()
     (gradient,) = torch.autograd.grad(smooth + 0.3 * contrastive, predicted)
     return smooth.detach(), contrastive.detach(), gradient
 

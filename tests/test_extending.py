@@ -29,7 +29,7 @@ def test_the_example_adds_distillation_to_a_plain_loop(train, family):
     text = {key: batch[key][:, -3:] for key in ("input_ids", "attention_mask", "labels")}
     loader = [(batch, pictures)] * 6 + [(text, [])]
     distiller, history = train(model, loader, teachers, {"depth": (1, 3), "gen": (2,)}, lr=1e-2)
-    terms = {"depth/1/smooth_l1", "depth/3/contrastive", "gen/2/smooth_l1", "ntp"}
+    terms = {"depth/1/smooth_l1", "depth/3/info_nce", "gen/2/smooth_l1", "ntp"}
     assert terms <= history[0].keys()
     for name in ("depth/1/smooth_l1", "gen/2/smooth_l1", "ntp"):
         assert 0 < history[5][name] < history[0][name], f"{name} does not fall"

@@ -11,7 +11,7 @@ import yaml
 
 from tests import tiny
 from visper.config import load_run
-from visper.config.teacher_kinds import TEACHERS
+from visper.config.kinds import TEACHERS
 from visper.data.images import open_image
 from visper.distillation.teachers import build_teacher
 from visper.evaluation.predictions import load_pre_trained

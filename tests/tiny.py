@@ -21,7 +21,7 @@ from transformers import (
     TimmWrapperModel,
 )
 
-from visper.config import PredictorSpec, load_run
+from visper.config import Head, load_run
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher
 
 CHAT_TEMPLATE = (
@@ -117,11 +117,11 @@ class HalfColors(PooledColors):
         return (super().encode(pixels) * 64).round() / 64
 
 
-def published_predictors() -> dict[str, PredictorSpec]:
+def published_predictors() -> dict[str, Head]:
     """The predictors of the published recipe, by task."""
     settings = load_run("llama3-8b-vit-l/pt").distillation
     assert settings is not None
-    return {task: own.predictor for task, own in settings.tasks.items()}
+    return {task: own.head for task, own in settings.tasks.items()}
 
 
 def distillation(**changes: Any) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def distillation(**changes: Any) -> dict[str, Any]:
     teacher = {"kind": "tests.tiny:PooledColors", "model": "colors"}
     small = {"heads": 2, "head_width": 4}
     tasks = {
-        "depth": {"teacher": teacher, "layers": [1, 3], "predictor": {**small, "inner": "llm", "mlp": True}},
-        "seg": {"teacher": {**teacher, "width": 6}, "layers": [2, 4], "predictor": small},
-        "gen": {"teacher": {**teacher, "grid": 1, "width": 10}, "layers": [3], "predictor": small},
+        "depth": {"target": teacher, "layers": [1, 3], "head": {**small, "inner": "llm", "mlp": True}},
+        "seg": {"target": {**teacher, "width": 6}, "layers": [2, 4], "head": small},
+        "gen": {"target": {**teacher, "grid": 1, "width": 10}, "layers": [3], "head": small},
     }
     return {"tasks": tasks, **changes}
 

@@ -57,14 +57,14 @@ def test_text_of_digits_stays_text():
 
 
 def test_a_null_takes_a_task_or_an_option_away():
-    run = load_run(RECIPE, ["distillation.tasks.seg=", "distillation.tasks.depth.teacher.size="])
+    run = load_run(RECIPE, ["distillation.tasks.seg=", "distillation.tasks.depth.target.size="])
     assert list(run.distillation.tasks) == ["depth", "gen"]
-    assert run.distillation.tasks["depth"].teacher.options == {}
+    assert run.distillation.tasks["depth"].target.options == {}
 
 
 def test_teachers_of_ones_own_take_any_option():
-    changes = ["distillation.tasks.depth.teacher={kind: 'my.module:Edges', model: x, blur: 2, size: null}"]
-    assert load_run(RECIPE, changes).distillation.tasks["depth"].teacher.options == {"blur": 2}
+    changes = ["distillation.tasks.depth.target={kind: 'my.module:Edges', model: x, blur: 2, size: null}"]
+    assert load_run(RECIPE, changes).distillation.tasks["depth"].target.options == {"blur": 2}
 
 
 def test_an_override_needs_an_equals_sign():
@@ -82,18 +82,23 @@ def test_an_override_needs_an_equals_sign():
         ("optimization.global_batch=many", "optimization.global_batch.*found 'many'"),
         ("optimization.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
-        ("distillation.tasks.depth.predictor={kind: mlp}", "unknown key 'distillation.tasks.depth.predictor.kind'"),
-        ("distillation.tasks.depth.predictor={head: 3}", "did you mean 'heads'"),
-        ("distillation.tasks.depth.predictor={queries: rows}", "'matrix' or 'states', found 'rows'"),
-        ("distillation.tasks.depth.predictor={depth: 0}", "predictor.depth.*greater than 0, found 0"),
-        ("distillation.tasks.depth.teacher.kind=depth_anythin", "'depth_anythin': did you mean 'depth_anything'"),
-        ("distillation.tasks.depth.teacher.kind=qqq", "expected one of onnx, depth_anything, .*module:Class"),
-        ("distillation.tasks.depth.teacher.kind=my teacher:Class", "unknown teacher kind 'my teacher:Class'"),
-        ("distillation.tasks.depth.teacher.sise=3", "'depth_anything' has no option 'sise': did you mean 'size'"),
-        ("stage=ift", "'distillation' belongs to stage 'pt'"),
+        ("distillation.tasks.depth.head={kind: mlp}", "head 'mlp' has no option 'inner'"),
+        ("distillation.tasks.depth.head.kind=resample", "unknown head 'resample': did you mean 'resampler'"),
+        ("distillation.tasks.depth.loss={cosin: 1}", "unknown loss 'cosin': did you mean 'cosine'"),
+        ("distillation.tasks.depth.at=projector", "at 'projector' has no layers: remove 'layers'"),
+        ("distillation.tasks.depth.at=image", "'task_tokens', 'image_tokens' or 'projector', found 'image'"),
+        ("distillation.tasks.depth.schedule={end: 0}", "greater than 0, found 0"),
+        ("distillation.tasks.depth.target={kind: encoder, model: null, size: null}", "set 'at' to image_tokens"),
+        ("distillation.tasks.depth.target={kind: encoder}", "is the student's own: remove 'model'"),
+        ("distillation.tasks.depth.head={head: 3}", "did you mean 'heads'"),
+        ("distillation.tasks.depth.head={queries: rows}", "'matrix' or 'states', found 'rows'"),
+        ("distillation.tasks.depth.head={depth: 0}", "option 'depth': .*greater than or equal to 1, found 0"),
+        ("distillation.tasks.depth.target.kind=depth_anythin", "'depth_anythin': did you mean 'depth_anything'"),
+        ("distillation.tasks.depth.target.kind=qqq", "expected one of onnx, depth_anything, .*module:Class"),
+        ("distillation.tasks.depth.target.kind=my teacher:Class", "unknown target 'my teacher:Class'"),
+        ("distillation.tasks.depth.target.sise=3", "'depth_anything' has no option 'sise': did you mean 'size'"),
         ("start_from=x", "not both"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
-        ("optimization.packing=true", "packing is not supported with distillation: set optimization.packing=false"),
     ],
 )
 def test_faults_name_file_key_and_remedy(override, message):

@@ -45,7 +45,7 @@ def test_every_path_of_a_run_is_expanded(home):
             "student.llm=~/llm",
             "student.encoder=$DATA/encoder",
             "distillation.targets=~/targets",
-            "distillation.tasks.depth.teacher.model=~/depth",
+            "distillation.tasks.depth.target.model=~/depth",
         ],
     )
     assert run.output == f"{home}/out" and run.data.root == "/big/disk/sets"
@@ -54,7 +54,7 @@ def test_every_path_of_a_run_is_expanded(home):
     assert run.student is not None and run.distillation is not None
     assert (run.student.llm, run.student.encoder) == (f"{home}/llm", "/big/disk/encoder")
     assert run.distillation.targets == f"{home}/targets"
-    assert run.distillation.tasks["depth"].teacher.model == f"{home}/depth"
+    assert run.distillation.tasks["depth"].target.model == f"{home}/depth"
 
 
 def test_an_unset_variable_is_named():

@@ -3,9 +3,10 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import published_predictors
-from visper.config import PredictorSpec
+from visper.config import Head
 from visper.distillation import DistilledTask, EmbeddingDistillation
-from visper.distillation.heads import EmbeddingPredictor, PerceiverResampler, fit_queries, query_rows, query_source
+from visper.distillation.heads import build_head, fit_queries, query_rows, query_source
+from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers import TargetSpec
 
 # Another batch size or key count takes another kernel: 2e-7 measured on values of order one.
@@ -54,8 +55,8 @@ def test_queries_are_taken_tiled_or_averaged(rows, tokens, expected):
 def test_published_predictors_have_their_widths():
     target, one = TargetSpec(4, 6), TargetSpec(1, 6)
     predictors = published_predictors()
-    depth, seg = (EmbeddingPredictor(12, target, predictors[task]) for task in ("depth", "seg"))
-    gen = EmbeddingPredictor(12, one, predictors["gen"])
+    depth, seg = (build_head(predictors[task], 12, target) for task in ("depth", "seg"))
+    gen = build_head(predictors["gen"], 12, one)
     assert depth.resampler.project_in.out_features == 12
     assert [type(layer).__name__ for layer in depth.mlp] == ["Linear", "ReLU", "Linear"]
     for plain in (seg, gen):
@@ -67,9 +68,9 @@ def test_published_predictors_have_their_widths():
 
 
 def test_queries_follow_the_target_unless_the_recipe_says():
-    assert query_source(PredictorSpec(), TargetSpec(1, 6)) == "states"
-    assert query_source(PredictorSpec(), TargetSpec(4, 6)) == "matrix"
-    assert query_source(PredictorSpec(queries="matrix"), TargetSpec(1, 6)) == "matrix"
+    assert query_source(Head(), TargetSpec(1, 6)) == "states"
+    assert query_source(Head(), TargetSpec(4, 6)) == "matrix"
+    assert query_source(Head(queries="matrix"), TargetSpec(1, 6)) == "matrix"
 
 
 def test_predictors_do_not_depend_on_the_tasks_name():

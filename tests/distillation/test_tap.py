@@ -56,7 +56,7 @@ def test_nothing_stays_behind(decoder):
     assert hidden == {}
 
 
-@pytest.mark.parametrize("layer", [0, 4])
+@pytest.mark.parametrize("layer", [-1, 4])
 def test_layer_beyond_the_model_is_refused(decoder, layer):
     with pytest.raises(ValueError, match=f"layer {layer} does not exist: the model has layers 1 to 3"):
         HiddenStateTap(decoder, (layer,))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from visper.config.teacher_kinds import TEACHERS
+from visper.config.kinds import TEACHERS
 from visper.distillation import teachers
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_images
 
@@ -46,7 +46,7 @@ def test_targets_that_break_the_spec_are_refused():
 
 
 def test_an_unknown_kind_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown teacher kind 'depth_anythin': did you mean 'depth_anything'"):
+    with pytest.raises(ValueError, match="unknown target 'depth_anythin': did you mean 'depth_anything'"):
         build_teacher("depth_anythin", "x")
     with pytest.raises(ValueError, match="expected one of onnx, depth_anything"):
         build_teacher("qqq", "x")

@@ -42,7 +42,7 @@ def test_two_ranks_build_the_store_that_one_builds_and_train_as_with_teachers(
     rows = tiny.write_rows(tmp_path / "rows", images=9, text_rows=3)
     distillation = tiny.distillation()
     for task in distillation["tasks"].values():
-        task["teacher"] = {**task["teacher"], "kind": "tests.tiny:HalfColors"}
+        task["target"] = {**task["target"], "kind": "tests.tiny:HalfColors"}
     live = {
         "name": "pt",
         "stage": "pt",

@@ -17,9 +17,8 @@ from visper.distillation import (
     TargetSpec,
     TokenLayout,
     gather_targets,
-    info_nce_per_sample,
-    smooth_l1_per_sample,
 )
+from visper.distillation.losses import info_nce, smooth_l1
 
 WIDTH, IMAGE = 8, 9
 SPECS = {"depth": TargetSpec(4, 6), "gen": TargetSpec(1, 5)}
@@ -90,8 +89,8 @@ def published(rank, tensors, weight):
     case = {name.split("/")[1]: value for name, value in tensors.items() if name.startswith(f"world2_rank{rank}/")}
     predicted, scale = case["pred"].clone().requires_grad_(), case["logit_scale"].reshape(()).clone().requires_grad_()
     found = gather_targets(case["target"])
-    contrastive = info_nce_per_sample(predicted, found.pool, found.labels, scale)
-    total = smooth_l1_per_sample(predicted, found.own).mean() + weight * contrastive.mean()
+    contrastive = info_nce(predicted, found.pool, found.labels, scale)
+    total = smooth_l1(predicted, found.own).mean() + weight * contrastive.mean()
     total.backward()
     return {"total": total.detach(), "contrastive_per_sample": contrastive.detach(), "grad_pred": predicted.grad}
 
@@ -120,8 +119,7 @@ class Learner(nn.Module):
         layout = TokenLayout.from_ids(ids, None, IMAGE, IDS)
         hidden = self.project(states)
         hidden = hidden + sum(matrix.mean(0) for matrix in self.queries.values())
-        rows = torch.tensor([row for row, image in enumerate(has_image) if image], dtype=torch.long)
-        terms = self.objective({1: hidden}, layout, dict(self.queries), targets, rows, num_images)
+        terms = self.objective({1: hidden}, layout, dict(self.queries), targets, num_images)
         # As in a real step, the next-token loss reaches what text passes through: a sum over local rows.
         return self.objective.total(terms) + 0.001 * hidden.square().sum(), terms
 

@@ -134,7 +134,7 @@ def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder,
     }
     tasks = {
         task: {
-            "teacher": {**kind, "model": str(places[task])}, "layers": [2], "predictor": {"heads": 2, "head_width": 4},
+            "target": {**kind, "model": str(places[task])}, "layers": [2], "head": {"heads": 2, "head_width": 4},
         }
         for task, kind in kinds.items()
     }  # fmt: skip
@@ -168,14 +168,14 @@ def test_an_ift_folder_has_nothing_to_look_at(trained, tmp_path):
 
 
 def test_a_missing_teacher_is_named_with_the_way_out(trained):
-    away = "distillation.tasks.depth.teacher={kind: features, model: /gone/teacher_depth}"
+    away = "distillation.tasks.depth.target={kind: features, model: /gone/teacher_depth}"
     with pytest.raises(ConfigError, match=r"task 'depth'.*'/gone/teacher_depth'[\s\S]*--set dist"):
         load_pre_trained(trained, [away])
 
 
 def test_a_teacher_of_another_shape_is_refused(trained):
     with pytest.raises(ConfigError, match="were trained with teachers of other shapes"):
-        load_pre_trained(trained, ["distillation.tasks.depth.teacher.width=12"])
+        load_pre_trained(trained, ["distillation.tasks.depth.target.width=12"])
 
 
 def test_other_layers_than_the_saved_ones_are_refused(trained):

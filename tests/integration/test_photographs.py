@@ -39,7 +39,7 @@ def changes(beside_project, tiny_llm, first_rows):
     return {
         "student": {"llm": str(tiny_llm), "encoder": str(beside_project("models", "efficientnet-lite0"))},
         "data": {"sources": [first_rows]},
-        "distillation": {"tasks": {task: {"teacher": teacher, "layers": [2, 4]} for task in ("seg", "gen")}},
+        "distillation": {"tasks": {task: {"target": teacher, "layers": [2, 4]} for task in ("seg", "gen")}},
         "optimization": {"global_batch": 3, "micro_batch": 3, "max_steps": STEPS},
         "logging": {"every": 1, "save_every": 100},
     }

@@ -29,7 +29,7 @@ def hub(monkeypatch):
 
 
 def commits(run):
-    teachers = [task.teacher.revision for task in run.distillation.tasks.values()]
+    teachers = [task.target.revision for task in run.distillation.tasks.values()]
     return [run.student.llm_revision, run.student.encoder_revision, *teachers]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
+from visper.distillation.losses import info_nce, smooth_l1
 
 # Measured over losses and gradients: 2.2e-7 (float32).
 TOLERANCE = 2e-6
@@ -36,8 +36,8 @@ def names(tensors, ending):
 def test_losses_and_gradients_equal_the_published_ones(golden, case):
     config, tensors = golden("g3_emb_loss")
     predicted, target, scale = leaves(tensors, case)
-    smooth = smooth_l1_per_sample(tokens(predicted), tokens(target))
-    contrastive = info_nce_per_sample(tokens(predicted), tokens(target), torch.arange(len(target)), scale)
+    smooth = smooth_l1(tokens(predicted), tokens(target))
+    contrastive = info_nce(tokens(predicted), tokens(target), torch.arange(len(target)), scale)
     weight = config["contrastive_loss_weight"]
     assert close(smooth.mean(), tensors[f"{case}/sl1"])
     assert close(contrastive, tensors[f"{case}/contrastive_per_sample"])
@@ -52,7 +52,7 @@ def test_losses_and_gradients_equal_the_published_ones(golden, case):
 def test_scale_past_its_cap_does_not_learn(golden):
     _, tensors = golden("g3_emb_loss")
     predicted, target, scale = leaves(tensors, "3d_ones_clamped")
-    info_nce_per_sample(predicted, target, torch.arange(len(target)), scale).sum().backward()
+    info_nce(predicted, target, torch.arange(len(target)), scale).sum().backward()
     assert scale.exp() > 100
     assert scale.grad == 0 == tensors["3d_ones_clamped/grad_logit_scale"]
 
@@ -63,8 +63,8 @@ def test_bfloat16_predictions_are_compared_in_float32(golden):
     predicted, target, scale = leaves(tensors, case)
     # The published code rounds the target to the prediction's precision; ours keeps what the teacher gave.
     rounded = target.to(predicted.dtype)
-    assert close(smooth_l1_per_sample(predicted, rounded).mean(), tensors[f"{case}/sl1"])
-    contrastive = info_nce_per_sample(predicted, rounded, torch.arange(len(target)), scale)
+    assert close(smooth_l1(predicted, rounded).mean(), tensors[f"{case}/sl1"])
+    contrastive = info_nce(predicted, rounded, torch.arange(len(target)), scale)
     assert contrastive.dtype == torch.float32
     weight = config["contrastive_loss_weight"]
     assert close(weight * contrastive.mean(), tensors[f"{case}/contrastive"], BF16_TOLERANCE)
@@ -81,11 +81,9 @@ def test_hole_follows_the_method_not_the_published_division(golden, kind):
     predicted, target, scale = leaves(tensors, case)
     mask = tensors[f"{case}/mask"].bool()
     present, share = mask.nonzero().flatten(), mask.float().mean()
-    smooth = smooth_l1_per_sample(tokens(predicted)[present], tokens(target)[present])
-    contrastive = info_nce_per_sample(
-        tokens(predicted)[present], tokens(target)[present], torch.arange(len(present)), scale
-    )
-    everyone = info_nce_per_sample(tokens(predicted), tokens(target), torch.arange(len(mask)), scale)
+    smooth = smooth_l1(tokens(predicted)[present], tokens(target)[present])
+    contrastive = info_nce(tokens(predicted)[present], tokens(target)[present], torch.arange(len(present)), scale)
+    everyone = info_nce(tokens(predicted), tokens(target), torch.arange(len(mask)), scale)
     weight = config["contrastive_loss_weight"]
     assert close(smooth.mean() * share, tensors[f"{case}/sl1"])
     assert close(weight * everyone.mean() * share, tensors[f"{case}/contrastive"])
@@ -103,8 +101,8 @@ def test_zeroed_masks_are_a_fault_we_do_not_have(golden, kind):
     case = f"{kind}_zero"
     predicted, target, scale = leaves(tensors, case)
     assert tensors[f"{case}/total"] == 0 and tensors[f"{case}/grad_pred"].abs().max() == 0
-    loss = smooth_l1_per_sample(predicted, target).mean()
-    loss = loss + info_nce_per_sample(tokens(predicted), tokens(target), torch.arange(len(target)), scale).mean()
+    loss = smooth_l1(predicted, target).mean()
+    loss = loss + info_nce(tokens(predicted), tokens(target), torch.arange(len(target)), scale).mean()
     loss.backward()
     assert loss > 0 and predicted.grad.abs().amax(dim=tuple(range(1, predicted.dim()))).min() > 0
 
@@ -114,8 +112,8 @@ def test_missing_targets_are_refused_where_the_published_code_repeats_them(golde
     _, tensors = golden("g3_emb_loss")
     predicted, target, _ = leaves(tensors, "3d_mismatch")
     assert len(predicted) != len(target)
-    with pytest.raises(ValueError, match="one target per image sample"):
-        smooth_l1_per_sample(predicted, target)
+    with pytest.raises(ValueError, match="one target per image"):
+        smooth_l1(predicted, target)
 
 
 def test_pool_of_both_ranks_equals_the_published_gather(golden):
@@ -127,8 +125,8 @@ def test_pool_of_both_ranks_equals_the_published_gather(golden):
         predicted, target, scale = leaves(tensors, case)
         labels = torch.arange(start, start + len(target))
         start += len(target)
-        smooth = smooth_l1_per_sample(predicted, target).mean()
-        contrastive = info_nce_per_sample(predicted, pool, labels, scale)
+        smooth = smooth_l1(predicted, target).mean()
+        contrastive = info_nce(predicted, pool, labels, scale)
         assert close(contrastive, tensors[f"{case}/contrastive_per_sample"])
         total = smooth + config["contrastive_loss_weight"] * contrastive.mean()
         assert close(total, tensors[f"{case}/total"])

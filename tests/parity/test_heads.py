@@ -10,9 +10,7 @@ import torch
 
 from tests.published.names import from_published, published_name
 from tests.tiny import published_predictors
-from visper.distillation.heads import (
-    EmbeddingPredictor,
-)
+from visper.distillation.heads import build_head
 from visper.distillation.teachers import TargetSpec
 
 # Measured over outputs and gradients, relative to each tensor's largest value: 2.5e-6 (float32).
@@ -31,7 +29,7 @@ def build(golden, config, tensors, head):
     shape = {"depth": sizes["depth"], "heads": sizes["num_heads"], "head_width": sizes["dim_head"]}
     spec = HEADS[head].model_copy(update={**shape, "ff_mult": sizes["ff_mult"]})
     target = TargetSpec(sizes["num_tokens"], sizes["output_dim"])
-    predictor = EmbeddingPredictor(config["llm_hidden_size"], target, spec)
+    predictor = build_head(spec, config["llm_hidden_size"], target)
     predictor.load_state_dict(from_published(golden.part(tensors, f"{head}/weight/")))
     return predictor
 
@@ -96,5 +94,5 @@ def test_full_size_predictors_have_the_published_parameters(golden):
         }
         published.pop(None, None)
         with torch.device("meta"):
-            ours = EmbeddingPredictor(llm_width, target, published_predictors()[task]).state_dict()
+            ours = build_head(published_predictors()[task], llm_width, target).state_dict()
         assert published == {name: list(value.shape) for name, value in ours.items()}

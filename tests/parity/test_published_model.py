@@ -20,9 +20,8 @@ from visper.distillation import (
     Targets,
     TargetSpec,
     TokenLayout,
-    info_nce_per_sample,
-    smooth_l1_per_sample,
 )
+from visper.distillation.losses import info_nce, smooth_l1
 from visper.model import Student, TaskTokens
 from visper.training import TrainingModel
 
@@ -142,11 +141,10 @@ def objective_of(config, state):
         target = TargetSpec(head["num_tokens"], head["output_dim"], grid)
         weight = next(value for key, value in head.items() if key.endswith("loss_weight"))
         predictor = published_predictors()[task].model_copy(update=changes)
-        tasks[task] = DistilledTask(target, layers_of(config, task), predictor, weight)
+        loss = {"smooth_l1": 1.0, "info_nce": config["contrastive_loss_weight"]}
+        tasks[task] = DistilledTask(target, layers_of(config, task), predictor, weight, loss=loss)
     llm = config["llm"]
-    objective = EmbeddingDistillation(
-        tasks, llm["hidden_size"], llm["num_hidden_layers"], config["contrastive_loss_weight"]
-    )
+    objective = EmbeddingDistillation(tasks, llm["hidden_size"], llm["num_hidden_layers"])
     for task, settings in tasks.items():
         for index, layer in enumerate(settings.layers):
             prefix = f"image_{task}_heads.{index}."
@@ -211,11 +209,11 @@ def test_next_token_loss(published, states):
 
 
 def test_predictors_of_rows_without_padding(published, states, golden):
-    layout = TokenLayout.from_ids(published.ids, published.attention, published.image_id, published.task_ids)
     rows = torch.tensor(published.whole_rows)
+    layout = TokenLayout.from_ids(published.ids, published.attention, published.image_id, published.task_ids, rows)
     queries = dict(published.model.task_tokens.queries)
     for task in published.order:
-        ours = published.model.objective.predict(task, states[1], layout, queries, rows)
+        ours = published.model.objective.predict(task, states[1], layout, queries)
         for index, layer in enumerate(layers_of(published.config, task)):
             theirs = published.published_prediction(task, index)[rows]
             assert golden.distance(ours[layer], theirs) < TOLERANCE, f"{task}, layer {layer}"
@@ -230,10 +228,10 @@ def test_per_layer_losses_by_the_published_formula(published):
         scale = published.model.objective.logit_scales[task]
         for index in range(len(layers_of(published.config, task))):
             predicted = published.published_prediction(task, index)
-            smooth_l1 = (smooth_l1_per_sample(predicted, pool) * mask).mean()
-            contrast = info_nce_per_sample(predicted, pool, torch.arange(len(pool)), scale)
+            regression = (smooth_l1(predicted, pool) * mask).mean()
+            contrast = info_nce(predicted, pool, torch.arange(len(pool)), scale)
             contrastive = published.config["contrastive_loss_weight"] * contrast.mean() * mask.mean()
-            ours = torch.stack([smooth_l1 + contrastive, smooth_l1, contrastive])
+            ours = torch.stack([regression + contrastive, regression, contrastive])
             theirs = published.tensors[f"nozero/per_layer/{task}/{index}"]
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -260,11 +258,11 @@ def test_per_layer_losses_where_the_published_code_is_right(published):
     for task in published.order:
         for index, layer in enumerate(layers_of(published.config, task)):
             theirs = published.published_prediction(task, index)[rows]
-            expected = smooth_l1_per_sample(theirs, targets[task].own).mean()
+            expected = smooth_l1(theirs, targets[task].own).mean()
             torch.testing.assert_close(terms[f"{task}/{layer}/smooth_l1"], expected, rtol=2e-5, atol=0)
             scale = published.model.objective.logit_scales[task]
-            expected = info_nce_per_sample(theirs, targets[task].pool, targets[task].labels, scale).mean()
-            torch.testing.assert_close(terms[f"{task}/{layer}/contrastive"], expected, rtol=2e-5, atol=1e-6)
+            expected = info_nce(theirs, targets[task].pool, targets[task].labels, scale).mean()
+            torch.testing.assert_close(terms[f"{task}/{layer}/info_nce"], expected, rtol=2e-5, atol=1e-6)
 
 
 def test_a_rows_losses_do_not_depend_on_its_neighbors_length(published):

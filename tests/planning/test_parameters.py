@@ -138,4 +138,4 @@ def test_a_base_that_cannot_be_had_is_named():
     with pytest.raises(ConfigError, match=r"student.llm: cannot load '/nowhere/llm'"):
         part_sizes(load_run("llama3-8b-vit-l/pt", ["student.llm=/nowhere/llm"]))
     with pytest.raises(ConfigError, match=r"task 'depth': depth_anything teacher '/nowhere/t': .*cannot load"):
-        part_sizes(load_run("llama3-8b-vit-l/pt", ["distillation.tasks.depth.teacher.model=/nowhere/t"]))
+        part_sizes(load_run("llama3-8b-vit-l/pt", ["distillation.tasks.depth.target.model=/nowhere/t"]))

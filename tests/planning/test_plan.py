@@ -108,7 +108,7 @@ def test_recomputation_lowers_memory_and_leaves_model_flops(run):
 
 def test_a_teacher_of_ones_own_is_loaded_and_its_flops_are_counted(run):
     settings = tiny.distillation()["tasks"]["depth"]
-    settings["teacher"] = {"kind": "tests.planning.test_plan:LoadedColors", "model": "colors"}
+    settings["target"] = {"kind": "tests.planning.test_plan:LoadedColors", "model": "colors"}
     distillation = run.distillation.model_validate({"tasks": {"depth": settings}})
     found = plan(run.model_copy(update={"distillation": distillation}), Machine(1, 80e9))
     assert found.teacher_flops == 0.75 * 2 * 16 * 3 * 8  # three of four rows have an image: [16, 3] x [3, 8]

@@ -140,10 +140,10 @@ def compare_predictors(converted, golden, variant):
         converted.inputs["attention_mask"],
         converted.student.image_token_id,
         converted.student.task_token_ids,
+        rows := torch.tensor(converted.whole),
     )
-    rows = torch.tensor(converted.whole)
     for task, settings in objective.tasks.items():
-        ours = objective.predict(task, caught, layout, dict(tokens.queries), rows)
+        ours = objective.predict(task, caught, layout, dict(tokens.queries))
         for index, layer in enumerate(settings.layers):
             theirs = published_outputs(variants if variant else converted.tensors, variant, task, index)[rows]
             assert golden.distance(kept_tokens(ours[layer], theirs), theirs) < TOLERANCE, f"{task}, layer {layer}"

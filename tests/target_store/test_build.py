@@ -47,9 +47,9 @@ def make(tiny_llm, tiny_encoder, rows, tmp_path, monkeypatch):
     def build(name, targets=None, geometry="squash", teacher=None, teachers=None, workers=0, source=None, **data):
         distillation = tiny.distillation(targets=None if targets is None else str(targets))
         for task in distillation["tasks"].values():
-            task["teacher"] = {**task["teacher"], "kind": "tests.tiny:HalfColors", **(teacher or {})}
+            task["target"] = {**task["target"], "kind": "tests.tiny:HalfColors", **(teacher or {})}
         for task, own in (teachers or {}).items():
-            distillation["tasks"][task]["teacher"] = own
+            distillation["tasks"][task]["target"] = own
         source = source or {"json": str(rows / "rows.json"), "images": str(rows / "images")}
         settings = {
             "name": name,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visper.config import Teacher
+from visper.config import Target
 from visper.data.images import arrange, open_image
 from visper.distillation.teachers import SquashedImage
 from visper.model import revisions
@@ -16,7 +16,7 @@ GRAY = (100, 110, 120)
 
 
 def key_of(model, geometry="squash", background=GRAY, kind="features", **options):
-    return Fingerprint.of(Teacher(kind=kind, model=str(model), **options), geometry, background).key
+    return Fingerprint.of(Target(kind=kind, model=str(model), **options), geometry, background).key
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_a_hub_id_is_its_commit_or_unknown(monkeypatch):
 
 
 def test_a_teacher_of_ones_own_is_its_code_too():
-    assert Fingerprint.of(Teacher(kind="tests.tiny:PooledColors", model="a"), "squash", GRAY).code
-    assert Fingerprint.of(Teacher(kind="features", model="a"), "squash", GRAY).code is None
+    assert Fingerprint.of(Target(kind="tests.tiny:PooledColors", model="a"), "squash", GRAY).code
+    assert Fingerprint.of(Target(kind="features", model="a"), "squash", GRAY).code is None
 
 
 def test_our_preprocessing_gives_the_pixels_of_computation_2(tmp_path):

@@ -21,7 +21,7 @@ def places(tmp_path_factory):
 
 def published(places, *changes):
     """The published recipe on tiny teachers: its sizes, options and predictors."""
-    models = [f"distillation.tasks.{task}.teacher.model={place}" for task, place in places.items()]
+    models = [f"distillation.tasks.{task}.target.model={place}" for task, place in places.items()]
     return load_run("llama3-8b-vit-l/pt", [*models, *changes])
 
 
@@ -41,14 +41,14 @@ def test_teachers_take_the_precision_of_the_recipe(places):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["distillation.tasks.depth.teacher.size=70"], "25 queries for the teacher's 25 tokens do not divide among 8"),
-        (["distillation.tasks.depth.predictor={num_queries: 100}"], "100 queries cannot give the teacher's 576 tokens"),
-        (["distillation.tasks.seg.predictor={queries: states}"], "'distillation.tasks.seg.predictor.queries' to 'mat"),
-        (["distillation.tasks.gen.predictor={queries: matrix}"], "predictor.queries' to 'states'"),
-        (["distillation.tasks.seg.teacher.size=100"], "task 'seg'.*cells of 32 pixels"),
-        (["distillation.tasks.gen.teacher.subfolder=encoder"], "task 'gen'.*cannot load the unclip teacher"),
-        (["distillation.tasks.depth.teacher.kind=depth_anythin"], "did you mean 'depth_anything'"),
-        (["distillation.tasks.depth.teacher.sise=70"], "no option 'sise': did you mean 'size'"),
+        (["distillation.tasks.depth.target.size=70"], "25 queries for the teacher's 25 tokens do not divide among 8"),
+        (["distillation.tasks.depth.head={num_queries: 100}"], "100 queries cannot give the teacher's 576 tokens"),
+        (["distillation.tasks.seg.head={queries: states}"], "'distillation.tasks.seg.head.queries' to 'mat"),
+        (["distillation.tasks.gen.head={queries: matrix}"], "head.queries' to 'states'"),
+        (["distillation.tasks.seg.target.size=100"], "task 'seg'.*cells of 32 pixels"),
+        (["distillation.tasks.gen.target.subfolder=encoder"], "task 'gen'.*cannot load the unclip teacher"),
+        (["distillation.tasks.depth.target.kind=depth_anythin"], "did you mean 'depth_anything'"),
+        (["distillation.tasks.depth.target.sise=70"], "no option 'sise': did you mean 'size'"),
     ],
 )
 def test_what_does_not_fit_is_told_with_its_remedy(places, changes, message):

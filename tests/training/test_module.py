@@ -167,7 +167,7 @@ def test_text_only_rows_do_not_dilute_the_embedding_losses(model):
     together |= {"pixel_values": alone["pixel_values"], "targets": alone["targets"]}
     with torch.no_grad():
         one, other = model(**alone), model(**together)
-    for name in ("depth/2/smooth_l1", "depth/2/contrastive"):
+    for name in ("depth/2/smooth_l1", "depth/2/info_nce"):
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-7)
 
 

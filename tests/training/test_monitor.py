@@ -108,8 +108,8 @@ def test_the_parts_of_a_step_are_the_time_between_marks(monkeypatch):
 
 
 def test_a_console_line_holds_what_fits_the_most_telling_first():
-    logs = {"epoch": 1.0, "a/1/contrastive": 2.0, "time_data": 3.0, "ntp": 1.5, "loss": 2.5}
-    assert log_line("step 1/2", logs, 80) == "step 1/2  loss 2.5  ntp 1.5  a/1/contrastive 2"
+    logs = {"epoch": 1.0, "a/1/info_nce": 2.0, "time_data": 3.0, "ntp": 1.5, "loss": 2.5}
+    assert log_line("step 1/2", logs, 80) == "step 1/2  loss 2.5  ntp 1.5  a/1/info_nce 2"
     assert log_line("step 1/2", logs, 20) == "step 1/2  loss 2.5"
 
 

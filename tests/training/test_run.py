@@ -574,7 +574,7 @@ def test_weights_that_are_not_finite_are_never_saved(make, monkeypatch, tmp_path
         (
             {
                 "distillation": tiny.distillation(
-                    tasks={"gen": {**tiny.distillation()["tasks"]["depth"], "predictor": {"queries": "states"}}}
+                    tasks={"gen": {**tiny.distillation()["tasks"]["depth"], "head": {"queries": "states"}}}
                 )
             },
             "queries.*matrix",
@@ -582,7 +582,7 @@ def test_weights_that_are_not_finite_are_never_saved(make, monkeypatch, tmp_path
         (
             {
                 "distillation": tiny.distillation(
-                    tasks={"depth": {**tiny.distillation()["tasks"]["depth"], "predictor": {"num_queries": 12}}}
+                    tasks={"depth": {**tiny.distillation()["tasks"]["depth"], "head": {"num_queries": 12}}}
                 )
             },
             "num_queries",

@@ -1,9 +1,9 @@
 """What a run is: typed, validated, free of torch."""
 
+from visper.config.distillation import PUBLISHED_LOSS, Distillation, Head, Position, Target, Task
 from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
     Data,
-    Distillation,
     Engine,
     Geometry,
     Launch,
@@ -11,34 +11,33 @@ from visper.config.schema import (
     Lora,
     Monitor,
     Optimization,
-    PredictorSpec,
     Run,
     Source,
     Stage,
     Student,
-    Task,
     TaskTokenLayout,
-    Teacher,
 )
 
 __all__ = [
+    "PUBLISHED_LOSS",
     "Data",
     "Distillation",
     "Engine",
     "Geometry",
+    "Head",
     "Launch",
     "Logging",
     "Lora",
     "Monitor",
     "Optimization",
-    "PredictorSpec",
+    "Position",
     "Run",
     "Source",
     "Stage",
     "Student",
+    "Target",
     "Task",
     "TaskTokenLayout",
-    "Teacher",
     "explain",
     "load_run",
     "parse_overrides",

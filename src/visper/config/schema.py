@@ -6,11 +6,9 @@ Numbers of the method come from arXiv 2412.09585; the recipes hold the published
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -20,15 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from visper.config.distillation import Distillation
 from visper.config.paths import PathText, read_words
-from visper.config.teacher_kinds import TEACHERS, check_options, class_place
-
-
-class Choice(str, Enum):
-    """One of several words, written as the word alone."""
-
-    def __str__(self) -> str:
-        return str(self.value)
+from visper.config.section import Choice, Section
 
 
 class Stage(Choice):
@@ -45,12 +37,6 @@ class Geometry(Choice):
     SQUASH = "squash"
     PAD = "pad"
     CROP = "crop"
-
-
-class Section(BaseModel):
-    """A part of a run: immutable once read, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TaskTokenLayout(Section):
@@ -160,77 +146,6 @@ class Data(Section):
     workers: int = Field(2, ge=0, description="loader processes")
 
 
-class Teacher(Section):
-    """A frozen model whose output is a target. Keys beyond these three are options of the kind."""
-
-    kind: str = Field(description="a key of TEACHERS, or module:Class for a class of your own")
-    model: PathText = Field(description="hub id, folder or file; never replaced by another")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of this kind of teacher; a null restores the kind's default."""
-        given = {**(self.model_extra or {}), "revision": self.revision}
-        return {name: value for name, value in given.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _known(self) -> Teacher:
-        class_place(self.kind)
-        if self.kind in TEACHERS:
-            check_options(self.kind, self.options, TEACHERS[self.kind].options)
-        return self
-
-
-class PredictorSpec(Section):
-    """Architecture of a task's embedding predictors: a Perceiver resampler, optionally followed by an MLP.
-
-    Attributes:
-        queries: "matrix" (the task's query matrix) or "states" (mean of the layer's hidden states at the task's tokens;
-            in a model without task tokens, at the image's). Default: "states" for targets of one token, else "matrix".
-        inner: width inside the resampler, the LLM's or the target's.
-        mlp: a Linear-ReLU-Linear after the resampler.
-        num_queries: rows of the query matrix; default: the target's tokens ("states": the number of task tokens).
-        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
-    """
-
-    queries: Literal["matrix", "states"] | None = None
-    inner: Literal["llm", "target"] = "target"
-    mlp: bool = False
-    num_queries: PositiveInt | None = None
-    depth: PositiveInt = 1
-    heads: PositiveInt = 4
-    head_width: PositiveInt = 32
-    ff_mult: PositiveInt = 1
-
-
-class Task(Section):
-    """One distilled task: whose embedding is predicted, from which layers, with what weight."""
-
-    teacher: Teacher
-    layers: tuple[PositiveInt, ...] = Field(min_length=1, description="decoder layers tapped, counted from 1")
-    weight: NonNegativeFloat = 0.5
-    predictor: PredictorSpec = PredictorSpec()
-
-
-class Distillation(Section):
-    """The embedding losses of pre-training: weight x (smooth-L1 + contrastive_weight x InfoNCE)."""
-
-    tasks: dict[str, Task] = Field(min_length=1)
-    contrastive_weight: NonNegativeFloat = 0.3
-    init_logit_scale: float = 2.0
-    text_keys: bool = Field(True, description="predictors also read the text's hidden states")
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
-    targets: PathText | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _without_removed(cls, tasks: Any) -> Any:
-        """A null takes a task away that an extended recipe has."""
-        return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
-
-
 class Optimization(Section):
     """Batch, learning rate and length. The global batch is what counts; micro-batch and processes only split it."""
 
@@ -251,6 +166,7 @@ class Optimization(Section):
         le=1,
         description="share of layers whose activations are recomputed in the backward pass; true is 1, false 0",
     )
+    train: tuple[str, ...] = Field((), description="parts trained beside the stage's table, e.g. [llm]")
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
     packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
@@ -335,10 +251,6 @@ class Run(Section):
     def _parts_fit(self) -> Run:
         if (self.student is None) == (self.start_from is None):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
-        if self.distillation is not None and self.stage is not Stage.PT:
-            raise ValueError(f"'distillation' belongs to stage 'pt', this is '{self.stage}': remove it")
-        if self.distillation is not None and self.optimization.packing:
-            raise ValueError("packing is not supported with distillation: set optimization.packing=false")
         engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
         if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(
@@ -355,7 +267,10 @@ class Run(Section):
             raise ValueError(f"'lora' belongs to stage 'ift', this is '{self.stage}' ({why}): remove it")
         if self.distillation is not None and self.student is not None:
             tokens = self.student.task_tokens
-            missing = [task for task in self.distillation.tasks if tokens is None or task not in tokens.order]
+            missing = [task for task in self.distillation.at_task_tokens if tokens is None or task not in tokens.order]
             if missing:
-                raise ValueError(f"tasks {missing} have no task tokens: add them to 'student.task_tokens.order'")
+                raise ValueError(
+                    f"tasks {missing} have no task tokens: add them to 'student.task_tokens.order', or set their 'at' "
+                    "to image_tokens"
+                )
         return self

@@ -30,6 +30,7 @@ class Sample:
         pixel_values: ``[images, 3, H, W]``; None without images.
         images: what teachers see of each; or
         stored: their stored targets by task, ``[images, bytes]``.
+        image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
     """
 
     id: str
@@ -40,6 +41,7 @@ class Sample:
     images: tuple[Image.Image, ...] = ()
     stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
+    image_places: Tensor | None = None
 
 
 class Batch(TypedDict, total=False):
@@ -57,6 +59,8 @@ class Batch(TypedDict, total=False):
     pixel_values: Tensor  # [S, 3, H, W] float32; absent if no row has an image
     image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
     image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
+    # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
+    image_places: Tensor
     # task -> [S, 3, h, w], or stored targets [S, bytes] uint8; absent without teachers or images
     teacher_images: dict[str, Tensor]
     sample_ids: Required[list[str]]  # B names
@@ -98,6 +102,9 @@ class Collator:
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
+            places = [s.image_places for s in samples if s.image_places is not None]
+            if places:
+                batch["image_places"] = torch.cat(places)
             stored = [s.stored for s in samples if s.stored is not None]
             if stored:
                 batch["teacher_images"] = {task: torch.cat([own[task] for own in stored]) for task in stored[0]}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,7 +25,7 @@ from visper.common.files import inside
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
-from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels
+from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels, visible_places
 from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
@@ -75,7 +76,16 @@ class ConversationDataset(Dataset[Sample | Drop]):
             pixel_values=torch.stack([student_pixels(self.image_processor, image) for image in images]),
             images=() if stored else tuple(arrange(image, self.geometry, self.background) for image in images),
             stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
+            image_places=self._places(images, encoded.image_tokens),
         )
+
+    def _places(self, images: Sequence[Image.Image], tokens: Sequence[int]) -> Tensor | None:
+        """What each image token shows, where geometry ``pad`` makes some of them show nothing."""
+        if self.geometry != "pad":
+            return None
+        places = [visible_places(image.size, count) for image, count in zip(images, tokens, strict=True)]
+        known = [of_image for of_image in places if of_image is not None]
+        return torch.cat(known) if len(known) == len(places) else None
 
     @property
     def has_image(self) -> list[bool]:

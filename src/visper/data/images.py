@@ -8,6 +8,7 @@ see ``arrange``'s square image, which covers the same pixels. Images so long tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,3 +150,22 @@ def _entry(size: Any, key: str) -> int | None:
 def _known(geometry: str) -> None:
     if geometry not in GEOMETRIES:
         raise ValueError(f"geometry '{geometry}' is unknown: choose one of {', '.join(GEOMETRIES)}")
+
+
+def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
+    """What the tokens of an image show that was padded to a square: ``[tokens, 2]``, the point (x, y) in 0..1, or NaN.
+
+    None where the tokens are no square grid.
+
+    Args:
+        size: width and height before padding.
+        tokens: how many.
+    """
+    if math.isqrt(tokens) ** 2 != tokens:
+        return None
+    cells = torch.arange(math.isqrt(tokens))
+    centers = (cells + 0.5) / len(cells)
+    y, x = torch.meshgrid(centers, centers, indexing="ij")
+    width, height = (length / max(size) for length in size)
+    shown = ((x - 0.5).abs() <= width / 2) & ((y - 0.5).abs() <= height / 2)
+    return torch.stack((x, y), -1).masked_fill(~shown[..., None], float("nan")).flatten(0, 1)

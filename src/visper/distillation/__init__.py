@@ -1,36 +1,39 @@
-"""Hidden states and teacher targets become losses."""
+"""Hidden states and targets become losses."""
 
-from visper.config import PredictorSpec
-from visper.config.teacher_kinds import TEACHERS
+from visper.config import Head, Position
+from visper.config.kinds import TEACHERS
 from visper.distillation.attach import AttachedDistillation, ModelFacts, attach
-from visper.distillation.heads import EmbeddingPredictor, PerceiverResampler, check_predictor, query_rows
+from visper.distillation.heads import ResamplerHead, TokenHead, build_head, check_head_fits, query_rows
 from visper.distillation.layout import TokenLayout
-from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
-from visper.distillation.objective import DistilledTask, EmbeddingDistillation
-from visper.distillation.tap import HiddenStateTap
+from visper.distillation.objective import PROJECTED, DistilledTask, EmbeddingDistillation
+from visper.distillation.resampler import PerceiverResampler
+from visper.distillation.tap import HiddenStateTap, InputTap
 from visper.distillation.targets import Targets, gather_targets
 from visper.distillation.teachers import TargetSpec, Teacher, build_teacher, target_spec
 
 __all__ = [
+    "PROJECTED",
     "TEACHERS",
     "AttachedDistillation",
     "DistilledTask",
     "EmbeddingDistillation",
-    "EmbeddingPredictor",
+    "Head",
     "HiddenStateTap",
+    "InputTap",
     "ModelFacts",
     "PerceiverResampler",
-    "PredictorSpec",
+    "Position",
+    "ResamplerHead",
     "TargetSpec",
     "Targets",
     "Teacher",
+    "TokenHead",
     "TokenLayout",
     "attach",
+    "build_head",
     "build_teacher",
-    "check_predictor",
+    "check_head_fits",
     "gather_targets",
-    "info_nce_per_sample",
     "query_rows",
-    "smooth_l1_per_sample",
     "target_spec",
 ]

@@ -9,22 +9,24 @@ Image spans are read from the ids, so images may have any size, tiles and separa
         terms = distiller(hidden, batch["input_ids"], batch["attention_mask"], {"depth": teacher(pixels)})
     loss = output.loss + distiller.total(terms)
 
-Shape suffixes: B = rows, L = sequence, D = width, R = rows with an image, N = teacher tokens, E = teacher width.
+Shape suffixes: B = rows, L = sequence, D = width, S = images, N = teacher tokens, E = teacher width.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from visper.config import Position
 from visper.distillation.heads import query_rows
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import DistilledTask, EmbeddingDistillation
-from visper.distillation.tap import HiddenStateTap
+from visper.distillation.tap import HiddenStateTap, InputTap
 from visper.distillation.targets import Targets, gather_targets
 from visper.model import TaskTokens, random_rows
 
@@ -37,11 +39,13 @@ class ModelFacts:
         decoder: its text model, with a list ``layers``.
         image_token_id: the id whose copies in ``input_ids`` hold the image's features.
         width: of the decoder's hidden states.
+        projector: what is given the encoder's features, one row for each image token; for targets "encoder" only.
     """
 
     decoder: nn.Module
     image_token_id: int
     width: int
+    projector: nn.Module | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFacts:
@@ -73,7 +77,6 @@ def attach(
     tasks: Mapping[str, DistilledTask],
     facts: ModelFacts | None = None,
     task_token_ids: Mapping[str, list[int]] | None = None,
-    contrastive_weight: float = 0.3,
     init_logit_scale: float = 2.0,
     text_keys: bool = True,
     seed: int = 0,
@@ -86,9 +89,10 @@ def attach(
         facts: default: ``ModelFacts.of(model)``.
         task_token_ids: per task the vocabulary ids of its tokens, which the processor must put behind each image.
             Their embeddings then come from the query matrices, through a hook on the model's input embedding; call
-            ``write_back`` before saving. None: no task tokens; each predictor with queries "matrix" reads a query
-            matrix of its own that the LLM never sees, each with queries "states" the mean state of the image's tokens.
-        contrastive_weight, init_logit_scale, text_keys: see ``EmbeddingDistillation``.
+            ``write_back`` before saving. None: no task tokens; at "task_tokens" each resampler with queries "matrix"
+            then reads a query matrix of its own that the LLM never sees, each with queries "states" the mean state of
+            the image's tokens.
+        init_logit_scale, text_keys: see ``EmbeddingDistillation``.
         seed: of the queries.
 
     Raises:
@@ -96,23 +100,28 @@ def attach(
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
-    objective = EmbeddingDistillation(tasks, facts.width, layers, contrastive_weight, init_logit_scale, text_keys)
+    objective = EmbeddingDistillation(tasks, facts.width, layers, init_logit_scale, text_keys)
     ids = {task: list(task_ids) for task, task_ids in (task_token_ids or {}).items()}
-    without = [task for task in tasks if ids and task not in ids]
+    reads_tokens = [task for task, settings in tasks.items() if settings.at is Position.TASK_TOKENS]
+    without = [task for task in reads_tokens if task not in ids and (ids or tasks[task].head.kind != "resampler")]
     if without:
-        raise ValueError(f"tasks {without} have no task tokens, {list(ids)} have: give all tasks theirs, or none")
+        raise ValueError(
+            f"tasks {without} have no task tokens, {list(ids)} have: give each its own, or set its 'at' to image_tokens"
+        )
+    if objective.reads_encoder and facts.projector is None:
+        raise ValueError("target 'encoder' is what enters the projector: pass facts=ModelFacts(..., projector=...)")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     rows = {
-        task: query_rows(settings.predictor, settings.target, len(ids.get(task, [0])))
-        for task, settings in tasks.items()
-        if ids or settings.queries == "matrix"
+        task: query_rows(tasks[task].head, tasks[task].target, len(ids.get(task, [0])))
+        for task in reads_tokens
+        if ids or tasks[task].needs_matrix
     }
     queries = {
         task: random_rows(embedding, count, facts.width, len(ids.get(task, range(count))), generator)
         for task, count in rows.items()
     }
-    tokens = TaskTokens({task: ids[task] for task in tasks}, queries) if ids else None
+    tokens = TaskTokens({task: ids[task] for task in reads_tokens}, queries) if ids else None
     distiller = AttachedDistillation(facts, objective, tokens, {} if ids else queries)
     distiller.to(embedding.weight.device)
     if tokens is not None:
@@ -143,10 +152,18 @@ class AttachedDistillation(nn.Module):
         self.image_token_id = facts.image_token_id
         # In a partial, so that the model is not registered as a submodule.
         self._tap: Callable[[], HiddenStateTap] = functools.partial(HiddenStateTap, facts.decoder, objective.layers)
+        self._tap_encoder: Callable[[], InputTap] | None = None
+        if objective.reads_encoder:
+            assert facts.projector is not None
+            self._tap_encoder = functools.partial(InputTap, facts.projector)
+        self._encoded: list[Tensor] = []
 
-    def tap(self) -> HiddenStateTap:
+    @contextmanager
+    def tap(self) -> Iterator[Mapping[int, Tensor]]:
         """``with distiller.tap() as hidden:`` captures the hidden states of the model's forward; use them inside."""
-        return self._tap()
+        with ExitStack() as taps:
+            self._encoded = taps.enter_context(self._tap_encoder()) if self._tap_encoder is not None else []
+            yield taps.enter_context(self._tap())
 
     def forward(
         self,
@@ -156,44 +173,49 @@ class AttachedDistillation(nn.Module):
         targets: Mapping[str, Targets | Tensor],
         image_rows: Tensor | None = None,
         num_images: Tensor | int | None = None,
+        image_tokens: Tensor | None = None,
+        samples: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every term, unweighted, such as "depth/20/smooth_l1" -> scalar.
 
         Args:
             hidden: what the tap captured, per layer ``[B, L, D]``.
             input_ids, attention_mask: ``[B, L]`` as the model got them; the mask may be None.
-            targets: per task the teacher's embeddings ``[R, N, E]`` of the rows in ``image_rows``, in their order;
+            targets: per task the teacher's embeddings ``[S, N, E]`` of the images, in the order of ``image_rows``;
                 plain tensors are gathered over all ranks.
-            image_rows: ``[R]`` rows to distil; default: all that hold an image token. One target a row: a row that
-                shows several images gets one target for all of them, or is left out here.
-            num_images: what the terms are divided by, the rows with an image in the *global* batch; default: R, which
-                is right in one process without gradient accumulation.
+            image_rows: ``[S]`` ascending, the row of each image to distil, a row with several images as often; default:
+                every row that holds an image token has one image. Rows may be left out.
+            num_images: what the terms are divided by, the images in the *global* batch; default: S, which is right in
+                one process without gradient accumulation.
+            image_tokens, samples, places: see ``TokenLayout.from_ids``: tokens of each image where a row has several;
+                the samples of a packed row; where tokens lie that are no square grid.
 
         Raises:
-            ValueError: a row is given twice or shows no image, targets are not one a row, or the decoder saw another
-                sequence than ``input_ids``.
+            ValueError: a row shows no image or another number of them, targets are not one an image, or the decoder saw
+                another sequence than ``input_ids``.
         """
         ids = self.task_tokens.ids if self.task_tokens is not None else {}
-        layout = TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, ids)
-        has_image = layout.image.any(1)
-        if image_rows is None:
-            image_rows = has_image.nonzero().flatten()
-        self._check(hidden, input_ids, has_image, image_rows)
+        self._check(hidden, input_ids, image_rows)
+        layout = TokenLayout.from_ids(
+            input_ids, attention_mask, self.image_token_id, ids, image_rows, image_tokens, samples, places
+        )
         given = {task: t if isinstance(t, Targets) else gather_targets(t) for task, t in targets.items()}
         queries = dict(self.task_tokens.queries if self.task_tokens is not None else self.queries)
-        count = len(image_rows) if num_images is None else num_images
-        return self.objective(hidden, layout, queries, given, image_rows, count)
+        count = len(layout.rows) if num_images is None else num_images
+        encoded = torch.cat([features.flatten(0, -2) for features in self._encoded]) if self._encoded else None
+        return self.objective(hidden, layout, queries, given, count, encoded)
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms: add it to the model's own loss."""
-        return self.objective.total(terms)
+    def total(self, terms: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
+        """The weighted sum of the terms, to be added to the model's own loss; see ``EmbeddingDistillation.total``."""
+        return self.objective.total(terms, progress)
 
     def write_back(self, model: nn.Module) -> None:
         """Writes the trained task tokens into the model's vocabulary, for saving; does nothing without task tokens."""
         if self.task_tokens is not None:
             self.task_tokens.write_back(model.get_input_embeddings())  # type: ignore[operator]
 
-    def _check(self, hidden: Mapping[int, Tensor], input_ids: Tensor, has_image: Tensor, image_rows: Tensor) -> None:
+    def _check(self, hidden: Mapping[int, Tensor], input_ids: Tensor, image_rows: Tensor | None) -> None:
         for layer in self.objective.layers:
             if layer not in hidden:
                 raise ValueError(f"no states of layer {layer}: run the model, then this, inside `with distiller.tap()`")
@@ -203,13 +225,8 @@ class AttachedDistillation(nn.Module):
                     f"layer {layer} saw rows x positions {seen}, input_ids are {tuple(input_ids.shape)}: give the ids "
                     "that the model got, with one image token for each image feature (the model's own processor does)"
                 )
-        rows = image_rows.tolist()
-        if len(set(rows)) != len(rows):
-            raise ValueError(
-                f"image_rows {rows} name a row twice: a row has one target; leave rows that show several images out, "
-                "or give each image a row of its own"
-            )
-        without = [row for row in rows if not has_image[row]]
+        has_image = (input_ids == self.image_token_id).any(1)
+        without = [row for row in ([] if image_rows is None else image_rows.tolist()) if not has_image[row]]
         if without:
             raise ValueError(
                 f"rows {without} hold no image token (id {self.image_token_id}): leave them out of image_rows"

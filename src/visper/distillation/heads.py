@@ -1,40 +1,188 @@
-"""Embedding predictors: from a layer's hidden states and a task's queries to the teacher's embedding.
+"""Heads: from hidden states to a target's embedding. The recipe's ``head`` keys (``config.Head``) say which, and how.
 
-One predictor per task and tapped layer; they exist in pre-training only. The recipe's ``predictor`` keys
-(``PredictorSpec``) decide their architecture.
+A ``TokenHead`` predicts one embedding from each state; ``ResamplerHead`` reads any number of states into as many
+embeddings as the target has. A kind is a class here and a line of ``config.kinds.HEADS``.
 
-Shape suffixes: B = samples, K = keys (hidden states), Q = queries, D = LLM width, C = inner width, N = teacher tokens,
-E = teacher width, H = heads.
+Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width, N = teacher tokens, E = teacher width.
 """
 
+from importlib import import_module
+from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
-from visper.config import PredictorSpec
+from visper.config import Head, Position
+from visper.config.kinds import head_place
+from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers.base import TargetSpec
 
-
-def query_source(spec: PredictorSpec, target: TargetSpec) -> Literal["matrix", "states"]:
-    """Where the predictor's queries come from: ``spec.queries``; by default "states" for a target of one token."""
-    return spec.queries or ("states" if target.tokens == 1 else "matrix")
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
 
 
-def query_rows(spec: PredictorSpec, target: TargetSpec, per_task: int) -> int:
+class TokenHead(nn.Module):
+    """Base of heads that predict one embedding from each state: ``[..., D]`` -> ``[..., E]``.
+
+    A subclass takes the LLM's width and the target's shape, then its options by name.
+    """
+
+
+class MlpHead(TokenHead):
+    """Linear layers with an activation between them.
+
+    Args:
+        llm_width, target: of states and embeddings.
+        depth: linear layers.
+        width: between them.
+        activation: a key of ``ACTIVATIONS``.
+    """
+
+    def __init__(
+        self, llm_width: int, target: TargetSpec, depth: int = 3, width: int = 2048, activation: str = "gelu"
+    ) -> None:
+        super().__init__()
+        widths = [llm_width, *[width] * (depth - 1), target.width]
+        layers: list[nn.Module] = []
+        for at, (width_in, width_out) in enumerate(pairwise(widths)):
+            layers += [ACTIVATIONS[activation]()] if at else []
+            layers.append(nn.Linear(width_in, width_out))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, states: Tensor) -> Tensor:
+        predicted: Tensor = self.layers(states)
+        return predicted
+
+
+class LinearHead(MlpHead):
+    """One linear layer."""
+
+    def __init__(self, llm_width: int, target: TargetSpec) -> None:
+        super().__init__(llm_width, target, depth=1)
+
+
+class NoHead(TokenHead):
+    """The states themselves are the prediction.
+
+    Raises:
+        ValueError: states and target differ in width.
+    """
+
+    def __init__(self, llm_width: int, target: TargetSpec) -> None:
+        super().__init__()
+        if llm_width != target.width:
+            raise ValueError(
+                f"head 'none' compares states of width {llm_width} with a target of width {target.width}: use 'linear'"
+            )
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states
+
+
+class ResamplerHead(nn.Module):
+    """A resampler, optionally followed by an MLP.
+
+    Args:
+        llm_width: width of the hidden states (D).
+        target: shape of the teacher's embedding.
+        latents: queries of the resampler's own; 0: queries are given with the states.
+        inner, mlp, depth, heads, head_width, ff_mult: see ``config.Head``.
+        queries, num_queries: read by ``query_source`` and ``query_rows``.
+    """
+
+    def __init__(
+        self,
+        llm_width: int,
+        target: TargetSpec,
+        latents: int = 0,
+        inner: Literal["llm", "target"] = "target",
+        mlp: bool = False,
+        depth: int = 1,
+        heads: int = 4,
+        head_width: int = 32,
+        ff_mult: int = 1,
+        queries: Literal["matrix", "states"] | None = None,
+        num_queries: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokens = target.tokens
+        width = {"llm": llm_width, "target": target.width}[inner]
+        self.resampler = PerceiverResampler(
+            llm_width, width, target.width, depth, heads, head_width, ff_mult, latents or None
+        )
+        width = target.width
+        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if mlp else []
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, states_BKD: Tensor, queries_BQD: Tensor | None, key_mask_BK: Tensor | None = None) -> Tensor:
+        """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, queries fitted to the target's tokens."""
+        queries = None if queries_BQD is None else fit_queries(queries_BQD, self.tokens)
+        return self.mlp(self.resampler(states_BKD, queries, key_mask_BK))
+
+
+def build_head(
+    spec: Head, llm_width: int, target: TargetSpec, at: Position = Position.TASK_TOKENS
+) -> ResamplerHead | TokenHead:
+    """A head with initial weights. Away from task tokens a resampler has queries of its own.
+
+    Raises:
+        ValueError: the kind cannot be built for the target, or a class of one's own is no ``TokenHead``.
+    """
+    module, name = head_place(spec.kind).split(":")
+    kind = getattr(import_module(module), name)
+    if kind is ResamplerHead:
+        owns = at is not Position.TASK_TOKENS and query_source(spec, target) == "matrix"
+        latents = (spec.options.get("num_queries") or target.tokens) if owns else 0
+        return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
+    if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
+        raise ValueError(f"head '{spec.kind}' is no subclass of visper.distillation.heads.TokenHead: derive from it")
+    head: TokenHead = kind(llm_width, target, **spec.options)
+    return head.requires_grad_(not spec.frozen)
+
+
+def fit_queries(queries_BQD: Tensor, tokens: int) -> Tensor:
+    """``[B, tokens, D]``: as they are, tiled as a block where they divide ``tokens``, else averaged and repeated."""
+    rows = queries_BQD.shape[1]
+    if rows == tokens:
+        return queries_BQD
+    if tokens % rows == 0:
+        return queries_BQD.repeat(1, tokens // rows, 1)
+    return queries_BQD.mean(1, keepdim=True).expand(-1, tokens, -1)
+
+
+def query_source(spec: Head, target: TargetSpec) -> Literal["matrix", "states"]:
+    """Where a resampler's queries come from: its option; by default "states" for a target of one token."""
+    chosen: Literal["matrix", "states"] | None = spec.options.get("queries")
+    return chosen or ("states" if target.tokens == 1 else "matrix")
+
+
+def query_rows(spec: Head, target: TargetSpec, per_task: int) -> int:
     """Rows of the task's query matrix, ``per_task`` being its number of task tokens."""
-    if spec.num_queries is not None:
-        return spec.num_queries
+    if spec.kind != "resampler":
+        return per_task
+    rows: int | None = spec.options.get("num_queries")
+    if rows is not None:
+        return rows
     return target.tokens if query_source(spec, target) == "matrix" else per_task
 
 
-def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task: int | None = None) -> None:
-    """Raises ValueError if predictors of ``spec`` cannot produce ``target`` from ``per_task`` task tokens.
+def check_head_fits(
+    task: str, spec: Head, target: TargetSpec, at: Position = Position.TASK_TOKENS, per_task: int | None = None
+) -> None:
+    """Raises ValueError if heads of ``spec`` cannot predict ``target`` from what is at ``at``.
 
-    ``per_task`` None: the number of task tokens is not known here.
+    ``per_task``, the number of task tokens, is None where it is not known.
     """
-    rows, tokens, key = spec.num_queries, target.tokens, f"distillation.tasks.{task}.predictor"
+    if spec.kind == "resampler":
+        _check_queries(task, spec, target, per_task if at is Position.TASK_TOKENS else None)
+    elif at is not Position.TASK_TOKENS and (target.grid is None or target.tokens == 1) and not target.own:
+        raise ValueError(
+            f"task '{task}': a target of {target.tokens} x {target.width} has no grid to lay on image tokens: set "
+            f"'distillation.tasks.{task}.head.kind' to resampler, or take a teacher of patch features"
+        )
+
+
+def _check_queries(task: str, spec: Head, target: TargetSpec, per_task: int | None) -> None:
+    rows, tokens, key = spec.options.get("num_queries"), target.tokens, f"distillation.tasks.{task}.head"
     if query_source(spec, target) == "states":
         if tokens > 1:
             raise ValueError(
@@ -58,147 +206,3 @@ def check_predictor(task: str, spec: PredictorSpec, target: TargetSpec, per_task
             f"task '{task}': {query_rows(spec, target, per_task)} queries for the teacher's {tokens} tokens do not "
             f"divide among {per_task} task tokens: {remedy}"
         )
-
-
-class ResamplerAttention(nn.Module):
-    """Queries attend to [keys ; queries], each behind its own LayerNorm."""
-
-    def __init__(self, width: int, heads: int, head_width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_keys = nn.LayerNorm(width)
-        self.norm_queries = nn.LayerNorm(width)
-        self.to_query = nn.Linear(width, heads * head_width, bias=False)
-        self.to_key_value = nn.Linear(width, 2 * heads * head_width, bias=False)
-        self.to_out = nn.Linear(heads * head_width, width, bias=False)
-
-    def forward(self, keys_BKC: Tensor, queries_BQC: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
-        """``[B, Q, C]``. Queries common to all samples may come as ``[1, Q, C]``: they are projected once."""
-        batch = len(keys_BKC)
-        queries = self.norm_queries(queries_BQC)
-        both = torch.cat(
-            (self.to_key_value(self.norm_keys(keys_BKC)), self.to_key_value(queries).expand(batch, -1, -1)), dim=1
-        )
-        key, value = self._split(both).chunk(2, dim=1)
-        query = self._split(self.to_query(queries)).expand(batch, -1, -1, -1)
-        mask = None
-        if key_mask_BK is not None:
-            mask = pad(key_mask_BK, (0, queries.shape[1]), value=True)[:, None, None, :]
-        # The published scaling, head_width^-1/4 on query and key each with a float32 softmax, is what SDPA computes.
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
-
-    def _split(self, values: Tensor) -> Tensor:
-        parts = values.shape[-1] // self.to_query.out_features * self.heads
-        return values.unflatten(-1, (parts, -1)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """LayerNorm, linear, exact GELU, linear; no biases in the linears."""
-
-    def __init__(self, width: int, multiple: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, multiple * width, bias=False)
-        self.narrow = nn.Linear(multiple * width, width, bias=False)
-
-    def forward(self, values: Tensor) -> Tensor:
-        return self.narrow(gelu(self.widen(self.norm(values))))
-
-
-class ResamplerLayer(nn.Module):
-    """Attention and feed-forward, each added to its input."""
-
-    def __init__(self, width: int, heads: int, head_width: int, ff_mult: int) -> None:
-        super().__init__()
-        self.attention = ResamplerAttention(width, heads, head_width)
-        self.feed_forward = FeedForward(width, ff_mult)
-
-    def forward(self, keys_BKC: Tensor, queries_BQC: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
-        """``[B, Q, C]``."""
-        queries_BQC = queries_BQC + self.attention(keys_BKC, queries_BQC, key_mask_BK)
-        return queries_BQC + self.feed_forward(queries_BQC)
-
-
-class PerceiverResampler(nn.Module):
-    """Reads any number of hidden states into a fixed number of embeddings.
-
-    Args:
-        width_in: width of hidden states and queries (D).
-        width: inner width (C).
-        width_out: width of the embeddings (E).
-        depth, heads, head_width, ff_mult: see ``PredictorSpec``.
-        num_latents: the resampler owns this many queries of the inner width, for use without task tokens (probes).
-    """
-
-    def __init__(
-        self,
-        width_in: int,
-        width: int,
-        width_out: int,
-        depth: int = 1,
-        heads: int = 4,
-        head_width: int = 32,
-        ff_mult: int = 1,
-        num_latents: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, num_latents, width) / width**0.5) if num_latents else None
-        self.project_in = nn.Linear(width_in, width)
-        self.project_out = nn.Linear(width, width_out)
-        self.norm_out = nn.LayerNorm(width_out)
-        self.layers = nn.ModuleList(ResamplerLayer(width, heads, head_width, ff_mult) for _ in range(depth))
-
-    def forward(
-        self, states_BKD: Tensor, queries_BQD: Tensor | None = None, key_mask_BK: Tensor | None = None
-    ) -> Tensor:
-        """Embeddings ``[B, Q, E]``.
-
-        Args:
-            states_BKD: hidden states.
-            queries_BQD: queries, or ``[1, Q, D]`` for all samples; None = the resampler's own latents.
-            key_mask_BK: True where a state may be read; None = everywhere.
-        """
-        own = queries_BQD is None
-        if own and self.latents is None:
-            raise ValueError("this resampler owns no latents: give queries, or build it with num_latents")
-        queries = self.latents if queries_BQD is None else self.project_in(queries_BQD)
-        keys = self.project_in(states_BKD)
-        for layer in self.layers:
-            queries = layer(keys, queries, key_mask_BK)
-        return self.norm_out(self.project_out(queries))
-
-
-def fit_queries(queries_BQD: Tensor, tokens: int) -> Tensor:
-    """``[B, tokens, D]``: as they are, tiled as a block where they divide ``tokens``, else averaged and repeated."""
-    rows = queries_BQD.shape[1]
-    if rows == tokens:
-        return queries_BQD
-    if tokens % rows == 0:
-        return queries_BQD.repeat(1, tokens // rows, 1)
-    return queries_BQD.mean(1, keepdim=True).expand(-1, tokens, -1)
-
-
-class EmbeddingPredictor(nn.Module):
-    """Predicts a teacher's embedding from the hidden states of one layer.
-
-    Args:
-        llm_width: width of the hidden states (D).
-        target: shape of the teacher's embedding.
-        spec: their architecture.
-    """
-
-    def __init__(self, llm_width: int, target: TargetSpec, spec: PredictorSpec) -> None:
-        super().__init__()
-        self.tokens = target.tokens
-        inner = {"llm": llm_width, "target": target.width}[spec.inner]
-        self.resampler = PerceiverResampler(
-            llm_width, inner, target.width, spec.depth, spec.heads, spec.head_width, spec.ff_mult
-        )
-        width = target.width
-        layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if spec.mlp else []
-        self.mlp = nn.Sequential(*layers)
-
-    def forward(self, states_BKD: Tensor, queries_BQD: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
-        """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, queries fitted to the target's tokens."""
-        return self.mlp(self.resampler(states_BKD, fit_queries(queries_BQD, self.tokens), key_mask_BK))

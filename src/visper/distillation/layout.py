@@ -1,10 +1,13 @@
-"""Positions of image, task tokens and text in each row, read from the ids.
+"""Positions of images, their task tokens and text in each row, read from the ids.
 
 The published code uses constants (38, 26 or 13 system tokens, 576 image tokens), so another prompt or resolution reads
-the wrong states. Here positions come from the ids: image spans may differ from row to row.
+the wrong states. Here positions come from the ids: a row may hold any number of images, of any number of tokens, and
+several samples (packing).
 
-Shape suffixes: B = rows, L = sequence, R = chosen rows, K = keys.
+Shape suffixes: B = rows, L = sequence, S = images, T = image tokens of all images, K = positions of one image.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,29 +17,54 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class KeyPlaces:
-    """The positions a predictor reads: ``index`` ``[R, K]`` into the sequence, ``mask`` ``[R, K]`` True where real.
+class Positions:
+    """Positions of each image: ``index`` ``[S, K]`` into its row's sequence, ``mask`` ``[S, K]`` True where real.
 
-    ``mask`` is None where every row has K positions, so that attention needs none.
+    ``mask`` is None where every image has K positions, so that attention needs none.
     """
 
+    rows: Tensor
     index: Tensor
     mask: Tensor | None
+
+    def gather(self, states_BLD: Tensor) -> Tensor:
+        """``[S, K, D]``: the states at these positions."""
+        flat = (self.rows[:, None] * states_BLD.shape[1] + self.index).flatten()
+        return states_BLD.flatten(0, 1).index_select(0, flat).unflatten(0, self.index.shape)
+
+    @classmethod
+    def of(cls, rows: Tensor, chosen_SL: Tensor) -> Positions:
+        """The True positions of ``[S, L]``, in their order."""
+        counts = chosen_SL.sum(1)
+        longest, shortest = (int(n) for n in torch.stack((counts.max(), counts.min())).tolist())
+        # A stable sort moves the chosen positions to the front in their order.
+        index = chosen_SL.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        mask = torch.arange(longest, device=index.device) < counts[:, None]
+        return cls(rows, index, None if shortest == longest else mask)
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Boolean maps of a batch.
+    """Where everything is in a batch. Images are numbered by their rows and, within a row, by their tokens.
 
     Attributes:
         image: ``[B, L]``, True at image tokens.
-        tasks: per task ``[B, L]``, True at the task's own tokens.
+        tasks: per task ``[B, L]``, True at the task's tokens.
         attended: ``[B, L]``, False at padding.
+        rows: ``[S]`` row of each image.
+        owner: ``[B, L]`` the last image that begins at or before a position; -1 before a row's first image.
+        samples: ``[B, L]`` number of the sample within a packed row; None: a row is one sample.
+        places: ``[T, 2]`` for each image token the point (x, y) in 0..1 of the image that it shows, NaN for one that
+            shows none of it (padding, separators); None: an image's tokens are a square grid, row by row.
     """
 
     image: Tensor
     tasks: Mapping[str, Tensor]
     attended: Tensor
+    rows: Tensor
+    owner: Tensor
+    samples: Tensor | None = None
+    places: Tensor | None = None
 
     @classmethod
     def from_ids(
@@ -45,56 +73,124 @@ class TokenLayout:
         attention_mask: Tensor | None,
         image_token_id: int,
         task_token_ids: Mapping[str, Iterable[int]],
-    ) -> "TokenLayout":
-        """Reads the maps from ``[B, L]`` ids; ``attention_mask`` None means no padding."""
+        image_rows: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        samples: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> TokenLayout:
+        """Reads the layout from ``[B, L]`` ids.
+
+        Args:
+            attention_mask: ``[B, L]``; None means no padding.
+            image_rows: ``[S]`` ascending, the row of each image; a row with several images stands there several times.
+                Default: every row with an image token has one image.
+            image_tokens: ``[S]`` how many tokens each image has. Default: a row's only image has all image tokens of
+                the row; of several images, each has one run of them.
+            samples, places: see the attributes.
+
+        Raises:
+            ValueError: the counts do not match the ids.
+        """
         attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         tasks = {
             task: torch.isin(input_ids, torch.tensor(list(ids), device=input_ids.device)) & attended
             for task, ids in task_token_ids.items()
         }
-        return cls((input_ids == image_token_id) & attended, tasks, attended)
+        image = (input_ids == image_token_id) & attended
+        rows = image.any(1).nonzero().flatten() if image_rows is None else image_rows
+        chosen = image & torch.zeros_like(image[:, 0]).index_fill_(0, rows, True)[:, None]
+        if image_tokens is None:
+            image_tokens = _count_tokens(chosen, rows)
+        numbers = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), image_tokens)
+        found = chosen.nonzero()
+        if len(numbers) != len(found) or not torch.equal(rows[numbers], found[:, 0]):
+            raise ValueError(
+                f"images in rows {rows.tolist()} are said to have {image_tokens.tolist()} tokens, but these rows hold "
+                f"{chosen.sum(1)[rows].tolist()} image tokens (id {image_token_id}): give the ids and counts of one "
+                "processor, and never truncate an image's tokens"
+            )
+        owner = torch.full_like(input_ids, -1)
+        owner[chosen] = numbers
+        return cls(image, tasks, attended, rows, owner.cummax(1).values, samples, places)
 
-    def keys(self, task: str, rows: Tensor, text: bool = True) -> KeyPlaces:
-        """The positions that the predictors of ``task`` read in ``rows`` ``[R]``.
+    def keys(self, task: str, text: bool = True) -> Positions:
+        """The positions of each image that a resampler of ``task`` reads.
 
-        Everything up to the image's end, the task's own tokens and the text; not the other tasks' tokens, not padding.
-        ``text=False`` leaves out what follows the image and task tokens.
+        The image's own tokens, its task tokens of this task, and the text of its sample; no other image's tokens, no
+        other task's, no padding. ``text=False`` leaves out what follows the image and its task tokens.
         """
-        readable = self.attended[rows]
+        own = self._own()
+        readable = self.attended[self.rows] & (~self.image[self.rows] | own)
+        if self.samples is not None:
+            readable = readable & self._same_sample(own)
         for other, places in self.tasks.items():
-            if other != task:
-                readable = readable & ~places[rows]
+            readable = readable & (~places[self.rows] | own) if other == task else readable & ~places[self.rows]
         if not text:
-            readable = readable & ~self._behind_image(rows)
-        counts = readable.sum(1)
-        longest, shortest = (int(n) for n in torch.stack((counts.max(), counts.min())).tolist())
-        # A stable sort moves the readable positions to the front in their order.
-        index = readable.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        mask = torch.arange(longest, device=index.device) < counts[:, None]
-        return KeyPlaces(index, None if shortest == longest else mask)
+            readable = readable & ~self._behind(own)
+        return Positions.of(self.rows, readable)
 
-    def own_tokens(self, task: str, rows: Tensor) -> Tensor:
-        """``[R, L]``, True at the task's own tokens; in a model without task tokens, True at the image's.
+    def image_positions(self) -> Positions:
+        """The positions of each image's own tokens."""
+        return Positions.of(self.rows, self.own_image_tokens())
+
+    def own_image_tokens(self) -> Tensor:
+        """``[S, L]``, True at each image's own tokens."""
+        return self.image[self.rows] & self._own()
+
+    def own_tokens(self, task: str) -> Tensor:
+        """``[S, L]``, True at each image's tokens of ``task``; in a model without task tokens, at the image's own.
 
         Raises:
-            ValueError: the model has task tokens but none of this task, or a row has none of them.
+            ValueError: the model has task tokens but none of this task, or an image has none of them.
         """
         if not self.tasks:
-            return self.image[rows]
+            return self.own_image_tokens()
         if task not in self.tasks:
             raise ValueError(f"task '{task}' has no task tokens, only {list(self.tasks)}: add it to the task tokens")
-        own = self.tasks[task][rows]
+        own = self.tasks[task][self.rows] & self._own()
         empty = (~own.any(1)).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"rows {[int(rows[i]) for i in empty]} have an image but none of the task tokens of '{task}': build "
-                "the inputs with the student's processor, and never truncate the block of image and task tokens"
+                f"rows {[int(self.rows[i]) for i in empty]} have an image but none of the task tokens of '{task}': "
+                "build the inputs with the student's processor, and never truncate the block of image and task tokens"
             )
         return own
 
-    def _behind_image(self, rows: Tensor) -> Tensor:
-        block = self.image[rows]
+    def _own(self) -> Tensor:
+        """``[S, L]``, True from an image's first token to the next image's, or to the end of the row."""
+        return self.owner[self.rows] == torch.arange(len(self.rows), device=self.rows.device)[:, None]
+
+    def _same_sample(self, own_SL: Tensor) -> Tensor:
+        assert self.samples is not None
+        samples_SL = self.samples[self.rows]
+        first_S1 = own_SL.int().argmax(1, keepdim=True)
+        return samples_SL == samples_SL.gather(1, first_S1)
+
+    def _behind(self, own_SL: Tensor) -> Tensor:
+        block = self.image[self.rows]
         for places in self.tasks.values():
-            block = block | places[rows]
-        # Not yet ended = some token of the block lies here or further right.
-        return block.int().flip(1).cumsum(1).flip(1) == 0
+            block = block | places[self.rows]
+        # Not yet ended = some token of the image's block lies here or further right.
+        return (block & own_SL).int().flip(1).cumsum(1).flip(1) == 0
+
+
+def _count_tokens(chosen_BL: Tensor, rows_S: Tensor) -> Tensor:
+    """``[S]`` tokens of each image: all of a row with one image; one run each in a row with several."""
+    per_row = chosen_BL.sum(1)
+    if len(rows_S.unique()) == len(rows_S):
+        return per_row[rows_S]
+    begins = chosen_BL & ~torch.cat((torch.zeros_like(chosen_BL[:, :1]), chosen_BL[:, :-1]), 1)
+    counts = []
+    for row in rows_S.unique().tolist():
+        images = int((rows_S == row).sum())
+        numbers = begins[row].cumsum(0)[chosen_BL[row]]
+        runs = numbers.bincount()[1:]
+        if images == 1:
+            runs = per_row[row][None]
+        elif len(runs) != images:
+            raise ValueError(
+                f"row {row} has {images} images in {len(runs)} runs of image tokens: give 'image_tokens', the number "
+                "of tokens of each image"
+            )
+        counts.append(runs)
+    return torch.cat(counts)

@@ -1,38 +1,76 @@
-"""The embedding losses: smooth-L1 and InfoNCE between predicted and teacher embeddings (arXiv 2412.09585, section 3).
+"""Losses between predicted and target embeddings.
 
-Each returns one number per sample; ``objective.py`` sums and weights them. Samples without a target are never passed in
-(in the published code a mask of shape (B, 1, 1) met losses of shape (B) and was broadcast over all pairs).
+Each returns one number per sample, in float32; ``objective.py`` sums and weights them. Samples without a target are
+never passed in (in the published code a mask of shape (B, 1, 1) met losses of shape (B) and was broadcast over all
+pairs). A loss is a function ``(predicted, target, mask)`` here and a line of ``config.kinds.LOSSES``; ``info_nce``
+alone compares with other samples.
 
-Shape suffixes: B = samples, P = samples in the pool, N = teacher tokens, E = teacher width.
+Sources: smooth-L1 and InfoNCE arXiv 2412.09585, section 3; cosine 2509.07979 and 2510.12276; Gram 2512.06281, after
+2508.10104.
+
+Shape suffixes: B = samples, P = samples in the pool, N = tokens, E = width.
 """
+
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize, smooth_l1_loss
+from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize, smooth_l1_loss
+
+from visper.config.kinds import loss_place
 
 MAX_SCALE = 100.0
 """Largest factor on the cosines, the cap of the trainable logit scale, as in CLIP."""
 
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Predicted and target ``[B, N, E]``, mask ``[B, N]`` (True where a token counts; None: all do) -> ``[B]``."""
 
-def smooth_l1_per_sample(predicted_BNE: Tensor, target_BNE: Tensor) -> Tensor:
-    """Smooth-L1 distance averaged over tokens and channels, in float32.
 
-    Returns:
-        ``[B]``.
+def loss_named(kind: str) -> Loss:
+    """The function of a kind of loss."""
+    module, name = loss_place(kind).split(":")
+    found: Loss = getattr(import_module(module), name)
+    return found
 
-    Raises:
-        ValueError: the shapes differ.
+
+def smooth_l1(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    """Smooth-L1 distance averaged over tokens and channels."""
+    return _averaged(smooth_l1_loss(*_paired(predicted_BNE, target_BNE), reduction="none"), mask_BN)
+
+
+def mse(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    """Squared distance averaged over tokens and channels."""
+    return _averaged(mse_loss(*_paired(predicted_BNE, target_BNE), reduction="none"), mask_BN)
+
+
+def cosine(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    """1 - cosine of each token's two embeddings, averaged over tokens."""
+    similarity_BN = cosine_similarity(*_paired(predicted_BNE, target_BNE), dim=-1)
+    return _averaged((1.0 - similarity_BN)[..., None], mask_BN)
+
+
+def gram(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    """Squared distance of the two Gram matrices (cosines between an image's own tokens), averaged over their pairs.
+
+    It asks which parts of an image are alike, not in what terms.
     """
-    if predicted_BNE.shape != target_BNE.shape:
-        raise ValueError(
-            f"predicted embeddings are {tuple(predicted_BNE.shape)}, the teacher's {tuple(target_BNE.shape)}: "
-            "expected one target per image sample, with the tokens and width that the predictor was built for"
-        )
-    return smooth_l1_loss(predicted_BNE.float(), target_BNE.float(), reduction="none").flatten(1).mean(1)
+    predicted, target = (normalize(values, dim=-1) for values in _paired(predicted_BNE, target_BNE))
+    off_BNN = (predicted @ predicted.mT - target @ target.mT).square()
+    if mask_BN is None:
+        return off_BNN.flatten(1).mean(1)
+    pairs_BNN = (mask_BN[:, :, None] & mask_BN[:, None, :]).float()
+    return (off_BNN * pairs_BNN).flatten(1).sum(1) / pairs_BNN.flatten(1).sum(1).clamp(min=1)
 
 
-def info_nce_per_sample(predicted_BNE: Tensor, pool_PNE: Tensor, labels_B: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE: cross-entropy of each sample's own target among all in the pool, in float32 (also under autocast).
+def info_nce(
+    predicted_BNE: Tensor,
+    pool_PNE: Tensor,
+    labels_B: Tensor,
+    logit_scale: Tensor,
+    mask_BN: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE: cross-entropy of each sample's own target among all in the pool, also under autocast in float32.
 
     Embeddings are flattened to one vector per sample; logits are cosines times ``min(exp(logit_scale), 100)``.
 
@@ -41,9 +79,7 @@ def info_nce_per_sample(predicted_BNE: Tensor, pool_PNE: Tensor, labels_B: Tenso
         pool_PNE: targets of the whole global batch; they receive no gradient.
         labels_B: for each sample, the row of its own target in the pool.
         logit_scale: trainable, a scalar or one element: the logarithm of the factor.
-
-    Returns:
-        ``[B]``.
+        mask_BN: True where a token counts.
 
     Raises:
         ValueError: pool and predictions differ in tokens or width, or there is not one label per sample.
@@ -54,9 +90,36 @@ def info_nce_per_sample(predicted_BNE: Tensor, pool_PNE: Tensor, labels_B: Tenso
             f"{tuple(labels_B.shape)}: expected the pool in their tokens and width, one label per sample"
         )
     with torch.autocast(predicted_BNE.device.type, enabled=False):
-        predicted = normalize(predicted_BNE.flatten(1).float(), dim=1)
         pool = pool_PNE.detach().flatten(1).float()
         # Divide the products, not the pool: a normalized copy would be saved for the backward pass of every layer.
-        cosines_BP = predicted @ pool.T / pool.norm(dim=1).clamp(min=1e-12)
+        if mask_BN is None:
+            predicted = normalize(predicted_BNE.flatten(1).float(), dim=1)
+            cosines_BP = predicted @ pool.T / pool.norm(dim=1).clamp(min=1e-12)
+        else:
+            seen = mask_BN.float()
+            predicted = normalize((predicted_BNE.float() * seen[..., None]).flatten(1), dim=1)
+            norms_BP = (seen @ pool_PNE.detach().float().square().sum(-1).T).sqrt()
+            cosines_BP = predicted @ pool.T / norms_BP.clamp(min=1e-12)
         scale = logit_scale.float().exp().clamp(max=MAX_SCALE)
         return cross_entropy(cosines_BP * scale, labels_B, reduction="none")
+
+
+def _paired(predicted_BNE: Tensor, target_BNE: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32; the target gets no gradient.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if predicted_BNE.shape != target_BNE.shape:
+        raise ValueError(
+            f"predicted embeddings are {tuple(predicted_BNE.shape)}, the targets {tuple(target_BNE.shape)}: "
+            "expected one target per image, with the tokens and width that the head was built for"
+        )
+    return predicted_BNE.float(), target_BNE.detach().float()
+
+
+def _averaged(values_BNE: Tensor, mask_BN: Tensor | None) -> Tensor:
+    if mask_BN is None:
+        return values_BNE.flatten(1).mean(1)
+    seen = mask_BN.float()
+    return (values_BNE.mean(-1) * seen).sum(1) / seen.sum(1).clamp(min=1)

@@ -1,52 +1,110 @@
 """The distillation objective: the losses of every task and tapped layer, summed (arXiv 2412.09585, section 3).
 
-    sum over tasks t, layers l:  w_t * (mean of smooth-L1 + 0.3 * mean of InfoNCE)
+    sum over tasks t, layers l:  w_t * sum over losses k:  a_tk * (mean of loss k)
 
-The losses are in ``losses.py``, the predictors in ``heads.py``. Means are over the samples of the *global* batch that
-have an image: each term here is a sum over local samples divided by that number, so that splitting a batch over
-micro-batches or ranks changes no sum. Text-only samples contribute nothing. (The published code zeroes its masks in
-place before the losses, and divides by all samples.)
+The published method has smooth-L1 + 0.3 InfoNCE at task tokens. The losses are in ``losses.py``, what predicts in
+``heads.py``. Means are over the images of the *global* batch: each term here is a sum over local images divided by
+their number, so that splitting a batch over micro-batches or ranks changes no sum. Text-only samples contribute
+nothing. (The published code zeroes its masks in place before the losses, and divides by all samples.)
 
-Shape suffixes: B = rows, L = sequence, D = LLM width, R = rows with an image, K = keys, Q = queries, N = teacher
-tokens, E = teacher width, P = samples in the pool.
+Shape suffixes: B = rows, L = sequence, D = LLM width, S = images, K = positions read of an image, Q = queries, T =
+image tokens of all images, M = targets, N = teacher tokens, E = teacher width, P = images in the pool.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from visper.config import Distillation, PredictorSpec
-from visper.distillation.heads import EmbeddingPredictor, check_predictor, query_source
-from visper.distillation.layout import KeyPlaces, TokenLayout
-from visper.distillation.losses import info_nce_per_sample, smooth_l1_per_sample
+from visper.config import PUBLISHED_LOSS, Distillation, Head, Position
+from visper.config import Task as TaskConfig
+from visper.distillation.alignment import TokenPlaces, laid_on_grid, laid_on_tokens, pooled
+from visper.distillation.heads import ResamplerHead, build_head, check_head_fits, query_source
+from visper.distillation.layout import Positions, TokenLayout
+from visper.distillation.losses import info_nce, loss_named
 from visper.distillation.targets import Targets
 from visper.distillation.teachers.base import TargetSpec
 
-SMOOTH_L1, CONTRASTIVE = "smooth_l1", "contrastive"
-"""The two kinds of term: the last part of a term's name."""
+CONTRASTIVE = "info_nce"
+"""The one loss that compares with the targets of the global batch, by a trainable scale."""
+PROJECTED = 0
+"""Number of the layer in front of the first: what the decoder is given, at image tokens the projector's output."""
 
 
 @dataclass(frozen=True)
 class DistilledTask:
-    """One task of the objective: target shape, tapped layers (counted from 1), predictor architecture, loss weight."""
+    """One task of the objective, see ``config.Task``.
+
+    Attributes:
+        target: shape of what is predicted.
+        layers: decoder layers, counted from 1; none at the projector.
+        own: the student's own part that makes the target, "encoder" or "projector"; None: a teacher does.
+        end: share of the steps at which the weight has fallen to zero; None: it stays.
+    """
 
     target: TargetSpec
-    layers: tuple[int, ...]
-    predictor: PredictorSpec = field(default_factory=PredictorSpec)
+    layers: tuple[int, ...] = ()
+    head: Head = field(default_factory=lambda: Head.model_validate({}))
     weight: float = 0.5
+    at: Position = Position.TASK_TOKENS
+    loss: Mapping[str, float] = field(default_factory=lambda: dict(PUBLISHED_LOSS))
+    own: str | None = None
+    end: float | None = None
+
+    @classmethod
+    def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
+        """A recipe's task, its target of the given shape."""
+        own = config.target.kind if config.target.own else None
+        end = None if config.schedule is None else config.schedule.end
+        return cls(target, config.layers, config.head, config.weight, config.at, config.loss, own, end)
 
     @property
-    def queries(self) -> Literal["matrix", "states"]:
-        """Where its predictors' queries come from."""
-        return query_source(self.predictor, self.target)
+    def tapped(self) -> tuple[int, ...]:
+        """The layers whose states it reads; ``PROJECTED`` at the projector."""
+        return (PROJECTED,) if self.at is Position.PROJECTOR else self.layers
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether its heads' queries are the rows of a query matrix outside of them."""
+        resamples = self.head.kind == "resampler" and self.at is Position.TASK_TOKENS
+        return resamples and query_source(self.head, self.target) == "matrix"
+
+    def head_name(self, name: str, layer: int) -> str:
+        """Where in ``predictors`` the head of a layer is, ``name`` being the task's."""
+        return f"{name}_{'shared' if self.head.shared else layer}"
+
+    def weight_at(self, progress: float) -> float:
+        """The weight after this share of the steps."""
+        return self.weight if self.end is None else self.weight * max(0.0, 1.0 - progress / self.end)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a task reads of a batch.
+
+    Attributes:
+        positions: of the states that its heads are given.
+        places: for token heads at image tokens, where on the image these are.
+        chosen: ``[S, L]``, True at the states whose mean is the query; None: queries come from elsewhere.
+    """
+
+    positions: Positions
+    places: TokenPlaces | None = None
+    chosen: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[S, K]``, True at the tokens that predict something; None: all do."""
+        return self.positions.mask if self.places is None else self.places.mask
 
 
 class EmbeddingDistillation(nn.Module):
-    """Predicts teachers' embeddings from hidden states and computes their losses.
+    """Predicts targets from hidden states and computes their losses.
 
     Teachers are not part of it: their targets come with the batch.
 
@@ -54,17 +112,16 @@ class EmbeddingDistillation(nn.Module):
         tasks: what to distil.
         llm_width: width of the student's hidden states.
         llm_layers: number of its decoder layers.
-        contrastive_weight: factor of the contrastive terms in ``total``.
         init_logit_scale: initial value of each task's logit scale.
-        text_keys: predictors also read the text behind the image.
+        text_keys: resamplers at task tokens also read the text behind the image.
 
     Attributes:
-        layers: every tapped layer, ascending.
-        predictors: one per task and layer, named "depth_20".
-        logit_scales: ``[1]`` per task.
+        layers: every tapped layer, ascending; ``PROJECTED`` among them if a task reads the projector.
+        predictors: one head per task and layer, named "depth_20", or one per task, named "depth_shared".
+        logit_scales: ``[1]`` per task with InfoNCE.
 
     Raises:
-        ValueError: a layer beyond the model, or a target that the task's predictor cannot produce.
+        ValueError: a layer beyond the model, or a target that the task's head cannot predict.
     """
 
     def __init__(
@@ -72,7 +129,6 @@ class EmbeddingDistillation(nn.Module):
         tasks: Mapping[str, DistilledTask],
         llm_width: int,
         llm_layers: int,
-        contrastive_weight: float = 0.3,
         init_logit_scale: float = 2.0,
         text_keys: bool = True,
     ) -> None:
@@ -80,34 +136,43 @@ class EmbeddingDistillation(nn.Module):
         for name, task in tasks.items():
             _check(name, task, llm_layers)
         self.tasks = dict(tasks)
-        self.layers: tuple[int, ...] = tuple(sorted({layer for task in tasks.values() for layer in task.layers}))
+        tapped = {layer for task in tasks.values() for layer in task.tapped}
+        tapped |= {PROJECTED for task in tasks.values() if task.own == "projector"}
+        self.layers: tuple[int, ...] = tuple(sorted(tapped))
+        self._factors = {
+            _term(name, layer, kind): (name, factor)
+            for name, task in tasks.items()
+            for layer in task.tapped
+            for kind, factor in task.loss.items()
+        }
         self.llm_width = llm_width
-        self.contrastive_weight = contrastive_weight
         self.text_keys = text_keys
         self.recompute = False
-        """Whether predictors are recomputed in the backward pass: their activations are as large as the LLM's."""
-        self.predictors = nn.ModuleDict(
-            {
-                f"{name}_{layer}": EmbeddingPredictor(llm_width, task.target, task.predictor)
-                for name, task in tasks.items()
-                for layer in task.layers
-            }
-        )
+        """Whether heads are recomputed in the backward pass: their activations are as large as the LLM's."""
+        self.predictors = nn.ModuleDict()
+        for name, task in tasks.items():
+            for layer in task.tapped:
+                if task.head_name(name, layer) not in self.predictors:
+                    head = build_head(task.head, llm_width, task.target, task.at)
+                    self.predictors[task.head_name(name, layer)] = head
+        scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
+        # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
-            # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
-            {name: nn.Parameter(torch.full((1,), float(init_logit_scale))) for name in tasks}
+            {name: nn.Parameter(torch.full((1,), float(init_logit_scale))) for name in scaled}
         )
 
     @classmethod
     def from_config(
         cls, config: Distillation, targets: Mapping[str, TargetSpec], llm_width: int, llm_layers: int
-    ) -> "EmbeddingDistillation":
-        """The objective of a run; ``targets`` are the specs of its teachers, by task."""
-        tasks = {
-            name: DistilledTask(targets[name], task.layers, task.predictor, task.weight)
-            for name, task in config.tasks.items()
-        }
-        return cls(tasks, llm_width, llm_layers, config.contrastive_weight, config.init_logit_scale, config.text_keys)
+    ) -> EmbeddingDistillation:
+        """The objective of a run; ``targets`` are the shapes of its tasks' targets."""
+        tasks = {name: DistilledTask.of(task, targets[name]) for name, task in config.tasks.items()}
+        return cls(tasks, llm_width, llm_layers, config.init_logit_scale, config.text_keys)
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether a target is what enters the student's projector."""
+        return any(task.own == "encoder" for task in self.tasks.values())
 
     def forward(
         self,
@@ -115,60 +180,120 @@ class EmbeddingDistillation(nn.Module):
         layout: TokenLayout,
         queries: Mapping[str, Tensor],
         targets: Mapping[str, Targets],
-        image_rows: Tensor,
         num_images: Tensor | int,
+        encoded_TE: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """This micro-batch's share of every term.
 
         Args:
             hidden: per tapped layer ``[B, L, D]``.
-            layout: positions of image, task tokens and text.
-            queries: per task its query matrix ``[Q, D]``; not read for predictors with queries "states".
-            targets: per task, targets of the image rows and the pool; not read if there are no image rows.
-            image_rows: ``[R]`` rows that have an image.
-            num_images: samples with an image in the global batch.
+            layout: positions of images, task tokens and text.
+            queries: per task its query matrix ``[Q, D]``; read by heads with queries "matrix".
+            targets: per task with a teacher, targets of the images and the pool; not read if there are no images.
+            num_images: images in the global batch.
+            encoded_TE: what entered the projector, one row for each image token; for targets "encoder".
 
         Returns:
-            Term, such as "depth/20/smooth_l1" -> unweighted scalar. Without image rows each is a zero that depends on
-            every parameter (DDP and ZeRO wait for their gradients) and whose gradient is exactly zero.
+            Term, such as "depth/20/smooth_l1" -> unweighted scalar. Without images each is a zero that depends on every
+            parameter (DDP and ZeRO wait for their gradients) and whose gradient is exactly zero.
         """
-        if not len(image_rows):
-            return self._zero_terms(queries)
+        if not len(layout.rows):
+            return self._zero_terms(queries, hidden)
         terms: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            target = _target_of(name, targets, len(image_rows))
-            predicted = self.predict(name, hidden, layout, queries, image_rows)
-            for layer in task.layers:
-                contrastive = info_nce_per_sample(predicted[layer], target.pool, target.labels, self.logit_scales[name])
-                terms[f"{name}/{layer}/{SMOOTH_L1}"] = (
-                    smooth_l1_per_sample(predicted[layer], target.own).sum() / num_images
-                )
-                terms[f"{name}/{layer}/{CONTRASTIVE}"] = contrastive.sum() / num_images
+            reading = self._reading(name, layout)
+            if task.own is None:
+                given = _target_of(name, targets, len(layout.rows))
+                target = self._fitted(task, given.own, reading)
+            else:
+                given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
+            predicted = self._predicted(name, hidden, queries, reading)
+            for layer in task.tapped:
+                for kind in task.loss:
+                    if kind == CONTRASTIVE:
+                        assert given is not None
+                        value = self._contrastive(name, predicted[layer], given, reading)
+                    else:
+                        value = loss_named(kind)(predicted[layer], target, _loss_mask(task, reading))
+                    terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
 
     def predict(
-        self,
-        name: str,
-        hidden: Mapping[int, Tensor],
-        layout: TokenLayout,
-        queries: Mapping[str, Tensor],
-        image_rows: Tensor,
+        self, name: str, hidden: Mapping[int, Tensor], layout: TokenLayout, queries: Mapping[str, Tensor]
     ) -> dict[int, Tensor]:
-        """Per tapped layer of task ``name``, the predicted embeddings ``[R, N, E]`` of the image rows."""
+        """Per tapped layer of task ``name``, the images' predicted embeddings ``[S, N, E]``, on the target's grid.
+
+        Raises:
+            ValueError: predictions at image tokens that are no square grid.
+        """
+        task, reading = self.tasks[name], self._reading(name, layout)
+        predicted = self._predicted(name, hidden, queries, reading)
+        if reading.places is None or task.own is not None:
+            return predicted
+        return {layer: laid_on_grid(value, task.target, reading.places) for layer, value in predicted.items()}
+
+    def total(self, terms: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
+        """The weighted sum of the terms, to be added to the next-token loss.
+
+        Args:
+            progress: share of the steps that are done, for tasks whose weight falls.
+        """
+        weights = {name: task.weight_at(progress) for name, task in self.tasks.items()}
+        parts = []
+        for term, value in terms.items():
+            name, factor = self._factors[term]
+            parts.append(weights[name] * factor * value)
+        return torch.stack(parts).sum()
+
+    def _reading(self, name: str, layout: TokenLayout) -> Reading:
         task = self.tasks[name]
-        places = layout.keys(name, image_rows, self.text_keys)
-        own = layout.own_tokens(name, image_rows)
-        predicted: dict[int, Tensor] = {}
-        matrix = queries[name] if task.queries == "matrix" else None
+        resamples = task.head.kind == "resampler"
+        at_tokens = task.at is Position.TASK_TOKENS
+        own = layout.own_tokens(name) if at_tokens else None
+        if resamples:
+            positions = layout.keys(name, self.text_keys) if at_tokens else layout.image_positions()
+            by_states = query_source(task.head, task.target) == "states"
+            chosen = own if own is not None else layout.own_image_tokens()
+            return Reading(positions, chosen=chosen if by_states else None)
+        if own is not None:
+            return Reading(Positions.of(layout.rows, own))
+        positions = layout.image_positions()
+        return Reading(positions, None if task.own else TokenPlaces.of(layout, positions))
+
+    def _predicted(
+        self, name: str, hidden: Mapping[int, Tensor], queries: Mapping[str, Tensor], reading: Reading
+    ) -> dict[int, Tensor]:
+        """``[S, N, E]`` of a resampler, ``[S, K, E]`` of a token head, per layer."""
+        task = self.tasks[name]
+        matrix = queries[name][None] if task.needs_matrix else None
 
         def embedding(layer: int, states_BLD: Tensor) -> Tensor:
-            states_RLD = states_BLD[image_rows]
-            query = matrix[None] if matrix is not None else _mean_state(states_RLD, own)
-            return self._predictor(name, layer, _gathered(states_RLD, places), query, places.mask)
+            query = matrix if reading.chosen is None else _mean_state(states_BLD, reading)
+            predicted = self._head(name, layer, reading.positions.gather(states_BLD), query, reading.positions.mask)
+            pools = task.at is Position.TASK_TOKENS and task.head.kind != "resampler"
+            return pooled(predicted, min(predicted.shape[1], task.target.tokens)) if pools else predicted
 
-        for layer in task.layers:
-            predicted[layer] = self._run(embedding, layer, hidden[layer])
-        return predicted
+        return {layer: self._run(embedding, layer, hidden[layer]) for layer in task.tapped}
+
+    def _fitted(self, task: DistilledTask, target_MNE: Tensor, reading: Reading, image: int | None = None) -> Tensor:
+        """Targets in the form of the predictions; ``image``: all in that of one image's."""
+        if task.head.kind == "resampler":
+            return target_MNE
+        if reading.places is not None:
+            return laid_on_tokens(target_MNE, task.target, reading.places, image)
+        return pooled(target_MNE, min(reading.positions.index.shape[1], task.target.tokens))
+
+    def _contrastive(self, name: str, predicted_SKE: Tensor, given: Targets, reading: Reading) -> Tensor:
+        task, scale, mask = self.tasks[name], self.logit_scales[name], _loss_mask(self.tasks[name], reading)
+        if reading.places is None or reading.places.side is not None:
+            return info_nce(predicted_SKE, self._fitted(task, given.pool, reading, 0), given.labels, scale, mask)
+        # Images of several shapes: each is compared with the pool laid on its own tokens.
+        values = []
+        for at in range(len(predicted_SKE)):
+            pool, own = self._fitted(task, given.pool, reading, at), slice(at, at + 1)
+            seen = None if mask is None else mask[own]
+            values.append(info_nce(predicted_SKE[own], pool, given.labels[own], scale, seen))
+        return torch.cat(values)
 
     def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """``embedding(*arguments)``; with ``recompute``, its activations are computed again for the gradient."""
@@ -177,36 +302,34 @@ class EmbeddingDistillation(nn.Module):
             return again
         return embedding(*arguments)
 
-    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms, to be added to the next-token loss."""
-        factors = {SMOOTH_L1: 1.0, CONTRASTIVE: self.contrastive_weight}
-        parts = []
-        for term, value in terms.items():
-            name, _, kind = term.split("/")
-            parts.append(self.tasks[name].weight * factors[kind] * value)
-        return torch.stack(parts).sum()
-
-    def _predictor(self, name: str, layer: int, states: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
-        predictor = self.predictors[f"{name}_{layer}"]
+    def _head(self, name: str, layer: int, states: Tensor, query: Tensor | None, mask: Tensor | None) -> Tensor:
+        head = self.predictors[self.tasks[name].head_name(name, layer)]
         if not torch.is_autocast_enabled(states.device.type):
-            # A student in bfloat16 may have predictors that train in float32.
-            dtype = next(predictor.parameters()).dtype
-            states, query = states.to(dtype), query.to(dtype)
-        predicted: Tensor = predictor(states, query, mask)
+            # A student in bfloat16 may have heads that train in float32.
+            dtype = next((parameter.dtype for parameter in head.parameters()), torch.float32)
+            states, query = states.to(dtype), None if query is None else query.to(dtype)
+        predicted: Tensor = head(states, query, mask) if isinstance(head, ResamplerHead) else head(states)
         return predicted
 
-    def _zero_terms(self, queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _zero_terms(self, queries: Mapping[str, Tensor], hidden: Mapping[int, Tensor]) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            state = self.logit_scales[name].new_zeros(1, 1, self.llm_width)
-            query = queries[name][None] if name in queries else state
+            state = next(iter(hidden.values())).new_zeros((1, 1, self.llm_width), dtype=torch.float32)
+            query: Tensor | None = queries[name][None] if name in queries else state
+            if task.head.kind == "resampler" and task.at is not Position.TASK_TOKENS:
+                query = state if query_source(task.head, task.target) == "states" else None
             # A forward pass over one state of zeros, in the order of a real one: ZeRO gathers weights when a module is
             # called, and reduces gradients in the order they arrive.
-            predicted = {layer: self._run(self._predictor, name, layer, state, query, None) for layer in task.layers}
-            for layer in task.layers:
-                terms[f"{name}/{layer}/{SMOOTH_L1}"] = 0.0 * predicted[layer].float().sum()
-                terms[f"{name}/{layer}/{CONTRASTIVE}"] = 0.0 * self.logit_scales[name].float().sum()
+            predicted = {layer: self._run(self._head, name, layer, state, query, None) for layer in task.tapped}
+            for layer in task.tapped:
+                for kind in task.loss:
+                    reached = self.logit_scales[name] if kind == CONTRASTIVE else predicted[layer]
+                    terms[_term(name, layer, kind)] = 0.0 * reached.float().sum()
         return terms
+
+
+def _term(name: str, layer: int, kind: str) -> str:
+    return f"{name}/{layer}/{kind.rsplit(':')[-1]}"
 
 
 def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
@@ -218,28 +341,48 @@ def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
             f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, each to be "
             f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
         )
-    check_predictor(name, task.predictor, task.target)
+    check_head_fits(name, task.head, task.target, task.at)
 
 
-def _target_of(name: str, targets: Mapping[str, Targets], rows: int) -> Targets:
+def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:
     if name not in targets:
         raise ValueError(
             f"the batch has targets of {list(targets)} but none of '{name}': give the targets of every task"
         )
     target = targets[name]
-    if len(target.own) != rows:
-        raise ValueError(
-            f"task '{name}': {len(target.own)} targets for {rows} rows with an image: give one per row; leave rows "
-            "with several images out of 'image_rows', or put each image into its own row"
-        )
+    if len(target.own) != images:
+        raise ValueError(f"task '{name}': {len(target.own)} targets for {images} images: give one per image")
     return target
 
 
-def _gathered(states_RLD: Tensor, places: KeyPlaces) -> Tensor:
-    index_RKD = places.index[:, :, None].expand(-1, -1, states_RLD.shape[-1])
-    return states_RLD.gather(1, index_RKD)
+def _own_target(
+    task: DistilledTask, positions: Positions, hidden: Mapping[int, Tensor], encoded_TE: Tensor | None
+) -> Tensor:
+    """``[S, K, E]``: what the student's own encoder or projector has at the positions of its image tokens."""
+    if task.own == "projector":
+        return positions.gather(hidden[PROJECTED]).detach()
+    assert encoded_TE is not None, "the caller taps what the objective reads"
+    mask = positions.mask if positions.mask is not None else torch.ones_like(positions.index, dtype=torch.bool)
+    if len(encoded_TE) != int(mask.sum()):
+        raise ValueError(
+            f"the encoder gave {len(encoded_TE)} features for {int(mask.sum())} image tokens: target 'encoder' needs "
+            "one for each; take target 'projector'"
+        )
+    target_SKE = encoded_TE.new_zeros(*mask.shape, encoded_TE.shape[-1])
+    target_SKE[mask] = encoded_TE.detach()
+    return target_SKE
 
 
-def _mean_state(states_RLD: Tensor, own_RL: Tensor) -> Tensor:
-    weights = own_RL.to(states_RLD.dtype) / own_RL.sum(1, keepdim=True).to(states_RLD.dtype)
-    return torch.einsum("rl,rld->rd", weights, states_RLD)[:, None]
+def _loss_mask(task: DistilledTask, reading: Reading) -> Tensor | None:
+    reads_tokens = task.head.kind != "resampler" and task.at is not Position.TASK_TOKENS
+    return reading.mask if reads_tokens else None
+
+
+def _mean_state(states_BLD: Tensor, reading: Reading) -> Tensor:
+    """``[S, 1, D]``: the mean of the states that queries come from."""
+    chosen_SL = reading.chosen
+    assert chosen_SL is not None
+    weights = chosen_SL.to(states_BLD.dtype) / chosen_SL.sum(1, keepdim=True).to(states_BLD.dtype)
+    if len(states_BLD) == 1:  # a packed row is not copied for each of its images
+        return (weights @ states_BLD[0])[:, None]
+    return torch.einsum("sl,sld->sd", weights, states_BLD[reading.positions.rows])[:, None]

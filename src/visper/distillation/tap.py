@@ -22,25 +22,33 @@ class HiddenStateTap:
 
     Args:
         decoder: the text model, with ``layers`` and a final norm (``model.get_decoder()``).
-        layers: decoder layers, counted from 1. The state of the last one is taken after the final norm, as published.
+        layers: decoder layers, counted from 1; 0 is what the first one is given. The state of the last one is taken
+            after the final norm, as published.
 
     Raises:
         ValueError: a layer the decoder does not have, or a last layer without a final norm.
     """
 
     def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
+        layers = tuple(layers)
         stack = getattr(decoder, "layers", None)
         if not isinstance(stack, nn.ModuleList):
             raise ValueError(f"{type(decoder).__name__} has no list 'layers': pass the model's get_decoder()")
+        self._first: nn.Module = stack[0]
         self._modules: dict[int, nn.Module] = {}
         for layer in layers:
+            if layer == 0:
+                continue
             if not 1 <= layer <= len(stack):
                 raise ValueError(f"layer {layer} does not exist: the model has layers 1 to {len(stack)}")
             self._modules[layer] = stack[layer - 1] if layer < len(stack) else _final_norm(decoder, layer)
+        self._reads_input = 0 in set(layers)
         self._handles: list[RemovableHandle] = []
         self._caught: dict[int, Tensor] = {}
 
     def __enter__(self) -> dict[int, Tensor]:
+        if self._reads_input:
+            self._handles.append(self._first.register_forward_pre_hook(self._catch_input, with_kwargs=True))
         for layer, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._catcher(layer)))
         return self._caught
@@ -52,6 +60,9 @@ class HiddenStateTap:
             handle.remove()
         self._handles.clear()
         self._caught.clear()
+
+    def _catch_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._caught[0] = args[0] if args else kwargs["hidden_states"]
 
     def _catcher(self, layer: int) -> Any:
         def catch(module: nn.Module, args: Any, output: Any) -> None:
@@ -69,3 +80,24 @@ def _final_norm(decoder: nn.Module, layer: int) -> nn.Module:
         f"layer {layer} is the last of {type(decoder).__name__}, whose final norm is under none of "
         f"{', '.join(FINAL_NORMS)}: tap an earlier layer"
     )
+
+
+class InputTap:
+    """Captures what enters a module while it is open: ``with InputTap(projector) as inputs: ...``; one entry a call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._caught: list[Tensor] = []
+
+    def __enter__(self) -> list[Tensor]:
+        self._handle = self._module.register_forward_pre_hook(self._catch, with_kwargs=True)
+        return self._caught
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.remove()
+        self._caught.clear()
+
+    def _catch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._caught.append(args[0] if args else next(iter(kwargs.values())))

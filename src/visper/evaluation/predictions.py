@@ -39,7 +39,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
 
     Args:
         output: the folder with ``model/`` and ``distillation/``, or its ``model``.
-        overrides: changes to its run, such as ``distillation.tasks.depth.teacher.model=elsewhere``.
+        overrides: changes to its run, such as ``distillation.tasks.depth.target.model=elsewhere``.
 
     Raises:
         ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learned from.
@@ -53,7 +53,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.teacher.model=PLACE"
+            f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.target.model=PLACE"
         ) from error
     model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
     require_undamaged(folder / "distillation")

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from visper.config import Distillation, Run, Student, Teacher
-from visper.config.teacher_kinds import TEACHERS
+from visper.config import Distillation, Run, Student, Target
+from visper.config.kinds import TEACHERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,15 +65,15 @@ def _student(student: Student, saved: Student | None) -> Student:
 def _distillation(distillation: Distillation, saved: Distillation | None) -> Distillation:
     tasks = {}
     for name, task in distillation.tasks.items():
-        before = saved.tasks[name].teacher if saved and name in saved.tasks else None
-        tasks[name] = task.model_copy(update={"teacher": _teacher(task.teacher, before)})
+        before = saved.tasks[name].target if saved and name in saved.tasks else None
+        tasks[name] = task.model_copy(update={"target": _target(task.target, before)})
     return distillation.model_copy(update={"tasks": tasks})
 
 
-def _teacher(teacher: Teacher, saved: Teacher | None) -> Teacher:
-    if teacher.kind not in TEACHERS or "revision" not in TEACHERS[teacher.kind].options:
-        return teacher  # it loads no hub model, or in a way that is its own
-    revision = teacher.revision
-    if revision is None and saved is not None and saved.model == teacher.model:
+def _target(target: Target, saved: Target | None) -> Target:
+    if target.model is None or target.kind not in TEACHERS or "revision" not in TEACHERS[target.kind].options:
+        return target  # it loads no hub model, or in a way that is its own
+    revision = target.revision
+    if revision is None and saved is not None and saved.model == target.model:
         revision = saved.revision
-    return teacher.model_copy(update={"revision": commit_of(teacher.model, revision) or revision})
+    return target.model_copy(update={"revision": commit_of(target.model, revision) or revision})

@@ -66,7 +66,7 @@ class TaskTokens(nn.Module):
             rows = queries[task].shape[0]
             if rows % len(task_ids):
                 raise ConfigError(
-                    f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'predictor.num_queries' to a "
+                    f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'head.num_queries' to a "
                     f"multiple of {len(task_ids)}"
                 )
         # float32 whatever the student's precision: their updates are small.
@@ -102,6 +102,13 @@ class TaskTokens(nn.Module):
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
+
+    @classmethod
+    def of_vocabulary(cls, ids: Mapping[str, list[int]], embedding: nn.Module, rows: Mapping[str, int]) -> TaskTokens:
+        """Trainable task tokens of a trained student: each one's row stands in as many ``rows`` of its query matrix."""
+        start = cls.frozen(ids, embedding)
+        repeats = {task: max(1, rows.get(task, 0) // len(task_ids)) for task, task_ids in ids.items()}
+        return cls(ids, {task: start.queries[task].repeat_interleave(n, 0) for task, n in repeats.items()})
 
     @classmethod
     def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visper.config import Run
-from visper.config import Teacher as TeacherConfig
+from visper.config import Run, Target
 from visper.distillation import Teacher, build_teacher
 from visper.distillation.teachers.tasks import DTYPES
 from visper.model.hub import sizes_of
@@ -22,9 +21,14 @@ PUBLISHED: Mapping[str, tuple[str, str, int]] = {
     "oneformer": ("OneFormerModel", "pixel_level_module.encoder", 768),
     "unclip": ("CLIPVisionModelWithProjection", "", 224),
     "features": ("AutoModel", "", 0),
+    "dinov2": ("AutoModel", "", 0),
 }
 """Kind -> transformers class that its configuration describes, the part of it that runs, pixels a side unless the
 options say (0: the encoder's own). They are measured without their weights; other kinds are loaded and run."""
+
+
+FEATURES = ("features", "dinov2")
+"""Kinds that run at sizes other than their own."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,19 @@ def measure_teachers(run: Run, on_gpu: bool) -> tuple[dict[str, TeacherSize], li
     sizes: dict[str, TeacherSize] = {}
     loaded: list[Teacher] = []
     images = run.optimization.micro_batch
-    for task, settings in (run.distillation.tasks if run.distillation else {}).items():
-        if settings.teacher.kind in PUBLISHED:
+    for task, settings in (run.distillation.taught if run.distillation else {}).items():
+        if settings.target.kind in PUBLISHED:
             assert run.distillation is not None
             dtype = run.distillation.teacher_dtype or (run.optimization.precision if on_gpu else "float32")
-            sizes[task] = _published(settings.teacher, images, DTYPES[dtype])
+            sizes[task] = _published(settings.target, images, DTYPES[dtype])
         else:
-            teacher = build_teacher(settings.teacher.kind, settings.teacher.model, **settings.teacher.options)
+            teacher = build_teacher(settings.target.kind, settings.target.place, **settings.target.options)
             sizes[task] = _loaded(teacher, images, on_gpu)
             loaded.append(teacher)
     return sizes, loaded
 
 
-def _published(settings: TeacherConfig, images: int, dtype: torch.dtype) -> TeacherSize:
+def _published(settings: Target, images: int, dtype: torch.dtype) -> TeacherSize:
     class_name, part, side = PUBLISHED[settings.kind]
     model, config = _skeleton(settings, class_name)
     side = int(settings.options.get("size") or side or config.image_size)
@@ -69,7 +73,7 @@ def _published(settings: TeacherConfig, images: int, dtype: torch.dtype) -> Teac
     fake_parameters(model, fake)
     held = [*model.parameters(), *model.buffers()]
     running: Any = model.get_submodule(part)
-    extras = {"interpolate_pos_encoding": True} if settings.kind == "features" and side != config.image_size else {}
+    extras = {"interpolate_pos_encoding": True} if settings.kind in FEATURES and side != config.image_size else {}
     with fake:
         pixels = torch.empty(images, 3, side, side, dtype=dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes(fake, held) as live:
@@ -77,13 +81,13 @@ def _published(settings: TeacherConfig, images: int, dtype: torch.dtype) -> Teac
     return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), counter.get_total_flops() / images)
 
 
-def _skeleton(settings: TeacherConfig, class_name: str) -> tuple[nn.Module, Any]:
+def _skeleton(settings: Target, class_name: str) -> tuple[nn.Module, Any]:
     import transformers
 
     kind, options = settings.kind, settings.options
     trust = bool(options.get("trust_remote_code", False))
-    config: Any = sizes_of(settings.model, f"{kind} teacher", str(options.get("subfolder", "")), trust)
-    if kind == "features":
+    config: Any = sizes_of(settings.place, f"{kind} teacher", str(options.get("subfolder", "")), trust)
+    if kind in FEATURES:
         config = getattr(config, "vision_config", config)
     made = getattr(transformers, class_name)
     with torch.device("meta"):

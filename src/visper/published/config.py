@@ -62,7 +62,7 @@ class Head:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The resampler's sizes, by the names of ``PredictorSpec``."""
+        """The resampler's sizes, by the names of ``config.Head``."""
         return {"depth": self.depth, "heads": self.heads, "head_width": self.head_width, "ff_mult": self.ff_mult}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
-from visper.distillation.heads import PerceiverResampler
+from visper.distillation.resampler import PerceiverResampler
 from visper.published.config import Head
 
 PROBES_FILE = "probes.json"
@@ -25,7 +25,7 @@ class Probe(nn.Module):
         width_in: width of the hidden states (D).
         tokens, width: the embedding's tokens (N) and width (E).
         mlp: a Linear-ReLU-Linear behind the resampler.
-        depth, heads, head_width, ff_mult: the resampler's sizes; see ``PredictorSpec``.
+        depth, heads, head_width, ff_mult: the resampler's sizes; see ``config.Head``.
     """
 
     def __init__(self, width_in: int, tokens: int, width: int, mlp: bool = False, **sizes: int) -> None:

@@ -179,13 +179,15 @@ def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
     The checkpoint names its own teachers by a .pth file and by repositories that no longer exist.
     """
     recipe = read_recipe(PT_RECIPE)
+    contrastive = published.config.get("contrastive_loss_weight", 0.3)
     published_tasks = recipe["distillation"]["tasks"]
     tasks = {
         task: {
-            "teacher": published_tasks[task]["teacher"],
+            "target": published_tasks[task]["target"],
             "layers": head.layers,
             "weight": head.weight,
-            "predictor": {**published_tasks[task].get("predictor", {}), **head.sizes, "mlp": head.mlp},
+            "head": {**published_tasks[task].get("head", {}), **head.sizes, "mlp": head.mlp},
+            "loss": {"smooth_l1": 1.0, **({"info_nce": contrastive} if contrastive else {})},
         }
         for task, head in published.heads.items()
     }
@@ -197,7 +199,6 @@ def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
         "data": {**recipe["data"], "geometry": published.geometry.value},
         "distillation": {
             "tasks": tasks,
-            "contrastive_weight": published.config.get("contrastive_loss_weight", 0.3),
             "text_keys": bool(published.config.get("pass_text_to_aux", True)),
         },
     }

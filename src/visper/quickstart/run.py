@@ -206,7 +206,7 @@ def check_learning(result: Result) -> None:
     stuck = []
     for stage in result.runs:
         logs = read_log(result.out / stage)
-        terms = [name for name in logs[0] if name == "ntp" or name.endswith(("/smooth_l1", "/contrastive"))]
+        terms = [name for name in logs[0] if name == "ntp" or name.endswith(("/smooth_l1", "/info_nce"))]
         third = max(1, len(logs) // 3)  # single batches are noisy
 
         def mean(name: str, entries: list[dict[str, float]]) -> float:

@@ -98,7 +98,7 @@ def _open_rows(data: Data, state: PartialState, quiet: bool) -> Records:
 def _require_revisions(made_by: Mapping[str, Fingerprint], distillation: Distillation) -> None:
     for task, fingerprint in made_by.items():
         if fingerprint.revision is None:
-            model = distillation.tasks[task].teacher.model
+            model = distillation.tasks[task].target.place
             raise ConfigError(
                 f"task '{task}': '{model}' is not a folder, and the hub cannot be asked for its commit: "
                 f"`hf download {model}` first"
@@ -156,7 +156,7 @@ def _open_outputs(
             made_by[task],
             spec,
             teacher_dtype(distillation, precision),
-            distillation.tasks[task].teacher.model,
+            distillation.tasks[task].target.place,
             {name: version(name) for name in ("visper-lm", "torch", "transformers", "pillow")}
             | {"python": platform.python_version()},
         )

@@ -34,7 +34,7 @@ def damaged_parts(
         raise ConfigError(f"there is no target store at '{store}': {remedy}")
     parts = []
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
-        folder = find_folder(store, task, fingerprint, distillation.tasks[task].teacher.model, remedy)
+        folder = find_folder(store, task, fingerprint, distillation.tasks[task].target.place, remedy)
         codec = TargetCodec(StoredTeacher.read(folder).spec, dtype)
         parts += [(part, codec) for part in sorted(folder.glob("*.safetensors"))]
     for part, codec in track(parts, description="verifying checksums", quiet=quiet):

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.cache import key
-from visper.config import Task
-from visper.config import Teacher as TeacherSettings
-from visper.config.teacher_kinds import TEACHERS
+from visper.config import Target, Task
+from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
 COMPUTATION = 2
@@ -49,7 +48,7 @@ class Fingerprint:
     computation: int = COMPUTATION
 
     @classmethod
-    def of(cls, teacher: TeacherSettings, geometry: str, background: tuple[int, int, int]) -> Fingerprint:
+    def of(cls, teacher: Target, geometry: str, background: tuple[int, int, int]) -> Fingerprint:
         """Of a recipe's teacher.
 
         Args:
@@ -63,7 +62,7 @@ class Fingerprint:
             options = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
         return cls(
             teacher.kind,
-            revision_of(teacher.model, wanted),
+            revision_of(teacher.place, wanted),
             options,
             geometry,
             list(background) if geometry == "pad" else None,
@@ -82,8 +81,12 @@ class Fingerprint:
 
 
 def fingerprints(tasks: Mapping[str, Task], geometry: str, background: tuple[int, int, int]) -> dict[str, Fingerprint]:
-    """The fingerprint of each task's teacher; arguments as in ``Fingerprint.of``."""
-    return {task: Fingerprint.of(settings.teacher, geometry, background) for task, settings in tasks.items()}
+    """The fingerprint of the teacher of each task that has one; arguments as in ``Fingerprint.of``."""
+    return {
+        task: Fingerprint.of(settings.target, geometry, background)
+        for task, settings in tasks.items()
+        if not settings.target.own
+    }
 
 
 def revision_of(model: str, wanted: str | None = None) -> str | None:

@@ -111,7 +111,7 @@ def open_targets(
         raise ConfigError(f"distillation.targets: there is no target store at '{place}': {remedy}")
     found = {}
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
-        folder = find_folder(place, task, fingerprint, distillation.tasks[task].teacher.model, remedy)
+        folder = find_folder(place, task, fingerprint, distillation.tasks[task].target.place, remedy)
         found[task] = TaskTargets(folder, dtype)
         wanted, has = distillation.teacher_dtype, found[task].teacher.precision
         if wanted not in (None, has):

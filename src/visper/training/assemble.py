@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
-from visper.config import Distillation, Optimization, Stage
-from visper.distillation import EmbeddingDistillation, check_predictor, query_rows
+from visper.config import Distillation, Optimization, Position, Stage, load_run
+from visper.distillation import EmbeddingDistillation, TargetSpec, check_head_fits, query_rows
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
@@ -36,43 +39,96 @@ def build_training_model(
     teachers: Mapping[str, HasSpec] | None = None,
     seed: int = 0,
 ) -> TrainingModel:
-    """Student, task tokens (trainable in PT, frozen later), added words and, with ``distillation``, the objective.
+    """Student, task tokens, added words (in PT) and, with ``distillation``, the objective.
 
     Args:
-        teachers: by task, the shapes of the targets; with ``distillation``.
+        teachers: by task, the shapes of the targets that teachers make; with ``distillation``.
         seed: of the query matrices' random part.
 
     Raises:
-        ConfigError: a layer beyond the model, a teacher that fits no predictor, a task without task tokens.
+        ConfigError: a layer beyond the model, a target that its head cannot predict, a task without task tokens.
     """
     embedding = student.model.get_input_embeddings()
-    ids = student.task_token_ids
-    if stage is not Stage.PT:
-        return TrainingModel(student, TaskTokens.frozen(ids, embedding) if ids else None)
     words = None
-    if student.word_ids:
+    if student.word_ids and stage is Stage.PT:
         words = AddedWords(student.word_ids, embedding, student.model.get_output_embeddings())
-    objective, rows = None, {}
-    if distillation is not None:
-        missing = [task for task in distillation.tasks if task not in ids]
-        if missing:
-            raise ConfigError(f"the student has no task tokens for {missing}: its tasks are {list(ids)}")
-        specs = {task: teacher.spec for task, teacher in (teachers or {}).items()}
-        try:
-            for task, settings in distillation.tasks.items():
-                check_predictor(task, settings.predictor, specs[task], len(ids[task]))
-            objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for task, settings in distillation.tasks.items():
-            rows[task] = query_rows(settings.predictor, specs[task], len(ids[task]))
-    if not ids:
-        return TrainingModel(student, words=words)
-    queries = initial_queries(student, rows, torch.Generator().manual_seed(seed))
     try:
-        return TrainingModel(student, TaskTokens(ids, queries), objective, words)
+        objective, rows = None, dict[str, int]()
+        if distillation is not None:
+            objective, rows = _objective(student, distillation, teachers or {})
+        return TrainingModel(student, _task_tokens(student, stage, rows, seed), objective, words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _objective(
+    student: Student, distillation: Distillation, teachers: Mapping[str, HasSpec]
+) -> tuple[EmbeddingDistillation, dict[str, int]]:
+    """The embedding losses, and the rows of the query matrix of each task at task tokens."""
+    ids = student.task_token_ids
+    missing = [task for task in distillation.at_task_tokens if task not in ids]
+    if missing:
+        raise ConfigError(
+            f"the student has no task tokens for {missing}: its tasks are {list(ids)}; supervise these at image_tokens"
+        )
+    specs = {task: teacher.spec for task, teacher in teachers.items()}
+    tokens = int(student.model.config.image_seq_length)
+    for task, settings in distillation.tasks.items():
+        by_place = settings.at is not Position.TASK_TOKENS and settings.head.kind != "resampler"
+        if by_place and not settings.target.own and isqrt(tokens) ** 2 != tokens:
+            raise ConfigError(
+                f"task '{task}': an image's {tokens} tokens are not a square grid on which the target could be laid: "
+                "set head.kind to resampler"
+            )
+        if settings.target.own:
+            specs[task] = own_target(student, settings.target.kind)
+        check_head_fits(task, settings.head, specs[task], settings.at, len(ids.get(task, ())) or None)
+    objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers)
+    tasks = {task: distillation.tasks[task] for task in distillation.at_task_tokens}
+    return objective, {task: query_rows(own.head, specs[task], len(ids[task])) for task, own in tasks.items()}
+
+
+def own_target(student: Student, kind: str) -> TargetSpec:
+    """The shape of the target that the student's "encoder" or "projector" makes."""
+    projector = student.model.model.multi_modal_projector
+    width = {"encoder": projector.linear_1.in_features, "projector": student.hidden_size}[kind]
+    return TargetSpec(int(student.model.config.image_seq_length), width, own=True)
+
+
+def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: int) -> TaskTokens | None:
+    """In PT new ones. Later the vocabulary's: frozen, or (``rows``) as the query matrices of tasks that read them."""
+    ids, embedding = student.task_token_ids, student.model.get_input_embeddings()
+    if not ids:
+        return None
+    if stage is Stage.PT:
+        return TaskTokens(ids, initial_queries(student, rows, torch.Generator().manual_seed(seed)))
+    return TaskTokens.of_vocabulary(ids, embedding, rows) if rows else TaskTokens.frozen(ids, embedding)
+
+
+def continue_objective(model: TrainingModel, distillation: Distillation, start_from: str) -> int:
+    """Gives the heads and queries of the stage before to tasks that it trained with the same target and head.
+
+    Returns:
+        How many tasks go on; the heads of the others are new.
+    """
+    place = Path(start_from).parent if Path(start_from).name == "model" else Path(start_from)
+    saved_run = place / "distillation" / "run.yaml"
+    if not saved_run.is_file():
+        return 0
+    before = load_run(saved_run).distillation
+    assert before is not None
+    state = model.state_dict()
+    weights = load_file(place / "distillation" / "weights.safetensors")
+    found = {}
+    for name, task in distillation.tasks.items():
+        old = before.tasks.get(name)
+        if old is None or (old.target, old.head, old.at, old.layers) != (task.target, task.head, task.at, task.layers):
+            continue
+        places = (f"objective.predictors.{name}_", f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
+        own = {n: t for n, t in weights.items() if n.startswith(places) and n in state and state[n].shape == t.shape}
+        found[name] = own
+    model.load_state_dict({n: t for own in found.values() for n, t in own.items()}, strict=False)
+    return len(found)
 
 
 def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimization, lora: bool = False) -> list[str]:
@@ -84,11 +140,18 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
     Raises:
         ConfigError, ValueError: ``freeze`` or ``lr_overrides`` names a part that the stage does not train.
     """
-    lacks: tuple[str, ...] = () if model.objective is not None else DISTILLATION_PARTS
+    held = {count.part for count in count_parts(model)}
+    distills = tuple(p for p in DISTILLATION_PARTS if p.removesuffix(".*") in held)  # a head may have no parameters
+    lacks = tuple(p for p in DISTILLATION_PARTS if p not in distills)
     lacks += () if model.task_tokens is not None else TASK_TOKEN_PARTS
     lacks += ("llm.*",) if lora else ()
-    adds = ((f"{LORA}.*",) if lora else ()) + (WORD_PARTS if model.words is not None else ())
-    apply_stage(model, stage, lacks, optimization.freeze, adds)
+    adds = ((f"{LORA}.*",) if lora else ()) + (WORD_PARTS if model.words is not None else ()) + distills
+    adds += TASK_TOKEN_PARTS if model.trains_task_tokens else ()
+    if lora and any(part.split(".")[0] == "llm" for part in optimization.train):
+        raise ConfigError(
+            "optimization.train names the LLM, of which 'lora' trains low-rank updates: remove one of them"
+        )
+    apply_stage(model, stage, lacks, optimization.freeze, adds, optimization.train, model.frozen_heads())
     check_rates(optimization, stage, model)
     if not any(p.requires_grad for _, p in parameters_of(model.student, VISION)):
         return []

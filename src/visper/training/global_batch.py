@@ -71,10 +71,13 @@ def teacher_targets(
     return shares
 
 
-def prepare(batches: Sequence[Batch], counts: Counts, targets: Sequence[Mapping[str, Targets]]) -> None:
-    """Adds to each micro-batch the divisors of its loss and its targets."""
+def prepare(
+    batches: Sequence[Batch], counts: Counts, targets: Sequence[Mapping[str, Targets]], progress: float = 0.0
+) -> None:
+    """Adds to each micro-batch the divisors of its loss, its targets, and the share of the steps that are done."""
     for batch, own in zip(batches, targets, strict=True):
         # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
         batch["num_tokens"] = counts.supervised.clamp(min=1)
         batch["num_images"] = counts.images.clamp(min=1)
         batch["targets"] = own
+        batch["progress"] = progress

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.common.compat import is_partitioned, recompute_layers
-from visper.distillation import EmbeddingDistillation, HiddenStateTap, Targets, TokenLayout
+from visper.config import Position
+from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
-from visper.model.parts import PROJECTOR, VISION, parameters_of
+from visper.model.parts import PROJECTOR, VISION, modules_of, parameters_of
 from visper.training.attention import packing_arguments
 from visper.training.stages import feature_sum
 
@@ -71,6 +72,21 @@ class TrainingModel(nn.Module):
         if words is not None:
             words.attach(self.student.get_input_embeddings(), self.student.get_output_embeddings())
 
+    @property
+    def trains_task_tokens(self) -> bool:
+        """Whether a task's heads read the task tokens, whose queries then train in any stage."""
+        tasks = () if self.objective is None else self.objective.tasks.values()
+        return any(task.at is Position.TASK_TOKENS for task in tasks)
+
+    def frozen_heads(self) -> list[str]:
+        """Names of the parameters of heads that keep their initial weights."""
+        if self.objective is None:
+            return []
+        frozen = tuple(
+            f"objective.predictors.{name}_" for name, task in self.objective.tasks.items() if task.head.frozen
+        )
+        return [name for name, _ in self.named_parameters() if name.startswith(frozen)]
+
     def train(self, mode: bool = True) -> TrainingModel:
         """Sets training mode, except for a frozen encoder: training then sees the features that inference sees."""
         super().train(mode)
@@ -100,7 +116,10 @@ class TrainingModel(nn.Module):
         num_images: Tensor | int = 1,
         pixel_values: Tensor | None = None,
         image_rows: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        image_places: Tensor | None = None,
         targets: Mapping[str, Targets] | None = None,
+        progress: float = 0.0,
         position_ids: Tensor | None = None,
         **borders: Any,
     ) -> dict[str, Tensor]:
@@ -109,10 +128,11 @@ class TrainingModel(nn.Module):
         Args:
             input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
             num_tokens: supervised tokens in the global batch.
-            num_images: samples with an image in the global batch.
-            pixel_values: ``[B_img, 3, H, W]``.
-            image_rows: ``[B_img]`` rows that have an image.
+            num_images: images in the global batch.
+            pixel_values: ``[S, 3, H, W]``.
+            image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
             targets: per task, with an objective.
+            progress: share of the steps that are done.
             position_ids: ``[1, L]`` of a packed row, from 0 in every sample (``data.packing``).
             **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``).
 
@@ -120,7 +140,7 @@ class TrainingModel(nn.Module):
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
         text_model = self.student.get_decoder()
-        with self._tap() as hidden, self._reaching_vision(pixel_values is None):
+        with self._tap() as (hidden, encoded), self._reaching_vision(pixel_values is None):
             # Unpacked rows get no mask: padding is on the right, where causal attention never looks, and a mask would
             # keep SDPA from its causal kernel.
             packing = packing_arguments(text_model, position_ids, borders)
@@ -128,12 +148,12 @@ class TrainingModel(nn.Module):
             loss = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
             terms = {NTP: loss}
             if self.objective is not None:
-                assert self.task_tokens is not None
-                layout = self._layout(input_ids, attention_mask)
                 rows = image_rows if image_rows is not None else input_ids.new_empty(0)
-                queries = dict(self.task_tokens.queries)
-                distilled = self.objective(hidden, layout, queries, targets or {}, rows, num_images)
-                loss = loss + self.objective.total(distilled)
+                samples = None if position_ids is None else (position_ids == 0).cumsum(1)
+                layout = self._layout(input_ids, attention_mask, rows, image_tokens, samples, image_places)
+                features = torch.cat([values.flatten(0, -2) for values in encoded]) if encoded else None
+                distilled = self.objective(hidden, layout, self._queries(), targets or {}, num_images, features)
+                loss = loss + self.objective.total(distilled, progress)
                 terms |= distilled
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
@@ -141,19 +161,18 @@ class TrainingModel(nn.Module):
     def predict(
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, image_rows: Tensor
     ) -> dict[str, Tensor]:
-        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[B_img, N, E]``. Needs an objective."""
-        if self.objective is None or self.task_tokens is None:
+        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[S, N, E]``. Needs an objective."""
+        if self.objective is None:
             raise ValueError("this model has no objective to predict with: add 'distillation' to the run")
-        with self._tap() as hidden:
+        with self._tap() as (hidden, _):
             self.student.model(
                 input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
             )
-            layout = self._layout(input_ids, attention_mask)
-            queries = dict(self.task_tokens.queries)
+            layout = self._layout(input_ids, attention_mask, image_rows)
             return {
                 f"{task}/{layer}": predicted
                 for task in self.objective.tasks
-                for layer, predicted in self.objective.predict(task, hidden, layout, queries, image_rows).items()
+                for layer, predicted in self.objective.predict(task, hidden, layout, self._queries()).items()
             }
 
     def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
@@ -201,14 +220,26 @@ class TrainingModel(nn.Module):
             and not is_partitioned(head.weight)
         )
 
-    def _tap(self) -> contextlib.AbstractContextManager[Mapping[int, Tensor]]:
-        """Captures the hidden states that the objective reads, by layer; without an objective, none."""
-        if self.objective is None or not self.objective.layers:
-            return contextlib.nullcontext({})
-        return HiddenStateTap(self.student.get_decoder(), self.objective.layers)
+    @contextlib.contextmanager
+    def _tap(self) -> Iterator[tuple[Mapping[int, Tensor], list[Tensor]]]:
+        """Captures what the objective reads: hidden states by layer, and what enters the projector, call by call."""
+        with contextlib.ExitStack() as taps:
+            hidden: Mapping[int, Tensor] = {}
+            encoded: list[Tensor] = []
+            if self.objective is not None and self.objective.layers:
+                hidden = taps.enter_context(HiddenStateTap(self.student.get_decoder(), self.objective.layers))
+            if self.objective is not None and self.objective.reads_encoder:
+                encoded = taps.enter_context(
+                    InputTap(self.student.get_submodule(modules_of(self.student, PROJECTOR)[0]))
+                )
+            yield hidden, encoded
 
-    def _layout(self, input_ids: Tensor, attention_mask: Tensor) -> TokenLayout:
-        return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids)
+    def _layout(self, input_ids: Tensor, attention_mask: Tensor, *of_images: Tensor | None) -> TokenLayout:
+        """``of_images``: the arguments of ``TokenLayout.from_ids`` behind the task tokens."""
+        return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids, *of_images)
+
+    def _queries(self) -> dict[str, Tensor]:
+        return {} if self.task_tokens is None else dict(self.task_tokens.queries)
 
     def blank_image(self) -> dict[str, Tensor]:
         """An image of one color as the student's forward takes it, on its device and in its precision."""

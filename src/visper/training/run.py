@@ -32,7 +32,7 @@ from visper.model.revisions import with_commits
 from visper.model.start import starting_student
 from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
-from visper.training.assemble import build_training_model, set_trainable, to_bfloat16
+from visper.training.assemble import build_training_model, continue_objective, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
@@ -165,6 +165,10 @@ def build_model(
     """Student and objective as one module, its trainable parts chosen, sharded if the engine shards."""
     add_updates(run.lora, student)
     model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    if run.distillation is not None and run.start_from is not None:
+        continued = continue_objective(model, run.distillation, run.start_from)
+        new = len(run.distillation.tasks) - continued
+        announce(console, "heads", f"{continued} tasks go on from {run.start_from}, {new} are new")
     set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
     if run.optimization.gradient_checkpointing:
         model.recompute_activations(run.optimization.gradient_checkpointing)
@@ -246,11 +250,12 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.words is not None:
         model.words.write_back(student.model.get_input_embeddings(), student.model.get_output_embeddings())
-    if model.objective is not None and model.task_tokens is not None:
+    if model.objective is not None:
         with atomic_path(output / "distillation") as partial:
             partial.mkdir()
             kept = {f"objective.{n}": t for n, t in model.objective.state_dict().items()}
-            kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
+            if model.task_tokens is not None:
+                kept |= {f"task_tokens.{n}": t for n, t in model.task_tokens.state_dict().items()}
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             write_manifest(partial, WEIGHTS_ONLY)
             save_run(run, partial / "run.yaml")

@@ -29,7 +29,8 @@ TRAINABLE: dict[Stage, tuple[str, ...]] = {
 
 DISTILLATION_PARTS = ("predictors.*", "logit_scales.*")
 TASK_TOKEN_PARTS = ("task_tokens.*",)
-"""What a run without 'distillation', or a student without task tokens, lacks (plain LLaVA pre-training: both)."""
+"""What PT lacks without 'distillation' or in a student without task tokens (plain LLaVA pre-training: both), and what
+'distillation' adds to the table of another stage: task tokens where a task reads them."""
 
 WORD_PARTS = ("words.*",)
 """What PT trains beside its table where a recipe adds words; in VPT and IFT their embeddings are the LLM's own."""
@@ -67,35 +68,50 @@ def part_name(parameter: str) -> str:
 
 
 def apply_stage(
-    model: nn.Module, stage: Stage, lacks: Iterable[str] = (), freeze: Iterable[str] = (), adds: Iterable[str] = ()
+    model: nn.Module,
+    stage: Stage,
+    lacks: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    adds: Iterable[str] = (),
+    train: Iterable[str] = (),
+    kept_fixed: Iterable[str] = (),
 ) -> list[PartCount]:
     """Sets ``requires_grad`` of every parameter by the stage's patterns and returns the counts by part.
 
     Args:
         lacks: patterns of the table that this run has no use for, by its own settings.
         freeze: parts left out of the table, such as ``["vision"]`` for the published VPT script.
-        adds: patterns that this run trains beside the table's.
+        adds: patterns that this run trains beside the table's, by its own settings.
+        train: parts trained beside the table's by the user's wish, such as ``["llm"]`` or ``["llm.layers.0"]``.
+        kept_fixed: parameters that stay frozen whatever the patterns say: those of frozen heads.
 
     Raises:
-        ValueError: a pattern or a part in ``freeze`` matches no parameter.
+        ValueError: a pattern, or a part in ``freeze`` or ``train``, matches no parameter.
     """
     names = {name: part_name(name) for name, _ in model.named_parameters()}
     lacking = set(lacks)
-    patterns = [p for p in (*TRAINABLE[stage], *adds) if p not in lacking]
+    patterns = [p for p in dict.fromkeys((*TRAINABLE[stage], *adds)) if p not in lacking]
     for pattern in patterns:
         if not fnmatch.filter(names.values(), pattern):
             raise ValueError(
                 f"stage '{stage}' trains '{pattern}', but the model has no such parameters: "
                 "is 'distillation' missing from the run?"
             )
+    for part in train:
+        if not fnmatch.filter(names.values(), f"{part}.*"):
+            valid = ", ".join(dict.fromkeys(name.split(".")[0] for name in names.values()))
+            raise ValueError(f"optimization.train names '{part}', which the model does not have: its parts are {valid}")
+    patterns += [f"{part}.*" for part in train if f"{part}.*" not in patterns]
     frozen = tuple(freeze)
     for part in frozen:
         if f"{part}.*" not in patterns:
             valid = ", ".join(p.removesuffix(".*") for p in patterns)
             raise ValueError(f"optimization.freeze names '{part}', which stage '{stage}' does not train: use {valid}")
     patterns = [p for p in patterns if p.removesuffix(".*") not in frozen]
+    fixed = set(kept_fixed)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(names[name], p) for p in patterns))
+        trains = name not in fixed and any(fnmatch.fnmatchcase(names[name], p) for p in patterns)
+        parameter.requires_grad_(trains)
     return count_parts(model)
 
 

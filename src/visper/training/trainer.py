@@ -34,9 +34,10 @@ from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
 from visper.training.stopping import StopRequest, start_worker
 
-FORWARD_KEYS = frozenset(
-    ("input_ids", "attention_mask", "labels", "pixel_values", "image_rows", "num_tokens", "num_images", "targets")
-) | {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+IMAGE_KEYS = frozenset(("pixel_values", "image_rows", "image_tokens", "image_places"))
+LOSS_KEYS = frozenset(("num_tokens", "num_images", "targets", "progress"))
+PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
+FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
 
 
 class StageTrainer(Trainer):
@@ -127,7 +128,8 @@ class StageTrainer(Trainer):
             )
         targets = global_batch.teacher_targets(batches, self.teachers, self.args.device)
         self.monitor.clock.mark(TEACHER)
-        global_batch.prepare(batches, counts, targets)
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        global_batch.prepare(batches, counts, targets, progress)
         return batches, counts.supervised
 
     def compute_loss(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForDepthEstimation, DepthAnythingF
 
 from tests import tiny_teachers
 from visper.config import load_run
-from visper.distillation import check_predictor
+from visper.distillation import check_head_fits
 from visper.distillation.teachers import build_teacher, target_spec
 from visper.model.hub import sizes_of
 
@@ -177,9 +177,9 @@ def test_recipes_plan_the_published_targets(recipe, expected):
     distillation = load_run(recipe).distillation
     planned = {}
     for task, settings in distillation.tasks.items():
-        spec = target_spec(settings.teacher.kind, settings.teacher.model, **settings.teacher.options)
+        spec = target_spec(settings.target.kind, settings.target.model, **settings.target.options)
         planned[task] = (spec.tokens, spec.width)
-        check_predictor(task, settings.predictor, spec, 8)
+        check_head_fits(task, settings.head, spec, settings.at, 8)
     assert planned == expected
 
 

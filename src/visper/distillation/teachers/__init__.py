@@ -1,4 +1,4 @@
-"""Teachers by kind. A new kind is one file here and one entry of ``TEACHERS`` (``config/teacher_kinds.py``).
+"""Teachers by kind. A new kind is one file here and one entry of ``TEACHERS`` (``config/kinds.py``).
 
 A kind's module is imported only when it is used, so that the packages of other kinds need not be installed.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.console import without_loading_bars
-from visper.config.teacher_kinds import TEACHERS, check_options, class_place
+from visper.config.kinds import TEACHERS, check_options, class_place
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_images
 from visper.model.hub import remedy
 

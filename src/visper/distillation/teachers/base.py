@@ -22,11 +22,16 @@ Self = TypeVar("Self", bound="Teacher")
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The shape of one target: ``tokens`` x ``width``, and the ``grid`` (rows, columns) the tokens lie on, if any."""
+    """The shape of one target: ``tokens`` x ``width``, and the ``grid`` (rows, columns) the tokens lie on, if any.
+
+    ``own``: the student makes it itself, one embedding for each of an image's tokens, of which ``tokens`` is the
+    number in an ordinary image.
+    """
 
     tokens: int
     width: int
     grid: tuple[int, int] | None = None
+    own: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.width < 1:

@@ -10,7 +10,7 @@ import torch
 
 from visper.common.errors import ConfigError
 from visper.config import Distillation
-from visper.distillation.heads import check_predictor
+from visper.distillation.heads import check_head_fits
 from visper.distillation.teachers import build_teacher, target_spec
 from visper.distillation.teachers.base import TargetSpec, Teacher
 
@@ -39,24 +39,24 @@ def build_teachers(
         task_token_ids: per task, the ids of its task tokens, if the student is already known.
 
     Raises:
-        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or the task's predictor cannot
-            produce its target. Raised here, before the rows of the data are read.
+        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or the task's head cannot
+            predict its target. Raised here, before the rows of the data are read.
     """
     if distillation is None:
         return {}
     dtype = DTYPES[teacher_dtype(distillation, precision)]
     teachers = {}
-    for task, settings in distillation.tasks.items():
-        teacher = settings.teacher
+    for task, settings in distillation.taught.items():
+        teacher = settings.target
         try:
-            teachers[task] = build_teacher(teacher.kind, teacher.model, **teacher.options).to(dtype)
+            teachers[task] = build_teacher(teacher.kind, teacher.place, **teacher.options).to(dtype)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
             ) from error
         per_task = len(task_token_ids[task]) if task_token_ids and task in task_token_ids else None
         try:
-            check_predictor(task, settings.predictor, teachers[task].spec, per_task)
+            check_head_fits(task, settings.head, teachers[task].spec, settings.at, per_task)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return teachers
@@ -83,10 +83,10 @@ def planned_teachers(distillation: Distillation | None) -> dict[str, PlannedTeac
         ConfigError: a teacher's configuration cannot be loaded; the message names task, kind and model.
     """
     teachers = {}
-    for task, settings in (distillation.tasks if distillation else {}).items():
-        teacher = settings.teacher
+    for task, settings in (distillation.taught if distillation else {}).items():
+        teacher = settings.target
         try:
-            teachers[task] = PlannedTeacher(target_spec(teacher.kind, teacher.model, **teacher.options))
+            teachers[task] = PlannedTeacher(target_spec(teacher.kind, teacher.place, **teacher.options))
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"task '{task}': {teacher.kind} teacher '{teacher.model}': {error}") from error
     return teachers

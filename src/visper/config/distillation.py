@@ -1,0 +1,178 @@
+"""The section 'distillation': what is predicted, from where in the student, by which head, under which losses."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from visper.config.kinds import OWN_TARGETS, TEACHERS, check_head, check_options, class_place, loss_place
+from visper.config.paths import PathText
+from visper.config.section import Choice, Section
+
+PUBLISHED_LOSS = {"smooth_l1": 1.0, "info_nce": 0.3}
+"""The loss of a task that names none (paper, section 3)."""
+
+
+class Target(Section):
+    """What is predicted: the output of a frozen teacher, or of the student's own encoder or projector.
+
+    Keys beyond these three are options of the kind.
+    """
+
+    kind: str = Field(description="a key of TEACHERS, module:Class of your own teacher, or encoder or projector")
+    model: PathText | None = Field(None, description="a teacher's hub id, folder or file; never replaced by another")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def own(self) -> bool:
+        """Whether the student makes it itself: there is no teacher."""
+        return self.kind in OWN_TARGETS
+
+    @property
+    def place(self) -> str:
+        """The teacher's ``model``."""
+        assert self.model is not None, "a target of the student's own has no model"
+        return self.model
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of this kind of teacher; a null restores the kind's default."""
+        given = {**(self.model_extra or {}), "revision": self.revision}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _known(self) -> Target:
+        if self.own:
+            given = [name for name in ("model", *self.options) if name != "model" or self.model is not None]
+            if given:
+                raise ValueError(f"target '{self.kind}' is the student's own: remove '{given[0]}'")
+            return self
+        class_place(self.kind)
+        if self.model is None:
+            raise ValueError(f"target '{self.kind}' needs 'model': a hub id, folder or file")
+        if self.kind in TEACHERS:
+            check_options(self.kind, self.options, TEACHERS[self.kind].options)
+        return self
+
+
+class Head(Section):
+    """Predicts embeddings from hidden states. Keys beyond these three are options of the kind, see HEADS.
+
+    Options of "resampler", the published one (a Perceiver resampler, optionally followed by an MLP):
+        queries: "matrix" (the task's query matrix) or "states" (mean of the layer's hidden states at the task's tokens;
+            in a model without task tokens, at the image's). Default: "states" for targets of one token, else "matrix".
+        inner: width inside the resampler, the LLM's or the target's (default).
+        mlp: a Linear-ReLU-Linear after the resampler.
+        num_queries: rows of the query matrix; default: the target's tokens ("states": the number of task tokens).
+        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
+    Options of "mlp": depth (linear layers), width (between them), activation.
+    """
+
+    kind: str = Field("resampler", description="a key of HEADS, or module:Class for a class of your own")
+    shared: bool = Field(False, description="one head for all layers of the task")
+    frozen: bool = Field(False, description="keep its initial weights")
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of this kind of head; a null restores the kind's default."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+
+    @model_validator(mode="after")
+    def _known(self) -> Head:
+        check_head(self.kind, self.options)
+        return self
+
+
+class Schedule(Section):
+    """How a task's weight changes over the steps: it falls linearly and is zero from ``end`` on."""
+
+    end: float = Field(gt=0, le=1, description="share of the steps")
+
+
+class Position(Choice):
+    """Where a task is supervised."""
+
+    TASK_TOKENS = "task_tokens"
+    IMAGE_TOKENS = "image_tokens"
+    PROJECTOR = "projector"
+
+
+class Task(Section):
+    """One distilled task: what is predicted, from where, by which head, under which loss."""
+
+    target: Target
+    at: Position = Field(Position.TASK_TOKENS, description="positions whose states are read")
+    layers: tuple[PositiveInt, ...] = Field((), description="decoder layers tapped, counted from 1; none at projector")
+    head: Head = Field(default_factory=lambda: Head.model_validate({}))
+    loss: dict[str, PositiveFloat] = Field(
+        default_factory=lambda: dict(PUBLISHED_LOSS), min_length=1, description="key of LOSSES -> its weight"
+    )
+    weight: NonNegativeFloat = 0.5
+    schedule: Schedule | None = None
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _without_removed(cls, loss: Any) -> Any:
+        """A null takes a loss away that an extended recipe has."""
+        return {k: v for k, v in loss.items() if v is not None} if isinstance(loss, dict) else loss
+
+    @field_validator("loss")
+    @classmethod
+    def _known_losses(cls, loss: dict[str, float]) -> dict[str, float]:
+        for kind in loss:
+            loss_place(kind)
+        return loss
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Task:
+        if (self.at is Position.PROJECTOR) == bool(self.layers):
+            wrong = "has no layers: remove 'layers'" if self.layers else "needs 'layers', such as [8, 20]"
+            raise ValueError(f"at '{self.at}' {wrong}")
+        if self.target.own:
+            self._own_target_fits()
+        return self
+
+    def _own_target_fits(self) -> None:
+        kind, head = self.target.kind, self.head.kind
+        if self.at is Position.TASK_TOKENS:
+            raise ValueError(f"target '{kind}' has one embedding for each image token: set 'at' to image_tokens")
+        if self.at is Position.PROJECTOR and kind == "projector":
+            raise ValueError("target 'projector' at 'projector' predicts itself: set 'at' to image_tokens")
+        if head == "resampler":
+            raise ValueError(f"target '{kind}' is predicted token by token: set head.kind to mlp, linear or none")
+        if "info_nce" in self.loss:
+            raise ValueError(
+                f"info_nce compares with the targets of the global batch, which are not known for target '{kind}': "
+                "set 'loss' without it, such as {cosine: 1.0}"
+            )
+
+
+class Distillation(Section):
+    """The embedding losses: the sum over tasks and layers of weight x (weighted sum of the task's losses)."""
+
+    tasks: dict[str, Task] = Field(min_length=1)
+    init_logit_scale: float = 2.0
+    text_keys: bool = Field(True, description="resamplers at task tokens also read the text's hidden states")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
+    targets: PathText | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _without_removed(cls, tasks: Any) -> Any:
+        """A null takes a task away that an extended recipe has."""
+        return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
+
+    @property
+    def taught(self) -> dict[str, Task]:
+        """The tasks whose targets come from a teacher."""
+        return {name: task for name, task in self.tasks.items() if not task.target.own}
+
+    @property
+    def at_task_tokens(self) -> list[str]:
+        """The tasks that need task tokens of their own."""
+        return [name for name, task in self.tasks.items() if task.at is Position.TASK_TOKENS]

@@ -1,0 +1,144 @@
+"""Kinds of targets, heads and losses: where they are and their options, as data.
+
+A recipe is checked against these tables before torch is imported. Whatever a kind's table lacks may be named as
+"module:Class" (a loss as "module:function").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple
+
+from annotated_types import Ge
+from pydantic import TypeAdapter, ValidationError
+
+Count = Annotated[int, Ge(1)]
+
+
+class TeacherKind(NamedTuple):
+    """``place`` is the class as "module:Class"; ``options`` are its arguments besides ``model`` (a test compares)."""
+
+    place: str
+    options: tuple[str, ...] = ()
+
+
+class HeadKind(NamedTuple):
+    """``place`` is the class as "module:Class"; ``options`` are its arguments in a recipe, with their types."""
+
+    place: str
+    options: Mapping[str, Any] = {}
+
+
+_FEATURES = TeacherKind(
+    "visper.distillation.teachers.features:FeaturesTeacher", ("size", "layer", "trust_remote_code", "revision")
+)
+TEACHERS: Mapping[str, TeacherKind] = {
+    "onnx": TeacherKind(
+        "visper.distillation.teachers.onnx:OnnxTeacher",
+        (
+            *("size", "layout", "mean", "std", "input", "output", "output_layout", "grid", "softmax"),
+            *("draw", "threads"),
+        ),
+    ),
+    "depth_anything": TeacherKind(
+        "visper.distillation.teachers.depth_anything:DepthAnythingTeacher", ("size", "revision")
+    ),
+    "oneformer": TeacherKind("visper.distillation.teachers.oneformer:OneFormerTeacher", ("size", "draw", "revision")),
+    "unclip": TeacherKind(
+        "visper.distillation.teachers.unclip:UnClipTeacher",
+        ("subfolder", "processor_subfolder", "draw", "steps", "revision"),
+    ),
+    "features": _FEATURES,
+    "dinov2": _FEATURES,
+}
+"""The kinds that come with visper. Another one is a file in ``distillation/teachers/`` and an entry here."""
+
+OWN_TARGETS = ("encoder", "projector")
+"""Targets that the student makes itself, without a teacher: what enters its projector, and what leaves it."""
+
+HEADS: Mapping[str, HeadKind] = {
+    "resampler": HeadKind(
+        "visper.distillation.heads:ResamplerHead",
+        {
+            "queries": Literal["matrix", "states"],
+            "inner": Literal["llm", "target"],
+            "mlp": bool,
+            "num_queries": Count,
+            "depth": Count,
+            "heads": Count,
+            "head_width": Count,
+            "ff_mult": Count,
+        },
+    ),
+    "mlp": HeadKind(
+        "visper.distillation.heads:MlpHead",
+        {"depth": Count, "width": Count, "activation": Literal["gelu", "silu", "relu"]},
+    ),
+    "linear": HeadKind("visper.distillation.heads:LinearHead"),
+    "none": HeadKind("visper.distillation.heads:NoHead"),
+}
+"""From hidden states to predicted embeddings. Another one is a class in ``distillation/heads.py`` and a line here."""
+
+LOSSES: Mapping[str, str] = {
+    "smooth_l1": "visper.distillation.losses:smooth_l1",
+    "mse": "visper.distillation.losses:mse",
+    "cosine": "visper.distillation.losses:cosine",
+    "gram": "visper.distillation.losses:gram",
+    "info_nce": "visper.distillation.losses:info_nce",
+}
+"""Between predicted and target embeddings. Another one is a function in ``distillation/losses.py`` and a line here."""
+
+_OWN_KIND = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def class_place(kind: str) -> str:
+    """Where a teacher kind's class is, as "module:Class". Raises ValueError for an unknown kind."""
+    if kind in TEACHERS:
+        return TEACHERS[kind].place
+    return _own_place("target", kind, [*TEACHERS, *OWN_TARGETS], "Class")
+
+
+def head_place(kind: str) -> str:
+    """Where a head kind's class is, as "module:Class". Raises ValueError for an unknown kind."""
+    return HEADS[kind].place if kind in HEADS else _own_place("head", kind, list(HEADS), "Class")
+
+
+def loss_place(kind: str) -> str:
+    """Where a loss is, as "module:function". Raises ValueError for an unknown one."""
+    return LOSSES[kind] if kind in LOSSES else _own_place("loss", kind, list(LOSSES), "function")
+
+
+def _own_place(what: str, kind: str, known: list[str], member: str) -> str:
+    if not _OWN_KIND.fullmatch(kind):
+        raise ValueError(f"unknown {what} '{kind}': " + nearest(kind, [*known, f"module:{member} of your own"]))
+    return kind
+
+
+def check_head(kind: str, options: Mapping[str, object]) -> None:
+    """Raises ValueError for an unknown kind of head, or an option that the kind lacks or that has another type."""
+    head_place(kind)
+    if kind not in HEADS:
+        return  # its class checks its options when it is built
+    known = HEADS[kind].options
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"head '{kind}' has no option '{name}': " + nearest(name, list(known)))
+        try:
+            TypeAdapter(known[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(f"head '{kind}': option '{name}': {error.errors()[0]['msg']}, found {value!r}") from error
+
+
+def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ...]) -> None:
+    """Raises ValueError for an option that the kind of teacher does not have."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + nearest(name, list(known)))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The hint at the end of a message about an unknown name."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(known) or '(none)'}"

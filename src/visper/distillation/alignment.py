@@ -1,0 +1,108 @@
+"""A target laid on the student's tokens, so that each token predicts what the teacher saw at its place.
+
+Shape suffixes: M = targets, S = images, K = tokens of one image, N = teacher tokens, E = teacher width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d, grid_sample
+
+from visper.distillation.layout import Positions, TokenLayout
+from visper.distillation.teachers.base import TargetSpec
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where each image's tokens lie on it.
+
+    Attributes:
+        points: ``[S, K, 2]`` (x, y) in 0..1.
+        mask: ``[S, K]``, False at tokens that show nothing of the image; None: all do.
+        side: of the square grid that every image has; None: they have other ones.
+    """
+
+    points: Tensor
+    mask: Tensor | None
+    side: int | None = None
+
+    @classmethod
+    def of(cls, layout: TokenLayout, positions: Positions) -> TokenPlaces:
+        """The places of the image tokens at ``positions`` (``layout.image_positions()``).
+
+        Raises:
+            ValueError: the layout names no places and an image's tokens are no square.
+        """
+        images, longest = positions.index.shape
+        counts = [longest] * images if positions.mask is None else positions.mask.sum(1).tolist()
+        if layout.places is None:
+            points = [_square(int(count), positions.index.device) for count in counts]
+            side = isqrt(longest) if positions.mask is None else None
+        else:
+            points = list(layout.places.split([int(count) for count in counts]))
+            side = None
+        padded = torch.nn.utils.rnn.pad_sequence(points, batch_first=True, padding_value=float("nan"))
+        seen = ~padded.isnan().any(-1)
+        return cls(padded.nan_to_num(0.5), None if side is not None else seen, side)
+
+
+def _square(tokens: int, device: torch.device) -> Tensor:
+    side = isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(
+            f"an image of {tokens} tokens is no square grid: say where its tokens lie ('places', one point a token)"
+        )
+    centers = (torch.arange(side, device=device) + 0.5) / side
+    y, x = torch.meshgrid(centers, centers, indexing="ij")
+    return torch.stack((x, y), -1).flatten(0, 1)
+
+
+def laid_on_tokens(target_MNE: Tensor, spec: TargetSpec, places: TokenPlaces, image: int | None = None) -> Tensor:
+    """The targets' values at the places of tokens, ``[M, K, E]``, bilinear between the centers of the target's cells.
+
+    Args:
+        target_MNE: one for each image, or any number for one image's places.
+        spec: their grid.
+        places: of the tokens.
+        image: take the places of this image for every target; default: target m lies on image m.
+    """
+    assert spec.grid is not None
+    if places.side is not None and spec.grid == (places.side, places.side):
+        return target_MNE
+    points = places.points if image is None else places.points[image].expand(len(target_MNE), -1, -1)
+    maps_MEHW = target_MNE.float().transpose(1, 2).unflatten(2, spec.grid)
+    # In half a cell from the border, where there is no center further out, the border's value.
+    at = (points * 2 - 1)[:, :, None]
+    return grid_sample(maps_MEHW, at, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
+
+
+def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -> Tensor:
+    """The way back, for drawing: predictions of a square grid of tokens at the target's tokens, ``[S, N, E]``.
+
+    Raises:
+        ValueError: the images are no square grids.
+    """
+    if places.side is None:
+        raise ValueError("predictions can be drawn where every image is one square grid of tokens; these are not")
+    assert spec.grid is not None
+    rows, columns = spec.grid
+    device = predicted_SKE.device
+    y, x = torch.meshgrid(
+        (torch.arange(rows, device=device) + 0.5) / rows,
+        (torch.arange(columns, device=device) + 0.5) / columns,
+        indexing="ij",
+    )
+    points = torch.stack((x, y), -1).flatten(0, 1).expand(len(predicted_SKE), -1, -1)
+    own = TargetSpec(places.side**2, predicted_SKE.shape[-1], (places.side, places.side))
+    return laid_on_tokens(predicted_SKE, own, TokenPlaces(points, None))
+
+
+def pooled(values_MNE: Tensor, tokens: int) -> Tensor:
+    """``[M, tokens, E]``: means of consecutive groups of tokens, for comparing sets of another size."""
+    if values_MNE.shape[1] == tokens:
+        return values_MNE
+    return adaptive_avg_pool1d(values_MNE.float().transpose(1, 2), tokens).transpose(1, 2)
