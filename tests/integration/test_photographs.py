@@ -61,7 +61,7 @@ def logs_of(out: Path) -> list[dict[str, float]]:
 def test_every_embedding_loss_is_finite_and_not_zero(pre_trained):
     steps = logs_of(pre_trained)
     terms = {
-        f"{task}/{layer}/{kind}" for task in ("seg", "gen") for layer in (2, 4) for kind in ("smooth_l1", "contrastive")
+        f"{task}/{layer}/{kind}" for task in ("seg", "gen") for layer in (2, 4) for kind in ("smooth_l1", "info_nce")
     }
     assert len(steps) == STEPS
     for step in steps:

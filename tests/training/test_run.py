@@ -69,7 +69,7 @@ TERMS = {
     f"{task}/{layer}/{kind}"
     for task, layers in (("depth", (1, 3)), ("seg", (2, 4)), ("gen", (3,)))
     for layer in layers
-    for kind in ("smooth_l1", "contrastive")
+    for kind in ("smooth_l1", "info_nce")
 }
 
 
@@ -101,7 +101,7 @@ def test_every_term_is_logged_and_embedding_losses_are_alive(make):
     first = logs_of(run)[0]
     assert first.keys() >= TERMS | {"ntp", "loss", "learning_rate"}
     assert all(first[name] > 0 for name in TERMS if "smooth_l1" in name), "the published losses are zero"
-    weighted = sum(0.5 * (0.3 if "contrastive" in name else 1.0) * first[name] for name in TERMS)
+    weighted = sum(0.5 * (0.3 if "info_nce" in name else 1.0) * first[name] for name in TERMS)
     assert first["loss"] == pytest.approx(first["ntp"] + weighted, rel=1e-5)
 
 
