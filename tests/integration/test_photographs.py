@@ -94,5 +94,5 @@ def test_fine_tuning_starts_from_it_and_leaves_a_student_that_answers(pre_traine
     run_stage(load_run("photographs/ift", [f"output={out}", f"start_from={pre_trained}"], changes=[shared]))
     assert all(math.isfinite(step["ntp"]) for step in logs_of(out))
     picture = open_image(next(Path(first_rows["images"]).rglob("*.jpg")))
-    assert isinstance(answer(load_student(out), ["What is in the photo?"], [picture], 4)[0], str)
+    assert isinstance(answer(load_student(out), ["What is in the photo?"], [[picture]], 4)[0], str)
     assert AutoProcessor.from_pretrained(out / "model").tokenizer.convert_tokens_to_ids("<|seg_1|>") > 0
