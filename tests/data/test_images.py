@@ -82,6 +82,15 @@ def test_no_bytes_whatever_break_more_than_their_row(kind: str, changes: list[tu
     assert image.mode == "RGB"
 
 
+def test_a_missing_image_names_the_last_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "coco").mkdir(parents=True)
+    expected = rf"'{tmp_path}/data/coco/train/1.jpg' is not a file.*folder in which the command runs.*'{tmp_path}/data/coco' exists"  # noqa: E501
+    for name in ("data/coco/train/1.jpg", "data/coco/train/1.jpg" + "x" * 300):
+        with pytest.raises(DataError, match=expected if name.endswith("jpg") else "'images' folder of their source"):
+            open_image(name)
+
+
 def test_a_folder_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing image"):
         open_image(tmp_path)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from visper.cli import app
+from visper.common.errors import ConfigError
 from visper.config import Engine, Geometry, Run
 from visper.config import Student as StudentConfig
 from visper.distillation.teachers.tasks import planned_teachers
@@ -56,6 +57,11 @@ def test_rows_are_measured_where_they_are(run):
     found = plan(run, Machine(1, 80e9, peak=1e15))
     assert found.rows.count == 16 and found.rows.images == 0.75 and "tokenized" in found.rows.source
     assert found.steps == 2 and found.fits and found.lever is None
+
+
+def test_rows_longer_than_the_llms_positions_are_refused(run):
+    with pytest.raises(ConfigError, match="4096 positions"):
+        plan(run.model_copy(update={"data": run.data.model_copy(update={"max_tokens": 5000})}), Machine(1, 80e9))
 
 
 def test_model_flops_of_two_rows_are_twice_those_of_one(run):

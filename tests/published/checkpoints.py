@@ -81,7 +81,7 @@ def small_config(encoder: Path, **changes: Any) -> dict[str, Any]:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-05,
         "rope_theta": 500000.0,
         "rope_scaling": None,

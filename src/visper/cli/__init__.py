@@ -25,6 +25,7 @@ from visper.cli import (
     targets,
     train,
 )
+from visper.common.cache import hub_cache_remedy
 from visper.common.console import Console, printable
 from visper.common.errors import StoppedError, VisperError
 
@@ -72,8 +73,9 @@ def main() -> None:
             traceback.print_exc()
         shared = isinstance(error, VisperError) and error.shared
         if not shared or os.environ.get("RANK", "0") == "0":
+            message = str(error) + (hub_cache_remedy(error) if isinstance(error, OSError) else "")
             name = "stopped" if isinstance(error, StoppedError) else "error"
-            Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), str(error)))
+            Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), message))
         sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
         print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)

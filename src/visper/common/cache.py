@@ -6,8 +6,10 @@ changes, another name is looked for, and the old file is simply not met.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -19,13 +21,36 @@ _BLOCKS, _BLOCK = 16, 1 << 16
 
 
 def cache_folder(beside: Path) -> Path:
-    """``$VISPER_CACHE``, else ``.visper`` in the folder ``beside``, else (read-only data) ``~/.cache/visper``."""
+    """``$VISPER_CACHE``, else ``.visper`` in the folder ``beside``, else (read-only data) ``~/.cache/visper``.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
     given = os.environ.get(VARIABLE)
-    if given:
-        return Path(given)
-    if os.access(beside, os.W_OK):
-        return beside / FOLDER
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visper"
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - a user without a home
+    places = [Path(given)] if given else [beside / FOLDER] if os.access(beside, os.W_OK) else []
+    if not given and not own.startswith("~"):
+        places.append(Path(own) / "visper")
+    for place in places:
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    tried = " nor ".join(f"'{place}'" for place in (places if given else [beside, *places[-1:]]))
+    raise DataError(
+        "no place for the cache", f"{tried} cannot be written: set the variable {VARIABLE} to a folder that can"
+    )
+
+
+def hub_cache_remedy(error: OSError) -> str:
+    """What to do if ``error`` says that the hub's cache cannot be written; empty for any other error."""
+    from huggingface_hub.constants import HF_HOME
+
+    home, place = Path(HF_HOME), Path(str(error.filename))
+    here = place == home or place in home.parents or home in place.parents
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not here:
+        return ""
+    return "; set the variable HF_HOME to a folder that can be written: models and data sets of the hub are kept there"
 
 
 def key(*parts: str | bytes | int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,9 +79,7 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
     except OSError:  # a name that is too long, a folder that may not be entered
         there = False
     if not there:
-        raise DataError(
-            "missing image", f"'{path}': expected a file; are all archives unpacked under the images folder?"
-        )
+        raise DataError("missing image", _where_it_ends(path))
     if not (path.stat().st_size if content is None else content):
         raise DataError("empty image file", f"'{path}' has no bytes: fetch it again")
     try:
@@ -104,6 +103,17 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
             raise DataError("huge metadata", f"'{path}': {error}; save it without its text chunks") from error
         # Given odd bytes, Pillow's many decoders raise anything: RuntimeError, TypeError ...
         raise DataError("broken image", f"'{path}': {error or type(error).__name__}; fetch it again") from error
+
+
+def _where_it_ends(path: Path) -> str:
+    """What of a path is there, for whoever gave the wrong folder or has not unpacked an archive."""
+    full = path.absolute()
+    there = next(folder for folder in full.parents if os.path.isdir(folder))  # noqa: PTH112 - never raises
+    start = f" ('{path}' starts from the folder in which the command runs)" if full != path else ""
+    return (
+        f"'{full}' is not a file{start}; of its folders '{there}' exists. Rows name images relative to the 'images' "
+        "folder of their source: is that the right one, and are all archives unpacked under it?"
+    )
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

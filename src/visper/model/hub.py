@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from visper.common.cache import hub_cache_remedy
 from visper.common.errors import ConfigError
 
 
@@ -54,6 +55,9 @@ def remedy(name: str, error: OSError) -> str:
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):
         return "the hub has no such model, or it is private: check the spelling, or `hf auth login`"
+    unwritable = "".join(hub_cache_remedy(e) for e in chain if isinstance(e, OSError))
+    if unwritable:
+        return reason.rstrip(".") + unwritable
     return (
         f"{reason} Give a folder that exists or a hub id. Without network: `hf download {name}` where there is one, "
         "then give the folder it made"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from visper.common.errors import ConfigError
 from visper.config import Run, Stage
 from visper.data.images import with_geometry
 from visper.model.build import build_processor, build_student
@@ -26,6 +27,21 @@ def starting_student(run: Run) -> Student:
     processor = student.processor
     processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
     return student
+
+
+def require_positions(student: Student, max_tokens: int) -> None:
+    """Refuses rows that may be longer than what the LLM has positions for: behind these its output is noise.
+
+    Raises:
+        ConfigError: ``max_tokens`` is more than the LLM's positions.
+    """
+    positions = getattr(student.model.config.text_config, "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise ConfigError(
+            f"data.max_tokens is {max_tokens}, but the LLM has {positions} positions (max_position_embeddings in its "
+            f"config.json): set data.max_tokens={positions} or less, which cuts longer rows, or choose an LLM with a "
+            "longer context"
+        )
 
 
 def starting_processor(run: Run) -> Any:

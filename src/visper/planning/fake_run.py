@@ -16,6 +16,7 @@ from visper.data.packing import PackingCollator
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student
+from visper.model.start import require_positions
 from visper.planning.fake_step import (
     FakeTensorMode,
     KnownPositions,
@@ -67,6 +68,7 @@ class FakeRun:
         self.student: Student = student_skeleton(start)
         llm: Any = self.student.model.get_decoder()
         choose_attention(self.run, llm)
+        require_positions(self.student, run.data.max_tokens)
         with torch.device("meta"):
             add_updates(run.lora, self.student)
             self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, teachers)

@@ -29,7 +29,7 @@ from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
 from visper.model.revisions import with_commits
-from visper.model.start import starting_student
+from visper.model.start import require_positions, starting_student
 from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, continue_objective, set_trainable, to_bfloat16
@@ -143,6 +143,7 @@ def build_student(run: Run, console: Console) -> Student:
     student = quantized_student(run.start_from) if run.lora and run.lora.quantize else starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.get_decoder())
+    require_positions(student, run.data.max_tokens)
     return student
 
 

@@ -1,5 +1,6 @@
 """The cached table gives the very records that reading the file gives, and never those of another file."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tests.conftest import outside
 from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, make_processor
-from visper.common.cache import cache_folder
+from visper.common.cache import cache_folder, hub_cache_remedy
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.rows import lengths, table
@@ -122,8 +123,28 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 def test_read_only_data_is_cached_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISPER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda place, _: place != tmp_path / "data")
     assert cache_folder(tmp_path / "data") == tmp_path / "visper"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_where_nothing_can_be_written_the_cache_is_moved_by_a_variable(tmp_path, monkeypatch, given) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("VISPER_CACHE")
+    monkeypatch.setenv("VISPER_CACHE" if given else "XDG_CACHE_HOME", str(tmp_path / "file" / "x"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(DataError, match=r"file/x.*set the variable VISPER_CACHE to a folder"):
+        cache_folder(tmp_path)
+    assert not (tmp_path / ".visper").exists()
+
+
+def test_a_hub_cache_that_cannot_be_written_is_moved_by_a_variable(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/home/me/.cache/huggingface")
+    for place in ("/home/me/.cache", "/home/me/.cache/huggingface/hub/models--x"):
+        error = OSError(errno.EROFS, "Read-only file system", place)
+        assert "HF_HOME" in hub_cache_remedy(error)
+    assert not hub_cache_remedy(OSError(errno.EROFS, "Read-only file system", "/data/x"))
+    assert not hub_cache_remedy(OSError(errno.ENOENT, "No such file", "/home/me/.cache"))
 
 
 def test_another_process_maps_the_table_again(tmp_path: Path) -> None:
