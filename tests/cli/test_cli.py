@@ -13,6 +13,7 @@ from tests.evaluation.benchmarks.published import write_mmstar
 from visper.cli import app, main
 from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
+from visper.data.rows.records import DropList
 from visper.training import run_stage
 
 VERBS = (
@@ -173,6 +174,8 @@ def test_data_is_checked_with_a_runs_tokenizer_then_written_to_parquet_and_train
     recipe, drops, parquet = trained / "tiny.yaml", tmp_path / "dropped.jsonl", tmp_path / "parquet"
     file = ["data", "check", str(rows / "rows.json"), "--images", str(rows / "images")]
     assert call(*file, "--run", str(recipe)).exit_code == 0
+    small = call(*file, "--run", str(recipe), "--set", "data.max_pixels=100", "--drop", str(drops))
+    assert small.exit_code == 1 and {drop.reason for drop in DropList.read(drops)} == {"huge image"}
     tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
     assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
     made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(parquet))

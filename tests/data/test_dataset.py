@@ -114,6 +114,14 @@ def test_the_geometry_is_the_processors(records: list[Record], encoder: Conversa
     assert image.size == (90, 90) and image.getpixel((0, 0)) == (127, 127, 127)
 
 
+def test_an_image_over_the_limit_is_a_drop(records: list[Record], encoder: ConversationEncoder) -> None:
+    image = ConversationDataset(records, encoder)[0].images[0]
+    pixels = image.width * image.height
+    assert isinstance(ConversationDataset(records, encoder, max_pixels=pixels)[0], Sample)
+    dropped = ConversationDataset(records, encoder, max_pixels=pixels - 1)[0]
+    assert isinstance(dropped, Drop) and dropped.reason == "huge image" and f"{pixels - 1:,}" in dropped.detail
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(dataset: ConversationDataset, workers: int) -> None:
     def batches(num_workers: int) -> list[Batch]:

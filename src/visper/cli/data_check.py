@@ -34,7 +34,8 @@ def check(
     images: Images = None,
     root: Root = Path("data"),
     run: Annotated[
-        str | None, typer.Option("--run", help="a recipe, by whose tokenizer and max_tokens supervision is checked")
+        str | None,
+        typer.Option("--run", help="a recipe, whose tokenizer and limits hold for the rows"),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeat")] = None,
     report: Annotated[Path | None, typer.Option(help="write the counts here, as JSON", parser=parse_path)] = None,
@@ -63,13 +64,12 @@ def check(
 
     console = Console()
     sources = sources_of(what, images, root, whole=False)
-    names = source_names([file for file, _ in sources])
+    named = list(zip(source_names([file for file, _ in sources]), sources, strict=True))
     settings = load_run(run, overrides or []) if run is not None else None
-    encoder = _encoder(settings) if settings is not None else None
+    by = {"encoder": _encoder(settings), "max_pixels": settings.data.max_pixels} if settings is not None else {}
 
     def look() -> list[checking.Report]:
-        pairs = zip(names, sources, strict=True)
-        return [checking.check(file, folder, encoder, workers=workers, name=name) for name, (file, folder) in pairs]
+        return [checking.check(*source, workers=workers, name=name, **by) for name, source in named]
 
     found = look()
     if repair:

@@ -22,6 +22,10 @@ from visper.config.distillation import Distillation
 from visper.config.paths import PathText, read_words
 from visper.config.section import Choice, Section
 
+MAX_PIXELS, MOST_PIXELS = 89_478_485, 178_956_970
+"""Of one image by default, and at most: decoded it takes 268 or 537 MB. Pillow warns of decompression bombs past the
+first number and refuses them past the second, whatever a run says."""
+
 
 class Stage(Choice):
     """The stages of the method, in their order."""
@@ -134,6 +138,9 @@ class Data(Section):
     root: PathText = Field("data", description="folder of the data sets that 'set' names")
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
+    max_pixels: int = Field(
+        MAX_PIXELS, ge=1, le=MOST_PIXELS, description="of an image; rows with a larger one are left out"
+    )
     drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
     unknown_limit: float = Field(
         0.2, ge=0, le=1, description="share of supervised text the tokenizer does not know past which a run is refused"

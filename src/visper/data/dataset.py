@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from visper.common.errors import DataError
 from visper.common.files import inside
+from visper.config.schema import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
@@ -43,13 +44,19 @@ class ConversationDataset(Dataset[Sample | Drop]):
         encoder: makes their tokens; its processor's image processor makes the pixels, in its geometry.
         stored: the bytes of an image file -> its stored targets, by task, in place of an image for the teachers; raises
             DataError where there are none.
+        max_pixels: of an image; a row with a larger one becomes a ``Drop``.
     """
 
     def __init__(
-        self, records: Sequence[Record], encoder: ConversationEncoder, stored: StoredTargets | None = None
+        self,
+        records: Sequence[Record],
+        encoder: ConversationEncoder,
+        stored: StoredTargets | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.records = records
         self.stored = stored
+        self.max_pixels = max_pixels
         self.encoder = encoder
         self.image_processor = encoder.processor.image_processor
         self.geometry = geometry_of(self.image_processor)
@@ -66,7 +73,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             if not record.images:
                 return sample
             contents = contents_of(self.records, index)  # read once: what is looked up is what is decoded
-            images = [open_image(shown.path, held) for shown, held in zip(record.images, contents, strict=True)]
+            pairs = zip(record.images, contents, strict=True)
+            images = [open_image(shown.path, held, max_pixels=self.max_pixels) for shown, held in pairs]
             stored = [self.stored(held) for held in contents if held is not None] if self.stored is not None else []
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)

@@ -14,12 +14,11 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from visper.common.errors import DataError
+from visper.config.schema import MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's names of what is opened, whatever the file is called; a camera's MPO is a JPEG to it. No vector format is
 among them: Pillow starts Ghostscript for EPS."""
-MAX_PIXELS = 89_478_485
-"""Of one image, by its header; decoded as RGB it takes 268 MB. Where Pillow begins to warn of decompression bombs."""
 WHITE = (255, 255, 255)
 _REFUSED = {
     b"%!PS": "EPS",
@@ -44,7 +43,10 @@ _TURNS = {
 
 
 def open_image(
-    path: str | Path, content: bytes | None = None, ground: tuple[int, int, int] | None = WHITE
+    path: str | Path,
+    content: bytes | None = None,
+    ground: tuple[int, int, int] | None = WHITE,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Opens and decodes an image: upright RGB, whatever its mode, orientation tag or file name say.
 
@@ -58,12 +60,13 @@ def open_image(
         path: the file, or the name of an image whose ``content`` is at hand.
         content: of an image that a source holds.
         ground: what transparent images are laid upon, RGB, 0 to 255; None: their transparency is dropped.
+        max_pixels: of the largest image that is decoded.
 
     Raises:
         DataError: the file is missing, empty, truncated, too large, of a format not allowed or no image; ``reason``
             tells which.
     """
-    with opened(path, content) as image:
+    with opened(path, content, max_pixels) as image:
         image.seek(0)
         image.load()
         turn = turn_of(image)
@@ -71,7 +74,7 @@ def open_image(
 
 
 @contextmanager
-def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+def opened(path: str | Path, content: bytes | None = None, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The image, not yet decoded; what goes wrong with it inside becomes a ``DataError``; see ``open_image``."""
     path = Path(path)
     try:
@@ -84,7 +87,7 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
         raise DataError("empty image file", f"'{path}' has no bytes: fetch it again")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             yield image
     except UnidentifiedImageError as error:
@@ -94,7 +97,8 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[Image.Ima
         raise DataError("not an image", f"'{path}': its content is none of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
-            "huge image", f"'{path}': {error}; at most {MAX_PIXELS:,} pixels are decoded: save it smaller"
+            "huge image",
+            f"'{path}': {error}; at most {max_pixels:,} are decoded: save it smaller, or raise data.max_pixels",
         ) from error
     except MemoryError:
         raise

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import LlavaImageProcessor
 
-from visper.data.decoding import MAX_PIXELS
+from visper.config.schema import MAX_PIXELS
 from visper.data.decoding import open_image as open_image  # whoever looks at images needs both
 
 GEOMETRIES = ("squash", "pad", "crop")

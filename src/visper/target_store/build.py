@@ -24,6 +24,7 @@ from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
 from visper.common.ranks import first_decides
 from visper.config import Data, Distillation, Run
+from visper.config.schema import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
 from visper.data.collator import Preprocess
 from visper.data.images import arrange, background_of, open_image
@@ -236,7 +237,7 @@ class _Images(Dataset[Any]):
         if content is None or digest(content) != own:
             raise DataError("changing image", f"'{name}' was changed or removed during the build: repeat the command")
         try:
-            image = arrange(open_image(name, content), self.geometry, self.background)
+            image = arrange(open_image(name, content, max_pixels=MOST_PIXELS), self.geometry, self.background)
         except DataError:
             return None
         return {task: self.preprocess[task](image) for task in tasks}

@@ -89,7 +89,7 @@ def build_data(
     _check_words(settings, records, survey, encoder, console)
     if targets is not None and settings.check_first:
         require_targets(targets, records, console.quiet)
-    dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup)
+    dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup, settings.max_pixels)
     sampler = _sampler(settings, optimization, dataset, survey, seed)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     collator = _collator(student, preprocess, optimization.packing)

@@ -119,11 +119,11 @@ def test_repair_mends_names_and_asks_for_what_is_lost(faulty: tuple[Path, Path])
 def test_a_check_goes_on_where_it_was_stopped(faulty: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
-    def watched(path: str) -> verdicts.Verdict:
+    def watched(path: str, max_pixels: int) -> verdicts.Verdict:
         if len(looked) == 3:
             raise KeyboardInterrupt
         looked.append(path)
-        return look(path)
+        return look(path, max_pixels)
 
     monkeypatch.setattr(verdicts, "look", watched)
     with pytest.raises(KeyboardInterrupt):

@@ -42,6 +42,7 @@ def save_quickstart_llm(folder: Path) -> Path:
     """The quickstart's tokenizer under a random Llama."""
     tokenizer = new_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["max_position_embeddings"] = 4096
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,6 +18,7 @@ from visper.common.cache import code_key, key
 from visper.common.errors import DataError
 from visper.common.files import inside
 from visper.common.parallel import in_order
+from visper.config.schema import MAX_PIXELS
 from visper.data import decoding
 from visper.data.decoding import opened
 from visper.data.normalize import mislabeled
@@ -38,10 +39,10 @@ class Verdict:
         return self.format is not None and mislabeled(self.format, path)
 
 
-def look(path: str) -> Verdict:
+def look(path: str, max_pixels: int = MAX_PIXELS) -> Verdict:
     """Decodes a file whole. A JPEG's compressed data is read to its end, its pixels made at an eighth of the size."""
     try:
-        with opened(path) as image:
+        with opened(path, max_pixels=max_pixels) as image:
             image.seek(0)
             content = image.format
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
@@ -52,7 +53,12 @@ def look(path: str) -> Verdict:
 
 
 def look_at_all(
-    folder: Path, names: Sequence[str], kept: Path, quiet: bool = False, workers: int | None = None
+    folder: Path,
+    names: Sequence[str],
+    kept: Path,
+    quiet: bool = False,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Verdict]:
     """A verdict on every file by its path, those looked at before from ``kept``. Outside the folder nothing is opened.
 
@@ -62,6 +68,7 @@ def look_at_all(
         kept: JSONL file of verdicts; one line a file, the newest line counts.
         quiet: no progress bar.
         workers: processes; default: one a core, or none for a few files.
+        max_pixels: of an image that is not called huge.
     """
     before = _read(kept)
     verdicts: dict[str, Verdict] = {}
@@ -79,7 +86,7 @@ def look_at_all(
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a", encoding="utf-8") as lines:
         lines.write("\n")  # behind a line that an earlier check left half written
-        found = in_order(look, new, "looking at images", quiet, workers)
+        found = in_order(partial(look, max_pixels=max_pixels), new, "looking at images", quiet, workers)
         for number, (path, verdict) in enumerate(zip(new, found, strict=True), 1):
             verdicts[path] = verdict
             if stamps[path]:
@@ -90,9 +97,9 @@ def look_at_all(
     return verdicts
 
 
-def verdicts_file(folder: Path, root: Path) -> Path:
-    """Where verdicts on the files under ``root`` are kept; others for another version of the look."""
-    return folder / f"images-{key(str(root.resolve()), code_key(decoding))}.jsonl"
+def verdicts_file(folder: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Path:
+    """Where verdicts on the files under ``root`` are kept; others for another version of the look, or another limit."""
+    return folder / f"images-{key(str(root.resolve()), max_pixels, code_key(decoding))}.jsonl"
 
 
 def stamp_of(path: str) -> str:

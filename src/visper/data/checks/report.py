@@ -19,6 +19,7 @@ from rich.table import Table
 from visper.common.cache import cache_folder, key
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
+from visper.config.schema import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
@@ -116,6 +117,7 @@ def check(
     quiet: bool = False,
     workers: int | None = None,
     name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Report:
     """Looks at every row and every image of one conversation file.
 
@@ -126,6 +128,7 @@ def check(
         quiet: no progress bar.
         workers: processes; default: one a core.
         name: of the source in drop lists; default: the file's, as in a run that reads this file alone.
+        max_pixels: of an image that is not called huge.
 
     Raises:
         DataError: the file is missing or is not a list of rows.
@@ -140,8 +143,8 @@ def check(
         report.note("(no conversation)", "unusable")
     names = table.image_names()
     named = {image: str(images / image) for own in names for image in own}
-    kept = verdicts_file(cache_folder(file.resolve().parent), images)
-    by_file = look_at_all(images, list(named), kept, quiet, workers)
+    kept = verdicts_file(cache_folder(file.resolve().parent), images, max_pixels)
+    by_file = look_at_all(images, list(named), kept, quiet, workers, max_pixels)
     report.verdicts = by_file
     _note_images(report, named)
     records = Records([Part(name, table, images)])
