@@ -159,7 +159,7 @@ def test_the_converted_student_answers_and_fine_tunes(pt, tmp_path):
     ours = pt[3]
     picture = tiny.write_rows(tmp_path / "rows") / "images" / "0.png"
     student = load_student(ours)
-    answer(student, ["what?"], [Image.open(picture)], 2)
+    answer(student, ["what?"], [[Image.open(picture)]], 2)
     recipe = {
         "name": "tiny",
         "stage": "ift",

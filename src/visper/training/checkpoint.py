@@ -97,8 +97,12 @@ def newest_undamaged(output: Path, console: Console) -> Path | None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters, and the saved buffers of modules that have some (batch statistics), by name."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """What no folder elsewhere holds, by name.
+
+    Trainable parameters, the saved buffers of modules that have some (batch statistics), and frozen heads, whose
+    weights are random.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith("objective.")}
     saved = model.state_dict().keys()
     buffers = {
         f"{place}.{name}": buffer
