@@ -11,7 +11,9 @@ from rich.console import Console
 from tests.data.sets import server
 from tests.data.sets.published import image, tarred, zipped
 from visper.common.errors import DataError
+from visper.common.files import OUTSIDE
 from visper.data.sets.archives import list_members, read_chunks, read_members
+from visper.data.sets.catalog import Download
 from visper.data.sets.fetch import RetryPolicy
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 from visper.data.sets.prepare import prepare
@@ -145,6 +147,27 @@ def test_an_archive_never_plants_what_another_set_would_take_for_its_own(tmp_pat
     with pytest.raises(DataError, match="unsafe archive"):
         prepare(str(tmp_path / "mine.yaml"), tmp_path / "root", console=Console(quiet=True))
     assert not list(tmp_path.glob("root/[aA]rchives/*"))
+
+
+def test_nothing_is_written_through_a_link_that_leads_outside(tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "x").symlink_to(tmp_path / "away")
+    (tmp_path / "x.zip").write_bytes(zipped({"1.jpg": image(1)}))
+    download = {"file": "x.zip", "sources": [{"path": "x.zip"}], "unpack": [{"to": "x/deep"}]}
+    content = {"name": "mine", "title": "t", "use": "u", "license": "l", "downloads": [download]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataError, match=OUTSIDE):
+        prepare(str(tmp_path / "mine.yaml"), tmp_path / "root", console=Console(quiet=True))
+    assert not list((tmp_path / "away").iterdir())
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a\x1b[2J.bin", "a\\b", "x" * 300])
+def test_names_from_a_hub_are_names_of_files(name):
+    many = Download.model_validate({"file": "parts/", "sources": [{"hub": "a/b", "path": "*"}]})
+    with pytest.raises(DataError, match="unsafe name"):
+        many.name_of(f"data/{name}")
+    assert many.name_of("data/0.bin?download=true") == "parts/0.bin"
 
 
 def test_another_published_hash_of_a_prepared_file_is_refused(tmp_path, shelf):

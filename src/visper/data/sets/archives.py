@@ -43,6 +43,8 @@ class Member:
 def relative_path(name: str) -> str:
     """A relative path in its shortest form ('' = the folder itself).
 
+    Judged by its letters, where no folder is known yet; ``common.files.inside`` decides where something is written.
+
     Raises:
         DataError: it is absolute, leads outside, or no file system here would take it.
     """

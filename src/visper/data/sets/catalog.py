@@ -118,8 +118,17 @@ class Download(Part):
     unpack: tuple[Unpack, ...] = ()
 
     def name_of(self, address: str) -> str:
-        """Name of one of its files, from the last part of the address it comes from."""
-        return self.file + posixpath.basename(address.partition("?")[0]) if self.file.endswith("/") else self.file
+        """Name of one of its files, from the last part of the address it comes from.
+
+        Raises:
+            DataError: that part is no name of a file.
+        """
+        if not self.file.endswith("/"):
+            return self.file
+        last = relative_path(posixpath.basename(address.partition("?")[0]))
+        if not last:
+            raise DataError("unsafe name", f"{address[:200]!r} does not end with the name of a file")
+        return self.file + last
 
     @property
     def labels(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import Progress
 
 from visper.common.errors import DataError
-from visper.common.files import write_text
+from visper.common.files import inside, write_text
 from visper.data.normalize import make_canonical
 from visper.data.sets.archives import Member, list_members, read_chunks, read_members, target_paths
 from visper.data.sets.background import ProgressBar, require_room
@@ -124,6 +124,7 @@ class Unpacker:
                 if place.split("/")[0].casefold() in RESERVED:
                     raise DataError("unsafe archive", f"'{path}': '{place}' is reserved for downloads")
             for place in self._absent(needed):
+                inside(self.root, place)
                 todo.setdefault(here[place], []).append(place)
         self._list(download, path, members)
         if todo:
