@@ -136,7 +136,7 @@ def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]
 
 
 def _encoder(settings):  # type: ignore[no-untyped-def]
-    from visper.data.chat import ConversationEncoder
+    from visper.data.vlm import encoder_for
     from visper.model.start import starting_processor
 
-    return ConversationEncoder(starting_processor(settings), settings.data.max_tokens)
+    return encoder_for(starting_processor(settings), settings.data.max_tokens)

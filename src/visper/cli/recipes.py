@@ -37,10 +37,14 @@ def run(
 
 
 def _listed(runs: "dict[str, Run]") -> Table:
+    from visper.config import VlmStudent
+
     table = Table("recipe", "stage", "starts from", "global batch", "learning rate")
     for recipe, settings in runs.items():
         student = settings.student
-        start = f"{student.llm} + {student.encoder}" if student else str(settings.start_from)
+        start = str(settings.start_from)
+        if student is not None:
+            start = student.vlm if isinstance(student, VlmStudent) else f"{student.llm} + {student.encoder}"
         optimization = settings.optimization
         table.add_row(recipe, str(settings.stage), start, str(optimization.global_batch), f"{optimization.lr:g}")
     return table

@@ -14,9 +14,8 @@ from visper.config.schema import (
     Run,
     Source,
     Stage,
-    Student,
-    TaskTokenLayout,
 )
+from visper.config.student import Student, TaskTokenLayout, VlmStudent
 
 __all__ = [
     "PUBLISHED_LOSS",
@@ -38,6 +37,7 @@ __all__ = [
     "Target",
     "Task",
     "TaskTokenLayout",
+    "VlmStudent",
     "explain",
     "load_run",
     "parse_overrides",

@@ -18,7 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from visper.common.errors import ConfigError
 from visper.config.schema import Run
+from visper.config.student import Student, VlmStudent
 
+STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
+"""The kinds of a student, by the tags that pydantic puts into a fault's location."""
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -126,7 +129,8 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """Every fault of a validation against ``model``, one a line, with file, key and the nearest valid key."""
     lines = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"]) or f"(the whole {model.__name__.lower()})"
+        location = [str(part) for part in fault["loc"] if part not in STUDENTS]
+        place = ".".join(location) or f"(the whole {model.__name__.lower()})"
         if fault["type"] == "extra_forbidden":
             valid = _keys_at(model, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
@@ -148,6 +152,7 @@ def _keys_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
             return []
         if isinstance(part, int):
             continue
+        current = STUDENTS.get(part, current)
         for name, field in current.model_fields.items():
             if part in (name, field.alias):
                 current = _section_in(field.annotation)

@@ -6,7 +6,7 @@ Numbers of the method come from arXiv 2412.09585; the recipes hold the published
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     ConfigDict,
@@ -14,13 +14,13 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
 from visper.config.distillation import Distillation
-from visper.config.paths import PathText, read_words
+from visper.config.paths import PathText
 from visper.config.section import Choice, Section
+from visper.config.student import AnyStudent
 
 MAX_PIXELS, MOST_PIXELS = 89_478_485, 178_956_970
 """Of one image by default, and at most: decoded it takes 268 or 537 MB. Pillow warns of decompression bombs past the
@@ -41,50 +41,6 @@ class Geometry(Choice):
     SQUASH = "squash"
     PAD = "pad"
     CROP = "crop"
-
-
-class TaskTokenLayout(Section):
-    """The task tokens behind the image tokens, in every stage and at inference (paper, section 3)."""
-
-    order: tuple[str, ...] = ("depth", "seg", "gen")
-    per_task: PositiveInt = 8
-
-    @model_validator(mode="after")
-    def _names_once(self) -> TaskTokenLayout:
-        if len(set(self.order)) != len(self.order):
-            raise ValueError(f"a task stands twice in order {list(self.order)}: name each once")
-        return self
-
-
-class Student(Section):
-    """The parts a first stage assembles; a later stage starts from a folder instead."""
-
-    llm: PathText = Field(description="causal LLM: hub id or folder")
-    llm_revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
-    encoder: PathText = Field(description="image encoder: hub id or folder")
-    encoder_revision: str | None = Field(None, description="likewise, of the encoder's")
-    feature_layer: int = Field(-2, description="encoder layer the projector reads; negative counts from the end")
-    image_size: PositiveInt | None = Field(None, description="pixels a side; default: the encoder's own")
-    system_prompt: str | None = Field(None, description="put first where a conversation has no system turn")
-    task_tokens: TaskTokenLayout | None = Field(TaskTokenLayout(), description="null: a plain LLaVA student")
-    add_words: tuple[str, ...] = Field(
-        default=(), description="words that get a token of their own: a list, or a text file with one a line"
-    )
-    trust_remote_code: bool = False
-
-    @field_validator("add_words", mode="before")
-    @classmethod
-    def _read_words(cls, given: Any) -> Any:
-        """A file's words become the run's: a run that is saved or resumed no longer depends on the file."""
-        return read_words(given) if isinstance(given, str) else given
-
-    @field_validator("add_words")
-    @classmethod
-    def _plain_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        bad = [word for word in words if not word or word != word.strip() or not word.isprintable()]
-        if bad:
-            raise ValueError(f"{bad[0]!r} is no word: remove spaces around it and control characters")
-        return tuple(dict.fromkeys(words))
 
 
 class Source(Section):
@@ -245,7 +201,7 @@ class Run(Section):
     start_from: PathText | None = Field(
         None, description="folder of the stage before, or any folder this library saved"
     )
-    student: Student | None = None
+    student: AnyStudent | None = None
     data: Data
     distillation: Distillation | None = None
     optimization: Optimization

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -66,29 +67,40 @@ class ConversationEncoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_tokens = max_tokens
-        self.image_token_id = int(processor.image_token_id)
-        self.num_image_tokens = _num_image_tokens(processor)
         self._special = special_pattern(self.tokenizer)
         self._unknown_id = _unknown_id(self.tokenizer)
         self._special_ids = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self.image_token_id, self.num_image_tokens = self._read_image_tokens()
         self._behind_image = self._special_ids - {self.image_token_id}
         self._skeletons: dict[tuple[tuple[tuple[str, str], ...], bool], _Skeleton] = {}
 
-    def encode(self, record: Record) -> Encoded:
+    @property
+    def image_text(self) -> str:
+        """What stands for an image in the text that is tokenized, where that is not the image token alone."""
+        return ""
+
+    def _read_image_tokens(self) -> tuple[int, int]:
+        """The id of the image token, and how many of it an image has."""
+        return int(self.processor.image_token_id), _num_image_tokens(self.processor)
+
+    def encode(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
         """The record's ids and labels, the images expanded.
+
+        Args:
+            sizes: width and height of its images, for students that see images in their own resolution.
 
         Raises:
             DataError: the template refuses the conversation, the images alone are too long, or nothing is left to
                 learn.
         """
-        ids, labels, blocks = self._tokens(record, asks=False)
+        ids, labels, blocks = self._tokens(record, False, sizes)
+        image_tokens = tuple(ids[start:end].count(self.image_token_id) for start, end in blocks)
         truncated = len(ids) > self.max_tokens
         if truncated:
             ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
         if all(label == IGNORED for label in labels):
             why = f"none within {self.max_tokens} tokens" if truncated else "every answer is empty"
             raise DataError("no supervised token", why)
-        image_tokens = (self.num_image_tokens,) * len(record.images)
         return Encoded(ids, labels, truncated, image_tokens, *self._count_unknown(labels))
 
     def _count_unknown(self, labels: list[int]) -> tuple[int, int]:
@@ -106,11 +118,11 @@ class ConversationEncoder:
         """
         text, answers, cuts = self._fill(record, asks=False)
         ids, offsets = self._tokenize(text, cuts)
-        labels = _supervise(ids, offsets, answers)
+        labels = supervise(ids, offsets, answers)
         spans = [span for label, span in zip(labels, offsets, strict=True) if label == self._unknown_id]
         return [_word_around(text, *span) for span in spans]
 
-    def prompt(self, record: Record) -> list[int]:
+    def prompt(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
         """The ids of a conversation up to where its next answer begins, the images expanded; never cut.
 
         They are the ids of training: a text that spells the image token or a control token out stays text, which it
@@ -119,13 +131,15 @@ class ConversationEncoder:
         Raises:
             DataError: the template refuses the conversation.
         """
-        return self._tokens(record, asks=True)[0]
+        return self._tokens(record, True, sizes)[0]
 
-    def _tokens(self, record: Record, asks: bool) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    def _tokens(
+        self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Ids, labels and each image's block ``[start, end)``; with ``asks`` the header of an answer comes behind."""
         text, answers, cuts = self._fill(record, asks)
         ids, offsets = self._tokenize(text, cuts)
-        labels = _supervise(ids, offsets, answers)
+        labels = supervise(ids, offsets, answers)
         found, expected = ids.count(self.image_token_id), len(record.images)
         if found != expected:
             raise DataError("image tokens", f"the chat template shows {found} images: expected {expected}")
@@ -161,17 +175,23 @@ class ConversationEncoder:
         }
         return _Skeleton(literals, ends)
 
-    def _fill(self, record: Record, asks: bool) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The whole text, the spans to supervise, and where to cut so that no text spells a control token."""
+    def _fill(
+        self, record: Record, asks: bool, blocks: Sequence[str] = ()
+    ) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The whole text, the spans to supervise, and where to cut so that no text spells a control token.
+
+        ``blocks`` take the places of the template's image tokens, if given.
+        """
         texts, turns = _texts(record)
         if (turns, asks) not in self._skeletons:
             self._skeletons[turns, asks] = self._render(turns, asks)
         skeleton = self._skeletons[turns, asks]
-        parts = [skeleton.literals[0]]
-        at = len(skeleton.literals[0])
+        literals = _with_blocks(skeleton.literals, self.processor.image_token, blocks) if blocks else skeleton.literals
+        parts = [literals[0]]
+        at = len(literals[0])
         answers, cuts = [], []
         for place, text in enumerate(texts):
-            literal = skeleton.literals[place + 1]
+            literal = literals[place + 1]
             # Cut behind the first character of each control token spelt out in a text, overlapping ones too.
             found = self._special.search(text)
             while found is not None:
@@ -215,6 +235,16 @@ class ConversationEncoder:
         return ids, labels, blocks
 
 
+def _with_blocks(literals: list[str], image_token: str, blocks: Sequence[str]) -> list[str]:
+    """The template's literals with an image's text in the place of each image token, in order."""
+    pieces = [literal.split(image_token) for literal in literals]
+    shown = sum(len(parts) - 1 for parts in pieces)
+    if shown != len(blocks):
+        raise DataError("image tokens", f"the chat template shows {shown} images: expected {len(blocks)}")
+    texts = iter(blocks)
+    return [parts[0] + "".join(next(texts) + part for part in parts[1:]) for parts in pieces]
+
+
 def _unknown_id(tokenizer: Any) -> int | None:
     """The id that the tokenizer's model gives what it does not know; None where it knows every text.
 
@@ -241,7 +271,7 @@ def _num_image_tokens(processor: Any) -> int:
     return side * side + int(processor.num_additional_image_tokens) - int(dropped)
 
 
-def _supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
+def supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
     """Labels: the tokens that begin inside an answer's span. One that begins in the header belongs to the header."""
     labels = [IGNORED] * len(ids)
     token = 0

@@ -17,6 +17,7 @@ from typing_extensions import Required
 
 from visper.data.chat import IGNORED
 from visper.data.rows.records import Drop
+from visper.data.vlm import ModelInputs
 
 Preprocess = Callable[[Image.Image], Tensor]
 
@@ -27,8 +28,8 @@ class Sample:
 
     Attributes:
         image_tokens: of each of its images, how many of ``input_ids`` are its image tokens.
-        pixel_values: ``[images, 3, H, W]``; None without images.
-        images: what teachers see of each; or
+        pixel_values: ``[images, 3, H, W]``; None without images, or where a model's own processor makes them.
+        images: what teachers see of each (and the student, where it has a processor of its own); or
         stored: their stored targets by task, ``[images, bytes]``.
         image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
     """
@@ -57,6 +58,8 @@ class Batch(TypedDict, total=False):
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
     pixel_values: Tensor  # [S, 3, H, W] float32; absent if no row has an image
+    # Of a model with its own processor, in place of pixel_values: what its forward reads, by its own names.
+    model_inputs: dict[str, Tensor]
     image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
     image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
     # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
@@ -75,10 +78,12 @@ class Collator:
     Args:
         pad_token_id: fills rows on the right, never attended.
         teachers: task -> that teacher's preprocessing of an image.
+        model_inputs: of a model with its own processor, what makes its inputs.
     """
 
     pad_token_id: int
     teachers: Mapping[str, Preprocess] = field(default_factory=dict)
+    model_inputs: ModelInputs | None = None
 
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
         """Batches the good rows and passes on the bad ones' names.
@@ -102,6 +107,10 @@ class Collator:
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
+        if self.model_inputs is not None:
+            shown = [s.images for s in samples if s.images]
+            batch["model_inputs"] = self.model_inputs(batch["input_ids"], shown)
+        if len(batch["image_rows"]):
             places = [s.image_places for s in samples if s.image_places is not None]
             if places:
                 batch["image_places"] = torch.cat(places)

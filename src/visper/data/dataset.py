@@ -30,6 +30,7 @@ from visper.data.images import arrange, background_of, geometry_of, open_image, 
 from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
+from visper.data.vlm import VlmEncoder
 
 CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
 THREADS = 32  # that wait for the file system, mostly
@@ -59,7 +60,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.max_pixels = max_pixels
         self.encoder = encoder
         self.image_processor = encoder.processor.image_processor
-        self.geometry = geometry_of(self.image_processor)
+        self.own_processor = isinstance(encoder, VlmEncoder)  # which makes a micro-batch's pixels in the collator
+        self.geometry = "squash" if self.own_processor else geometry_of(self.image_processor)
         self.background = background_of(self.image_processor)
 
     def __len__(self) -> int:
@@ -68,21 +70,26 @@ class ConversationDataset(Dataset[Sample | Drop]):
     def __getitem__(self, index: int) -> Sample | Drop:
         record = self.records[index]
         try:
-            encoded = self.encoder.encode(record)
-            sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
-            if not record.images:
-                return sample
-            contents = contents_of(self.records, index)  # read once: what is looked up is what is decoded
+            contents = contents_of(self.records, index) if record.images else []  # read once: looked up and decoded
             pairs = zip(record.images, contents, strict=True)
             images = [open_image(shown.path, held, max_pixels=self.max_pixels) for shown, held in pairs]
+            encoded = self.encoder.encode(record, [image.size for image in images])
             stored = [self.stored(held) for held in contents if held is not None] if self.stored is not None else []
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
+        sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
+        if not images:
+            return sample
+        if self.own_processor:
+            pixels, seen = None, images
+        else:
+            pixels = torch.stack([student_pixels(self.image_processor, image) for image in images])
+            seen = [] if stored else [arrange(image, self.geometry, self.background) for image in images]
         return replace(
             sample,
             image_tokens=encoded.image_tokens,
-            pixel_values=torch.stack([student_pixels(self.image_processor, image) for image in images]),
-            images=() if stored else tuple(arrange(image, self.geometry, self.background) for image in images),
+            pixel_values=pixels,
+            images=tuple(seen),
             stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
             image_places=self._places(images, encoded.image_tokens),
         )

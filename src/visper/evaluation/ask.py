@@ -6,17 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, LlavaProcessor
+from transformers import BatchFeature
 
-from visper.data.chat import ConversationEncoder
 from visper.data.images import student_pixels
 from visper.data.rows.formats import parse_row, read_turn
 from visper.data.rows.records import Record
+from visper.data.vlm import ModelInputs, VlmEncoder, encoder_for
 from visper.model import Student, load_student
 
 
@@ -36,26 +37,28 @@ def as_row(question: str, images: Sequence[str]) -> Record:
     return replace(record, turns=record.turns[:1])
 
 
-def model_inputs(
-    processor: LlavaProcessor, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]
-) -> BatchFeature:
-    """Ids, mask and pixels of one-turn conversations, padded on the left; the ids that training would give them.
+def model_inputs(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
+    """Ids, mask and images of one-turn conversations, padded on the left; the ids that training would give them.
 
     Args:
         images: of each prompt, in the order of its tags.
     """
-    encoder = ConversationEncoder(processor)
+    encoder = encoder_for(processor)
     named = (as_row(prompt, ["image"] * len(own)) for prompt, own in zip(prompts, images, strict=True))
-    rows = [torch.tensor(encoder.prompt(row)) for row in named]
+    sizes = ([image.size for image in own] for own in images)
+    rows = [torch.tensor(encoder.prompt(row, own)) for row, own in zip(named, sizes, strict=True)]
     padding = int(processor.tokenizer.pad_token_id or 0)  # never attended
 
     def padded(values: list[Tensor], filling: int) -> Tensor:
         return pad_sequence(values, batch_first=True, padding_value=filling, padding_side="left")
 
     inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
-    shown = [student_pixels(processor.image_processor, image.convert("RGB")) for own in images for image in own]
-    if shown:
-        inputs["pixel_values"] = torch.stack(shown)
+    shown = [[image.convert("RGB") for image in own] for own in images if own]
+    if isinstance(encoder, VlmEncoder):
+        inputs |= ModelInputs(processor, encoder.image_token_id)(inputs["input_ids"], shown)
+    elif shown:
+        pixels = [student_pixels(processor.image_processor, image) for own in shown for image in own]
+        inputs["pixel_values"] = torch.stack(pixels)
     return BatchFeature(inputs)
 
 

@@ -25,12 +25,14 @@ PLACES: tuple[tuple[str, str], ...] = (
 not here takes one line."""
 
 
+def part_of(parameter: str) -> str | None:
+    """The part that a parameter belongs to, by its name in the model; None: its place is not known."""
+    return next((own.split(".")[0] for start, own in PLACES if parameter.startswith(start)), None)
+
+
 def parameters_of(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Parameter]]:
     """The named parameters of one part of a model."""
-    for name, parameter in model.named_parameters():
-        place = next((own for start, own in PLACES if name.startswith(start)), "")
-        if place.startswith(f"{part}."):
-            yield name, parameter
+    return ((name, parameter) for name, parameter in model.named_parameters() if part_of(name) == part)
 
 
 def modules_of(model: nn.Module, part: str) -> list[str]:

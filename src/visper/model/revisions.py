@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from visper.config import Distillation, Run, Student, Target
+from visper.config import Distillation, Run, Student, Target, VlmStudent
 from visper.config.kinds import TEACHERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -52,11 +52,11 @@ def with_commits(run: Run, saved: Run | None = None) -> Run:
     return run.model_copy(update=changes)
 
 
-def _student(student: Student, saved: Student | None) -> Student:
+def _student(student: Student | VlmStudent, saved: Student | VlmStudent | None) -> Student | VlmStudent:
     changes = {}
-    for part in ("llm", "encoder"):
+    for part in ("vlm",) if isinstance(student, VlmStudent) else ("llm", "encoder"):
         model, revision = getattr(student, part), getattr(student, f"{part}_revision")
-        if revision is None and saved is not None and getattr(saved, part) == model:
+        if revision is None and saved is not None and getattr(saved, part, None) == model:
             revision = getattr(saved, f"{part}_revision")
         changes[f"{part}_revision"] = commit_of(model, revision) or revision
     return student.model_copy(update=changes)

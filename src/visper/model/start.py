@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import LlavaProcessor
 
 from visper.common.errors import ConfigError
-from visper.config import Run, Stage
+from visper.config import Geometry, Run, Stage, VlmStudent
 from visper.data.images import with_geometry
 from visper.model.build import build_processor, build_student
 from visper.model.student import Student, load_processor, load_student
+from visper.model.vlm import build_vlm, build_vlm_processor
 
 
 def starting_student(run: Run) -> Student:
@@ -19,13 +21,16 @@ def starting_student(run: Run) -> Student:
     Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
     the memory.
     """
-    if run.student is not None:
-        frozen_llm = run.stage is Stage.PT and run.optimization.precision == "bfloat16"
-        return build_student(run.student, run.data.geometry, "auto" if frozen_llm else torch.float32)
-    assert run.start_from is not None
-    student = load_student(run.start_from)
-    processor = student.processor
-    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
+    frozen_llm = run.stage is Stage.PT and run.optimization.precision == "bfloat16"
+    dtype: Any = "auto" if frozen_llm else torch.float32
+    if isinstance(run.student, VlmStudent):
+        student = build_vlm(run.student, dtype)
+    elif run.student is not None:
+        return build_student(run.student, run.data.geometry, dtype)
+    else:
+        assert run.start_from is not None
+        student = load_student(run.start_from)
+    _fit_to_data(student.processor, run)
     return student
 
 
@@ -35,7 +40,7 @@ def require_positions(student: Student, max_tokens: int) -> None:
     Raises:
         ConfigError: ``max_tokens`` is more than the LLM's positions.
     """
-    positions = getattr(student.model.config.text_config, "max_position_embeddings", None)
+    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
         raise ConfigError(
             f"data.max_tokens is {max_tokens}, but the LLM has {positions} positions (max_position_embeddings in its "
@@ -46,9 +51,33 @@ def require_positions(student: Student, max_tokens: int) -> None:
 
 def starting_processor(run: Run) -> Any:
     """The processor of ``starting_student``, without the student's weights: for looking at data."""
-    if run.student is not None:
+    if isinstance(run.student, VlmStudent):
+        processor = build_vlm_processor(run.student)
+    elif run.student is not None:
         return build_processor(run.student, run.data.geometry)
-    assert run.start_from is not None
-    processor = load_processor(run.start_from)
-    processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
+    else:
+        assert run.start_from is not None
+        processor = load_processor(run.start_from)
+    _fit_to_data(processor, run)
     return processor
+
+
+def _fit_to_data(processor: Any, run: Run) -> None:
+    """Gives a LLaVA's processor the run's geometry; a model's own processor is left as it is.
+
+    Raises:
+        ConfigError: the run asks for what such a model's own processor does not do.
+    """
+    if isinstance(processor, LlavaProcessor):
+        processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
+        return
+    if run.data.geometry is not Geometry.SQUASH:
+        raise ConfigError(
+            f"data.geometry={run.data.geometry} is not supported by {type(processor).__name__}, which sees images in "
+            "their own resolution: remove it"
+        )
+    if run.optimization.packing:
+        raise ConfigError(
+            f"optimization.packing is not supported by a student with {type(processor).__name__}: set it to false, and "
+            "data.group_by_length to true"
+        )

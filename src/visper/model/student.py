@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from torch import nn
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, PreTrainedModel
 
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
 from visper.common.manifest import WEIGHTS_ONLY, require_undamaged, write_manifest
+from visper.data.vlm import NOMINAL_SIZE, ModelInputs
 from visper.model.encoders import FeatureMapTower
+from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
 
 STUDENT_FILE = "student.json"
@@ -46,10 +49,15 @@ processor = AutoProcessor.from_pretrained("this folder")
 class Student:
     """A vision-language model with its processor; the vocabulary ids of its task tokens by task, and of added words."""
 
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor  # None in a skeleton
+    model: PreTrainedModel  # Llava, or any that ``known.require_known`` knows
+    processor: Any  # LlavaProcessor, or the model's own; None in a skeleton
     task_token_ids: dict[str, list[int]] = field(default_factory=dict)
     word_ids: list[int] = field(default_factory=list)
+
+    @property
+    def is_llava(self) -> bool:
+        """Whether it is a LLaVA; otherwise images and text are read by the model's own processor."""
+        return isinstance(self.model.config, LlavaConfig)
 
     @property
     def image_token_id(self) -> int:
@@ -68,18 +76,25 @@ class Student:
 
     def blank_image(self) -> dict[str, torch.Tensor]:
         """An image of one color, under the names of the model's forward."""
+        if not self.is_llava:
+            return ModelInputs(self.processor, self.image_token_id).images([[Image.new("RGB", NOMINAL_SIZE)]])
         size = self.model.config.vision_config.image_size
         return {"pixel_values": torch.zeros(1, 3, size, size)}
 
     @property
     def silent_ids(self) -> list[int]:
-        """Vocabulary that stands for inputs only (image, task tokens): never an answer."""
+        """Vocabulary that stands for inputs only (image, task tokens): never an answer.
+
+        None of a model that brings its vocabulary: it is scored as that model scores it.
+        """
+        if not self.is_llava:
+            return []
         return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
 @without_loading_bars()
 def save_student(student: Student, folder: Path) -> None:
-    """Writes a plain LLaVA folder into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
+    """Writes the model's plain folder into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
 
     Where stock LLaVA cannot hold the encoder, a README.md says what the folder needs.
     """
@@ -95,7 +110,7 @@ def save_processor(student: Student, folder: Path) -> None:
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     content = json.dumps({"task_tokens": names, "word_ids": student.word_ids}, indent=1)
     (folder / STUDENT_FILE).write_text(content, encoding="utf-8")
-    tower = student.model.model.vision_tower
+    tower: Any = student.model.get_encoder(modality="image")
     if isinstance(tower, FeatureMapTower):
         backbone: Any = tower.config.backbone_config
         name = getattr(backbone, "architecture", backbone.model_type)
@@ -105,20 +120,23 @@ def save_processor(student: Student, folder: Path) -> None:
 
 @without_loading_bars()
 def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
-    """Loads a student from a stage's output, from its ``model`` folder, or from any LLaVA folder or hub id.
+    """Loads a student from a stage's output, its ``model`` folder, or any LLaVA (or other known model) or hub id.
 
     Args:
         **options: more for ``from_pretrained``, such as a quantization.
 
     Raises:
-        ConfigError: there is no such folder or it holds no LLaVA model.
+        ConfigError: there is no such folder, or it holds neither a LLaVA nor another model that can be trained.
         DataError: its weights are damaged.
     """
     source = _student_place(folder)
     if options.get("device_map") != "meta":
         require_undamaged(Path(source))
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(source, dtype=dtype, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if not isinstance(config, LlavaConfig):
+            require_known(str(folder), config)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **options)
         processor = _load_processor(source)
     except OSError as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
@@ -141,7 +159,7 @@ def _read_added_tokens(source: str) -> tuple[dict[str, list[str]], list[int]]:
     return content["task_tokens"], content["word_ids"]
 
 
-def load_processor(folder: str | Path) -> LlavaProcessor:
+def load_processor(folder: str | Path) -> Any:
     """The processor that ``load_student`` gives the student, without loading its weights.
 
     Raises:
@@ -153,7 +171,7 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
         raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
 
 
-def _load_processor(source: str) -> LlavaProcessor:
+def _load_processor(source: str) -> Any:
     # Without trust_remote_code=False it may ask on the console.
     return AutoProcessor.from_pretrained(source, trust_remote_code=False, padding_side=ANSWERING_SIDE)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from visper.common.errors import ConfigError
-from visper.config import Run, Stage, load_run, recipe_names
+from visper.config import Run, Stage, VlmStudent, load_run, recipe_names
 from visper.distillation.teachers.tasks import planned_teachers
 from visper.model import Student, build_skeleton, load_student
 from visper.training.assemble import build_training_model, choose_trainable
@@ -91,6 +91,11 @@ def student_skeleton(start: Run) -> Student:
     Raises:
         ConfigError: a configuration cannot be found.
     """
+    if isinstance(start.student, VlmStudent):
+        raise ConfigError(
+            f"plans and sizes of '{start.student.vlm}' are not supported: only students of 'llm' and 'encoder' are. "
+            "Train a few steps with optimization.max_steps to see its memory"
+        )
     if start.student is not None:
         return build_skeleton(start.student)
     assert start.start_from is not None

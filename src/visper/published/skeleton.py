@@ -92,7 +92,7 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     Raises:
         ConfigError: tokenizer or encoder cannot be loaded.
     """
-    prompt = load_run(PROMPT_RECIPE).student
+    prompt: Any = load_run(PROMPT_RECIPE).student
     assert prompt is not None
     settings = published.student(encoder or str(published.config["mm_vision_tower"]), prompt.system_prompt)
     try:

@@ -65,6 +65,8 @@ def _objective(
     student: Student, distillation: Distillation, teachers: Mapping[str, HasSpec]
 ) -> tuple[EmbeddingDistillation, dict[str, int]]:
     """The embedding losses, and the rows of the query matrix of each task at task tokens."""
+    if not student.is_llava:
+        raise ConfigError("'distillation' is not supported with 'student.vlm' yet: remove it")
     ids = student.task_token_ids
     missing = [task for task in distillation.at_task_tokens if task not in ids]
     if missing:

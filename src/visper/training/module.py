@@ -23,6 +23,7 @@ from visper.common.compat import is_partitioned, recompute_layers
 from visper.config import Position
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
+from visper.model.known import logit_cap
 from visper.model.parts import PROJECTOR, VISION, modules_of, parameters_of
 from visper.training.attention import packing_arguments
 from visper.training.stages import feature_sum
@@ -65,7 +66,8 @@ class TrainingModel(nn.Module):
         self.image_token_id = student.image_token_id
         self.task_token_ids = dict(student.task_token_ids)
         self._blank_image = student.blank_image
-        self.register_buffer("silent_ids", torch.tensor(student.silent_ids), persistent=False)
+        self.logit_cap = None if student.is_llava else logit_cap(student.model)
+        self.register_buffer("silent_ids", torch.tensor(student.silent_ids, dtype=torch.long), persistent=False)
         if task_tokens is not None:
             task_tokens.attach(self.student.get_input_embeddings())
         self.register_load_state_dict_post_hook(_allow_missing_frozen)
@@ -115,6 +117,7 @@ class TrainingModel(nn.Module):
         num_tokens: Tensor | int,
         num_images: Tensor | int = 1,
         pixel_values: Tensor | None = None,
+        model_inputs: Mapping[str, Tensor] | None = None,
         image_rows: Tensor | None = None,
         image_tokens: Tensor | None = None,
         image_places: Tensor | None = None,
@@ -129,7 +132,8 @@ class TrainingModel(nn.Module):
             input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
             num_tokens: supervised tokens in the global batch.
             num_images: images in the global batch.
-            pixel_values: ``[S, 3, H, W]``.
+            pixel_values: ``[S, 3, H, W]``, of a LLaVA.
+            model_inputs: of another model all that it reads beside ids and mask, by its own names (``data.vlm``).
             image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
             targets: per task, with an objective.
             progress: share of the steps that are done.
@@ -140,11 +144,14 @@ class TrainingModel(nn.Module):
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
         text_model = self.student.get_decoder()
-        with self._tap() as (hidden, encoded), self._reaching_vision(pixel_values is None):
+        if model_inputs is None:
             # Unpacked rows get no mask: padding is on the right, where causal attention never looks, and a mask would
-            # keep SDPA from its causal kernel.
-            packing = packing_arguments(text_model, position_ids, borders)
-            output = self.student.model(input_ids=input_ids, pixel_values=pixel_values, use_cache=False, **packing)
+            # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
+            inputs = {"pixel_values": pixel_values, **packing_arguments(text_model, position_ids, borders)}
+        else:
+            inputs = {"attention_mask": attention_mask, **model_inputs}
+        with self._tap() as (hidden, encoded), self._reaching_vision(inputs.get("pixel_values") is None):
+            output = self.student.model(input_ids=input_ids, use_cache=False, **inputs)
             loss = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
             terms = {NTP: loss}
             if self.objective is not None:
@@ -201,6 +208,8 @@ class TrainingModel(nn.Module):
 
     def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor) -> Tensor:
         logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
+        if self.logit_cap is not None:
+            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
         return F.cross_entropy(logits.index_fill_(1, self.silent_ids, float("-inf")), wanted_T, reduction="sum")
 
     def _can_fuse_head(self, states_TD: Tensor) -> bool:
@@ -214,6 +223,7 @@ class TrainingModel(nn.Module):
             and type(head) is nn.Linear
             and head.bias is None
             and self.words is None  # scored by a hook of the head
+            and self.logit_cap is None
             and states_TD.dtype == head.weight.dtype == torch.float32
             and not torch.is_autocast_enabled(states_TD.device.type)
             and not isinstance(self, FSDPModule)

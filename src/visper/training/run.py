@@ -261,8 +261,9 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
             write_manifest(partial, WEIGHTS_ONLY)
             save_run(run, partial / "run.yaml")
     if run.lora is not None:
+        base = run.start_from or getattr(run.student, "vlm", None) or getattr(run.student, "llm", None)
         with atomic_path(output / ADAPTER) as partial:
-            save_adapter(run.lora, student, run.start_from or (run.student.llm if run.student else None), partial)
+            save_adapter(run.lora, student, base, partial)
         student = merge_updates(run.lora, student, run.start_from)
     if run.optimization.precision == "bfloat16":
         to_bfloat16(student.model)

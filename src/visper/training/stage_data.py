@@ -24,6 +24,7 @@ from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
+from visper.data.vlm import ModelInputs, encoder_for
 from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore, require_targets
@@ -79,7 +80,7 @@ def build_data(
             tokenizer does not know past ``data.unknown_limit``.
     """
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
-    encoder = ConversationEncoder(student.processor, settings.max_tokens)
+    encoder = encoder_for(student.processor, settings.max_tokens)
     records, survey, total = _surveyed_rows(settings, encoder, drops, console)
     _require_rows(settings, records, drops, total)
     if images_required:
@@ -149,7 +150,8 @@ def _sampler(
 
 
 def _collator(student: Student, preprocess: Mapping[str, Preprocess], packing: bool) -> Collator | PackingCollator:
-    padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess))
+    inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
+    padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs)
     return PackingCollator(padded) if packing else padded
 
 

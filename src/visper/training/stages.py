@@ -147,7 +147,8 @@ def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) ->
 def feature_sum(model: Any, image: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The sum of all that the LLM reads of an image, float32: deep features too, where a model has them."""
     output = model.get_image_features(**image)
-    features = [*output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    deep = getattr(output, "deepstack_features", None) or ()
+    features = [*output.pooler_output, *(feature for level in deep for feature in level)]
     return torch.stack([feature.float().sum() for feature in features]).sum()
 
 

@@ -34,7 +34,7 @@ from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
 from visper.training.stopping import StopRequest, start_worker
 
-IMAGE_KEYS = frozenset(("pixel_values", "image_rows", "image_tokens", "image_places"))
+IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places"))
 LOSS_KEYS = frozenset(("num_tokens", "num_images", "targets", "progress"))
 PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"))
 FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS

@@ -21,7 +21,7 @@ from visper.common.cache import code_key, key
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.common.parallel import in_order
-from visper.data import chat, chat_template
+from visper.data import chat, chat_template, vlm
 from visper.data.chat import ConversationEncoder
 from visper.data.rows.records import Record
 from visper.data.rows.table import Part, Records
@@ -84,10 +84,12 @@ def encoder_key(encoder: ConversationEncoder) -> str:
         json.dumps({name: str(token) for name, token in sorted(encoder.tokenizer.special_tokens_map.items())}),
         encoder.max_tokens,
         encoder.num_image_tokens,
+        encoder.image_text,
         tokenizers.__version__,
         transformers.__version__,
         code_key(chat),
         code_key(chat_template),
+        code_key(vlm),
     )
 
 

@@ -1,0 +1,174 @@
+"""Rows for image-text-to-text models that bring their own processor: it makes the tokens of an image and the tensors.
+
+An image's tokens depend on its size, so a row is encoded with the sizes of its images. Counts made without them (the
+look at every row, grouping by length) take each image for one of ``NOMINAL_SIZE``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from visper.common.errors import ConfigError, DataError
+from visper.data.chat import IGNORED, ConversationEncoder, supervise
+from visper.data.chat_template import SENTINEL
+from visper.data.rows.records import Record
+
+NOMINAL_SIZE = (640, 480)
+"""Width and height of an image that has not been looked at."""
+CACHED_ROWS = 4096
+_BETWEEN = SENTINEL.format(0)
+"""Between the images of a row whose texts are asked for."""
+
+
+def encoder_for(processor: Any, max_tokens: int = sys.maxsize) -> ConversationEncoder:
+    """The encoder of rows for a student with this processor."""
+    kind = ConversationEncoder if isinstance(processor, LlavaProcessor) else VlmEncoder
+    return kind(processor, max_tokens)
+
+
+class VlmEncoder(ConversationEncoder):
+    """Turns records into the tokens that a model's own processor and chat template make, with supervised answers.
+
+    Args:
+        processor: of an image-text-to-text model of transformers.
+        max_tokens: longest row; only text is cut, from the end, never an image.
+
+    Raises:
+        ConfigError: the processor has no chat template or no image token, or makes a text of images that its tokenizer
+            does not read back.
+    """
+
+    def _read_image_tokens(self) -> tuple[int, int]:
+        """The id of the token that holds features, and how many an image of ``NOMINAL_SIZE`` has."""
+        if not getattr(self.processor, "chat_template", None) or not getattr(self.processor, "image_token", None):
+            raise ConfigError(
+                f"{type(self.processor).__name__} of '{self.tokenizer.name_or_path}' has no chat template or no image "
+                "token: choose the model's instruct version"
+            )
+        self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
+        ids = self._ids(self.image_text)
+        return Counter(token for token in ids if token in self._special_ids).most_common(1)[0]
+
+    @property
+    def image_text(self) -> str:
+        """What stands for an image of ``NOMINAL_SIZE``."""
+        return self._blocks((NOMINAL_SIZE,))[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the cache, which cannot be copied to loader processes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_blocks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _make_blocks(self, sizes: tuple[tuple[int, int], ...]) -> list[str]:
+        """The texts in the places of a row's images, of these widths and heights.
+
+        Raises:
+            DataError: the processor refuses such images.
+        """
+        blank = [[Image.new("RGB", size) for size in sizes]]
+        asked = _BETWEEN.join([self.processor.image_token] * len(sizes))
+        try:
+            made = self.processor(text=[asked], images=blank, add_special_tokens=False)
+        except ValueError as error:
+            shown = ", ".join(f"{width} x {height}" for width, height in sizes)
+            raise DataError("image size", f"{shown} pixels: the model's processor: {error}") from error
+        ids = [int(token) for token in made["input_ids"][0]]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        blocks = text.split(_BETWEEN)
+        if self._ids(text) != ids or len(blocks) != len(sizes):
+            raise ConfigError(
+                f"{type(self.processor).__name__} of '{self.tokenizer.name_or_path}' writes an image as tokens that "
+                f"its tokenizer does not read back from their text {text[:60]!r}: this model is not supported"
+            )
+        return blocks
+
+    def _tokens(
+        self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        sizes = (NOMINAL_SIZE,) * len(record.images) if sizes is None else tuple(sizes)
+        blocks = self._blocks(sizes) if sizes else []
+        text, answers, cuts = self._fill(record, asks, blocks)
+        ids, offsets = self._tokenize(text, cuts)
+        labels = supervise(ids, offsets, answers)
+        return ids, labels, self._spans(ids, labels, [block.count(self._image_text) for block in blocks])
+
+    def _spans(self, ids: list[int], labels: list[int], counts: Sequence[int]) -> list[tuple[int, int]]:
+        """Of each image, from its first token to its last, the special tokens on both sides included."""
+        places = [at for at, token in enumerate(ids) if token == self.image_token_id]
+        if len(places) != sum(counts):
+            raise DataError("image tokens", f"the row has {len(places)} image tokens: expected {sum(counts)}")
+        spans: list[tuple[int, int]] = []
+        for count in counts:
+            own, places = places[:count], places[count:]
+            start, end = own[0], own[-1] + 1
+            while start > (spans[-1][1] if spans else 0) and ids[start - 1] in self._behind_image:
+                start -= 1
+            while end < len(ids) and ids[end] in self._behind_image and labels[end] == IGNORED:
+                end += 1
+            spans.append((start, end))
+        return spans
+
+    @cached_property
+    def _image_text(self) -> str:
+        """The text of the token that holds features."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+
+class ModelInputs:
+    """What a model's forward is given beside ids and mask, made by its own processor of a micro-batch; picklable.
+
+    Args:
+        processor: of an image-text-to-text model of transformers.
+        image_token_id: the token that holds features.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int) -> None:
+        self.processor = processor
+        self.image_token_id = image_token_id
+        self._types = self._token_types()
+
+    def __call__(self, input_ids: Tensor, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        """Tensors under the names of the model's forward.
+
+        Args:
+            input_ids: ``[B, L]``.
+            images: of each row that shows any.
+        """
+        made = self.images(images) if images else {}
+        types = (input_ids == self.image_token_id).long()
+        return made | dict.fromkeys(self._types, types)
+
+    def images(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        """The tensors of the images alone."""
+        return {name: value for name, value in self._made(images).items() if not _is_of_tokens(name)}
+
+    def _made(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        texts = [self.processor.image_token * len(shown) for shown in images]
+        shown = [list(row) for row in images]
+        made = self.processor(text=texts, images=shown, return_tensors="pt", padding=True)
+        return {name: torch.as_tensor(value) for name, value in made.items()}
+
+    def _token_types(self) -> list[str]:
+        """The names under which the model reads which tokens are an image's."""
+        made = self._made([[Image.new("RGB", NOMINAL_SIZE)]])
+        is_image = made["input_ids"] == self.image_token_id
+        return [name for name, value in made.items() if "type_ids" in name and torch.equal(value == 1, is_image)]
+
+
+def _is_of_tokens(name: str) -> bool:
+    return name in ("input_ids", "attention_mask") or "type_ids" in name

@@ -1,0 +1,318 @@
+"""Any image-text-to-text model as a student: its own processor, its own loss, its own folder."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Blip2Config,
+    LlamaConfig,
+    LlavaConfig,
+    TrainerCallback,
+)
+
+from tests.tiny import write_rows
+from tests.vlms import FAMILIES, save_vlm
+from visper.common.errors import ConfigError
+from visper.config import Geometry, Run, VlmStudent, load_run
+from visper.data.collator import Collator, Sample
+from visper.data.dataset import ConversationDataset
+from visper.data.rows.records import Record, ShownImage, Turn
+from visper.data.vlm import ModelInputs, encoder_for
+from visper.evaluation import answer
+from visper.model import load_processor, load_student, save_student
+from visper.model.known import logit_cap
+from visper.model.parts import part_of
+from visper.model.start import starting_processor
+from visper.model.vlm import build_vlm
+from visper.planning.parameters import part_sizes
+from visper.training.module import TrainingModel
+from visper.training.run import run_stage
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of each family."""
+    return {family: save_vlm(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+def question(text: str, answer: str, *images: Path) -> Record:
+    """The first image leads the question, others stand within it."""
+    shown = tuple(ShownImage(str(image), 0, 5 * at) for at, image in enumerate(images))
+    return Record(text, (Turn("user", text), Turn("assistant", answer)), shown)
+
+
+def images_of(row: Record) -> list[Image.Image]:
+    return [Image.open(shown.path).convert("RGB") for shown in row.images]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Record]:
+    """Rows with an image each, of different sizes; one without, one with both."""
+    generator = torch.Generator().manual_seed(0)
+    for name, (height, width) in {"wide": (24, 40), "tall": (50, 20)}.items():
+        pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
+    return [
+        question("what is it?", "a thing", tmp_path / "wide.png"),
+        question("say it", "words"),
+        question("and this?", "another, longer answer", tmp_path / "tall.png"),
+        question("this,that?", "both", tmp_path / "tall.png", tmp_path / "wide.png"),
+    ]
+
+
+def batch_of(student: Any, rows: list[Record]) -> dict[str, Any]:
+    dataset = ConversationDataset(rows, encoder_for(student.processor))
+    samples = [dataset[i] for i in range(len(rows))]
+    assert all(isinstance(sample, Sample) for sample in samples), samples
+    inputs = ModelInputs(student.processor, student.image_token_id)
+    return dict(Collator(student.processor.tokenizer.pad_token_id, model_inputs=inputs)(samples))
+
+
+@every_family
+def test_rows_have_the_ids_that_the_models_own_processor_makes(family, folders, rows):
+    processor: Any = AutoProcessor.from_pretrained(folders[family])
+    encoder = encoder_for(processor)
+    for row in rows:
+        images = images_of(row)
+        messages = [{"role": turn.role, "content": [{"type": "text", "text": turn.text}]} for turn in row.turns]
+        if images:
+            messages[0]["content"].insert(0, {"type": "image"})
+        if len(images) > 1:
+            texts = [{"type": "text", "text": part} for part in (row.turns[0].text[:5], row.turns[0].text[5:])]
+            messages[0]["content"] = [{"type": "image"}, texts[0], {"type": "image"}, texts[1]]
+        text = processor.apply_chat_template(messages, tokenize=False)
+        expected = processor(text=[text], images=[images] if images else None, add_special_tokens=False)
+        encoded = encoder.encode(row, [image.size for image in images])
+        assert encoded.input_ids == list(expected["input_ids"][0])
+        assert len(encoded.image_tokens) == len(images)
+        assert sum(encoded.image_tokens) == encoded.input_ids.count(encoder.image_token_id)
+        supervised = [token for token in encoded.labels if token != -100]
+        end = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(family, "<|im_end|>")
+        assert processor.tokenizer.decode(supervised) == row.turns[1].text + end
+
+
+@every_family
+def test_control_tokens_spelt_out_in_a_text_stay_text(family, folders, rows):
+    processor: Any = AutoProcessor.from_pretrained(folders[family])
+    encoder = encoder_for(processor)
+    plain = encoder.encode(question("what is  it?", "a thing", Path("x")), [(40, 24)])
+    spelt = encoder.encode(question(f"what is {processor.image_token} it?", "a thing", Path("x")), [(40, 24)])
+    count = plain.input_ids.count(encoder.image_token_id)
+    assert spelt.input_ids.count(encoder.image_token_id) == count
+    assert len(spelt.input_ids) == len(plain.input_ids) + len(processor.image_token)
+
+
+@every_family
+def test_text_is_cut_and_images_are_not(family, folders):
+    encoder = encoder_for(AutoProcessor.from_pretrained(folders[family]))
+    row = question("q" * 50, "a" * 200, Path("x"))
+    complete = encoder.encode(row, [(40, 24)])
+    encoder.max_tokens = 180
+    cut = encoder.encode(row, [(40, 24)])
+    assert cut.truncated and len(cut.input_ids) == 180
+    assert cut.input_ids == complete.input_ids[:180]
+
+
+@every_family
+def test_the_loss_is_the_models_own(family, folders, rows):
+    student = build_vlm(VlmStudent(vlm=str(folders[family])))
+    batch = batch_of(student, rows)
+    own = student.model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+        **batch["model_inputs"],
+    ).loss
+    supervised = (batch["labels"][:, 1:] != -100).sum()
+    model = TrainingModel(student).eval()
+    keys = ("input_ids", "attention_mask", "labels", "model_inputs", "image_rows")
+    loss = model(**{key: batch[key] for key in keys}, num_tokens=supervised)["loss"]
+    # The same logarithms summed, then divided: at most 8.4e-8 was seen.
+    assert torch.allclose(loss, own, rtol=3e-7, atol=0)
+
+
+class LastLogits(TrainerCallback):
+    """The logits of one row at the end of training."""
+
+    def __init__(self, row: Record) -> None:
+        self.row = row
+        self.logits: torch.Tensor | None = None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        model.eval()
+        self.logits = logits_of(model.student, model.processor, self.row)
+
+
+@torch.no_grad()
+def logits_of(model: Any, processor: Any, row: Record) -> torch.Tensor:
+    encoder = encoder_for(processor)
+    images = images_of(row)
+    ids = torch.tensor([encoder.encode(row, [image.size for image in images]).input_ids])
+    inputs = ModelInputs(processor, model.config.image_token_id)(ids, [images])
+    result: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+    return result
+
+
+def run_of(folder: Path, vlm: Path, stage: str, **changes: Any) -> Run:
+    """Two steps on rows with and without images."""
+    rows = write_rows(folder / "rows", images=6, text_rows=4)
+    settings: dict[str, Any] = {
+        "name": "vlm",
+        "stage": stage,
+        "output": str(folder / "out"),
+        "student": {"vlm": str(vlm)},
+        "data": {
+            "sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}],
+            "workers": 0,
+            "max_tokens": 500,
+        },
+        "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 2, "precision": "float32"},
+        "logging": {"every": 1},
+        **changes,
+    }
+    (folder / "run.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    return load_run(folder / "run.yaml")
+
+
+def changed_parts(before: Any, after: Any) -> set[str | None]:
+    old = dict(before.named_parameters())
+    return {part_of(name) for name, value in after.named_parameters() if not torch.equal(value, old[name])}
+
+
+@every_family
+@pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
+def test_a_stage_trains_its_parts_and_ends_as_the_models_plain_folder(family, stage, folders, rows, tmp_path):
+    seen = LastLogits(rows[0])
+    run_stage(run_of(tmp_path, folders[family], stage), callbacks=[seen])
+    model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
+    before = AutoModelForImageTextToText.from_pretrained(folders[family])
+    expected = {"pt": {"projector"}, "vpt": {"vision", "projector", "llm"}, "ift": {"projector", "llm"}}
+    assert changed_parts(before, model) == expected[stage]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out" / "model")
+    assert seen.logits is not None
+    assert torch.equal(logits_of(model.eval(), processor, rows[0]), seen.logits)
+
+
+@every_family
+def test_lora_is_merged_into_the_plain_folder(family, folders, rows, tmp_path):
+    pytest.importorskip("peft")
+    seen = LastLogits(rows[0])
+    run_stage(run_of(tmp_path, folders[family], "ift", lora={"rank": 2, "alpha": 4}), callbacks=[seen])
+    model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
+    assert seen.logits is not None
+    # Merged weights are sums rounded once: at most 1.9e-6 was seen.
+    assert torch.allclose(
+        logits_of(model.eval(), load_student(tmp_path / "out").processor, rows[0]), seen.logits, atol=1e-5
+    )
+
+
+@every_family
+def test_the_finished_folder_answers(family, folders, rows, tmp_path):
+    run_stage(run_of(tmp_path, folders[family], "ift"))
+    student = load_student(tmp_path / "out")
+    asked = ["what is it?", "and this, then?", "say it"]
+    images = [images_of(rows[0]), images_of(rows[2]), []]
+    together = answer(student, asked, images, max_new_tokens=4)
+    alone = [answer(student, [text], [own], 4) for text, own in zip(asked, images, strict=True)]
+    assert [[said] for said in together] == alone
+
+
+@pytest.mark.parametrize(
+    ("family", "max_pixels"),
+    [("llava_onevision", 512), ("qwen2_5_vl", 512), ("qwen3_vl", 512), ("internvl", 512), ("smolvlm", 256)],
+)
+def test_max_pixels_limits_the_tokens_of_an_image_and_is_saved(family, max_pixels, folders, tmp_path):
+    large = (400, 300)
+    row = question("what?", "a thing", Path("x"))
+    unlimited = encoder_for(AutoProcessor.from_pretrained(folders[family])).encode(row, [large])
+    student = build_vlm(VlmStudent(vlm=str(folders[family]), max_pixels=max_pixels))
+    save_student(student, tmp_path / "saved")
+    encoded = [encoder_for(p).encode(row, [large]) for p in (student.processor, load_processor(tmp_path / "saved"))]
+    assert encoded[0] == encoded[1]
+    assert len(encoded[0].input_ids) < len(unlimited.input_ids)
+    saved = load_student(tmp_path / "saved")
+    pixels = Image.new("RGB", large)
+    inputs = ModelInputs(saved.processor, saved.image_token_id)
+    ids = torch.tensor([encoded[0].input_ids])
+    saved.model(input_ids=ids, **inputs(ids, [[pixels]]))  # refuses counts of tokens and features that differ
+
+
+def test_a_limit_that_does_nothing_or_too_much_is_refused(folders):
+    with pytest.raises(ConfigError, match="every image the same size"):
+        build_vlm(VlmStudent(vlm=str(folders["gemma3"]), max_pixels=1000))
+    for family in ("llava_onevision", "qwen3_vl", "internvl", "smolvlm"):
+        with pytest.raises(ConfigError, match="at least"):
+            build_vlm(VlmStudent(vlm=str(folders[family]), max_pixels=10))
+
+
+def test_models_that_are_not_known_are_refused_before_their_weights_load(folders, tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ConfigError, match="does not load as an image-text-to-text model"):
+        build_vlm(VlmStudent(vlm=str(tmp_path / "llama")))
+    Blip2Config().save_pretrained(tmp_path / "blip")
+    with pytest.raises(ConfigError, match="no parts for 'vision'"):
+        build_vlm(VlmStudent(vlm=str(tmp_path / "blip")))
+    LlavaConfig().save_pretrained(tmp_path / "llava")
+    with pytest.raises(ConfigError, match="set start_from"):
+        build_vlm(VlmStudent(vlm=str(tmp_path / "llava")))
+
+
+def test_a_bound_of_logits_counts_where_the_model_applies_it(folders):
+    model: Any = AutoModelForImageTextToText.from_pretrained(folders["gemma3"])
+    assert logit_cap(model) is None
+    model.config.text_config.final_logit_softcapping = 0.5
+    assert logit_cap(model) is None  # this class ignores it
+    plain = model.forward
+    model.forward = lambda **inputs: bounded(plain(**inputs), 0.5)
+    assert logit_cap(model) == 0.5
+    model.config.text_config.final_logit_softcapping = None
+    with pytest.raises(ConfigError, match="does more to its logits"):
+        logit_cap(model)
+
+
+def bounded(output: Any, cap: float) -> Any:
+    output.logits = cap * torch.tanh(output.logits / cap)
+    return output
+
+
+def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"key 'student': 'vlm' names a complete model.*remove \['llm', 'encoder'\]"):
+        run_of(tmp_path / "a", folders["gemma3"], "pt", student={"vlm": "x", "llm": "y", "encoder": "z"})
+    with pytest.raises(ConfigError, match=r"unknown key 'student\.max_pixel': did you mean 'max_pixels'"):
+        run_of(tmp_path / "b", folders["gemma3"], "pt", student={"vlm": "x", "max_pixel": 3})
+    run = run_of(tmp_path / "c", folders["gemma3"], "pt")
+    with pytest.raises(ConfigError, match="geometry=pad is not supported by Gemma3Processor"):
+        starting_processor(run.model_copy(update={"data": run.data.model_copy(update={"geometry": Geometry.PAD})}))
+    packed = run.optimization.model_copy(update={"packing": True})
+    with pytest.raises(ConfigError, match="packing is not supported"):
+        starting_processor(run.model_copy(update={"optimization": packed}))
+    with pytest.raises(ConfigError, match="plans and sizes"):
+        part_sizes(run)
+
+
+@every_family
+def test_encoders_and_collators_travel_to_loader_processes(family, folders):
+    processor = AutoProcessor.from_pretrained(folders[family])
+    encoder = pickle.loads(pickle.dumps(encoder_for(processor)))
+    row = question("what?", "a thing", Path("x"))
+    assert encoder.encode(row, [(40, 24)]) == encoder_for(processor).encode(row, [(40, 24)])
+    pickle.dumps(ModelInputs(processor, encoder.image_token_id))
+
+
+def test_a_later_stage_starts_from_the_folder_of_the_one_before(folders, tmp_path):
+    run_stage(run_of(tmp_path / "first", folders["qwen3_vl"], "pt"))
+    run_stage(
+        run_of(
+            tmp_path / "second", folders["qwen3_vl"], "ift", student=None, start_from=str(tmp_path / "first" / "out")
+        )
+    )
+    assert not load_student(tmp_path / "second" / "out").is_llava
