@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tests import tiny
@@ -14,6 +15,7 @@ from tests.conftest import outside
 from tests.data.test_chat import LLAMA_3, MARKERS, PHI_3
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
+from visper.evaluation.ask import model_inputs
 from visper.model import build_student, load_processor, load_student, save_student
 from visper.quickstart import BASES
 
@@ -111,3 +113,57 @@ def test_the_saved_tokenizer_alone_has_the_students_template(tmp_path, tiny_llm,
     student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
     save_student(student, tmp_path / "model")
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == student.processor.chat_template
+
+
+# Likewise: the logits behind rows of two, one and three images, in one batch and one by one.
+SHOW_SEVERAL = """
+import sys
+sys.modules["visper"] = None
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32)
+image = dict(type="image")
+text = lambda words: dict(type="text", text=words)
+asked = [[text("is "), image, text(" or "), image, text(" closer?")]]
+asked += [[image, text("what?")], "<image><image> or <image>?"]
+prompts = [
+    processor.apply_chat_template([dict(role="user", content=content)], add_generation_prompt=True) for content in asked
+]
+pictures = [[Image.open(f"{sys.argv[1]}/{i}.png") for i in own] for own in ((0, 1), (2,), (1, 0, 2))]
+def logits(rows):
+    shown = [picture for row in rows for picture in pictures[row]]
+    inputs = processor(
+        text=[prompts[row] for row in rows], images=shown, padding=True, return_tensors="pt", add_special_tokens=False
+    )
+    with torch.no_grad():
+        found = model(**inputs).logits
+    return [one[mask.bool()] for one, mask in zip(found, inputs["attention_mask"])]
+torch.save([logits([0, 1, 2]), [logits([row])[0] for row in range(3)]], sys.argv[2])
+"""
+
+
+def test_rows_of_several_images_have_the_logits_of_stock_transformers_at_every_batch_size(
+    tmp_path, tiny_llm, tiny_encoder
+):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    save_student(student, tmp_path / "model")
+    pictures = [Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 10 + 9 * i).convert("RGB") for i in range(3)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "model" / f"{i}.png")
+    command = [sys.executable, "-c", SHOW_SEVERAL, tmp_path / "model", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True)
+    together, apart = torch.load(tmp_path / "logits.pt")
+    questions = ["is <image> or <image> closer?", "<image>\nwhat?", "<image><image> or <image>?"]
+    shown = [[pictures[i] for i in own] for own in ((0, 1), (2,), (1, 0, 2))]
+    inputs = model_inputs(student.processor, questions, shown)
+    with torch.no_grad():
+        own = student.model.eval()(**inputs).logits
+    for row, mask, batched, alone in zip(own, inputs["attention_mask"].bool(), together, apart, strict=True):
+        assert torch.equal(row[mask], batched)
+        assert (batched - alone).abs().max() < 2e-6  # logits are of the order of 0.1; padding changes sums' order
+    swapped = model_inputs(student.processor, questions[:1], [shown[0][::-1]])
+    with torch.no_grad():
+        assert not torch.allclose(student.model(**swapped).logits[0], apart[0])
