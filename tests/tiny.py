@@ -155,15 +155,15 @@ def write_rows(folder: Path, images: int = 12, text_rows: int = 4, seed: int = 0
     return folder
 
 
-def write_several(folder: Path, rows: int = 16) -> Path:
-    """Likewise rows of 2, 1, 0 and 3 images in turn, some of them shown twice."""
+def write_several(folder: Path, rows: int = 16, counts: tuple[int, ...] = (2, 1, 0, 3)) -> Path:
+    """Likewise rows of so many images each, in turn; some images are shown twice."""
     write_rows(folder, images=8, text_rows=0)
-    questions = ("<image> or <image>?", "<image>\nwhat?", "say it", "<image><image>\nsame?")
+    questions = ["say it", "<image>\nwhat?", "<image> or <image>?", "<image><image>\nsame?"]
     content = []
     for i in range(rows):
-        turns = [("human", questions[i % 4]), ("gpt", "thing " + "x" * (1 + i % 5))]
-        turns += [("human", "and <image>?"), ("gpt", "no")] if i % 4 == 3 else []
-        count = sum(text.count("<image>") for _, text in turns)
+        count = counts[i % len(counts)]
+        turns = [("human", questions[count]), ("gpt", "thing " + "x" * (1 + i % 5))]
+        turns += [("human", "and <image>?"), ("gpt", "no")] if count == 3 else []
         names = [f"{(i + j) % 8}.png" for j in range(count)]
         content.append({"id": i, "image": names, "conversations": [{"from": f, "value": v} for f, v in turns]})
     (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")

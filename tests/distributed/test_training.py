@@ -31,11 +31,16 @@ needs_deepspeed = pytest.mark.skipif(not ZERO, reason="the extra 'deepspeed' is 
 
 @pytest.fixture
 def make(tiny_llm, tiny_encoder, tmp_path):
-    """Writes a recipe: ``make("pt", "name", images=9, optimization={...})`` returns its file."""
+    """Writes a recipe: ``make("pt", "name", images=9, optimization={...})`` returns its file.
+
+    ``images``: rows of one image among twelve, or the images of each row, in turn.
+    """
 
     def build(stage, name, images=9, start=None, **changes):
         rows = tmp_path / f"rows-{images}"
-        if not rows.exists():
+        if not rows.exists() and isinstance(images, tuple):
+            tiny.write_several(rows, 12, images)
+        elif not rows.exists():
             tiny.write_rows(rows, images=images, text_rows=12 - images)
         settings = {
             "name": name,
@@ -170,6 +175,17 @@ def test_two_ranks_equal_one_under_every_engine(images, make):
         share = re.search(r"sharded +([\d.]+)% of the weights on each of 2", said)
         assert (share is not None and 49 < float(share[1]) < 55) if engine == "fsdp" else share is None
         assert_equal_runs(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_two_ranks_equal_one_where_rows_of_several_images_are_on_one_of_them(packing, make):
+    images = (3, 0, 0, 0, 1, 0)  # two rows of three images among twelve, two of one
+    one = make("pt", "one", images, optimization={"packing": packing})
+    train(one)
+    two = make("pt", "two", images, launch={"processes": 2}, optimization={"packing": packing})
+    train(two)
+    assert_equal_runs(one, two)
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_rows_of_several_images_have_the_logits_of_stock_transformers_at_every_b
         own = student.model.eval()(**inputs).logits
     for row, mask, batched, alone in zip(own, inputs["attention_mask"].bool(), together, apart, strict=True):
         assert torch.equal(row[mask], batched)
-        assert (batched - alone).abs().max() < 2e-6  # logits are of the order of 0.1; padding changes sums' order
+        assert (batched - alone).abs().max() < 2e-6  # logits up to 0.4; sums in another order: 1e-7 seen
     swapped = model_inputs(student.processor, questions[:1], [shown[0][::-1]])
     with torch.no_grad():
         assert not torch.allclose(student.model(**swapped).logits[0], apart[0])

@@ -129,6 +129,19 @@ def test_eight_bits_move_the_losses_by_little(make, tmp_path, dtype, relative):
     assert terms and all(stored[name] == pytest.approx(first[name], rel=relative) for name in terms)
 
 
+def test_every_image_of_a_row_gets_its_target(make, tmp_path):
+    rows = tiny.write_several(tmp_path / "several")
+    source = {"json": str(rows / "rows.json"), "images": str(rows / "images")}
+    plan = build_targets(make("build", source=source), tmp_path / "store", "float32", batch=3, quiet=True)
+    assert plan.images == 6 and not build_targets(make("again", source=source), tmp_path / "store", quiet=True).parts
+    live_logs, live = train(make("live", source=source))
+    stored_logs, stored = train(make("stored", tmp_path / "store", source=source))
+    assert stored_logs == live_logs and all(torch.equal(stored[name], live[name]) for name in live)
+    (rows / "images" / "7.png").write_bytes((rows / "images" / "0.png").read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"1 images of task .depth.*the first is .*7\.png"):
+        run_stage(make("changed", tmp_path / "store", source=source))
+
+
 def test_images_are_computed_once_by_content_and_text_rows_not_at_all(make, tmp_path):
     plan = build_targets(make("build"), tmp_path / "store", quiet=True)
     assert plan.images == 6 and plan.sizes == {"depth": 6 * 256, "seg": 6 * 192, "gen": 6 * 20}

@@ -20,7 +20,6 @@ from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.sources import mixture_of, open_records
-from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
@@ -85,8 +84,6 @@ def build_data(
     _require_rows(settings, records, drops, total)
     if images_required:
         require_images(records)
-    if (teachers or targets) and isinstance(records, Records) and (records.num_images > 1).any():
-        raise DataError("several images in a row", "'distillation' reads one image a row: leave such rows out")
     _check_words(settings, records, survey, encoder, console)
     if targets is not None and settings.check_first:
         require_targets(targets, records, console.quiet)
