@@ -53,9 +53,11 @@ def cosine(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = N
 def gram(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     """Squared distance of the two Gram matrices (cosines between an image's own tokens), averaged over their pairs.
 
-    It asks which parts of an image are alike, not in what terms.
+    It asks which parts of an image are alike, not in what terms: the two may differ in width.
     """
-    predicted, target = (normalize(values, dim=-1) for values in _paired(predicted_BNE, target_BNE))
+    if predicted_BNE.shape[:2] != target_BNE.shape[:2]:
+        _paired(predicted_BNE, target_BNE)
+    predicted, target = (normalize(values.float(), dim=-1) for values in (predicted_BNE, target_BNE.detach()))
     off_BNN = (predicted @ predicted.mT - target @ target.mT).square()
     if mask_BN is None:
         return off_BNN.flatten(1).mean(1)

@@ -134,7 +134,7 @@ class EmbeddingDistillation(nn.Module):
     ) -> None:
         super().__init__()
         for name, task in tasks.items():
-            _check(name, task, llm_layers)
+            _check(name, task, llm_width, llm_layers)
         self.tasks = dict(tasks)
         tapped = {layer for task in tasks.values() for layer in task.tapped}
         tapped |= {PROJECTED for task in tasks.values() if task.own == "projector"}
@@ -332,7 +332,7 @@ def _term(name: str, layer: int, kind: str) -> str:
     return f"{name}/{layer}/{kind.rsplit(':')[-1]}"
 
 
-def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
+def _check(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> None:
     if not name.isidentifier():
         raise ValueError(f"task '{name}': names of tasks become parts of parameter names; use letters, digits and _")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
@@ -342,6 +342,11 @@ def _check(name: str, task: DistilledTask, llm_layers: int) -> None:
             f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
         )
     check_head_fits(name, task.head, task.target, task.at)
+    if task.head.kind == "none" and task.target.width != llm_width and set(task.loss) != {"gram"}:
+        raise ValueError(
+            f"task '{name}': head 'none' compares states of width {llm_width} with a target of width "
+            f"{task.target.width}, which the loss gram alone can do: set head.kind to linear"
+        )
 
 
 def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from visper.evaluation.predictions import teacher_targets
+from visper.distillation.alignment import pooled
+from visper.quickstart.objective import Source
 from visper.quickstart.tower import TowerTeacher
 
 
@@ -72,21 +73,32 @@ def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) 
 
 
 def findings(
-    predicted: Mapping[str, Tensor], teachers: Mapping[str, TowerTeacher], fit: HeldOut, judged: HeldOut
+    predicted: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    teachers: Mapping[str, TowerTeacher],
+    fit: HeldOut,
+    judged: HeldOut,
 ) -> list[Finding]:
-    """Every tapped layer's findings; ``predicted`` are of the judged scenes, in their order."""
+    """Every tapped layer's findings.
+
+    Args:
+        predicted: of the judged scenes, in their order, by "task/layer".
+        sources: by task, what gives the targets.
+        teachers: by task, those that draw them.
+        fit, judged: see above.
+    """
     found = []
-    for task, teacher in teachers.items():
-        mean_NE = teacher_targets(teacher, fit.images).mean(0)
-        target_SNE = teacher_targets(teacher, judged.images)
-        shuffled = target_SNE.roll(len(target_SNE) // 2, dims=0)
-        for name, values in predicted.items():
-            if name.split("/")[0] != task:
-                continue
-            cosine = centered_cosine(values, target_SNE, mean_NE)
-            control = {"another scene's target": centered_cosine(values, shuffled, mean_NE)}
-            found.append(Finding(name, "cosine without the mean target", cosine, control, True))
-            found.extend(_drawn(name, teacher, values, target_SNE, fit, judged))
+    for name, values in predicted.items():
+        task = name.split("/")[0]
+        tokens = values.shape[1]
+        mean_NE = pooled(sources[task](fit.images), tokens).mean(0)
+        target_SNE = sources[task](judged.images)
+        shuffled = pooled(target_SNE.roll(len(target_SNE) // 2, dims=0), tokens)
+        cosine = centered_cosine(values, pooled(target_SNE, tokens), mean_NE)
+        control = {"another scene's target": centered_cosine(values, shuffled, mean_NE)}
+        found.append(Finding(name, "cosine without the mean target", cosine, control, True))
+        if task in teachers and values.shape == target_SNE.shape:
+            found.extend(_drawn(name, teachers[task], values, target_SNE, fit, judged))
     return found
 
 

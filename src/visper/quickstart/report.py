@@ -24,9 +24,9 @@ from visper.evaluation.contact_sheet import contact_sheet, images_of
 from visper.evaluation.predictions import teacher_targets
 from visper.quickstart.controls import HeldOut
 from visper.quickstart.monitor import read_predictions
+from visper.quickstart.objective import drawing_teachers
 from visper.quickstart.questions import CHANCE
 from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result, read_log
-from visper.quickstart.tower import TowerTeacher
 
 SHOWN = 5
 """Scenes drawn in the report."""
@@ -60,9 +60,9 @@ def write_report(result: Result, budget: Budget) -> Path:
     """Writes ``report.html`` and ``predictions.png`` (the grid of images alone) and returns the page's path."""
     out = result.out
     grids = prediction_grids(result, budget)
-    # The README's image: the last layer of each task, at the end of PT.
-    with atomic_path(out / "predictions.png") as partial:
-        overview(grids).save(partial, "PNG", optimize=True)
+    if grids:  # the README's image: the last layer of each task, at the end of the supervised stage
+        with atomic_path(out / "predictions.png") as partial:
+            overview(grids).save(partial, "PNG", optimize=True)
     page = render(
         seed=result.seed,
         scores=scores_table(result),
@@ -85,7 +85,10 @@ def render(**content: Any) -> str:
 
 
 def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
-    """Per tapped layer: the image, the teacher's output, and the prediction at each monitored step."""
+    """Per tapped layer of tasks with a teacher: the image, the teacher's output, the prediction at monitored steps."""
+    if result.supervised is None:
+        return {}
+    teachers = drawing_teachers(result.runs[result.supervised])
     held_out = HeldOut.read(result.world, 2 * budget.judged)
     judged = held_out.part(budget.judged, 2 * budget.judged)
     chosen = [len(judged.images) * i // SHOWN for i in range(SHOWN)]
@@ -94,7 +97,9 @@ def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
     grids: dict[str, Grid] = {}
     for name in next(iter(monitored.values())):
         task = name.split("/")[0]
-        teacher = TowerTeacher(result.out / "bases" / f"teacher_{task}")
+        teacher = teachers.get(task)
+        if teacher is None or next(iter(monitored.values()))[name].shape[1] != teacher.spec.tokens:
+            continue
         columns = [images, images_of(teacher.decode(teacher_targets(teacher, images)))]
         columns += [images_of(teacher.decode(values[name][chosen])) for values in monitored.values()]
         header = ["image", f"{task} teacher", *(f"layer {name.split('/')[1]}, step {step}" for step in monitored)]

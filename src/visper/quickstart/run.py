@@ -20,15 +20,15 @@ from rich.table import Table
 
 from visper.common.console import Console, announce
 from visper.common.files import atomic_path, write_text
-from visper.config import Run, load_run
+from visper.config import Run, Stage, load_run
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
 from visper.model import load_student
 from visper.model.start import starting_student
 from visper.quickstart import BASES
 from visper.quickstart.controls import Finding, HeldOut, findings
 from visper.quickstart.monitor import PredictionMonitor, read_predictions
+from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
 from visper.quickstart.questions import CHANCE
-from visper.quickstart.tower import TowerTeacher
 from visper.quickstart.world import write_world
 from visper.training import is_finished, run_stage
 
@@ -67,6 +67,11 @@ class Result:
     seconds: dict[str, float]
     cpu_seconds: dict[str, float]
 
+    @property
+    def supervised(self) -> str | None:
+        """The stage with embedding losses."""
+        return supervised_stage(self.runs)
+
 
 def quickstart(
     out: Path,
@@ -75,6 +80,7 @@ def quickstart(
     console: Console | None = None,
     world: Path | None = None,
     pt_changes: Mapping[str, Any] | None = None,
+    objective: str | None = None,
 ) -> Result:
     """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
 
@@ -84,31 +90,33 @@ def quickstart(
         budget: ``FULL`` or ``FAST``.
         world: where the world is or is to be; default ``out/world``.
         pt_changes: laid over the pre-training recipe, such as ``{"distillation": None}``.
+        objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()
     seconds = _Stopwatch(out / "seconds.json")
     with seconds("world"):
         world = prepare_world(world or out / "world", seed, budget, console)
         copy_bases(out / "bases")
-    runs = stage_runs(out, world, seed, budget, pt_changes or {})
+    runs = stage_runs(out, world, seed, budget, pt_changes or {}, objective)
+    supervised = supervised_stage(runs)
     held_out = HeldOut.read(world, 2 * budget.judged)
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
-    steps = monitored_steps(runs["pt"])
-    distils = runs["pt"].distillation is not None
-    callbacks = [PredictionMonitor(out / "monitored", judged.images, steps)] if distils else []
+    steps = monitored_steps(runs[supervised or "pt"])
     for stage, run in runs.items():
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
         with seconds(stage):
-            run_stage(run, resume=True, callbacks=callbacks if stage == "pt" else [])
+            monitor = PredictionMonitor(out / "monitored", judged.images, steps)
+            run_stage(run, resume=True, callbacks=[monitor] if stage == supervised else [])
     with seconds("questions"):
         answered = ask_everything(out, runs, world)
     found: list[Finding] = []
-    if distils:
+    if supervised is not None:
         with seconds("predictions"):
-            teachers = {task: TowerTeacher(out / "bases" / f"teacher_{task}") for task in TASKS}
-            found = findings(read_predictions(out / "monitored")[steps[-1]], teachers, fit, judged)
+            run = runs[supervised]
+            sources, teachers = sources_of(run, load_student(run.output)), drawing_teachers(run)
+            found = findings(read_predictions(out / "monitored")[steps[-1]], sources, teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]
     result = Result(out, world, seed, runs, table, answered[TRAINED], found, cues, seconds.wall, seconds.cpu)
@@ -140,11 +148,16 @@ def copy_bases(folder: Path) -> None:
 
 
 def stage_runs(
-    out: Path, world: Path, seed: int, budget: Budget, pt_changes: Mapping[str, Any] | None = None
+    out: Path,
+    world: Path,
+    seed: int,
+    budget: Budget,
+    pt_changes: Mapping[str, Any] | None = None,
+    objective: str | None = None,
 ) -> dict[str, Run]:
-    """The two recipes, with their paths under ``out``."""
+    """The two recipes, with their paths under ``out``; ``objective``: another recipe's losses, see ``quickstart``."""
     bases = out / "bases"
-    tasks = {task: {"teacher": {"model": str(bases / f"teacher_{task}")}} for task in TASKS}
+    tasks = {task: {"target": {"model": str(bases / f"teacher_{task}")}} for task in TASKS}
     pt: dict[str, Any] = {
         "seed": seed,
         "output": str(out / "pt"),
@@ -161,10 +174,21 @@ def stage_runs(
     for changes, steps in ((pt, budget.pt_steps), (ift, budget.ift_steps)):
         if steps:
             changes["optimization"] = {"max_steps": steps}
+    if objective is not None:
+        stage, section, task_tokens = scaled_objective(objective, bases)
+        pt["distillation"] = section if stage is Stage.PT else None
+        ift["distillation"] = section if stage is Stage.IFT else None
+        pt["student"]["task_tokens"] = task_tokens
+    own: dict[str, Any] = {} if objective is None else {"distillation": None, "student": {"task_tokens": None}}
     return {
-        "pt": load_run("quickstart/pt", changes=(pt, pt_changes or {})),
+        "pt": load_run("quickstart/pt", changes=(own, pt, pt_changes or {})),
         "ift": load_run("quickstart/ift", changes=(ift,)),
     }
+
+
+def supervised_stage(runs: Mapping[str, Run]) -> str | None:
+    """The stage that has embedding losses."""
+    return next((stage for stage, run in runs.items() if run.distillation is not None), None)
 
 
 def monitored_steps(run: Run) -> list[int]:
@@ -206,7 +230,7 @@ def check_learning(result: Result) -> None:
     stuck = []
     for stage in result.runs:
         logs = read_log(result.out / stage)
-        terms = [name for name in logs[0] if name == "ntp" or name.endswith(("/smooth_l1", "/info_nce"))]
+        terms = [name for name in logs[0] if name == "ntp" or name.count("/") == 2]
         third = max(1, len(logs) // 3)  # single batches are noisy
 
         def mean(name: str, entries: list[dict[str, float]]) -> float:

@@ -1,0 +1,112 @@
+"""Any recipe's objective on the quickstart's student: the same positions, heads, losses, weights and schedule.
+
+What cannot be the same is scaled and said: layers and widths in proportion to the LLM, teachers by those that the
+offline world has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig
+
+from visper.common.errors import ConfigError
+from visper.config import Run, Stage, Task, load_run
+from visper.data.images import student_pixels
+from visper.distillation import InputTap
+from visper.evaluation.predictions import teacher_targets
+from visper.model import Student
+from visper.model.hub import sizes_of
+from visper.model.parts import PROJECTOR, modules_of
+from visper.planning.parameters import first_stage
+from visper.quickstart.tower import TowerTeacher
+
+GRID_TEACHERS = ("depth", "seg")
+"""Teachers of the offline world with a map, in the order in which a recipe's tasks get them; "gen" has one token."""
+Source = Callable[[Sequence[Image.Image]], Tensor]
+"""Images -> targets ``[S, N, E]``."""
+
+
+def scaled_objective(recipe: str | Path, bases: Path) -> tuple[Stage, dict[str, Any], dict[str, Any] | None]:
+    """The stage of a recipe, its section 'distillation' for the quickstart's bases, and its task tokens.
+
+    Raises:
+        ConfigError: the recipe has no objective, or supervises a stage that the quickstart lacks.
+    """
+    run = load_run(recipe)
+    if run.distillation is None or run.stage not in (Stage.PT, Stage.IFT):
+        raise ConfigError(
+            f"--objective {recipe}: expected a recipe of stage pt or ift with 'distillation', found stage "
+            f"'{run.stage}'{'' if run.distillation else ' without'}: choose another, such as visual/viral"
+        )
+    student = first_stage(run).student
+    assert student is not None
+    theirs: Any = sizes_of(student.llm, "student.llm", revision=student.llm_revision).get_text_config()
+    ours = AutoConfig.from_pretrained(bases / "llm")
+    depth, width = ours.num_hidden_layers / theirs.num_hidden_layers, ours.hidden_size / theirs.hidden_size
+    tasks = {
+        name: _scaled(task, at, depth, width, bases) for at, (name, task) in enumerate(run.distillation.tasks.items())
+    }
+    section = run.distillation.model_dump(mode="json", exclude={"tasks", "targets", "teacher_dtype"})
+    tokens = (
+        student.task_tokens.model_dump(mode="json") if student.task_tokens and run.distillation.at_task_tokens else None
+    )
+    return run.stage, {**section, "tasks": tasks}, tokens
+
+
+def _scaled(task: Task, at: int, depth: float, width: float, bases: Path) -> dict[str, Any]:
+    layers = list(dict.fromkeys(max(1, round(layer * depth)) for layer in task.layers))
+    head = task.head.model_dump(mode="json")
+    if head.get("width"):
+        head["width"] = max(16, round(head["width"] * width))
+    target = task.target.model_dump(mode="json")
+    if not task.target.own:
+        place = bases / f"teacher_{GRID_TEACHERS[at % len(GRID_TEACHERS)]}"
+        target = {"kind": "visper.quickstart.tower:TowerTeacher", "model": str(place)}
+    return {**task.model_dump(mode="json"), "layers": layers, "head": head, "target": target}
+
+
+def sources_of(run: Run, student: Student | None) -> dict[str, Source]:
+    """Where each task's targets come from; ``student`` makes those of its own parts."""
+    assert run.distillation is not None
+    sources: dict[str, Source] = {}
+    for name, task in run.distillation.tasks.items():
+        if task.target.own:
+            assert student is not None
+            sources[name] = _OwnFeatures(student, task.target.kind)
+        else:
+            sources[name] = _TeacherTargets(task.target.place)
+    return sources
+
+
+def drawing_teachers(run: Run) -> Mapping[str, TowerTeacher]:
+    """The teachers of a run's tasks, which can draw their maps."""
+    assert run.distillation is not None
+    return {name: TowerTeacher(Path(task.target.place)) for name, task in run.distillation.taught.items()}
+
+
+class _TeacherTargets:
+    def __init__(self, place: str) -> None:
+        self.teacher = TowerTeacher(Path(place))
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        return teacher_targets(self.teacher, images)
+
+
+class _OwnFeatures:
+    def __init__(self, student: Student, kind: str) -> None:
+        self.student, self.kind = student, kind
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        model: Any = self.student.model
+        processor = self.student.processor.image_processor
+        pixels = torch.stack([student_pixels(processor, image) for image in images])
+        with InputTap(model.get_submodule(modules_of(model, PROJECTOR)[0])) as encoded:
+            projected = torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+            return (encoded[0] if self.kind == "encoder" else projected).float()
