@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from visper.common.errors import ConfigError
 from visper.config import Run, Stage, Task, load_run
+from visper.config import Student as StudentConfig
 from visper.data.images import student_pixels
 from visper.distillation import InputTap
 from visper.evaluation.predictions import teacher_targets
@@ -45,7 +46,10 @@ def scaled_objective(recipe: str | Path, bases: Path) -> tuple[Stage, dict[str, 
             f"'{run.stage}'{'' if run.distillation else ' without'}: choose another, such as visual/viral"
         )
     student = first_stage(run).student
-    assert student is not None
+    if not isinstance(student, StudentConfig):
+        raise ConfigError(
+            f"--objective {recipe}: its layers are those of '{run.start_from}', expected a student of llm and encoder"
+        )
     theirs: Any = sizes_of(student.llm, "student.llm", revision=student.llm_revision).get_text_config()
     ours = AutoConfig.from_pretrained(bases / "llm")
     depth, width = ours.num_hidden_layers / theirs.num_hidden_layers, ours.hidden_size / theirs.hidden_size
