@@ -208,6 +208,22 @@ def test_later_stages_shard_too_and_resume_under_another_engine(stage, more, mak
     assert_equal_runs(one, two)
 
 
+@pytest.mark.slow
+def test_two_ranks_equal_one_where_conversations_are_joined(make, tmp_path):
+    joined = {"data": {"join_conversations": True}, "optimization": {"micro_batch": 2}}
+    one = make("vpt", "one", **joined)
+    rows = tmp_path / "rows-9" / "rows.json"
+    changed = json.loads(rows.read_text())
+    for number, row in enumerate(changed[:9]):
+        row["image"] = f"{number // 3}.png"
+    rows.write_text(json.dumps(changed))
+    assert re.search("9 conversations about an image share [3-7] images", " ".join(train(one).split()))
+    for engine in ("ddp", "fsdp"):
+        two = make("vpt", engine, launch={"processes": 2, "engine": engine}, **joined)
+        train(two)
+        assert_equal_runs(one, two)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize(

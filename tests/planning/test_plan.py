@@ -1,5 +1,8 @@
 """The plan: what it counts, what it says does not fit, and what it advises."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -169,3 +172,17 @@ def test_a_published_run_is_planned_without_its_weights():
     shown = CliRunner().invoke(app, ["plan", "phi3-mini-vit-l/pt", "--gpus", "8", "--hourly-price", "2"]).output
     for said in ("3,821,079,552", "teachers", "GPU hours", "cost", "targets, if stored"):
         assert said in shown, shown
+
+
+def test_joined_rows_need_fewer_operations(tmp_path, tiny_llm, tiny_encoder):
+    apart = tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None)
+    (source,) = apart.data.sources
+    rows = json.loads(Path(source.json_file).read_text())
+    for number, row in enumerate(row for row in rows if "image" in row):
+        row["image"] = f"{number // 2}.png"
+    Path(source.json_file).write_text(json.dumps(rows))
+    joined = apart.model_copy(update={"data": apart.data.model_copy(update={"join_conversations": True})})
+    one, other = plan(apart, Machine(1, 80e9)), plan(joined, Machine(1, 80e9))
+    images = sum("image" in row for row in rows)
+    assert f"{images} of {len(rows)} show an image, in joined micro-batches {images // 2} are" in other.rows.source
+    assert other.row_flops < one.row_flops and other.steps == one.steps

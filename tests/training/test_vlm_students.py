@@ -295,6 +295,9 @@ def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
     packed = run.optimization.model_copy(update={"packing": True})
     with pytest.raises(ConfigError, match="packing is not supported"):
         starting_processor(run.model_copy(update={"optimization": packed}))
+    joined = run.data.model_copy(update={"join_conversations": True})
+    with pytest.raises(ConfigError, match="join_conversations is not supported"):
+        starting_processor(run.model_copy(update={"data": joined}))
     with pytest.raises(ConfigError, match="plans and sizes"):
         part_sizes(run)
 

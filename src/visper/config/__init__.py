@@ -3,6 +3,7 @@
 from visper.config.distillation import PUBLISHED_LOSS, Distillation, Head, Position, Target, Task
 from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
+    JOINING_ATTENTION,
     Data,
     Engine,
     Geometry,
@@ -18,6 +19,7 @@ from visper.config.schema import (
 from visper.config.student import Student, TaskTokenLayout, VlmStudent
 
 __all__ = [
+    "JOINING_ATTENTION",
     "PUBLISHED_LOSS",
     "Data",
     "Distillation",

@@ -106,6 +106,9 @@ class Data(Section):
     )
     check_first: bool = Field(True, description="look at every row before the first step")
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
+    join_conversations: bool = Field(
+        False, description="conversations about one image share it in a micro-batch: the same losses from fewer tokens"
+    )
     workers: int = Field(2, ge=0, description="loader processes")
 
 
@@ -192,6 +195,10 @@ class Launch(Section):
     timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
 
 
+JOINING_ATTENTION = ("sdpa", "flex_attention")
+"""Attention that can be told which tokens of a row another one sees."""
+
+
 class Run(Section):
     """One stage of one model; saved beside the weights it makes."""
 
@@ -210,10 +217,22 @@ class Run(Section):
     launch: Launch = Launch()
     seed: int = 0
 
+    @property
+    def packed(self) -> bool:
+        """Whether the samples of a micro-batch lie in one row; joined ones always do."""
+        return self.optimization.packing or self.data.join_conversations
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
         if (self.student is None) == (self.start_from is None):
             raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
+        if self.data.join_conversations and self.distillation is not None:
+            raise ValueError("joining is not supported with distillation: set data.join_conversations=false")
+        if self.data.join_conversations and self.optimization.attention not in (None, *JOINING_ATTENTION):
+            raise ValueError(
+                f"data.join_conversations is not supported with optimization.attention={self.optimization.attention}, "
+                f"which cannot separate conversations that share an image: use one of {', '.join(JOINING_ATTENTION)}"
+            )
         engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
         if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(

@@ -57,6 +57,7 @@ class Batch(TypedDict, total=False):
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
+    branches: Tensor  # [1, T] long, joined batches only: 0 in what all conversations of a sample share, else which one
     pixel_values: Tensor  # [S, 3, H, W] float32; absent if no row has an image
     # Of a model with its own processor, in place of pixel_values: what its forward reads, by its own names.
     model_inputs: dict[str, Tensor]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from visper.common.errors import DataError
+from visper.data.image_order import count_images, fill_micro_batches, mean_lengths, side_by_side
 
 POOL_BATCHES = 50  # rows are sorted by length within pools of so many batches: similar lengths, still random
 
@@ -78,6 +79,8 @@ class RowSampler(Sampler[int]):
         global_batch: size of the groups. An epoch is filled up to a multiple of it with rows from its start, so that
             its last step, too, is the same however the batch is split, and no process runs out of rows.
         mixture: how often rows are seen in an epoch; None: once.
+        groups: a number for each row; rows of one number lie side by side (``data.image_order``). None: rows have none.
+        micro_batch: rows of one number are kept within one, where they fit. It moves rows within a global batch only.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class RowSampler(Sampler[int]):
         has_image: Sequence[bool] | None = None,
         global_batch: int = 1,
         mixture: Mixture | None = None,
+        groups: Sequence[int] | None = None,
+        micro_batch: int = 1,
     ) -> None:
-        for name, values in (("lengths", lengths), ("has_image", has_image)):
+        for name, values in (("lengths", lengths), ("has_image", has_image), ("groups", groups)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one a row")
         self.num_rows = num_rows
@@ -100,6 +105,10 @@ class RowSampler(Sampler[int]):
         self.global_batch = global_batch
         self.lengths = None if lengths is None else torch.tensor(list(lengths))
         self.has_image = torch.zeros(num_rows, dtype=torch.bool) if has_image is None else torch.tensor(list(has_image))
+        self.groups = None if groups is None else torch.tensor(list(groups))
+        self.micro_batch = micro_batch
+        if self.groups is not None and self.lengths is not None:
+            self.lengths = mean_lengths(self.lengths, self.groups)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of epoch ``epoch``."""
@@ -113,9 +122,23 @@ class RowSampler(Sampler[int]):
         order = torch.randperm(self.epoch_rows, generator=generator)
         if self.mixture is not None:
             order = self.mixture.rows(self.seed, self.epoch)[order]
+        if self.groups is not None:
+            order = side_by_side(order, self.groups)
         if self.lengths is not None:
             order = self._grouped(order, self.lengths, generator)
-        return iter(order.repeat(-(-len(self) // max(1, self.epoch_rows)))[: len(self)].tolist())
+        rows = order.repeat(-(-len(self) // max(1, self.epoch_rows)))[: len(self)].tolist()
+        if self.groups is not None:
+            steps = (rows[at : at + self.global_batch] for at in range(0, len(rows), self.global_batch))
+            groups = self.groups.tolist()
+            rows = [row for step in steps for row in fill_micro_batches(step, groups, self.micro_batch)]
+        return iter(rows)
+
+    def images_read(self, has_image: Sequence[bool]) -> tuple[int, int]:
+        """Rows of this epoch that show an image, and the images that they show where each counts once a micro-batch."""
+        rows = list(self)
+        shown = torch.tensor(has_image)[rows]
+        numbers = torch.arange(self.num_rows) if self.groups is None else self.groups
+        return int(shown.sum()), count_images(numbers[rows], shown, self.micro_batch)
 
     def _grouped(self, order: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
         """``order`` in groups of a global batch, alike in modality and length; the groups are shuffled.

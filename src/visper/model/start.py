@@ -76,8 +76,9 @@ def _fit_to_data(processor: Any, run: Run) -> None:
             f"data.geometry={run.data.geometry} is not supported by {type(processor).__name__}, which sees images in "
             "their own resolution: remove it"
         )
-    if run.optimization.packing:
+    if run.packed:
+        key = "data.join_conversations" if run.data.join_conversations else "optimization.packing"
         raise ConfigError(
-            f"optimization.packing is not supported by a student with {type(processor).__name__}: set it to false, and "
+            f"{key} is not supported by a student with {type(processor).__name__}: set it to false, and "
             "data.group_by_length to true"
         )

@@ -93,7 +93,7 @@ class FakeRun:
         key = (micro_batch, checkpointing, accumulates)
         if key not in self._activations:
             self.model.recompute_activations(checkpointing)
-            lengths = rows.largest_micro_batch(micro_batch, self.run.optimization.packing, self.run.seed)
+            lengths = rows.largest_micro_batch(micro_batch, self.run.packed, self.run.seed)
             batch = fake_batch(lengths, self.student, self.model, self.run, self.fake)
             self._activations[key] = step_activations(
                 self.model, self._optimizer, batch, self.run, self.fake, accumulates
@@ -133,7 +133,7 @@ def fake_batch(
             pixels = torch.empty(row.images, 3, side, side) if row.images else None
         samples.append(Sample("fake", ids, labels, (image_tokens,) * row.images, pixels))
     padded = Collator(0)
-    collated = (PackingCollator(padded) if run.optimization.packing else padded)(samples)
+    collated = (PackingCollator(padded) if run.packed else padded)(samples)
     batch: dict[str, Any] = {name: value for name, value in collated.items() if name in FORWARD_KEYS}
     images = sum(row.images for row in rows)
     if model.objective is not None:

@@ -10,8 +10,10 @@ from typing import Any
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.chat import IGNORED, ConversationEncoder
+from visper.data.image_order import image_groups
 from visper.data.rows.records import DropList, Record
 from visper.data.rows.sources import mixture_of, open_records
+from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.model import Student
 from visper.model.start import starting_processor
@@ -43,6 +45,8 @@ class Rows:
         longest: the most tokens, supervised tokens and images of any row.
         images: of a row, on average.
         source: where the figures come from.
+        branches: share of rows that are joined to another row's image (``data.join_conversations``).
+        block: tokens of an image with its task tokens, which such rows lack.
     """
 
     count: int
@@ -51,6 +55,8 @@ class Rows:
     longest: RowLength
     images: float
     source: str
+    branches: float = 0.0
+    block: int = 0
 
     def largest_micro_batch(self, rows: int, packed: bool, seed: int = 0) -> list[RowLength]:
         """The micro-batch of ``rows`` rows that needs the most memory.
@@ -66,8 +72,11 @@ class Rows:
         return self._uniform(self.longest, rows, self.longest.images if self.longest.images > 1 else self.images)
 
     def average_micro_batch(self, rows: int) -> list[RowLength]:
-        """``rows`` average rows with the usual number of images."""
-        return self._uniform(self.average, rows, self.images)
+        """``rows`` average rows with the usual number of images, the usual share of them joined to another's image."""
+        found = self._uniform(self.average, rows, self.images)
+        joined = RowLength(max(self.average.tokens - self.block, 2), self.average.supervised, 0)
+        branches = round(rows * self.branches)
+        return [joined] * branches + found[branches:]
 
     def _uniform(self, row: RowLength, rows: int, images_a_row: float) -> list[RowLength]:
         images = max(1, round(rows * images_a_row)) if images_a_row else 0
@@ -120,7 +129,16 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
     if not lengths:
         raise DataError("no rows", f"none of {len(sample)} sampled rows can be encoded")
     mixture = mixture_of(records)
-    return _rows(len(records) if mixture is None else sum(mixture.counts), lengths, how)
+    rows = _rows(len(records) if mixture is None else sum(mixture.counts), lengths, how)
+    if not run.data.join_conversations:
+        return rows
+    opt, groups = run.optimization, image_groups(records).tolist()
+    sampler = RowSampler(
+        len(records), run.seed, None, None, opt.global_batch, mixture, groups=groups, micro_batch=opt.micro_batch
+    )
+    shown, images = sampler.images_read(records.has_image.tolist())
+    how += f"; {shown} of {len(sampler)} show an image, in joined micro-batches {images} are encoded"
+    return replace(rows, branches=(shown - images) / len(sampler), block=block, source=how)
 
 
 def _rows(count: int, lengths: Sequence[RowLength], source: str) -> Rows:

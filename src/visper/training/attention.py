@@ -1,16 +1,19 @@
-"""Attention that keeps the samples of a packed row apart.
+"""Attention that keeps the samples of a packed row apart, and the conversations of a joined sample.
 
 Three ways, by the attention function of the LLM:
 
 - ``sdpa`` becomes ``SAMPLE_SDPA``: the causal kernel on each sample alone. Stock SDPA would build a dense mask of all
-  pairs of tokens, which is slower than padding (docs/speed.md); this runs on every device.
+  pairs of tokens, which is slower than padding (docs/speed.md); this runs on every device. The branches of a joined
+  sample get a second call, with a dense mask of their tokens x the sample's.
 - ``flash_attention_2`` and ``3``: transformers calls the kernel for variable lengths with the borders of the samples.
-- ``flex_attention`` and ``eager``: transformers builds a mask from the position ids, in blocks or dense.
+- ``flex_attention`` and ``eager``: transformers builds a mask from the position ids, in blocks or dense. For joined
+  samples flex attention gets a block mask of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from visper.common.compat import attention_of
 from visper.common.errors import ConfigError
-from visper.config import Run
+from visper.config import JOINING_ATTENTION, Run
 
 SAMPLE_SDPA = "visper_sample_sdpa"
 SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
@@ -34,22 +37,32 @@ def sample_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    sample_lengths: list[int] | None = None,
+    row_samples: Sequence[RowSample] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention ``[1, T, heads, width]`` of each sample to itself; without ``sample_lengths`` stock SDPA.
+    """Causal attention ``[1, T, heads, width]`` of each sample to itself; without ``row_samples`` stock SDPA.
 
     Args:
         query, key, value: ``[1, heads, T, width]``.
-        sample_lengths: tokens of each sample, T in sum.
+        row_samples: the samples of the row, T tokens in sum.
         sliding_window: positions that a token of this layer sees, itself included.
     """
-    if sample_lengths is None:
+    if row_samples is None:
         unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return unpacked
-    parts = zip(*(values.split(sample_lengths, dim=2) for values in (query, key, value)), strict=True)
-    attended = [sdpa_attention_forward(module, *part, _window(part[0], sliding_window), **kwargs)[0] for part in parts]
+    lengths = [sample.length for sample in row_samples]
+    parts = zip(*(values.split(lengths, dim=2) for values in (query, key, value)), strict=True)
+    attended = []
+    for sample, (asks, keys, values) in zip(row_samples, parts, strict=True):
+        own = [of[:, :, : sample.prefix] for of in (asks, keys, values)]
+        attended.append(sdpa_attention_forward(module, *own, _window(own[0], sliding_window), **kwargs)[0])
+        if sample.distance is not None:
+            seen = sample.distance >= 0
+            if sliding_window is not None:
+                seen &= sample.distance < sliding_window
+            branches = asks[:, :, sample.prefix :]
+            attended.append(sdpa_attention_forward(module, branches, keys, values, seen[None, None], **kwargs)[0])
     return torch.cat(attended, dim=1), None
 
 
@@ -60,6 +73,75 @@ def _window(query: Tensor, size: int | None) -> Tensor | None:
         return None
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
     return seen.tril().triu(1 - size)[None, None]
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """A sample of a packed row: ``length`` tokens, the first ``prefix`` of which are seen by all that follow.
+
+    Attributes:
+        distance: ``[length - prefix, length]``, by how many positions a token is behind another one that it sees; -1
+            where it does not see it. None where the sample is all prefix.
+    """
+
+    length: int
+    prefix: int
+    distance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Which tokens of a packed row see which: those of the prefix and of their own branch up to their own position.
+
+    Args:
+        samples: ``[T]`` the sample of each token.
+        branches: ``[T]`` 0 in a sample's prefix, else the number of the branch.
+        positions: ``[T]``.
+    """
+
+    samples: Tensor
+    branches: Tensor
+    positions: Tensor
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether token ``query`` sees token ``key``, for indices that broadcast."""
+        branch = self.branches[key]
+        return (
+            (self.samples[query] == self.samples[key])
+            & ((branch == 0) | (branch == self.branches[query]))
+            & (self.positions[key] <= self.positions[query])
+        )
+
+    def row_samples(self, lengths: Sequence[int]) -> list[RowSample]:
+        """The samples of the row, for ``sample_sdpa``; ``lengths`` are their tokens."""
+        shared = (self.branches == 0).split(list(lengths))
+        prefixes = torch.stack([own.sum() for own in shared]).tolist()  # read from a GPU once
+        found, start = [], 0
+        for length, prefix in zip(lengths, prefixes, strict=True):
+            distance = None
+            if prefix < length:
+                tokens = torch.arange(start, start + length, device=self.branches.device)
+                asks = tokens[prefix:, None]
+                distance = self.positions[asks] - self.positions[tokens]
+                distance = distance.masked_fill(~self.sees(asks, tokens), -1)
+            found.append(RowSample(length, prefix, distance))
+            start += length
+        return found
+
+    def block_mask(self) -> Any:
+        """The same for flex attention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens, device = len(self.branches), self.branches.device
+        return create_block_mask(
+            lambda _batch, _head, query, key: self.sees(query, key),
+            None,
+            None,
+            tokens,
+            tokens,
+            device=str(device),
+            _compile=device.type == "cuda",  # else all pairs of tokens are written out first
+        )
 
 
 AttentionInterface.register(SAMPLE_SDPA, sample_sdpa)
@@ -78,8 +160,29 @@ def choose_attention(run: Run, llm: Any) -> None:
             llm.set_attn_implementation(name)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"optimization.attention={name} is not available: {error}") from error
-    if run.optimization.packing:
+    if run.packed:
         separate_samples(llm)
+    if run.data.join_conversations:
+        require_joinable(llm)
+
+
+def require_joinable(llm: Any) -> None:
+    """Refuses an LLM whose attention cannot separate conversations that share an image.
+
+    Raises:
+        ConfigError: it is neither SDPA nor flex attention, or flex attention over a sliding window.
+    """
+    name = attention_of(llm)
+    if name not in (SAMPLE_SDPA, "flex_attention"):
+        raise ConfigError(
+            f"data.join_conversations is not supported with {type(llm).__name__}'s attention '{name}': set "
+            f"optimization.attention to one of {', '.join(JOINING_ATTENTION)}, or data.join_conversations=false"
+        )
+    if name == "flex_attention" and getattr(llm.config, "sliding_window", None) is not None:
+        raise ConfigError(
+            f"data.join_conversations is not supported with flex_attention over {type(llm).__name__}'s sliding window: "
+            "set optimization.attention=sdpa"
+        )
 
 
 def separate_samples(llm: Any) -> None:
@@ -103,13 +206,24 @@ def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[st
 
     Args:
         position_ids: ``[1, T]``, from 0 in every sample; None for unpacked rows.
-        borders: ``cu_seq_lens_q`` ``[samples + 1]`` and the others that ``data.packing`` makes.
+        borders: ``cu_seq_lens_q`` ``[samples + 1]`` and the others that ``data.packing`` makes; ``branches`` ``[1, T]``
+            of joined samples.
     """
     if position_ids is None:
         return {}
-    if attention_of(llm) != SAMPLE_SDPA:
+    name, branches = attention_of(llm), borders.get("branches")
+    if name != SAMPLE_SDPA and branches is None:
         return {"position_ids": position_ids, **borders}
+    lengths = borders["cu_seq_lens_q"].diff()
+    joined = None
+    if branches is not None:
+        numbers = torch.arange(len(lengths), device=branches.device).repeat_interleave(lengths)
+        joined = Joined(numbers, branches[0], position_ids[0])
+    if name != SAMPLE_SDPA:
+        assert joined is not None and name == "flex_attention", name
+        return {"position_ids": position_ids, "attention_mask": joined.block_mask()}
     # transformers takes a mask of four dimensions as it is: this one keeps it from building one, and is not read.
     unread = position_ids.new_zeros(1, 1, 1, 1)
-    lengths = borders["cu_seq_lens_q"].diff().tolist()
-    return {"position_ids": position_ids, "sample_lengths": lengths, "attention_mask": unread}
+    each = lengths.tolist()
+    samples = [RowSample(length, length) for length in each] if joined is None else joined.row_samples(each)
+    return {"position_ids": position_ids, "row_samples": samples, "attention_mask": unread}

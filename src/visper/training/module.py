@@ -137,8 +137,9 @@ class TrainingModel(nn.Module):
             image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
             targets: per task, with an objective.
             progress: share of the steps that are done.
-            position_ids: ``[1, L]`` of a packed row, from 0 in every sample (``data.packing``).
-            **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``).
+            position_ids: ``[1, L]`` of a packed row (``data.packing``).
+            **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``), and
+                ``branches`` of joined ones (``data.joining``).
 
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.

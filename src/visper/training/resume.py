@@ -30,6 +30,7 @@ def order_of(data: StageData) -> dict[str, Any]:
     else:
         rows = key(*(record.id for record in records))
     grouping = [] if sampler.lengths is None else [_bytes(sampler.lengths), _bytes(sampler.has_image)]
+    grouping += [] if sampler.groups is None else [_bytes(sampler.groups)]
     found = {"rows": len(records), "rows_key": rows, "grouping": key(sampler.seed, *grouping)}
     if sampler.mixture is not None:
         found["mixture"] = key(_bytes(sampler.mixture.sources), *map(str, sampler.mixture.weights))

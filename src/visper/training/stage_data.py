@@ -16,6 +16,8 @@ from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import sampled_unknown_words, unknown_words
 from visper.data.collator import Collator, Preprocess, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
+from visper.data.image_order import image_groups
+from visper.data.joining import JoiningCollator
 from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
@@ -28,13 +30,15 @@ from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore, require_targets
 
+AnyCollator = Collator | PackingCollator | JoiningCollator
+
 
 @dataclass(frozen=True)
 class StageData:
     """What the trainer reads: rows, how they are batched, in which order; and the rows left out so far."""
 
     dataset: ConversationDataset
-    collator: Collator | PackingCollator
+    collator: AnyCollator
     sampler: RowSampler
     drops: DropList
     num_rows: int
@@ -90,9 +94,10 @@ def build_data(
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup, settings.max_pixels)
     sampler = _sampler(settings, optimization, dataset, survey, seed)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
-    collator = _collator(student, preprocess, optimization.packing)
+    collator = _collator(settings, optimization, student, preprocess)
     announce(console, "data", _summary(len(dataset), total, drops, survey))
     _announce_mixture(sampler, console)
+    _announce_joined(dataset, sampler, console)
     _show_first(dataset, sampler, student, console)
     return StageData(dataset, collator, sampler, drops, total, settings.drop_limit)
 
@@ -143,13 +148,19 @@ def _sampler(
         lengths = survey.lengths if survey is not None else dataset.estimated_lengths()
     has_image = dataset.has_image if lengths else None
     mixture = mixture_of(dataset.records)
-    return RowSampler(len(dataset), seed, lengths, has_image, optimization.global_batch, mixture)
+    groups = image_groups(dataset.records).tolist() if settings.join_conversations else None
+    batch, micro_batch = optimization.global_batch, optimization.micro_batch
+    return RowSampler(len(dataset), seed, lengths, has_image, batch, mixture, groups, micro_batch)
 
 
-def _collator(student: Student, preprocess: Mapping[str, Preprocess], packing: bool) -> Collator | PackingCollator:
+def _collator(
+    settings: Data, optimization: Optimization, student: Student, preprocess: Mapping[str, Preprocess]
+) -> AnyCollator:
     inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
     padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs)
-    return PackingCollator(padded) if packing else padded
+    if settings.join_conversations:
+        return JoiningCollator(padded, student.image_token_id, settings.max_tokens)
+    return PackingCollator(padded) if optimization.packing else padded
 
 
 def _summary(used: int, total: int, drops: DropList, survey: Survey | None) -> str:
@@ -165,6 +176,14 @@ def _announce_mixture(sampler: RowSampler, console: Console) -> None:
         parts = zip(mixture.sizes, mixture.weights, mixture.counts, strict=True)
         shown = ", ".join(f"{size} rows x {weight:g} = {count}" for size, weight, count in parts)
         announce(console, "mixture", f"{shown}: {sampler.epoch_rows} rows an epoch")
+
+
+def _announce_joined(dataset: ConversationDataset, sampler: RowSampler, console: Console) -> None:
+    if sampler.groups is None or console.quiet:
+        return
+    rows, images = sampler.images_read(dataset.has_image)
+    shown = f"{rows} conversations about an image share {images} images"
+    announce(console, "joined", f"{shown} in an epoch's micro-batches of {sampler.micro_batch}")
 
 
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
