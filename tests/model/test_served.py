@@ -167,3 +167,35 @@ def test_rows_of_several_images_have_the_logits_of_stock_transformers_at_every_b
     swapped = model_inputs(student.processor, questions[:1], [shown[0][::-1]])
     with torch.no_grad():
         assert not torch.allclose(student.model(**swapped).logits[0], apart[0])
+
+
+def test_servers_find_in_a_folder_what_they_look_for(tmp_path, tiny_llm, tiny_encoder):
+    """vLLM and SGLang choose the model's class by `architectures` and the encoder's by its type, and know CLIP's."""
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    save_student(student, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["vision_config"]["model_type"] == "clip_vision_model"
+    assert isinstance(config["vision_feature_layer"], int)
+    assert config.get("image_token_index", config.get("image_token_id")) == tokenizer.convert_tokens_to_ids("<image>")
+    task_tokens = {i for ids in student.task_token_ids.values() for i in ids}
+    assert task_tokens | {tokenizer.convert_tokens_to_ids("<image>")} <= set(generation["suppress_tokens"])
+
+
+def test_a_servers_prompt_has_the_ids_and_the_length_of_visper_evaluates(tmp_path, tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    save_student(student, tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    image = Image.new("RGB", (20, 16), "red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    theirs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    ours = model_inputs(student.processor, ["What is it?"], [[image]])
+    assert torch.equal(theirs["input_ids"], ours["input_ids"])
+    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], rtol=0, atol=0)
+    text = processor.apply_chat_template([{"role": "user", "content": "What is it?"}], **options)["input_ids"].shape[1]
+    task_tokens = sum(len(ids) for ids in student.task_token_ids.values())
+    newline = 1  # between the image and the text
+    assert ours["input_ids"].shape[1] == text + 16 + task_tokens + newline
