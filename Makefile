@@ -8,7 +8,7 @@ ARGS ?=
 # For the tests; the quickstart would choose the same. More threads than idle cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart setup test test-fast lint docs dist clean
+.PHONY: quickstart setup test test-fast nightly lint docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/visper quickstart $(ARGS)
@@ -21,6 +21,10 @@ test: $(VENV)/installed-test lint
 # Without the tests that train for long or start processes.
 test-fast: $(VENV)/installed-test
 	$(BIN)/pytest -m "not slow" --ignore=tests/distributed --ignore=tests/integration $(ARGS)
+
+# Attacks that take minutes: thousands of damaged archives and odd rows, runs killed at random moments.
+nightly: $(VENV)/installed-test
+	$(BIN)/pytest -m nightly $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -43,6 +43,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves nightly tests out of every run that does not ask for them, whatever its ``-m`` says."""
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 class Golden:
     """Golden fixtures: ``tests/golden`` (see its README), or the set in the folder that ``$VISPER_GOLDEN`` names."""
 

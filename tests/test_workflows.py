@@ -29,7 +29,7 @@ def commands(workflow):
 
 
 def test_there_is_a_workflow_for_each_task():
-    assert {file.stem for file in WORKFLOWS} >= {"lint", "tests", "transformers-main", "docs", "release"}
+    assert {file.stem for file in WORKFLOWS} >= {"lint", "tests", "nightly", "transformers-main", "docs", "release"}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)

@@ -80,7 +80,7 @@ def test_a_damaged_archive_gives_the_same_content_or_an_error_that_names_it(tmp_
     assert survive(path, kind, range(ATTACKS)) > ATTACKS // 8
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_thousand_damaged_archives_of_each_kind(tmp_path, kind):
     assert survive(tmp_path / "x.archive", kind, range(1000, 1000 + max(2000, ATTACKS))) > 250

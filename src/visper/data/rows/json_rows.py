@@ -31,7 +31,14 @@ _OTHER_FORMATS = {
     b"<": "an HTML or XML page: download the file again",
 }
 _space = re.compile(r"[ \t\n\r]*").match
-_decode = json.JSONDecoder().raw_decode
+_LONGEST_NUMBER = 4000  # digits; Python itself refuses to read integers of more than 4300
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _LONGEST_NUMBER else digits
+
+
+_decode = json.JSONDecoder(parse_int=_integer).raw_decode
 
 
 def is_json_name(name: str) -> bool:
