@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from visper.config import Geometry, Student, load_run
-from visper.model import revisions
+from visper.model import revisions, start
 from visper.model.build import build_student
 from visper.model.encoders import load_encoder
 from visper.model.revisions import commit_of, with_commits
@@ -83,3 +83,16 @@ def test_loaders_ask_for_the_revision(monkeypatch, tiny_llm, tiny_encoder):
     monkeypatch.setattr("visper.model.build.load_encoder", recorded("encoder", load_encoder))
     build_student(student, Geometry.SQUASH)
     assert asked == {"AutoModelForCausalLM": OLD, "AutoTokenizer": OLD, "encoder": NEW}
+
+
+def test_a_student_of_the_hub_is_pinned_and_loaded_at_its_commit(hub, monkeypatch, tmp_path):
+    run = load_run("llama3-8b-vit-l/ift", ["start_from=some/student"])
+    saved = with_commits(run)
+    assert saved.start_from_revision == OLD
+    hub.commit = NEW
+    assert with_commits(run, saved) == saved and with_commits(run).start_from_revision == NEW
+    asked = []
+    monkeypatch.setattr(start, "load_student", lambda place, **options: asked.append((place, options)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start.starting_student(saved)
+    assert asked == [("some/student", {"revision": OLD})]

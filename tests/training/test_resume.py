@@ -61,7 +61,3 @@ def test_as_many_other_rows_are_other_rows(tmp_path: Path) -> None:
     records = [replace(record, id=record.id + "x") for record in other.dataset.records]
     other.dataset.records = records
     assert order_of(one)["rows"] == order_of(other)["rows"] and order_of(one) != order_of(other)
-
-
-def test_a_checkpoint_of_before_is_continued(tmp_path: Path) -> None:
-    require_same_order(tmp_path, data())

@@ -10,7 +10,10 @@ NAME = "train"
 def run(
     recipe: Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimization.lr=1e-4")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest complete checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest undamaged checkpoint")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="resume although rows, images or weights have changed")
+    ] = False,
 ) -> None:
     """Train one stage.
 
@@ -22,6 +25,7 @@ def run(
 
     from visper.training import run_stage, start_processes
 
-    if start_processes(settings.launch, ["train", recipe, *(overrides or []), *(["--resume"] if resume else [])]):
+    options = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
+    if start_processes(settings.launch, ["train", recipe, *(overrides or []), *options]):
         return
-    run_stage(settings, resume=resume)
+    run_stage(settings, resume=resume, accept_changes=accept_changes)

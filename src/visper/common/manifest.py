@@ -1,4 +1,4 @@
-"""Sizes and digests of a folder's files, in ``manifest.json``, by which damage is found before anything is loaded.
+"""Digests of files: in a folder's ``manifest.json``, with sizes, they show damage before anything is loaded.
 
 xxh3 (128 bits) finds damage, not forgery. It was measured at 11 GB/s on one core, where crc32 and sha256 reach 1.
 """
@@ -6,6 +6,8 @@ xxh3 (128 bits) finds damage, not forgery. It was measured at 11 GB/s on one cor
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import xxhash
@@ -25,6 +27,23 @@ def digest_of(file: Path) -> str:
         while size := content.readinto(block):
             total.update(block[:size])
     return total.hexdigest()
+
+
+def content_digest(place: Path) -> str:
+    """The digest of a folder's files, hidden ones and Markdown left out, or of a file and ONNX's data files beside it.
+
+    The same wherever the files lie.
+    """
+    if place.is_dir():
+        found = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".md"]
+        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]
+        names = {file.relative_to(place).as_posix(): file for file in files}
+    else:
+        beside = re.compile(re.escape(place.name) + r"[._].*|" + re.escape(place.stem) + r"\.(data|bin|weights)")
+        names = {file.name.replace(place.stem, "", 1): file for file in place.parent.iterdir() if file.is_file()}
+        names = {name: file for name, file in names.items() if file == place or beside.fullmatch(file.name)}
+    lines = "".join(f"{name}\0{digest_of(names[name])}\0" for name in sorted(names))
+    return xxhash.xxh3_128(os.fsencode(lines)).hexdigest()
 
 
 def write_manifest(folder: Path, pattern: str = "*") -> None:

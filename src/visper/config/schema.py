@@ -208,6 +208,7 @@ class Run(Section):
     start_from: PathText | None = Field(
         None, description="folder of the stage before, or any folder this library saved"
     )
+    start_from_revision: str | None = Field(None, description="commit, tag or branch, where start_from is a hub id")
     student: AnyStudent | None = None
     data: Data
     distillation: Distillation | None = None

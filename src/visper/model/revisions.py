@@ -47,6 +47,10 @@ def with_commits(run: Run, saved: Run | None = None) -> Run:
     changes: dict[str, Any] = {}
     if run.student is not None:
         changes["student"] = _student(run.student, saved.student if saved else None)
+    if run.start_from is not None:
+        before = saved.start_from_revision if saved and saved.start_from == run.start_from else None
+        wanted = run.start_from_revision or before
+        changes["start_from_revision"] = commit_of(run.start_from, wanted) or wanted
     if run.distillation is not None:
         changes["distillation"] = _distillation(run.distillation, saved.distillation if saved else None)
     return run.model_copy(update=changes)

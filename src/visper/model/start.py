@@ -29,7 +29,7 @@ def starting_student(run: Run) -> Student:
         return build_student(run.student, run.data.geometry, dtype)
     else:
         assert run.start_from is not None
-        student = load_student(run.start_from)
+        student = load_student(run.start_from, revision=run.start_from_revision)
     _fit_to_data(student.processor, run)
     return student
 
@@ -57,7 +57,7 @@ def starting_processor(run: Run) -> Any:
         return build_processor(run.student, run.data.geometry)
     else:
         assert run.start_from is not None
-        processor = load_processor(run.start_from)
+        processor = load_processor(run.start_from, run.start_from_revision)
     _fit_to_data(processor, run)
     return processor
 

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, PreTrainedModel
 
@@ -119,38 +120,41 @@ def save_processor(student: Student, folder: Path) -> None:
 
 
 @without_loading_bars()
-def load_student(folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Student:
+def load_student(
+    folder: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None, **options: Any
+) -> Student:
     """Loads a student from a stage's output, its ``model`` folder, or any LLaVA (or other known model) or hub id.
 
     Args:
+        revision: of a hub id.
         **options: more for ``from_pretrained``, such as a quantization.
 
     Raises:
         ConfigError: there is no such folder, or it holds neither a LLaVA nor another model that can be trained.
         DataError: its weights are damaged.
     """
-    source = _student_place(folder)
+    source = student_place(folder)
     if options.get("device_map") != "meta":
         require_undamaged(Path(source))
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
             require_known(str(folder), config)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **options)
-        processor = _load_processor(source)
-    except OSError as error:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        processor = _load_processor(source, revision)
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
-    names, word_ids = _read_added_tokens(source)
+    names, word_ids = _read_added_tokens(source, revision)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids, word_ids)
 
 
-def _read_added_tokens(source: str) -> tuple[dict[str, list[str]], list[int]]:
+def _read_added_tokens(source: str, revision: str | None) -> tuple[dict[str, list[str]], list[int]]:
     """Names of the task tokens and ids of added words; none where the model was not saved by this package."""
     file = Path(source) / STUDENT_FILE
     if not Path(source).is_dir():
         try:
-            file = Path(hf_hub_download(source, STUDENT_FILE))
+            file = Path(hf_hub_download(source, STUDENT_FILE, revision=revision))
         except EntryNotFoundError:
             return {}, []
     if not file.is_file():
@@ -159,24 +163,31 @@ def _read_added_tokens(source: str) -> tuple[dict[str, list[str]], list[int]]:
     return content["task_tokens"], content["word_ids"]
 
 
-def load_processor(folder: str | Path) -> Any:
+def load_processor(folder: str | Path, revision: str | None = None) -> Any:
     """The processor that ``load_student`` gives the student, without loading its weights.
 
     Raises:
         ConfigError: there is no such folder or it holds no LLaVA model.
     """
     try:
-        return _load_processor(_student_place(folder))
+        return _load_processor(student_place(folder), revision)
     except OSError as error:
         raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
 
 
-def _load_processor(source: str) -> Any:
+def _load_processor(source: str, revision: str | None) -> Any:
     # Without trust_remote_code=False it may ask on the console.
-    return AutoProcessor.from_pretrained(source, trust_remote_code=False, padding_side=ANSWERING_SIDE)
+    return AutoProcessor.from_pretrained(
+        source, revision=revision, trust_remote_code=False, padding_side=ANSWERING_SIDE
+    )
 
 
-def _student_place(folder: str | Path) -> str:
+def student_place(folder: str | Path) -> str:
+    """The folder that holds a student's model: the ``model`` folder of a stage's output; or the hub id as it is.
+
+    Raises:
+        ConfigError: a folder holds none.
+    """
     place = Path(folder)
     if (place / "model" / "config.json").is_file():
         place = place / "model"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.cache import key
+from visper.common.manifest import content_digest
 from visper.config import Target, Task
 from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
@@ -22,8 +21,6 @@ another target of the same image: targets stored before are then not found. A te
 
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 """Options of the kinds in ``TEACHERS`` that change how a target is drawn or how fast it is computed, not its values."""
-
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -97,31 +94,11 @@ def revision_of(model: str, wanted: str | None = None) -> str | None:
     """
     place = Path(model)
     if place.exists():
-        return f"sha256:{_content_hash(place)}"
+        return f"xxh3:{content_digest(place)}"
     if not HUB_ID.fullmatch(model):
         return f"name:{model}"
     commit = commit_of(model, wanted)
     return None if commit is None else f"{model}@{commit}"
-
-
-def _content_hash(place: Path) -> str:
-    """Of a folder: all files but hidden ones and Markdown. Of a file: itself and ONNX's data files beside it."""
-    if place.is_dir():
-        found = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".md"]
-        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]
-        names = {file.relative_to(place).as_posix(): file for file in files}
-    else:
-        beside = re.compile(re.escape(place.name) + r"[._].*|" + re.escape(place.stem) + r"\.(data|bin|weights)")
-        names = {file.name.replace(place.stem, "", 1): file for file in place.parent.iterdir() if file.is_file()}
-        names = {name: file for name, file in names.items() if file == place or beside.fullmatch(file.name)}
-    total = hashlib.sha256()
-    for name in sorted(names):
-        content = hashlib.sha256()
-        with names[name].open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                content.update(block)
-        total.update(f"{name}\0{content.hexdigest()}\0".encode())
-    return total.hexdigest()[:32]
 
 
 def _code_of(kind: str) -> str | None:

@@ -62,7 +62,7 @@ def _targets(lora: Lora, student: Student) -> list[str]:
     return list(lora.targets)
 
 
-def quantized_student(start_from: str | None) -> Student:
+def quantized_student(start_from: str | None, revision: str | None = None) -> Student:
     """The student of the stage before with its LLM in 4 bits (NF4, double quantization); the rest stays whole.
 
     Raises:
@@ -83,7 +83,7 @@ def quantized_student(start_from: str | None) -> Student:
         llm_int8_skip_modules=[start.strip(".").split(".")[-1] for start, part in PLACES if part != "llm."],
     )
     device = torch.cuda.current_device()
-    return load_student(start_from, quantization_config=settings, device_map={"": device})
+    return load_student(start_from, revision=revision, quantization_config=settings, device_map={"": device})
 
 
 def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -> None:
@@ -106,13 +106,13 @@ def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def merge_updates(lora: Lora, student: Student, start_from: str | None) -> Student:
+def merge_updates(lora: Lora, student: Student, start_from: str | None, revision: str | None = None) -> Student:
     """The student with its updates added to the weights they change: plain layers again.
 
     A quantized LLM is not added to: its updates go into the unquantized one, which is loaded for it.
     """
     if lora.quantize is not None:
-        student = _onto_unquantized(lora, student, start_from)
+        student = _onto_unquantized(lora, student, start_from, revision)
     from peft.tuners.lora import LoraLayer
 
     modules: list[tuple[str, Any]] = list(student.model.named_modules())
@@ -125,9 +125,9 @@ def merge_updates(lora: Lora, student: Student, start_from: str | None) -> Stude
     return student
 
 
-def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None) -> Student:
+def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None, revision: str | None) -> Student:
     assert start_from is not None
-    whole = load_student(start_from)
+    whole = load_student(start_from, revision=revision)
     add_updates(lora, whole)
     projector = {name for name, _ in parameters_of(quantized.model, PROJECTOR)}
     updates = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or n in projector}

@@ -3,6 +3,7 @@
 Layout of a stage's output::
 
     run.yaml        the resolved run (whose folder this is)
+    content.json    digests of the rows, images and weights that it is trained on
     adapter/        with 'lora': the low-rank updates in peft's format; model/ holds them merged
     model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
     distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
@@ -14,6 +15,7 @@ Layout of a stage's output::
 
 from __future__ import annotations
 
+import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,6 +27,7 @@ from visper.common.lock import HOLDER, LOCK
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
+from visper.training.content import CONTENT
 
 MAY_DIFFER = (
     "output",
@@ -82,10 +85,11 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
         )
 
 
-def claim_output(run: Run, output: Path) -> None:
+def claim_output(run: Run, output: Path, content: dict[str, str]) -> None:
     """Makes the locked output folder this run's own, just before it trains; removes a killed run's leftovers."""
     remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
+    write_text(output / CONTENT, json.dumps(content, indent=1))
     write_text(output / "run.yaml", run_text(run))
 
 

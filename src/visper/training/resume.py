@@ -48,10 +48,7 @@ def require_same_order(checkpoint: Path, data: StageData) -> None:
     Raises:
         ConfigError: the data differ from the checkpoint's.
     """
-    file = checkpoint / ORDER
-    if not file.is_file():
-        return  # written before orders were kept
-    theirs, ours = json.loads(file.read_text(encoding="utf-8")), order_of(data)
+    theirs, ours = json.loads((checkpoint / ORDER).read_text(encoding="utf-8")), order_of(data)
     if theirs == ours:
         return
     what = f"{theirs['rows']} rows then, {ours['rows']} now" if theirs["rows"] != ours["rows"] else "other rows"

@@ -36,6 +36,7 @@ from visper.training.assemble import build_training_model, continue_objective, s
 from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
+from visper.training.content import content_of, require_same_content
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -53,12 +54,15 @@ from visper.training.stopping import StopRequest
 from visper.training.trainer import StageTrainer
 
 
-def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+def run_stage(
+    run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = (), accept_changes: bool = False
+) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
     Args:
         resume: continue from the newest undamaged checkpoint in the run's output.
         callbacks: more of the Trainer's callbacks.
+        accept_changes: continue although rows, images or weights have changed since the run began.
 
     Raises:
         ConfigError: the run cannot be trained, or its output folder holds another one or is in use.
@@ -80,12 +84,15 @@ def run_stage(run: Run, resume: bool = False, callbacks: Sequence[TrainerCallbac
         teachers, targets = build_targets(run, student, console)
         images_required = run.stage is Stage.PT
         data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
-        model = build_model(run, student, teachers, processes, console)
-        if processes.is_main_process:
-            claim_output(run, output)
-        trainer = build_trainer(run, model, data, teachers, processes, callbacks)
+        content = first_decides(lambda: content_of(run, data.dataset.records))
         if checkpoint is not None:
             continue_rows(checkpoint, output, data)
+            if not accept_changes:
+                first_decides(lambda: require_same_content(output, content))
+        model = build_model(run, student, teachers, processes, console)
+        if processes.is_main_process:
+            claim_output(run, output, content)
+        trainer = build_trainer(run, model, data, teachers, processes, callbacks)
         train(trainer, checkpoint, console)
         if processes.is_main_process:
             finish(run, student, model)
@@ -140,7 +147,10 @@ def open_output(run: Run, resume: bool) -> Run:
 
 def build_student(run: Run, console: Console) -> Student:
     """The student that the stage starts with, with the run's attention."""
-    student = quantized_student(run.start_from) if run.lora and run.lora.quantize else starting_student(run)
+    if run.lora and run.lora.quantize:
+        student = quantized_student(run.start_from, run.start_from_revision)
+    else:
+        student = starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
     choose_attention(run, student.model.get_decoder())
     require_positions(student, run.data.max_tokens)
@@ -264,7 +274,7 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
         base = run.start_from or getattr(run.student, "vlm", None) or getattr(run.student, "llm", None)
         with atomic_path(output / ADAPTER) as partial:
             save_adapter(run.lora, student, base, partial)
-        student = merge_updates(run.lora, student, run.start_from)
+        student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
     if run.optimization.precision == "bfloat16":
         to_bfloat16(student.model)
     with atomic_path(output / "model") as partial:

@@ -1,0 +1,91 @@
+"""What a run is trained on, by content: resuming with other rows, images or weights is refused.
+
+``content.json`` in the output holds a digest of
+
+- the rows of each source, as they were read: ids, roles, texts, names of images;
+- the images of ``SAMPLED`` rows spread evenly over the run's, since reading all of a large set takes minutes: that all
+  images were replaced is noticed, that a single one was, seldom;
+- each local folder or file that weights come from. The first process reads it once at every start, at the disk's speed,
+  and it is then loaded from memory.
+
+Hub models are pinned by their commits, in ``run.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from visper.common.errors import ConfigError, DataError
+from visper.common.manifest import content_digest, digest_of
+from visper.config import Run
+from visper.data.checks.digests import contents_of
+from visper.data.rows.records import Record
+from visper.data.rows.table import Records
+from visper.model.student import student_place
+
+CONTENT = "content.json"
+SAMPLED = 256
+_THREADS = 16
+
+
+def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
+    """The digests of everything local that the run is trained on, by what a message calls it."""
+    found = {}
+    if isinstance(records, Records):
+        found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
+        found["images"] = _images(records)
+    places = [(what, Path(name)) for what, name in _parts(run)]
+    return found | {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
+
+
+def require_same_content(output: Path, content: dict[str, str]) -> None:
+    """Compares with what the output's run was trained on so far.
+
+    Raises:
+        ConfigError: something has changed; the message names it.
+    """
+    file = output / CONTENT
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
+    except (OSError, ValueError, AttributeError) as error:
+        changed = [f"'{file}' cannot be read ({error}), perhaps everything"]
+    if changed:
+        raise ConfigError(
+            f"changed since the run in '{output}' began: {', '.join(changed)}. Put it back, or go on with what is "
+            "there now: `visper train RUN.yaml --resume --accept-changes`"
+        )
+
+
+def _parts(run: Run) -> Iterator[tuple[str, str]]:
+    named = ((part, getattr(run.student, part, None)) for part in ("vlm", "llm", "encoder"))
+    yield from ((f"student.{part}", place) for part, place in named if place is not None)
+    if run.start_from is not None:
+        yield "start_from", student_place(run.start_from)
+    for task, settings in (run.distillation.tasks if run.distillation else {}).items():
+        if settings.target.model is not None:
+            yield f"the teacher of '{task}'", settings.target.model
+
+
+def _images(records: Records) -> str:
+    shown = np.flatnonzero(records.has_image)
+    rows = shown[np.linspace(0, len(shown) - 1, min(len(shown), SAMPLED)).astype(int)].tolist()
+    total = xxhash.xxh3_128()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for contents in threads.map(lambda row: _contents(records, row), rows):
+            for content in contents:
+                total.update(b"\0" if content is None else content)
+    return total.hexdigest()
+
+
+def _contents(records: Records, row: int) -> list[bytes | None]:
+    try:
+        return contents_of(records, row)
+    except DataError:  # training leaves the row out
+        return []

@@ -1,0 +1,120 @@
+"""A run is continued with the rows, images and weights that it began with, or not at all, unless told so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from visper.common.errors import ConfigError
+from visper.config import Run
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
+from visper.data.sets.catalog import row_files
+from visper.training import run_stage
+from visper.training.content import CONTENT, content_of, require_same_content
+from visper.training.trainer import StageTrainer
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """PT of four steps; everything that it is trained on lies under ``tmp_path``."""
+    monkeypatch.setenv("VISPER_CACHE", str(tmp_path / "cache"))
+    llm, encoder = tiny.save_llm(tmp_path / "llm"), tiny.save_encoder(tmp_path / "encoder")
+    settings = json.loads(tiny.write_recipe(tmp_path, "pt", llm, encoder, max_steps=4).read_text())
+    settings["distillation"] = tiny.distillation()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights.bin").write_bytes(b"0")
+    settings["distillation"]["tasks"]["seg"]["target"]["model"] = str(tmp_path / "teacher")
+    settings["logging"]["save_every"] = 2
+    return Run.model_validate(settings)
+
+
+def content(run: Run) -> dict[str, str]:
+    return content_of(run, open_records(row_files(run.data), DropList()))
+
+
+def change_answer(folder: Path) -> None:
+    file = folder / "rows" / "rows.json"
+    file.write_text(file.read_text().replace("thing xx", "thing yy"))
+
+
+def change_images(folder: Path) -> None:
+    for file in (folder / "rows" / "images").iterdir():
+        file.write_bytes(file.read_bytes() + b"\0")
+
+
+def change_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "an answer under the same id": (change_answer, "the rows of 'rows'"),
+    "all images": (change_images, "images"),
+    "the LLM": (lambda folder: change_weights(folder / "llm"), "student.llm '.*/llm'"),
+    "the encoder": (lambda folder: change_weights(folder / "encoder"), "student.encoder '.*/encoder'"),
+    "a teacher": (lambda folder: (folder / "teacher" / "weights.bin").write_bytes(b"1"), "the teacher of 'seg' '.*'"),
+    "a new file of a teacher": (lambda folder: (folder / "teacher" / "a").touch(), "the teacher of 'seg' '.*'"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_changes_is_refused_by_name_alone(run: Run, tmp_path: Path, what: str) -> None:
+    change, name = CHANGES[what]
+    (tmp_path / CONTENT).write_text(json.dumps(content(run)))
+    change(tmp_path)
+    with pytest.raises(ConfigError, match=rf"began: {name}\. Put it back, or .*--resume --accept-changes"):
+        require_same_content(tmp_path, content(run))
+
+
+def test_what_stays_the_same_goes_on(run: Run, tmp_path: Path) -> None:
+    (tmp_path / CONTENT).write_text(json.dumps(content(run)))
+    rows = tmp_path / "rows" / "rows.json"
+    rows.write_text(json.dumps(json.loads(rows.read_text()), indent=7))
+    (tmp_path / "llm" / "README.md").write_text("notes")
+    require_same_content(tmp_path, content(run))
+
+
+def test_the_stage_before_is_content(run: Run, tmp_path: Path) -> None:
+    run_stage(run)
+    changes = {"student": None, "distillation": None, "stage": "ift", "start_from": run.output}
+    later = run.model_copy(update=changes)
+    (tmp_path / CONTENT).write_text(json.dumps(content(later)))
+    change_weights(Path(run.output) / "model")
+    with pytest.raises(ConfigError, match=r"began: start_from '.*/pt/model'\."):
+        require_same_content(tmp_path, content(later))
+
+
+@pytest.mark.parametrize("damaged", [None, "{", "[]"])
+def test_without_a_record_nothing_is_taken_for_the_same(run: Run, tmp_path: Path, damaged: str | None) -> None:
+    if damaged is not None:
+        (tmp_path / CONTENT).write_text(damaged)
+    with pytest.raises(ConfigError, match=r"content\.json' cannot be read"):
+        require_same_content(tmp_path, content(run))
+
+
+def test_a_run_is_resumed_with_other_answers_only_if_told_so(run: Run, tmp_path: Path, monkeypatch) -> None:
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    steps = StageTrainer.training_step
+
+    def step(self: StageTrainer, *args: object) -> torch.Tensor:
+        if self.state.global_step == 3:
+            raise Killed
+        return steps(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StageTrainer, "training_step", step)
+        run_stage(run)
+    before = (Path(run.output) / CONTENT).read_text()
+    change_answer(tmp_path)
+    with pytest.raises(ConfigError, match=r"the rows of 'rows'"):
+        run_stage(run, resume=True)
+    assert (Path(run.output) / CONTENT).read_text() == before
+    run_stage(run, resume=True, accept_changes=True)
+    assert json.loads((Path(run.output) / CONTENT).read_text()) == content(run)
