@@ -55,7 +55,7 @@ def run(command, *more):
     process = start(command, *more)
     text, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, text[-3000:]
-    return text[: text.index("raw answers")].strip()
+    return text[text.index("┏") : text.index("raw answers")].strip()
 
 
 def rows_of(file):

@@ -115,6 +115,15 @@ def test_shares_are_disjoint_and_complete_also_where_some_is_answered(student, i
     assert len(rows) == len({row["key"] for row in rows}) == 16
 
 
+def test_only_a_launchers_environment_makes_a_share(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert asking.own_share() == (0, 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert asking.own_share() == (1, 8)
+
+
 def test_told_to_stop_it_says_what_is_kept(student, images, tmp_path, monkeypatch):
     class Told(asking.StopRequest):
         def on_signals(self):

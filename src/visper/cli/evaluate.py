@@ -33,7 +33,9 @@ def run(
         Path | None, typer.Option(help="raw answers, JSONL; default: in MODEL/answers", parser=parse_path)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions asked at once")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="length of an answer; benchmarks have theirs")] = 32,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="length of an answer, default 32; benchmarks have theirs")
+    ] = None,
     blind: Annotated[
         bool | None,
         typer.Option(
@@ -52,6 +54,10 @@ def run(
         raise ConfigError("give --questions FILE or --benchmark NAME")
     if protocol != "paper":
         raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
+    unused = {"--images": images, "--answers": answers, "--max-new-tokens": max_new_tokens} if benchmark else {}
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)} is for --questions: a benchmark has its own")
     options = {
         **{"--questions": questions, "--images": images, "--benchmark": benchmark, "--root": root, "--limit": limit},
         **{"--answers": answers, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens},
@@ -70,7 +76,9 @@ def run(
         return (0, 1) if started else own_share()  # started ones ask; what is left to this one is to score
 
     if questions is not None:
-        _questions(model, questions, images, limit, answers, batch_size, max_new_tokens, blind is not False, start)
+        _questions(
+            model, questions, images, limit, answers, batch_size, max_new_tokens or 32, blind is not False, start
+        )
     elif benchmark is not None:
         _benchmarks(model, benchmark, root, limit, batch_size, bool(blind), start)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from visper.common.cache import identity, key
-from visper.common.console import Console, printable
+from visper.common.console import Console, announce, printable
 from visper.common.errors import DataError, StoppedError
 from visper.common.files import write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask
@@ -210,6 +210,12 @@ class Asker:
     def ask(self, prompts: Sequence[Prompt], images: ImageSource, file: Path | None, max_new_tokens: int) -> Answers:
         """Asks this process's share of the prompts, see ``ask_all``; the answers of all that have asked so far."""
         answers = Answers(file, self._key, max_new_tokens, self.share[0])
+        different = set(prompts)
+        todo = sum(answers.get(prompt) is None for prompt in different)
+        process, processes = self.share
+        if process == 0 and todo:
+            shared = f", in {processes} processes" if processes > 1 else ""
+            announce(Console(), "asking", f"{todo} questions, {len(different) - todo} are answered{shared}")
         ask_all(self.student, prompts, images, answers, self.batch_size, self.share)
         return answers
 
@@ -238,8 +244,13 @@ def other_images(shown: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]] | No
 
 
 def own_share() -> tuple[int, int]:
-    """Number of this process and of all that a launcher started, from its environment."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of this process and of all that a launcher started, from the environment that it gave this one.
+
+    Clusters set RANK and WORLD_SIZE in shells, too, where nothing was started: LOCAL_WORLD_SIZE only a launcher sets.
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def answers_file(model: str, name: str, limit: int | None = None) -> Path:
