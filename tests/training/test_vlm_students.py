@@ -319,3 +319,104 @@ def test_a_later_stage_starts_from_the_folder_of_the_one_before(folders, tmp_pat
         )
     )
     assert not load_student(tmp_path / "second" / "out").is_llava
+
+
+def supervised_at_every_place() -> dict[str, Any]:
+    """Tasks at the projector and at image tokens, by every kind of head, with a teacher's target and the student's."""
+    teacher = {"kind": "tests.tiny:PooledColors", "model": "colors", "grid": 3, "width": 8}
+    whole = {"kind": "resampler", "heads": 2, "head_width": 4}
+    tasks: dict[str, Any] = {
+        "tokens": {"at": "image_tokens", "head": {"kind": "linear"}, "loss": {"cosine": 1.0, "info_nce": 0.3}},
+        "images": {"at": "image_tokens", "head": whole, "loss": {"smooth_l1": 1.0}},
+        "projected": {"at": "projector", "head": {"kind": "mlp"}, "loss": {"mse": 1.0}},
+        "own": {
+            "at": "image_tokens",
+            "head": {"kind": "linear"},
+            "loss": {"gram": 1.0},
+            "target": {"kind": "projector"},
+        },
+    }
+    return {
+        "tasks": {
+            name: {"target": teacher, **({} if name == "projected" else {"layers": [1, 2]}), **task}
+            for name, task in tasks.items()
+        }
+    }
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """The first line of a run's log."""
+    first: dict[str, float] = json.loads((folder / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return first
+
+
+@every_family
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_every_place_is_supervised_and_a_batch_may_be_split(family, stage, folders, tmp_path):
+    for micro_batch in (4, 1):
+        optimization = {
+            "global_batch": 4,
+            "micro_batch": micro_batch,
+            "lr": 1e-3,
+            "max_steps": 2,
+            "precision": "float32",
+        }
+        more = {"distillation": supervised_at_every_place(), "optimization": optimization}
+        run_stage(run_of(tmp_path / str(micro_batch), folders[family], stage, **more))
+    together, apart = logged(tmp_path / "4"), logged(tmp_path / "1")
+    terms = [name for name in together if "/" in name]
+    places = {"tokens/1/cosine", "tokens/2/info_nce", "images/2/smooth_l1", "projected/0/mse", "own/1/gram"}
+    assert places < set(terms)
+    for name in ("loss", "ntp", *terms):
+        # The same sums in another order: at most 1.3e-7 was seen.
+        assert together[name] == pytest.approx(apart[name], rel=1e-6), name
+        assert together[name] > 0
+    assert (tmp_path / "4" / "out" / "distillation" / "weights.safetensors").is_file()
+
+
+@every_family
+@pytest.mark.parametrize("size", [(64, 32), (48, 64)])
+def test_an_image_token_lies_where_its_feature_changes_with_the_image(family, size, folders):
+    student = build_vlm(VlmStudent(vlm=str(folders[family])))
+    inputs = ModelInputs(student.processor, student.image_token_id)
+    width, height = size
+    plain = torch.randint(100, 130, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    @torch.no_grad()
+    def features(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.fromarray(pixels.numpy())
+        made = inputs.images([[image]])
+        found = torch.cat(list(student.model.get_image_features(**made).pooler_output))
+        found = found.flatten(0, -2)
+        places = inputs.places([[image]], [len(found)], made)
+        assert places is not None
+        return found, places
+
+    before, places = features(plain)
+    for row, column in ((0, 0), (1, 3), (3, 2)):
+        changed = plain.clone()
+        changed[row * height // 4 : (row + 1) * height // 4, column * width // 4 : (column + 1) * width // 4] = 255
+        change = (features(changed)[0] - before).norm(dim=1)
+        distance = (places - torch.tensor(((column + 0.5) / 4, (row + 0.5) / 4))).abs().amax(1)
+        assert distance[change.argmax()] <= 0.26  # within the token's own cell, of at most half the image
+        assert change[distance <= 0.26].mean() > change[distance > 0.3].mean()
+
+
+def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_path):
+    task = {
+        "target": {"kind": "encoder"},
+        "at": "image_tokens",
+        "layers": [1],
+        "head": {"kind": "linear"},
+        "loss": {"mse": 1.0},
+    }
+    with pytest.raises(ConfigError, match="use target 'projector'"):
+        run_stage(run_of(tmp_path / "a", folders["gemma3"], "ift", distillation={"tasks": {"own": task}}))
+    teacher = {"kind": "tests.tiny:PooledColors", "model": "colors"}
+    with pytest.raises(ConfigError, match=r"have no task tokens.*set their 'at' to image_tokens"):
+        run_of(
+            tmp_path / "b",
+            folders["gemma3"],
+            "pt",
+            distillation={"tasks": {"depth": {"target": teacher, "layers": [1]}}},
+        )

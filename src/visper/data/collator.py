@@ -111,6 +111,9 @@ class Collator:
         if self.model_inputs is not None:
             shown = [s.images for s in samples if s.images]
             batch["model_inputs"] = self.model_inputs(batch["input_ids"], shown)
+            of_images = self.model_inputs.places(shown, batch["image_tokens"].tolist(), batch["model_inputs"])
+            if of_images is not None:
+                batch["image_places"] = of_images
         if len(batch["image_rows"]):
             places = [s.image_places for s in samples if s.image_places is not None]
             if places:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import LlavaProcessor
 from visper.common.errors import ConfigError, DataError
 from visper.data.chat import IGNORED, ConversationEncoder, supervise
 from visper.data.chat_template import SENTINEL
+from visper.data.image_places import Shown, places_of
 from visper.data.rows.records import Record
 
 NOMINAL_SIZE = (640, 480)
@@ -152,6 +153,23 @@ class ModelInputs:
         made = self.images(images) if images else {}
         types = (input_ids == self.image_token_id).long()
         return made | dict.fromkeys(self._types, types)
+
+    def places(
+        self, images: Sequence[Sequence[Image.Image]], counts: Sequence[int], made: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """What each image token shows, ``[image tokens, 2]``, see ``collator.Batch``; None: it is not known.
+
+        Args:
+            images: of each row that shows any.
+            counts: the tokens of each image.
+            made: what a call made of them.
+        """
+        grids = made.get("image_grid_thw", [None] * len(counts))
+        alone = [len(row) == 1 for row in images for _ in row]
+        pairs = zip((image.size for row in images for image in row), counts, alone, grids, strict=True)
+        found = [places_of(self.processor, Shown(*of_image)) for of_image in pairs]
+        known = [places for places in found if places is not None]
+        return torch.cat(known) if known and len(known) == len(found) else None
 
     def images(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """The tensors of the images alone."""

@@ -49,6 +49,8 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
     on_gpu = torch.cuda.is_available()
     half = on_gpu and run.optimization.precision == "bfloat16"
     student = load_student(folder, torch.bfloat16 if half else torch.float32)
+    if not student.is_llava:
+        raise ConfigError(f"'{folder}': predictions can be drawn of students of 'llm' and 'encoder' only")
     try:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
 from visper.common.manifest import WEIGHTS_ONLY, require_undamaged, write_manifest
-from visper.data.vlm import NOMINAL_SIZE, ModelInputs
+from visper.data.image_places import knows_places
+from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
 from visper.model.encoders import FeatureMapTower
 from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
@@ -74,6 +76,20 @@ class Student:
     def num_layers(self) -> int:
         """Decoder layers of the LLM."""
         return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of an image, or of an ordinary one where they depend on its size."""
+        if self.is_llava:
+            return int(self.model.config.image_seq_length)
+        return encoder_for(self.processor).num_image_tokens
+
+    @property
+    def knows_places(self) -> bool:
+        """Whether it is known which part of an image each of its tokens shows."""
+        if self.is_llava:
+            return isqrt(self.num_image_tokens) ** 2 == self.num_image_tokens
+        return knows_places(self.processor)
 
     def blank_image(self) -> dict[str, torch.Tensor]:
         """An image of one color, under the names of the model's forward."""

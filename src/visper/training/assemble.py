@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isqrt
 from pathlib import Path
 
 import torch
@@ -65,8 +64,6 @@ def _objective(
     student: Student, distillation: Distillation, teachers: Mapping[str, HasSpec]
 ) -> tuple[EmbeddingDistillation, dict[str, int]]:
     """The embedding losses, and the rows of the query matrix of each task at task tokens."""
-    if not student.is_llava:
-        raise ConfigError("'distillation' is not supported with 'student.vlm' yet: remove it")
     ids = student.task_token_ids
     missing = [task for task in distillation.at_task_tokens if task not in ids]
     if missing:
@@ -74,13 +71,12 @@ def _objective(
             f"the student has no task tokens for {missing}: its tasks are {list(ids)}; supervise these at image_tokens"
         )
     specs = {task: teacher.spec for task, teacher in teachers.items()}
-    tokens = int(student.model.config.image_seq_length)
     for task, settings in distillation.tasks.items():
         by_place = settings.at is not Position.TASK_TOKENS and settings.head.kind != "resampler"
-        if by_place and not settings.target.own and isqrt(tokens) ** 2 != tokens:
+        if by_place and not settings.target.own and not student.knows_places:
             raise ConfigError(
-                f"task '{task}': an image's {tokens} tokens are not a square grid on which the target could be laid: "
-                "set head.kind to resampler"
+                f"task '{task}': an image's {student.num_image_tokens} tokens are not a grid on which the target could "
+                "be laid: set head.kind to resampler"
             )
         if settings.target.own:
             specs[task] = own_target(student, settings.target.kind)
@@ -92,9 +88,15 @@ def _objective(
 
 def own_target(student: Student, kind: str) -> TargetSpec:
     """The shape of the target that the student's "encoder" or "projector" makes."""
-    projector = student.model.model.multi_modal_projector
-    width = {"encoder": projector.linear_1.in_features, "projector": student.hidden_size}[kind]
-    return TargetSpec(int(student.model.config.image_seq_length), width, own=True)
+    width = student.hidden_size
+    if kind == "encoder":
+        if not student.is_llava:
+            raise ConfigError(
+                "target 'encoder' is supported for students of 'llm' and 'encoder' only, whose projector reads one "
+                "feature for each image token: use target 'projector'"
+            )
+        width = student.model.model.multi_modal_projector.linear_1.in_features
+    return TargetSpec(student.num_image_tokens, width, own=True)
 
 
 def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: int) -> TaskTokens | None:

@@ -1,0 +1,147 @@
+"""Where on an image each of its tokens lies, for models that cut images into patches, tiles and views of their own.
+
+A place is a point (x, y) in 0..1 of the image, NaN for a token that shows nothing of it (the end of a row of patches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+from visper.common.errors import ConfigError
+from visper.data.images import visible_places
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image as its model's processor has seen it.
+
+    Attributes:
+        size: width and height, pixels.
+        tokens: how many it has.
+        alone: whether it is the only image of its row.
+        grid: its ``image_grid_thw`` ``[3]``, of processors that make one.
+    """
+
+    size: tuple[int, int]
+    tokens: int
+    alone: bool = True
+    grid: Tensor | None = None
+
+
+def knows_places(processor: Any) -> bool:
+    """Whether ``places_of`` can tell where this processor's image tokens lie."""
+    return _rule(processor) is not None
+
+
+def places_of(processor: Any, shown: Shown) -> Tensor | None:
+    """The places of an image's tokens, ``[tokens, 2]``; None where the model is not known to it.
+
+    Raises:
+        ConfigError: the processor has made another number of tokens than it is known to make.
+    """
+    rule = _rule(processor)
+    if rule is None:
+        return None
+    places = rule(processor, shown)
+    if len(places) != shown.tokens:
+        raise ConfigError(
+            f"{type(processor).__name__} made {shown.tokens} tokens of an image of {shown.size[0]} x {shown.size[1]} "
+            f"pixels, expected {len(places)}: this version of transformers is not supported for targets at image "
+            "tokens; set head.kind to resampler"
+        )
+    return places
+
+
+def _rule(processor: Any) -> Callable[[Any, Shown], Tensor] | None:
+    images = processor.image_processor
+    return next((rule for attribute, rule in _RULES.items() if hasattr(images, attribute)), None)
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    """Centers of cells that cover the image, row by row, ``[rows * columns, 2]``."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    return torch.stack((x, y), -1).flatten(0, 1)
+
+
+def _tiles(rows: int, columns: int, tokens: int) -> Tensor:
+    """Tiles that cover the image, row by row, each a square of ``tokens``."""
+    corners = [(column, row) for row in range(rows) for column in range(columns)]
+    cells = _grid(isqrt(tokens), isqrt(tokens))
+    return torch.cat([(cells + torch.tensor(corner)) / torch.tensor((columns, rows)) for corner in corners])
+
+
+def _merged_patches(processor: Any, shown: Shown) -> Tensor:
+    """Qwen: squares of patches in one grid."""
+    assert shown.grid is not None
+    merge = processor.image_processor.merge_size
+    return _grid(int(shown.grid[1]) // merge, int(shown.grid[2]) // merge)
+
+
+def _tiles_and_view(processor: Any, shown: Shown) -> Tensor:
+    """InternVL: tiles, then all of the image if there are several."""
+    images, tokens = processor.image_processor, processor.image_seq_length
+    tile = (images.size["height"], images.size["width"])
+    size = (shown.size[1], shown.size[0])
+    columns, rows = get_optimal_tiled_canvas(size, tile, images.min_patches, images.max_patches)
+    tiles = _tiles(rows, columns, tokens)
+    return tiles if rows * columns == 1 else torch.cat((tiles, _tiles(1, 1, tokens)))
+
+
+def _split_and_view(processor: Any, shown: Shown) -> Tensor:
+    """SmolVLM: tiles, if the image is split, then all of it."""
+    _, rows, columns = processor.image_processor.get_number_of_image_patches(shown.size[1], shown.size[0], {})
+    view = _tiles(1, 1, processor.image_seq_len)
+    split = shown.tokens > processor.image_seq_len
+    return torch.cat((_tiles(rows, columns, processor.image_seq_len), view)) if split else view
+
+
+def _view_and_lines(processor: Any, shown: Shown) -> Tensor:
+    """LLaVA-OneVision: all of the image, then it again in finer lines, each with a token at its end.
+
+    The lines cover the image to within half a token: the model drops padding by whole ones. Of several images in a row
+    each is padded to a square.
+    """
+    side = isqrt(processor.num_image_tokens)
+    end = torch.full((1, 2), float("nan"))
+    if not shown.alone:
+        seen = visible_places(shown.size, side * side)
+        assert seen is not None
+        return torch.cat((seen, end))
+    width, height = shown.size
+    images = processor.image_processor
+    pixels = images.size["height"]
+    best = select_best_resolution((height, width), images.image_grid_pinpoints)
+    rows, columns = (length // pixels * side for length in best)
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    ratio = sqrt(rows * columns / (int(processor.vision_aspect_ratio.removeprefix("anyres_max_")) * side * side))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    lines = torch.cat((_grid(rows, columns).unflatten(0, (rows, columns)), end.expand(rows, 1, 2)), 1)
+    return torch.cat((_grid(side, side), lines.flatten(0, 1)))
+
+
+def _views(processor: Any, shown: Shown) -> Tensor:
+    """Gemma 3: all of the image; crops of it, if there are any, are left out."""
+    view = _tiles(1, 1, processor.image_seq_length)
+    return torch.cat((view, torch.full((shown.tokens - len(view), 2), float("nan"))))
+
+
+_RULES: dict[str, Callable[[Any, Shown], Tensor]] = {
+    "merge_size": _merged_patches,
+    "max_patches": _tiles_and_view,
+    "image_grid_pinpoints": _view_and_lines,
+    "max_image_size": _split_and_view,
+    "do_pan_and_scan": _views,
+}
+"""Attribute that tells how an image processor cuts images -> where the tokens lie."""
