@@ -186,3 +186,16 @@ def test_joined_rows_need_fewer_operations(tmp_path, tiny_llm, tiny_encoder):
     images = sum("image" in row for row in rows)
     assert f"{images} of {len(rows)} show an image, in joined micro-batches {images // 2} are" in other.rows.source
     assert other.row_flops < one.row_flops and other.steps == one.steps
+
+
+@pytest.mark.parametrize(("stage", "packing"), [("pt", False), ("ift", True)])
+def test_rows_of_several_images_are_counted_and_planned(stage, packing, tmp_path, tiny_llm, tiny_encoder):
+    rows = tiny.write_several(tmp_path / "several")
+    data = {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}]}
+    changes = {"stage": stage, "data": data, "distillation": tiny.distillation() if stage == "pt" else None}
+    run = tiny_run(tmp_path / "one", tiny_llm, tiny_encoder, **changes)
+    found = plan(with_optimization(run, packing=packing), Machine(1, 80e9, peak=1e15))
+    assert found.rows.images == 1.5 and found.rows.longest.images == 3
+    assert sorted({row.images for row in found.rows.sample}) == [0, 1, 2, 3]
+    assert [row.images for row in found.rows.average_micro_batch(4)] == [2, 2, 1, 1]
+    assert [row.images for row in found.rows.largest_micro_batch(4, packed=False)] == [3] * 4

@@ -98,7 +98,7 @@ class MemoryModel:
         accumulates = self.run.optimization.global_batch > settings.micro_batch * self.machine.processes or ways > 1
         step = model.activations(self.rows, settings.micro_batch, settings.checkpointing, accumulates)
         teaching = max((teacher.activations for teacher in self.teachers.values()), default=0.0)
-        share = settings.micro_batch / self.run.optimization.micro_batch
+        share = settings.micro_batch / self.run.optimization.micro_batch * max(1, self.rows.longest.images)
         teaching *= 0.0 if settings.stored_targets else share
         # Teachers run before the step; gradients of the step before are gone then.
         if teaching > step + held["gradients"]:
