@@ -27,19 +27,20 @@ def train(tiny_llm, tiny_encoder, tmp_path):
     """Two steps of eight rows of none to three images: ``train("ift", "name", packing=True)``."""
     rows = tiny.write_several(tmp_path / "rows")
 
-    def run(stage, name, distillation=None, **optimization):
+    def run(stage, name, join_conversations=False, **optimization):
         split = {"global_batch": 8, "micro_batch": 4, "lr": 1e-3, "max_steps": 2, "precision": "float32"}
         settings = {
             "name": name,
             "stage": stage,
             "output": str(tmp_path / name),
             "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
-            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
+            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}]},
             "optimization": {**split, **optimization},
             "logging": {"every": 1},
         }
+        settings["data"] |= {"workers": 0, "join_conversations": join_conversations}
         if stage == "pt":
-            settings["distillation"] = tiny.distillation(**(distillation or {}))
+            settings["distillation"] = tiny.distillation()
         run_stage(Run.model_validate(settings))
         return computed(tmp_path / name), load_file(Path(tmp_path / name / "model" / "model.safetensors"))
 
@@ -60,6 +61,19 @@ def test_any_split_gives_the_losses_and_weights_of_any_other_packed_or_padded(tr
             assert other == pytest.approx(one, rel=5e-5, abs=1e-6)
         for name, value in first.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=2e-4)
+
+
+def test_conversations_about_the_same_images_can_be_joined(train, capsys):
+    whole = {"global_batch": 16, "micro_batch": 16}
+    (apart, weights), (joined, joined_weights) = (
+        train("ift", "apart", **whole),
+        train("ift", "joined", join_conversations=True, **whole),
+    )
+    assert "12 conversations about an image share 6 images" in capsys.readouterr().out
+    for one, other in zip(apart, joined, strict=True):
+        assert other == pytest.approx(one, rel=5e-5, abs=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(joined_weights[name], value, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("text_keys", [True, False])
