@@ -1,6 +1,6 @@
 """``visper evaluate``: accuracy on questions or on public benchmarks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -50,19 +50,10 @@ def run(
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
-    if (questions is None) == (benchmark is None):
-        raise ConfigError("give --questions FILE or --benchmark NAME")
-    if protocol != "paper":
-        raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
-    unused = {"--images": images, "--answers": answers, "--max-new-tokens": max_new_tokens} if benchmark else {}
-    given = [name for name, value in unused.items() if value is not None]
-    if given:
-        raise ConfigError(f"{', '.join(given)} is for --questions: a benchmark has its own")
-    options = {
-        **{"--questions": questions, "--images": images, "--benchmark": benchmark, "--root": root, "--limit": limit},
-        **{"--answers": answers, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens},
-        "--processes": processes,
-    }
+    of_questions = {"--images": images, "--answers": answers, "--max-new-tokens": max_new_tokens}
+    _check_options(questions, benchmark, protocol, of_questions)
+    of_both = {"--root": root, "--limit": limit, "--batch-size": batch_size, "--processes": processes}
+    options = {"--questions": questions, "--benchmark": benchmark, **of_questions, **of_both}
     command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     command += [] if blind is None else ["--blind" if blind else "--no-blind"]
 
@@ -81,6 +72,18 @@ def run(
         )
     elif benchmark is not None:
         _benchmarks(model, benchmark, root, limit, batch_size, bool(blind), start)
+
+
+def _check_options(
+    questions: Path | None, benchmark: str | None, protocol: str, of_questions: Mapping[str, object]
+) -> None:
+    if (questions is None) == (benchmark is None):
+        raise ConfigError("give --questions FILE or --benchmark NAME")
+    if protocol != "paper":
+        raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
+    given = [name for name, value in of_questions.items() if value is not None] if benchmark else []
+    if given:
+        raise ConfigError(f"{', '.join(given)} is for --questions: a benchmark has its own")
 
 
 def _questions(
