@@ -177,6 +177,43 @@ def test_two_ranks_equal_one_under_every_engine(images, make):
         assert_equal_runs(one, two)
 
 
+IMAGE_TOKENS = {
+    "depth": {
+        "target": {"kind": "tests.tiny:PooledColors", "model": "colors", "grid": 3},
+        "at": "image_tokens",
+        "layers": [1, 3],
+        "head": {"kind": "mlp", "depth": 2, "width": 16, "shared": True},
+        "loss": {"cosine": 1.0, "gram": 0.5, "info_nce": 0.3},
+    },
+    "own": {
+        "target": {"kind": "encoder"},
+        "at": "image_tokens",
+        "layers": [2],
+        "head": {"kind": "linear", "frozen": True},
+        "loss": {"smooth_l1": 1.0},
+    },
+    "early": {
+        "target": {"kind": "tests.tiny:PooledColors", "model": "colors"},
+        "at": "projector",
+        "head": {"kind": "linear"},
+        "loss": {"mse": 1.0},
+        "schedule": {"end": 0.9},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_objectives_at_image_tokens_are_the_same_on_two_ranks_of_which_some_see_no_image(stage, make):
+    one = make(stage, "one", 3, distillation={"tasks": IMAGE_TOKENS})
+    train(one)
+    assert {"depth/3/gram", "own/2/smooth_l1", "early/0/mse"} <= logs(one)[0].keys()
+    for engine in ("ddp", "fsdp"):
+        two = make(stage, engine, 3, launch={"processes": 2, "engine": engine}, distillation={"tasks": IMAGE_TOKENS})
+        train(two)
+        assert_equal_runs(one, two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_two_ranks_equal_one_where_rows_of_several_images_are_on_one_of_them(packing, make):
