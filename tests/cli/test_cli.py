@@ -191,7 +191,7 @@ def test_the_quickstart_takes_one_thread_unless_told(monkeypatch, tmp_path, set_
     if set_before:
         monkeypatch.setenv("OMP_NUM_THREADS", set_before)
 
-    def stands_in(*_):
+    def stands_in(*_, **__):
         raise ValueError(f"threads: {os.environ['OMP_NUM_THREADS']}")
 
     monkeypatch.setattr("visper.quickstart.run.quickstart", stands_in)

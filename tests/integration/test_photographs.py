@@ -96,3 +96,23 @@ def test_fine_tuning_starts_from_it_and_leaves_a_student_that_answers(pre_traine
     picture = open_image(next(Path(first_rows["images"]).rglob("*.jpg")))
     assert isinstance(answer(load_student(out), ["What is in the photo?"], [[picture]], 4)[0], str)
     assert AutoProcessor.from_pretrained(out / "model").tokenizer.convert_tokens_to_ids("<|seg_1|>") > 0
+
+
+def test_questions_about_photographs_are_asked_with_their_controls(pre_trained, beside_project, tmp_path):
+    from visper.evaluation.asking import Asker, spread
+    from visper.evaluation.question_files import open_questions
+    from visper.evaluation.questions import ask_questions
+    from visper.evaluation.scores import blind_scores, scores
+
+    photos = beside_project("photos")
+    questions, images = open_questions(photos / "questions.json", photos)
+    asked = spread(questions, 12)
+    own, control = ask_questions(Asker(str(pre_trained), 4), asked, images, tmp_path / "answers.jsonl", 4)
+    assert [row.expected for row in own] == [question.answers for question in asked]
+    assert all(
+        one.said is not None and set(one.images).isdisjoint(other.images)
+        for one, other in zip(own, control, strict=True)
+    )
+    (score,) = scores(own)
+    assert score.total == 12 and score.constant >= 1 and blind_scores(control)["all"].total == 12
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 24
