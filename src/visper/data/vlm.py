@@ -76,27 +76,7 @@ class VlmEncoder(ConversationEncoder):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _make_blocks(self, sizes: tuple[tuple[int, int], ...]) -> list[str]:
-        """The texts in the places of a row's images, of these widths and heights.
-
-        Raises:
-            DataError: the processor refuses such images.
-        """
-        blank = [[Image.new("RGB", size) for size in sizes]]
-        asked = _BETWEEN.join([self.processor.image_token] * len(sizes))
-        try:
-            made = self.processor(text=[asked], images=blank, add_special_tokens=False)
-        except ValueError as error:
-            shown = ", ".join(f"{width} x {height}" for width, height in sizes)
-            raise DataError("image size", f"{shown} pixels: the model's processor: {error}") from error
-        ids = [int(token) for token in made["input_ids"][0]]
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        blocks = text.split(_BETWEEN)
-        if self._ids(text) != ids or len(blocks) != len(sizes):
-            raise ConfigError(
-                f"{type(self.processor).__name__} of '{self.tokenizer.name_or_path}' writes an image as tokens that "
-                f"its tokenizer does not read back from their text {text[:60]!r}: this model is not supported"
-            )
-        return blocks
+        return image_blocks(self.processor, sizes)
 
     def _tokens(
         self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
@@ -128,6 +108,32 @@ class VlmEncoder(ConversationEncoder):
     def _image_text(self) -> str:
         """The text of the token that holds features."""
         return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+
+def image_blocks(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """The texts in the places of a row's images, of these widths and heights.
+
+    Raises:
+        DataError: the processor refuses such images.
+        ConfigError: its tokenizer does not read them back.
+    """
+    tokenizer = processor.tokenizer
+    blank = [[Image.new("RGB", size) for size in sizes]]
+    asked = _BETWEEN.join([processor.image_token] * len(sizes))
+    try:
+        made = processor(text=[asked], images=blank, add_special_tokens=False)
+    except ValueError as error:
+        shown = ", ".join(f"{width} x {height}" for width, height in sizes)
+        raise DataError("image size", f"{shown} pixels: the model's processor: {error}") from error
+    ids = [int(token) for token in made["input_ids"][0]]
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    blocks: list[str] = text.split(_BETWEEN)
+    if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids or len(blocks) != len(sizes):
+        raise ConfigError(
+            f"{type(processor).__name__} of '{tokenizer.name_or_path}' writes an image as tokens that its tokenizer "
+            f"does not read back from their text {text[:60]!r}: this model is not supported"
+        )
+    return blocks
 
 
 class ModelInputs:

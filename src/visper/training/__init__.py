@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from visper.training.mixin import DistillationMixin
     from visper.training.module import TrainingModel
     from visper.training.monitor import NonFiniteLossError
     from visper.training.output import is_finished
@@ -18,6 +19,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 
 PLACES = {
     "TRAINABLE": "stages",
+    "DistillationMixin": "mixin",
     "NonFiniteLossError": "monitor",
     "StageTrainer": "trainer",
     "TrainingModel": "module",
@@ -39,6 +41,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "TRAINABLE",
+    "DistillationMixin",
     "NonFiniteLossError",
     "StageTrainer",
     "TrainingModel",

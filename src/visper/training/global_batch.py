@@ -81,3 +81,29 @@ def prepare(
         batch["num_images"] = counts.images.clamp(min=1)
         batch["targets"] = own
         batch["progress"] = progress
+
+
+class TermSums:
+    """The loss's terms of this process, summed since the last log."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._since = 0
+
+    def add(self, terms: Mapping[str, Tensor], step: int) -> None:
+        """A micro-batch's share of each term; ``step`` is the number of steps that are done."""
+        if not self._sums:
+            self._since = step  # also the first step after a resume
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
+
+    def steps(self, step: int) -> int:
+        """Steps done since the first of the sums; 0 without any."""
+        return step - self._since if self._sums else 0
+
+    def means(self, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """Each term over all processes, a step's mean; then begins anew. Every process must call."""
+        steps, names = self.steps(step), sorted(self._sums)
+        sums = accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
+        self._sums.clear()
+        return {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -25,6 +24,7 @@ from visper.config import Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
+from visper.training.global_batch import TermSums
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
@@ -253,29 +253,3 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         first_decides(lambda: checkpoint.complete(self.output, name, self.keep_checkpoints))
-
-
-class TermSums:
-    """The loss's terms of this process, summed since the last log."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._since = 0
-
-    def add(self, terms: Mapping[str, Tensor], step: int) -> None:
-        """A micro-batch's share of each term; ``step`` is the number of steps that are done."""
-        if not self._sums:
-            self._since = step  # also the first step after a resume
-        for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
-
-    def steps(self, step: int) -> int:
-        """Steps done since the first of the sums; 0 without any."""
-        return step - self._since if self._sums else 0
-
-    def means(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Each term over all processes, a step's mean; then begins anew. Every process must call."""
-        steps, names = self.steps(step), sorted(self._sums)
-        sums = accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
-        self._sums.clear()
-        return {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}

@@ -1,0 +1,275 @@
+"""Distillation in others' trainers: transformers' Trainer and its subclasses, such as TRL's SFTTrainer.
+
+    class DistilledSFTTrainer(DistillationMixin, SFTTrainer):
+        pass
+
+    trainer = DistilledSFTTrainer(model, args, train_dataset=rows, distiller=attach(model, tasks), teachers=teachers)
+
+Teachers' images travel with the batch. Before the first forward of a step its images are counted and its targets are
+made, over all micro-batches and processes, so that the terms and the contrastive pool are the global batch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from visper.distillation import AttachedDistillation, Teacher
+from visper.training.global_batch import TermSums, teacher_targets
+from visper.training.teacher_collator import SHARE, TeacherCollator
+
+WEIGHTS = "distiller.safetensors"
+
+
+class DistillationMixin(Trainer):
+    """Adds the embedding losses to a Trainer: ``class Mine(DistillationMixin, SFTTrainer)``, in this order.
+
+    The model may be trained in full or by adapters, by one process or with DDP, with gradient accumulation and
+    (non-reentrant) checkpointing. Gradients are those of the global batch, however it is split. ``max_grad_norm``
+    clips the model's and the distiller's gradients apart; ``grad_norm`` in the log is the model's. Every term is
+    logged as its mean over the images of a step, with the number of images. Evaluation is the Trainer's own: it has
+    no embedding losses. Checkpoints hold the distiller in ``WEIGHTS``; transformers ignores that file.
+
+    Rows have PIL images in a column "images" (a list) or "image"; each image has a target, in the order of its
+    row's text.
+
+    Args:
+        args, options: of the other trainer.
+        distiller: ``attach(model, tasks)``, made before adapters are added to the model.
+        teachers: one for each task of the distiller but those with targets of the student's own.
+        distiller_lr: learning rate of the distiller's parameters; default: the model's.
+
+    Raises:
+        ValueError: the teachers do not fit the tasks, or a setting under which the losses would be wrong.
+    """
+
+    data_collator: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        distiller: AttachedDistillation,
+        teachers: Mapping[str, Teacher],
+        distiller_lr: float | None = None,
+        **options: Any,
+    ) -> None:
+        _check_teachers(distiller, teachers)
+        super().__init__(*args, **options)
+        self.distiller = distiller.to(self.args.device)
+        self.teachers = {task: teacher.to(self.args.device) for task, teacher in teachers.items()}
+        self.distiller_lr = distiller_lr
+        self.terms = TermSums()
+        self._refuse_what_would_be_wrong()
+        for parameter in self.distiller.parameters():
+            broadcast(parameter.data)  # what DDP does with the model
+        self.add_callback(_ClipDistiller(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The trainer's own, with the teachers' images in its batches."""
+        own = self.data_collator
+        preprocess = {task: teacher.preprocess for task, teacher in self.teachers.items()}
+        self.data_collator = TeacherCollator(own, preprocess, self.processing_class, self.distiller.image_token_id)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = own
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of one step, each with its targets and the number of images in the global batch."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.distiller.zero_grad()  # the Trainer does this for the model alone
+        if not batches:
+            return batches, num_items
+        shares = [batch[SHARE] for batch in batches]
+        targets = teacher_targets(shares, self.teachers, self.args.device)
+        own = torch.tensor(sum(len(share["image_rows"]) for share in shares), device=self.args.device)
+        images = self.accelerator.reduce(own, "sum")
+        for batch, share, made in zip(batches, shares, targets, strict=True):
+            layout = {name: value for name, value in share.items() if name != "teacher_images"}
+            batch[SHARE] = {**layout, "targets": made, "num_images": images.clamp(min=1)}
+        self.terms.add({"num_images": own}, self.state.global_step)
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The trainer's own loss and, in training, this micro-batch's share of the embedding losses."""
+        share = inputs.pop(SHARE, None)
+        if share is None:
+            assert not model.training, "training batches pass through get_batch_samples"
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        with self.distiller.tap() as hidden:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            self._require_gradient(hidden, share)
+            with self.accelerator.autocast():
+                terms = self.distiller(hidden, ids, mask, **share)
+        self.terms.add({name: term.detach() for name, term in terms.items()}, self.state.global_step)
+        total = self.distiller.total(terms, self.state.global_step / max(1, self.state.max_steps))
+        # Gradients are averaged over processes, and the terms are to be summed.
+        total = total * self.accelerator.num_processes * self._divided_by(num_items_in_batch)
+        loss, outputs = found if return_outputs else (found, None)
+        return (loss + total, outputs) if return_outputs else loss + total
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """The trainer's own; behind the last micro-batch the distiller's gradients are averaged over processes.
+
+        Not by DDP: it would have to see these parameters in the model's forward.
+        """
+        loss: Tensor = super().training_step(*args, **options)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            trainable = self._trainable()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
+            mean = self.accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+            for parameter, grad in zip(trainable, mean.split([p.numel() for p in trainable]), strict=True):
+                parameter.grad = grad.view_as(parameter)
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's own, with the distiller's parameters in groups behind the model's."""
+        optimizer = super().create_optimizer(model)
+        trainable = self._trainable()
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if all(id(p) in known for p in trainable):
+            return optimizer
+        decayed = set(self.get_decay_parameter_names(self.distiller))
+        named = [(name, p) for name, p in self.distiller.named_parameters() if p.requires_grad]
+        rate = {} if self.distiller_lr is None else {"lr": self.distiller_lr}
+        for decays in (True, False):
+            group = [p for name, p in named if (name in decayed) == decays]
+            if group:
+                decay = self.args.weight_decay if decays else 0.0
+                optimizer.add_param_group({"params": group, "weight_decay": decay, **rate})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every term since the last log to what is logged in training. Every process must call."""
+        step = self.state.global_step
+        if "loss" in logs and self.terms.steps(step):
+            logs.update(self.terms.means(self.accelerator, step))
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model as the trainer does, and the distiller beside it."""
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.distiller.state_dict(), folder / WEIGHTS)
+        super().save_model(output_dir, _internal_call)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """The trainer's own; a checkpoint that it resumes gives the distiller's weights too.
+
+        Raises:
+            ValueError: the checkpoint was made without a distiller, or with other tasks.
+        """
+        chosen = resume_from_checkpoint
+        folder = get_last_checkpoint(str(self.args.output_dir)) if chosen is True else chosen
+        if folder:
+            self._load_distiller(Path(folder) / WEIGHTS)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def _load_distiller(self, file: Path) -> None:
+        if not file.exists():
+            raise ValueError(f"'{file}' does not exist: resume a checkpoint that was saved with the distiller")
+        saved, own = load_file(file), self.distiller.state_dict()
+        different = sorted(saved.keys() ^ own.keys())
+        different += [name for name in sorted(saved.keys() & own.keys()) if saved[name].shape != own[name].shape]
+        if different:
+            raise ValueError(
+                f"'{file}' is of other tasks: {len(different)} parameters differ, first {different[:3]}. Attach the "
+                "tasks that it was saved with"
+            )
+        self.distiller.load_state_dict(saved)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
+
+    def _divided_by(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What ``Trainer.training_step`` divides the loss by, unless it is a share of the step's already."""
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return 1 if scaled else int(self.current_gradient_accumulation_steps)
+
+    def _require_gradient(self, hidden: Mapping[int, Tensor], share: Mapping[str, Any]) -> None:
+        if len(share["image_rows"]) and not any(states.requires_grad for states in hidden.values()):
+            raise ValueError(
+                f"no trainable parameter of the model lies before the tapped layers {sorted(hidden)}, so that the "
+                "embedding losses would train nothing but their heads: unfreeze some, or tap layers behind them"
+            )
+
+    def _refuse_what_would_be_wrong(self) -> None:
+        args, given = self.args, self.accelerator
+        plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        recompute = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        wrong = {
+            "packed or padding-free rows": getattr(args, "packing", False) or getattr(args, "padding_free", False),
+            f"{given.distributed_type}": given.distributed_type not in plain,
+            "a parallelism_config": getattr(given, "parallelism_config", None) is not None,
+            "nn.DataParallel": args.n_gpu > 1,
+            "torch_compile": args.torch_compile,
+            "re-entrant gradient checkpointing": recompute,
+            "dispatch_batches": args.accelerator_config.dispatch_batches,
+            "label_smoothing_factor": args.label_smoothing_factor > 0,
+            "compute_loss_func": self.compute_loss_func is not None,
+            "model_init": self.model_init is not None,
+            "an optimizer of your own (give optimizer_cls_and_kwargs)": self.optimizer is not None,
+            f"optim={args.optim}": args.optim in _STEPS_IN_BACKWARD,
+            "task tokens": self.distiller.task_tokens is not None,
+        }
+        refused = [name for name, is_wrong in wrong.items() if is_wrong]
+        if refused:
+            raise ValueError(f"distillation in this trainer does not support {', '.join(refused)}: leave out")
+
+
+_STEPS_IN_BACKWARD = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+)
+"""Optimizers of the Trainer that never call ``step`` on parameters outside of the model."""
+
+
+class _ClipDistiller(TrainerCallback):
+    """Clips the distiller's gradients when the Trainer has clipped the model's."""
+
+    def __init__(self, trainer: DistillationMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if args.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._trainer.distiller.parameters(), args.max_grad_norm)
+
+
+def _check_teachers(distiller: AttachedDistillation, teachers: Mapping[str, Teacher]) -> None:
+    specs = {name: task.target for name, task in distiller.objective.tasks.items() if task.own is None}
+    if specs.keys() != teachers.keys():
+        raise ValueError(
+            f"teachers {sorted(teachers)} for tasks {sorted(specs)}: give one for each task that has a teacher"
+        )
+    for name, spec in specs.items():
+        if teachers[name].spec != spec:
+            raise ValueError(
+                f"task '{name}': the teacher's target is {teachers[name].spec}, the task's {spec}: attach the task "
+                "with its teacher's spec"
+            )

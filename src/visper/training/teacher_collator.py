@@ -1,0 +1,90 @@
+"""The collator of another trainer, whose batches also carry what the teachers see; picklable, for loader workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visper.data.vlm import image_blocks
+
+SHARE = "distillation"
+"""Key of the batch under which it is."""
+
+
+class TeacherCollator:
+    """Adds ``batch[SHARE]``: "image_rows" and "image_tokens" ``[S]``, "teacher_images" per task ``[S, ...]``.
+
+    Args:
+        collator: makes the batch of the model.
+        preprocess: of each task's teacher.
+        processor: of the model, with its tokenizer and image token.
+        image_token_id: the token that holds features.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        preprocess: Mapping[str, Callable[[Image.Image], Tensor]],
+        processor: Any,
+        image_token_id: int,
+    ) -> None:
+        self.collator = collator
+        self.preprocess = dict(preprocess)
+        self.processor = processor
+        self.image_token_id = image_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """The collator's batch with the teachers' share.
+
+        Raises:
+            ValueError: rows without a column of images, images that are not PIL's, or other images than the text shows.
+        """
+        shown = [_images_of(example) for example in examples]  # before the collator, which may change its examples
+        batch = self.collator(examples)
+        counts = (batch["input_ids"] == self.image_token_id).sum(1).tolist()
+        tokens = [
+            self._tokens(row, images, count) for row, (images, count) in enumerate(zip(shown, counts, strict=True))
+        ]
+        flat = [image for images in shown for image in images]
+        batch[SHARE] = {
+            "image_rows": torch.tensor([row for row, images in enumerate(shown) for _ in images], dtype=torch.long),
+            "image_tokens": torch.tensor([count for of_row in tokens for count in of_row], dtype=torch.long),
+            "teacher_images": {
+                task: torch.stack([preprocess(image) for image in flat]) if flat else torch.empty(0)
+                for task, preprocess in self.preprocess.items()
+            },
+        }
+        return batch
+
+    def _tokens(self, row: int, images: Sequence[Image.Image], count: int) -> list[int]:
+        """How many image tokens each image of a row has, ``count`` together."""
+        if len(images) > 1:
+            token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            found = [block.count(token) for block in image_blocks(self.processor, [image.size for image in images])]
+        else:
+            found = [count] * len(images)
+        if sum(found) != count or not all(found):
+            raise ValueError(
+                f"row {row} of the batch has {len(images)} images in its column, but its text has {count} image tokens "
+                f"(id {self.image_token_id}), expected {sum(found) or 'some'}: list every image of the text, and leave "
+                "max_length long enough"
+            )
+        return found
+
+
+def _images_of(example: Mapping[str, Any]) -> list[Image.Image]:
+    if "images" not in example and "image" not in example:
+        raise ValueError(
+            f"distillation needs rows with a column 'images' or 'image', found {sorted(example)}: add it, and set "
+            "remove_unused_columns=False if the trainer drops it"
+        )
+    images = example["images"] if "images" in example else example["image"]
+    listed = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    for image in listed:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"an image of a row is a {type(image).__name__}, teachers need PIL images: decode it")
+    return listed

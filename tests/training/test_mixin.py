@@ -1,0 +1,296 @@
+"""The embedding losses in TRL's SFTTrainer: gradients of the global batch, exact resume, and no silent zero."""
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests import tiny
+from tests.vlms import FAMILIES, PROCESSORS, save_vlm
+from visper.distillation import DistilledTask, attach
+from visper.training import DistillationMixin
+from visper.training.teacher_collator import SHARE, TeacherCollator
+
+trl = pytest.importorskip("trl")
+
+TERMS = {"depth/1/smooth_l1", "depth/1/info_nce", "depth/3/smooth_l1", "gen/2/info_nce"}
+
+
+class DistilledSFTTrainer(DistillationMixin, trl.SFTTrainer):
+    pass
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return save_vlm(tmp_path_factory.mktemp("student"), "qwen3_vl")
+
+
+def picture(color, size=(16, 24)):
+    return Image.new("RGB", size, color)
+
+
+def row(*images, answer="thing"):
+    return {
+        "images": list(images),
+        "messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}],
+    }
+
+
+ROWS = [
+    row(picture("red"), answer="a red thing"),
+    row(picture("blue", (32, 32)), picture("green")),  # two images of different sizes
+    row(),
+    row(picture("yellow"), answer="y"),
+]
+
+
+def teachers():
+    return {"depth": tiny.PooledColors("a", grid=2, width=6), "gen": tiny.PooledColors("b", grid=1, width=8)}
+
+
+def make_trainer(
+    student,
+    folder,
+    rows=ROWS,
+    kind=DistilledSFTTrainer,
+    model=None,
+    own=None,
+    distiller=None,
+    extra=None,
+    seed=0,
+    **settings,
+):
+    torch.manual_seed(seed)
+    model = model or AutoModelForImageTextToText.from_pretrained(student)
+    own = teachers() if own is None else own
+    layers = {"depth": (1, 3), "gen": (2,)}
+    tasks = {name: DistilledTask(teacher.spec, layers[name]) for name, teacher in own.items()}
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    defaults |= {"logging_steps": 1, "report_to": "none", "use_cpu": True, "max_length": None, "save_strategy": "no"}
+    defaults |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "disable_tqdm": True, "bf16": False}
+    return kind(
+        model,
+        trl.SFTConfig(str(folder), **{**defaults, **settings}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoProcessor.from_pretrained(student),
+        distiller=distiller or attach(model, tasks),
+        teachers=own,
+        **(extra or {}),
+    )
+
+
+def weights_of(trainer):
+    named = [*trainer.model.named_parameters(), *trainer.distiller.named_parameters()]
+    return {name: parameter.detach().clone() for name, parameter in named}
+
+
+def history_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def terms_of(trainer):
+    return [{name: value for name, value in entry.items() if "/" in name} for entry in history_of(trainer)]
+
+
+def test_it_trains_and_logs_every_term(student, tmp_path):
+    trainer = make_trainer(student, tmp_path, max_steps=8)
+    before = weights_of(trainer)
+    trainer.train()
+    history = history_of(trainer)
+    assert history[0].keys() >= TERMS and history[0]["num_images"] == 4
+    for term in ("depth/1/smooth_l1", "depth/3/smooth_l1", "gen/2/smooth_l1"):
+        assert 0 < history[-1][term] < history[0][term], f"{term} does not fall"
+    moved = [name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])]
+    assert {name.split(".")[0] for name in moved} >= {"model", "objective", "queries"}
+
+
+def test_the_loss_is_sfts_plus_the_weighted_terms(student, tmp_path):
+    trainer = make_trainer(student, tmp_path, max_steps=1, learning_rate=0.0)
+    trainer.train()
+    (found,) = history_of(trainer)
+    plain = make_trainer(student, tmp_path, max_steps=1, learning_rate=0.0)
+    plain.distiller.objective.total = lambda terms, progress: sum(terms.values()) * 0
+    plain.train()
+    (without,) = history_of(plain)
+    terms = {name: torch.tensor(found[name]) for name in found if "/" in name}
+    expected = without["loss"] + trainer.distiller.total(terms).item()
+    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["loss"] > without["loss"] + 0.1
+
+
+class NothingElse(trl.SFTTrainer):
+    """Without its own loss: some models' is the mean over micro-batches, whatever these hold."""
+
+    def compute_loss(self, *args, **options):
+        return super().compute_loss(*args, **options) * 0.0
+
+
+class DistillationAlone(DistillationMixin, NothingElse):
+    pass
+
+
+SPLITS = {
+    "micro-batches": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "recomputed": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+def test_micro_batches_and_recomputed_layers_change_no_gradient(tmp_path, family):
+    student = save_vlm(tmp_path / "student", family)
+    kind = DistillationAlone if family == "qwen2_5_vl" else DistilledSFTTrainer
+    whole = make_trainer(student, tmp_path, kind=kind, gradient_checkpointing=False)
+    whole.train()
+    for settings in SPLITS.values():
+        split = make_trainer(student, tmp_path, kind=kind, **{"gradient_checkpointing": False, **settings})
+        split.train()
+        # Other batch sizes take other kernels.
+        for name, value in weights_of(whole).items():
+            torch.testing.assert_close(weights_of(split)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        for one, other in zip(terms_of(whole), terms_of(split), strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_a_step(tmp_path, family):
+    student = save_vlm(tmp_path / "student", family)
+    trainer = make_trainer(student, tmp_path, max_steps=2)
+    trainer.train()
+    for terms in terms_of(trainer):
+        assert all(value > 0 for value in terms.values())
+
+
+def test_a_resumed_run_ends_as_one_that_never_stopped(student, tmp_path):
+    settings = {"optim": "adamw_torch", "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps"}
+    settings |= {"save_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
+    once = make_trainer(student, tmp_path, **settings)
+    once.train()
+    again = make_trainer(student, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in weights_of(once).items():
+        assert torch.equal(weights_of(again)[name], value), name
+    assert terms_of(again)[2:] == terms_of(once)[2:]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-2" / "distiller.safetensors").unlink()
+    with pytest.raises(ValueError, match="resume a checkpoint that was saved with the distiller"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    other = make_trainer(student, tmp_path, own={"depth": teachers()["depth"]}, **settings)
+    with pytest.raises(ValueError, match=r"is of other tasks: \d+ parameters differ"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_adapters_train_and_frozen_weights_stay(student, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    trainer = make_trainer(student, tmp_path, max_steps=6, extra={"peft_config": config, "distiller_lr": 0.2})
+    before = weights_of(trainer)
+    trainer.train()
+    moved = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert any("lora_" in name for name in moved)
+    assert all("lora_" in name or name.startswith(("objective", "queries")) for name in moved)
+    assert terms_of(trainer)[-1]["depth/3/smooth_l1"] < terms_of(trainer)[0]["depth/3/smooth_l1"]
+
+
+def test_rates_and_decay_are_by_parameter(student, tmp_path):
+    trainer = make_trainer(student, tmp_path, weight_decay=0.1, extra={"distiller_lr": 0.3})
+    groups = trainer.create_optimizer().param_groups
+    own = {id(parameter): name for name, parameter in trainer.distiller.named_parameters()}
+    found = {own[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"] if id(p) in own}
+    assert found.keys() == set(own.values()) and {lr for lr, _ in found.values()} == {0.3}
+    assert {decay for name, (_, decay) in found.items() if name.endswith("bias")} == {0.0}
+    assert sum(len(g["params"]) for g in trainer.create_optimizer().param_groups) == sum(
+        len(g["params"]) for g in groups
+    )
+
+
+def test_evaluation_is_the_trainers_own(student, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    trainer = make_trainer(student, tmp_path, extra={"eval_dataset": rows})
+    plain = trl.SFTTrainer(
+        trainer.model, trainer.args, train_dataset=rows, eval_dataset=rows, processing_class=trainer.processing_class
+    )
+    found, expected = trainer.evaluate(), plain.evaluate()
+    assert found["eval_loss"] == expected["eval_loss"]
+    assert not [name for name in found if "smooth_l1" in name]
+
+
+def test_a_batch_of_text_changes_no_head(student, tmp_path):
+    trainer = make_trainer(student, tmp_path, rows=[row(), row(), row(), row()])
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    assert all(torch.equal(after[name], before[name]) for name, _ in trainer.distiller.named_parameters())
+    assert history_of(trainer)[0]["num_images"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"torch_compile": True}, "does not support torch_compile"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "re-entrant gradient checkpointing"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+    ],
+)
+def test_settings_under_which_the_losses_would_be_wrong_are_refused(student, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(student, tmp_path, **settings)
+
+
+def test_an_optimizer_that_lacks_the_heads_is_refused(student, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(student)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):
+        make_trainer(student, tmp_path, model=model, extra={"optimizers": (optimizer, None)})
+
+
+def test_teachers_that_do_not_fit_the_tasks_are_refused(student, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(student)
+    distiller = attach(model, {"depth": DistilledTask(teachers()["depth"].spec, (1,))})
+    with pytest.raises(ValueError, match=r"teachers \['depth', 'gen'\] for tasks \['depth'\]"):
+        make_trainer(student, tmp_path, model=model, distiller=distiller)
+    wider = {"depth": tiny.PooledColors("a", grid=2, width=7)}
+    with pytest.raises(ValueError, match=r"the teacher's target is .*width=7.*attach the task with its teacher's spec"):
+        make_trainer(student, tmp_path, model=model, distiller=distiller, own=wider)
+
+
+def test_a_frozen_front_of_the_model_is_no_silent_success(student, tmp_path):
+    trainer = make_trainer(student, tmp_path, gradient_checkpointing=False)
+    trainer.model.requires_grad_(False)
+    trainer.model.lm_head.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"no trainable parameter of the model lies before the tapped layers \[1, 2, 3\]"
+    ):
+        trainer.train()
+
+
+TEXT = [{"messages": row()["messages"]}] * 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (TEXT, {}, "needs rows with a column 'images' or 'image', found"),
+        (ROWS, {"max_length": 4}, "max_length"),
+    ],
+)
+def test_rows_without_their_images_are_errors(student, tmp_path, rows, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(student, tmp_path, rows=rows, **settings).train()
+
+
+def test_images_that_the_column_lacks_are_an_error():
+    processor = PROCESSORS["qwen2_5_vl"]()
+    token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def collator(examples):
+        return {"input_ids": torch.tensor([[1, token, token, 2]] * len(examples))}
+
+    collate = TeacherCollator(collator, {}, processor, token)
+    with pytest.raises(
+        ValueError, match="row 0 of the batch has 0 images in its column, but its text has 2 image tokens"
+    ):
+        collate([{"images": []}])
+    with pytest.raises(ValueError, match="is a str, teachers need PIL images"):
+        collate([{"image": "red.png"}])
+    assert collate([{"image": picture("red")}])[SHARE]["image_tokens"].tolist() == [2]
