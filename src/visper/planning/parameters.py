@@ -99,7 +99,7 @@ def student_skeleton(start: Run) -> Student:
     if start.student is not None:
         return build_skeleton(start.student)
     assert start.start_from is not None
-    return load_student(start.start_from, device_map="meta")
+    return load_student(start.start_from, revision=start.start_from_revision, device_map="meta")
 
 
 def _has_model(run: Run) -> bool:

@@ -36,10 +36,9 @@ _THREADS = 16
 
 def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
     """The digests of everything local that the run is trained on, by what a message calls it."""
-    found = {}
-    if isinstance(records, Records):
-        found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
-        found["images"] = _images(records)
+    assert isinstance(records, Records), "rows that no source was opened for"
+    found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
+    found["images"] = _images(records)
     places = [(what, Path(name)) for what, name in _parts(run)]
     return found | {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
 
