@@ -17,6 +17,8 @@ from visper.common.files import flush, write_text
 
 MANIFEST = "manifest.json"
 WEIGHTS_ONLY = "*.safetensors"
+MEANT_TO_BE_EDITED = ("generation_config.json",)
+"""How a finished model answers by default, not what it is."""
 _BLOCK = 1 << 22
 
 
@@ -47,9 +49,13 @@ def content_digest(place: Path) -> str:
 
 
 def write_manifest(folder: Path, pattern: str = "*") -> None:
-    """Writes the manifest of the files that match ``pattern``, in subfolders too, once they are on the disk."""
+    """Writes the manifest of the files that match ``pattern``, in subfolders too, once they are on the disk.
+
+    Files that are ``MEANT_TO_BE_EDITED`` are not named in it.
+    """
     flush(folder)
-    files = sorted(file for file in folder.rglob(pattern) if file.is_file() and file != folder / MANIFEST)
+    left_out = (MANIFEST, *MEANT_TO_BE_EDITED)
+    files = sorted(file for file in folder.rglob(pattern) if file.is_file() and file.name not in left_out)
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3": digest_of(file)} for file in files
     }

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
-from visper.common.manifest import WEIGHTS_ONLY, require_undamaged, write_manifest
+from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
 from visper.model.encoders import FeatureMapTower
@@ -117,8 +117,8 @@ def save_student(student: Student, folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     student.model.save_pretrained(folder)
-    write_manifest(folder, WEIGHTS_ONLY)
     save_processor(student, folder)
+    write_manifest(folder)
 
 
 def save_processor(student: Student, folder: Path) -> None:
@@ -147,7 +147,7 @@ def load_student(
 
     Raises:
         ConfigError: there is no such folder, or it holds neither a LLaVA nor another model that can be trained.
-        DataError: its weights are damaged.
+        DataError: its files are not those that were written; removing their manifest accepts them.
     """
     source = student_place(folder)
     if options.get("device_map") != "meta":
