@@ -54,3 +54,10 @@ def test_pages_link_only_to_the_site_and_the_web(page):
     missing = [target for target in local if not ((DOCS / page).parent / target).resolve().is_relative_to(DOCS)]
     missing += [target for target in local if not ((DOCS / page).parent / target).exists()]
     assert not missing, "name files outside docs/ by their path, without a link"
+
+
+def test_the_page_on_reliability_names_tests_that_exist():
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", PAGES["reliability.md"]))
+    assert len(named) > 20 and not [name for name in named if not (PROJECT / name).is_file()]
+    attacks = {f"tests/attacks/{file.name}" for file in (PROJECT / "tests" / "attacks").glob("test_*.py")}
+    assert attacks <= named
