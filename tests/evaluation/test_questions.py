@@ -93,6 +93,27 @@ def test_absent_images_are_named_before_the_first_question(student, tmp_path):
         evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
 
 
+def test_questions_of_several_images_are_answered_alike_in_any_batch(student, tmp_path):
+    for color in ("red", "blue", "green"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
+    asked = [
+        Question("<image> or <image>?", ("red",), ("red.png", "blue.png")),
+        Question("is it <image>, <image> or <image>?", ("red",), ("red.png", "blue.png", "green.png")),
+        Question("what?", ("green",), ("green.png",)),
+        Question("say it", ("it",)),
+    ]
+    together, apart = (evaluate(student, asked, tmp_path, batch_size=size, max_new_tokens=8) for size in (4, 1))
+    assert together == apart and [row.images for row in together] == [question.images for question in asked]
+    assert all(row.said is not None for row in together)
+    (tmp_path / "blue.png").write_bytes(b"")
+    assert [row.said is None for row in evaluate(student, asked, tmp_path, max_new_tokens=1)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
 def test_the_blind_control_keeps_the_image_that_was_shown(student, tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
