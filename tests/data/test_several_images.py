@@ -250,6 +250,7 @@ def test_the_check_looks_at_every_image_of_a_row(rows: Path) -> None:
     assert report.drops.counts() == {"images and tags differ": 1, "missing image": 1, "broken image": 1}
     total = report.counts["total"]
     assert (total["rows"], total["images"], total["images present"], total["unusable"]) == (7, 6, 5, 3)
+    assert total["several images"] == 4
 
 
 def test_every_image_has_a_digest(rows: Path) -> None:

@@ -146,7 +146,7 @@ class ConversationEncoder:
         return self._expand_images(ids, labels)
 
     def _render(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
-        """The template's text around the texts of turns, each given by its role and form (see ``_forms``)."""
+        """The template's text around the texts of turns, each given by its role and form (see ``_texts``)."""
         messages: list[dict[str, Any]] = []
         speakers: list[str] = []
         for role, form in turns:

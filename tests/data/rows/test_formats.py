@@ -1,5 +1,6 @@
 """Every format of a row becomes the same record, and what cannot be trained on as it was meant is a counted drop."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,12 @@ def test_ids_and_details_hold_no_control_characters() -> None:
 def test_names_of_images_are_those_of_every_format(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a.jpg"}\n{"images": ["b.jpg", 7]}\n[]\n{"image": null}\n')
     assert list(image_names(tmp_path / "x.jsonl")) == ["a.jpg", "b.jpg"]
+    content = [{"type": "image", "image": "c.jpg"}, WHAT, IMAGE, {"type": "image", "path": "d.jpg"}, 7]
+    odd = [
+        messages(content, images=["e.jpg"]),
+        messages("What?"),
+        {"messages": "d.jpg"},
+        {"messages": [7, {"role": 1}]},
+    ]
+    (tmp_path / "y.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    assert list(image_names(tmp_path / "y.jsonl")) == ["e.jpg", "c.jpg", "d.jpg"]

@@ -34,6 +34,7 @@ TEXT_ONLY = "(text only)"
 EXAMPLES = 5
 COLUMNS = (
     "rows",
+    "several images",
     "images",
     "images present",
     "missing image",
@@ -182,8 +183,10 @@ def _note_images(report: Report, named: Mapping[str, str]) -> None:
 
 
 def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str]) -> Iterator[str]:
-    """What is strange about a row and no reason to leave it out."""
+    """What is special about a row and no reason to leave it out."""
     roles, texts = table.value("roles", row), table.value("texts", row)
+    if len(images) > 1:
+        yield "several images"
     if images and not table.value("image_tags", row):
         yield "image without tag"
     if not images and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):

@@ -175,8 +175,7 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url") and role == "user":
-            given = (part.get(key) for key in ("image", "image_url", "path", "url"))
-            images.append((sum(map(len, texts)), next((image for image in given if image), None)))
+            images.append((sum(map(len, texts)), _name_in(part)))
         elif kind in ("video", "audio", "video_url", "audio_url", "input_audio"):
             raise DataError("media other than images", f"a part of type '{kind}': only images are read")
         else:
@@ -226,5 +225,18 @@ def image_names(file: Path) -> Iterator[str]:
         DataError: the file is missing or is not a list of rows.
     """
     for row in read_rows(file):
-        named = [*_listed(row.get("image")), *_listed(row.get("images"))] if isinstance(row, dict) else []
-        yield from (name for name in named if isinstance(name, str))
+        if isinstance(row, dict):
+            named = [*_listed(row.get("image")), *_listed(row.get("images")), *_names_in_parts(row)]
+            yield from (name for name in named if isinstance(name, str))
+
+
+def _names_in_parts(row: Mapping[str, Any]) -> Iterator[Any]:
+    said = row.get("conversations") or row.get("messages")
+    for turn in said if isinstance(said, list) else []:
+        content = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        yield from (_name_in(part) for part in (content if isinstance(content, list) else []) if isinstance(part, dict))
+
+
+def _name_in(part: Mapping[str, Any]) -> Any:
+    """What names the image of an image part; None where the part only marks its place."""
+    return next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
