@@ -1,12 +1,17 @@
 """Rows about one image meet in one micro-batch; an epoch still holds every row once, and the split changes no step."""
 
+import itertools
+import json
 from collections import Counter
 
 import pytest
 import torch
 
+from tests import tiny
 from visper.data.image_order import fill_micro_batches, image_groups, side_by_side
-from visper.data.rows.records import Record, ShownImage, Turn
+from visper.data.rows.parquet import write_parquet
+from visper.data.rows.records import DropList, Record, RowSource, ShownImage, Turn
+from visper.data.rows.sources import open_records
 from visper.data.sampler import Mixture, RowSampler
 
 GROUPS = torch.randint(0, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -30,6 +35,25 @@ def steps(rows, size):
 def test_rows_of_one_image_have_one_number_and_rows_without_an_image_their_own():
     numbers = image_groups([record("a", "x"), record("b", None), record("c", "y"), record("d", "x"), record("e", None)])
     assert numbers[0] == numbers[3] and len(set(numbers.tolist())) == 4
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["files", "parquet"])
+def test_rows_of_sources_are_grouped_within_each(tmp_path, embedded):
+    folder = tiny.write_rows(tmp_path / "rows", images=6, text_rows=2)
+    rows = json.loads((folder / "rows.json").read_text())
+    for number, row in enumerate(rows[:6]):
+        row["image"] = f"{number // 2}.png"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    source = RowSource(str(folder / "rows.json"), str(folder / "images"))
+    if embedded:
+        write_parquet(open_records([source], DropList()), tmp_path / "out", DropList())
+        source = RowSource(f"{tmp_path}/out/*.parquet", kind="parquet")
+    records = open_records([source, source], DropList())
+    groups = image_groups(records)
+    expected = [(record.id.split("/")[0], record.images[0].path if record.images else record.id) for record in records]
+    pairs = list(itertools.combinations(range(16), 2))
+    assert [groups[a] == groups[b] for a, b in pairs] == [expected[a] == expected[b] for a, b in pairs]
+    assert len(set(groups.tolist())) == 2 * (3 + 2)
 
 
 def test_a_group_stands_where_its_lowest_row_stood():

@@ -194,8 +194,8 @@ def separate_samples(llm: Any) -> None:
     mixing = sorted(set(getattr(llm.config, "layer_types", None) or ()) - SEPARABLE_LAYERS)
     if mixing:
         raise ConfigError(
-            f"optimization.packing: {type(llm).__name__} has layers of type {mixing}, which do not keep the samples of "
-            "a row apart: set optimization.packing=false and data.group_by_length=true"
+            f"{type(llm).__name__} has layers of type {mixing}, which do not keep the samples of a row apart: set "
+            "optimization.packing=false, data.join_conversations=false and data.group_by_length=true"
         )
     if attention_of(llm) == "sdpa":
         llm.set_attn_implementation(SAMPLE_SDPA)
