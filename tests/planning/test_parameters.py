@@ -129,6 +129,17 @@ def test_a_later_stage_is_followed_back_to_the_students_recipe():
         first_stage(load_run("phi3-mini-vit-l/ift", ["start_from=elsewhere"]))
 
 
+def test_embedding_losses_count_in_the_stage_that_has_them():
+    sizes = {size.part: size for size in part_sizes(load_run("visual/viral"))}
+    mlp = (4096 + 1) * 2048 + (2048 + 1) * 2048 + (2048 + 1) * 768
+    assert sizes["predictors"].total == mlp
+    assert {str(stage): count for stage, count in sizes["predictors"].trainable.items()} == {
+        "pt": 0,
+        "vpt": 0,
+        "ift": mlp,
+    }
+
+
 def test_a_frozen_part_counts_in_the_runs_own_stage_only():
     _, learning = counts("phi3-mini-vit-l/vpt", "optimization.freeze=[vision]")
     assert "vision" not in learning[Stage.VPT] and "projector" in learning[Stage.IFT]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -17,6 +18,8 @@ from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import build_teachers
+from visper.evaluation.predictions import load_pre_trained
+from visper.evaluation.visualize import SIDE, look
 from visper.model import build_student
 from visper.training import run_stage
 from visper.training.assemble import build_training_model, choose_trainable
@@ -285,6 +288,14 @@ def test_fine_tuning_of_a_plain_llava_is_supervised_with_lora_and_packing(make, 
     assert logs[-1]["depth/2/cosine"] < logs[0]["depth/2/cosine"]
     kept = load_file(tmp_path / "ift" / "distillation" / "weights.safetensors")
     assert {name.split(".")[2] for name in kept} == {"depth_2", "depth_4"}
+    drawn = look(load_pre_trained(tmp_path / "ift"), Image.new("RGB", (20, 24), "red"))
+    assert drawn.width > 3 * SIDE  # image, teacher, two layers
+
+
+def test_what_predicts_no_map_of_a_teacher_is_said_not_drawn(make, tmp_path):
+    run_stage(make("own", distillation=objective(target={"kind": "encoder"}), optimization={"max_steps": 1}))
+    found = load_pre_trained(tmp_path / "own")
+    assert look(found, Image.new("RGB", (20, 24), "red")).width < 3 * SIDE
 
 
 def test_heads_go_on_in_the_next_stage_where_target_and_head_are_the_same(make, tmp_path):

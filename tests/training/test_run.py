@@ -590,7 +590,6 @@ def test_weights_that_are_not_finite_are_never_saved(make, monkeypatch, tmp_path
         ({"optimization": {"global_batch": 6, "micro_batch": 4}}, "not a multiple of micro_batch 4"),
         ({"optimization": {"freeze": ["vision"]}}, "freeze names 'vision'"),
         ({"data": {"max_tokens": 4097}}, r"data.max_tokens is 4097.*4096 positions.*set data.max_tokens=4096 or less"),
-        ({"optimization": {"packing": True}}, "packing.*distillation"),
         ({"optimization": {"attention": "flash_attention_3"}}, "optimization.attention=flash_attention_3"),
     ],
 )

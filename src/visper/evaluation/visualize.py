@@ -47,9 +47,14 @@ def look(
     predicted = predict_images(found.model, [image], prompt)
     seen, *others = (_arranged(found, one) for one in (image, *gallery))
     rows: list[list[Tile]] = []
-    for task, teacher in found.teachers.items():
-        target = teacher_targets(teacher, [seen])
+    assert found.model.objective is not None
+    for task in found.model.objective.tasks:
         layers = {name.split("/")[1]: value for name, value in predicted.items() if name.split("/")[0] == task}
+        teacher = found.teachers.get(task)
+        if teacher is None or any(value.shape[1] != teacher.spec.tokens for value in layers.values()):
+            rows.append([("image", seen), (f"{task}: predicts no map of a teacher, not drawable", BLANK)])
+            continue
+        target = teacher_targets(teacher, [seen])
         embeddings = torch.cat((target, *layers.values()))
         if not teacher.draws_images and not others:
             shape = f"{teacher.spec.tokens} x {teacher.spec.width}"

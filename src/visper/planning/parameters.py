@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,25 +29,24 @@ class PartSize:
 def part_sizes(run: Run) -> list[PartSize]:
     """Every part of the model that ``run`` belongs to, at full size, by the table of ``training.stages``.
 
-    A later stage's run is followed back to the one that assembles the student. ``optimization.freeze`` counts in the
-    run's own stage.
+    A later stage's run is followed back to the one that assembles the student. What ``run`` says of its optimization
+    and embedding losses counts in its own stage; if it says nothing of losses, the first stage's count in PT.
 
     Raises:
-        ConfigError: the first stage or a part's configuration cannot be found, or a task fits no predictor.
+        ConfigError: the first stage or a part's configuration cannot be found, or a task fits no head.
     """
     first = first_stage(run)
-    teachers = planned_teachers(first.distillation)
+    supervised = run if run.distillation is not None else first
+    teachers = planned_teachers(supervised.distillation)
     student = student_skeleton(first)
     totals: dict[str, int] = {}
     trainable: dict[str, dict[Stage, int]] = {}
     for stage in Stage:  # pt first: it has the predictors and the full query matrices
-        freeze = run.optimization.freeze if stage is run.stage else ()
-        changes = {"stage": stage, "optimization": run.optimization.model_copy(update={"freeze": freeze})}
-        distillation = first.distillation if stage is Stage.PT else None
-        staged = first.model_copy(update={**changes, "distillation": distillation})
+        others: dict[str, Any] = {} if stage is run.stage else {"freeze": (), "train": (), "lr_overrides": {}}
+        distillation = supervised.distillation if stage is supervised.stage else None
         with torch.device("meta"):
             model = build_training_model(student, stage, distillation, teachers)
-        choose_trainable(model, stage, staged.optimization, staged.lora is not None)
+        choose_trainable(model, stage, run.optimization.model_copy(update=others))
         for count in count_parts(model):
             totals.setdefault(count.part, count.total)
             trainable.setdefault(count.part, dict.fromkeys(Stage, 0))[stage] = count.trainable
