@@ -2,12 +2,15 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -31,7 +34,7 @@ from visper.model.known import logit_cap
 from visper.model.parts import part_of
 from visper.model.start import starting_processor
 from visper.model.vlm import build_vlm
-from visper.planning.parameters import part_sizes
+from visper.planning.parameters import student_skeleton
 from visper.training.module import TrainingModel
 from visper.training.run import run_stage
 
@@ -298,8 +301,9 @@ def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
     joined = run.data.model_copy(update={"join_conversations": True})
     with pytest.raises(ConfigError, match="join_conversations is not supported"):
         starting_processor(run.model_copy(update={"data": joined}))
-    with pytest.raises(ConfigError, match="plans and sizes"):
-        part_sizes(run)
+    for start in (run, run.model_copy(update={"student": None, "start_from": str(folders["gemma3"])})):
+        with pytest.raises(ConfigError, match="plans and sizes"):
+            student_skeleton(start)
 
 
 @every_family
@@ -420,3 +424,35 @@ def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_pat
             "pt",
             distillation={"tasks": {"depth": {"target": teacher, "layers": [1]}}},
         )
+
+
+@every_family
+@pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
+def test_stages_run_in_half_precision(family, stage, folders, tmp_path):
+    optimization = {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1}
+    more = {"distillation": supervised_at_every_place(), "optimization": optimization}
+    run_stage(run_of(tmp_path, folders[family], stage, **more))
+    assert 0 < logged(tmp_path)["loss"] < 20
+    saved: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model", dtype="auto")
+    assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_a_resumed_run_ends_with_the_same_weights(family, folders, tmp_path):
+    run = run_of(tmp_path, folders[family], "ift", logging={"every": 1, "save_every": 1})
+    data = run.data.model_copy(update={"group_by_length": True, "workers": 1})
+    run = run.model_copy(update={"data": data})
+    run_stage(run)
+    weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "model")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-2")
+    run_stage(run, resume=True)
+    again = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_the_recipe_in_the_docs_is_valid():
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    recipe = page.split("```yaml\n")[1].split("```")[0]
+    assert isinstance(Run.model_validate(yaml.safe_load(recipe)).student, VlmStudent)

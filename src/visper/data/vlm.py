@@ -56,8 +56,13 @@ class VlmEncoder(ConversationEncoder):
                 "token: choose the model's instruct version"
             )
         self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
-        ids = self._ids(self.image_text)
-        return Counter(token for token in ids if token in self._special_ids).most_common(1)[0]
+        found = Counter(token for token in self._ids(self.image_text) if token in self._special_ids).most_common(1)
+        if not found:
+            raise ConfigError(
+                f"the tokenizer '{self.tokenizer.name_or_path}' has no special token for an image's features: this "
+                "model is not supported"
+            )
+        return found[0]
 
     @property
     def image_text(self) -> str:

@@ -89,17 +89,22 @@ def student_skeleton(start: Run) -> Student:
     """The student that ``start`` begins with, without weights: from configurations, or from the folder it starts from.
 
     Raises:
-        ConfigError: a configuration cannot be found.
+        ConfigError: a configuration cannot be found, or it is of a model with a processor of its own.
     """
     if isinstance(start.student, VlmStudent):
-        raise ConfigError(
-            f"plans and sizes of '{start.student.vlm}' are not supported: only students of 'llm' and 'encoder' are. "
-            "Train a few steps with optimization.max_steps to see its memory"
-        )
-    if start.student is not None:
+        name = start.student.vlm
+    elif start.student is not None:
         return build_skeleton(start.student)
-    assert start.start_from is not None
-    return load_student(start.start_from, revision=start.start_from_revision, device_map="meta")
+    else:
+        assert start.start_from is not None
+        name = start.start_from
+        student = load_student(name, revision=start.start_from_revision, device_map="meta")
+        if student.is_llava:
+            return student
+    raise ConfigError(
+        f"plans and sizes of '{name}' are not supported, only those of students of 'llm' and 'encoder': train a few "
+        "steps with optimization.max_steps to see its memory"
+    )
 
 
 def _has_model(run: Run) -> bool:

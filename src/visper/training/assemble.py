@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlavaConfig
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
@@ -174,6 +175,8 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
     if optimization.precision == "bfloat16":
         # Trainable weights stay in float32 under autocast; parts that are completely frozen are only read.
         frozen = [count.part for count in count_parts(model) if not count.trainable]
+        if LLM not in frozen and not isinstance(model.config, LlavaConfig):
+            frozen = []  # SmolVLM gives image features the precision of its encoder, which must be the embeddings'
         to_bfloat16(model.student, [part for part in (VISION, PROJECTOR, LLM) if part in frozen])
 
 
