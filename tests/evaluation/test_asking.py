@@ -12,7 +12,7 @@ from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.evaluation import asking
 from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, model_key, other_images
-from visper.evaluation.pictures import ImageFolder
+from visper.evaluation.image_sources import ImageFolder
 from visper.evaluation.questions import Question, ask_questions
 from visper.model import build_student, save_student
 

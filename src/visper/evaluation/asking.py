@@ -20,7 +20,7 @@ from visper.common.console import Console, announce, printable
 from visper.common.errors import DataError, StoppedError
 from visper.common.files import write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask
-from visper.evaluation.pictures import ImageSource
+from visper.evaluation.image_sources import ImageSource
 from visper.model import Student
 from visper.training.stopping import StopRequest
 

@@ -10,7 +10,7 @@ from typing import Any
 from visper.common.errors import ConfigError, DataError
 from visper.data.rows.json_rows import read_rows
 from visper.evaluation.choices import LETTERS, plain
-from visper.evaluation.pictures import ImageFolder, ImageSource, TableImages, read_table
+from visper.evaluation.image_sources import ImageFolder, ImageSource, TableImages, read_table
 from visper.evaluation.questions import EVERYTHING, Question
 
 NEEDED = ("question", "answer")

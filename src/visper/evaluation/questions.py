@@ -11,7 +11,7 @@ from visper.common.errors import DataError
 from visper.common.files import write_text
 from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, lines, other_images
 from visper.evaluation.choices import LETTERS, ask_with_options, plain, read_choice
-from visper.evaluation.pictures import ImageFolder, ImageSource
+from visper.evaluation.image_sources import ImageFolder, ImageSource
 from visper.model import Student
 
 EVERYTHING = "all"

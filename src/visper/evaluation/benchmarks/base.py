@@ -8,8 +8,8 @@ from pathlib import Path
 
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, with_needs
+from visper.evaluation.image_sources import ImageSource, TableImages, read_table
 from visper.evaluation.intervals import weighted, wilson
-from visper.evaluation.pictures import ImageSource, TableImages, read_table
 
 
 @dataclass(frozen=True)

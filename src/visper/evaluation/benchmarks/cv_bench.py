@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visper.evaluation.benchmarks.base import Column, Item, Reading, mean, read_parquet, share
 from visper.evaluation.choices import LETTERS, read_choice
-from visper.evaluation.pictures import ImageSource
+from visper.evaluation.image_sources import ImageSource
 
 REQUEST = "\nOnly answer the option as the output. For example, if your answer is the option A, answer (A)."
 TASKS = ("Count", "Depth", "Relation", "Distance")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
 from visper.evaluation.choices import read_choice
-from visper.evaluation.pictures import ImageSource
+from visper.evaluation.image_sources import ImageSource
 
 REQUEST = "\nAnswer with the option's letter from the given choices directly, such as answer letter 'A' only. \n"
 OPTIONS = dict.fromkeys("ABCD", "")

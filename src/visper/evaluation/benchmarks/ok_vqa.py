@@ -10,7 +10,7 @@ from typing import Any
 from visper.common.errors import DataError
 from visper.evaluation.benchmarks.base import Column, Item, Reading, require_prepared, share
 from visper.evaluation.benchmarks.vqa_text import normalize
-from visper.evaluation.pictures import ImageFolder, ImageSource
+from visper.evaluation.image_sources import ImageFolder, ImageSource
 
 REQUEST = (
     "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

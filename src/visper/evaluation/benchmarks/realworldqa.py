@@ -10,7 +10,7 @@ from pathlib import Path
 from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
 from visper.evaluation.benchmarks.vqa_text import NUMBERS
 from visper.evaluation.choices import LETTERS, read_choice
-from visper.evaluation.pictures import ImageSource
+from visper.evaluation.image_sources import ImageSource
 
 _OPTION = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
 _SIGNS = str.maketrans("", "", string.punctuation)
