@@ -7,19 +7,21 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
 
-from visper.common.console import Console
+from visper.cli import app
+from visper.common.console import Console, printable
 from visper.common.errors import DataError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
-from visper.evaluation.ask import model_inputs
+from visper.evaluation.ask import answer, model_inputs
 from visper.evaluation.asking import answers_file
 from visper.evaluation.questions import judge
 from visper.evaluation.scores import show_scores
-from visper.model import build_student
+from visper.model import build_student, save_student
 
 
 @pytest.fixture
@@ -112,6 +114,18 @@ def test_questions_of_several_images_are_answered_alike_in_any_batch(student, tm
         False,
         False,
     ]
+
+
+def test_chat_shows_the_images_in_the_order_of_their_options(student, tmp_path):
+    save_student(student, tmp_path / "model")
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
+    options = [option for color in ("red", "blue") for option in ("--image", str(tmp_path / f"{color}.png"))]
+    chat = ["chat", str(tmp_path / "model"), "--prompt", "<image> or <image>?", *options, "--max-new-tokens", "8"]
+    done = CliRunner().invoke(app, chat)
+    shown = [[Image.new("RGB", (8, 8), color) for color in ("red", "blue")]]
+    (said,) = answer(student, ["<image> or <image>?"], shown, 8)
+    assert done.exit_code == 0 and done.output.strip() == printable(said) != ""
 
 
 def test_the_blind_control_keeps_the_image_that_was_shown(student, tmp_path):

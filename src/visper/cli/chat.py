@@ -16,7 +16,7 @@ def run(
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            "--image", help="an image; with several, each stands at a tag <image> of the question", parser=parse_path
+            "--image", help="an image; with several, each stands at a tag `<image>` of the question", parser=parse_path
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
