@@ -24,18 +24,18 @@ def wandb(monkeypatch):
 def test_a_missing_tracker_names_its_extra(name, monkeypatch):
     monkeypatch.setattr(callbacks, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=rf"names {name}, which is not installed: pip install 'visper-lm\[{name}\]'"):
-        require_trackers([name])
+        require_trackers([name], "project")
 
 
 def test_wandb_needs_a_login_unless_it_is_offline(wandb, monkeypatch):
     with pytest.raises(ConfigError, match="wandb login"):
-        require_trackers(["wandb"])
+        require_trackers(["wandb"], "project")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    require_trackers(["wandb"])
+    require_trackers(["wandb"], "project")
     monkeypatch.delenv("WANDB_MODE")
     wandb.api.api_key = "key"
-    require_trackers(["wandb"])
+    require_trackers(["wandb"], "project")
 
 
 def test_no_tracker_needs_nothing():
-    require_trackers([])
+    require_trackers([], "project")

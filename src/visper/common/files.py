@@ -37,12 +37,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = _sibling(path, "partial")
     try:
         yield partial
+        _open_to_readers(partial)
         flush(partial)
         _take_place(partial, path)
     except BaseException:
         _remove(partial)
         raise
     flush_names(path.parent)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Gives files the mode that any program's new file has here: safetensors makes its own readable to nobody else."""
+    mode = 0o666 & ~_umask()
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(mode)
+
+
+def _umask() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"^Umask:\s*([0-7]+)", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1], 8)
+    mask = os.umask(0)  # the only other way to read it is to set it
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

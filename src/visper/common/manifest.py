@@ -17,8 +17,8 @@ from visper.common.files import flush, write_text
 
 MANIFEST = "manifest.json"
 WEIGHTS_ONLY = "*.safetensors"
-MEANT_TO_BE_EDITED = ("generation_config.json",)
-"""How a finished model answers by default, not what it is."""
+MEANT_TO_BE_EDITED = ("generation_config.json", "README.md")
+"""How a finished model answers by default and what is said of it, not what it is."""
 _BLOCK = 1 << 22
 
 

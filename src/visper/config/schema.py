@@ -175,6 +175,7 @@ class Logging(Section):
     save_every: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = Field("visper", description="the project of W&B and trackio")
     monitor: Monitor = Field(default_factory=lambda: Monitor.model_validate({}))
 
 
@@ -214,7 +215,7 @@ class Run(Section):
     distillation: Distillation | None = None
     optimization: Optimization
     lora: Lora | None = Field(None, description="stage ift: train low-rank updates of the LLM instead of the LLM")
-    logging: Logging = Field(default_factory=Logging)
+    logging: Logging = Field(default_factory=lambda: Logging.model_validate({}))
     launch: Launch = Launch()
     seed: int = 0
 

@@ -15,37 +15,27 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError
 from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
-from visper.model.encoders import FeatureMapTower
+from visper.model.card import write_card
 from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
 
 STUDENT_FILE = "student.json"
 ANSWERING_SIDE = "left"
 """Where the tokenizer pads prompts: answers go on from their right end. Training pads in its collator, on the right."""
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-A LLaVA model whose image encoder ({backbone}) gives a feature map, which stock LLaVA cannot read. Loading it needs the
-package that registers its tower, `pip install 'visper-lm{extra}'`, imported before transformers loads:
-
-```python
-import visper.model  # registers the image encoder's tower
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-model = LlavaForConditionalGeneration.from_pretrained("this folder")
-processor = AutoProcessor.from_pretrained("this folder")
-```
-"""
-"""What a folder says that stock transformers alone cannot load."""
 
 
 @dataclass
@@ -113,12 +103,23 @@ class Student:
 def save_student(student: Student, folder: Path) -> None:
     """Writes the model's plain folder into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
 
-    Where stock LLaVA cannot hold the encoder, a README.md says what the folder needs.
+    Its model card says where stock transformers alone cannot load it. Nothing in it names a folder of this machine.
     """
     folder.mkdir(parents=True)
+    _forget_places(student.model.config)
     student.model.save_pretrained(folder)
     save_processor(student, folder)
+    write_card(folder)
     write_manifest(folder)
+
+
+def _forget_places(config: PreTrainedConfig) -> None:
+    for part in config.sub_configs:
+        own = getattr(config, part, None)
+        if isinstance(own, PreTrainedConfig):
+            if Path(own.name_or_path).exists():
+                own.name_or_path = ""
+            _forget_places(own)
 
 
 def save_processor(student: Student, folder: Path) -> None:
@@ -127,12 +128,6 @@ def save_processor(student: Student, folder: Path) -> None:
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     content = json.dumps({"task_tokens": names, "word_ids": student.word_ids}, indent=1)
     (folder / STUDENT_FILE).write_text(content, encoding="utf-8")
-    tower: Any = student.model.get_encoder(modality="image")
-    if isinstance(tower, FeatureMapTower):
-        backbone: Any = tower.config.backbone_config
-        name = getattr(backbone, "architecture", backbone.model_type)
-        card = MODEL_CARD.format(backbone=name, extra="[timm]" if backbone.model_type == "timm_wrapper" else "")
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @without_loading_bars()

@@ -64,6 +64,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         report_to=[name for name in run.logging.report_to if name != "tensorboard"] or "none",  # see callbacks
         run_name=run.name,
+        project=run.logging.project,
         remove_unused_columns=False,
         disable_tqdm=True,  # our own bar shows the terms
         dataloader_num_workers=run.data.workers,

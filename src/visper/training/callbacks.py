@@ -47,8 +47,8 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Checks, before anything is loaded, that the trackers of ``logging.report_to`` can be used.
+def require_trackers(names: Sequence[str], project: str) -> None:
+    """Checks, before anything is loaded, that the trackers of ``logging.report_to`` can be used; names W&B's project.
 
     Raises:
         ConfigError: one is not installed, or W&B is not logged in; the message says what to do.
@@ -58,6 +58,8 @@ def require_trackers(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"logging.report_to names {name}, which is not installed: pip install 'visper-lm[{name}]'"
             )
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_PROJECT", project)  # the Trainer passes no project on to W&B
     if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 

@@ -28,6 +28,7 @@ from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.model import Student, save_student
+from visper.model.card import write_card
 from visper.model.revisions import with_commits
 from visper.model.start import require_positions, starting_student
 from visper.target_store.open import TargetStore, open_targets
@@ -70,7 +71,7 @@ def run_stage(
         StoppedError: a signal ended it early; it has saved a checkpoint.
     """
     row_files(run.data)  # missing data and trackers are reported before anything is loaded
-    require_trackers(run.logging.report_to)
+    require_trackers(run.logging.report_to, run.logging.project)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -280,3 +281,4 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
     with atomic_path(output / "model") as partial:
         save_student(student, partial)
         save_run(run, partial / "run.yaml")
+        write_card(partial)

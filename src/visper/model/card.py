@@ -1,0 +1,138 @@
+"""The model card of a finished folder: what it was made of, how, what it scored, and what loading it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from visper.common.errors import ConfigError
+from visper.common.files import write_text
+from visper.config import Run, VlmStudent, load_run
+from visper.model.revisions import HUB_ID
+
+CARD = "README.md"
+NEEDS_PACKAGE = """
+## Loading
+
+The image encoder ({backbone}) gives a feature map, which stock LLaVA cannot read. Loading needs the package that
+registers its tower, `pip install 'visper-lm{extra}'`, imported before transformers loads:
+
+```python
+import visper.model  # registers the image encoder's tower
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("this folder")
+processor = AutoProcessor.from_pretrained("this folder")
+```
+"""
+STOCK = """
+## Loading
+
+```python
+from transformers import pipeline
+
+answer = pipeline("image-text-to-text", model="this folder")
+content = [{"type": "image", "url": "image.png"}, {"type": "text", "text": "What is this?"}]
+print(answer(text=[{"role": "user", "content": content}], max_new_tokens=64, return_full_text=False))
+```
+"""
+
+
+def write_card(folder: Path, license: str = "other") -> None:
+    """Writes ``README.md`` into a model folder that holds a config.json, from what lies there.
+
+    Without a run.yaml the base is not known, and the card says so. Scores are those that `visper evaluate` left in
+    ``answers/``, here or beside the folder.
+    """
+    stages = list(_stages(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = _parts(stages)
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": license}
+    if license == "other":
+        header["license_name"] = "see-the-base-models"
+    hub = [name for name in parts.values() if _on_hub(name)]
+    if hub:
+        header["base_model"] = hub
+    header["tags"] = ["visper-lm", str(config["model_type"])]
+    title = stages[0].name if stages else "Model"
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", f"# {title}"]
+    lines += ["", "Trained with [VisPer](https://pypi.org/project/visper-lm/).", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_shown(value)} |" for name, value in parts.items()]
+    lines += [f"| {stage.stage} | {_described(stage)} |" for stage in reversed(stages)]
+    lines += _scores(folder)
+    lines += ["", "Weights derive from the base models and the data above: their licenses apply."]
+    write_text(folder / CARD, "\n".join(lines) + "\n" + _loading(config))
+
+
+def _stages(folder: Path) -> Iterator[Run]:
+    """The run of a model folder, then those before it, as far as their folders are here."""
+    file, seen = folder / "run.yaml", set[Path]()
+    while file.is_file() and file not in seen:
+        seen.add(file)
+        try:
+            run = load_run(file)
+        except ConfigError:  # of another version: the card is shorter
+            return
+        yield run
+        file = Path(run.start_from or "") / "run.yaml"
+
+
+def _parts(stages: list[Run]) -> dict[str, str]:
+    if not stages:
+        return {"base": "not known: the folder has no run.yaml"}
+    first = stages[-1]
+    if first.student is None:
+        return {"starts from": str(first.start_from)}
+    if isinstance(first.student, VlmStudent):
+        return {"base": first.student.vlm}
+    return {"LLM": first.student.llm, "image encoder": first.student.encoder}
+
+
+def _described(run: Run) -> str:
+    sets = ", ".join(_shown(source.place) for source in run.data.sources)
+    said = f"{sets}; global batch {run.optimization.global_batch}, learning rate {run.optimization.lr:g}"
+    if run.optimization.max_steps:
+        said += f", {run.optimization.max_steps} steps"
+    if run.lora is not None:
+        said += f"; LoRA of rank {run.lora.rank}, merged"
+    if run.distillation is not None:
+        said += "; embedding losses: " + ", ".join(
+            f"{name} ({_shown(task.target.model or task.target.kind)}) at {task.at}"
+            for name, task in run.distillation.tasks.items()
+        )
+    return said
+
+
+def _scores(folder: Path) -> list[str]:
+    found = [*folder.glob("answers/*.scores.json"), *folder.parent.glob("answers/*.scores.json")]
+    rows = []
+    for file in sorted(found):
+        for benchmark, result in json.loads(file.read_text(encoding="utf-8")).items():
+            for column, score in result.get("scores", {}).items():
+                low, high = score["interval"]
+                shown = f"{score['score']:.1f} ({low:.1f} to {high:.1f})"
+                rows.append(f"| {benchmark}: {column} | {shown} | {score['questions']} |")
+    if not rows:
+        return ["", "Not evaluated on public benchmarks."]
+    return ["", "| `visper evaluate`, paper's protocol | score (95 % interval) | questions |", "|---|---|---|", *rows]
+
+
+def _loading(config: dict[str, Any]) -> str:
+    backbone = config.get("vision_config", {}).get("backbone_config")
+    if backbone is None:
+        return STOCK
+    name = backbone.get("architecture", backbone["model_type"])
+    return NEEDS_PACKAGE.format(backbone=name, extra="[timm]" if backbone["model_type"] == "timm_wrapper" else "")
+
+
+def _on_hub(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _shown(name: str) -> str:
+    """A hub id or a set's name as it is; of a path only the last part, which tells nobody's folders."""
+    return name if _on_hub(name) else Path(name).name

@@ -1,0 +1,82 @@
+"""A finished folder as it is shared: weights, processor and model card; nothing that tells about this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from visper.common.errors import ConfigError
+from visper.common.files import write_text
+from visper.common.manifest import MANIFEST, require_undamaged
+from visper.model.card import CARD, write_card
+from visper.model.student import student_place
+
+ADAPTER_CONFIG = "adapter_config.json"
+KEPT_HERE = ("run.yaml", "answers", MANIFEST)
+"""They name local paths, or digest files that an upload changes."""
+
+
+@contextmanager
+def prepare_upload(model: Path, license: str = "other", base: str | None = None) -> Iterator[Path]:
+    """A temporary folder of links to what is uploaded, with a fresh model card.
+
+    Args:
+        model: a stage's output, a model folder, or a folder with a peft adapter.
+        license: for the card.
+        base: hub id of an adapter's base model; needed where the adapter names a folder of this machine.
+
+    Raises:
+        ConfigError: there is nothing to share, or an adapter's base is not on the hub.
+        DataError: a file is damaged.
+    """
+    adapter = (model / ADAPTER_CONFIG).is_file()
+    place = model if adapter else Path(student_place(model))
+    if not place.is_dir():
+        raise ConfigError(f"no folder '{model}': give a stage's output, a model folder or an adapter's folder")
+    require_undamaged(place)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for entry in place.iterdir():
+            if entry.name not in (*KEPT_HERE, CARD) and not entry.name.startswith("."):
+                (folder / entry.name).symlink_to(entry.resolve())
+        if adapter:
+            _adapter_files(place, folder, license, base)
+        else:
+            write_card(place, license)
+            (folder / CARD).write_bytes((place / CARD).read_bytes())
+        yield folder
+
+
+def _adapter_files(place: Path, folder: Path, license: str, base: str | None) -> None:
+    config = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    named = base or str(config["base_model_name_or_path"])
+    if Path(named).exists() or Path(named).is_absolute():
+        raise ConfigError(
+            f"the adapter's base is '{named}', a folder of this machine: push that, then give its id as --base"
+        )
+    (folder / ADAPTER_CONFIG).unlink()
+    write_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": named}, indent=2))
+    header = f"---\nlibrary_name: peft\nbase_model: {named}\nlicense: {license}\ntags: [visper-lm, lora]\n---\n"
+    text = f"# Adapter\n\nLow-rank updates of `{named}`: `PeftModel.from_pretrained(base, this folder)`.\n"
+    write_text(folder / CARD, header + text)
+
+
+def upload(folder: Path, repo: str, private: bool = False) -> str:
+    """Creates the repository if there is none, uploads the folder in one commit, and returns its address.
+
+    Raises:
+        ConfigError: the hub refuses it.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a VisPer model"))
+    except (HfHubHTTPError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"cannot upload to '{repo}': {why}; log in with `hf auth login`") from error

@@ -1,0 +1,113 @@
+"""A finished folder as others get it."""
+
+import json
+import os
+import stat
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests import tiny
+from visper.cli import app
+from visper.common.errors import ConfigError, DataError
+from visper.config import load_run
+from visper.model import push
+from visper.model.card import write_card
+from visper.model.push import prepare_upload
+from visper.training import run_stage
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llm, tiny_encoder, tmp_path_factory):
+    """A PT and an IFT with LoRA after it."""
+    folder = tmp_path_factory.mktemp("made")
+    recipe = tiny.write_recipe(folder, "pt", tiny_llm, tiny_encoder, max_steps=1)
+    run_stage(load_run(recipe))
+    changes = {"stage": "ift", "name": "mine", "output": str(folder / "ift"), "start_from": str(folder / "pt")}
+    run_stage(load_run(recipe, changes=[{**changes, "student": None, "lora": {"rank": 2}}]))
+    return folder
+
+
+def header_of(folder):
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+def test_a_card_says_what_a_model_was_made_of_and_by_which_stages(made):
+    card = (made / "ift" / "model" / "README.md").read_text()
+    assert header_of(made / "ift" / "model")["pipeline_tag"] == "image-text-to-text"
+    assert "# mine" in card and "LoRA of rank 2, merged" in card and "Not evaluated" in card
+    stages = [line.split("|")[1].strip() for line in card.splitlines() if line.startswith(("| pt", "| ift"))]
+    assert stages == ["pt", "ift"]
+
+
+def test_nothing_in_a_model_folder_but_its_run_names_a_folder_of_this_machine(made):
+    for file in (made / "ift" / "model").iterdir():
+        if file.name != "run.yaml":
+            assert os.fsencode(made) not in file.read_bytes(), file.name
+            assert b"/tiny" not in file.read_bytes() or file.suffix == ".safetensors", file.name
+
+
+def test_files_have_the_mode_of_any_new_file(made, tmp_path):
+    (tmp_path / "new").write_text("")
+    expected = stat.S_IMODE((tmp_path / "new").stat().st_mode)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (made / "ift" / "model").iterdir()} == {expected}
+
+
+def test_scores_are_on_the_card(made):
+    answers = made / "ift" / "answers"
+    answers.mkdir()
+    scores = {"realworldqa": {"scores": {"accuracy": {"score": 51.25, "interval": [47.7, 54.8], "questions": 765}}}}
+    (answers / "realworldqa.scores.json").write_text(json.dumps(scores))
+    write_card(made / "ift" / "model", "llama3")
+    card = (made / "ift" / "model" / "README.md").read_text()
+    assert "| realworldqa: accuracy | 51.2 (47.7 to 54.8) | 765 |" in card
+    assert header_of(made / "ift" / "model")["license"] == "llama3"
+
+
+def test_a_dry_run_lists_the_files_and_uploads_nothing(made, monkeypatch):
+    monkeypatch.setattr(push, "HfApi", None)
+    found = CliRunner().invoke(app, ["push", str(made / "ift"), "someone/mine", "--dry-run"])
+    assert found.exit_code == 0 and "model.safetensors" in found.output and "README.md" in found.output
+    assert "run.yaml" not in found.output and "nothing was uploaded" in found.output
+
+
+def test_what_is_uploaded_is_what_was_listed(made, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options))
+
+        def upload_folder(self, folder_path, **_):
+            calls.append(sorted(file.name for file in folder_path.iterdir()))
+            return "https://huggingface.co/someone/mine"
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    found = CliRunner().invoke(app, ["push", str(made / "ift"), "someone/mine", "--private"])
+    assert found.exit_code == 0, found.output
+    assert calls[0] == ("someone/mine", {"private": True, "exist_ok": True})
+    assert "config.json" in calls[1] and not {"run.yaml", "manifest.json"} & set(calls[1])
+
+
+def test_an_adapter_needs_a_base_that_others_have(made):
+    with (
+        pytest.raises(ConfigError, match=r"a folder of this machine: push that.*--base"),
+        prepare_upload(made / "ift" / "adapter"),
+    ):
+        pass
+    with prepare_upload(made / "ift" / "adapter", base="someone/pt") as folder:
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/pt"
+        assert header_of(folder)["base_model"] == "someone/pt"
+
+
+def test_damaged_weights_are_not_shared(made, tmp_path):
+    import shutil
+
+    shutil.copytree(made / "pt" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.safetensors"), prepare_upload(tmp_path / "model"):
+        pass
