@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests import tiny
 from tests.vlms import FAMILIES, PROCESSORS, save_vlm
-from visper.distillation import DistilledTask, attach
+from visper.distillation import DistilledTask, Head, Position, attach
 from visper.training import DistillationMixin
 from visper.training.teacher_collator import SHARE, TeacherCollator
 
@@ -59,13 +59,14 @@ def make_trainer(
     distiller=None,
     extra=None,
     seed=0,
+    tasks=None,
     **settings,
 ):
     torch.manual_seed(seed)
     model = model or AutoModelForImageTextToText.from_pretrained(student)
     own = teachers() if own is None else own
     layers = {"depth": (1, 3), "gen": (2,)}
-    tasks = {name: DistilledTask(teacher.spec, layers[name]) for name, teacher in own.items()}
+    tasks = tasks or {name: DistilledTask(teacher.spec, layers[name]) for name, teacher in own.items()}
     defaults = {"per_device_train_batch_size": 4, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
     defaults |= {"logging_steps": 1, "report_to": "none", "use_cpu": True, "max_length": None, "save_strategy": "no"}
     defaults |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "disable_tqdm": True, "bf16": False}
@@ -152,12 +153,21 @@ def test_micro_batches_and_recomputed_layers_change_no_gradient(tmp_path, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_a_step(tmp_path, family):
+def test_every_family_trains_at_every_position(tmp_path, family):
+    """Images of native sizes, tiles and several views; two rows have another number of tokens than the others."""
     student = save_vlm(tmp_path / "student", family)
-    trainer = make_trainer(student, tmp_path, max_steps=2)
+    own = {name: tiny.PooledColors("a", grid=2, width=6) for name in ("resampled", "laid", "entering")}
+    mlp = Head.model_validate({"kind": "mlp", "depth": 2, "width": 8})
+    tasks = {
+        "resampled": DistilledTask(own["resampled"].spec, (1, 3)),
+        "laid": DistilledTask(own["laid"].spec, (2,), mlp, at=Position.IMAGE_TOKENS, loss={"cosine": 1.0}),
+        "entering": DistilledTask(own["entering"].spec, (), mlp, at=Position.PROJECTOR, loss={"mse": 1.0}),
+    }
+    trainer = make_trainer(student, tmp_path, own=own, tasks=tasks)
     trainer.train()
+    assert len(terms_of(trainer)) == 2
     for terms in terms_of(trainer):
-        assert all(value > 0 for value in terms.values())
+        assert len(terms) == 6 and all(value > 0 for value in terms.values())
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(student, tmp_path):

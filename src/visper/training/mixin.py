@@ -20,10 +20,11 @@ from accelerate.utils import DistributedType, broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import LlavaProcessor, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from visper.distillation import AttachedDistillation, Teacher
+from visper.data.image_places import knows_places
+from visper.distillation import AttachedDistillation, Position, Teacher
 from visper.training.global_batch import TermSums, teacher_targets
 from visper.training.teacher_collator import SHARE, TeacherCollator
 
@@ -77,7 +78,9 @@ class DistillationMixin(Trainer):
         """The trainer's own, with the teachers' images in its batches."""
         own = self.data_collator
         preprocess = {task: teacher.preprocess for task, teacher in self.teachers.items()}
-        self.data_collator = TeacherCollator(own, preprocess, self.processing_class, self.distiller.image_token_id)
+        self.data_collator = TeacherCollator(
+            own, preprocess, self.processing_class, self.distiller.image_token_id, self._by_place()
+        )
         try:
             return super().get_train_dataloader()
         finally:
@@ -96,7 +99,7 @@ class DistillationMixin(Trainer):
         own = torch.tensor(sum(len(share["image_rows"]) for share in shares), device=self.args.device)
         images = self.accelerator.reduce(own, "sum")
         for batch, share, made in zip(batches, shares, targets, strict=True):
-            layout = {name: value for name, value in share.items() if name != "teacher_images"}
+            layout = {name: _moved(share[name], self.args.device) for name in ("image_rows", "image_tokens", "places")}
             batch[SHARE] = {**layout, "targets": made, "num_images": images.clamp(min=1)}
         self.terms.add({"num_images": own}, self.state.global_step)
         return batches, num_items
@@ -197,6 +200,17 @@ class DistillationMixin(Trainer):
             )
         self.distiller.load_state_dict(saved)
 
+    def _by_place(self) -> bool:
+        """Whether a task's targets are laid on the image tokens that show their places."""
+        tasks = self.distiller.objective.tasks.values()
+        return any(
+            task.at is not Position.TASK_TOKENS and task.head.kind != "resampler" and task.own is None for task in tasks
+        )
+
+    def _knows_places(self) -> bool:
+        processor = self.processing_class
+        return isinstance(processor, LlavaProcessor) or knows_places(processor)
+
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
 
@@ -217,6 +231,11 @@ class DistillationMixin(Trainer):
 
     def _refuse_what_would_be_wrong(self) -> None:
         args, given = self.args, self.accelerator
+        if not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"processing_class is a {type(self.processing_class).__name__}: give the processor of a "
+                "vision-language model"
+            )
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         recompute = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         wrong = {
@@ -233,6 +252,7 @@ class DistillationMixin(Trainer):
             "an optimizer of your own (give optimizer_cls_and_kwargs)": self.optimizer is not None,
             f"optim={args.optim}": args.optim in _STEPS_IN_BACKWARD,
             "task tokens": self.distiller.task_tokens is not None,
+            "heads at image tokens (take a resampler) for this model": self._by_place() and not self._knows_places(),
         }
         refused = [name for name, is_wrong in wrong.items() if is_wrong]
         if refused:
@@ -259,6 +279,10 @@ class _ClipDistiller(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._trainer.distiller.parameters(), args.max_grad_norm)
+
+
+def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def _check_teachers(distiller: AttachedDistillation, teachers: Mapping[str, Teacher]) -> None:

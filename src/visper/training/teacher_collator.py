@@ -8,21 +8,26 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LlavaProcessor
 
-from visper.data.vlm import image_blocks
+from visper.data.images import arrange, background_of, geometry_of, visible_places
+from visper.data.vlm import ModelInputs, image_blocks
 
 SHARE = "distillation"
 """Key of the batch under which it is."""
 
 
 class TeacherCollator:
-    """Adds ``batch[SHARE]``: "image_rows" and "image_tokens" ``[S]``, "teacher_images" per task ``[S, ...]``.
+    """Adds ``batch[SHARE]``: "image_rows" and "image_tokens" ``[S]``, "teacher_images" per task ``[S, ...]``, "places".
+
+    Where the student sees an image cropped or padded to a square (LLaVA), so do the teachers.
 
     Args:
         collator: makes the batch of the model.
         preprocess: of each task's teacher.
         processor: of the model, with its tokenizer and image token.
         image_token_id: the token that holds features.
+        by_place: whether a task needs to know what each image token shows, see ``TokenLayout.places``.
     """
 
     def __init__(
@@ -31,11 +36,15 @@ class TeacherCollator:
         preprocess: Mapping[str, Callable[[Image.Image], Tensor]],
         processor: Any,
         image_token_id: int,
+        by_place: bool = False,
     ) -> None:
         self.collator = collator
         self.preprocess = dict(preprocess)
         self.processor = processor
         self.image_token_id = image_token_id
+        is_llava = isinstance(processor, LlavaProcessor)
+        self._geometry = geometry_of(processor.image_processor) if is_llava else "squash"
+        self._inputs = ModelInputs(processor, image_token_id) if by_place and not is_llava else None
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         """The collator's batch with the teachers' share.
@@ -50,15 +59,29 @@ class TeacherCollator:
             self._tokens(row, images, count) for row, (images, count) in enumerate(zip(shown, counts, strict=True))
         ]
         flat = [image for images in shown for image in images]
+        background = background_of(self.processor.image_processor)
+        seen = [arrange(image, self._geometry, background) for image in flat]
         batch[SHARE] = {
             "image_rows": torch.tensor([row for row, images in enumerate(shown) for _ in images], dtype=torch.long),
             "image_tokens": torch.tensor([count for of_row in tokens for count in of_row], dtype=torch.long),
             "teacher_images": {
-                task: torch.stack([preprocess(image) for image in flat]) if flat else torch.empty(0)
+                task: torch.stack([preprocess(image) for image in seen]) if seen else torch.empty(0)
                 for task, preprocess in self.preprocess.items()
             },
+            "places": self._places(shown, [count for of_row in tokens for count in of_row], batch) if flat else None,
         }
         return batch
+
+    def _places(self, shown: Sequence[Sequence[Image.Image]], counts: Sequence[int], batch: Any) -> Tensor | None:
+        """What each image token shows; None: a square grid of all of the image, or no task asks."""
+        if self._inputs is not None:
+            return self._inputs.places([images for images in shown if images], counts, batch)
+        if self._geometry != "pad":
+            return None
+        flat = (image for images in shown for image in images)
+        places = [visible_places(image.size, count) for image, count in zip(flat, counts, strict=True)]
+        known = [of_image for of_image in places if of_image is not None]
+        return torch.cat(known) if len(known) == len(places) else None
 
     def _tokens(self, row: int, images: Sequence[Image.Image], count: int) -> list[int]:
         """How many image tokens each image of a row has, ``count`` together."""
