@@ -170,7 +170,9 @@ def test_every_family_trains_at_every_position(tmp_path, family):
         assert len(terms) == 6 and all(value > 0 for value in terms.values())
 
 
-def test_a_resumed_run_ends_as_one_that_never_stopped(student, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])  # the second is saved under other names than its own
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, family):
+    student = save_vlm(tmp_path / "student", family)
     settings = {"optim": "adamw_torch", "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps"}
     settings |= {"save_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
     once = make_trainer(student, tmp_path, **settings)
@@ -187,6 +189,22 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(student, tmp_path):
     other = make_trainer(student, tmp_path, own={"depth": teachers()["depth"]}, **settings)
     with pytest.raises(ValueError, match=r"is of other tasks: \d+ parameters differ"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_adapters_resume_exactly(tmp_path):
+    peft = pytest.importorskip("peft")
+    student = save_vlm(tmp_path / "student", "qwen2_5_vl")
+
+    def make():
+        extra = {"peft_config": peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)}
+        settings = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+        return make_trainer(student, tmp_path, optim="adamw_torch", max_steps=4, extra=extra, **settings)
+
+    once, again = make(), make()
+    once.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in weights_of(once).items():
+        assert torch.equal(weights_of(again)[name], value), name
 
 
 def test_adapters_train_and_frozen_weights_stay(student, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, broadcast
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -185,6 +186,7 @@ class DistillationMixin(Trainer):
         folder = get_last_checkpoint(str(self.args.output_dir)) if chosen is True else chosen
         if folder:
             self._load_distiller(Path(folder) / WEIGHTS)
+            self._load_renamed(Path(folder))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
 
     def _load_distiller(self, file: Path) -> None:
@@ -199,6 +201,21 @@ class DistillationMixin(Trainer):
                 "tasks that it was saved with"
             )
         self.distiller.load_state_dict(saved)
+
+    def _load_renamed(self, folder: Path) -> None:
+        """Reads a model's own weights from a checkpoint whose names for them are others than the model's.
+
+        transformers saves some models (LLaVA-OneVision, Qwen2.5-VL, InternVL, Gemma 3) under the names of older
+        versions. Its Trainer does not translate them back when it resumes: it would go on from the first weights, with
+        a warning (5.17 to 5.23).
+        """
+        names: set[str] = set()
+        for file in folder.glob("model*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                names |= set(opened.keys())
+        if names - self.model.state_dict().keys():
+            saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(saved.state_dict())
 
     def _by_place(self) -> bool:
         """Whether a task's targets are laid on the image tokens that show their places."""
