@@ -8,7 +8,7 @@ bin=${2:-.venv}/bin
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
 
 "$bin/visper" --help | expect quickstart
-for verb in quickstart train pipeline plan recipes chat evaluate look convert; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in quickstart train pipeline plan recipes chat evaluate look convert push; do "$bin/visper" "$verb" --help | expect Example; done
 for verb in "data list" "data prepare" "data check" "data shard" "targets build" "targets check"; do
     "$bin/visper" $verb --help | expect Example
 done
@@ -21,6 +21,7 @@ picture=$(find "$made/world/images" -name 'held_out_*' | sort | sed -n 1p)
 "$bin/visper" chat "$made/ift" --image "$picture" --prompt "What is in the picture ?"
 "$bin/visper" look "$made/pt" --image "$picture" -o "$made/look.png" | expect look.png
 test -s "$made/look.png"
+"$bin/visper" push "$made/ift" someone/quickstart --dry-run | expect model.safetensors
 "$bin/visper" evaluate "$made/ift" --questions "$made/world/questions.json" --images "$made/world/images" \
     --answers "$made/answers/cli.jsonl" --max-new-tokens 4
 "$bin/visper" train "$made/ift/run.yaml" output="$made/again" optimization.max_steps=2 logging.save_every=1
