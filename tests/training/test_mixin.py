@@ -4,11 +4,16 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 from tests import tiny
 from tests.vlms import FAMILIES, PROCESSORS, save_vlm
+from visper.config import Geometry
+from visper.config import Student as StudentConfig
+from visper.data.images import arrange, background_of
 from visper.distillation import DistilledTask, Head, Position, attach
+from visper.model import build_student
+from visper.model.student import save_student
 from visper.training import DistillationMixin
 from visper.training.teacher_collator import SHARE, TeacherCollator
 
@@ -322,3 +327,42 @@ def test_images_that_the_column_lacks_are_an_error():
     with pytest.raises(ValueError, match="is a str, teachers need PIL images"):
         collate([{"image": "red.png"}])
     assert collate([{"image": picture("red")}])[SHARE]["image_tokens"].tolist() == [2]
+
+
+@pytest.mark.parametrize("geometry", Geometry)
+def test_a_llava_and_its_teachers_see_the_same_part_of_an_image(tmp_path, tiny_llm, tiny_encoder, geometry):
+    config = StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder), task_tokens=None)
+    save_student(build_student(config, geometry), tmp_path / "student")
+    trainer = make_trainer(tmp_path / "student", tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    share, images = batch[SHARE], [image for shown in trainer.train_dataset["images"] for image in shown]
+    assert sorted(share["image_rows"].bincount(minlength=4).tolist()) == [0, 1, 1, 2], "two images stand side by side"
+    seen = {image.numpy().tobytes() for image in share["teacher_images"]["depth"]}
+    background = background_of(trainer.processing_class.image_processor)
+    preprocess = trainer.teachers["depth"].preprocess
+    assert seen == {preprocess(arrange(image, geometry, background)).numpy().tobytes() for image in images}
+    padded = share["places"] is not None and share["places"].isnan().any()
+    assert bool(padded) == (geometry == Geometry.PAD)
+    trainer.train()
+    assert all(value > 0 for terms in terms_of(trainer) for value in terms.values())
+
+
+def test_transformers_own_trainer_and_bfloat16_will_do(student, tmp_path):
+    processor = AutoProcessor.from_pretrained(student)
+    own = trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling(processor)
+    model = AutoModelForImageTextToText.from_pretrained(student, dtype=torch.bfloat16)
+    tasks = {"depth": DistilledTask(teachers()["depth"].spec, (1, 3))}
+    settings = {"max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2, "report_to": "none", "use_cpu": True}
+    trainer = DistillationMixin(
+        model,
+        TrainingArguments(str(tmp_path), bf16=True, remove_unused_columns=False, save_strategy="no", **settings),
+        data_collator=own,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=processor,
+        distiller=attach(model, tasks),
+        teachers={"depth": teachers()["depth"]},
+    )
+    trainer.train()
+    history = terms_of(trainer)
+    assert history[-1]["depth/3/smooth_l1"] < history[0]["depth/3/smooth_l1"]
+    assert {parameter.dtype for parameter in trainer.distiller.parameters()} == {torch.float32}
