@@ -133,7 +133,8 @@ class DistillationMixin(Trainer):
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """The trainer's own; behind the last micro-batch the distiller's gradients are averaged over processes.
 
-        Not by DDP: it would have to see these parameters in the model's forward.
+        Not by DDP: with find_unused_parameters, which SFTTrainer sets, it takes parameters outside the model's forward
+        for unused ones, and a second DDP's reductions would not come in the same order in every process.
         """
         loss: Tensor = super().training_step(*args, **options)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
