@@ -297,6 +297,14 @@ def test_a_frozen_front_of_the_model_is_no_silent_success(student, tmp_path):
         trainer.train()
 
 
+def test_a_distiller_of_another_model_is_an_error(student, tmp_path):
+    other = AutoModelForImageTextToText.from_pretrained(student)
+    own = {"depth": teachers()["depth"]}
+    distiller = attach(other, {"depth": DistilledTask(own["depth"].spec, (1,))})
+    with pytest.raises(ValueError, match="the distiller is attached to another model"):
+        make_trainer(student, tmp_path, own=own, distiller=distiller).train()
+
+
 TEXT = [{"messages": row()["messages"]}] * 4
 
 

@@ -241,6 +241,10 @@ class DistillationMixin(Trainer):
         return 1 if scaled else int(self.current_gradient_accumulation_steps)
 
     def _require_gradient(self, hidden: Mapping[int, Tensor], share: Mapping[str, Any]) -> None:
+        if not hidden:
+            raise ValueError(
+                "the distiller is attached to another model: attach the very one that the trainer is given"
+            )
         if len(share["image_rows"]) and not any(states.requires_grad for states in hidden.values()):
             raise ValueError(
                 f"no trainable parameter of the model lies before the tapped layers {sorted(hidden)}, so that the "
