@@ -104,3 +104,8 @@ def test_every_private_method_of_the_trainer_that_is_overridden_is_listed():
     named = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     overridden = {name for name in named if private(name) and hasattr(Trainer, name)}
     assert overridden == set(compat.TRAINER_METHODS)
+
+
+def test_a_block_mask_is_what_the_rule_says():
+    mask = compat.flex_block_mask(lambda batch, head, query, key: query >= key, 256, torch.device("cpu"))
+    assert mask.to_dense()[0, 0].tolist() == [[1, 0], [1, 1]]

@@ -65,3 +65,13 @@ def forget_adapters(model: Any) -> None:
     """Removes peft's configuration from a model whose adapters are merged: transformers would save it as an adapter
     (peft 0.17 to 0.21)."""
     model.__dict__.pop("peft_config", None)
+
+
+def flex_block_mask(sees: Any, tokens: int, device: Any) -> Any:
+    """Flex attention's mask of one row of ``tokens``, alike for all heads, by ``sees(batch, head, query, key)``.
+
+    Compiled on a GPU, where all pairs of tokens would otherwise be written out first (torch 2.9 to 2.15).
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(sees, None, None, tokens, tokens, device=str(device), _compile=device.type == "cuda")

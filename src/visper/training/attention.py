@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from visper.common.compat import attention_of
+from visper.common.compat import attention_of, flex_block_mask
 from visper.common.errors import ConfigError
 from visper.config import JOINING_ATTENTION, Run
 
@@ -130,17 +130,8 @@ class Joined:
 
     def block_mask(self) -> Any:
         """The same for flex attention."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        tokens, device = len(self.branches), self.branches.device
-        return create_block_mask(
-            lambda _batch, _head, query, key: self.sees(query, key),
-            None,
-            None,
-            tokens,
-            tokens,
-            device=str(device),
-            _compile=device.type == "cuda",  # else all pairs of tokens are written out first
+        return flex_block_mask(
+            lambda _batch, _head, query, key: self.sees(query, key), len(self.branches), self.branches.device
         )
 
 
