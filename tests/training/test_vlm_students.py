@@ -23,7 +23,7 @@ from transformers import (
 from tests.tiny import write_rows
 from tests.vlms import FAMILIES, save_vlm
 from visper.common.errors import ConfigError
-from visper.config import Geometry, Run, VlmStudent, load_run
+from visper.config import Engine, Geometry, Run, VlmStudent, load_run
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.records import Record, ShownImage, Turn
@@ -295,6 +295,9 @@ def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
     run = run_of(tmp_path / "c", folders["gemma3"], "pt")
     with pytest.raises(ConfigError, match="geometry=pad is not supported by Gemma3Processor"):
         starting_processor(run.model_copy(update={"data": run.data.model_copy(update={"geometry": Geometry.PAD})}))
+    zero3 = run.launch.model_copy(update={"engine": Engine.ZERO3})
+    with pytest.raises(ConfigError, match=r"Use launch[.]engine=fsdp or zero2"):
+        starting_processor(run.model_copy(update={"launch": zero3}))
     packed = run.optimization.model_copy(update={"packing": True})
     with pytest.raises(ConfigError, match="packing is not supported"):
         starting_processor(run.model_copy(update={"optimization": packed}))

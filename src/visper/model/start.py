@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaProcessor
 
 from visper.common.errors import ConfigError
-from visper.config import Geometry, Run, Stage, VlmStudent
+from visper.config import Engine, Geometry, Run, Stage, VlmStudent
 from visper.data.images import with_geometry
 from visper.model.build import build_processor, build_student
 from visper.model.student import Student, load_processor, load_student
@@ -75,6 +75,11 @@ def _fit_to_data(processor: Any, run: Run) -> None:
         raise ConfigError(
             f"data.geometry={run.data.geometry} is not supported by {type(processor).__name__}, which sees images in "
             "their own resolution: remove it"
+        )
+    if run.launch.engine is Engine.ZERO3:
+        raise ConfigError(
+            f"launch.engine=zero3 is not supported by a student with {type(processor).__name__}: "
+            "training hung. Use launch.engine=fsdp or zero2"
         )
     if run.packed:
         key = "data.join_conversations" if run.data.join_conversations else "optimization.packing"

@@ -9,6 +9,7 @@ Shape suffixes: B = rows, L = tokens of a row, T = supervised tokens, D = width 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ class TrainingModel(nn.Module):
         in which they are computed."""
         self.image_token_id = student.image_token_id
         self.task_token_ids = dict(student.task_token_ids)
-        self._blank_image = student.blank_image
+        self._blank_image = functools.cache(student.blank_image)
         self.logit_cap = None if student.is_llava else logit_cap(student.model)
         self.register_buffer("silent_ids", torch.tensor(student.silent_ids, dtype=torch.long), persistent=False)
         if task_tokens is not None:
