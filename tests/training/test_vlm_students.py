@@ -29,6 +29,7 @@ from visper.data.dataset import ConversationDataset
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.vlm import ModelInputs, encoder_for
 from visper.evaluation import answer
+from visper.evaluation.ask import as_row
 from visper.model import load_processor, load_student, save_student
 from visper.model.known import logit_cap
 from visper.model.parts import part_of
@@ -427,6 +428,33 @@ def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_pat
             "pt",
             distillation={"tasks": {"depth": {"target": teacher, "layers": [1]}}},
         )
+
+
+@every_family
+@pytest.mark.parametrize("stage", ["pt", "ift"])
+def test_task_tokens_stand_behind_the_image_in_the_plain_folder_too(family, stage, folders, rows, tmp_path):
+    teacher = {"kind": "tests.tiny:PooledColors", "model": "colors", "grid": 4, "width": 8}
+    task = {"target": teacher, "layers": [1, 2], "head": {"heads": 2, "head_width": 4}}
+    student = {"vlm": str(folders[family]), "max_pixels": None, "task_tokens": {"order": ["depth"], "per_task": 4}}
+    run = run_of(tmp_path, folders[family], stage, distillation={"tasks": {"depth": task}}, student=student)
+    run_stage(run)
+    found = logged(tmp_path)
+    assert found["depth/1/smooth_l1"] > 0 and found["depth/2/info_nce"] > 0
+    made = load_student(tmp_path / "out")
+    ids = made.task_token_ids["depth"]
+    rows_of = made.model.get_input_embeddings().weight[ids]
+    assert len(ids) == 4 and (stage == "ift" or not torch.equal(rows_of[0], rows_of[1]))
+    encoder = encoder_for(made.processor)
+    record = as_row("What is it?", ["a.png"])
+    asked, _, spans = encoder._tokens(record, asks=True, sizes=((64, 48),))
+    start, end = spans[0]
+    assert [token for token in asked if token in ids] == ids == [token for token in asked[start:end] if token in ids]
+    # The saved processor, as stock transformers loads it, makes the same.
+    stock = AutoProcessor.from_pretrained(tmp_path / "out" / "model")
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    text = stock.apply_chat_template([message], add_generation_prompt=True)
+    inputs = stock(text=[text], images=[[Image.new("RGB", (64, 48))]], return_tensors="pt")
+    assert [token for token in inputs["input_ids"][0].tolist() if token in ids] == ids
 
 
 @every_family

@@ -63,6 +63,7 @@ class VlmStudent(Section):
     max_pixels: PositiveInt | None = Field(
         None, description="of an image: the processor scales larger ones down; default: the processor's own limit"
     )
+    task_tokens: TaskTokenLayout | None = Field(None, description="behind each image, as in a student of parts")
     trust_remote_code: bool = False
 
     @model_validator(mode="before")
@@ -79,11 +80,6 @@ class VlmStudent(Section):
                 "give 'llm' and 'encoder' in place of 'vlm'"
             )
         return own
-
-    @property
-    def task_tokens(self) -> None:
-        """It has none."""
-        return None
 
 
 def _student_kind(given: Any) -> str:

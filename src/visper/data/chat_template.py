@@ -210,3 +210,29 @@ def lacks_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     As transformers' processors decide at inference; training must not differ.
     """
     return not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
+
+
+def behind_images(template: str, text: str) -> str:
+    """A model's chat template that shows ``text`` behind each image, as if the message had it there."""
+    return BEHIND_IMAGES.replace("TEXT", text) + template
+
+
+BEHIND_IMAGES = (
+    "{%- set shown = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if not message['content'] or message['content'] is string -%}"
+    "{%- set shown.messages = shown.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set own = namespace(parts=[]) -%}"
+    "{%- for content in message['content'] -%}"
+    "{%- set own.parts = own.parts + [content] -%}"
+    "{%- if content['type'] in ('image', 'image_url') -%}"
+    "{%- set own.parts = own.parts + [{'type': 'text', 'text': 'TEXT'}] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set shown.messages = shown.messages + [dict(message, content=own.parts)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = shown.messages -%}"
+)
+"""In front of a template: the messages it is given, with a text part behind each image part."""

@@ -91,23 +91,34 @@ class VlmEncoder(ConversationEncoder):
         text, answers, cuts = self._fill(record, asks, blocks)
         ids, offsets = self._tokenize(text, cuts)
         labels = supervise(ids, offsets, answers)
-        return ids, labels, self._spans(ids, labels, [block.count(self._image_text) for block in blocks])
+        return ids, labels, self._spans(ids, labels, blocks)
 
-    def _spans(self, ids: list[int], labels: list[int], counts: Sequence[int]) -> list[tuple[int, int]]:
+    def _spans(self, ids: list[int], labels: list[int], blocks: Sequence[str]) -> list[tuple[int, int]]:
         """Of each image, from its first token to its last, the special tokens on both sides included."""
+        counts = [block.count(self._image_text) for block in blocks]
+        tails = [len(self._ids(block.rpartition(self._image_text)[2])) for block in blocks]
         places = [at for at, token in enumerate(ids) if token == self.image_token_id]
         if len(places) != sum(counts):
             raise DataError("image tokens", f"the row has {len(places)} image tokens: expected {sum(counts)}")
         spans: list[tuple[int, int]] = []
-        for count in counts:
+        for count, tail in zip(counts, tails, strict=True):
             own, places = places[:count], places[count:]
             start, end = own[0], own[-1] + 1
             while start > (spans[-1][1] if spans else 0) and ids[start - 1] in self._behind_image:
                 start -= 1
             while end < len(ids) and ids[end] in self._behind_image and labels[end] == IGNORED:
                 end += 1
-            spans.append((start, end))
+            last = min(own[-1] + 1 + tail + len(self._tail), len(ids))
+            behind = [at for at in range(end, last) if ids[at] in self._behind_image and ids[at] in self._tail]
+            spans.append((start, behind[-1] + 1 if behind else end))
         return spans
+
+    @cached_property
+    def _tail(self) -> list[int]:
+        """The tokens that the template puts between an image and the text behind it, task tokens among them."""
+        content = [{"type": "image"}, {"type": "text", "text": SENTINEL.format(0)}]
+        shown = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return self._ids(shown.split(SENTINEL.format(0))[0].rpartition(self.processor.image_token)[2])
 
     @cached_property
     def _image_text(self) -> str:

@@ -92,11 +92,10 @@ class Student:
     def silent_ids(self) -> list[int]:
         """Vocabulary that stands for inputs only (image, task tokens): never an answer.
 
-        None of a model that brings its vocabulary: it is scored as that model scores it.
+        Of a model that brings its vocabulary the task tokens alone: the rest is scored as that model scores it.
         """
-        if not self.is_llava:
-            return []
-        return [self.image_token_id, *(token for ids in self.task_token_ids.values() for token in ids)]
+        image = [self.image_token_id] if self.is_llava else []
+        return [*image, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
 @without_loading_bars()

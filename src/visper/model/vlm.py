@@ -11,10 +11,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
+from visper.data.chat_template import behind_images
 from visper.model.hub import loading
 from visper.model.known import require_known
 from visper.model.parts import PROJECTOR, parameters_of
 from visper.model.student import ANSWERING_SIDE, Student
+from visper.model.task_tokens import task_token_names
+from visper.model.words import set_to_mean
 
 
 def build_vlm(config: VlmStudent, dtype: Any = torch.float32) -> Student:
@@ -44,7 +47,30 @@ def build_vlm(config: VlmStudent, dtype: Any = torch.float32) -> Student:
     if dtype == "auto":
         for _, parameter in parameters_of(model, PROJECTOR):
             parameter.data = parameter.data.float()
-    return Student(model.eval(), processor)
+    student = Student(model.eval(), processor, task_token_ids(config, processor.tokenizer))
+    _make_room(student)
+    return student
+
+
+def task_token_ids(config: VlmStudent, tokenizer: Any) -> dict[str, list[int]]:
+    """Per task the ids of its tokens, which the tokenizer gains if it lacks them."""
+    layout = config.task_tokens
+    names = {task: task_token_names(task, layout.per_task) for task in layout.order} if layout else {}
+    tokenizer.add_tokens([name for of_task in names.values() for name in of_task], special_tokens=True)
+    return {task: list(tokenizer.convert_tokens_to_ids(of_task)) for task, of_task in names.items()}
+
+
+def _make_room(student: Student) -> None:
+    """Gives the model rows for its task tokens, set to the mean of its own, and keeps it from answering with them."""
+    new, model = student.silent_ids, student.model
+    if not new:
+        return
+    size = len(model.get_input_embeddings().weight)
+    if max(new) >= size:
+        model.resize_token_embeddings(max(new) + 1, mean_resizing=False)
+    set_to_mean((model.get_input_embeddings(), model.get_output_embeddings()), new, min(size, *new))
+    kept = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = sorted({*kept, *new})
 
 
 def build_vlm_processor(config: VlmStudent) -> Any:
@@ -62,6 +88,10 @@ def build_vlm_processor(config: VlmStudent) -> Any:
         )
     if config.max_pixels is not None:
         limit_pixels(processor, config.max_pixels)
+    ids = task_token_ids(config, processor.tokenizer)
+    if ids:
+        names = processor.tokenizer.convert_ids_to_tokens([token for of_task in ids.values() for token in of_task])
+        processor.chat_template = behind_images(processor.chat_template, "".join(names))
     return processor
 
 
