@@ -40,6 +40,7 @@ def test_a_null_takes_a_loss_or_an_option_away():
         ({"loss": {"cosin": 1.0}}, "unknown loss 'cosin': did you mean 'cosine'"),
         ({"loss": {"cosine": 0.0}}, "greater than 0"),
         ({"loss": {}}, "at least 1 item"),
+        ({"loss": {"cosine": 1.0, "mine:cosine": 1.0}}, "share a name in the log"),
         ({"layers": []}, "needs 'layers'"),
         ({"at": "projector"}, "has no layers: remove 'layers'"),
         ({"target": {"kind": "dinov2"}}, "needs 'model'"),

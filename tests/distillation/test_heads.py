@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from tests.tiny import published_predictors
 from visper.config import Head
 from visper.distillation import DistilledTask, EmbeddingDistillation
-from visper.distillation.heads import build_head, fit_queries, query_rows, query_source
+from visper.distillation.heads import build_head, check_head_fits, fit_queries, query_rows, query_source
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers import TargetSpec
 
@@ -79,3 +79,13 @@ def test_predictors_do_not_depend_on_the_tasks_name():
     objective = EmbeddingDistillation(tasks, llm_width=12, llm_layers=2)
     depth, normals = (objective.predictors[f"{name}_1"].state_dict() for name in tasks)
     assert {n: v.shape for n, v in depth.items()} == {n: v.shape for n, v in normals.items()}
+
+
+def test_a_resampler_of_one_channel_predicts_what_it_reads():
+    """Layer normalization over one channel would leave its bias alone."""
+    torch.manual_seed(0)
+    head = build_head(Head(inner="llm"), 12, TargetSpec(4, 1, (2, 2)))
+    predicted = head(torch.randn(3, 5, 12), torch.randn(1, 4, 12))
+    assert predicted.shape == (3, 4, 1) and predicted.std() > 0.01
+    with pytest.raises(ValueError, match=r"head\.inner' to llm"):
+        check_head_fits("edges", Head(), TargetSpec(4, 1, (2, 2)))

@@ -112,3 +112,10 @@ def test_info_nce_of_masked_tokens_is_that_of_the_others():
     mask = torch.tensor([[True, False, True, True]] * 2)
     seen = info_nce(predicted[:, mask[0]], pool[:, mask[0]], labels, torch.tensor(1.0))
     torch.testing.assert_close(info_nce(predicted, pool, labels, torch.tensor(1.0), mask), seen)
+
+
+def test_gram_stays_float32_under_autocast():
+    predicted, target = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gram(predicted, target)
+    assert torch.equal(found, gram(predicted, target))

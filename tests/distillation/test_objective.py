@@ -209,6 +209,11 @@ def test_objective_of_a_run():
         (DistilledTask(SPECS["depth"], (2, 2), published_predictors()["depth"]), "each to be tapped once"),
         (DistilledTask(SPECS["depth"], (1,), Head(num_queries=3)), "head.num_queries' to 4"),
         (DistilledTask(SPECS["depth"], (1,), Head(queries="states")), "head.queries' to 'matrix'"),
+        (
+            DistilledTask(TargetSpec(4, 1, (2, 2)), (1,), Head(kind="linear"), loss={"cosine": 1.0}),
+            "directions.*to smooth_l1",
+        ),
+        (DistilledTask(SPECS["depth"], (1,), loss={"math:l1": 1.0}), "loss 'math:l1' cannot be loaded"),
     ],
 )
 def test_tasks_that_fit_neither_model_nor_teacher_are_refused(task, message):
@@ -223,3 +228,15 @@ def test_missing_targets_are_named(objective, queries):
         objective(states(1), layout([ROW]), queries, want, 1)
     with pytest.raises(ValueError, match="1 targets for 2 images"):
         objective(states(2), layout([ROW, ROW]), queries, targets(1), 2)
+
+
+def mean_of_batch(predicted, target, mask=None):
+    return (predicted - target).abs().mean()
+
+
+def test_a_loss_of_ones_own_that_averages_over_images_is_refused(queries):
+    """Its value would be divided by the images twice."""
+    task = DistilledTask(SPECS["depth"], LAYERS["depth"], loss={f"{__name__}:mean_of_batch": 1.0})
+    objective = EmbeddingDistillation({"depth": task}, WIDTH, 4)
+    with pytest.raises(ValueError, match=r"mean_of_batch' returned shape \(\) for 2 images: return one number"):
+        objective(states(2), layout([ROW, ROW]), queries, targets(2), 2)

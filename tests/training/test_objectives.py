@@ -212,6 +212,15 @@ def test_a_frozen_head_stays_passes_gradient_on_and_is_kept_in_checkpoints(stude
     assert set(names) <= set(trainable_state(model))
 
 
+def test_a_frozen_head_leaves_the_heads_of_a_task_of_similar_name(student):
+    student.task_token_ids = {}
+    tasks = {name: objective(head="mlp").tasks["depth"] for name in ("depth", "depth_metric")}
+    tasks["depth"] = tasks["depth"].model_copy(update={"head": tasks["depth"].head.model_copy(update={"frozen": True})})
+    model = model_of(student, Distillation(tasks=tasks))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad and "predictors" in name}
+    assert {name.split(".")[2] for name in trainable} == {"depth_metric_2", "depth_metric_4"}
+
+
 def test_the_weight_falls_to_zero_over_its_share_of_the_steps(student):
     model = model_of(student, objective(schedule={"end": 0.5}))
     batch = batch_of(model, samples(model), pool=pool_of(model))
@@ -309,6 +318,18 @@ def test_heads_go_on_in_the_next_stage_where_target_and_head_are_the_same(make, 
     before = load_file(tmp_path / "pt" / "distillation" / "weights.safetensors")
     assert all(torch.allclose(weights[0][name], value) for name, value in before.items())
     assert weights[1].keys() != before.keys()
+
+
+def test_heads_of_a_task_of_similar_name_do_not_go_on_with_it(make, tmp_path):
+    before, after = (objective(head="mlp").tasks["depth"] for _ in range(2))
+    other = after.model_copy(update={"target": after.target.model_copy(update={"model": "other colors"})})
+    run_stage(make("pt", "pt", Distillation(tasks={"depth": before, "depth_metric": before})))
+    tasks = Distillation(tasks={"depth": before, "depth_metric": other})
+    run_stage(make("ift", distillation=tasks, start="pt", optimization={"lr": 1e-12, "max_steps": 1}))
+    pt, ift = (load_file(tmp_path / name / "distillation" / "weights.safetensors") for name in ("pt", "ift"))
+    for name, weights in pt.items():
+        if name.endswith("weight"):
+            assert torch.allclose(ift[name], weights, atol=1e-6) == ("depth_metric" not in name), name
 
 
 def test_an_objective_in_fine_tuning_resumes_exactly(make, tmp_path):

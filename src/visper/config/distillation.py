@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from visper.config.kinds import OWN_TARGETS, TEACHERS, check_head, check_options, class_place, loss_place
+from visper.config.kinds import OWN_TARGETS, TEACHERS, check_head, check_options, class_place, loss_name, loss_place
 from visper.config.paths import PathText
 from visper.config.section import Choice, Section
 
@@ -126,6 +126,9 @@ class Task(Section):
     def _known_losses(cls, loss: dict[str, float]) -> dict[str, float]:
         for kind in loss:
             loss_place(kind)
+        names = [loss_name(kind) for kind in loss]
+        if len(set(names)) < len(names):
+            raise ValueError(f"losses {list(loss)} share a name in the log: rename a function of your own")
         return loss
 
     @model_validator(mode="after")

@@ -110,6 +110,11 @@ def loss_place(kind: str) -> str:
     return LOSSES[kind] if kind in LOSSES else _own_place("loss", kind, list(LOSSES), "function")
 
 
+def loss_name(kind: str) -> str:
+    """What the log calls a loss: its key, or the name of your own function."""
+    return kind.rsplit(":")[-1]
+
+
 def _own_place(what: str, kind: str, known: list[str], member: str) -> str:
     if not _OWN_KIND.fullmatch(kind):
         raise ValueError(f"unknown {what} '{kind}': " + nearest(kind, [*known, f"module:{member} of your own"]))

@@ -114,7 +114,9 @@ def _view_and_lines(processor: Any, shown: Shown) -> Tensor:
     if not shown.alone:
         seen = visible_places(shown.size, side * side)
         assert seen is not None
-        return torch.cat((seen, end))
+        # From the square to the image in it, which is what a teacher sees.
+        in_image = (seen - 0.5) * max(shown.size) / torch.tensor(shown.size) + 0.5
+        return torch.cat((in_image, end))
     width, height = shown.size
     images = processor.image_processor
     pixels = images.size["height"]

@@ -165,6 +165,11 @@ def check_head_fits(
     ``per_task``, the number of task tokens, is None where it is not known.
     """
     if spec.kind == "resampler":
+        if target.width == 1 and spec.options.get("inner", "target") == "target":
+            raise ValueError(
+                f"task '{task}': a resampler of the target's width, one channel, normalizes away all that it reads: "
+                f"set 'distillation.tasks.{task}.head.inner' to llm"
+            )
         _check_queries(task, spec, target, per_task if at is Position.TASK_TOKENS else None)
     elif at is not Position.TASK_TOKENS and (target.grid is None or target.tokens == 1) and not target.own:
         raise ValueError(

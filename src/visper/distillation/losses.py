@@ -28,9 +28,16 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def loss_named(kind: str) -> Loss:
-    """The function of a kind of loss."""
+    """The function of a kind of loss.
+
+    Raises:
+        ValueError: there is none.
+    """
     module, name = loss_place(kind).split(":")
-    found: Loss = getattr(import_module(module), name)
+    try:
+        found: Loss = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"loss '{kind}' cannot be loaded: {error}") from error
     return found
 
 
@@ -58,7 +65,8 @@ def gram(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = Non
     if predicted_BNE.shape[:2] != target_BNE.shape[:2]:
         _paired(predicted_BNE, target_BNE)
     predicted, target = (normalize(values.float(), dim=-1) for values in (predicted_BNE, target_BNE.detach()))
-    off_BNN = (predicted @ predicted.mT - target @ target.mT).square()
+    with torch.autocast(predicted.device.type, enabled=False):
+        off_BNN = (predicted @ predicted.mT - target @ target.mT).square()
     if mask_BN is None:
         return off_BNN.flatten(1).mean(1)
     pairs_BNN = (mask_BN[:, :, None] & mask_BN[:, None, :]).float()

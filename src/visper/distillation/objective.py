@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visper.config import PUBLISHED_LOSS, Distillation, Head, Position
 from visper.config import Task as TaskConfig
+from visper.config.kinds import loss_name
 from visper.distillation.alignment import TokenPlaces, laid_on_grid, laid_on_tokens, pooled
 from visper.distillation.heads import ResamplerHead, build_head, check_head_fits, query_source
 from visper.distillation.layout import Positions, TokenLayout
@@ -77,6 +78,10 @@ class DistilledTask:
     def head_name(self, name: str, layer: int) -> str:
         """Where in ``predictors`` the head of a layer is, ``name`` being the task's."""
         return f"{name}_{'shared' if self.head.shared else layer}"
+
+    def head_names(self, name: str) -> list[str]:
+        """Where in ``predictors`` all its heads are."""
+        return list(dict.fromkeys(self.head_name(name, layer) for layer in self.tapped))
 
     def weight_at(self, progress: float) -> float:
         """The weight after this share of the steps."""
@@ -145,6 +150,7 @@ class EmbeddingDistillation(nn.Module):
             for layer in task.tapped
             for kind, factor in task.loss.items()
         }
+        self._losses = {kind: loss_named(kind) for task in tasks.values() for kind in task.loss if kind != CONTRASTIVE}
         self.llm_width = llm_width
         self.text_keys = text_keys
         self.recompute = False
@@ -214,7 +220,8 @@ class EmbeddingDistillation(nn.Module):
                         assert given is not None
                         value = self._contrastive(name, predicted[layer], given, reading)
                     else:
-                        value = loss_named(kind)(predicted[layer], target, _loss_mask(task, reading))
+                        value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
+                        _check_value(kind, value, len(layout.rows))
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
 
@@ -329,7 +336,7 @@ class EmbeddingDistillation(nn.Module):
 
 
 def _term(name: str, layer: int, kind: str) -> str:
-    return f"{name}/{layer}/{kind.rsplit(':')[-1]}"
+    return f"{name}/{layer}/{loss_name(kind)}"
 
 
 def _check(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> None:
@@ -342,10 +349,24 @@ def _check(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> N
             f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
         )
     check_head_fits(name, task.head, task.target, task.at)
+    directions = [kind for kind in ("cosine", "gram") if kind in task.loss]
+    if task.target.width == 1 and directions:
+        raise ValueError(
+            f"task '{name}': loss '{directions[0]}' compares directions, of which a target of one channel has none: "
+            f"set 'distillation.tasks.{name}.loss' to smooth_l1 or mse"
+        )
     if task.head.kind == "none" and task.target.width != llm_width and set(task.loss) != {"gram"}:
         raise ValueError(
             f"task '{name}': head 'none' compares states of width {llm_width} with a target of width "
             f"{task.target.width}, which the loss gram alone can do: set head.kind to linear"
+        )
+
+
+def _check_value(kind: str, value: Tensor, images: int) -> None:
+    """A mean over the images would be divided by their number once more."""
+    if value.shape != (images,):
+        raise ValueError(
+            f"loss '{kind}' returned shape {tuple(value.shape)} for {images} images: return one number for each image"
         )
 
 

@@ -94,7 +94,8 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, num_latents, width) / width**0.5) if num_latents else None
         self.project_in = nn.Linear(width_in, width)
         self.project_out = nn.Linear(width, width_out)
-        self.norm_out = nn.LayerNorm(width_out)
+        # One channel normalized is its bias, whatever was predicted.
+        self.norm_out = nn.LayerNorm(width_out) if width_out > 1 else nn.Identity()
         self.layers = nn.ModuleList(ResamplerLayer(width, heads, head_width, ff_mult) for _ in range(depth))
 
     def forward(

@@ -49,7 +49,7 @@ def build_targets(
     """Computes the targets that the store lacks for the run's images and teachers.
 
     Args:
-        run: a PT run; its data, geometry and teachers count.
+        run: its data, geometry and teachers count.
         out: the store's folder; created if it does not exist.
         dtype: a key of ``quantize.DTYPES``; default: the store's, float16 for a new one.
         batch: images per forward pass of a teacher.
@@ -60,8 +60,8 @@ def build_targets(
         ConfigError: the run has no teachers, ``out`` is not a store, or the disk is too small.
         DataError: a source is missing, or an image changes while it is read.
     """
-    if run.distillation is None:
-        raise ConfigError(f"'{run.name}' has no 'distillation', so it needs no targets: give the run of stage pt")
+    if run.distillation is None or not run.distillation.taught:
+        raise ConfigError(f"no task of '{run.name}' has a teacher, so there is nothing to store: give a run with one")
     row_files(run.data)  # missing sources are an error before anything is loaded
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     console = Console(quiet=quiet or not state.is_main_process, soft_wrap=True)

@@ -121,7 +121,7 @@ def continue_objective(model: TrainingModel, distillation: Distillation, start_f
     if not saved_run.is_file():
         return 0
     before = load_run(saved_run).distillation
-    assert before is not None
+    assert before is not None and model.objective is not None
     state = model.state_dict()
     weights = load_file(place / "distillation" / "weights.safetensors")
     found = {}
@@ -129,8 +129,10 @@ def continue_objective(model: TrainingModel, distillation: Distillation, start_f
         old = before.tasks.get(name)
         if old is None or (old.target, old.head, old.at, old.layers) != (task.target, task.head, task.at, task.layers):
             continue
-        places = (f"objective.predictors.{name}_", f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
-        own = {n: t for n, t in weights.items() if n.startswith(places) and n in state and state[n].shape == t.shape}
+        heads = tuple(f"objective.predictors.{head}." for head in model.objective.tasks[name].head_names(name))
+        others = (f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
+        theirs = {n: t for n, t in weights.items() if n.startswith(heads) or n in others}
+        own = {n: t for n, t in theirs.items() if n in state and state[n].shape == t.shape}
         found[name] = own
     model.load_state_dict({n: t for own in found.values() for n, t in own.items()}, strict=False)
     return len(found)

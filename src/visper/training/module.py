@@ -86,7 +86,10 @@ class TrainingModel(nn.Module):
         if self.objective is None:
             return []
         frozen = tuple(
-            f"objective.predictors.{name}_" for name, task in self.objective.tasks.items() if task.head.frozen
+            f"objective.predictors.{head}."
+            for name, task in self.objective.tasks.items()
+            if task.head.frozen
+            for head in task.head_names(name)
         )
         return [name for name, _ in self.named_parameters() if name.startswith(frozen)]
 

@@ -6,7 +6,7 @@ Layout of a stage's output::
     content.json    digests of the rows, images and weights that it is trained on
     adapter/        with 'lora': the low-rank updates in peft's format; model/ holds them merged
     model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
-    distillation/   PT only: predictors, logit scales and query matrices, for looking and probing
+    distillation/   with distillation: predictors, logit scales and query matrices, for looking and probing
     checkpoints/    what is needed to continue, complete or absent
     log.jsonl       every logged value
     dropped.jsonl   rows left out, with the reason
