@@ -5,10 +5,11 @@ from visper.config.kinds import TEACHERS
 from visper.distillation.attach import AttachedDistillation, ModelFacts, attach
 from visper.distillation.heads import ResamplerHead, TokenHead, build_head, check_head_fits, query_rows
 from visper.distillation.layout import TokenLayout
-from visper.distillation.objective import PROJECTED, DistilledTask, EmbeddingDistillation
+from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.tap import HiddenStateTap, InputTap
 from visper.distillation.targets import Targets, gather_targets
+from visper.distillation.task import PROJECTED, DistilledTask
 from visper.distillation.teachers import TargetSpec, Teacher, build_teacher, target_spec
 
 __all__ = [

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from visper.config import Position
 from visper.distillation.heads import query_rows
 from visper.distillation.layout import TokenLayout
-from visper.distillation.objective import DistilledTask, EmbeddingDistillation
+from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.tap import HiddenStateTap, InputTap
 from visper.distillation.targets import Targets, gather_targets
+from visper.distillation.task import DistilledTask
 from visper.model import TaskTokens, random_rows
 
 
