@@ -153,7 +153,7 @@ def test_an_image_without_a_tag_is_shown(
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("two_image_tags_one_sentence", "several image tags"), ("empty_answer", "no supervised token")],
+    [("two_image_tags_one_sentence", "images and tags differ"), ("empty_answer", "no supervised token")],
 )
 def test_rows_with_nothing_to_learn_or_several_tags_are_bad(
     encoder: ConversationEncoder, fixture: dict[str, Any], name: str, reason: str
