@@ -73,7 +73,8 @@ def main() -> None:
             points.append(chance.randint(1, moments))
             ended = in_fork(lambda at=points[-1]: run(recipe, output, at))
             kills += ended == signal.SIGKILL
-            if ended != signal.SIGKILL or len(points) == 3:
+            finished = (output / "model").exists()  # killed behind its last act
+            if ended != signal.SIGKILL or finished or len(points) == 3:
                 break
         if not (output / "model").exists():
             ended = in_fork(lambda: run(recipe, output))
