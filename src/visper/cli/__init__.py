@@ -65,6 +65,16 @@ def options(
         os.environ[DEBUG] = "1"
 
 
+def _leave_group() -> None:
+    """Ends the threads of the process group, which otherwise sometimes abort the process when Python ends.
+
+    Only where every process leaves: one that others wait for would hang in it.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def main() -> None:
     """Entry point: an expected error is one message; anything else is a bug, shown with its traceback."""
     try:
@@ -77,6 +87,8 @@ def main() -> None:
             message = str(error) + (hub_cache_remedy(error) if isinstance(error, OSError) else "")
             name = "stopped" if isinstance(error, StoppedError) else "error"
             Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), message))
+        if shared:
+            _leave_group()
         sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
         print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)
