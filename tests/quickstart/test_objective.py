@@ -12,7 +12,7 @@ from visper.distillation import gather_targets
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.predictions import predict_images
 from visper.model.start import starting_student
-from visper.quickstart.objective import scaled_objective, sources_of
+from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
 from visper.quickstart.run import FAST, copy_bases, stage_runs, supervised_stage
 from visper.training.assemble import build_training_model, choose_trainable
 
@@ -70,7 +70,7 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     found["loss"].backward()
     terms = {term: value for term, value in found.items() if term.count("/") == 2}
     assert terms and all(value > 0 for value in terms.values())
-    sources = sources_of(run, student)
+    sources = sources_of(run, student, drawing_teachers(run))
     for place, values in predict_images(model.eval(), images, "What?").items():
         assert values.shape[:2] == sources[place.split("/")[0]](images).shape[:2]
 

@@ -157,12 +157,13 @@ class EmbeddingDistillation(nn.Module):
                 target = self._fitted(task, given.own, reading)
             else:
                 given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
+            pool = self._common_pool(task, given, reading)
             predicted = self._predicted(name, hidden, queries, reading)
             for layer in task.tapped:
                 for kind in task.loss:
                     if kind == CONTRASTIVE:
                         assert given is not None
-                        value = self._contrastive(name, predicted[layer], given, reading)
+                        value = self._contrastive(name, predicted[layer], given, pool, reading)
                     else:
                         value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
                         _check_value(kind, value, len(layout.rows))
@@ -234,16 +235,27 @@ class EmbeddingDistillation(nn.Module):
             return laid_on_tokens(target_MNE, task.target, reading.places, image)
         return pooled(target_MNE, min(reading.positions.index.shape[1], task.target.tokens))
 
-    def _contrastive(self, name: str, predicted_SKE: Tensor, given: Targets, reading: Reading) -> Tensor:
+    def _common_pool(self, task: DistilledTask, given: Targets | None, reading: Reading) -> Tensor | None:
+        """The pool in the form of every image's prediction, once for all layers; None: they differ, or it is unused."""
+        alike = reading.places is None or reading.places.side is not None
+        return (
+            self._fitted(task, given.pool, reading, 0)
+            if alike and given is not None and CONTRASTIVE in task.loss
+            else None
+        )
+
+    def _contrastive(
+        self, name: str, predicted_SKE: Tensor, given: Targets, pool: Tensor | None, reading: Reading
+    ) -> Tensor:
         task, scale, mask = self.tasks[name], self.logit_scales[name], _loss_mask(self.tasks[name], reading)
-        if reading.places is None or reading.places.side is not None:
-            return info_nce(predicted_SKE, self._fitted(task, given.pool, reading, 0), given.labels, scale, mask)
+        if pool is not None:
+            return info_nce(predicted_SKE, pool, given.labels, scale, mask)
         # Images of several shapes: each is compared with the pool laid on its own tokens.
         values = []
         for at in range(len(predicted_SKE)):
-            pool, own = self._fitted(task, given.pool, reading, at), slice(at, at + 1)
+            own_pool, own = self._fitted(task, given.pool, reading, at), slice(at, at + 1)
             seen = None if mask is None else mask[own]
-            values.append(info_nce(predicted_SKE[own], pool, given.labels[own], scale, seen))
+            values.append(info_nce(predicted_SKE[own], own_pool, given.labels[own], scale, seen))
         return torch.cat(values)
 
     def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:

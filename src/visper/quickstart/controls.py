@@ -88,11 +88,13 @@ def findings(
         fit, judged: see above.
     """
     found = []
+    tasks = dict.fromkeys(name.split("/")[0] for name in predicted)
+    targets = {task: (sources[task](fit.images), sources[task](judged.images)) for task in tasks}
     for name, values in predicted.items():
         task = name.split("/")[0]
         tokens = values.shape[1]
-        mean_NE = pooled(sources[task](fit.images), tokens).mean(0)
-        target_SNE = sources[task](judged.images)
+        fitted_SNE, target_SNE = targets[task]
+        mean_NE = pooled(fitted_SNE, tokens).mean(0)
         shuffled = pooled(target_SNE.roll(len(target_SNE) // 2, dims=0), tokens)
         cosine = centered_cosine(values, pooled(target_SNE, tokens), mean_NE)
         control = {"another scene's target": centered_cosine(values, shuffled, mean_NE)}

@@ -7,6 +7,7 @@ offline world has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def _scaled(task: Task, at: int, depth: float, width: float, bases: Path) -> dic
     return {**task.model_dump(mode="json"), "layers": layers, "head": head, "target": target}
 
 
-def sources_of(run: Run, student: Student | None) -> dict[str, Source]:
-    """Where each task's targets come from; ``student`` makes those of its own parts."""
+def sources_of(run: Run, student: Student | None, teachers: Mapping[str, TowerTeacher]) -> dict[str, Source]:
+    """Where each task's targets come from: ``teachers``, or of its own parts ``student``."""
     assert run.distillation is not None
     sources: dict[str, Source] = {}
     for name, task in run.distillation.tasks.items():
@@ -84,7 +85,7 @@ def sources_of(run: Run, student: Student | None) -> dict[str, Source]:
             assert student is not None
             sources[name] = _OwnFeatures(student, task.target.kind)
         else:
-            sources[name] = _TeacherTargets(task.target.place)
+            sources[name] = partial(teacher_targets, teachers[name])
     return sources
 
 
@@ -92,14 +93,6 @@ def drawing_teachers(run: Run) -> Mapping[str, TowerTeacher]:
     """The teachers of a run's tasks, which can draw their maps."""
     assert run.distillation is not None
     return {name: TowerTeacher(Path(task.target.place)) for name, task in run.distillation.taught.items()}
-
-
-class _TeacherTargets:
-    def __init__(self, place: str) -> None:
-        self.teacher = TowerTeacher(Path(place))
-
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        return teacher_targets(self.teacher, images)
 
 
 class _OwnFeatures:

@@ -115,7 +115,8 @@ def quickstart(
     if supervised is not None:
         with seconds("predictions"):
             run = runs[supervised]
-            sources, teachers = sources_of(run, load_student(run.output)), drawing_teachers(run)
+            teachers = drawing_teachers(run)
+            sources = sources_of(run, load_student(run.output), teachers)
             found = findings(read_predictions(out / "monitored")[steps[-1]], sources, teachers, fit, judged)
     table = {name: scores(rows) for name, rows in answered.items()}
     cues = json.loads((world / "world.json").read_text(encoding="utf-8"))["cheap_cues"]

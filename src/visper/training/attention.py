@@ -7,7 +7,7 @@ Three ways, by the attention function of the LLM:
   sample get a second call, with a dense mask of their tokens x the sample's.
 - ``flash_attention_2`` and ``3``: transformers calls the kernel for variable lengths with the borders of the samples.
 - ``flex_attention`` and ``eager``: transformers builds a mask from the position ids, in blocks or dense. For joined
-  samples flex attention gets a block mask of ours.
+  samples this file gives flex attention a block mask.
 """
 
 from __future__ import annotations
