@@ -104,7 +104,9 @@ def fine_tuning(geometry: Geometry, packed: bool, options: argparse.Namespace, d
     rows = rows_of(geometry, options.micro_batch * (options.steps + 2))
     batches = [collator(rows[i : i + options.micro_batch]) for i in range(0, len(rows), options.micro_batch)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=device == "cuda")
-    watch, half, real, operated = Stopwatch(device), device == "cuda", [], []
+    watch, half = Stopwatch(device), device == "cuda"
+    real: list[int] = []
+    operated: list[int] = []
     per_token = row_operations(model, padded([row for row in rows if row.pixel_values is not None][:1]), device)
     for number, batch in enumerate(batches):
         if number == 2:

@@ -18,13 +18,15 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from packing import IMAGE_ID, IMAGE_TOKENS, LONGEST, TASK_TOKENS, build, step
 
-from visper.data.collator import Collator, Sample
+from visper.data.collator import Batch, Collator, Sample
 from visper.data.joining import JoiningCollator
 from visper.data.packing import PackingCollator
 from visper.data.sampler import RowSampler
@@ -39,13 +41,13 @@ PREFIX = 1 + IMAGE_TOKENS + TASK_TOKENS
 def generated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each row its group, its tokens of text, and whether it shows an image."""
     drawn = np.random.default_rng(seed)
-    groups, first = [], 0
+    found, first = [], 0
     for name, rows in ROWS.items():
         images = IMAGES[name]
         extra = drawn.integers(0, images, rows - images)
-        groups.append(first + np.concatenate([np.arange(images), extra]))
+        found.append(first + np.concatenate([np.arange(images), extra]))
         first += images
-    shown = np.concatenate(groups)
+    shown = np.concatenate(found)
     groups = np.concatenate([shown, first + np.arange(TEXT_ROWS)])
     has_image = np.arange(len(groups)) < len(shown)
     text = np.where(has_image, 120, 900) * np.exp(0.8 * drawn.standard_normal(len(groups)))
@@ -79,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(1)
     groups, text, has_image = generated()
     separate = int(text.sum() + PREFIX * has_image.sum())
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.machine()} CPU, one thread, float32, SDPA",
         "torch": torch.__version__,
@@ -94,15 +96,15 @@ def main() -> None:
             len(groups), 0, global_batch=options.batch, groups=groups.tolist(), micro_batch=micro_batch
         )
         orders[micro_batch] = list(sampler)
-        seconds = time.process_time() - start
+        ordering = time.process_time() - start
         shown, images = sampler.images_read(has_image.tolist())
         tokens = separate - (shown - images) * PREFIX
         found = {"images": images, "tokens": tokens, "share_of_tokens": round(tokens / separate, 4)}
-        report["joined"][f"micro-batch {micro_batch}"] = found | {"seconds_to_order_an_epoch": round(seconds, 1)}
+        report["joined"][f"micro-batch {micro_batch}"] = found | {"seconds_to_order_an_epoch": round(ordering, 1)}
     model = build(options.width, options.layers, "sdpa")
     separate_samples(model.student.get_decoder())
     padded = Collator(0)
-    variants = {
+    variants: dict[str, Callable[[list[Sample]], Batch]] = {
         "padded": padded,
         "packed": PackingCollator(padded),
         "joined": JoiningCollator(padded, IMAGE_ID, LONGEST),

@@ -24,10 +24,10 @@ def main() -> None:
     torch.set_num_threads(1)
     logs = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
     step = statistics.median(log["step_s"] for log in logs if "step_s" in log)
-    watch = RunMonitor(load_run("quickstart/pt"), Accelerator(cpu=True))
+    watch = RunMonitor(load_run("quickstart/pt").logging.monitor, Accelerator(cpu=True))
     model = nn.Module()
     model.objective = nn.Module()
-    model.objective.predictors = nn.ModuleList(nn.Linear(83, 83) for _ in range(100))  # 0.7M learning parameters
+    model.objective.predictors = nn.ModuleList(nn.Linear(83, 83) for _ in range(100))  # 0.7M trainable parameters
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     batch = {"labels": torch.ones(16, 141), "attention_mask": torch.ones(16, 141), "sample_ids": ["row"] * 16}

@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def main() -> None:
     separate_samples(model.student.model.language_model)  # padded batches are what they were
     sizes, has_image = lengths(options.batch * 50, 0)
     padded = Collator(0)
-    variants = {
+    variants: dict[str, tuple[list[int] | None, Callable[[list[Sample]], Batch]]] = {
         "padded": (None, padded),
         "packed": (None, PackingCollator(padded)),
         "grouped": (sizes, padded),

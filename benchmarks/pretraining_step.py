@@ -171,7 +171,7 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
     with torch.device(device):
         llava = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     ids = {t: [image_token - 24 + PER_TASK * i + j for j in range(PER_TASK)] for i, t in enumerate(TASKS)}
-    student = Student(llava, None, ids)  # type: ignore[arg-type]  # no text is processed here
+    student = Student(llava, None, ids)  # no text is processed here
     distillation = load_run("llama3-8b-vit-l/pt").distillation
     assert distillation is not None
     specs = {task: distillation.tasks[task].head for task in TASKS}

@@ -170,7 +170,7 @@ def images(file: Path) -> dict[str, Any]:
 
 
 def named(file: Path) -> dict[str, Any]:
-    """What ``visper data prepare`` reads of the file: the distinct pictures that its rows name."""
+    """What ``visper data prepare`` reads of the file: the distinct images that its rows name."""
     from visper.data.rows.formats import image_names
 
     return {"distinct_images": len(set(image_names(file)))}

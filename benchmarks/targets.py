@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from visper.data.images import open_image
-from visper.distillation import TargetSpec, Teacher, build_teacher, info_nce, smooth_l1
+from visper.distillation import TargetSpec, Teacher, build_teacher
+from visper.distillation.losses import info_nce, smooth_l1
 from visper.quickstart import BASES
 from visper.target_store import quantize
 from visper.target_store.fingerprint import Fingerprint

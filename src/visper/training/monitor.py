@@ -240,7 +240,7 @@ class RunMonitor:
                 self._dead.add(name)
                 text = (
                     f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}: nothing "
-                    "learns from it. Look at its teacher's targets, its weight, and whether batches show pictures"
+                    "learns from it. Look at its teacher's targets, its weight, and whether batches hold images"
                 )
                 self._say(self.rules.dead_term, DeadTermError(text), text)
 
