@@ -20,6 +20,7 @@ from visper.cli import (
     look,
     pipeline,
     plan,
+    probe,
     push,
     quickstart,
     recipes,
@@ -40,7 +41,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for verb in (quickstart, train, pipeline, plan, recipes, chat, evaluate, look, convert, push):
+for verb in (quickstart, train, pipeline, plan, recipes, chat, evaluate, probe, look, convert, push):
     app.command(name=verb.NAME)(verb.run)
 data.app.command("check")(data_check.check)
 data.app.command("shard")(data_check.shard)

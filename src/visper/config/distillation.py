@@ -100,6 +100,7 @@ class Position(Choice):
     TASK_TOKENS = "task_tokens"
     IMAGE_TOKENS = "image_tokens"
     PROJECTOR = "projector"
+    SEQUENCE = "sequence"
 
 
 class Task(Section):
@@ -136,13 +137,17 @@ class Task(Section):
         if (self.at is Position.PROJECTOR) == bool(self.layers):
             wrong = "has no layers: remove 'layers'" if self.layers else "needs 'layers', such as [8, 20]"
             raise ValueError(f"at '{self.at}' {wrong}")
+        if self.at is Position.SEQUENCE and self.head.kind != "resampler":
+            raise ValueError(
+                f"at sequence the head reads many states, '{self.head.kind}' one: set head.kind to resampler"
+            )
         if self.target.own:
             self._own_target_fits()
         return self
 
     def _own_target_fits(self) -> None:
         kind, head = self.target.kind, self.head.kind
-        if self.at is Position.TASK_TOKENS:
+        if self.at in (Position.TASK_TOKENS, Position.SEQUENCE):
             raise ValueError(f"target '{kind}' has one embedding for each image token: set 'at' to image_tokens")
         if self.at is Position.PROJECTOR and kind == "projector":
             raise ValueError("target 'projector' at 'projector' predicts itself: set 'at' to image_tokens")

@@ -43,7 +43,7 @@ TEACHERS: Mapping[str, TeacherKind] = {
         ),
     ),
     "depth_anything": TeacherKind(
-        "visper.distillation.teachers.depth_anything:DepthAnythingTeacher", ("size", "revision")
+        "visper.distillation.teachers.depth_anything:DepthAnythingTeacher", ("size", "levels", "revision")
     ),
     "oneformer": TeacherKind("visper.distillation.teachers.oneformer:OneFormerTeacher", ("size", "draw", "revision")),
     "unclip": TeacherKind(

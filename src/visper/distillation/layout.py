@@ -133,6 +133,11 @@ class TokenLayout:
         """The positions of each image's own tokens."""
         return Positions.of(self.rows, self.own_image_tokens())
 
+    def sequence(self) -> Positions:
+        """The positions of everything in each image's sample, without padding."""
+        readable = self.attended[self.rows]
+        return Positions.of(self.rows, readable if self.samples is None else readable & self._same_sample(self._own()))
+
     def own_image_tokens(self) -> Tensor:
         """``[S, L]``, True at each image's own tokens."""
         return self.image[self.rows] & self._own()

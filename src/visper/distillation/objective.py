@@ -203,7 +203,10 @@ class EmbeddingDistillation(nn.Module):
         at_tokens = task.at is Position.TASK_TOKENS
         own = layout.own_tokens(name) if at_tokens else None
         if resamples:
-            positions = layout.keys(name, self.text_keys) if at_tokens else layout.image_positions()
+            if at_tokens:
+                positions = layout.keys(name, self.text_keys)
+            else:
+                positions = layout.sequence() if task.at is Position.SEQUENCE else layout.image_positions()
             by_states = query_source(task.head, task.target) == "states"
             chosen = own if own is not None else layout.own_image_tokens()
             return Reading(positions, chosen=chosen if by_states else None)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from visper.distillation.alignment import pooled
+from visper.evaluation.probe.measures import TEACHER, Finding, centered_cosine
 from visper.quickstart.objective import Source
 from visper.quickstart.tower import TowerTeacher
 
@@ -50,28 +51,6 @@ class HeldOut:
         return HeldOut(self.images[cut], self.depth[cut], self.classes[cut], self.objects[cut])
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One measured quality of one tapped layer, with what the controls score; ``higher`` tells which way is better."""
-
-    name: str
-    measure: str
-    value: float
-    controls: dict[str, float]
-    higher: bool
-
-    @property
-    def beats_controls(self) -> bool:
-        """Better than every control but the teacher, which is the ceiling."""
-        others = [value for name, value in self.controls.items() if name != "teacher"]
-        return all(self.value > other if self.higher else self.value < other for other in others)
-
-
-def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> float:
-    """Mean cosine between prediction and target, each less the mean target: what all scenes share does not count."""
-    return float(F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1)).mean())
-
-
 def findings(
     predicted: Mapping[str, Tensor],
     sources: Mapping[str, Source],
@@ -96,8 +75,8 @@ def findings(
         fitted_SNE, target_SNE = targets[task]
         mean_NE = pooled(fitted_SNE, tokens).mean(0)
         shuffled = pooled(target_SNE.roll(len(target_SNE) // 2, dims=0), tokens)
-        cosine = centered_cosine(values, pooled(target_SNE, tokens), mean_NE)
-        control = {"another scene's target": centered_cosine(values, shuffled, mean_NE)}
+        cosine = float(centered_cosine(values, pooled(target_SNE, tokens), mean_NE).mean())
+        control = {"another scene's target": float(centered_cosine(values, shuffled, mean_NE).mean())}
         found.append(Finding(name, "cosine without the mean target", cosine, control, True))
         if task in teachers and values.shape == target_SNE.shape:
             found.extend(_drawn(name, teachers[task], values, target_SNE, fit, judged))
@@ -116,7 +95,7 @@ def _drawn(
         result = []
         for where, mask in (("image", torch.ones_like(on)), ("objects", on)):
             error = [_relative_error(d, judged.depth, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
-            controls = {"mean map": error[1], "teacher": error[2]}
+            controls = {"mean map": error[1], TEACHER: error[2]}
             result.append(Finding(name, f"depth error, {where}", error[0], controls, False))
         return result
     if head == "classes":
@@ -131,7 +110,7 @@ def _drawn(
                 float((classes == judged.classes)[mask].float().mean())
                 for classes in (ours.argmax(1), guess, ceiling.argmax(1))
             ]
-            controls = {"guess by position": right[1], "teacher": right[2]}
+            controls = {"guess by position": right[1], TEACHER: right[2]}
             result.append(Finding(name, f"pixels right, {where}", right[0], controls, True))
         return result
     return []

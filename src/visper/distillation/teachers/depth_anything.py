@@ -4,7 +4,7 @@ Shape suffixes: B = samples, N = patches, E = backbone width.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,19 +16,28 @@ from visper.model.hub import sizes_of
 
 
 class DepthAnythingTeacher(Teacher):
-    """Target: the mean of the backbone levels that the depth head reads (336 px, Large: 576 x 1024).
+    """Target: the mean of the backbone levels that the depth head reads, or the last (336 px, Large: 576 x 1024).
 
     Args:
         model: hub id or folder of a ``DepthAnythingForDepthEstimation`` (the published ``-hf`` weights).
         size: pixels a side, a multiple of the patch size.
+        levels: "mean", as in pre-training, or "last", as the paper probes layers.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
-    def __init__(self, model: str | Path, size: int = 336, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        size: int = 336,
+        levels: Literal["mean", "last"] = "mean",
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
+        if levels not in ("mean", "last"):
+            raise ValueError(f"'levels' is {levels!r}: set it to mean or last")
         _refuse_pth(model)
         self.model = load_complete(AutoModelForDepthEstimation, model, trust_remote_code=False, revision=revision)
-        self.levels = len(self.model.config.neck_hidden_sizes)
+        self.levels, self.read = len(self.model.config.neck_hidden_sizes), levels
         self.spec = _spec(self.model.config, size)
         self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
@@ -40,8 +49,11 @@ class DepthAnythingTeacher(Teacher):
         return _spec(sizes_of(str(model), "depth_anything teacher", revision=options.get("revision")), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """``[B, N, E]``: mean over levels, without class token."""
+        """``[B, N, E]``: without class token."""
         levels = self.model.backbone(pixels).feature_maps
+        if self.read == "last":
+            last: Tensor = levels[-1][:, -self.spec.tokens :]
+            return last
         mean: Tensor = torch.stack([level[:, -self.spec.tokens :] for level in levels]).mean(0)
         return mean
 

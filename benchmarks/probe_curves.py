@@ -1,0 +1,135 @@
+"""Does distillation put depth and segmentation into layers that are not tapped? (The paper's central figure.)
+
+    python benchmarks/probe_curves.py --out probe-curves --seeds 3
+
+On the quickstart's offline world, for each seed: probes of the base model (its projector at its initial weights), of a
+PT without embedding losses and of a PT with them, equal in seed, steps, rows and their order. Finished parts are kept.
+Writes ``result.json`` (a paired difference for each layer, with its 95 % t-interval over seeds) and ``curves.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visper.common.console import Console
+from visper.common.files import atomic_path, write_text
+from visper.config import Run, load_run
+from visper.evaluation.predictions import load_pre_trained
+from visper.evaluation.probe.curves import SCORES, draw_curves, read_findings, save_findings
+from visper.evaluation.probe.measures import Finding
+from visper.evaluation.probe.recipe import ROWS, probe_run, teacher_targets_of, write_rows
+from visper.model import save_student
+from visper.model.start import starting_student
+from visper.quickstart.ablate import t_quantile
+from visper.quickstart.probed import score_on
+from visper.quickstart.run import FAST, FULL, Budget, copy_bases, prepare_world, stage_runs
+from visper.training import is_finished, run_stage
+
+BASE, WITHOUT, WITH = "base model", "PT without losses", "PT with losses"
+ARMS: dict[str, dict[str, Any] | None] = {BASE: None, WITHOUT: {"distillation": None}, WITH: {}}
+"""Arm -> what it changes in the pre-training recipe; None: no training."""
+TASKS = ("depth", "seg")
+TRAINING = ("optimization.global_batch=16", "optimization.lr=3e-3", "optimization.precision=float32")
+"""Of the probes, as batch and learning rate of the quickstart's own heads; two epochs as in the paper."""
+
+
+def trained_arm(folder: Path, arm: str, world: Path, seed: int, budget: Budget) -> Path:
+    """The output of an arm's pre-training."""
+    place = folder / arm.replace(" ", "-")
+    changes = ARMS[arm]
+    run: Run = stage_runs(folder, world, seed, budget, {**(changes or {}), "output": str(place)})["pt"]
+    if changes is None:
+        if not (place / "model").exists():
+            torch.manual_seed(seed)
+            with atomic_path(place / "model") as partial:
+                save_student(starting_student(run), partial)
+    elif not is_finished(run):
+        run_stage(run, resume=True)
+    return place
+
+
+def probed(place: Path, world: Path, budget: Budget) -> list[Finding]:
+    """The scores of an arm's probes on held-out scenes."""
+    out = place / "probe"
+    if not (out / SCORES).exists():
+        rows = place / ROWS
+        write_rows(world / "images", rows, world / "pretrain.json")
+        steps = ("optimization.max_steps=10",) if budget is FAST else ()
+        targets = teacher_targets_of(load_run("quickstart/pt"), TASKS, "quickstart/pt")
+        bases = place.parent / "bases"
+        targets = {t: own.model_copy(update={"model": str(bases / f"teacher_{t}")}) for t, own in targets.items()}
+        run = probe_run(place, out, targets, rows, world / "images", (*TRAINING, *steps))
+        if not is_finished(run):
+            run_stage(run, resume=True)
+        save_findings(score_on(load_pre_trained(out), str(world), world, budget.judged), out / SCORES)
+    return read_findings(out)
+
+
+def averaged(seeds: list[list[Finding]]) -> list[Finding]:
+    """Means over seeds of the values and of their controls."""
+    result = []
+    for same in zip(*seeds, strict=True):
+        controls = {name: statistics.fmean(f.controls[name] for f in same) for name in same[0].controls}
+        mean = statistics.fmean(f.value for f in same)
+        result.append(Finding(same[0].name, same[0].measure, mean, controls, same[0].higher))
+    return result
+
+
+def differences(arm: list[list[Finding]], other: list[list[Finding]]) -> list[dict[str, Any]]:
+    """Of every layer and measure the paired difference, and its interval where there are at least two seeds."""
+    rows = []
+    for ours, theirs in zip(zip(*arm, strict=True), zip(*other, strict=True), strict=True):
+        points = [a.value - b.value for a, b in zip(ours, theirs, strict=True)]
+        row: dict[str, Any] = {"layer": ours[0].name, "measure": ours[0].measure, "higher": ours[0].higher}
+        row |= {"difference": statistics.fmean(points), "of_each_seed": points}
+        if len(points) > 1:
+            half = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
+            row["interval"] = [row["difference"] - half, row["difference"] + half]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Runs what is missing, then writes the result over the seeds that are there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fast", action="store_true", help="only check that everything runs")
+    options = parser.parse_args()
+    budget = FAST if options.fast else FULL
+    torch.set_num_threads(1)
+    found: dict[str, list[list[Finding]]] = {arm: [] for arm in ARMS}
+    for seed in range(options.seeds):
+        folder = options.out / f"seed-{seed}"
+        world = prepare_world(folder / "world", seed, budget, Console())
+        copy_bases(folder / "bases")
+        for arm in ARMS:
+            found[arm].append(probed(trained_arm(folder, arm, world, seed, budget), world, budget))
+        means = {arm: averaged(seeds) for arm, seeds in found.items()}
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()} CPU, one thread, float32",
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "seeds": seed + 1,
+            "means": {arm: [vars(f) for f in own] for arm, own in means.items()},
+            f"{WITH} less {WITHOUT}": differences(found[WITH], found[WITHOUT]),
+            f"{WITHOUT} less {BASE}": differences(found[WITHOUT], found[BASE]),
+        }
+        write_text(options.out / "result.json", json.dumps(result, indent=1) + "\n")
+        draw_curves(means, options.out / "curves.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Probes: what each layer of a frozen model holds, read by one trained resampler a layer."""

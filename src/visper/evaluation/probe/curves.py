@@ -1,0 +1,81 @@
+"""Scores of probes by layer: a JSON for programs, a table for people, curves of several models in one image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from visper.common.errors import ConfigError
+from visper.common.files import atomic_path, write_text
+from visper.evaluation.probe.measures import OTHER, Finding
+
+SCORES = "probe.json"
+"""In the output folder of a probe."""
+
+
+def save_findings(findings: Sequence[Finding], file: Path) -> None:
+    """Writes them as a list of ``{name, measure, value, controls, higher}``, ``name`` being "task/layer"."""
+    write_text(file, json.dumps([asdict(finding) for finding in findings], indent=1))
+
+
+def read_findings(place: Path) -> list[Finding]:
+    """What ``save_findings`` wrote; ``place`` is the file or the probe's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = place / SCORES if place.is_dir() else place
+    if not file.is_file():
+        raise ConfigError(f"no scores of a probe at '{file}': `visper probe ... --out FOLDER --score ...` writes them")
+    return [Finding(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """A line a layer and measure, with the controls."""
+    table = Table("task/layer", "measure", "value", "controls")
+    for finding in findings:
+        controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
+        table.add_row(finding.name, finding.measure, f"{finding.value:.3f}", controls)
+    return table
+
+
+def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
+    """Draws a panel for each task and measure: layers to the right, a line for each model, controls gray and dotted.
+
+    Args:
+        probes: name of a model -> its findings.
+        out: a file whose ending says the format, such as .svg or .png.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the ending is no format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("curves are drawn by matplotlib: pip install 'visper[plots]'") from error
+    panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
+    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
+    for axis, (task, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for model, found in probes.items():
+            own = [f for f in found if (f.name.split("/")[0], f.measure) == (task, measure)]
+            own.sort(key=lambda f: int(f.name.split("/")[1]))
+            layers = [int(f.name.split("/")[1]) for f in own]
+            (line,) = axis.plot(layers, [f.value for f in own], marker="o", label=model)
+            for control in own[0].controls if own else ():
+                values = [f.controls[control] for f in own]
+                color = line.get_color() if control == OTHER else "gray"
+                axis.plot(layers, values, linestyle=":", color=color, linewidth=1)
+        better = "higher is better" if all(f.higher for f in own) else "lower is better"
+        axis.set(title=f"{task}: {measure}", xlabel="layer", ylabel=better)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    with atomic_path(out) as partial:
+        try:
+            figure.savefig(partial, format=out.suffix.removeprefix(".") or None)
+        except ValueError as error:
+            raise ConfigError(f"'{out}': {error}") from error

@@ -1,0 +1,269 @@
+"""What a layer's predictions are worth: every value beside its controls.
+
+Three sets: any folder of images (cosines with the teacher's targets), DA-2K (which of two points is closer) and COCO's
+panoptic maps (classes of the pixels). FID of drawings is left out: it needs the weights of an image generator, and
+figures of few images are biased.
+
+Shape suffixes: S = images, N = teacher tokens, E = teacher width, H, W = pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from visper.common.console import track
+from visper.common.errors import ConfigError, DataError
+from visper.data.images import arrange, background_of, geometry_of, open_image
+from visper.distillation import Teacher
+from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
+from visper.distillation.teachers.oneformer import OneFormerTeacher
+from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
+from visper.evaluation.visualize import PROMPT
+
+BATCH = 16
+TEACHER, OTHER = "teacher", "other image's prediction"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measured quality of one layer, with what the controls score; ``higher`` tells which way is better."""
+
+    name: str
+    measure: str
+    value: float
+    controls: dict[str, float]
+    higher: bool = True
+
+    @property
+    def beats_controls(self) -> bool:
+        """Better than every control but the teacher, which is the ceiling."""
+        others = [value for name, value in self.controls.items() if name != TEACHER]
+        return all(self.value > other if self.higher else self.value < other for other in others)
+
+
+def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> Tensor:
+    """``[S]``: cosine of prediction and target, each less the mean target: what all images share does not count."""
+    return F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1))
+
+
+def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
+    """Cosines with the teachers' targets over images that the probes were not trained on.
+
+    Args:
+        found: a model with trained heads.
+        files: images, at least two.
+
+    Raises:
+        DataError: fewer than two images.
+    """
+    if len(files) < 2:
+        raise DataError("no images", f"{len(files)} images to score with: give at least two, for the control")
+    sums: dict[str, Tensor] = {}
+    for _, _, targets in _batches(found, files, "mean targets", predict=False):
+        for task, target in targets.items():
+            sums[task] = sums.get(task, torch.zeros(())) + target.double().sum(0)
+    means = {task: (total / len(files)).float() for task, total in sums.items()}
+    columns: dict[str, list[Tensor]] = {}
+    for _, predicted, targets in _batches(found, files, "cosines"):
+        for name, values in predicted.items():
+            target, mean = targets[name.split("/")[0]], means[name.split("/")[0]]
+            rows = (
+                centered_cosine(values, target, mean),
+                centered_cosine(values.roll(1, 0), target, mean) if len(values) > 1 else torch.empty(0),
+                F.cosine_similarity(values.flatten(1), target.flatten(1)),
+                F.cosine_similarity(mean.flatten()[None], target.flatten(1)),
+            )
+            for number, row in enumerate(rows):
+                columns.setdefault(f"{name}/{number}", []).append(row)
+    mean_of = {key: float(torch.cat(parts).mean()) for key, parts in columns.items()}
+    result = []
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in mean_of):
+        own, other, raw, constant = (mean_of[f"{name}/{number}"] for number in range(4))
+        result.append(Finding(name, "centered cosine", own, {OTHER: other}))
+        result.append(Finding(name, "cosine", raw, {"mean target": constant}))
+    return result
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two points (x, y) in 0..1, and whether the first is the closer one."""
+
+    first: tuple[float, float]
+    second: tuple[float, float]
+    first_closer: bool
+
+
+def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
+    """DA-2K: share of pairs whose closer point the decoded depth puts closer; ties go to the first point.
+
+    Raises:
+        ConfigError: the set is not there, or the model sees images cropped or padded.
+    """
+    folder = root / "eval" / "DA-2K"
+    marks = _read_json(folder / "annotations.json", "da-2k", root)
+    _require_squash(found, "da-2k")
+    files = [folder / name for name in sorted(marks)][:limit]
+    pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
+
+    def right(depth_HW: Tensor, file: Path) -> list[bool]:
+        return [
+            bool(_at(depth_HW, pair.first) >= _at(depth_HW, pair.second)) == pair.first_closer for pair in pairs[file]
+        ]
+
+    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
+        return [float(one) for one in right(teacher.decode(values)[0, 0], file)]
+
+    first = [pair.first_closer for each in pairs.values() for pair in each]
+    constant = {"always the first point": sum(first) / len(first)}
+    return _decoded(found, files, "DA-2K", score, constant, DepthAnythingTeacher)
+
+
+def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
+    """COCO val2017: mean over images of the mean IoU over the classes in map or prediction; unlabeled pixels left out.
+
+    The prediction takes the place of OneFormer's last map; its finer maps come from the image itself, so that
+    even another image's prediction scores: compare with that control.
+
+    Raises:
+        ConfigError: the set is not there, the model sees images cropped or padded, or the teacher is no OneFormer.
+    """
+    folder = root / "coco"
+    table = _read_json(folder / "annotations" / "panoptic_val2017.json", "coco-panoptic-val2017", root)
+    _require_squash(found, "coco-panoptic-val2017")
+    numbers = {category["id"]: number for number, category in enumerate(table["categories"])}
+    marks = {Path(one["file_name"]).stem: one for one in table["annotations"]}
+    files = [folder / "val2017" / f"{stem}.jpg" for stem in sorted(marks)][:limit]
+
+    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
+        assert isinstance(teacher, OneFormerTeacher)
+        (drawn,) = teacher.segment(values, teacher.preprocess(seen)[None], "semantic")
+        mark = marks[file.stem]
+        labels = {one["id"]: numbers[one["category_id"]] for one in mark["segments_info"]}
+        exact = _class_map(folder / "panoptic_val2017" / mark["file_name"], labels, drawn.segments.shape)
+        return [mean_iou(drawn.segments.cpu() - 1, exact)]
+
+    return _decoded(found, files, "mIoU", score, {}, OneFormerTeacher)
+
+
+def mean_iou(predicted_HW: Tensor, exact_HW: Tensor, ignored: int = 255) -> float:
+    """Mean over the classes in either map of intersection over union; pixels that are ``ignored`` do not count."""
+    known = exact_HW != ignored
+    ours, theirs = predicted_HW[known], exact_HW[known]
+    shares = []
+    for number in torch.cat((ours, theirs)).unique().tolist():
+        union = ((ours == number) | (theirs == number)).sum()
+        shares.append(float(((ours == number) & (theirs == number)).sum() / union))
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+Score = Callable[[Teacher, Tensor, Image.Image, Path], list[float]]
+"""Teacher, one image's embedding ``[1, N, E]``, the image as the model sees it, its file -> scores."""
+
+
+def _decoded(
+    found: PreTrained,
+    files: Sequence[Path],
+    measure: str,
+    score: Score,
+    constant: Mapping[str, float],
+    kind: type[Teacher],
+) -> list[Finding]:
+    """Mean scores of the layers of tasks with a teacher of this kind, beside its own and another image's."""
+    tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
+    if not tasks:
+        raise ConfigError(f"{measure} needs a {kind.__name__}, none of the tasks {list(found.teachers)} has one")
+    scores: dict[str, list[float]] = {}
+    last: dict[str, Tensor] = {}
+    for batch, predicted, targets in _batches(found, files, measure):
+        for at, (file, seen) in enumerate(batch):
+            own = {name: values[at : at + 1] for name, values in predicted.items() if name.split("/")[0] in tasks}
+            for task in tasks:
+                target = targets[task][at : at + 1]
+                scores.setdefault(task, []).extend(score(found.teachers[task], target, seen, file))
+            for name, values in own.items():
+                teacher = found.teachers[name.split("/")[0]]
+                scores.setdefault(name, []).extend(score(teacher, values, seen, file))
+                if name in last:
+                    scores.setdefault(f"{name}/other", []).extend(score(teacher, last[name], seen, file))
+            last = own
+    mean = {name: sum(each) / len(each) for name, each in scores.items()}
+    return [
+        Finding(
+            name,
+            measure,
+            mean[name],
+            {OTHER: mean.get(f"{name}/other", float("nan")), **constant, TEACHER: mean[name.split("/")[0]]},
+        )
+        for name in mean
+        if name.count("/") == 1
+    ]
+
+
+Shown = list[tuple[Path, Image.Image]]
+
+
+def _batches(
+    found: PreTrained, files: Sequence[Path], what: str, predict: bool = True
+) -> Iterator[tuple[Shown, dict[str, Tensor], dict[str, Tensor]]]:
+    """Files with the images as the model sees them, predictions by layer, targets by task, a batch at a time."""
+    processor = found.model.processor.image_processor
+    geometry, background = geometry_of(processor), background_of(processor)
+    starts: Iterable[int] = track(range(0, len(files), BATCH), what)
+    for start in starts:
+        chosen = files[start : start + BATCH]
+        images = [open_image(file) for file in chosen]
+        seen = [arrange(image, geometry, background) for image in images]
+        predicted = predict_images(found.model, images, PROMPT) if predict else {}
+        targets = {task: teacher_targets(teacher, seen) for task, teacher in found.teachers.items()}
+        yield list(zip(chosen, seen, strict=True)), predicted, targets
+
+
+def _read_json(file: Path, name: str, root: Path) -> Any:
+    if not file.is_file():
+        raise ConfigError(f"no '{file}': `visper data prepare {name} --root {root}` brings it")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _require_squash(found: PreTrained, name: str) -> None:
+    geometry = geometry_of(found.model.processor.image_processor)
+    if geometry != "squash":
+        raise ConfigError(
+            f"{name} compares places on the image, and this model sees images with geometry '{geometry}', expected "
+            "squash: score it on a folder of images"
+        )
+
+
+def _pairs(marks: Sequence[Mapping[str, Any]], file: Path) -> list[Pair]:
+    with Image.open(file) as image:
+        width, height = image.size
+
+    def place(point: Sequence[float]) -> tuple[float, float]:
+        return point[1] / width, point[0] / height  # [y, x] in pixels
+
+    return [Pair(place(m["point1"]), place(m["point2"]), m["closer_point"] == "point1") for m in marks]
+
+
+def _at(values_HW: Tensor, point: tuple[float, float]) -> Tensor:
+    height, width = values_HW.shape
+    return values_HW[min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)]
+
+
+def _class_map(file: Path, labels: Mapping[int, int], size: Sequence[int]) -> Tensor:
+    """``[H, W]`` class of each pixel of COCO's id map (R + 256 G + 65536 B), 255 where there is none."""
+    with Image.open(file) as image:
+        rgb = np.asarray(image.convert("RGB").resize((size[1], size[0]), Image.Resampling.NEAREST), dtype=np.int64)
+    ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    classes = np.full(ids.shape, 255, dtype=np.int64)
+    for segment, number in labels.items():
+        classes[ids == segment] = number
+    return torch.from_numpy(classes)

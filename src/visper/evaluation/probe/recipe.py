@@ -1,0 +1,149 @@
+"""A probe as a run: the model frozen, one head for each layer, trained on a set of images.
+
+The heads are the paper's (arXiv 2412.09585, section on probing): a one-layer Perceiver resampler with trainable queries
+reads everything that a layer puts out, under smooth-L1 alone. All layers train in one pass. It is an ordinary stage, so
+resuming, stored targets and several processes are those of training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visper.common.errors import ConfigError
+from visper.common.files import write_text
+from visper.config import Run, Target, Task, load_run
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
+from visper.evaluation.visualize import PROMPT
+from visper.model.hub import sizes_of
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
+ROWS = "probe-rows.json"
+"""The rows that the heads are trained on, in the output folder."""
+
+MAX_TOKENS = 4096
+"""Of a row: an image, its task tokens and a prompt."""
+
+PROBED_LEVELS = {"depth_anything": {"levels": "last"}}
+"""Kind of teacher -> options with which the paper probes: of Depth Anything the last level, not the mean of four."""
+
+
+def model_folder(place: Path) -> Path:
+    """The folder of weights in a run's output, or the folder itself.
+
+    Raises:
+        ConfigError: it holds no model.
+    """
+    for folder in (place / "model", place):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(f"'{place}' holds no model: give a run's output, or a folder saved by transformers")
+
+
+def run_of(place: Path) -> Run | None:
+    """The run that made a model; None where none is saved beside it."""
+    for file in (place / "run.yaml", place / "model" / "run.yaml", place.parent / "run.yaml"):
+        if file.is_file():
+            return load_run(file)
+    return None
+
+
+def teacher_targets_of(recipe: Run | None, tasks: Sequence[str], where: str) -> dict[str, Target]:
+    """Of each task to probe its teacher.
+
+    Raises:
+        ConfigError: the recipe has no such task, or its target is the student's own.
+    """
+    taught = {} if recipe is None or recipe.distillation is None else recipe.distillation.taught
+    missing = [task for task in tasks if task not in taught]
+    if missing or not tasks:
+        raise ConfigError(
+            f"{where} has no teacher of {missing or 'any task'}, its tasks with one are {list(taught)}: name tasks of "
+            "these, or another recipe with --teachers, such as quickstart/pt"
+        )
+    return {task: taught[task].target for task in tasks}
+
+
+def probe_run(
+    model: Path,
+    output: Path,
+    targets: dict[str, Target],
+    rows: Path,
+    images: Path,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """The run that trains the probes of ``model``; ``overrides`` change it, such as ``optimization.epochs=1``."""
+    folder = model_folder(model)
+    llm = sizes_of(str(folder), "the model to probe").get_text_config()
+    layers, longest = llm.num_hidden_layers, getattr(llm, "max_position_embeddings", MAX_TOKENS)
+    changes: dict[str, Any] = {
+        "name": f"probe-{output.name}",
+        "output": str(output),
+        "start_from": str(folder),
+        "data": {"sources": [{"json": str(rows), "images": str(images)}], "max_tokens": min(longest, MAX_TOKENS)},
+        "distillation": {"tasks": {task: _probed(target, layers) for task, target in targets.items()}},
+    }
+    made = run_of(model)
+    if made is not None:
+        changes["data"]["geometry"] = made.data.geometry.value
+        changes["optimization"] = {"precision": made.optimization.precision}
+    return load_run("_parts/_probe", overrides, (changes,))
+
+
+def _probed(target: Target, layers: int) -> dict[str, Any]:
+    given = target.model_dump(mode="json", exclude_none=True) | PROBED_LEVELS.get(target.kind, {})
+    task = Task.model_validate(
+        {
+            "target": given,
+            "at": "sequence",
+            "layers": list(range(1, layers + 1)),
+            "head": {"kind": "resampler", "queries": "matrix"},
+            "loss": {"smooth_l1": 1.0},
+            "weight": 1.0,
+        }
+    )
+    return task.model_dump(mode="json")
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The image files below a folder, by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise ConfigError(f"'{folder}' holds no image ({', '.join(IMAGE_SUFFIXES)}): give a folder with images")
+    return found
+
+
+def write_rows(images: Path, file: Path, named_by: Path | None = None, limit: int | None = None) -> int:
+    """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell the heads).
+
+    Args:
+        images: searched through, in the order of the names.
+        file: where the rows go; equal content is left as it is.
+        named_by: only images that rows of this JSON name, in their order.
+        limit: the first so many.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "."}]
+    if named_by is None:
+        names = [each.relative_to(images).as_posix() for each in images_below(images)[:limit]]
+    else:
+        records = open_records([(named_by, images)], DropList())
+        found = dict.fromkeys(shown.path for record in records for shown in record.images)
+        names = [Path(path).relative_to(images).as_posix() for path in list(found)[:limit]]
+    text = json.dumps([{"id": name, "image": name, "conversations": turns} for name in names])
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    return len(names)
