@@ -31,6 +31,13 @@ def test_keys_leave_out_other_tasks_tokens():
     assert read(found.keys("seg")) == [0, 1, 2, 3, 4, 7, 8, 9]
 
 
+def test_a_sequence_is_all_of_a_row_but_its_padding():
+    short = [1, IMAGE, 20, 21, 30, 5, 0, 0, 0, 0]
+    found = layout([FULL, short], [[1] * 10, [1] * 6 + [0] * 4])
+    assert read(found.sequence(), 0) == list(range(10))
+    assert read(found.sequence(), 1) == list(range(6))
+
+
 def test_keys_without_text_end_with_the_task_tokens():
     found = layout([FULL])
     assert read(found.keys("depth", text=False)) == [0, 1, 2, 3, 4, 5, 6]

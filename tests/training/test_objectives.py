@@ -108,7 +108,7 @@ def step(model, batch):
 
 
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
-@pytest.mark.parametrize(("at", "head"), list(itertools.product(POSITIONS, HEADS)))
+@pytest.mark.parametrize(("at", "head"), [*itertools.product(POSITIONS, HEADS), ("sequence", "resampler")])
 def test_every_position_head_and_loss_trains_in_every_stage(student, at, head, stage):
     weights = dict.fromkeys(LOSSES, 1.0)
     model = model_of(student, objective(at, head, weights), stage)

@@ -13,6 +13,8 @@ from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
 from visper.evaluation.probe.measures import OTHER, Finding
 
+COLUMNS = 3
+"""Panels side by side."""
 SCORES = "probe.json"
 """In the output folder of a probe."""
 
@@ -58,8 +60,13 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     except ImportError as error:
         raise ConfigError("curves are drawn by matplotlib: pip install 'visper[plots]'") from error
     panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
-    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained")
-    for axis, (task, measure) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    across = min(COLUMNS, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.2 * across, 3.2 * down + 0.4), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (task, measure) in zip(axes[: len(panels)], panels, strict=True):
         for model, found in probes.items():
             own = [f for f in found if (f.name.split("/")[0], f.measure) == (task, measure)]
             own.sort(key=lambda f: int(f.name.split("/")[1]))
@@ -67,8 +74,10 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
             (line,) = axis.plot(layers, [f.value for f in own], marker="o", label=model)
             for control in own[0].controls if own else ():
                 values = [f.controls[control] for f in own]
-                color = line.get_color() if control == OTHER else "gray"
-                axis.plot(layers, values, linestyle=":", color=color, linewidth=1)
+                same = control != OTHER  # of all models, such as the teacher's score
+                axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
+                if same and model == next(iter(probes)):
+                    axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")
         better = "higher is better" if all(f.higher for f in own) else "lower is better"
         axis.set(title=f"{task}: {measure}", xlabel="layer", ylabel=better)
         axis.xaxis.get_major_locator().set_params(integer=True)
