@@ -86,7 +86,10 @@ def test_an_override_needs_an_equals_sign():
         ("distillation.tasks.depth.head.kind=resample", "unknown head 'resample': did you mean 'resampler'"),
         ("distillation.tasks.depth.loss={cosin: 1}", "unknown loss 'cosin': did you mean 'cosine'"),
         ("distillation.tasks.depth.at=projector", "at 'projector' has no layers: remove 'layers'"),
-        ("distillation.tasks.depth.at=image", "'task_tokens', 'image_tokens' or 'projector', found 'image'"),
+        (
+            "distillation.tasks.depth.at=image",
+            "'task_tokens', 'image_tokens', 'projector' or 'sequence', found 'image'",
+        ),
         ("distillation.tasks.depth.schedule={end: 0}", "greater than 0, found 0"),
         ("distillation.tasks.depth.target={kind: encoder, model: null, size: null}", "set 'at' to image_tokens"),
         ("distillation.tasks.depth.target={kind: encoder}", "is the student's own: remove 'model'"),
