@@ -1,5 +1,6 @@
 """``visper probe``: what each layer of a model holds of what a teacher sees."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ NAME = "probe"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="a run's output, or a model's folder", parser=parse_path)],
+    model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe that names the teachers; repeat")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
     images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],
@@ -22,11 +23,12 @@ def run(
     rows: Annotated[
         Path | None, typer.Option(help="rows in JSON: only the images that they name", parser=parse_path)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="the first so many images only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="train on the first so many images only")] = None,
     score: Annotated[
         list[str] | None,
         typer.Option(help="da-2k, coco-panoptic-val2017, a folder of held-out images, or a quickstart's world; repeat"),
     ] = None,
+    score_limit: Annotated[int | None, typer.Option(min=1, help="score on the first so many images only")] = None,
     root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
         "data"
     ),
@@ -46,26 +48,34 @@ def run(
     recipe = run_of(model) if teachers is None else load_run(teachers)
     targets = teacher_targets_of(recipe, tasks, teachers or f"the run of '{model}'")
     prompts = out.parent / f"{out.name}.{ROWS}"
-    write_rows(images, prompts, rows, limit)
     settings = probe_run(model, out, targets, prompts, images, overrides or [])
 
+    from visper.evaluation.probe.curves import named_apart, read_findings
+    from visper.quickstart.probed import require_scorable
     from visper.training import is_finished, run_stage
 
-    if not is_finished(settings):
+    for what in score or []:  # hours of training come before the first score
+        require_scorable(settings, what, root)
+    drawn = named_apart([out, *(beside or [])])
+    for place in beside or []:
+        read_findings(place)
+    finished = is_finished(settings)
+    write_rows(images, prompts, rows, limit, fixed=finished)
+    if not finished:
         run_stage(settings, resume=True)
-    if not score:
-        return
+    if score:
+        _score(out, score, root, score_limit, drawn)
 
+
+def _score(out: Path, score: list[str], root: Path, limit: int | None, drawn: Mapping[str, Path]) -> None:
     from visper.evaluation.predictions import load_pre_trained
-    from visper.evaluation.probe.curves import SCORES, draw_curves, findings_table, read_findings, save_findings
+    from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, findings_table, read_findings
     from visper.quickstart.probed import score_on
 
     found = load_pre_trained(out)
     findings = [finding for what in score for finding in score_on(found, what, root, limit)]
-    save_findings(findings, out / SCORES)
-    console = Console()
-    console.print(findings_table(findings))
-    drawn = {place.name: read_findings(place) for place in (out, *(beside or []))}
-    draw_curves(drawn, out / "curves.svg")
+    add_findings(findings, out / SCORES)
+    Console().print(findings_table(findings))
+    draw_curves({name: read_findings(place) for name, place in drawn.items()}, out / "curves.svg")
     print(out / SCORES)
     print(out / "curves.svg")

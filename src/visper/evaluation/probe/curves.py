@@ -24,6 +24,28 @@ def save_findings(findings: Sequence[Finding], file: Path) -> None:
     write_text(file, json.dumps([asdict(finding) for finding in findings], indent=1))
 
 
+def add_findings(findings: Sequence[Finding], file: Path) -> None:
+    """Saves them beside those already in ``file``, in place of the same measure of the same layer."""
+    before = read_findings(file) if file.is_file() else []
+    kept = {(finding.name, finding.measure): finding for finding in (*before, *findings)}
+    save_findings(list(kept.values()), file)
+
+
+def named_apart(places: Sequence[Path]) -> dict[str, Path]:
+    """The places of probes by their names in a drawing: the last parts of their paths that tell them apart.
+
+    Raises:
+        ConfigError: the same place twice.
+    """
+    parts = [place.absolute().parts for place in places]
+    if len(set(parts)) < len(parts):
+        raise ConfigError(f"a probe is named twice: {', '.join(map(str, places))}")
+    depth = 1
+    while len({own[-depth:] for own in parts}) < len(parts):
+        depth += 1
+    return {"/".join(own[-depth:]): place for own, place in zip(parts, places, strict=True)}
+
+
 def read_findings(place: Path) -> list[Finding]:
     """What ``save_findings`` wrote; ``place`` is the file or the probe's folder.
 
@@ -58,7 +80,7 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("curves are drawn by matplotlib: pip install 'visper[plots]'") from error
+        raise ConfigError("curves are drawn by matplotlib: pip install 'visper-lm[plots]'") from error
     panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
     across = min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
@@ -69,16 +91,20 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     for axis, (task, measure) in zip(axes[: len(panels)], panels, strict=True):
         for model, found in probes.items():
             own = [f for f in found if (f.name.split("/")[0], f.measure) == (task, measure)]
+            if not own:
+                axis.plot([], [], label=model)  # keeps the model's color and its place in the legend
+                continue
             own.sort(key=lambda f: int(f.name.split("/")[1]))
             layers = [int(f.name.split("/")[1]) for f in own]
             (line,) = axis.plot(layers, [f.value for f in own], marker="o", label=model)
-            for control in own[0].controls if own else ():
+            for control in own[0].controls:
                 values = [f.controls[control] for f in own]
                 same = control != OTHER  # of all models, such as the teacher's score
                 axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
                 if same and model == next(iter(probes)):
                     axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")
-        better = "higher is better" if all(f.higher for f in own) else "lower is better"
+        highers = {f.higher for found in probes.values() for f in found if f.measure == measure}
+        better = "higher is better" if highers == {True} else "lower is better"
         axis.set(title=f"{task}: {measure}", xlabel="layer", ylabel=better)
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()

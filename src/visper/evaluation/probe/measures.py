@@ -23,6 +23,7 @@ from torch import Tensor
 
 from visper.common.console import track
 from visper.common.errors import ConfigError, DataError
+from visper.config import Geometry, Run
 from visper.data.images import arrange, background_of, geometry_of, open_image
 from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
@@ -32,6 +33,12 @@ from visper.evaluation.visualize import PROMPT
 
 BATCH = 16
 TEACHER, OTHER = "teacher", "other image's prediction"
+DA2K, COCO = "da-2k", "coco-panoptic-val2017"
+NEEDS = {
+    DA2K: ("depth_anything", ("eval/DA-2K/annotations.json",)),
+    COCO: ("oneformer", ("coco/annotations/panoptic_val2017.json", "coco/panoptic_val2017", "coco/val2017")),
+}
+"""Set of the catalogue -> the kind of teacher that turns predictions into its maps, and what lies below the root."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,13 @@ def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) 
     return F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1))
 
 
-def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
+def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[Finding]:
     """Cosines with the teachers' targets over images that the probes were not trained on.
 
     Args:
         found: a model with trained heads.
         files: images, at least two.
+        of: their name, in the measures'.
 
     Raises:
         DataError: fewer than two images.
@@ -89,9 +97,29 @@ def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     result = []
     for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in mean_of):
         own, other, raw, constant = (mean_of[f"{name}/{number}"] for number in range(4))
-        result.append(Finding(name, "centered cosine", own, {OTHER: other}))
-        result.append(Finding(name, "cosine", raw, {"mean target": constant}))
+        result.append(Finding(name, f"centered cosine, {of}", own, {OTHER: other}))
+        result.append(Finding(name, f"cosine, {of}", raw, {"mean target": constant}))
     return result
+
+
+def require_set(run: Run, name: str, root: Path) -> None:
+    """Refuses to score a probe's run on a set of ``NEEDS``; needs no trained heads.
+
+    Raises:
+        ConfigError: the set is not under ``root``, no task has its kind of teacher, or images are cropped or padded.
+    """
+    kind, places = NEEDS[name]
+    for place in places:
+        if not (root / place).exists():
+            raise ConfigError(f"no '{root / place}': `visper data prepare {name} --root {root}` brings it")
+    kinds = {task: own.target.kind for task, own in run.distillation.tasks.items()} if run.distillation else {}
+    if kind not in kinds.values():
+        raise ConfigError(f"{name} needs a teacher of kind '{kind}', the probe's tasks have {kinds}")
+    if run.data.geometry is not Geometry.SQUASH:
+        raise ConfigError(
+            f"{name} compares places on the image, and this model sees images with geometry '{run.data.geometry}', "
+            "expected squash: score it on a folder of images"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,11 +135,11 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     """DA-2K: share of pairs whose closer point the decoded depth puts closer; ties go to the first point.
 
     Raises:
-        ConfigError: the set is not there, or the model sees images cropped or padded.
+        ConfigError: see ``require_set``.
     """
     folder = root / "eval" / "DA-2K"
-    marks = _read_json(folder / "annotations.json", "da-2k", root)
-    _require_squash(found, "da-2k")
+    require_set(found.run, DA2K, root)
+    marks = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
     files = [folder / name for name in sorted(marks)][:limit]
     pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
 
@@ -135,11 +163,11 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     even another image's prediction scores: compare with that control.
 
     Raises:
-        ConfigError: the set is not there, the model sees images cropped or padded, or the teacher is no OneFormer.
+        ConfigError: see ``require_set``.
     """
     folder = root / "coco"
-    table = _read_json(folder / "annotations" / "panoptic_val2017.json", "coco-panoptic-val2017", root)
-    _require_squash(found, "coco-panoptic-val2017")
+    require_set(found.run, COCO, root)
+    table = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
     numbers = {category["id"]: number for number, category in enumerate(table["categories"])}
     marks = {Path(one["file_name"]).stem: one for one in table["annotations"]}
     files = [folder / "val2017" / f"{stem}.jpg" for stem in sorted(marks)][:limit]
@@ -180,8 +208,6 @@ def _decoded(
 ) -> list[Finding]:
     """Mean scores of the layers of tasks with a teacher of this kind, beside its own and another image's."""
     tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
-    if not tasks:
-        raise ConfigError(f"{measure} needs a {kind.__name__}, none of the tasks {list(found.teachers)} has one")
     scores: dict[str, list[float]] = {}
     last: dict[str, Tensor] = {}
     for batch, predicted, targets in _batches(found, files, measure):
@@ -226,21 +252,6 @@ def _batches(
         predicted = predict_images(found.model, images, PROMPT) if predict else {}
         targets = {task: teacher_targets(teacher, seen) for task, teacher in found.teachers.items()}
         yield list(zip(chosen, seen, strict=True)), predicted, targets
-
-
-def _read_json(file: Path, name: str, root: Path) -> Any:
-    if not file.is_file():
-        raise ConfigError(f"no '{file}': `visper data prepare {name} --root {root}` brings it")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _require_squash(found: PreTrained, name: str) -> None:
-    geometry = geometry_of(found.model.processor.image_processor)
-    if geometry != "squash":
-        raise ConfigError(
-            f"{name} compares places on the image, and this model sees images with geometry '{geometry}', expected "
-            "squash: score it on a folder of images"
-        )
 
 
 def _pairs(marks: Sequence[Mapping[str, Any]], file: Path) -> list[Pair]:

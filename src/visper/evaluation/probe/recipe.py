@@ -14,11 +14,12 @@ from typing import Any
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
-from visper.config import Run, Target, Task, load_run
+from visper.config import Position, Run, Target, Task, load_run
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.evaluation.visualize import PROMPT
 from visper.model.hub import sizes_of
+from visper.model.student import student_place
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
 ROWS = "probe-rows.json"
@@ -31,21 +32,9 @@ PROBED_LEVELS = {"depth_anything": {"levels": "last"}}
 """Kind of teacher -> options with which the paper probes: of Depth Anything the last level, not the mean of four."""
 
 
-def model_folder(place: Path) -> Path:
-    """The folder of weights in a run's output, or the folder itself.
-
-    Raises:
-        ConfigError: it holds no model.
-    """
-    for folder in (place / "model", place):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ConfigError(f"'{place}' holds no model: give a run's output, or a folder saved by transformers")
-
-
-def run_of(place: Path) -> Run | None:
-    """The run that made a model; None where none is saved beside it."""
-    for file in (place / "run.yaml", place / "model" / "run.yaml", place.parent / "run.yaml"):
+def run_of(model: str | Path) -> Run | None:
+    """The run that made a model; None where none is saved with it."""
+    for file in (Path(model) / "run.yaml", Path(model) / "model" / "run.yaml"):
         if file.is_file():
             return load_run(file)
     return None
@@ -68,26 +57,36 @@ def teacher_targets_of(recipe: Run | None, tasks: Sequence[str], where: str) -> 
 
 
 def probe_run(
-    model: Path,
+    model: str | Path,
     output: Path,
     targets: dict[str, Target],
     rows: Path,
     images: Path,
     overrides: Sequence[str] = (),
 ) -> Run:
-    """The run that trains the probes of ``model``; ``overrides`` change it, such as ``optimization.epochs=1``."""
-    folder = model_folder(model)
-    llm = sizes_of(str(folder), "the model to probe").get_text_config()
+    """The run that trains the probes of ``model``; ``overrides`` change it, such as ``optimization.epochs=1``.
+
+    Raises:
+        ConfigError: ``model`` is no LLaVA, or a probe's own output, whose heads would be trained further.
+    """
+    folder = student_place(model)
+    sizes = sizes_of(folder, "the model to probe")
+    if sizes.model_type != "llava":
+        raise ConfigError(f"'{model}' is a {sizes.model_type}: students of 'llm' and 'encoder' (llava) can be probed")
+    llm = sizes.get_text_config()
     layers, longest = llm.num_hidden_layers, getattr(llm, "max_position_embeddings", MAX_TOKENS)
     changes: dict[str, Any] = {
         "name": f"probe-{output.name}",
         "output": str(output),
-        "start_from": str(folder),
+        "start_from": folder,
         "data": {"sources": [{"json": str(rows), "images": str(images)}], "max_tokens": min(longest, MAX_TOKENS)},
         "distillation": {"tasks": {task: _probed(target, layers) for task, target in targets.items()}},
     }
     made = run_of(model)
     if made is not None:
+        tasks = made.distillation.tasks.values() if made.distillation else ()
+        if any(task.at is Position.SEQUENCE for task in tasks):
+            raise ConfigError(f"'{model}' is itself a probe: give the model that it probed, '{made.start_from}'")
         changes["data"]["geometry"] = made.data.geometry.value
         changes["optimization"] = {"precision": made.optimization.precision}
     return load_run("_parts/_probe", overrides, (changes,))
@@ -120,7 +119,9 @@ def images_below(folder: Path) -> list[Path]:
     return found
 
 
-def write_rows(images: Path, file: Path, named_by: Path | None = None, limit: int | None = None) -> int:
+def write_rows(
+    images: Path, file: Path, named_by: Path | None = None, limit: int | None = None, fixed: bool = False
+) -> int:
     """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell the heads).
 
     Args:
@@ -128,12 +129,13 @@ def write_rows(images: Path, file: Path, named_by: Path | None = None, limit: in
         file: where the rows go; equal content is left as it is.
         named_by: only images that rows of this JSON name, in their order.
         limit: the first so many.
+        fixed: heads have been trained on the rows in ``file``.
 
     Returns:
         How many there are.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the rows are ``fixed`` and are others.
     """
     turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "."}]
     if named_by is None:
@@ -143,7 +145,13 @@ def write_rows(images: Path, file: Path, named_by: Path | None = None, limit: in
         found = dict.fromkeys(shown.path for record in records for shown in record.images)
         names = [Path(path).relative_to(images).as_posix() for path in list(found)[:limit]]
     text = json.dumps([{"id": name, "image": name, "conversations": turns} for name in names])
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+    same = file.is_file() and file.read_text(encoding="utf-8") == text
+    if fixed and not same:
+        raise ConfigError(
+            f"the probe was trained on the images in '{file}', these are others ({len(names)}): give its --images, "
+            "--rows and --limit again, or another --out"
+        )
+    if not same:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
     return len(names)

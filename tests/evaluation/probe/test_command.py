@@ -1,0 +1,128 @@
+"""``visper probe``: refusals come before training, a probe is trained as a run, finished probes stay what they are."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from tests.evaluation.probe.test_measures import probed  # noqa: F401 - a fixture
+from visper.cli import app
+from visper.common.errors import ConfigError
+from visper.config import load_run
+from visper.evaluation.probe.curves import add_findings, draw_curves, named_apart, read_findings
+from visper.evaluation.probe.measures import Finding
+from visper.evaluation.probe.recipe import probe_run, teacher_targets_of
+from visper.training import run_stage
+
+SMALL = ["optimization.global_batch=4", "optimization.precision=float32", "data.workers=0"]
+
+
+def probe(folder, out, *options):
+    """Runs the command on the fixture's student for one step."""
+    command = ["probe", folder / "student", "--teachers", folder / "teachers.yaml", "-o", out, "--task", "depth"]
+    command += ["--images", folder / "rows" / "images", *options]
+    for change in (*SMALL, "optimization.max_steps=1", "optimization.micro_batch=4"):
+        command += ["--set", change]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    if result.exception is not None:
+        raise result.exception
+    return result
+
+
+def trained(folder, out, micro_batch, callbacks=()):
+    """The heads after four steps; with ``callbacks`` that stop it, after as many as they let it take."""
+    targets = teacher_targets_of(load_run(folder / "teachers.yaml"), ["depth", "seg"], "the test's recipe")
+    changes = [*SMALL, "optimization.max_steps=4", f"optimization.micro_batch={micro_batch}"]
+    images = folder / "rows" / "images"
+    run_stage(
+        probe_run(folder / "student", out, targets, folder / "prompts.json", images, changes),
+        resume=True,
+        callbacks=callbacks,
+    )
+    return load_file(out / "distillation" / "weights.safetensors")
+
+
+class StopAfterTwo(TrainerCallback):
+    """Saves and ends training at step 2."""
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_save = control.should_training_stop = state.global_step == 2
+
+
+def test_a_probe_resumes_bit_for_bit_and_does_not_depend_on_the_split(probed, tmp_path):  # noqa: F811
+    straight = trained(probed, tmp_path / "straight", 4)
+    trained(probed, tmp_path / "stopped", 4, [StopAfterTwo()])
+    for folder in ("model", "distillation"):  # as if it had been killed at its checkpoint
+        shutil.rmtree(tmp_path / "stopped" / folder)
+    resumed = trained(probed, tmp_path / "stopped", 4)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    split = trained(probed, tmp_path / "split", 1)
+    torch.testing.assert_close(split, straight, atol=1e-6, rtol=0)  # float32 sums in another order: 1.2e-7 measured
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score", "da-2k", "--root", "nowhere"], "visper data prepare da-2k --root nowhere"),
+        (["--score", "da2k"], "--score da2k: neither da-2k"),
+        (["--beside", "nowhere"], "no scores of a probe"),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_before_training(probed, tmp_path, options, message):  # noqa: F811
+    with pytest.raises(ConfigError, match=message):
+        probe(probed, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_set_whose_teacher_is_not_probed_is_refused_before_training(probed, tmp_path):  # noqa: F811
+    for place in ("annotations/panoptic_val2017.json", "panoptic_val2017", "val2017"):
+        (tmp_path / "coco" / place).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"needs a teacher of kind 'oneformer', the probe's tasks have"):
+        probe(probed, tmp_path / "out", "--score", "coco-panoptic-val2017", "--root", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  # noqa: F811
+    images, out = probed / "rows" / "images", tmp_path / "out"
+    probe(probed, out, "--score", images, "--score-limit", 3)
+    first = read_findings(out)
+    with pytest.raises(ConfigError, match=r"trained on the images in .* these are others \(4\)"):
+        probe(probed, out, "--limit", 4)
+    assert len(json.loads((tmp_path / "out.probe-rows.json").read_text())) == 5
+    shutil.copytree(images, tmp_path / "held-out")
+    probe(probed, out, "--score", tmp_path / "held-out")
+    both = read_findings(out)
+    assert both[: len(first)] == first and {f.measure for f in both[len(first) :]} == {
+        "centered cosine, held-out",
+        "cosine, held-out",
+    }
+
+
+def test_a_probe_of_a_probe_is_refused(probed, tmp_path):  # noqa: F811
+    targets = teacher_targets_of(load_run(probed / "teachers.yaml"), ["depth"], "the test's recipe")
+    with pytest.raises(ConfigError, match=r"is itself a probe: give the model that it probed, '.*student"):
+        probe_run(probed / "out", tmp_path / "out", targets, probed / "prompts.json", probed / "rows" / "images")
+
+
+def test_probes_in_folders_of_one_name_are_told_apart(tmp_path):
+    places = [tmp_path / "base" / "probe", tmp_path / "pt" / "probe"]
+    assert list(named_apart(places)) == ["base/probe", "pt/probe"]
+    assert list(named_apart([tmp_path / "a", tmp_path / "b"])) == ["a", "b"]
+    with pytest.raises(ConfigError, match="named twice"):
+        named_apart([tmp_path / "a", tmp_path / "a"])
+
+
+def test_a_measure_taken_again_replaces_its_value(tmp_path):
+    add_findings([Finding("depth/1", "DA-2K", 0.5, {}), Finding("depth/1", "cosine", 0.1, {})], tmp_path / "probe.json")
+    add_findings([Finding("depth/1", "DA-2K", 0.7, {})], tmp_path / "probe.json")
+    assert [(f.measure, f.value) for f in read_findings(tmp_path)] == [("DA-2K", 0.7), ("cosine", 0.1)]
+
+
+def test_models_with_different_measures_share_a_drawing(tmp_path):
+    found = {"a": [Finding("depth/1", "DA-2K", 0.5, {})], "b": [Finding("seg/1", "mIoU", 0.5, {})]}
+    draw_curves(found, tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size
