@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from visper.config import Task
+from visper.config import Distillation, Task, TaskTokenLayout
 
 TEACHER = {"kind": "dinov2", "model": "facebook/dinov2-base"}
 
@@ -57,3 +57,11 @@ def test_a_null_takes_a_loss_or_an_option_away():
 def test_what_cannot_be_is_refused_before_torch_is_imported(keys, message):
     with pytest.raises(ValidationError, match=message):
         task(**keys)
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "update", "a.b", "2d", ""])
+def test_names_that_cannot_stand_in_parameters_names_are_refused(name):
+    with pytest.raises(ValidationError, match="cannot name a task"):
+        Distillation.model_validate({"tasks": {name: {"target": TEACHER, "layers": [1]}}})
+    with pytest.raises(ValidationError, match="cannot name a task"):
+        TaskTokenLayout(order=(name,))

@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.distillation.vlms import IMAGE, MODELS, WIDTH, build
 from tests.tiny import published_predictors
+from visper.config import Head, Position
 from visper.distillation import DistilledTask, ModelFacts, Targets, TargetSpec, attach
 
 SPECS = {"depth": TargetSpec(4, 6, (2, 2)), "seg": TargetSpec(4, 5, (2, 2)), "gen": TargetSpec(1, 7)}
@@ -66,7 +67,7 @@ def test_every_family_trains_a_step_with_live_embedding_losses(family):
 def test_the_facts_are_read_from_the_model_or_given(llava):
     _, model, batch = llava
     facts = ModelFacts.of(model)
-    assert facts == ModelFacts(model.get_decoder(), IMAGE, WIDTH)
+    assert facts == ModelFacts(model.get_decoder(), IMAGE, WIDTH, square_tokens=16)
     given = attach(model, TASKS, facts=facts)
     assert all(term > 0 for term in terms_of(given, model, batch)[1].values())
 
@@ -187,3 +188,20 @@ def test_mistakes_say_what_to_do(llava):
         distiller({}, batch["input_ids"], None, targets(2))
     with pytest.raises(ValueError, match="the model has layers 1 to 3"):
         attach(model, {"seg": DistilledTask(SPECS["seg"], (4,), published_predictors()["seg"])})
+
+
+def test_tokens_that_are_not_known_to_be_a_square_need_places():
+    task = DistilledTask(SPECS["seg"], (2,), Head(kind="linear"), at=Position.IMAGE_TOKENS, loss={"cosine": 1.0})
+    for family, model_square in (("llava", 16), ("gemma3", 4), ("qwen3_vl", None), ("internvl", None)):
+        model, batch = build(family)
+        want = {"seg": targets(2)["seg"]}
+        distiller = attach(model, {"seg": task})
+        assert distiller.square_tokens == model_square
+        if model_square:
+            assert terms_of(distiller, model, batch, want)[1]["seg/2/cosine"] > 0
+            distiller.square_tokens = 36  # crops of Gemma 3 have more tokens than one square
+        with pytest.raises(ValueError, match="may have any shape: give 'places'"):
+            terms_of(distiller, model, batch, want)
+        count = int((batch["input_ids"] == IMAGE).sum())
+        places = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+        assert terms_of(distiller, model, batch, want, places=places)[1]["seg/2/cosine"] > 0

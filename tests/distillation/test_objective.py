@@ -221,6 +221,12 @@ def test_tasks_that_fit_neither_model_nor_teacher_are_refused(task, message):
         EmbeddingDistillation({"x": task}, WIDTH, 4)
 
 
+@pytest.mark.parametrize("name", ["keys", "update", "a.b", "half", "2d"])
+def test_names_that_torch_cannot_hold_are_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        EmbeddingDistillation({name: DistilledTask(SPECS["depth"], (1,))}, WIDTH, 4)
+
+
 def test_missing_targets_are_named(objective, queries):
     want = targets(1)
     del want["seg"]

@@ -199,3 +199,17 @@ def test_rows_of_several_images_are_counted_and_planned(stage, packing, tmp_path
     assert sorted({row.images for row in found.rows.sample}) == [0, 1, 2, 3]
     assert [row.images for row in found.rows.average_micro_batch(4)] == [2, 2, 1, 1]
     assert [row.images for row in found.rows.largest_micro_batch(4, packed=False)] == [3] * 4
+
+
+@pytest.mark.parametrize("target", ["encoder", "projector"])
+def test_the_students_own_targets_are_planned_without_a_teacher(target, tmp_path, tiny_llm, tiny_encoder):
+    task = {"target": {"kind": target}, "at": "image_tokens", "layers": [1, 2], "loss": {"cosine": 1.0}}
+    tasks = {"tasks": {"own": task | {"head": {"kind": "mlp", "width": 16}}}}
+    plain = {"llm": str(tiny_llm), "encoder": str(tiny_encoder), "task_tokens": None}
+    changes = {"stage": "ift", "student": plain}
+    with_own = tiny_run(tmp_path / "own", tiny_llm, tiny_encoder, distillation=tasks, **changes)
+    without = tiny_run(tmp_path / "none", tiny_llm, tiny_encoder, distillation=None, **changes)
+    one, other = (plan(run, Machine(1, 80e9)) for run in (with_own, without))
+    assert one.teacher_flops == 0 and one.row_flops > other.row_flops
+    assert {part.part: part.total for part in one.parts}["predictors"] > 0
+    assert not any("targets" in name for name in one.disk)

@@ -17,6 +17,7 @@ from visper.config import Student as StudentConfig
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
+from visper.distillation.heads import LinearHead
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
@@ -252,6 +253,18 @@ def test_objectives_that_cannot_be_are_refused_before_the_first_step(student, ch
         model_of(student, objective(**changes))
 
 
+class OwnHead(LinearHead):
+    def __init__(self, llm_width, target, bias=True):
+        super().__init__(llm_width, target)
+
+
+def test_a_wrong_option_for_a_head_of_ones_own_names_the_right_one(student):
+    task = objective().tasks["depth"].model_dump()
+    task["head"] = {"kind": "tests.training.test_objectives:OwnHead", "bais": False}
+    with pytest.raises(ConfigError, match="has no option 'bais': did you mean 'bias'"):
+        model_of(student, Distillation.model_validate({"tasks": {"depth": task}}))
+
+
 def test_task_tokens_are_wanted_only_where_they_are_read(plain):
     with pytest.raises(ConfigError, match=r"no task tokens for \['depth'\].*image_tokens"):
         model_of(plain, objective("task_tokens"))
@@ -299,6 +312,21 @@ def test_fine_tuning_of_a_plain_llava_is_supervised_with_lora_and_packing(make, 
     assert {name.split(".")[2] for name in kept} == {"depth_2", "depth_4"}
     drawn = look(load_pre_trained(tmp_path / "ift"), Image.new("RGB", (20, 24), "red"))
     assert drawn.width > 3 * SIDE  # image, teacher, two layers
+
+
+def test_the_projector_is_supervised_with_lora_and_a_head_for_all_layers_is_drawn(make, tmp_path):
+    run_stage(make("pt", "pt"))
+    lora, steps = {"rank": 2, "alpha": 4}, {"max_steps": 2}
+    one = objective(head="mlp").tasks["depth"]
+    one = one.model_copy(update={"head": one.head.model_copy(update={"shared": True})})
+    tasks = objective("projector", "mlp").tasks | {"shared": one}
+    run = make("ift", distillation=Distillation(tasks=tasks), start="pt", lora=lora, optimization=steps)
+    run_stage(run)
+    first, second = (log for log in logs_of(run) if "loss" in log)
+    assert second["depth/0/cosine"] != first["depth/0/cosine"] > 0
+    found = load_pre_trained(tmp_path / "ift")
+    assert sorted(found.model.objective.predictors) == ["depth_0", "shared_shared"]
+    assert look(found, Image.new("RGB", (20, 24), "red")).width > 3 * SIDE  # image, teacher, two layers
 
 
 def test_what_predicts_no_map_of_a_teacher_is_said_not_drawn(make, tmp_path):

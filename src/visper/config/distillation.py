@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from visper.config.kinds import OWN_TARGETS, TEACHERS, check_head, check_options, class_place, loss_name, loss_place
+from visper.config.kinds import (
+    OWN_TARGETS,
+    TEACHERS,
+    check_head,
+    check_options,
+    check_task_name,
+    class_place,
+    loss_name,
+    loss_place,
+)
 from visper.config.paths import PathText
 from visper.config.section import Choice, Section
 
@@ -174,6 +183,13 @@ class Distillation(Section):
     def _without_removed(cls, tasks: Any) -> Any:
         """A null takes a task away that an extended recipe has."""
         return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
+
+    @field_validator("tasks")
+    @classmethod
+    def _nameable(cls, tasks: dict[str, Task]) -> dict[str, Task]:
+        for name in tasks:
+            check_task_name(name)
+        return tasks
 
     @property
     def taught(self) -> dict[str, Task]:

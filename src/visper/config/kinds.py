@@ -143,6 +143,15 @@ def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ..
             raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + nearest(name, list(known)))
 
 
+def check_task_name(name: str) -> None:
+    """Raises ValueError for a name that cannot stand in parameters' names, where torch keeps tasks in mappings."""
+    if not name.isidentifier() or hasattr(dict, name):
+        raise ValueError(
+            f"'{name}' cannot name a task: use letters, digits and _, not first a digit, and no name of a mapping's "
+            "methods, such as 'keys'"
+        )
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The hint at the end of a message about an unknown name."""
     near = get_close_matches(name, known, n=1)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
+from visper.config.kinds import check_task_name
 from visper.config.paths import PathText, read_words
 from visper.config.section import Section
 
@@ -21,6 +22,8 @@ class TaskTokenLayout(Section):
     def _names_once(self) -> TaskTokenLayout:
         if len(set(self.order)) != len(self.order):
             raise ValueError(f"a task stands twice in order {list(self.order)}: name each once")
+        for name in self.order:
+            check_task_name(name)
         return self
 
 

@@ -18,9 +18,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlavaConfig
 
 from visper.config import Position
 from visper.distillation.heads import query_rows
@@ -41,12 +43,15 @@ class ModelFacts:
         image_token_id: the id whose copies in ``input_ids`` hold the image's features.
         width: of the decoder's hidden states.
         projector: what is given the encoder's features, one row for each image token; for targets "encoder" only.
+        square_tokens: of an image, where every image is one square grid of them; None: grids differ or are not known,
+            so that targets laid on image tokens need their ``places``.
     """
 
     decoder: nn.Module
     image_token_id: int
     width: int
     projector: nn.Module | None = None
+    square_tokens: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFacts:
@@ -70,7 +75,15 @@ class ModelFacts:
                 "pass facts=ModelFacts(decoder, image_token_id, width)"
             )
         assert isinstance(decoder, nn.Module) and image_token_id is not None and width is not None
-        return cls(decoder, int(image_token_id), int(width))
+        return cls(decoder, int(image_token_id), int(width), square_tokens=_square_tokens(config))
+
+
+def _square_tokens(config: Any) -> int | None:
+    """Tokens of an image in models that see each as one square: LLaVA and Gemma 3 (without its crops)."""
+    vision: Any = config.vision_config if isinstance(config, LlavaConfig) else None
+    if hasattr(vision, "patch_size"):
+        return int((vision.image_size // vision.patch_size) ** 2)
+    return getattr(config, "mm_tokens_per_image", None)
 
 
 def attach(
@@ -151,6 +164,7 @@ class AttachedDistillation(nn.Module):
         self.task_tokens = task_tokens
         self.queries = nn.ParameterDict({task: nn.Parameter(matrix) for task, matrix in queries.items()})
         self.image_token_id = facts.image_token_id
+        self.square_tokens = facts.square_tokens
         # In a partial, so that the model is not registered as a submodule.
         self._tap: Callable[[], HiddenStateTap] = functools.partial(HiddenStateTap, facts.decoder, objective.layers)
         self._tap_encoder: Callable[[], InputTap] | None = None
@@ -193,14 +207,15 @@ class AttachedDistillation(nn.Module):
                 the samples of a packed row; where tokens lie that are no square grid.
 
         Raises:
-            ValueError: a row shows no image or another number of them, targets are not one an image, or the decoder saw
-                another sequence than ``input_ids``.
+            ValueError: a row shows no image or another number of them, targets are not one an image, the decoder saw
+                another sequence than ``input_ids``, or a target is to be laid on tokens whose ``places`` are not known.
         """
         ids = self.task_tokens.ids if self.task_tokens is not None else {}
         self._check(hidden, input_ids, image_rows)
         layout = TokenLayout.from_ids(
             input_ids, attention_mask, self.image_token_id, ids, image_rows, image_tokens, samples, places
         )
+        self._require_places(layout)
         given = {task: t if isinstance(t, Targets) else gather_targets(t) for task, t in targets.items()}
         queries = dict(self.task_tokens.queries if self.task_tokens is not None else self.queries)
         count = len(layout.rows) if num_images is None else num_images
@@ -231,4 +246,16 @@ class AttachedDistillation(nn.Module):
         if without:
             raise ValueError(
                 f"rows {without} hold no image token (id {self.image_token_id}): leave them out of image_rows"
+            )
+
+    def _require_places(self, layout: TokenLayout) -> None:
+        by_place = [name for name, task in self.objective.tasks.items() if task.by_place]
+        if layout.places is not None or not by_place:
+            return
+        counts = set(layout.own_image_tokens().sum(1).tolist()) - {self.square_tokens}
+        if counts:
+            raise ValueError(
+                f"targets of {by_place} are laid on image tokens, and an image of {min(counts)} tokens may have any "
+                "shape: give 'places', the point of the image that each token shows, set head.kind to resampler, or, "
+                "where every image is one square, pass facts=ModelFacts(..., square_tokens=...)"
             )

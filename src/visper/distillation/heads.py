@@ -7,13 +7,14 @@ Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width
 """
 
 from importlib import import_module
+from inspect import signature
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
 from visper.config import Head, Position
-from visper.config.kinds import head_place
+from visper.config.kinds import head_place, nearest
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers.base import TargetSpec
 
@@ -127,6 +128,10 @@ def build_head(
         return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
     if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
         raise ValueError(f"head '{spec.kind}' is no subclass of visper.distillation.heads.TokenHead: derive from it")
+    accepted = list(signature(kind).parameters)[2:]
+    unknown = [name for name in spec.options if name not in accepted]
+    if unknown:
+        raise ValueError(f"head '{spec.kind}' has no option '{unknown[0]}': " + nearest(unknown[0], accepted))
     head: TokenHead = kind(llm_width, target, **spec.options)
     return head.requires_grad_(not spec.frozen)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from visper.config import PUBLISHED_LOSS, Head, Position
 from visper.config import Task as TaskConfig
+from visper.config.kinds import check_task_name
 from visper.distillation.heads import check_head_fits, query_source
 from visper.distillation.teachers.base import TargetSpec
 
@@ -49,6 +52,11 @@ class DistilledTask:
         return (PROJECTED,) if self.at is Position.PROJECTOR else self.layers
 
     @property
+    def by_place(self) -> bool:
+        """Whether a teacher's target is laid on the image's tokens."""
+        return self.own is None and self.head.kind != "resampler" and self.at is not Position.TASK_TOKENS
+
+    @property
     def needs_matrix(self) -> bool:
         """Whether its heads' queries are the rows of a query matrix outside of them."""
         resamples = self.head.kind == "resampler" and self.at is Position.TASK_TOKENS
@@ -69,8 +77,9 @@ class DistilledTask:
 
 def check_task(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> None:
     """Raises ValueError if the model lacks a layer, or the head cannot predict the target from what it reads."""
-    if not name.isidentifier():
-        raise ValueError(f"task '{name}': names of tasks become parts of parameter names; use letters, digits and _")
+    check_task_name(name)
+    if hasattr(nn.ParameterDict, name):
+        raise ValueError(f"task '{name}': torch's modules use this name: choose another, such as '{name}_task'")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
     if beyond or len(set(task.layers)) != len(task.layers):
         raise ValueError(

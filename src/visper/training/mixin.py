@@ -25,7 +25,7 @@ from transformers import LlavaProcessor, ProcessorMixin, Trainer, TrainerCallbac
 from transformers.trainer_utils import get_last_checkpoint
 
 from visper.data.image_places import knows_places
-from visper.distillation import AttachedDistillation, Position, Teacher
+from visper.distillation import AttachedDistillation, Teacher
 from visper.training.global_batch import TermSums, teacher_targets
 from visper.training.teacher_collator import SHARE, TeacherCollator
 
@@ -220,10 +220,7 @@ class DistillationMixin(Trainer):
 
     def _by_place(self) -> bool:
         """Whether a task's targets are laid on the image tokens that show their places."""
-        tasks = self.distiller.objective.tasks.values()
-        return any(
-            task.at is not Position.TASK_TOKENS and task.head.kind != "resampler" and task.own is None for task in tasks
-        )
+        return any(task.by_place for task in self.distiller.objective.tasks.values())
 
     def _knows_places(self) -> bool:
         processor = self.processing_class
