@@ -1,6 +1,7 @@
 import pytest
 
 from visper.evaluation import wilson
+from visper.evaluation.intervals import grouped
 
 
 def test_known_interval():
@@ -18,3 +19,14 @@ def test_stays_inside_the_unit_interval():
 def test_impossible_shares_are_refused(correct, total):
     with pytest.raises(ValueError, match="no share"):
         wilson(correct, total)
+
+
+def test_values_of_one_group_count_as_one_observation():
+    # Three groups of two: sums less twice the mean 0.5 are 1, -1 and 0; sqrt(2 * 3 / 2) / 6 = 0.2887.
+    mean, (low, high) = grouped([[1, 1], [0, 0], [1, 0]])
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - 1.96 * 0.2887, 0.5 + 1.96 * 0.2887), abs=1e-3)
+    # Copies of a value inside its group make nothing surer.
+    assert grouped([[1] * 5, [0] * 5])[1] == pytest.approx(grouped([[1], [0]])[1])
+    assert grouped([[1, 0]]) == (0.5, None)
+    with pytest.raises(ValueError, match="at least one value"):
+        grouped([])

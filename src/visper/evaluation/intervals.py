@@ -1,9 +1,9 @@
-"""How sure a share is: Wilson's interval, and that of a weighted sum of shares."""
+"""How sure a share or a mean is: Wilson's interval, that of a weighted sum of shares, that of a mean over groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Z = 1.959963984540054
 """Standard deviations that hold 95 % of a normal distribution."""
@@ -25,6 +25,25 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
     center = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(max(0.0, share * (1 - share)) / total + spread / (4 * total)) / (1 + spread)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
+    """The mean of all values and its 95 % normal interval; None for one group.
+
+    Groups are independent of each other, the values of one are not: such as the scores of an image's questions.
+
+    Raises:
+        ValueError: no values.
+    """
+    count = sum(map(len, groups))
+    if count == 0:
+        raise ValueError("a mean needs at least one value")
+    mean = sum(map(sum, groups)) / count
+    if len(groups) < 2:
+        return mean, None
+    spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups) * len(groups) / (len(groups) - 1)
+    half = Z * math.sqrt(spread) / count
+    return mean, (mean - half, mean + half)
 
 
 def weighted(parts: Iterable[tuple[float, float, tuple[float, float]]]) -> tuple[float, tuple[float, float]]:

@@ -129,7 +129,8 @@ def test_da2k_counts_the_pairs_whose_order_the_decoded_depth_has(probed, tmp_pat
     found = load_pre_trained(probed / "out")
     for finding in da2k_findings(found, tmp_path):
         assert finding.name.startswith("depth/") and finding.value in (0, 1 / 3, 2 / 3, 1)
-        assert finding.controls["always the first point"] == 1
+        assert finding.controls["always the first point"] == 1 and {"mean target", "teacher"} < set(finding.controls)
+        assert finding.interval is not None and finding.interval[0] <= finding.value <= finding.interval[1]
     with pytest.raises(ConfigError, match="visper data prepare da-2k --root"):
         da2k_findings(found, tmp_path / "elsewhere")
 
@@ -150,11 +151,13 @@ def test_coco_compares_the_segments_with_the_panoptic_map(probed, tmp_path):
     (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(table))
     for finding in coco_findings(load_pre_trained(probed / "out"), tmp_path):
         assert finding.name.startswith("seg/") and 0 <= finding.value <= 1
-        assert set(finding.controls) == {"other image's prediction", "teacher"}
+        assert set(finding.controls) == {"other image's prediction", "mean target", "teacher"}
 
 
 def test_findings_are_read_back_and_drawn(tmp_path):
-    found = [Finding(f"depth/{layer}", "DA-2K", 0.5 + layer / 10, {"teacher": 0.97}) for layer in (1, 2)]
+    found = [
+        Finding(f"depth/{layer}", "DA-2K", 0.5 + layer / 10, {"teacher": 0.97}, interval=(0.4, 0.9)) for layer in (1, 2)
+    ]
     save_findings(found, tmp_path / "probe.json")
     assert read_findings(tmp_path) == found
     draw_curves({"one": found, "two": found}, tmp_path / "curves.svg")

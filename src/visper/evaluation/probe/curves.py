@@ -20,7 +20,7 @@ SCORES = "probe.json"
 
 
 def save_findings(findings: Sequence[Finding], file: Path) -> None:
-    """Writes them as a list of ``{name, measure, value, controls, higher}``, ``name`` being "task/layer"."""
+    """Writes them as a list of ``{name, measure, value, controls, higher, interval}``, ``name`` being "task/layer"."""
     write_text(file, json.dumps([asdict(finding) for finding in findings], indent=1))
 
 
@@ -55,20 +55,25 @@ def read_findings(place: Path) -> list[Finding]:
     file = place / SCORES if place.is_dir() else place
     if not file.is_file():
         raise ConfigError(f"no scores of a probe at '{file}': `visper probe ... --out FOLDER --score ...` writes them")
-    return [Finding(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return [Finding(**{**row, "interval": tuple(row["interval"]) if row.get("interval") else None}) for row in rows]
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """A line a layer and measure, with the controls."""
-    table = Table("task/layer", "measure", "value", "controls")
+    table = Table("task/layer", "measure", "value (95 %)", "controls")
     for finding in findings:
         controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
-        table.add_row(finding.name, finding.measure, f"{finding.value:.3f}", controls)
+        value = f"{finding.value:.3f}"
+        if finding.interval is not None:
+            value += " ({:.3f} to {:.3f})".format(*finding.interval)
+        table.add_row(finding.name, finding.measure, value, controls)
     return table
 
 
 def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
-    """Draws a panel for each task and measure: layers to the right, a line for each model, controls gray and dotted.
+    """Draws a panel for each task and measure: layers to the right, a line for each model, 95 % intervals shaded,
+    controls gray and dotted.
 
     Args:
         probes: name of a model -> its findings.
@@ -97,6 +102,8 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
             own.sort(key=lambda f: int(f.name.split("/")[1]))
             layers = [int(f.name.split("/")[1]) for f in own]
             (line,) = axis.plot(layers, [f.value for f in own], marker="o", label=model)
+            low, high = zip(*(f.interval or (f.value, f.value) for f in own), strict=True)
+            axis.fill_between(layers, low, high, color=line.get_color(), alpha=0.2)
             for control in own[0].controls:
                 values = [f.controls[control] for f in own]
                 same = control != OTHER  # of all models, such as the teacher's score

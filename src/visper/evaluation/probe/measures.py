@@ -28,11 +28,14 @@ from visper.data.images import arrange, background_of, geometry_of, open_image
 from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
 from visper.distillation.teachers.oneformer import OneFormerTeacher
+from visper.evaluation.intervals import grouped
 from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
 from visper.evaluation.visualize import PROMPT
 
 BATCH = 16
-TEACHER, OTHER = "teacher", "other image's prediction"
+TEACHER, OTHER, MEAN = "teacher", "other image's prediction", "mean target"
+MEAN_OF = 512
+"""Images that give the mean target whose map is scored as a control."""
 DA2K, COCO = "da-2k", "coco-panoptic-val2017"
 NEEDS = {
     DA2K: ("depth_anything", ("eval/DA-2K/annotations.json",)),
@@ -43,13 +46,20 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One measured quality of one layer, with what the controls score; ``higher`` tells which way is better."""
+    """One measured quality of one layer, with what the controls score.
+
+    Attributes:
+        name: "task/layer".
+        higher: which way is better.
+        interval: of the value, 95 %, over images.
+    """
 
     name: str
     measure: str
     value: float
     controls: dict[str, float]
     higher: bool = True
+    interval: tuple[float, float] | None = None
 
     @property
     def beats_controls(self) -> bool:
@@ -76,11 +86,7 @@ def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[F
     """
     if len(files) < 2:
         raise DataError("no images", f"{len(files)} images to score with: give at least two, for the control")
-    sums: dict[str, Tensor] = {}
-    for _, _, targets in _batches(found, files, "mean targets", predict=False):
-        for task, target in targets.items():
-            sums[task] = sums.get(task, torch.zeros(())) + target.double().sum(0)
-    means = {task: (total / len(files)).float() for task, total in sums.items()}
+    means = _mean_targets(found, files)
     columns: dict[str, list[Tensor]] = {}
     for _, predicted, targets in _batches(found, files, "cosines"):
         for name, values in predicted.items():
@@ -93,13 +99,22 @@ def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[F
             )
             for number, row in enumerate(rows):
                 columns.setdefault(f"{name}/{number}", []).append(row)
-    mean_of = {key: float(torch.cat(parts).mean()) for key, parts in columns.items()}
+    estimates = {key: grouped([[value] for value in torch.cat(parts).tolist()]) for key, parts in columns.items()}
     result = []
-    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in mean_of):
-        own, other, raw, constant = (mean_of[f"{name}/{number}"] for number in range(4))
-        result.append(Finding(name, f"centered cosine, {of}", own, {OTHER: other}))
-        result.append(Finding(name, f"cosine, {of}", raw, {"mean target": constant}))
+    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in estimates):
+        own, other, raw, constant = (estimates[f"{name}/{number}"] for number in range(4))
+        result.append(Finding(name, f"centered cosine, {of}", own[0], {OTHER: other[0]}, interval=own[1]))
+        result.append(Finding(name, f"cosine, {of}", raw[0], {MEAN: constant[0]}, interval=raw[1]))
     return result
+
+
+def _mean_targets(found: PreTrained, files: Sequence[Path]) -> dict[str, Tensor]:
+    """``[N, E]`` by task: what a prediction that does not look at the image could know at best."""
+    sums: dict[str, Tensor] = {}
+    for _, _, targets in _batches(found, files, "mean targets", predict=False):
+        for task, target in targets.items():
+            sums[task] = sums.get(task, torch.zeros(())) + target.double().sum(0)
+    return {task: (total / len(files)).float() for task, total in sums.items()}
 
 
 def require_set(run: Run, name: str, root: Path) -> None:
@@ -206,33 +221,34 @@ def _decoded(
     constant: Mapping[str, float],
     kind: type[Teacher],
 ) -> list[Finding]:
-    """Mean scores of the layers of tasks with a teacher of this kind, beside its own and another image's."""
+    """Mean scores of the layers of tasks with this kind of teacher, beside its own, its mean's, another image's."""
     tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
-    scores: dict[str, list[float]] = {}
+    means = _mean_targets(found, files[:MEAN_OF])
+    scores: dict[str, list[list[float]]] = {}
+
+    def add(name: str, task: str, values: Tensor, seen: Image.Image, file: Path) -> None:
+        scores.setdefault(name, []).append(score(found.teachers[task], values, seen, file))
+
     last: dict[str, Tensor] = {}
     for batch, predicted, targets in _batches(found, files, measure):
         for at, (file, seen) in enumerate(batch):
             own = {name: values[at : at + 1] for name, values in predicted.items() if name.split("/")[0] in tasks}
             for task in tasks:
-                target = targets[task][at : at + 1]
-                scores.setdefault(task, []).extend(score(found.teachers[task], target, seen, file))
+                add(f"{task}/{TEACHER}", task, targets[task][at : at + 1], seen, file)
+                add(f"{task}/{MEAN}", task, means[task][None], seen, file)
             for name, values in own.items():
-                teacher = found.teachers[name.split("/")[0]]
-                scores.setdefault(name, []).extend(score(teacher, values, seen, file))
+                add(name, name.split("/")[0], values, seen, file)
                 if name in last:
-                    scores.setdefault(f"{name}/other", []).extend(score(teacher, last[name], seen, file))
+                    add(f"{name}/{OTHER}", name.split("/")[0], last[name], seen, file)
             last = own
-    mean = {name: sum(each) / len(each) for name, each in scores.items()}
-    return [
-        Finding(
-            name,
-            measure,
-            mean[name],
-            {OTHER: mean.get(f"{name}/other", float("nan")), **constant, TEACHER: mean[name.split("/")[0]]},
-        )
-        for name in mean
-        if name.count("/") == 1
-    ]
+    result = []
+    for name in last:
+        value, interval = grouped(scores[name])
+        task = name.split("/")[0]
+        places = {OTHER: f"{name}/{OTHER}", MEAN: f"{task}/{MEAN}", TEACHER: f"{task}/{TEACHER}"}
+        controls = {control: grouped(scores[place])[0] for control, place in places.items() if place in scores}
+        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval))
+    return result
 
 
 Shown = list[tuple[Path, Image.Image]]
