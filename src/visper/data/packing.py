@@ -34,9 +34,12 @@ class PackingCollator:
         rows = zip(padded["input_ids"], padded["labels"], lengths, strict=True)
         samples = [{"input_ids": ids[:length], "labels": labels[:length]} for ids, labels, length in rows]
         flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(samples, return_tensors="pt")
-        return {
+        batch: Batch = {
             **padded,
             **flat,
             "attention_mask": torch.ones_like(flat["input_ids"]),
             "image_rows": torch.zeros_like(padded["image_rows"]),
         }
+        if self.collator.model_inputs is not None:
+            batch["model_inputs"] = padded["model_inputs"] | self.collator.model_inputs.token_types(flat["input_ids"])
+        return batch

@@ -172,9 +172,11 @@ class ModelInputs:
             input_ids: ``[B, L]``.
             images: of each row that shows any.
         """
-        made = self.images(images) if images else {}
-        types = (input_ids == self.image_token_id).long()
-        return made | dict.fromkeys(self._types, types)
+        return (self.images(images) if images else {}) | self.token_types(input_ids)
+
+    def token_types(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Which tokens are an image's, under the names by which the model reads it, like ``input_ids`` in shape."""
+        return dict.fromkeys(self._types, (input_ids == self.image_token_id).long())
 
     def places(
         self, images: Sequence[Sequence[Image.Image]], counts: Sequence[int], made: Mapping[str, Tensor]

@@ -36,6 +36,23 @@ def require_known(name: str, config: PreTrainedConfig, trust_remote_code: bool =
         )
 
 
+PACKABLE = frozenset(("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"))
+"""Model types whose loss is known (tested) to be the same in packed rows. Not Gemma 3: an image's tokens look ahead."""
+
+
+def require_packable(config: PreTrainedConfig) -> None:
+    """Refuses models whose samples may see each other in a packed row.
+
+    Raises:
+        ConfigError: this model type has not been tested, or is known to do so.
+    """
+    if config.model_type not in PACKABLE:
+        raise ConfigError(
+            f"optimization.packing is not supported by models of type '{config.model_type}', only by "
+            f"{', '.join(sorted(PACKABLE))}: set it to false, and data.group_by_length to true"
+        )
+
+
 @torch.no_grad()
 def logit_cap(model: Any) -> float | None:
     """The bound of a model's logits (``final_logit_softcapping``); None for one that has none.

@@ -11,6 +11,7 @@ from visper.common.errors import ConfigError
 from visper.config import Engine, Geometry, Run, Stage, VlmStudent
 from visper.data.images import with_geometry
 from visper.model.build import build_processor, build_student
+from visper.model.known import require_packable
 from visper.model.student import Student, load_processor, load_student
 from visper.model.vlm import build_vlm, build_vlm_processor
 
@@ -31,6 +32,8 @@ def starting_student(run: Run) -> Student:
         assert run.start_from is not None
         student = load_student(run.start_from, revision=run.start_from_revision)
     _fit_to_data(student.processor, run)
+    if run.packed:
+        require_packable(student.model.config)
     return student
 
 
@@ -81,9 +84,8 @@ def _fit_to_data(processor: Any, run: Run) -> None:
             f"launch.engine=zero3 is not supported by a student with {type(processor).__name__}: "
             "training hung. Use launch.engine=fsdp or zero2"
         )
-    if run.packed:
-        key = "data.join_conversations" if run.data.join_conversations else "optimization.packing"
+    if run.data.join_conversations:
         raise ConfigError(
-            f"{key} is not supported by a student with {type(processor).__name__}: set it to false, and "
-            "data.group_by_length to true"
+            f"data.join_conversations is not supported by a student with {type(processor).__name__}, whose template "
+            "and positions are its own: set it to false, and optimization.packing or data.group_by_length to true"
         )

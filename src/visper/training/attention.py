@@ -12,12 +12,14 @@ Three ways, by the attention function of the LLM:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -192,11 +194,60 @@ def separate_samples(llm: Any) -> None:
         llm.set_attn_implementation(SAMPLE_SDPA)
 
 
+@contextlib.contextmanager
+def packed_rows(llm: Any, position_ids: Tensor | None, borders: Mapping[str, Any]) -> Iterator[None]:
+    """Tells the LLM's forward where the samples of a packed row begin; the model around it need not know of them.
+
+    Args:
+        position_ids: ``[1, T]`` or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
+        borders: see ``packing_arguments``.
+    """
+    told = packing_arguments(llm, position_ids, borders)
+
+    def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": None, **told}
+
+    handle = llm.register_forward_pre_hook(tell, with_kwargs=True) if told else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def own_positions(
+    model: Any, input_ids: Tensor, position_ids: Tensor, borders: Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Positions of a packed row as ``model`` counts them.
+
+    Qwen's have a time, a height and a width: ``[4, 1, T]``, first those of the text, by which transformers tells
+    samples apart, then what the model's own method gives each sample alone. Others: ``position_ids``, ``[1, T]``.
+
+    Args:
+        inputs: what the model reads beside ids.
+    """
+    if not hasattr(model, "get_rope_index"):
+        return position_ids
+    lengths = borders["cu_seq_lens_q"].diff().tolist()
+
+    def apart(values: Tensor) -> Tensor:
+        return pad_sequence(list(values[0].split(lengths)), batch_first=True)
+
+    attended = apart(torch.ones_like(input_ids))
+    positions, _ = model.get_rope_index(
+        apart(input_ids),
+        attention_mask=attended,
+        mm_token_type_ids=apart(inputs["mm_token_type_ids"]),
+        image_grid_thw=inputs.get("image_grid_thw"),
+    )
+    return torch.cat((position_ids[None], positions[:, None, attended.bool()]))
+
+
 def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments that tell the LLM's forward where the samples of a packed row begin; none for unpacked rows.
 
     Args:
-        position_ids: ``[1, T]``, from 0 in every sample; None for unpacked rows.
+        position_ids: ``[1, T]``, from 0 in every sample, or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
         borders: ``cu_seq_lens_q`` ``[samples + 1]`` and the others that ``data.packing`` makes; ``branches`` ``[1, T]``
             of joined samples.
     """

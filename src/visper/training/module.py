@@ -26,7 +26,7 @@ from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap,
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
 from visper.model.parts import PROJECTOR, VISION, modules_of, parameters_of
-from visper.training.attention import packing_arguments
+from visper.training.attention import own_positions, packed_rows
 from visper.training.stages import feature_sum
 
 NTP = "ntp"
@@ -148,14 +148,18 @@ class TrainingModel(nn.Module):
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
-        text_model = self.student.get_decoder()
+        positions = position_ids
         if model_inputs is None:
-            # Unpacked rows get no mask: padding is on the right, where causal attention never looks, and a mask would
+            # Rows get no mask: padding is on the right, where causal attention never looks, and a mask would
             # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
-            inputs = {"pixel_values": pixel_values, **packing_arguments(text_model, position_ids, borders)}
-        else:
+            inputs = {"pixel_values": pixel_values}
+        elif positions is None:
             inputs = {"attention_mask": attention_mask, **model_inputs}
-        with self._tap() as (hidden, encoded), self._reaching_vision(inputs.get("pixel_values") is None):
+        else:
+            inputs = {**model_inputs}
+            positions = own_positions(self.student.model, input_ids, positions, borders, model_inputs)
+        packed = packed_rows(self.student.get_decoder(), positions, borders)
+        with packed, self._tap() as (hidden, encoded), self._reaching_vision(inputs.get("pixel_values") is None):
             output = self.student.model(input_ids=input_ids, use_cache=False, **inputs)
             loss = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
             terms = {NTP: loss}
