@@ -62,5 +62,14 @@ def test_predictions_go_back_to_the_targets_grid():
     torch.testing.assert_close(back, ramp(8).clamp(0.125, 0.875), rtol=0, atol=1e-6)
 
 
+def test_predictions_of_any_grid_are_drawn_where_their_tokens_lie():
+    """A grid of 3 x 5 tokens with a separator at each line's end, each predicting its own place."""
+    y, x = torch.meshgrid((torch.arange(3) + 0.5) / 3, (torch.arange(5) + 0.5) / 5, indexing="ij")
+    lines = torch.nn.functional.pad(torch.stack((x, y), -1), (0, 0, 0, 1), value=float("nan"))
+    points = lines.flatten(0, 1)
+    back = laid_on_grid(points.nan_to_num(9.0)[None], TargetSpec(64, 2, (8, 8)), places_of([18], places=points))
+    assert ((back - ramp(8)).abs() <= torch.tensor((0.1, 1 / 6)) + 1e-6).all()  # half a token's sides
+
+
 def test_sets_of_tokens_are_compared_by_the_means_of_their_groups():
     assert pooled(torch.arange(4.0).view(1, 4, 1), 2).flatten().tolist() == [0.5, 2.5]

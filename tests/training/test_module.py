@@ -206,6 +206,6 @@ def test_a_parameter_of_no_part_is_refused():
 
 def test_predictions_have_the_teachers_shape(model):
     batch = batch_of(model)
-    keys = ("input_ids", "attention_mask", "pixel_values", "image_rows")
-    predicted = model.predict(**{key: batch[key] for key in keys})
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    predicted = model.predict(inputs, batch["image_rows"])
     assert {name: tuple(value.shape) for name, value in predicted.items()} == {"depth/2": (2, TOKENS, WIDTH)}

@@ -31,6 +31,8 @@ from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.vlm import ModelInputs, encoder_for
 from visper.evaluation import answer
 from visper.evaluation.ask import as_row
+from visper.evaluation.predictions import load_pre_trained, predict_images
+from visper.evaluation.visualize import SIDE, look
 from visper.model import load_processor, load_student, save_student
 from visper.model.known import logit_cap
 from visper.model.parts import part_of
@@ -450,6 +452,23 @@ def test_an_image_token_lies_where_its_feature_changes_with_the_image(family, si
         distance = (places - torch.tensor(((column + 0.5) / 4, (row + 0.5) / 4))).abs().amax(1)
         assert distance[change.argmax()] <= 0.26  # within the token's own cell, of at most half the image
         assert change[distance <= 0.26].mean() > change[distance > 0.3].mean()
+
+
+@every_family
+def test_what_a_layer_predicts_is_drawn(family, folders, tmp_path):
+    optimization = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "max_steps": 1, "precision": "float32"}
+    more = {"distillation": supervised_at_every_place(), "optimization": optimization}
+    run_stage(run_of(tmp_path, folders[family], "ift", **more))
+    found = load_pre_trained(tmp_path / "out")
+    images = [Image.new("RGB", (64, 32), "red"), Image.new("RGB", (24, 48), "blue")]
+    together = predict_images(found.model, images, "What?")
+    assert together["tokens/2"].shape == together["projected/0"].shape == (2, 9, 8)
+    for at, image in enumerate(images):
+        for name, value in predict_images(found.model, [image], "What?").items():
+            own = together[name][at, : value.shape[1]]  # of the student's own target: a prediction for each token
+            torch.testing.assert_close(own, value[0], rtol=0, atol=2e-5)
+    # A row of tiles for the image and for what is drawn of teacher and layers.
+    assert look(found, images[0]).width > 3 * SIDE
 
 
 def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_path):

@@ -26,11 +26,11 @@ from visper.config.schema import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
-from visper.data.images import arrange, background_of, geometry_of, open_image, student_pixels, visible_places
+from visper.data.images import arrange, background_of, open_image, student_pixels, visible_places
 from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
-from visper.data.vlm import VlmEncoder
+from visper.data.vlm import VlmEncoder, seen_geometry
 
 CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
 THREADS = 32  # that wait for the file system, mostly
@@ -61,7 +61,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.encoder = encoder
         self.image_processor = encoder.processor.image_processor
         self.own_processor = isinstance(encoder, VlmEncoder)  # which makes a micro-batch's pixels in the collator
-        self.geometry = "squash" if self.own_processor else geometry_of(self.image_processor)
+        self.geometry = seen_geometry(encoder.processor)
         self.background = background_of(self.image_processor)
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.data.chat import IGNORED, ConversationEncoder, supervise
 from visper.data.chat_template import SENTINEL
 from visper.data.image_places import Shown, places_of
+from visper.data.images import geometry_of
 from visper.data.rows.records import Record
 
 NOMINAL_SIZE = (640, 480)
@@ -34,6 +35,11 @@ def encoder_for(processor: Any, max_tokens: int = sys.maxsize) -> ConversationEn
     """The encoder of rows for a student with this processor."""
     kind = ConversationEncoder if isinstance(processor, LlavaProcessor) else VlmEncoder
     return kind(processor, max_tokens)
+
+
+def seen_geometry(processor: Any) -> str:
+    """The geometry in which teachers see an image: a LLaVA's; beside a model's own processor, all of the image."""
+    return geometry_of(processor.image_processor) if isinstance(processor, LlavaProcessor) else "squash"
 
 
 class VlmEncoder(ConversationEncoder):

@@ -81,13 +81,10 @@ def laid_on_tokens(target_MNE: Tensor, spec: TargetSpec, places: TokenPlaces, im
 
 
 def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -> Tensor:
-    """The way back, for drawing: predictions of a square grid of tokens at the target's tokens, ``[S, N, E]``.
+    """The way back, for drawing: tokens' predictions on the target's grid, ``[S, N, E]``.
 
-    Raises:
-        ValueError: the images are no square grids.
+    Those of a square grid are interpolated; of any other each cell of the target has the nearest token's.
     """
-    if places.side is None:
-        raise ValueError("predictions can be drawn where every image is one square grid of tokens; these are not")
     assert spec.grid is not None
     rows, columns = spec.grid
     device = predicted_SKE.device
@@ -97,6 +94,12 @@ def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -
         indexing="ij",
     )
     points = torch.stack((x, y), -1).flatten(0, 1).expand(len(predicted_SKE), -1, -1)
+    if places.side is None:
+        distances_SNK = torch.cdist(points, places.points)
+        if places.mask is not None:
+            distances_SNK = distances_SNK.masked_fill(~places.mask[:, None], torch.inf)
+        nearest_SN1 = distances_SNK.argmin(-1, keepdim=True)
+        return predicted_SKE.gather(1, nearest_SN1.expand(-1, -1, predicted_SKE.shape[-1]))
     own = TargetSpec(places.side**2, predicted_SKE.shape[-1], (places.side, places.side))
     return laid_on_tokens(predicted_SKE, own, TokenPlaces(points, None))
 

@@ -173,11 +173,7 @@ class EmbeddingDistillation(nn.Module):
     def predict(
         self, name: str, hidden: Mapping[int, Tensor], layout: TokenLayout, queries: Mapping[str, Tensor]
     ) -> dict[int, Tensor]:
-        """Per tapped layer of task ``name``, the images' predicted embeddings ``[S, N, E]``, on the target's grid.
-
-        Raises:
-            ValueError: predictions at image tokens that are no square grid.
-        """
+        """Per tapped layer of task ``name``, the images' predicted embeddings ``[S, N, E]``, on the target's grid."""
         task, reading = self.tasks[name], self._reading(name, layout)
         predicted = self._predicted(name, hidden, queries, reading)
         if reading.places is None or task.own is not None:

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlavaProcessor
 
 from visper.common.errors import ConfigError
 from visper.common.manifest import require_undamaged
 from visper.config import Run, Stage, load_run
+from visper.data.vlm import ModelInputs
 from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.ask import model_inputs
@@ -49,8 +51,6 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
     on_gpu = torch.cuda.is_available()
     half = on_gpu and run.optimization.precision == "bfloat16"
     student = load_student(folder, torch.bfloat16 if half else torch.float32)
-    if not student.is_llava:
-        raise ConfigError(f"'{folder}': predictions can be drawn of students of 'llm' and 'encoder' only")
     try:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
@@ -90,9 +90,14 @@ def predict_images(
         chosen = list(images[start : start + batch])
         inputs = model_inputs(processor, [prompt] * len(chosen), [[image] for image in chosen])
         inputs = inputs.to(model.student.device, model.student.dtype)
-        rows = torch.arange(len(chosen), device=model.student.device)
-        predicted = model.predict(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], rows)
-        for name, value in predicted.items():
+        tokens = (inputs["input_ids"] == model.image_token_id).sum(1)
+        places = None
+        if not isinstance(processor, LlavaProcessor):
+            shown = [[image] for image in chosen]
+            places = ModelInputs(processor, model.image_token_id).places(shown, tokens.tolist(), inputs)
+        rows = torch.arange(len(chosen), device=tokens.device)
+        of_images = (rows, tokens, None, None if places is None else places.to(tokens.device))
+        for name, value in model.predict(inputs, *of_images).items():
             parts.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.checks.digests import contents_of
-from visper.data.images import arrange, background_of, geometry_of, open_image
+from visper.data.images import arrange, background_of, open_image
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.sets.catalog import row_files
+from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.unclip import nearest
 from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
@@ -117,8 +118,8 @@ def _opened(places: Iterable[tuple[Path, bytes | None]], count: int) -> list[Ima
 
 
 def _arranged(found: PreTrained, image: Image.Image) -> Image.Image:
-    processor = found.model.processor.image_processor
-    return arrange(image, geometry_of(processor), background_of(processor))
+    processor = found.model.processor
+    return arrange(image, seen_geometry(processor), background_of(processor.image_processor))
 
 
 def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Image) -> list[Image.Image]:

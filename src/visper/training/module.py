@@ -174,17 +174,18 @@ class TrainingModel(nn.Module):
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
-    def predict(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, image_rows: Tensor
-    ) -> dict[str, Tensor]:
-        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[S, N, E]``. Needs an objective."""
+    def predict(self, inputs: Mapping[str, Tensor], *of_images: Tensor | None) -> dict[str, Tensor]:
+        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[S, N, E]``. Needs an objective.
+
+        Args:
+            inputs: of the student's forward, ids and mask among them.
+            of_images: rows, tokens and places of the images, see ``TokenLayout.from_ids``.
+        """
         if self.objective is None:
             raise ValueError("this model has no objective to predict with: add 'distillation' to the run")
         with self._tap() as (hidden, _):
-            self.student.model(
-                input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, use_cache=False
-            )
-            layout = self._layout(input_ids, attention_mask, image_rows)
+            self.student.model(**inputs, use_cache=False)
+            layout = self._layout(inputs["input_ids"], inputs["attention_mask"], *of_images)
             return {
                 f"{task}/{layer}": predicted
                 for task in self.objective.tasks
