@@ -24,7 +24,8 @@ from torch import Tensor
 from visper.common.console import track
 from visper.common.errors import ConfigError, DataError
 from visper.config import Geometry, Run
-from visper.data.images import arrange, background_of, geometry_of, open_image
+from visper.data.images import arrange, background_of, open_image
+from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
 from visper.distillation.teachers.oneformer import OneFormerTeacher
@@ -258,8 +259,8 @@ def _batches(
     found: PreTrained, files: Sequence[Path], what: str, predict: bool = True
 ) -> Iterator[tuple[Shown, dict[str, Tensor], dict[str, Tensor]]]:
     """Files with the images as the model sees them, predictions by layer, targets by task, a batch at a time."""
-    processor = found.model.processor.image_processor
-    geometry, background = geometry_of(processor), background_of(processor)
+    processor = found.model.processor
+    geometry, background = seen_geometry(processor), background_of(processor.image_processor)
     starts: Iterable[int] = track(range(0, len(files), BATCH), what)
     for start in starts:
         chosen = files[start : start + BATCH]
