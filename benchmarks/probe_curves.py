@@ -28,7 +28,7 @@ from visper.config import Run, load_run
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.probe.curves import SCORES, draw_curves, read_findings, save_findings
 from visper.evaluation.probe.measures import Finding
-from visper.evaluation.probe.recipe import ROWS, probe_run, teacher_targets_of, write_rows
+from visper.evaluation.probe.recipe import probe_run, rows_file, teacher_targets_of, write_rows
 from visper.model import save_student
 from visper.model.start import starting_student
 from visper.quickstart.ablate import t_quantile
@@ -63,7 +63,7 @@ def probed(place: Path, world: Path, budget: Budget) -> list[Finding]:
     """The scores of an arm's probes on held-out scenes."""
     out = place / "probe"
     if not (out / SCORES).exists():
-        rows = place / ROWS
+        rows = rows_file(out)
         write_rows(world / "images", rows, world / "pretrain.json")
         steps = ("optimization.max_steps=10",) if budget is FAST else ()
         targets = teacher_targets_of(load_run("quickstart/pt"), TASKS, "quickstart/pt")

@@ -1,15 +1,18 @@
 """``visper probe``: what each layer of a model holds of what a teacher sees."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from visper.cli.arguments import parse_path
 from visper.common.console import Console
 
+if TYPE_CHECKING:
+    from visper.config import Run
+
 NAME = "probe"
+REMEDY = "the same command goes on from the last checkpoint"
 
 
 def run(
@@ -33,6 +36,10 @@ def run(
         "data"
     ),
     beside: Annotated[list[Path] | None, typer.Option(help="other probes' folders to draw curves with")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_path),
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the probe's run; repeat")] = None,
 ) -> None:
     """Train one probe for each layer of a frozen model, then score them and draw the curve over layers.
@@ -42,40 +49,67 @@ def run(
     Example: `visper probe runs/llama3-8b-vit-l/ift --teachers llama3-8b-vit-l/pt --task depth -o probes/ift
     --images data/coco/train2017 --score da-2k`
     """
+    from visper.evaluation.probe.curves import draw_curves, named_apart, read_findings
+
+    draws, plot = bool(score or beside or plot), plot or out / "curves.svg"
+    drawn = named_apart([out, *(beside or [])])
+    settings = _settings(model, teachers, tasks, out, images, overrides or [])
+    _check(settings, score or [], root, beside or [], plot if draws else None)
+    _train(settings, out, images, rows, limit)
+    if score:
+        _score(out, score, root, score_limit)
+    if draws:
+        draw_curves({name: read_findings(place) for name, place in drawn.items()}, plot)
+        print(plot)
+
+
+def _settings(
+    model: str, teachers: str | None, tasks: list[str], out: Path, images: Path, overrides: list[str]
+) -> "Run":
     from visper.config import load_run
-    from visper.evaluation.probe.recipe import ROWS, probe_run, run_of, teacher_targets_of, write_rows
+    from visper.evaluation.probe.recipe import probe_run, rows_file, run_of, teacher_targets_of
 
     recipe = run_of(model) if teachers is None else load_run(teachers)
     targets = teacher_targets_of(recipe, tasks, teachers or f"the run of '{model}'")
-    prompts = out.parent / f"{out.name}.{ROWS}"
-    settings = probe_run(model, out, targets, prompts, images, overrides or [])
+    return probe_run(model, out, targets, rows_file(out), images, overrides)
 
-    from visper.evaluation.probe.curves import named_apart, read_findings
+
+def _check(settings: "Run", score: list[str], root: Path, beside: list[Path], plot: Path | None) -> None:
+    """Hours of training come before the first score: what it could not do is refused now."""
+    from visper.evaluation.probe.curves import read_findings, require_drawable
     from visper.quickstart.probed import require_scorable
-    from visper.training import is_finished, run_stage
 
-    for what in score or []:  # hours of training come before the first score
+    for what in score:
         require_scorable(settings, what, root)
-    drawn = named_apart([out, *(beside or [])])
-    for place in beside or []:
+    for place in beside:
         read_findings(place)
+    if plot is not None:
+        require_drawable(plot)
+
+
+def _train(settings: "Run", out: Path, images: Path, rows: Path | None, limit: int | None) -> None:
+    from visper.common.files import write_text
+    from visper.config import run_text
+    from visper.evaluation.probe.recipe import rows_file, write_rows
+    from visper.training import is_finished, run_stage, start_processes
+
     finished = is_finished(settings)
-    write_rows(images, prompts, rows, limit, fixed=finished)
-    if not finished:
+    write_rows(images, rows_file(out), rows, limit, fixed=finished)
+    if finished:
+        return
+    recipe = out.parent / f"{out.name}.probe.yaml"
+    write_text(recipe, run_text(settings))
+    if not start_processes(settings.launch, ["train", str(recipe), "--resume"], REMEDY):
         run_stage(settings, resume=True)
-    if score:
-        _score(out, score, root, score_limit, drawn)
 
 
-def _score(out: Path, score: list[str], root: Path, limit: int | None, drawn: Mapping[str, Path]) -> None:
+def _score(out: Path, score: list[str], root: Path, limit: int | None) -> None:
     from visper.evaluation.predictions import load_pre_trained
-    from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, findings_table, read_findings
+    from visper.evaluation.probe.curves import SCORES, add_findings, findings_table
     from visper.quickstart.probed import score_on
 
     found = load_pre_trained(out)
     findings = [finding for what in score for finding in score_on(found, what, root, limit)]
     add_findings(findings, out / SCORES)
     Console().print(findings_table(findings))
-    draw_curves({name: read_findings(place) for name, place in drawn.items()}, out / "curves.svg")
     print(out / SCORES)
-    print(out / "curves.svg")

@@ -70,6 +70,7 @@ def test_a_probe_resumes_bit_for_bit_and_does_not_depend_on_the_split(probed, tm
         (["--score", "da-2k", "--root", "nowhere"], "visper data prepare da-2k --root nowhere"),
         (["--score", "da2k"], "--score da2k: neither da-2k"),
         (["--beside", "nowhere"], "no scores of a probe"),
+        (["--plot", "curves.doc"], r"curves\.doc'"),
     ],
 )
 def test_what_could_not_be_scored_is_refused_before_training(probed, tmp_path, options, message):  # noqa: F811
@@ -96,6 +97,9 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     shutil.copytree(images, tmp_path / "held-out")
     probe(probed, out, "--score", tmp_path / "held-out")
     both = read_findings(out)
+    shutil.copytree(out, tmp_path / "other")
+    probe(probed, out, "--beside", tmp_path / "other", "--plot", tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert both[: len(first)] == first and {f.measure for f in both[len(first) :]} == {
         "centered cosine, held-out",
         "cosine, held-out",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
 from visper.evaluation.probe.measures import OTHER, Finding
 
+FORMATS = (".svg", ".png", ".pdf")
 COLUMNS = 3
 """Panels side by side."""
 SCORES = "probe.json"
@@ -71,21 +73,32 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     return table
 
 
+def require_drawable(out: Path) -> None:
+    """Refuses what ``draw_curves`` could not draw.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the file's ending is no format.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("curves are drawn by matplotlib: pip install 'visper-lm[plots]'")
+    if out.suffix not in FORMATS:
+        raise ConfigError(f"curves cannot be drawn into '{out}': expected a file in {', '.join(FORMATS)}")
+
+
 def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     """Draws a panel for each task and measure: layers to the right, a line for each model, 95 % intervals shaded,
     controls gray and dotted.
 
     Args:
         probes: name of a model -> its findings.
-        out: a file whose ending says the format, such as .svg or .png.
+        out: a file whose ending says the format.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the ending is no format.
+        ConfigError: see ``require_drawable``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("curves are drawn by matplotlib: pip install 'visper-lm[plots]'") from error
+    require_drawable(out)
+    from matplotlib.figure import Figure
+
     panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
     across = min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
@@ -117,7 +130,4 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     with atomic_path(out) as partial:
-        try:
-            figure.savefig(partial, format=out.suffix.removeprefix(".") or None)
-        except ValueError as error:
-            raise ConfigError(f"'{out}': {error}") from error
+        figure.savefig(partial, format=out.suffix.removeprefix("."), dpi=150)

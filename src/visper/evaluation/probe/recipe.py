@@ -22,14 +22,16 @@ from visper.model.hub import sizes_of
 from visper.model.student import student_place
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
-ROWS = "probe-rows.json"
-"""The rows that the heads are trained on, in the output folder."""
-
 MAX_TOKENS = 4096
 """Of a row: an image, its task tokens and a prompt."""
 
 PROBED_LEVELS = {"depth_anything": {"levels": "last"}}
 """Kind of teacher -> options with which the paper probes: of Depth Anything the last level, not the mean of four."""
+
+
+def rows_file(output: Path) -> Path:
+    """Where the rows lie that the heads of ``output`` are trained on: beside the folder, which its run claims."""
+    return output.parent / f"{output.name}.probe-rows.json"
 
 
 def run_of(model: str | Path) -> Run | None:
