@@ -16,7 +16,7 @@ REMEDY = "the same command goes on from the last checkpoint"
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="a stage's output, a model's folder or a hub id", metavar="MODEL")],
     tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe that names the teachers; repeat")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
     images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from tests.evaluation.probe.test_measures import probed  # noqa: F401 - a fixture
+from tests.vlms import save_vlm
 from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import load_run
@@ -104,6 +105,14 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
         "centered cosine, held-out",
         "cosine, held-out",
     }
+
+
+def test_an_image_text_to_text_model_is_probed_too(probed, tmp_path):  # noqa: F811
+    (tmp_path / "student").symlink_to(save_vlm(tmp_path / "smolvlm", "smolvlm"))
+    for name in ("teachers.yaml", "rows"):
+        (tmp_path / name).symlink_to(probed / name)
+    probe(tmp_path, tmp_path / "out", "--score", tmp_path / "rows" / "images")
+    assert {f.name for f in read_findings(tmp_path / "out")} == {"depth/1", "depth/2", "depth/3"}
 
 
 def test_a_probe_of_a_probe_is_refused(probed, tmp_path):  # noqa: F811

@@ -69,13 +69,10 @@ def probe_run(
     """The run that trains the probes of ``model``; ``overrides`` change it, such as ``optimization.epochs=1``.
 
     Raises:
-        ConfigError: ``model`` is no LLaVA, or a probe's own output, whose heads would be trained further.
+        ConfigError: ``model`` is a probe's own output, whose heads would be trained further.
     """
     folder = student_place(model)
-    sizes = sizes_of(folder, "the model to probe")
-    if sizes.model_type != "llava":
-        raise ConfigError(f"'{model}' is a {sizes.model_type}: students of 'llm' and 'encoder' (llava) can be probed")
-    llm = sizes.get_text_config()
+    llm = sizes_of(folder, "the model to probe").get_text_config()
     layers, longest = llm.num_hidden_layers, getattr(llm, "max_position_embeddings", MAX_TOKENS)
     changes: dict[str, Any] = {
         "name": f"probe-{output.name}",
