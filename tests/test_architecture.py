@@ -17,7 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("target_store", "published"),
     ("training",),
     ("planning", "evaluation"),
-    ("quickstart",),
+    ("demo", "quickstart"),
     ("cli",),
 )
 """Lowest first. Packages of one level do not import each other."""

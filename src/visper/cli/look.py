@@ -11,9 +11,20 @@ NAME = "look"
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="the output of a finished PT", metavar="MODEL", parser=parse_path)],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="the output of a finished PT, or with --predictors of a later stage",
+            metavar="MODEL",
+            parser=parse_path,
+        ),
+    ],
     image: Annotated[Path, typer.Option("--image", help="an image", parser=parse_path)],
     out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_path)],
+    predictors: Annotated[
+        Path | None,
+        typer.Option(help="draw MODEL, a later stage, by the predictors of this PT", parser=parse_path),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="asked beside the image")] = None,
     gallery: Annotated[
         Path | None,
@@ -30,15 +41,22 @@ def run(
     """
     from visper.common.files import atomic_path
     from visper.data.images import open_image
+    from visper.evaluation.ask import load_to_ask
+    from visper.evaluation.contact_sheet import with_note
     from visper.evaluation.predictions import load_pre_trained
     from visper.evaluation.visualize import PROMPT, folder_gallery, look, needs_gallery, run_gallery
 
     shown = open_image(image)
-    found = load_pre_trained(model, overrides or [])
+    student = None if predictors is None else load_to_ask(model)
+    found = load_pre_trained(predictors or model, overrides or [], student)
     others = []
     if needs_gallery(found):
         others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
     sheet = look(found, shown, prompt or PROMPT, others)
+    if predictors is not None:
+        note = f"Predictors of {predictors} over the weights of {model}, trained further: they may no longer fit."
+        sheet = with_note(sheet, note)
+        print(note)
     with atomic_path(out) as partial:
         sheet.save(partial, "PNG")
     print(out)

@@ -30,11 +30,17 @@ def as_row(question: str, images: Sequence[str]) -> Record:
     Raises:
         DataError: it could not be such a row: not as many image tags as images, or text that no tokenizer can read.
     """
-    if not images:
-        return Record("question", read_turn({"from": "human", "value": question})[:1])
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
+    return as_conversation([question], images)
+
+
+def as_conversation(texts: Sequence[str], images: Sequence[str]) -> Record:
+    """Questions and answers in turn, ending with a question, as ``as_row`` does with one."""
+    if not images and len(texts) == 1:
+        return Record("question", read_turn({"from": "human", "value": texts[0]})[:1])
+    who = ("human", "gpt")
+    turns = [{"from": who[number % 2], "value": text} for number, text in enumerate((*texts, ""))]
     record = parse_row({"images": list(images), "conversations": turns}, "question", Path())
-    return replace(record, turns=record.turns[:1])
+    return replace(record, turns=record.turns[: len(texts)])
 
 
 def model_inputs(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
@@ -43,10 +49,15 @@ def model_inputs(processor: Any, prompts: Sequence[str], images: Sequence[Sequen
     Args:
         images: of each prompt, in the order of its tags.
     """
+    rows = [as_row(prompt, ["image"] * len(own)) for prompt, own in zip(prompts, images, strict=True)]
+    return row_inputs(processor, rows, images)
+
+
+def row_inputs(processor: Any, records: Sequence[Record], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
+    """``model_inputs`` of conversations of any length, up to where the next answer begins."""
     encoder = encoder_for(processor)
-    named = (as_row(prompt, ["image"] * len(own)) for prompt, own in zip(prompts, images, strict=True))
     sizes = ([image.size for image in own] for own in images)
-    rows = [torch.tensor(encoder.prompt(row, own)) for row, own in zip(named, sizes, strict=True)]
+    rows = [torch.tensor(encoder.prompt(row, own)) for row, own in zip(records, sizes, strict=True)]
     padding = int(processor.tokenizer.pad_token_id or 0)  # never attended
 
     def padded(values: list[Tensor], filling: int) -> Tensor:

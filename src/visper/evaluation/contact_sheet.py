@@ -39,6 +39,17 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Imag
     return canvas
 
 
+def with_note(sheet: Image.Image, note: str) -> Image.Image:
+    """The sheet with a line of text above it, in smaller letters where it is long."""
+    canvas = Image.new("RGB", (sheet.width, sheet.height + CAPTION), "white")
+    canvas.paste(sheet, (0, CAPTION))
+    draw, size = ImageDraw.Draw(canvas), 12
+    while size > 6 and draw.textlength(note, ImageFont.load_default(size=size)) > sheet.width - 2 * GAP:
+        size -= 1
+    draw.text((GAP, CAPTION / 2), note, fill="#1c2330", font=ImageFont.load_default(size=size), anchor="lm")
+    return canvas
+
+
 def images_of(drawn: Tensor) -> list[Image.Image]:
     """``[B, 3, H, W]`` in 0..1, as teachers draw them, as images."""
     values = (drawn.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -5,6 +5,7 @@ Shape suffixes: S = images, N = teacher tokens, E = teacher width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from visper.data.vlm import ModelInputs
 from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.ask import model_inputs
-from visper.model import load_student
+from visper.model import Student, load_student
+from visper.model.student import STUDENT_FILE
 from visper.training.assemble import build_training_model
 from visper.training.module import TrainingModel
 
@@ -36,12 +38,13 @@ class PreTrained:
     teachers: Mapping[str, Teacher]
 
 
-def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTrained:
+def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student: Student | None = None) -> PreTrained:
     """Reads a finished PT run's folder back, in evaluation mode, on the GPU where there is one.
 
     Args:
         output: the folder with ``model/`` and ``distillation/``, or its ``model``.
         overrides: changes to its run, such as ``distillation.tasks.depth.target.model=elsewhere``.
+        student: of a later stage, whose states the predictors read in place of their own student's.
 
     Raises:
         ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learned from.
@@ -50,7 +53,10 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = ()) -> PreTr
     run = load_run(folder / "distillation" / "run.yaml", overrides)
     on_gpu = torch.cuda.is_available()
     half = on_gpu and run.optimization.precision == "bfloat16"
-    student = load_student(folder, torch.bfloat16 if half else torch.float32)
+    if student is None:
+        student = load_student(folder, torch.bfloat16 if half else torch.float32)
+    else:
+        _require_same_tokens(student, folder)
     try:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
@@ -109,6 +115,18 @@ def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int 
         pixels = torch.stack([teacher.preprocess(image) for image in images[start : start + batch]])
         parts.append(teacher(pixels).float().cpu())
     return torch.cat(parts)
+
+
+def _require_same_tokens(student: Student, folder: Path) -> None:
+    """Raises ConfigError unless the student has the task tokens that the predictors in ``folder`` read."""
+    theirs = json.loads((folder / "model" / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
+    tokenizer = student.processor.tokenizer
+    ours = {task: tokenizer.convert_ids_to_tokens(ids) for task, ids in student.task_token_ids.items()}
+    if ours != theirs:
+        raise ConfigError(
+            f"the predictors in '{folder}' read task tokens of {list(theirs)}, the model has those of {list(ours)}: "
+            "give the PT that it was fine-tuned from"
+        )
 
 
 def _folder_of(output: Path) -> Path:

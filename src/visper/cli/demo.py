@@ -1,0 +1,32 @@
+"""``visper demo``: a page in the browser to chat with a model and look into it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visper.cli.arguments import parse_path
+
+NAME = "demo"
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
+    look: Annotated[
+        Path | None,
+        typer.Option(help="output of the PT whose predictors draw the layers; default: MODEL's own", parser=parse_path),
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a change to PT's run, such as a teacher's place; repeat")
+    ] = None,
+) -> None:
+    """Serve a page to chat with a model about images and to see what its layers predict.
+
+    Example: `visper demo runs/quickstart/ift --look runs/quickstart/pt`
+    """
+    from visper.demo.page import serve
+    from visper.demo.session import Session
+
+    serve(Session(model, look, overrides or []), host, port)

@@ -1,0 +1,148 @@
+"""The page, in Gradio: an image and settings to the left, the conversation to the right, drawings below."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visper.common.errors import ConfigError, VisperError
+from visper.data.images import open_image
+from visper.demo.session import Session
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise ConfigError("the demo needs gradio: pip install 'visper-lm[demo]'") from error
+
+Messages = list[dict[str, Any]]
+CSS = "footer {display: none !important} .note {font-size: 0.9em; opacity: 0.8}"
+
+
+def build_page(session: Session, examples: list[Path]) -> gr.Blocks:
+    """The page over one loaded model; each visitor has a conversation of his own."""
+    with gr.Blocks(title="VisPer", analytics_enabled=False) as page:
+        gr.Markdown(f"## VisPer\n{session.name}")
+        texts = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1):
+                image = gr.File(label="Image file", file_types=["image"], type="filepath", elem_id="upload", height=120)
+                shown = gr.Image(label="Image", interactive=False, height=280, elem_id="shown", buttons=[])
+                if examples:
+                    shelf = gr.Gallery(
+                        [str(file) for file in examples],
+                        label="Example images",
+                        columns=len(examples),
+                        height=130,
+                        allow_preview=False,
+                        elem_id="examples",
+                        buttons=[],
+                    )
+                temperature = gr.Slider(0, 1.5, 0.2, step=0.05, label="Temperature (0: always the likeliest token)")
+                length = gr.Slider(1, 1024, 256, step=1, label="Longest answer, in tokens", elem_id="length")
+            with gr.Column(scale=2):
+                chat = gr.Chatbot(label="Chat", height=430, render_markdown=False, elem_id="chat", buttons=[])
+                question = gr.Textbox(label="Question", placeholder="Ask about the image", elem_id="question")
+                with gr.Row():
+                    send = gr.Button("Send", variant="primary", elem_id="send")
+                    clear = gr.Button("New conversation", elem_id="clear")
+        with gr.Group():
+            see = gr.Button("What do the layers see?", elem_id="see", interactive=session.predictors is not None)
+            gr.Markdown(session.note, elem_classes="note", elem_id="note", padding=True)
+            sheet = gr.Image(
+                label="Teachers and layers", interactive=False, format="png", elem_id="sheet", buttons=["fullscreen"]
+            )
+
+        def answer(
+            asked: str, before: list[str], file: str | None, warmth: float, longest: float
+        ) -> Iterator[tuple[Any, ...]]:
+            if not asked.strip():
+                gr.Warning("Type a question first.")
+                yield gr.skip(), gr.skip(), gr.skip()
+                return
+            yield _messages([*before, asked]), gr.skip(), ""  # later the visitor may be typing the next question
+            said = ""
+            try:
+                for said in session.reply([*before, asked], file, float(warmth), int(longest)):
+                    yield _messages([*before, asked, said]), gr.skip(), gr.skip()
+            except (VisperError, ValueError, OSError) as error:
+                gr.Warning(str(error))
+                yield _messages(before), gr.skip(), asked
+                return
+            yield _messages([*before, asked, said or "(an empty answer)"]), [*before, asked, said], gr.skip()
+
+        def begin(file: str | None) -> tuple[Image.Image | None, Messages, list[str], None]:
+            return _opened(file), [], [], None
+
+        def chosen(event: gr.SelectData) -> str:
+            return str(examples[event.index])
+
+        def draw(file: str | None, asked: str) -> Image.Image | None:
+            try:
+                return session.draw(file, asked.strip())
+            except (VisperError, ValueError, OSError) as error:
+                gr.Warning(str(error))
+                return None
+
+        wanted, result = [question, texts, image, temperature, length], [chat, texts, question]
+        gr.on([question.submit, send.click], answer, wanted, result, concurrency_limit=8)
+        image.change(begin, image, [shown, chat, texts, sheet])
+        if examples:
+            shelf.select(chosen, None, image)
+        clear.click(lambda: ([], []), None, [chat, texts])
+        see.click(draw, [image, question], sheet)
+    return page
+
+
+def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
+    """Serves the page until it is stopped; never shared by itself.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ConfigError: the port is in use.
+    """
+    with tempfile.TemporaryDirectory(prefix="visper-demo-") as folder:
+        examples = []
+        for number, image in enumerate(session.example_images()):
+            examples.append(Path(folder) / f"example-{number + 1}.png")
+            image.save(examples[-1])
+        page = build_page(session, examples).queue()
+        try:
+            _, address, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                css=CSS,
+                prevent_thread_lock=True,
+                allowed_paths=[folder],
+                max_file_size="50mb",
+                ssr_mode=False,
+                enable_monitoring=False,
+                footer_links=[],
+            )
+        except OSError as error:
+            raise ConfigError(f"port {port} of {host} is in use or not allowed: choose another with --port") from error
+        if wait:
+            print(f"serving {session.name} at {address} (Ctrl-C ends it)", flush=True)
+            page.block_thread()
+        return str(address)
+
+
+def _messages(texts: list[str]) -> Messages:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def _opened(file: str | None) -> Image.Image | None:
+    if file is None:
+        return None
+    try:
+        return open_image(Path(file))
+    except VisperError as error:
+        gr.Warning(str(error))
+        return None

@@ -1,0 +1,200 @@
+"""The demo in a real browser, on the quickstart's parts: what a visitor does, and what is shown when it goes wrong."""
+
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from typer.testing import CliRunner
+
+from visper.cli import app
+from visper.common.console import Console
+from visper.common.errors import ConfigError
+from visper.demo.page import serve
+from visper.demo.session import Session
+from visper.evaluation import answer, load_to_ask
+from visper.evaluation.predictions import load_pre_trained
+from visper.quickstart.run import Budget, copy_bases, prepare_world, stage_runs
+from visper.training import run_stage
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+QUESTION = "How many are there , 0 , 1 , 2 or 3 : the boxes ?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A few steps of the quickstart's PT and IFT: the folder with both."""
+    out = tmp_path_factory.mktemp("demo")
+    budget = Budget(scenes=40, held_out=10, per_kind=2, pt_steps=2, ift_steps=2, judged=2)
+    world = prepare_world(out / "world", 0, budget, Console(quiet=True))
+    copy_bases(out / "bases")
+    for run in stage_runs(out, world, 0, budget).values():
+        run_stage(run)
+    return out
+
+
+@pytest.fixture(scope="module")
+def session(trained):
+    return Session(str(trained / "ift"), trained / "pt")
+
+
+@pytest.fixture(scope="module")
+def image(trained):
+    return str(sorted((trained / "world" / "images").glob("train*"))[0])
+
+
+@pytest.fixture(scope="module")
+def address(session):
+    """Where the page is served while the tests of this file run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return serve(session, "127.0.0.1", port, wait=False)
+
+
+@pytest.fixture
+def page(address):
+    """The page as a visitor without a network beyond this machine sees it."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with (
+        sync_playwright() as browsers,
+        browsers.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as one,
+    ):
+        visit = one.new_page()
+        asked = []
+        visit.on("request", lambda request: asked.append(request.url))
+        visit.goto(address)
+        visit.set_default_timeout(120_000)
+        visit.wait_for_selector("#question textarea")
+        yield visit
+        assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def ask(visit, text, answers):
+    visit.fill("#question textarea", text)
+    visit.click("#send")
+    visit.wait_for_function("n => document.querySelectorAll('#chat .bot.message').length >= n", arg=answers)
+    visit.wait_for_function("document.querySelectorAll('#chat .generating').length == 0")
+
+
+def warning(visit):
+    return visit.wait_for_selector(".toast-body").inner_text()
+
+
+def test_an_answer_is_that_of_evaluation(session, trained, image):
+    expected = answer(load_to_ask(trained / "ift"), [QUESTION], [[Image.open(image).convert("RGB")]], 8)[0]
+    assert list(session.reply([QUESTION], image, 0.0, 8))[-1:] == ([expected] if expected else [""])
+
+
+def test_two_at_once_get_their_own_answers(session, image):
+    alone = {text: list(session.reply([text], image, 0.0, 12))[-1] for text in (QUESTION, "Describe the picture .")}
+    together = {}
+
+    def visitor(text):
+        together[text] = list(session.reply([text], image, 0.0, 12))[-1]
+
+    threads = [threading.Thread(target=visitor, args=(text,)) for text in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_a_conversation_shows_the_turns_before(session, image):
+    second = list(session.reply([QUESTION, "2", "And the spheres ?"], image, 0.0, 4))
+    assert second
+    with pytest.raises(Exception, match="image"):
+        list(session.reply(["<image> and <image> ?"], image, 0.0, 4))
+
+
+def test_predictors_of_pt_read_the_later_weights(session, trained, image):
+    """The drawing is over the model that is asked, not over PT's, and the page says so."""
+    session.draw(image)
+    assert session._found.model.student is session.student.model
+    assert "which were trained further" in session.note
+    other = load_pre_trained(trained / "pt").model.student.state_dict()
+    ours = session.student.model.state_dict()
+    assert any(not torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_a_model_of_other_tokens_is_refused(trained, tmp_path):
+    run = stage_runs(trained, trained / "world", 0, Budget(40, 10, 2, 1, 1, 2), {"distillation": None})["pt"]
+    plain = run.model_copy(
+        update={"output": str(tmp_path / "plain"), "student": run.student.model_copy(update={"task_tokens": None})}
+    )
+    run_stage(plain)
+    with pytest.raises(ConfigError, match="give the PT that it was fine-tuned from"):
+        load_pre_trained(trained / "pt", student=load_to_ask(tmp_path / "plain"))
+
+
+def test_look_draws_a_later_stage_with_a_line_that_says_so(trained, image, tmp_path):
+    arguments = ["look", str(trained / "ift"), "--predictors", str(trained / "pt"), "--image", image]
+    found = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "seen.png")])
+    assert found.exit_code == 0, found.output
+    assert "trained further" in found.output.replace("\n", " ")
+    assert Image.open(tmp_path / "seen.png").size[0] > 384
+
+
+def test_a_port_in_use_is_said(session):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} of 127.0.0.1 is in use.*--port"):
+            serve(session, "127.0.0.1", port, wait=False)
+
+
+def test_a_model_without_predictors_chats_and_says_what_to_give(trained, image):
+    plain = Session(str(trained / "ift"))
+    assert plain.predictors is None and "--look" in plain.note
+    with pytest.raises(ConfigError, match="keeps no predictors"):
+        plain.draw(image)
+    with pytest.raises(ConfigError, match="give --look the output of a finished PT"):
+        Session(str(trained / "ift"), trained / "world")
+
+
+def test_a_visitor_chats_and_sees_the_layers(page, image):
+    page.set_input_files("#upload input[type=file]", image)
+    page.wait_for_selector("#shown img")
+    page.fill("#length input[type=number]", "4")
+    ask(page, QUESTION, 1)
+    ask(page, "How many are there , 0 , 1 , 2 or 3 : the spheres ?", 2)
+    page.click("#see")
+    page.wait_for_selector("#sheet img", timeout=60_000)
+    assert "trained further" in page.inner_text("#note")
+    page.click("#clear")
+    page.wait_for_function("document.querySelectorAll('#chat .message').length == 0")
+
+
+def test_what_goes_wrong_is_shown(page, tmp_path):
+    page.click("#send")
+    assert "Type a question first" in warning(page)
+    page.click(".toast-close")
+    page.wait_for_selector(".toast-body", state="detached")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing")
+    page.set_input_files("#upload input[type=file]", broken)
+    assert "broken.png" in warning(page)
+
+
+def test_two_visitors_have_conversations_of_their_own(page, image):
+    other = page.context.browser.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#question textarea")
+    page.fill("#length input[type=number]", "4")
+    ask(page, "Describe the picture .", 1)
+    assert other.locator("#chat .message").count() == 0
+    other.close()
+
+
+def test_examples_are_images_of_pt(session, trained):
+    assert len(session.example_images()) == 3
+    assert Path(session.predictors) == trained / "pt"
