@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,60 @@ Messages = list[dict[str, Any]]
 CSS = "footer {display: none !important} .note {font-size: 0.9em; opacity: 0.8}"
 
 
+class Events:
+    """What happens when a visitor does something; faults are shown on the page."""
+
+    def __init__(self, session: Session, examples: Sequence[Path]) -> None:
+        self.session = session
+        self.examples = examples
+
+    def answer(
+        self, asked: str, before: list[str], file: str | None, temperature: float, length: float
+    ) -> Iterator[tuple[Any, ...]]:
+        """Chat, conversation and question box, again for each piece of the answer."""
+        if not asked.strip():
+            gr.Warning("Type a question first.")
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        yield _messages([*before, asked]), gr.skip(), ""  # later the visitor may be typing the next question
+        said = ""
+        try:
+            for said in self.session.reply([*before, asked], file, float(temperature), int(length)):
+                yield _messages([*before, asked, said]), gr.skip(), gr.skip()
+        except (VisperError, ValueError, OSError) as error:
+            gr.Warning(str(error))
+            yield _messages(before), gr.skip(), asked
+            return
+        yield _messages([*before, asked, said or "(an empty answer)"]), [*before, asked, said], gr.skip()
+
+    def begin(self, file: str | None) -> tuple[Image.Image | None, Messages, list[str], None]:
+        """The new image, an empty conversation, no drawing."""
+        shown = None
+        if file is not None:
+            try:
+                shown = open_image(Path(file))
+            except VisperError as error:
+                gr.Warning(str(error))
+        return shown, [], [], None
+
+    def chosen(self, event: gr.SelectData) -> str:
+        """The file of an example."""
+        return str(self.examples[event.index])
+
+    def draw(self, file: str | None, asked: str) -> Image.Image | None:
+        """The layers beside their teachers."""
+        try:
+            return self.session.draw(file, asked.strip())
+        except (VisperError, ValueError, OSError) as error:
+            gr.Warning(str(error))
+            return None
+
+
 def build_page(session: Session, examples: list[Path]) -> gr.Blocks:
     """The page over one loaded model; each visitor has a conversation of his own."""
     with gr.Blocks(title="VisPer", analytics_enabled=False) as page:
         gr.Markdown(f"## VisPer\n{session.name}")
-        texts = gr.State([])
+        texts, events = gr.State([]), Events(session, examples)
         with gr.Row():
             with gr.Column(scale=1):
                 image = gr.File(label="Image file", file_types=["image"], type="filepath", elem_id="upload", height=120)
@@ -56,44 +105,13 @@ def build_page(session: Session, examples: list[Path]) -> gr.Blocks:
                 label="Teachers and layers", interactive=False, format="png", elem_id="sheet", buttons=["fullscreen"]
             )
 
-        def answer(
-            asked: str, before: list[str], file: str | None, warmth: float, longest: float
-        ) -> Iterator[tuple[Any, ...]]:
-            if not asked.strip():
-                gr.Warning("Type a question first.")
-                yield gr.skip(), gr.skip(), gr.skip()
-                return
-            yield _messages([*before, asked]), gr.skip(), ""  # later the visitor may be typing the next question
-            said = ""
-            try:
-                for said in session.reply([*before, asked], file, float(warmth), int(longest)):
-                    yield _messages([*before, asked, said]), gr.skip(), gr.skip()
-            except (VisperError, ValueError, OSError) as error:
-                gr.Warning(str(error))
-                yield _messages(before), gr.skip(), asked
-                return
-            yield _messages([*before, asked, said or "(an empty answer)"]), [*before, asked, said], gr.skip()
-
-        def begin(file: str | None) -> tuple[Image.Image | None, Messages, list[str], None]:
-            return _opened(file), [], [], None
-
-        def chosen(event: gr.SelectData) -> str:
-            return str(examples[event.index])
-
-        def draw(file: str | None, asked: str) -> Image.Image | None:
-            try:
-                return session.draw(file, asked.strip())
-            except (VisperError, ValueError, OSError) as error:
-                gr.Warning(str(error))
-                return None
-
         wanted, result = [question, texts, image, temperature, length], [chat, texts, question]
-        gr.on([question.submit, send.click], answer, wanted, result, concurrency_limit=8)
-        image.change(begin, image, [shown, chat, texts, sheet])
+        gr.on([question.submit, send.click], events.answer, wanted, result, concurrency_limit=8)
+        image.change(events.begin, image, [shown, chat, texts, sheet])
         if examples:
-            shelf.select(chosen, None, image)
+            shelf.select(events.chosen, None, image)
         clear.click(lambda: ([], []), None, [chat, texts])
-        see.click(draw, [image, question], sheet)
+        see.click(events.draw, [image, question], sheet)
     return page
 
 
@@ -136,13 +154,3 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
 
 def _messages(texts: list[str]) -> Messages:
     return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
-
-
-def _opened(file: str | None) -> Image.Image | None:
-    if file is None:
-        return None
-    try:
-        return open_image(Path(file))
-    except VisperError as error:
-        gr.Warning(str(error))
-        return None
