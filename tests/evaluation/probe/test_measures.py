@@ -12,6 +12,7 @@ from tests import tiny, tiny_teachers
 from visper.common.errors import ConfigError
 from visper.config import Geometry, load_run
 from visper.config import Student as StudentConfig
+from visper.distillation.teachers.segment_maps import Segmentation
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.probe.curves import draw_curves, read_findings, save_findings
 from visper.evaluation.probe.measures import (
@@ -152,6 +153,45 @@ def test_coco_compares_the_segments_with_the_panoptic_map(probed, tmp_path):
     for finding in coco_findings(load_pre_trained(probed / "out"), tmp_path):
         assert finding.name.startswith("seg/") and 0 <= finding.value <= 1
         assert set(finding.controls) == {"other image's prediction", "mean target", "teacher"}
+
+
+def test_the_nearer_point_is_the_brighter_one_and_ties_go_to_the_first(probed, tmp_path, monkeypatch):
+    folder = tmp_path / "eval" / "DA-2K"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 20)).save(folder / "a.png")
+    left, right, right_below = [2, 3], [2, 36], [18, 36]  # [y, x]
+    marks = [
+        {"point1": right, "point2": left, "closer_point": "point1"},  # right
+        {"point1": left, "point2": right_below, "closer_point": "point2"},  # right
+        {"point1": left, "point2": right, "closer_point": "point1"},  # wrong
+        {"point1": right, "point2": right_below, "closer_point": "point1"},  # a tie, right
+    ]
+    (folder / "annotations.json").write_text(json.dumps({"a.png": marks}))
+    found = load_pre_trained(probed / "out")
+    near_at_the_right = torch.linspace(0, 1, 56).expand(1, 3, 56, 56)
+    monkeypatch.setattr(found.teachers["depth"], "decode", lambda values: near_at_the_right)
+    for finding in da2k_findings(found, tmp_path):
+        assert (finding.value, finding.controls["teacher"]) == (0.75, 0.75)
+        assert finding.controls["always the first point"] == 0.75 and finding.interval is None
+
+
+def test_categories_are_classes_in_their_order(probed, tmp_path, monkeypatch):
+    folder = tmp_path / "coco"
+    for place in ("annotations", "val2017", "panoptic_val2017"):
+        (folder / place).mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "val2017" / "1.jpg")
+    ids = np.zeros((4, 4, 3), np.uint8)
+    ids[:2], ids[2] = (7, 0, 0), (9, 0, 0)  # two rows of one segment, one of another, one without a label
+    Image.fromarray(ids).save(folder / "panoptic_val2017" / "1.png")
+    segments = [{"id": 7, "category_id": 200}, {"id": 9, "category_id": 1}]
+    table = {"annotations": [{"file_name": "1.png", "segments_info": segments}]}
+    table["categories"] = [{"id": number, "name": ""} for number in (1, 90, 200)]
+    (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(table))
+    found = load_pre_trained(probed / "out")
+    seen = torch.full((4, 4), 2 + 1)  # class 2, which is category 200, everywhere; Segmentation counts from 1
+    monkeypatch.setattr(found.teachers["seg"], "segment", lambda *_: [Segmentation(seen, {}, {})])
+    for finding in coco_findings(found, tmp_path):
+        assert finding.value == pytest.approx((2 / 3 + 0) / 2)  # class 2: 2 of 3 rows; class 0: none of 1
 
 
 def test_findings_are_read_back_and_drawn(tmp_path):
