@@ -23,23 +23,31 @@ from transformers import (
 from tests.tiny import write_rows
 from tests.vlms import FAMILIES, save_vlm
 from visper.common.errors import ConfigError
-from visper.config import Engine, Geometry, Run, VlmStudent, load_run
+from visper.config import Engine, Geometry, Run, Stage, VlmStudent, load_run
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.packing import PackingCollator
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.vlm import ModelInputs, encoder_for
+from visper.distillation import Targets
+from visper.distillation.teachers.tasks import planned_teachers
 from visper.evaluation import answer
 from visper.evaluation.ask import as_row
 from visper.evaluation.predictions import load_pre_trained, predict_images
 from visper.evaluation.visualize import SIDE, look
 from visper.model import load_processor, load_student, save_student
 from visper.model.known import logit_cap
-from visper.model.parts import part_of
+from visper.model.parts import parameters_of, part_of
 from visper.model.start import starting_processor, starting_student
 from visper.model.vlm import build_vlm
-from visper.planning.parameters import student_skeleton
+from visper.planning.fake_run import FakeRun, fake_batch
+from visper.planning.fake_step import KnownPositions
+from visper.planning.memory import Machine
+from visper.planning.plan import plan
+from visper.planning.row_statistics import RowLength
+from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
+from visper.training.flops import model_flops
 from visper.training.module import TrainingModel
 from visper.training.run import run_stage
 from visper.training.trainer import FORWARD_KEYS
@@ -338,9 +346,37 @@ def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
     joined = run.data.model_copy(update={"join_conversations": True})
     with pytest.raises(ConfigError, match="join_conversations is not supported"):
         starting_processor(run.model_copy(update={"data": joined}))
-    for start in (run, run.model_copy(update={"student": None, "start_from": str(folders["gemma3"])})):
-        with pytest.raises(ConfigError, match="plans and sizes"):
-            student_skeleton(start)
+
+
+@pytest.mark.parametrize(("family", "stage"), [*zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt"), strict=True)])
+def test_a_run_is_planned_without_weights(family, stage, folders, tmp_path):
+    """Operations are those that torch counts in the real model."""
+    packing = stage == "ift" and family in PACKED
+    optimization = {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32", "packing": packing}
+    more = {"distillation": supervised_at_every_place(), "optimization": optimization}
+    student = {"vlm": str(folders[family]), "max_pixels": None, "task_tokens": {"order": ["depth"], "per_task": 2}}
+    run = run_of(tmp_path, folders[family], stage, student=student, **more)
+    found = plan(run, Machine(1, 80e9))
+    assert found.rows.count == 10 and "640 x 480 pixels" in found.rows.source
+    assert found.memory.parts["activations"] > 0 and found.fits
+    parts = {part.part: part for part in found.parts}
+    assert {"vision": stage == "vpt", "projector": True, "llm": stage != "pt"} == {
+        part: parts[part].trainable > 0 for part in ("vision", "projector", "llm")
+    }
+    student = build_vlm(run.student)
+    assert parts["llm"].total == sum(p.numel() for _, p in parameters_of(student.model, "llm"))
+    model = FakeRun(run, run, planned_teachers(run.distillation))
+    rows = [RowLength(found.rows.average.tokens + 40, 5, 1), RowLength(50, 5, 0)]
+    batch = fake_batch(rows, model.student, model.model, model.run, model.fake)
+    with KnownPositions(model.fake):
+        planned = model_flops(model.model, batch)
+    real = build_training_model(student, Stage(stage), run.distillation, planned_teachers(run.distillation))
+    choose_trainable(real, Stage(stage), run.optimization)
+    if packing:
+        separate_samples(student.model.get_decoder())
+    pool = Targets(torch.zeros(1, 9, 8), torch.zeros(4, 9, 8), torch.zeros(1).long())
+    targets = dict.fromkeys(batch["targets"], pool)
+    assert planned == model_flops(real.train(), {**batch, "targets": targets})
 
 
 @every_family

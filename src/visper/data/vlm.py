@@ -143,7 +143,8 @@ def image_blocks(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[str]:
     blank = [[Image.new("RGB", size) for size in sizes]]
     asked = _BETWEEN.join([processor.image_token] * len(sizes))
     try:
-        made = processor(text=[asked], images=blank, add_special_tokens=False)
+        with torch.device("cpu"):  # also while a model without weights is built on the meta device
+            made = processor(text=[asked], images=blank, add_special_tokens=False)
     except ValueError as error:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes)
         raise DataError("image size", f"{shown} pixels: the model's processor: {error}") from error

@@ -20,11 +20,12 @@ from visper.model.task_tokens import task_token_names
 from visper.model.words import set_to_mean
 
 
-def build_vlm(config: VlmStudent, dtype: Any = torch.float32) -> Student:
+def build_vlm(config: VlmStudent, dtype: Any = torch.float32, skeleton: bool = False) -> Student:
     """The model that ``config`` names with its own processor.
 
     Args:
         dtype: "auto": as stored, but for the projector, which is float32.
+        skeleton: on the meta device, without its weights.
 
     Raises:
         ConfigError: it cannot be loaded, or it is not a model that can be trained here; the latter is found out before
@@ -39,8 +40,12 @@ def build_vlm(config: VlmStudent, dtype: Any = torch.float32) -> Student:
         )
     require_known(config.vlm, found, config.trust_remote_code)
     processor = build_vlm_processor(config)
-    with loading("student.vlm", config.vlm):
-        model = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=dtype, **options)
+    if skeleton:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(found, trust_remote_code=config.trust_remote_code)
+    else:
+        with loading("student.vlm", config.vlm):
+            model = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=dtype, **options)
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if pinpoints is not None:
         model.config.image_grid_pinpoints = pinpoints  # the model counts an image's tiles by its own copy

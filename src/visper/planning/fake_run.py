@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from visper.common.console import Console
@@ -13,6 +15,7 @@ from visper.config import Run
 from visper.data.chat import IGNORED
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
+from visper.data.vlm import NOMINAL_SIZE, ModelInputs, image_blocks
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student
@@ -72,6 +75,8 @@ class FakeRun:
         with torch.device("meta"):
             add_updates(run.lora, self.student)
             self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, teachers)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake_parameters(self.model, self.fake)
         set_trainable(self.model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))
         self.parts: list[PartCount] = count_parts(self.model)
         self.layers = float(sum(p.nbytes for p in llm.layers.parameters()))
@@ -81,8 +86,6 @@ class FakeRun:
         if run.lora is not None and run.lora.quantize is not None:
             self.weights -= _saved_by_quantizing(llm)
         self.gradients = float(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        fake_parameters(self.model, self.fake)
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()
@@ -119,20 +122,19 @@ def fake_batch(
 
     The pool of targets holds a global batch.
     """
-    side = int(model.config.vision_config.image_size)
     task_tokens = [token for ids in student.task_token_ids.values() for token in ids]
-    image_tokens = int(model.config.image_seq_length)
-    block = [student.image_token_id] * image_tokens + task_tokens
     samples = []
     for row in rows:
-        text = max(row.tokens - len(block) * row.images, 2)
+        blocks, pixels, blank = _images(student, row.images, fake)
+        shown = [[*block, *task_tokens, 0] for block in blocks]
+        text = max(row.tokens - sum(map(len, shown)), 2)
         supervised = min(row.supervised, text - 1)
-        ids = [0, *block * row.images, *[0] * (text - 1)]
+        ids = [0, *chain.from_iterable(shown), *[0] * (text - 1)]
         labels = [IGNORED] * (len(ids) - supervised) + [0] * supervised
-        with fake:
-            pixels = torch.empty(row.images, 3, side, side) if row.images else None
-        samples.append(Sample("fake", ids, labels, (image_tokens,) * row.images, pixels))
-    padded = Collator(0)
+        counts = tuple(block.count(student.image_token_id) for block in blocks)
+        samples.append(Sample("fake", ids, labels, counts, pixels, blank))
+    inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
+    padded = Collator(0, model_inputs=inputs)
     collated = (PackingCollator(padded) if run.packed else padded)(samples)
     batch: dict[str, Any] = {name: value for name, value in collated.items() if name in FORWARD_KEYS}
     images = sum(row.images for row in rows)
@@ -143,6 +145,21 @@ def fake_batch(
             for name, task in model.objective.tasks.items()
         }
     return {**batch, "num_tokens": 1, "num_images": 1}
+
+
+def _images(
+    student: Student, count: int, fake: FakeTensorMode
+) -> tuple[list[list[int]], torch.Tensor | None, tuple[Image.Image, ...]]:
+    """Tokens and pixels of a row's images; of a model with its own processor, which makes pixels, blank images."""
+    if not student.is_llava:
+        blank = [NOMINAL_SIZE] * count
+        texts = image_blocks(student.processor, blank) if count else []
+        ids = [list(student.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        return ids, None, tuple(Image.new("RGB", size) for size in blank)
+    side = int(student.model.config.vision_config.image_size)
+    with fake:
+        pixels = torch.empty(count, 3, side, side) if count else None
+    return [[student.image_token_id] * student.num_image_tokens] * count, pixels, ()
 
 
 def _targets(images: int, pool: int, tokens: int, width: int, fake: FakeTensorMode) -> Targets:

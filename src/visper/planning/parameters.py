@@ -13,6 +13,8 @@ from visper.common.errors import ConfigError
 from visper.config import Run, Stage, VlmStudent, load_run, recipe_names
 from visper.distillation.teachers.tasks import planned_teachers
 from visper.model import Student, build_skeleton, load_student
+from visper.model.vlm import build_vlm
+from visper.planning.fake_step import FakeTensorMode, fake_parameters
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.stages import count_parts
 
@@ -38,14 +40,14 @@ def part_sizes(run: Run) -> list[PartSize]:
     first = first_stage(run)
     supervised = run if run.distillation is not None else first
     teachers = planned_teachers(supervised.distillation)
-    student = student_skeleton(first)
     totals: dict[str, int] = {}
     trainable: dict[str, dict[Stage, int]] = {}
     for stage in Stage:  # pt first: it has the predictors and the full query matrices
         others: dict[str, Any] = {} if stage is run.stage else {"freeze": (), "train": (), "lr_overrides": {}}
         distillation = supervised.distillation if stage is supervised.stage else None
         with torch.device("meta"):
-            model = build_training_model(student, stage, distillation, teachers)
+            model = build_training_model(student_skeleton(first), stage, distillation, teachers)
+        fake_parameters(model, FakeTensorMode(allow_non_fake_inputs=True))
         choose_trainable(model, stage, run.optimization.model_copy(update=others))
         for count in count_parts(model):
             totals.setdefault(count.part, count.total)
@@ -89,22 +91,14 @@ def student_skeleton(start: Run) -> Student:
     """The student that ``start`` begins with, without weights: from configurations, or from the folder it starts from.
 
     Raises:
-        ConfigError: a configuration cannot be found, or it is of a model with a processor of its own.
+        ConfigError: a configuration cannot be found.
     """
     if isinstance(start.student, VlmStudent):
-        name = start.student.vlm
-    elif start.student is not None:
+        return build_vlm(start.student, skeleton=True)
+    if start.student is not None:
         return build_skeleton(start.student)
-    else:
-        assert start.start_from is not None
-        name = start.start_from
-        student = load_student(name, revision=start.start_from_revision, device_map="meta")
-        if student.is_llava:
-            return student
-    raise ConfigError(
-        f"plans and sizes of '{name}' are not supported, only those of students of 'llm' and 'encoder': train a few "
-        "steps with optimization.max_steps to see its memory"
-    )
+    assert start.start_from is not None
+    return load_student(start.start_from, revision=start.start_from_revision, device_map="meta")
 
 
 def _has_model(run: Run) -> bool:

@@ -15,6 +15,7 @@ from visper.data.rows.records import DropList, Record
 from visper.data.rows.sources import mixture_of, open_records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
+from visper.data.vlm import NOMINAL_SIZE, encoder_for
 from visper.model import Student
 from visper.model.start import starting_processor
 
@@ -105,11 +106,15 @@ def row_statistics(run: Run, start: Run, student: Student) -> Rows:
     Raises:
         ConfigError: the rows are not on this machine and not all of the data sets are published ones.
     """
-    block = int(student.model.config.image_seq_length) + sum(map(len, student.task_token_ids.values()))
+    block = student.num_image_tokens + sum(map(len, student.task_token_ids.values()))
     try:
-        return _measured(run, start, block)
+        rows = _measured(run, start, block)
     except (ConfigError, DataError, OSError) as error:
-        return _published(run, block, error)
+        rows = _published(run, block, error)
+    if student.is_llava:
+        return rows
+    width, height = NOMINAL_SIZE
+    return replace(rows, source=f"{rows.source}; every image taken as {width} x {height} pixels")
 
 
 def _measured(run: Run, start: Run, block: int) -> Rows:
@@ -120,7 +125,7 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
     sample = [records[index] for index in picked]
     try:
         processor: Any = starting_processor(start.model_copy(update={"data": run.data}))
-        encoder = ConversationEncoder(processor, run.data.max_tokens)
+        encoder = encoder_for(processor, run.data.max_tokens)
         lengths = [length for length in (_encoded(encoder, record) for record in sample) if length is not None]
         how = f"{len(lengths)} of {len(records)} rows tokenized"
     except ConfigError:  # the tokenizer is not on this machine
