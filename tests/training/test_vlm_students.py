@@ -23,7 +23,7 @@ from transformers import (
 from tests.tiny import write_rows
 from tests.vlms import FAMILIES, save_vlm
 from visper.common.errors import ConfigError
-from visper.config import Engine, Geometry, Run, Stage, VlmStudent, load_run
+from visper.config import Distillation, Engine, Geometry, Run, Stage, VlmStudent, load_run
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.packing import PackingCollator
@@ -507,16 +507,64 @@ def test_what_a_layer_predicts_is_drawn(family, folders, tmp_path):
     assert look(found, images[0]).width > 3 * SIDE
 
 
+OWN_ENCODER = {
+    "target": {"kind": "encoder"},
+    "at": "image_tokens",
+    "layers": [1],
+    "head": {"kind": "linear"},
+    "loss": {"mse": 1.0},
+}
+
+
+def through_the_projector(family: str, model: Any, encoded: torch.Tensor) -> torch.Tensor:
+    """What each image token's feature becomes in front of the LLM."""
+    own = model.model
+    if family == "gemma3":
+        projector = own.multi_modal_projector
+        made: torch.Tensor = projector.mm_soft_emb_norm(encoded) @ projector.mm_input_projection_weight
+    elif family == "smolvlm":
+        made = own.connector.modality_projection(encoded)
+    elif family == "qwen3_vl":
+        made = own.visual.merger(encoded.unflatten(1, (4, -1)).flatten(0, 1))
+    else:
+        made = own.multi_modal_projector(encoded)
+    return made
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "gemma3"])
+def test_the_encoders_output_is_a_target_in_the_order_of_the_tokens(family, folders, rows):
+    student = build_vlm(VlmStudent(vlm=str(folders[family])))
+    distillation = Distillation.model_validate({"tasks": {"own": OWN_ENCODER}})
+    model = build_training_model(student, Stage.IFT, distillation).eval()
+    assert model.objective is not None
+    model.objective.layers = (0, 1)
+    seen = []
+    model.objective.register_forward_pre_hook(lambda module, args: seen.append((args[0][0], args[5])))
+    batch = batch_of(student, rows)
+    kept = {key: batch[key] for key in FORWARD_KEYS if key in batch}
+    assert model(**kept, num_tokens=10, num_images=4)["own/1/mse"] > 0
+    ((entering, encoded),) = seen
+    at_images = entering[batch["input_ids"] == student.image_token_id]
+    made = through_the_projector(family, student.model, encoded)
+    if family == "gemma3":
+        at_images, made = at_images / at_images.norm(), made / made.norm()
+    torch.testing.assert_close(at_images, made, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_the_encoders_output_is_predicted_however_a_batch_is_split(family, folders, tmp_path):
+    for micro_batch in (4, 1):
+        optimization = {"global_batch": 4, "micro_batch": micro_batch, "lr": 1e-3, "precision": "float32"}
+        more = {"distillation": {"tasks": {"own": OWN_ENCODER}}, "optimization": {**optimization, "max_steps": 1}}
+        run_stage(run_of(tmp_path / str(micro_batch), folders[family], "ift", **more))
+    assert logged(tmp_path / "4")["own/1/mse"] == pytest.approx(logged(tmp_path / "1")["own/1/mse"], rel=1e-6)
+
+
 def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_path):
-    task = {
-        "target": {"kind": "encoder"},
-        "at": "image_tokens",
-        "layers": [1],
-        "head": {"kind": "linear"},
-        "loss": {"mse": 1.0},
-    }
-    with pytest.raises(ConfigError, match="use target 'projector'"):
-        run_stage(run_of(tmp_path / "a", folders["gemma3"], "ift", distillation={"tasks": {"own": task}}))
+    for family in ("llava_onevision", "qwen2_5_vl"):
+        more = {"distillation": {"tasks": {"own": OWN_ENCODER}}}
+        with pytest.raises(ConfigError, match="use target 'projector'"):
+            run_stage(run_of(tmp_path / family, folders[family], "ift", **more))
     teacher = {"kind": "tests.tiny:PooledColors", "model": "colors"}
     with pytest.raises(ConfigError, match=r"have no task tokens.*set their 'at' to image_tokens"):
         run_of(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -40,3 +41,25 @@ def modules_of(model: nn.Module, part: str) -> list[str]:
     starts = [start.removesuffix(".") for start, own in PLACES if own.startswith(f"{part}.") and start != "lm_head."]
     there = {name for name, _ in model.named_modules()}
     return [start for start in starts if start in there]
+
+
+class Encoded(NamedTuple):
+    """The module that is given what the encoder makes of each image token, in their order, and its width.
+
+    Consecutive rows of the input may belong to one token (Qwen's squares of patches); ``width`` is theirs together.
+    """
+
+    module: str
+    width: Callable[[Any], int]
+
+
+_LINEAR = Encoded("model.multi_modal_projector", lambda module: int(module.linear_1.in_features))
+ENCODED: Mapping[str, Encoded] = {
+    "llava": _LINEAR,
+    "internvl": _LINEAR,
+    "smolvlm": Encoded("model.connector.modality_projection", lambda module: int(module.proj.in_features)),
+    "gemma3": Encoded("model.multi_modal_projector.mm_soft_emb_norm", lambda module: len(module.weight)),
+    "qwen3_vl": Encoded("model.visual.merger", lambda module: int(module.hidden_size)),
+}
+"""Model type -> where its encoder's features stand in the order of its image tokens. Not here: LLaVA-OneVision, which
+drops, adds and merges tokens behind its projector, and Qwen2.5-VL, which sorts them by windows before."""

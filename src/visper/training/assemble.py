@@ -17,7 +17,7 @@ from visper.distillation import EmbeddingDistillation, TargetSpec, check_head_fi
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
-from visper.model.parts import LLM, PROJECTOR, VISION, parameters_of
+from visper.model.parts import ENCODED, LLM, PROJECTOR, VISION, parameters_of
 from visper.training.module import TrainingModel
 from visper.training.stages import (
     DISTILLATION_PARTS,
@@ -91,12 +91,14 @@ def own_target(student: Student, kind: str) -> TargetSpec:
     """The shape of the target that the student's "encoder" or "projector" makes."""
     width = student.hidden_size
     if kind == "encoder":
-        if not student.is_llava:
+        kept = ENCODED.get(student.model.config.model_type)
+        if kept is None:
             raise ConfigError(
-                "target 'encoder' is supported for students of 'llm' and 'encoder' only, whose projector reads one "
-                "feature for each image token: use target 'projector'"
+                f"target 'encoder' is not supported by models of type '{student.model.config.model_type}', only by "
+                f"{', '.join(ENCODED)}, whose encoder's features stand in the order of the image tokens: use target "
+                "'projector'"
             )
-        width = student.model.model.multi_modal_projector.linear_1.in_features
+        width = kept.width(student.model.get_submodule(kept.module))
     return TargetSpec(student.num_image_tokens, width, own=True)
 
 

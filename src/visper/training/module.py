@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from visper.config import Position
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
-from visper.model.parts import PROJECTOR, VISION, modules_of, parameters_of
+from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
 from visper.training.attention import own_positions, packed_rows
 from visper.training.stages import feature_sum
 
@@ -167,7 +167,7 @@ class TrainingModel(nn.Module):
                 rows = image_rows if image_rows is not None else input_ids.new_empty(0)
                 samples = None if position_ids is None else (position_ids == 0).cumsum(1)
                 layout = self._layout(input_ids, attention_mask, rows, image_tokens, samples, image_places)
-                features = torch.cat([values.flatten(0, -2) for values in encoded]) if encoded else None
+                features = self._features(encoded)
                 distilled = self.objective(hidden, layout, self._queries(), targets or {}, num_images, features)
                 loss = loss + self.objective.total(distilled, progress)
                 terms |= distilled
@@ -249,10 +249,16 @@ class TrainingModel(nn.Module):
             if self.objective is not None and self.objective.layers:
                 hidden = taps.enter_context(HiddenStateTap(self.student.get_decoder(), self.objective.layers))
             if self.objective is not None and self.objective.reads_encoder:
-                encoded = taps.enter_context(
-                    InputTap(self.student.get_submodule(modules_of(self.student, PROJECTOR)[0]))
-                )
+                kept = ENCODED[self.student.config.model_type]
+                encoded = taps.enter_context(InputTap(self.student.get_submodule(kept.module)))
             yield hidden, encoded
+
+    def _features(self, encoded: Sequence[Tensor]) -> Tensor | None:
+        """``[image tokens, width]``: what the encoder makes of each; None where no target is."""
+        if not encoded or self.objective is None:
+            return None
+        width = next(task.target.width for task in self.objective.tasks.values() if task.own == "encoder")
+        return torch.cat([values.reshape(-1, width) for values in encoded])
 
     def _layout(self, input_ids: Tensor, attention_mask: Tensor, *of_images: Tensor | None) -> TokenLayout:
         """``of_images``: the arguments of ``TokenLayout.from_ids`` behind the task tokens."""
