@@ -100,7 +100,7 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
-    across = min(COLUMNS, len(panels))
+    across = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4.2 * across, 3.2 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten()
