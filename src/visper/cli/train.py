@@ -23,9 +23,11 @@ def run(
 
     settings = load_run(recipe, overrides or [])
 
+    from visper.evaluation.while_training import answers_while_training
     from visper.training import run_stage, start_processes
 
     options = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
     if start_processes(settings.launch, ["train", recipe, *(overrides or []), *options]):
         return
-    run_stage(settings, resume=resume, accept_changes=accept_changes)
+    answer = answers_while_training(settings)
+    run_stage(settings, resume=resume, accept_changes=accept_changes, answer=answer)

@@ -3,9 +3,11 @@
 from visper.config.distillation import PUBLISHED_LOSS, Distillation, Head, Position, Target, Task
 from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
+    EVALUATED,
     JOINING_ATTENTION,
     Data,
     Engine,
+    Evaluation,
     Geometry,
     Launch,
     Logging,
@@ -19,11 +21,13 @@ from visper.config.schema import (
 from visper.config.student import Student, TaskTokenLayout, VlmStudent
 
 __all__ = [
+    "EVALUATED",
     "JOINING_ATTENTION",
     "PUBLISHED_LOSS",
     "Data",
     "Distillation",
     "Engine",
+    "Evaluation",
     "Geometry",
     "Head",
     "Launch",

@@ -179,6 +179,53 @@ class Logging(Section):
     monitor: Monitor = Field(default_factory=lambda: Monitor.model_validate({}))
 
 
+class Evaluation(Section):
+    """What is measured while a stage trains: losses on held-out rows, answers to questions or to a benchmark."""
+
+    every: PositiveInt = Field(500, description="steps; also after the last one")
+    loss_on: tuple[Source, ...] = Field((), description="held-out rows, as in data.sources: every loss term on them")
+    questions: PathText | None = Field(None, description="what `visper evaluate --questions` takes")
+    images: PathText | None = Field(None, description="folder of the questions' images; none for embedded ones")
+    benchmark: str | None = Field(None, description="cv-bench, mmstar, realworldqa or ok-vqa, under data.root")
+    limit: PositiveInt = Field(200, description="rows and questions at most, evenly spaced over all")
+    max_new_tokens: PositiveInt = Field(32, description="of an answer; benchmarks have their own")
+    best: str | None = Field(
+        None, description="value by which the best checkpoint is kept; default: accuracy where asked, else loss"
+    )
+
+    @property
+    def asks(self) -> bool:
+        """Whether questions are answered."""
+        return self.questions is not None or self.benchmark is not None
+
+    @property
+    def measure(self) -> str:
+        """The logged value by which the best checkpoint is kept."""
+        return f"{EVALUATED}{self.best or ('accuracy' if self.asks else 'loss')}"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the best is the highest: accuracies are, losses are not."""
+        return self.measure.startswith(f"{EVALUATED}accuracy")
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Evaluation:
+        if not self.loss_on and not self.asks:
+            raise ValueError("nothing to evaluate: give 'loss_on', 'questions' or 'benchmark'")
+        if self.questions is not None and self.benchmark is not None:
+            raise ValueError("give 'questions' or 'benchmark', not both")
+        if self.images is not None and self.questions is None:
+            raise ValueError("'images' belongs to 'questions': remove it")
+        needs = "loss_on" if not self.higher_is_better else "questions or a benchmark"
+        if not (self.asks if self.higher_is_better else self.loss_on):
+            raise ValueError(f"best '{self.measure.removeprefix(EVALUATED)}' is not measured without {needs}: give it")
+        return self
+
+
+EVALUATED = "eval/"
+"""Start of the names under which held-out values are logged."""
+
+
 class Engine(Choice):
     """How a stage is spread over processes."""
 
@@ -215,6 +262,7 @@ class Run(Section):
     distillation: Distillation | None = None
     optimization: Optimization
     lora: Lora | None = Field(None, description="stage ift: train low-rank updates of the LLM instead of the LLM")
+    evaluation: Evaluation | None = Field(None, description="measured while training")
     logging: Logging = Field(default_factory=lambda: Logging.model_validate({}))
     launch: Launch = Launch()
     seed: int = 0
@@ -240,6 +288,11 @@ class Run(Section):
             raise ValueError(
                 f"logging.monitor.non_finite=skip is not supported with launch.engine={engine}: DeepSpeed's optimizer "
                 "steps before the loss is judged. Set it to stop, or use launch.engine=fsdp"
+            )
+        if engine is Engine.ZERO3 and self.evaluation is not None and self.evaluation.asks:
+            raise ValueError(
+                f"evaluation with questions is not supported with launch.engine={engine}: use launch.engine=fsdp, or "
+                "'loss_on' alone"
             )
         if self.lora is not None and self.lora.quantize is not None and engine is not Engine.DDP:
             raise ValueError(

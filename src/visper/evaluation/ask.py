@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,20 @@ def load_to_ask(folder: str | Path) -> Student:
     return student
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer(
-    student: Student, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_new_tokens: int = 64
+    student: Student,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    max_new_tokens: int = 64,
+    generate: Callable[..., Tensor] | None = None,
 ) -> list[str]:
     """Greedy answers of one batch.
 
     Args:
         prompts: one question each.
         images: of each question, in the order of its tags; may be empty.
+        generate: in place of the model's own method.
 
     Returns:
         The answers' texts, without special tokens, stripped.
@@ -99,6 +104,6 @@ def answer(
         DataError: see ``as_row``.
     """
     inputs = model_inputs(student.processor, prompts, images).to(student.model.device, student.model.dtype)
-    generated = student.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    generated = (generate or student.model.generate)(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]

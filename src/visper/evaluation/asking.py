@@ -156,7 +156,7 @@ def ask_all(
             if stop.asked:
                 raise StoppedError(f"{len(todo)} questions were open, {progress.tasks[0].completed:.0f} are answered; "
                                    "the same command asks the others")  # fmt: skip
-            shown = {prompt: opened for prompt in batch if (opened := _open(images, prompt.images)) is not None}
+            shown = {prompt: opened for prompt in batch if (opened := open_images(images, prompt.images)) is not None}
             if shown:
                 texts = [prompt.text for prompt in shown]
                 answers.add(list(shown), answer(student(), texts, list(shown.values()), answers.max_new_tokens))
@@ -176,7 +176,8 @@ def _check(prompts: Sequence[Prompt], images: ImageSource) -> None:
             raise DataError(error.reason, f"question {number}, {prompt.text[:80]!r}: {error.detail}") from error
 
 
-def _open(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
+def open_images(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
+    """The images of a question; None, with a warning, where one cannot be read."""
     try:
         return [images.open(name) for name in names]
     except DataError as error:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
+from visper.config import EVALUATED
 from visper.training.monitor import OPTIMIZER, StepClock
 
 FILE_WIDTH = 200
@@ -110,7 +111,7 @@ class LineCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """``step 20/300  loss 2.13  ntp 1.80 ...``, at most ``FILE_WIDTH`` characters."""
-        if state.is_world_process_zero and logs and "loss" in logs:
+        if state.is_world_process_zero and logs and is_shown(logs):
             print(log_line(f"step {state.global_step}/{state.max_steps}", logs, FILE_WIDTH), flush=True)
 
 
@@ -119,7 +120,7 @@ class BarCallback(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits in a line; ``log.jsonl`` has everything."""
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+        if state.is_world_process_zero and self.training_bar is not None and logs and is_shown(logs):
             width = shutil.get_terminal_size(fallback=(FILE_WIDTH, 24)).columns
             self.training_bar.write(log_line(f"step {state.global_step}/{state.max_steps}", logs, width))
 
@@ -128,6 +129,11 @@ FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "data_wait
 """What a line of the console says first; then come the other losses."""
 UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time_", "grad_norm_", "lr_")
 """Never in the console: starts of names."""
+
+
+def is_shown(logs: dict[str, float]) -> bool:
+    """Whether the console shows a log: those of steps and of evaluations, not the Trainer's summary."""
+    return "loss" in logs or any(name.startswith(EVALUATED) for name in logs)
 
 
 def log_line(start: str, logs: dict[str, float], width: int) -> str:

@@ -54,8 +54,8 @@ def is_last(checkpoint: Path) -> bool:
     return bool(state.global_step >= state.max_steps)
 
 
-def complete(output: Path, name: str, keep: int) -> None:
-    """Moves the checkpoint ``name`` from staging to its place, then removes all but the newest ``keep``.
+def complete(output: Path, name: str, keep: int, best: str | None = None) -> None:
+    """Moves the checkpoint ``name`` from staging to its place, then removes all but the newest ``keep`` and ``best``.
 
     Raises:
         TrainingError: it does not read as it was written; older ones stay.
@@ -70,7 +70,8 @@ def complete(output: Path, name: str, keep: int) -> None:
     if damage is not None:
         raise TrainingError(f"checkpoint '{place}' is damaged right after it was written ({damage}): check the disk")
     for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != best:
+            shutil.rmtree(old)
 
 
 def newest_undamaged(output: Path, console: Console) -> Path | None:

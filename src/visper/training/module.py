@@ -173,6 +173,11 @@ class TrainingModel(nn.Module):
                 terms |= distilled
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
+    def generate(self, **inputs: Any) -> Tensor:
+        """The student's ``generate``; under FSDP only this gathers the weights outside of its decoder layers."""
+        ids: Tensor = self.student.generate(**inputs)
+        return ids
+
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Tensor], *of_images: Tensor | None) -> dict[str, Tensor]:
         """What the tapped layers predict: ``"depth/20"`` and the like -> ``[S, N, E]``. Needs an objective.

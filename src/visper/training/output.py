@@ -31,6 +31,8 @@ from visper.training.content import CONTENT
 
 MAY_DIFFER = (
     "output",
+    "evaluation",
+    "evaluation.*",
     "logging.*",
     "launch.*",
     "data.workers",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
 from visper.training.content import content_of, require_same_content
+from visper.training.held_out import Answer, EvaluationCallback, HeldOut, held_out_rows
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -56,13 +57,18 @@ from visper.training.trainer import StageTrainer
 
 
 def run_stage(
-    run: Run, resume: bool = False, callbacks: Sequence[TrainerCallback] = (), accept_changes: bool = False
+    run: Run,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    accept_changes: bool = False,
+    answer: Answer | None = None,
 ) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
     Args:
         resume: continue from the newest undamaged checkpoint in the run's output.
         callbacks: more of the Trainer's callbacks.
+        answer: asks what ``run.evaluation`` names (``evaluation.while_training``); with questions or a benchmark.
         accept_changes: continue although rows, images or weights have changed since the run began.
 
     Raises:
@@ -72,6 +78,7 @@ def run_stage(
     """
     row_files(run.data)  # missing data and trackers are reported before anything is loaded
     require_trackers(run.logging.report_to, run.logging.project)
+    assert answer is not None or run.evaluation is None or not run.evaluation.asks, "nothing answers the questions"
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -93,7 +100,8 @@ def run_stage(
         model = build_model(run, student, teachers, processes, console)
         if processes.is_main_process:
             claim_output(run, output, content)
-        trainer = build_trainer(run, model, data, teachers, processes, callbacks)
+        watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, answer, console)]
+        trainer = build_trainer(run, model, data, teachers, processes, watchers)
         train(trainer, checkpoint, console)
         if processes.is_main_process:
             finish(run, student, model)
@@ -102,14 +110,14 @@ def run_stage(
     return output / "model"
 
 
-def run_pipeline(runs: Sequence[Run]) -> None:
+def run_pipeline(runs: Sequence[Run], answer: Callable[[Run], Answer | None] = lambda run: None) -> None:
     """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
     console = Console()
     for run in runs:
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
-        run_stage(run, resume=True)
+        run_stage(run, resume=True, answer=answer(run))
 
 
 def join_processes(launch: Launch) -> PartialState:
@@ -212,7 +220,26 @@ def build_trainer(
         model, arguments, data, teachers, run.optimization, run.logging, run.launch, output, StopRequest(), watchers
     )
     trainer.remove_callback(PrinterCallback)
+    for watcher in watchers:
+        if isinstance(watcher, EvaluationCallback):
+            watcher.trainer = trainer
     return trainer
+
+
+def evaluation_callback(
+    run: Run,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    targets: TargetStore | None,
+    data: StageData,
+    answer: Answer | None,
+    console: Console,
+) -> list[EvaluationCallback]:
+    """What evaluates the run while it trains, if it asks for that."""
+    if run.evaluation is None:
+        return []
+    rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
+    return [EvaluationCallback(HeldOut(run.evaluation, run.optimization, student, rows, answer), Path(run.output))]
 
 
 def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:

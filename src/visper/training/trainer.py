@@ -77,6 +77,7 @@ class StageTrainer(Trainer):
         self.output = output
         self.stop = stop
         self.terms = TermSums()
+        self.best_checkpoint: str | None = None  # kept beside the newest ones, see ``held_out``
         self.sharded = is_sharded(model)
         super().__init__(
             model=model,
@@ -252,4 +253,4 @@ class StageTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        first_decides(lambda: checkpoint.complete(self.output, name, self.keep_checkpoints))
+        first_decides(lambda: checkpoint.complete(self.output, name, self.keep_checkpoints, self.best_checkpoint))

@@ -1,0 +1,198 @@
+"""Evaluation while a stage trains: losses on held-out rows, answers, and the best checkpoint.
+
+Nothing of the training depends on it: no random number is drawn, the sampler is not asked, and the model is back in
+its mode afterwards, so a run ends with the same weights with and without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from visper.common.console import Console, announce
+from visper.common.errors import ConfigError
+from visper.common.files import write_text
+from visper.config import EVALUATED, Data, Evaluation, Optimization
+from visper.data.rows.table import Records
+from visper.distillation import Teacher
+from visper.model import Student
+from visper.target_store.open import TargetStore
+from visper.training import global_batch
+from visper.training.module import NTP, TrainingModel
+from visper.training.output import LOG
+from visper.training.stage_data import StageData, build_data
+from visper.training.trainer import FORWARD_KEYS, StageTrainer
+
+BEST = "best.json"
+"""In the run's folder: value, step and checkpoint of the best evaluation so far."""
+
+Share = tuple[int, int]
+"""Number of this process and of all that answer."""
+Answer = Callable[[Student, Share, Callable[..., Tensor]], Mapping[str, float]]
+"""Asks this process's share of the questions, with the given ``generate``: accuracies by name, the same on all."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated: rows for the losses, and a function that asks."""
+
+    settings: Evaluation
+    optimization: Optimization
+    student: Student
+    rows: StageData | None = None
+    answer: Answer | None = None
+
+    def measure(self, trainer: StageTrainer) -> dict[str, float]:
+        """Every held-out value by name, the same on all processes. Every process must call."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = model.training
+        model.eval()
+        found: dict[str, float] = {}
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            trainer.compute_loss_context_manager(),
+        ):
+            if self.rows is not None:
+                found |= self._losses(trainer, model, self.rows)
+            if self.answer is not None:
+                found |= self._accuracies(trainer, model, self.answer)
+        model.train(was_training)
+        return {f"{EVALUATED}{name}": value for name, value in found.items()}
+
+    def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
+        """Each term's mean, over global batches of training's size, as contrastive terms depend on their size."""
+        accelerator, batch = trainer.accelerator, self.optimization.global_batch
+        order = spread(len(data.dataset), self.settings.limit)
+        order = order[: len(order) - len(order) % accelerator.num_processes] or order
+        progress = trainer.state.global_step / max(1, trainer.state.max_steps)
+        sums: dict[str, Tensor] = {}
+        tokens = images = torch.zeros((), device=accelerator.device)
+        for start in range(0, len(order), batch):
+            own = order[start : start + batch][accelerator.process_index :: accelerator.num_processes]
+            micro = self.optimization.micro_batch
+            cuts = (own[at : at + micro] for at in range(0, len(own), micro))
+            batches: list[Any] = [data.collator([data.dataset[row] for row in cut]) for cut in cuts]
+            counts = global_batch.count(batches, accelerator, False, (0, 0, 0))
+            targets = global_batch.teacher_targets(batches, trainer.teachers, accelerator.device)
+            global_batch.prepare(batches, counts, targets, progress)
+            for one in batches:
+                inputs = {key: value for key, value in one.items() if key in FORWARD_KEYS}
+                for name, term in model(**send_to_device(inputs, accelerator.device)).items():
+                    of = counts.supervised if name == NTP else counts.images
+                    sums[name] = sums.get(name, torch.zeros_like(term)) + term * of
+            tokens, images = tokens + counts.supervised, images + counts.images
+        sums.pop("loss")
+        names = sorted(sums)
+        totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
+        means = {
+            name: total / (tokens if name == NTP else images).clamp(min=1)
+            for name, total in zip(names, totals, strict=True)
+        }
+        terms = {name: value for name, value in means.items() if name != NTP}
+        weighted = model.objective.total(terms, progress) if model.objective is not None else 0.0
+        return {"loss": float(means[NTP] + weighted), **{name: float(value) for name, value in means.items()}}
+
+    def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
+        accelerator = trainer.accelerator
+        # Sharded weights are gathered in lockstep: there every process asks everything.
+        share = (0, 1) if trainer.sharded else (accelerator.process_index, accelerator.num_processes)
+        return dict(answer(self.student, share, model.generate))
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates every so many steps and after the last, logs the values, and keeps the best checkpoint.
+
+    Attributes:
+        trainer: set once it is there.
+    """
+
+    trainer: StageTrainer
+
+    def __init__(self, held_out: HeldOut, output: Path) -> None:
+        self.held_out = held_out
+        self.output = output
+        self._best: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the best so far from the log, which holds nothing behind the step that training continues from."""
+        log = self.output / LOG
+        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+            entry = json.loads(line)
+            if self.held_out.settings.measure in entry and entry["step"] <= state.global_step:
+                self._take(entry[self.held_out.settings.measure], entry["step"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluates where it is time; the checkpoint of a new best value is written in the same step."""
+        settings = self.held_out.settings
+        if state.global_step % settings.every and state.global_step != state.max_steps:
+            return
+        values = self.held_out.measure(self.trainer)
+        self.trainer.log(dict(values))
+        if settings.measure not in values:
+            raise ConfigError(
+                f"evaluation.best names '{settings.best}', which is not measured: expected one of "
+                f"{', '.join(name.removeprefix(EVALUATED) for name in values)}"
+            )
+        if self._take(values[settings.measure], state.global_step):
+            control.should_save = True
+            if state.is_world_process_zero:
+                best = {"measure": settings.measure, "value": values[settings.measure], "step": state.global_step}
+                best["checkpoint"] = self.trainer.best_checkpoint
+                write_text(self.output / BEST, json.dumps(best, indent=1))
+
+    def _take(self, value: float, step: int) -> bool:
+        """Whether the value is the best so far."""
+        sign = 1 if self.held_out.settings.higher_is_better else -1
+        if self._best is not None and not sign * value > sign * self._best[0]:
+            return False
+        self._best = (value, step)
+        self.trainer.best_checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        return True
+
+
+def held_out_rows(
+    settings: Evaluation,
+    data: Data,
+    optimization: Optimization,
+    student: Student,
+    teachers: Mapping[str, Teacher],
+    targets: TargetStore | None,
+    trained: StageData,
+    console: Console,
+) -> StageData | None:
+    """The rows of ``loss_on``, read as the run's own; None without. Says if their images are trained on, too."""
+    if not settings.loss_on:
+        return None
+    plain = {"sources": settings.loss_on, "group_by_length": False, "join_conversations": False, "drop_list": ()}
+    rows = build_data(
+        data.model_copy(update=plain), optimization, student, teachers, Console(quiet=True), 0, False, targets
+    )
+    announce(console, "evaluation", f"losses on {min(settings.limit, len(rows.dataset))} held-out rows")
+    if PartialState().is_main_process:
+        both = _images_of(rows) & _images_of(trained)
+        if both:
+            announce(console, "warning", f"{len(both)} images of the held-out rows are trained on, such as {min(both)}")
+    return rows
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``count`` numbers, evenly spaced."""
+    return list(range(count)) if count <= limit else [at * count // limit for at in range(limit)]
+
+
+def _images_of(data: StageData) -> set[str]:
+    records: Sequence[Any] = data.dataset.records
+    if isinstance(records, Records):
+        return {str(folder / name) for _, _, folder, name in records.image_files()}
+    return {image.path for record in records for image in record.images}

@@ -1,0 +1,179 @@
+"""Evaluation while training: right values, the best checkpoint kept, and the training itself untouched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tests import tiny
+from visper.common.errors import ConfigError
+from visper.config import Run
+from visper.data.images import open_image
+from visper.evaluation import answer, load_to_ask
+from visper.evaluation.while_training import answers_while_training
+from visper.training import run_stage
+from visper.training.checkpoint import checkpoints
+from visper.training.held_out import BEST, spread
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return tiny.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Rows and questions on images of their own."""
+    folder = tiny.write_rows(tmp_path_factory.mktemp("held"), images=6, text_rows=1, seed=5)
+    written = json.loads((folder / "rows.json").read_text())
+    questions = [{"question": "What?", "answer": str(n), "image": r["image"], "kind": "ab"[n % 2]}
+                 for n, r in enumerate(written) if "image" in r]  # fmt: skip
+    (folder / "questions.json").write_text(json.dumps(questions))
+    return folder
+
+
+@pytest.fixture
+def make(tiny_llm, tiny_encoder, rows, held_out, tmp_path):
+    """Builds a run, with or without evaluation."""
+
+    def build(name, evaluation=None, stage="pt", **changes):
+        settings = {
+            "name": name,
+            "stage": stage,
+            "output": str(tmp_path / name),
+            "student": {"llm": str(tiny_llm), "encoder": str(tiny_encoder)},
+            "data": {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "workers": 0},
+            "distillation": tiny.distillation() if stage == "pt" else None,
+            "optimization": {"global_batch": 4, "micro_batch": 2, "lr": 1e-2, "max_steps": 4, "precision": "float32"},
+            "logging": {"every": 1, "save_every": 3, "keep_checkpoints": 1},
+            "evaluation": evaluation,
+        }
+        for key, value in changes.items():
+            settings[key] = {**settings[key], **value}
+        return Run.model_validate(settings)
+
+    return build
+
+
+class _StopBehind(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def losses(folder, **more):
+    return {"every": 2, "loss_on": [{"json": str(folder / "rows.json"), "images": str(folder / "images")}], **more}
+
+
+def asking(folder, **more):
+    asked = {"questions": str(folder / "questions.json"), "images": str(folder / "images"), "max_new_tokens": 3}
+    return losses(folder, **asked, **more)
+
+
+def train(run, **options):
+    """Trains; the logged evaluations by step."""
+    run_stage(run, answer=answers_while_training(run), **options)
+    lines = (Path(run.output) / "log.jsonl").read_text().splitlines()
+    found = [entry for entry in map(json.loads, lines) if any(name.startswith("eval/") for name in entry)]
+    return {entry["step"]: entry for entry in found}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_ends_with_the_same_weights_with_and_without(make, held_out, packing):
+    plain, watched = (
+        make(name, evaluation, optimization={"packing": packing})
+        for name, evaluation in (("plain", None), ("watched", asking(held_out)))
+    )
+    assert train(plain) == {}
+    assert list(train(watched)) == [2, 4]
+    ours, theirs = (load_file(f"{run.output}/model/model.safetensors") for run in (watched, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_every_term_is_measured_every_so_often_and_at_the_end(make, held_out):
+    found = train(make("run", losses(held_out, every=3)))
+    assert list(found) == [3, 4]
+    names = {name for name in found[4] if name.startswith("eval/")}
+    assert {"eval/loss", "eval/ntp", "eval/depth/1/smooth_l1", "eval/gen/3/info_nce"} <= names
+    assert found[4]["eval/ntp"] < found[3]["eval/ntp"] + 1
+
+
+def test_the_loss_is_the_mean_over_the_rows_however_they_are_split(make, held_out):
+    found = [
+        train(make(f"micro-{micro}", losses(held_out), optimization={"micro_batch": micro}))[4] for micro in (1, 4)
+    ]
+    assert found[0]["eval/ntp"] == pytest.approx(found[1]["eval/ntp"], rel=1e-4)
+    assert found[0]["eval/depth/1/info_nce"] == pytest.approx(found[1]["eval/depth/1/info_nce"], rel=1e-4)
+
+
+def test_accuracies_are_those_of_the_finished_model(make, held_out, tmp_path):
+    run = make("run", asking(held_out, best="accuracy/a"))
+    questions = json.loads((held_out / "questions.json").read_text())
+    # Accept what the finished model of an equal run says to every other question.
+    train(make("before"))
+    student = load_to_ask(tmp_path / "before")
+    for number, row in enumerate(questions):
+        said = answer(student, [row["question"]], [[open_image(held_out / "images" / row["image"])]], 3)[0]
+        row["answer"] = said if number % 2 == 0 and said else "never"
+    (held_out / "right.json").write_text(json.dumps(questions))
+    run = make("run", asking(held_out, best="accuracy/a") | {"questions": str(held_out / "right.json")})
+    found = train(run)[4]
+    right = sum(row["answer"] != "never" for row in questions)
+    assert found["eval/accuracy"] == right / len(questions)
+    assert found["eval/accuracy/b"] == 0
+
+
+def test_the_best_checkpoint_outlives_newer_ones(make, held_out):
+    run = make("run", losses(held_out, every=1), optimization={"max_steps": 6}, logging={"save_every": 1})
+    found = train(run)
+    best = json.loads((Path(run.output) / BEST).read_text())
+    assert best["value"] == min(entry["eval/loss"] for entry in found.values()) == found[best["step"]]["eval/loss"]
+    kept = [path.name for path in checkpoints(Path(run.output))]
+    assert set(kept) == {best["checkpoint"], "checkpoint-6"}
+
+
+def test_a_resumed_run_knows_the_best_before(make, held_out):
+    whole = make("whole", losses(held_out, every=1), optimization={"max_steps": 6})
+    train(whole)
+    run = make("run", losses(held_out, every=1), optimization={"max_steps": 6})
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(run, callbacks=[_StopBehind(3)])
+    train(run, resume=True)
+    first, second = (json.loads((Path(one.output) / BEST).read_text()) for one in (whole, run))
+    assert first == second
+
+
+def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
+    train(make("run", losses(rows)))
+    assert "images of the held-out rows are trained on" in capfd.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({}, "nothing to evaluate"),
+        ({"questions": "a.json", "benchmark": "mmstar"}, "not both"),
+        ({"questions": "a.json", "best": "loss"}, "not measured without loss_on"),
+        ({"loss_on": [{"json": "a", "images": "b"}], "best": "accuracy"}, "not measured without questions"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
+    with pytest.raises(ValueError, match=message):
+        make("run", evaluation)
+
+
+def test_faults_show_before_training(make, held_out):
+    with pytest.raises(ConfigError, match="no benchmark 'mmstat', there are"):
+        answers_while_training(make("run", {"benchmark": "mmstat"}))
+    with pytest.raises(ConfigError, match="visper data prepare mmstar"):
+        answers_while_training(make("run", {"benchmark": "mmstar"}))
+
+
+def test_a_limit_is_spread_over_all():
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 4) == [0, 1, 2]
