@@ -226,6 +226,32 @@ def test_two_ranks_equal_one_where_rows_of_several_images_are_on_one_of_them(pac
 
 
 @pytest.mark.slow
+def test_two_ranks_evaluate_as_one_does(make, tmp_path):
+    """Held-out losses and answers while training, whatever holds the weights."""
+    held = tiny.write_rows(tmp_path / "held", images=6, text_rows=2, seed=5)
+    rows = json.loads((held / "rows.json").read_text())
+    questions = [{"question": "What?", "answer": "a", "image": row["image"]} for row in rows if "image" in row]
+    (held / "questions.json").write_text(json.dumps(questions))
+    evaluation = {
+        "every": 2,
+        "loss_on": [{"json": str(held / "rows.json"), "images": str(held / "images")}],
+        "questions": str(held / "questions.json"),
+        "images": str(held / "images"),
+        "max_new_tokens": 3,
+        "best": "ntp",
+    }
+    found = {}
+    for name, launch in (("one", {}), ("ddp", {"processes": 2}), ("fsdp", {"processes": 2, "engine": "fsdp"})):
+        train(make("pt", name, launch=launch, evaluation=evaluation))
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        logs = [entry for entry in map(json.loads, lines) if "eval/ntp" in entry]
+        found[name] = [{key: entry[key] for key in entry if key.startswith("eval/")} for entry in logs]
+    for name in ("ddp", "fsdp"):  # each evaluates after steps 2 and 3
+        for ours, theirs in zip(found[name], found["one"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "more"),
     [

@@ -30,6 +30,7 @@ from visper.target_store.open import TargetStore
 from visper.training import global_batch
 from visper.training.module import NTP, TrainingModel
 from visper.training.output import LOG
+from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import FORWARD_KEYS, StageTrainer
 
@@ -68,6 +69,7 @@ class HeldOut:
             if self.answer is not None:
                 found |= self._accuracies(trainer, model, self.answer)
         model.train(was_training)
+        reshard(model)
         return {f"{EVALUATED}{name}": value for name, value in found.items()}
 
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from visper.common.compat import is_partitioned
@@ -40,6 +40,16 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     register_fsdp_forward_method(model, "generate")  # answers while training
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that forward passes without a backward pass have left gathered.
+
+    Without this, the next training step ended in a segmentation fault (torch 2.15, gloo).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
