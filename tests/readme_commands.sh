@@ -8,7 +8,7 @@ bin=${2:-.venv}/bin
 expect() { grep -- "$1" > /dev/null || { echo "expected '$1'" >&2; exit 1; }; }
 
 "$bin/visper" --help | expect quickstart
-for verb in quickstart train pipeline plan recipes chat evaluate look convert push; do "$bin/visper" "$verb" --help | expect Example; done
+for verb in quickstart train pipeline plan recipes chat evaluate look demo convert push; do "$bin/visper" "$verb" --help | expect Example; done
 for verb in "data list" "data prepare" "data check" "data shard" "targets build" "targets check"; do
     "$bin/visper" $verb --help | expect Example
 done

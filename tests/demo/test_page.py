@@ -1,9 +1,10 @@
 """The demo in a real browser, on the quickstart's parts: what a visitor does, and what is shown when it goes wrong."""
 
+import importlib
 import shutil
 import socket
+import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from visper.cli import app
 from visper.common.console import Console
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
 from visper.demo.page import serve
 from visper.demo.session import Session
 from visper.evaluation import answer, load_to_ask
@@ -119,10 +120,48 @@ def test_predictors_of_pt_read_the_later_weights(session, trained, image):
     """The drawing is over the model that is asked, not over PT's, and the page says so."""
     session.draw(image)
     assert session._found.model.student is session.student.model
-    assert "which were trained further" in session.note
+    assert "which they were not trained with" in session.note
     other = load_pre_trained(trained / "pt").model.student.state_dict()
     ours = session.student.model.state_dict()
     assert any(not torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_the_drawn_model_goes_on_answering_with_its_own_task_tokens(trained):
+    """A later stage may have trained them: PT's queries are for its predictors alone."""
+    student = load_to_ask(trained / "ift")
+    embedding = student.model.get_input_embeddings()
+    ids = torch.tensor([token for tokens in student.task_token_ids.values() for token in tokens])
+    with torch.no_grad():
+        embedding.weight[ids] += 1
+    load_pre_trained(trained / "pt", student=student)
+    assert torch.equal(embedding(ids), embedding.weight[ids])
+
+
+def test_a_sheet_of_other_weights_says_so_itself(session, image):
+    """So that it still does where it is downloaded or shown alone."""
+    own = Session(str(session.predictors))
+    assert "the weights they were trained with" in own.note
+    own.student = session.student  # loaded once
+    assert session.draw(image).height > own.draw(image).height
+
+
+def test_a_model_of_other_layers_is_refused(trained):
+    student = load_to_ask(trained / "ift")
+    student.model.config.get_text_config().num_hidden_layers = 7
+    with pytest.raises(ConfigError, match=r"read an LLM of 4 layers, width 128, .*; the model has 7 layers, width 128"):
+        load_pre_trained(trained / "pt", student=student)
+
+
+def test_a_conversation_longer_than_the_context_is_refused(session, image):
+    with pytest.raises(DataError, match="fills the model's 1024 positions: begin a new one"):
+        list(session.reply(["many " * 1100], image, 0.0, 4))
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "visper.demo.page")
+    with pytest.raises(ConfigError, match=r"pip install 'visper-lm.demo.'"):
+        importlib.import_module("visper.demo.page")
 
 
 def test_a_model_of_other_tokens_is_refused(trained, tmp_path):
@@ -139,7 +178,7 @@ def test_look_draws_a_later_stage_with_a_line_that_says_so(trained, image, tmp_p
     arguments = ["look", str(trained / "ift"), "--predictors", str(trained / "pt"), "--image", image]
     found = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "seen.png")])
     assert found.exit_code == 0, found.output
-    assert "trained further" in found.output.replace("\n", " ")
+    assert "not trained with" in found.output.replace("\n", " ")
     assert Image.open(tmp_path / "seen.png").size[0] > 384
 
 
@@ -157,21 +196,25 @@ def test_a_model_without_predictors_chats_and_says_what_to_give(trained, image):
     assert plain.predictors is None and "--look" in plain.note
     with pytest.raises(ConfigError, match="keeps no predictors"):
         plain.draw(image)
-    with pytest.raises(ConfigError, match="give --look the output of a finished PT"):
-        Session(str(trained / "ift"), trained / "world")
+    with pytest.raises(ConfigError, match="give the output of the PT before it"):
+        Session(str(trained / "ift"), trained / "ift")
 
 
 def test_a_visitor_chats_and_sees_the_layers(page, image):
     page.set_input_files("#upload input[type=file]", image)
     page.wait_for_selector("#shown img")
     page.fill("#length input[type=number]", "4")
-    ask(page, QUESTION, 1)
+    ask(page, "<b>Text</b> is shown & read as text .", 1)
+    assert page.locator("#chat .user.message").inner_text() == "<b>Text</b> is shown & read as text ."
     ask(page, "How many are there , 0 , 1 , 2 or 3 : the spheres ?", 2)
     page.click("#see")
     page.wait_for_selector("#sheet img", timeout=60_000)
-    assert "trained further" in page.inner_text("#note")
+    assert "not trained with" in page.inner_text("#note")
     page.click("#clear")
     page.wait_for_function("document.querySelectorAll('#chat .message').length == 0")
+    page.fill("#question textarea", "<image> and <image> ?")
+    page.click("#send")
+    assert "<image>" in warning(page)
 
 
 def test_what_goes_wrong_is_shown(page, tmp_path):
@@ -185,16 +228,42 @@ def test_what_goes_wrong_is_shown(page, tmp_path):
     assert "broken.png" in warning(page)
 
 
-def test_two_visitors_have_conversations_of_their_own(page, image):
-    other = page.context.browser.new_page()
-    other.goto(page.url)
-    other.wait_for_selector("#question textarea")
+def test_two_visitors_at_once_get_their_own_answers(page, session, image):
+    questions = ("Describe the picture .", QUESTION)
+    pages = (page, page.context.browser.new_page())
+    pages[1].goto(page.url)
+    for visit, question in zip(pages, questions, strict=True):
+        visit.wait_for_selector("#question textarea")
+        visit.set_input_files("#upload input[type=file]", image)
+        visit.wait_for_selector("#shown img")
+        visit.fill("#temperature input[type=number]", "0")
+        visit.fill("#length input[type=number]", "24")
+        visit.fill("#question textarea", question)
+    for visit in pages:
+        visit.click("#send")
+    for visit, question in zip(pages, questions, strict=True):
+        expected = list(session.reply([question], image, 0.0, 24))[-1]
+        visit.wait_for_function("said => document.querySelector('#chat .bot.message')?.innerText == said", arg=expected)
+        assert visit.locator("#chat .user.message").all_inner_texts() == [question]
+    pages[1].close()
+
+
+def test_an_answer_about_the_image_before_does_not_reach_the_new_conversation(page, session, image):
+    page.set_input_files("#upload input[type=file]", image)
+    page.wait_for_selector("#shown img")
+    page.fill("#question textarea", "Describe the picture .")
+    with session._turn:  # the answer waits
+        page.click("#send")
+        page.wait_for_selector("#chat .user.message")
+        page.locator("#examples button").nth(1).click()
+        page.wait_for_function("document.querySelectorAll('#chat .message').length == 0")
+    page.wait_for_timeout(1000)
+    assert page.locator("#chat .message").count() == 0
     page.fill("#length input[type=number]", "4")
-    ask(page, "Describe the picture .", 1)
-    assert other.locator("#chat .message").count() == 0
-    other.close()
+    ask(page, QUESTION, 1)
+    assert page.locator("#chat .user.message").all_inner_texts() == [QUESTION]
 
 
-def test_examples_are_images_of_pt(session, trained):
-    assert len(session.example_images()) == 3
-    assert Path(session.predictors) == trained / "pt"
+def test_examples_are_images_of_pt(session, image):
+    assert len(session.examples) == 3
+    assert Image.open(session.examples[0]).tobytes() == Image.open(image).convert("RGB").tobytes()

@@ -43,18 +43,18 @@ def run(
     from visper.data.images import open_image
     from visper.evaluation.ask import load_to_ask
     from visper.evaluation.contact_sheet import with_note
-    from visper.evaluation.predictions import load_pre_trained
+    from visper.evaluation.predictions import load_pre_trained, other_weights_note
     from visper.evaluation.visualize import PROMPT, folder_gallery, look, needs_gallery, run_gallery
 
     shown = open_image(image)
-    student = None if predictors is None else load_to_ask(model)
+    note = None if predictors is None else other_weights_note(predictors, model)
+    student = None if note is None else load_to_ask(model)
     found = load_pre_trained(predictors or model, overrides or [], student)
     others = []
     if needs_gallery(found):
         others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
     sheet = look(found, shown, prompt or PROMPT, others)
-    if predictors is not None:
-        note = f"Predictors of {predictors} over the weights of {model}, trained further: they may no longer fit."
+    if note is not None:
         sheet = with_note(sheet, note)
         print(note)
     with atomic_path(out) as partial:

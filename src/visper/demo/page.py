@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
+import html
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ except ImportError as error:
     raise ConfigError("the demo needs gradio: pip install 'visper-lm[demo]'") from error
 
 Messages = list[dict[str, Any]]
-CSS = "footer {display: none !important} .note {font-size: 0.9em; opacity: 0.8}"
+CSS = """footer {display: none !important}
+.note {font-size: 0.9em; opacity: 0.8}
+#shown img {width: 100%; height: 100%; object-fit: contain}"""
+DAY = 24 * 60 * 60
 
 
 class Events:
     """What happens when a visitor does something; faults are shown on the page."""
 
-    def __init__(self, session: Session, examples: Sequence[Path]) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
-        self.examples = examples
 
     def answer(
         self, asked: str, before: list[str], file: str | None, temperature: float, length: float
@@ -43,7 +45,7 @@ class Events:
             for said in self.session.reply([*before, asked], file, float(temperature), int(length)):
                 yield _messages([*before, asked, said]), gr.skip(), gr.skip()
         except (VisperError, ValueError, OSError) as error:
-            gr.Warning(str(error))
+            warn(error)
             yield _messages(before), gr.skip(), asked
             return
         yield _messages([*before, asked, said or "(an empty answer)"]), [*before, asked, said], gr.skip()
@@ -55,42 +57,50 @@ class Events:
             try:
                 shown = open_image(Path(file))
             except VisperError as error:
-                gr.Warning(str(error))
+                warn(error)
         return shown, [], [], None
 
     def chosen(self, event: gr.SelectData) -> str:
         """The file of an example."""
-        return str(self.examples[event.index])
+        return str(self.session.examples[event.index])
 
     def draw(self, file: str | None, asked: str) -> Image.Image | None:
         """The layers beside their teachers."""
         try:
             return self.session.draw(file, asked.strip())
         except (VisperError, ValueError, OSError) as error:
-            gr.Warning(str(error))
+            warn(error)
             return None
 
 
-def build_page(session: Session, examples: list[Path]) -> gr.Blocks:
+def warn(error: Exception) -> None:
+    """Shows an error on the page. Gradio reads messages as HTML, where ``<image>`` would vanish."""
+    gr.Warning(html.escape(str(error)))
+
+
+def build_page(session: Session) -> gr.Blocks:
     """The page over one loaded model; each visitor has a conversation of his own."""
-    with gr.Blocks(title="VisPer", analytics_enabled=False) as page:
+    with gr.Blocks(title="VisPer", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(f"## VisPer\n{session.name}")
-        texts, events = gr.State([]), Events(session, examples)
+        texts, events, examples = gr.State([]), Events(session), session.examples
         with gr.Row():
             with gr.Column(scale=1):
                 image = gr.File(label="Image file", file_types=["image"], type="filepath", elem_id="upload", height=120)
                 shown = gr.Image(label="Image", interactive=False, height=280, elem_id="shown", buttons=[])
                 if examples:
+                    gr.Markdown("Example images", elem_classes="note")
                     shelf = gr.Gallery(
                         [str(file) for file in examples],
-                        label="Example images",
+                        show_label=False,
                         columns=len(examples),
                         height=130,
                         allow_preview=False,
                         elem_id="examples",
                         buttons=[],
                     )
-                temperature = gr.Slider(0, 1.5, 0.2, step=0.05, label="Temperature (0: always the likeliest token)")
+                temperature = gr.Slider(
+                    0, 1.5, 0.2, step=0.05, label="Temperature (0: always the likeliest token)", elem_id="temperature"
+                )
                 length = gr.Slider(1, 1024, 256, step=1, label="Longest answer, in tokens", elem_id="length")
             with gr.Column(scale=2):
                 chat = gr.Chatbot(label="Chat", height=430, render_markdown=False, elem_id="chat", buttons=[])
@@ -102,16 +112,17 @@ def build_page(session: Session, examples: list[Path]) -> gr.Blocks:
             see = gr.Button("What do the layers see?", elem_id="see", interactive=session.predictors is not None)
             gr.Markdown(session.note, elem_classes="note", elem_id="note", padding=True)
             sheet = gr.Image(
-                label="Teachers and layers", interactive=False, format="png", elem_id="sheet", buttons=["fullscreen"]
+                show_label=False, interactive=False, format="png", elem_id="sheet", buttons=["fullscreen", "download"]
             )
 
         wanted, result = [question, texts, image, temperature, length], [chat, texts, question]
-        gr.on([question.submit, send.click], events.answer, wanted, result, concurrency_limit=8)
-        image.change(events.begin, image, [shown, chat, texts, sheet])
+        asking = gr.on([question.submit, send.click], events.answer, wanted, result, concurrency_limit=8)
+        drawing = see.click(events.draw, [image, question], sheet)
+        # What still runs belongs to the image and the conversation before.
+        image.change(events.begin, image, [shown, chat, texts, sheet], cancels=[asking, drawing])
         if examples:
             shelf.select(events.chosen, None, image)
-        clear.click(lambda: ([], []), None, [chat, texts])
-        see.click(events.draw, [image, question], sheet)
+        gr.on([clear.click, chat.clear], lambda: ([], []), None, [chat, texts], cancels=[asking])
     return page
 
 
@@ -124,33 +135,31 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
     Raises:
         ConfigError: the port is in use.
     """
-    with tempfile.TemporaryDirectory(prefix="visper-demo-") as folder:
-        examples = []
-        for number, image in enumerate(session.example_images()):
-            examples.append(Path(folder) / f"example-{number + 1}.png")
-            image.save(examples[-1])
-        page = build_page(session, examples).queue()
-        try:
-            _, address, _ = page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                css=CSS,
-                prevent_thread_lock=True,
-                allowed_paths=[folder],
-                max_file_size="50mb",
-                ssr_mode=False,
-                enable_monitoring=False,
-                footer_links=[],
-            )
-        except OSError as error:
-            raise ConfigError(f"port {port} of {host} is in use or not allowed: choose another with --port") from error
-        if wait:
-            print(f"serving {session.name} at {address} (Ctrl-C ends it)", flush=True)
-            page.block_thread()
-        return str(address)
+    page = build_page(session).queue()
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            show_error=True,
+            css=CSS,
+            prevent_thread_lock=True,
+            allowed_paths=[str(session.examples_folder)],
+            max_file_size="50mb",
+            ssr_mode=False,
+            enable_monitoring=False,
+            footer_links=[],
+        )
+    except OSError as error:
+        raise ConfigError(f"port {port} of {host} is in use or not allowed: choose another with --port") from error
+    if wait:
+        print(f"serving {session.name} at {address} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    return str(address)
 
 
 def _messages(texts: list[str]) -> Messages:
-    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    """As the chat shows them: text, although Gradio takes it for HTML."""
+    roles = ("user", "assistant")
+    return [{"role": roles[number % 2], "content": html.escape(text)} for number, text in enumerate(texts)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,16 +13,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.data.images import open_image
 from visper.evaluation import load_to_ask
 from visper.evaluation.ask import as_conversation, row_inputs
-from visper.evaluation.predictions import PreTrained, load_pre_trained
+from visper.evaluation.contact_sheet import with_note
+from visper.evaluation.predictions import PreTrained, load_pre_trained, other_weights_note, predictors_folder
 from visper.evaluation.visualize import PROMPT, look, needs_gallery, run_gallery
 
-MOST_TURNS = 64
-"""Texts of a conversation that are kept: older ones would fill the model's context."""
+EXAMPLES = 3
+"""Images offered to visitors."""
 
 
 class Session:
@@ -34,39 +36,36 @@ class Session:
 
     Attributes:
         predictors: None where there are none to draw.
-        examples: files of PT's images, where these are still here.
+        examples: files of PT's first images; none where these are not here any more.
+        warning: stands beside drawings where the predictors were trained with other weights than the model's.
     """
 
     def __init__(self, model: str, predictors: Path | None = None, overrides: Sequence[str] = ()) -> None:
-        own = next((f for f in (Path(model), Path(model).parent) if (f / "distillation").is_dir()), None)
-        self.predictors = predictors or own
-        self.borrowed = predictors is not None and (own is None or own.resolve() != predictors.resolve())
-        if predictors is not None and not (predictors / "distillation").is_dir():
-            raise ConfigError(f"'{predictors}' keeps no predictors: give --look the output of a finished PT")
+        if predictors is None and any((f / "distillation").is_dir() for f in (Path(model), Path(model).parent)):
+            predictors = Path(model)
+        self.predictors = None if predictors is None else predictors_folder(predictors)
+        self.warning = None if self.predictors is None else other_weights_note(self.predictors, model)
         self.name = model
         self._overrides = list(overrides)
         self._turn = threading.Lock()
         self._found: PreTrained | None = None
         self._gallery: list[Image.Image] = []
         self.student = load_to_ask(model)
+        self._folder = tempfile.TemporaryDirectory(prefix="visper-demo-")
+        self.examples_folder = Path(self._folder.name)
+        self.examples: list[Path] = []
+        if self.predictors is not None:
+            run = load_run(self.predictors / "distillation" / "run.yaml")
+            for number, image in enumerate(run_gallery(run, EXAMPLES), start=1):
+                self.examples.append(self.examples_folder / f"example-{number}.png")
+                image.save(self.examples[-1])
 
     @property
     def note(self) -> str:
         """What has to be known of the drawings: whose predictors they come from."""
         if self.predictors is None:
             return "This model keeps no predictors: start with `--look` and the output of its PT to draw its layers."
-        if not self.borrowed:
-            return f"Predictors of {self.predictors}, over the weights they were trained with."
-        return (
-            f"Predictors of {self.predictors}, over the weights of {self.name}, which were trained further: a worse "
-            "drawing may come from predictors that no longer fit, not from what the layers hold."
-        )
-
-    def example_images(self, count: int = 3) -> list[Image.Image]:
-        """The first images that PT was trained on; none where they are gone."""
-        if self.predictors is None:
-            return []
-        return run_gallery(load_run(self.predictors / "distillation" / "run.yaml"), count)
+        return self.warning or f"Predictors of {self.predictors}, over the weights they were trained with."
 
     def reply(self, texts: Sequence[str], image: str | None, temperature: float, length: int) -> Iterator[str]:
         """The answer to the last of ``texts`` (questions and answers in turn), growing.
@@ -77,12 +76,16 @@ class Session:
             length: tokens at most.
 
         Raises:
-            DataError: the image cannot be read, or the text is no conversation.
+            DataError: the image cannot be read, or the text does not fit it or the model's context.
         """
         images = [] if image is None else [open_image(Path(image))]
-        record = as_conversation(list(texts)[-MOST_TURNS + 1 :], ["image"] * len(images))
+        record = as_conversation(texts, ["image"] * len(images))
         model, processor = self.student.model, self.student.processor
         inputs = row_inputs(processor, [record], [images]).to(model.device, model.dtype)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = length if positions is None else positions - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise DataError("too long", f"the conversation fills the model's {positions} positions: begin a new one")
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -99,7 +102,7 @@ class Session:
                     model.generate(
                         **inputs,
                         **sampling,
-                        max_new_tokens=length,
+                        max_new_tokens=min(length, room),
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
                     )
@@ -136,4 +139,5 @@ class Session:
             if self._found is None:
                 self._found = load_pre_trained(self.predictors, self._overrides, self.student)
                 self._gallery = run_gallery(self._found.run) if needs_gallery(self._found) else []
-            return look(self._found, shown, question or PROMPT, self._gallery)
+            sheet = look(self._found, shown, question or PROMPT, self._gallery)
+        return sheet if self.warning is None else with_note(sheet, self.warning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -40,13 +41,14 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Imag
 
 
 def with_note(sheet: Image.Image, note: str) -> Image.Image:
-    """The sheet with a line of text above it, in smaller letters where it is long."""
-    canvas = Image.new("RGB", (sheet.width, sheet.height + CAPTION), "white")
-    canvas.paste(sheet, (0, CAPTION))
-    draw, size = ImageDraw.Draw(canvas), 12
-    while size > 6 and draw.textlength(note, ImageFont.load_default(size=size)) > sheet.width - 2 * GAP:
-        size -= 1
-    draw.text((GAP, CAPTION / 2), note, fill="#1c2330", font=ImageFont.load_default(size=size), anchor="lm")
+    """The sheet with lines of text above it."""
+    font = ImageFont.load_default(size=16)
+    lines = textwrap.wrap(note, max(20, (sheet.width - 2 * GAP) // 9))
+    canvas = Image.new("RGB", (sheet.width, sheet.height + CAPTION * len(lines)), "white")
+    canvas.paste(sheet, (0, CAPTION * len(lines)))
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        draw.text((GAP, CAPTION * (number + 0.5)), line, fill="#a02020", font=font, anchor="lm")
     return canvas
 
 

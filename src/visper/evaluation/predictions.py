@@ -5,7 +5,6 @@ Shape suffixes: S = images, N = teacher tokens, E = teacher width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import AutoConfig, LlavaProcessor
 
 from visper.common.errors import ConfigError
 from visper.common.manifest import require_undamaged
@@ -24,7 +23,7 @@ from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.ask import model_inputs
 from visper.model import Student, load_student
-from visper.model.student import STUDENT_FILE
+from visper.model.student import read_added_tokens
 from visper.training.assemble import build_training_model
 from visper.training.module import TrainingModel
 
@@ -47,16 +46,17 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
         student: of a later stage, whose states the predictors read in place of their own student's.
 
     Raises:
-        ConfigError: the folder holds no predictors, a teacher cannot be loaded, or it is not the one they learned from.
+        ConfigError: the folder holds no predictors, a teacher cannot be loaded, it is not the one they learned from, or
+            the student is not built as theirs is.
     """
-    folder = _folder_of(Path(output))
+    folder = predictors_folder(output)
     run = load_run(folder / "distillation" / "run.yaml", overrides)
     on_gpu = torch.cuda.is_available()
     half = on_gpu and run.optimization.precision == "bfloat16"
     if student is None:
         student = load_student(folder, torch.bfloat16 if half else torch.float32)
     else:
-        _require_same_tokens(student, folder)
+        _require_fit(student, folder)
     try:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
@@ -64,6 +64,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
             f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.target.model=PLACE"
         ) from error
     model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    model.read_vocabulary()  # a later stage may have trained its rows further than PT's queries
     require_undamaged(folder / "distillation")
     weights = load_file(folder / "distillation" / "weights.safetensors")
     needed = {name for name in model.state_dict() if name.startswith(("objective.", "task_tokens."))}
@@ -117,19 +118,46 @@ def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int 
     return torch.cat(parts)
 
 
-def _require_same_tokens(student: Student, folder: Path) -> None:
-    """Raises ConfigError unless the student has the task tokens that the predictors in ``folder`` read."""
-    theirs = json.loads((folder / "model" / STUDENT_FILE).read_text(encoding="utf-8"))["task_tokens"]
-    tokenizer = student.processor.tokenizer
-    ours = {task: tokenizer.convert_ids_to_tokens(ids) for task, ids in student.task_token_ids.items()}
-    if ours != theirs:
+def other_weights_note(predictors: str | Path, model: str | Path) -> str | None:
+    """What must stand beside drawings of a model by predictors that were trained with other weights; None with its own.
+
+    Raises:
+        ConfigError: ``predictors`` holds none.
+    """
+    if predictors_folder(predictors).resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+        return None
+    return (
+        f"Predictors of {predictors} over the weights of {model}, which they were not trained with: a worse drawing "
+        "may come from predictors that no longer fit, not from what the layers hold."
+    )
+
+
+def _require_fit(student: Student, folder: Path) -> None:
+    """Raises ConfigError unless the student has the layers, width and task tokens that the predictors read."""
+    llm = AutoConfig.from_pretrained(folder / "model", trust_remote_code=False).get_text_config()
+    names = student.processor.tokenizer.convert_ids_to_tokens
+    tokens = {task: names(ids) for task, ids in student.task_token_ids.items()}
+    found = (student.num_layers, student.hidden_size, tokens)
+    read = (llm.num_hidden_layers, llm.hidden_size, read_added_tokens(str(folder / "model"))[0])
+    if found != read:
         raise ConfigError(
-            f"the predictors in '{folder}' read task tokens of {list(theirs)}, the model has those of {list(ours)}: "
-            "give the PT that it was fine-tuned from"
+            f"the predictors in '{folder}' read an LLM of {_shape(*read)}; the model has {_shape(*found)}: give the PT "
+            "that it was fine-tuned from"
         )
 
 
-def _folder_of(output: Path) -> Path:
+def _shape(layers: int, width: int, task_tokens: Mapping[str, Sequence[str]]) -> str:
+    tokens = ", ".join(f"{task} x {len(names)}" for task, names in task_tokens.items())
+    return f"{layers} layers, width {width}, task tokens {tokens or 'none'}"
+
+
+def predictors_folder(output: str | Path) -> Path:
+    """The folder that holds predictors: a finished PT's output, given as such or as its ``model``.
+
+    Raises:
+        ConfigError: it holds none; says where they may be.
+    """
+    output = Path(output)
     for folder in (output, output.parent):
         if (folder / "distillation" / "weights.safetensors").is_file():
             return folder

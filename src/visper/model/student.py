@@ -154,12 +154,12 @@ def load_student(
         processor = _load_processor(source, revision)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
-    names, word_ids = _read_added_tokens(source, revision)
+    names, word_ids = read_added_tokens(source, revision)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids, word_ids)
 
 
-def _read_added_tokens(source: str, revision: str | None) -> tuple[dict[str, list[str]], list[int]]:
+def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[str, list[str]], list[int]]:
     """Names of the task tokens and ids of added words; none where the model was not saved by this package."""
     file = Path(source) / STUDENT_FILE
     if not Path(source).is_dir():

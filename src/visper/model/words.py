@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from visper.common.errors import ConfigError
@@ -73,8 +74,8 @@ class AddedWords(nn.Module):
         tied = _weight(head) is _weight(embedding)
         self.head_rows = None if tied else nn.Parameter(_weight(head).detach()[self.ids].float())
 
-    def attach(self, embedding: nn.Module, head: nn.Module) -> None:
-        """Makes ``embedding`` look up, and ``head`` score, the words by the rows of this module."""
+    def attach(self, embedding: nn.Module, head: nn.Module) -> list[RemovableHandle]:
+        """Makes ``embedding`` look up, and ``head`` score, the words by the rows of this module; returns the hooks."""
 
         def look_up(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
             matches_BLW = args[0][..., None] == self.ids
@@ -88,8 +89,7 @@ class AddedWords(nn.Module):
             own_W = F.linear(args[0], rows_WD, None if bias is None else bias[self.ids])
             return logits_V.index_copy(-1, self.ids, own_W.to(logits_V.dtype))
 
-        embedding.register_forward_hook(look_up)
-        head.register_forward_hook(score)
+        return [embedding.register_forward_hook(look_up), head.register_forward_hook(score)]
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module, head: nn.Module) -> None:

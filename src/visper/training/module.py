@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.common.compat import is_partitioned, recompute_layers
@@ -69,11 +70,17 @@ class TrainingModel(nn.Module):
         self._blank_image = functools.cache(student.blank_image)
         self.logit_cap = None if student.is_llava else logit_cap(student.model)
         self.register_buffer("silent_ids", torch.tensor(student.silent_ids, dtype=torch.long), persistent=False)
+        self._replacing: list[RemovableHandle] = []
         if task_tokens is not None:
-            task_tokens.attach(self.student.get_input_embeddings())
+            self._replacing.append(task_tokens.attach(self.student.get_input_embeddings()))
         self.register_load_state_dict_post_hook(_allow_missing_frozen)
         if words is not None:
-            words.attach(self.student.get_input_embeddings(), self.student.get_output_embeddings())
+            self._replacing += words.attach(self.student.get_input_embeddings(), self.student.get_output_embeddings())
+
+    def read_vocabulary(self) -> None:
+        """Lets the student look task tokens and added words up in its own vocabulary, as it does after training."""
+        while self._replacing:
+            self._replacing.pop().remove()
 
     @property
     def trains_task_tokens(self) -> bool:
