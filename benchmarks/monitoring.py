@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from visper.config import load_run
+from visper.data.collator import Sizes
+from visper.training.global_batch import count
 from visper.training.monitor import PARTS, RunMonitor
 
 
@@ -30,14 +32,14 @@ def main() -> None:
     model.objective.predictors = nn.ModuleList(nn.Linear(83, 83) for _ in range(100))  # 0.7M trainable parameters
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    batch = {"labels": torch.ones(16, 141), "attention_mask": torch.ones(16, 141), "sample_ids": ["row"] * 16}
+    sizes = Sizes((141,) * 16, 16, 0, 16 * 141**2)
+    batch = {"labels": torch.ones(16, 141), "image_rows": range(16), "sample_ids": ["row"] * 16, "sizes": sizes}
     seconds = []
     for number in range(200):
         start = time.perf_counter()
         for part in PARTS:
             watch.clock.mark(part)
-        rows, tokens, unlabeled = watch.count([batch])
-        watch.counted(rows, tokens, 16, unlabeled, number)
+        watch.counted(count([batch], watch.accelerator, False, watch.unlabeled([batch])), number)
         watch.see({"loss": torch.tensor(1.0 / (number + 1)), "ntp": torch.tensor(1.0)}, batch)
         watch.settle(number)
         if number % 10 == 0:

@@ -21,7 +21,7 @@ from visper.planning.fake_step import KnownPositions, LiveBytes, fake_parameters
 from visper.planning.memory import Machine
 from visper.planning.plan import plan
 from visper.planning.row_statistics import RowLength
-from visper.training.flops import model_flops
+from visper.training.flops import FlopMeter
 
 
 class LoadedColors(tiny.PooledColors):
@@ -70,9 +70,11 @@ def test_rows_longer_than_the_llms_positions_are_refused(run):
 def test_model_flops_of_two_rows_are_twice_those_of_one(run):
     model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, 1), []
     for rows in (1, 2):
-        batch = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
-        with KnownPositions(model.fake):
-            counted.append(model_flops(model.model, batch))
+        batch, sizes = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
+        meter = FlopMeter()
+        with KnownPositions(model.fake), meter.watch(model.model, batch["input_ids"].numel(), sizes):
+            model.model(**batch)
+        counted.append(meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens))
     assert counted[1] == pytest.approx(2 * counted[0], rel=0.1)  # the queries are projected once a batch
     llm = next(part.total for part in model.parts if part.part == "llm")
     assert counted[0] > 4 * row.tokens * 0.5 * llm  # forward and backward through a frozen LLM, tables left out

@@ -9,8 +9,10 @@ from torch import nn
 
 from visper.common.errors import DataError
 from visper.config import Monitor
+from visper.data.collator import Sizes
 from visper.data.rows.records import Drop
 from visper.training.callbacks import log_line
+from visper.training.global_batch import count
 from visper.training.monitor import DATA, REST, DeadTermError, LossSpikeError, NonFiniteLossError, RunMonitor, StepClock
 
 
@@ -71,17 +73,19 @@ def test_a_micro_batch_without_labels_is_named_with_what_was_dropped(caplog):
         "labels": torch.full((1, 4), -100),
         "attention_mask": torch.ones(1, 4, dtype=torch.long),
         "sample_ids": ["none"],
+        "image_rows": torch.empty(0),
         "dropped": [Drop("row-9", "no image")],
+        "sizes": Sizes((4,), 0, 0, 16),
     }
     watch = monitor()
-    rows, tokens, unlabeled = watch.count([batch])
+    counts = count([batch], watch.accelerator, False, watch.unlabeled([batch]))
     with caplog.at_level(logging.WARNING):
-        watch.counted(rows, tokens, 0, unlabeled, 3)
+        watch.counted(counts, 3)
     assert "row-9" in caplog.text and "'none'" not in caplog.text
     strict = monitor(no_labels="stop")
-    strict.count([batch])
+    strict.unlabeled([batch])
     with pytest.raises(DataError, match="row-9"):
-        strict.counted(1, 4, 0, 1, 3)
+        strict.counted(counts, 3)
 
 
 def test_norms_by_part_make_up_the_whole():

@@ -624,3 +624,13 @@ def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
     name = "model.layers.0.mlp.up_proj.weight"
     saved = next(value for key, value in weights_of(run_folder(run)).items() if "layers.0.mlp.up_proj" in key)
     assert not torch.equal(saved, weights_of(tiny_llm)[name])
+
+
+def test_mfu_is_logged_where_the_peak_is_known(make, monkeypatch):
+    monkeypatch.setattr("visper.training.trainer.known_peak", lambda device: 1e12)
+    run = make("pt", optimization={"gradient_checkpointing": 1.0})
+    run_stage(run)
+    logs = [line for line in logs_of(run) if "loss" in line]
+    done = [line["mfu"] * line["step_s"] for line in logs]
+    assert all(0 < line["mfu"] < 1 and 0 <= line["data_wait"] <= 1 for line in logs)
+    assert max(done) < 1.5 * min(done)  # FLOPs a step, up to the rows' lengths

@@ -6,6 +6,8 @@ Not here: what transformers documents for subclasses to define (``_supports_sdpa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 TRAINER_METHODS = (
@@ -75,3 +77,17 @@ def flex_block_mask(sees: Any, tokens: int, device: Any) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(sees, None, None, tokens, tokens, device=str(device), _compile=device.type == "cuda")
+
+
+def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """While it is entered, ``handle(operation, args, kwargs)`` stands for each of torch's operations and returns its
+    result (torch 2.9 to 2.15)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Around(TorchDispatchMode):
+        supports_higher_order_operators = True  # flex attention is one
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handle(func, args, kwargs or {})
+
+    return Around()

@@ -45,6 +45,34 @@ class Sample:
     image_places: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of a batch, known to the host, so that nobody has to ask a GPU for them.
+
+    Attributes:
+        lengths: tokens of each sample, padding left out.
+        supervised: tokens that the loss counts.
+        image_tokens: tokens of all images.
+        pairs: pairs of tokens of one sample, that may see each other or may not.
+    """
+
+    lengths: tuple[int, ...]
+    supervised: int
+    image_tokens: int
+    pairs: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(self.lengths)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], labels: Tensor, image_tokens: Tensor) -> Sizes:
+        """Of samples that share no tokens; ``labels`` are ``[B, L]``."""
+        supervised = int((labels[:, 1:] != IGNORED).sum())
+        return cls(tuple(lengths), supervised, int(image_tokens.sum()), sum(length**2 for length in lengths))
+
+
 class Batch(TypedDict, total=False):
     """What the model, the objective and the trainer are given."""
 
@@ -70,6 +98,7 @@ class Batch(TypedDict, total=False):
     sample_ids: Required[list[str]]  # B names
     dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
     num_truncated: Required[int]  # rows whose text was cut
+    sizes: Required[Sizes]
 
 
 @dataclass
@@ -95,15 +124,18 @@ class Collator:
         samples = [item for item in items if isinstance(item, Sample)]
         if not samples:
             samples = [Sample("none", [self.pad_token_id], [IGNORED])]
+        labels = _padded([s.labels for s in samples], IGNORED)
+        image_tokens = torch.tensor([tokens for s in samples for tokens in s.image_tokens], dtype=torch.long)
         batch: Batch = {
             "input_ids": _padded([s.input_ids for s in samples], self.pad_token_id),
-            "labels": _padded([s.labels for s in samples], IGNORED),
+            "labels": labels,
             "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
             "image_rows": torch.tensor([i for i, s in enumerate(samples) for _ in s.image_tokens], dtype=torch.long),
-            "image_tokens": torch.tensor([tokens for s in samples for tokens in s.image_tokens], dtype=torch.long),
+            "image_tokens": image_tokens,
             "sample_ids": [s.id for s in samples],
             "dropped": dropped,
             "num_truncated": sum(s.truncated for s in samples),
+            "sizes": Sizes.of([len(s.input_ids) for s in samples], labels, image_tokens),
         }
         pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
         if pixels:

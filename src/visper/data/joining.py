@@ -120,8 +120,10 @@ class JoiningCollator:
                 branches[0, at : at + length] = number
                 positions[0, at : at + length] = torch.arange(each.prefix, each.prefix + length)
                 at += length
+        pairs = sum(each.prefix**2 + sum(own * (each.prefix + own) for own in each.branches) for each in joined)
         return {
             **batch,
+            "sizes": replace(batch["sizes"], pairs=pairs),
             "branches": branches,
             "sample_ids": [sample.id for sample in samples] or batch["sample_ids"],
             "num_truncated": sum(sample.truncated for sample in samples),

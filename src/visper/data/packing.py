@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visper.data.collator import Batch, Collator, Sample
+from visper.data.collator import Batch, Collator, Sample, Sizes
 from visper.data.rows.records import Drop
 
 
@@ -30,7 +30,7 @@ class PackingCollator:
         from transformers import DataCollatorWithFlattening
 
         padded = self.collator(items)
-        lengths = padded["attention_mask"].sum(1).tolist()
+        lengths = padded["sizes"].lengths
         rows = zip(padded["input_ids"], padded["labels"], lengths, strict=True)
         samples = [{"input_ids": ids[:length], "labels": labels[:length]} for ids, labels, length in rows]
         flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(samples, return_tensors="pt")
@@ -39,6 +39,7 @@ class PackingCollator:
             **flat,
             "attention_mask": torch.ones_like(flat["input_ids"]),
             "image_rows": torch.zeros_like(padded["image_rows"]),
+            "sizes": Sizes.of(lengths, flat["labels"], padded["image_tokens"]),
         }
         if self.collator.model_inputs is not None:
             batch["model_inputs"] = padded["model_inputs"] | self.collator.model_inputs.token_types(flat["input_ids"])

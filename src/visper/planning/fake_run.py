@@ -13,7 +13,7 @@ from torch import nn
 from visper.common.console import Console
 from visper.config import Run
 from visper.data.chat import IGNORED
-from visper.data.collator import Collator, Sample
+from visper.data.collator import Collator, Sample, Sizes
 from visper.data.packing import PackingCollator
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, image_blocks
 from visper.distillation import Targets
@@ -33,9 +33,9 @@ from visper.planning.parameters import student_skeleton
 from visper.planning.row_statistics import RowLength, Rows
 from visper.training.assemble import build_training_model, set_trainable
 from visper.training.attention import choose_attention
-from visper.training.flops import model_flops
+from visper.training.flops import FlopMeter
 from visper.training.lora import add_updates
-from visper.training.module import LOGIT_ROWS, TrainingModel
+from visper.training.module import TrainingModel
 from visper.training.stages import PartCount, count_parts
 from visper.training.trainer import FORWARD_KEYS
 
@@ -97,7 +97,7 @@ class FakeRun:
         if key not in self._activations:
             self.model.recompute_activations(checkpointing)
             lengths = rows.largest_micro_batch(micro_batch, self.run.packed, self.run.seed)
-            batch = fake_batch(lengths, self.student, self.model, self.run, self.fake)
+            batch, _ = fake_batch(lengths, self.student, self.model, self.run, self.fake)
             self._activations[key] = step_activations(
                 self.model, self._optimizer, batch, self.run, self.fake, accumulates
             )
@@ -105,20 +105,18 @@ class FakeRun:
 
     def row_flops(self, rows: Rows) -> float:
         """Model FLOPs of an average row: forward and backward once, teachers apart."""
-        # The head of more supervised tokens than LOGIT_ROWS would be counted twice.
-        size = max(1, min(16, LOGIT_ROWS // max(1, rows.average.supervised)))
-        batch = fake_batch(rows.average_micro_batch(size), self.student, self.model, self.run, self.fake)
-        self.model.recompute_activations(0.0)
-        with KnownPositions(self.fake), autocast(self.run):
-            flops = model_flops(self.model, batch)
-        self.model.zero_grad(set_to_none=True)
-        return flops / size
+        batch, sizes = fake_batch(rows.average_micro_batch(16), self.student, self.model, self.run, self.fake)
+        meter = FlopMeter()
+        with KnownPositions(self.fake), autocast(self.run), meter.watch(self.model, batch["input_ids"].numel(), sizes):
+            self.model(**batch)
+        assert meter.costs is not None
+        return meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens) / 16
 
 
 def fake_batch(
     rows: Sequence[RowLength], student: Student, model: TrainingModel, run: Run, fake: FakeTensorMode
-) -> dict[str, Any]:
-    """What ``TrainingModel.forward`` takes, of rows of these lengths, padded or packed as ``run`` says.
+) -> tuple[dict[str, Any], Sizes]:
+    """What ``TrainingModel.forward`` takes, and its sizes, of rows of these lengths, padded or packed as ``run`` says.
 
     The pool of targets holds a global batch.
     """
@@ -144,7 +142,7 @@ def fake_batch(
             name: _targets(images, pool, task.target.tokens, task.target.width, fake)
             for name, task in model.objective.tasks.items()
         }
-    return {**batch, "num_tokens": 1, "num_images": 1}
+    return {**batch, "num_tokens": 1, "num_images": 1}, collated["sizes"]
 
 
 def _images(

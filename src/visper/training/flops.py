@@ -1,21 +1,139 @@
-"""Model FLOPs: what one micro-batch's forward and backward pass compute, by torch's own formulas."""
+"""Model FLOPs: what forward and backward passes compute of a model, at true lengths; one definition for plan and log.
+
+A multiplication and an addition count as two. Counted are the LLM at every token that is no padding, its head at
+supervised tokens, image encoder, projector and predictors; attention as if it were not causal (arXiv 2204.02311,
+appendix B). Not counted: teachers, padding, and what is computed a second time for the backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+from visper.common.compat import around_operations
+from visper.common.gpus import peak_of
+from visper.data.collator import Sizes
+from visper.training.module import TrainingModel
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+BIAS_FIRST = (aten.addmm, aten.baddbmm)
+"""Products whose factors are the second and third argument."""
+NOT_LINEAR = (aten.bmm, aten.baddbmm)
+"""Products of eager attention; in the LLM they are left to ``Costs.pair``, as fused attention is."""
 
 
-def model_flops(model: nn.Module, batch: Mapping[str, Any]) -> float:
-    """FLOPs of ``model(**batch)["loss"].backward()``, a multiplication and an addition counted as two.
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of forward and backward, none computed twice.
 
-    The image encoder and the predictors are included, at the batch's own lengths; teachers are not. Turn gradient
-    checkpointing off first: what it computes again would be counted again. So is the LLM's head for more supervised
-    tokens than ``module.LOGIT_ROWS``. Gradients are added to the parameters'.
+    Attributes:
+        token: of the decoder's layers but attention, for each token.
+        pair: of their attention, for each pair of tokens of a sample.
+        answer: of the LLM's head, for each supervised token.
+        image_token: of encoder, projector and predictors, for each image token; None: no image was seen yet.
     """
-    with FlopCounterMode(display=False) as counter:
-        model(**batch)["loss"].backward()
-    return float(counter.get_total_flops())
+
+    token: float
+    pair: float
+    answer: float
+    image_token: float | None
+
+    def flops(self, tokens: int, pairs: int, supervised: int, image_tokens: int) -> float:
+        """Of so much of each (``data.collator.Sizes``)."""
+        text = self.token * tokens + self.pair * pairs + self.answer * supervised
+        return text + (self.image_token or 0.0) * image_tokens
+
+
+class FlopMeter:
+    """Finds a model's ``costs`` in the first forward passes under ``watch``: one with an image is enough."""
+
+    def __init__(self) -> None:
+        self.costs: Costs | None = None
+
+    @contextlib.contextmanager
+    def watch(self, model: TrainingModel, operated: int, sizes: Sizes) -> Iterator[None]:
+        """Counts the forward pass inside, if the costs are not known yet.
+
+        Args:
+            operated: tokens of the batch, padding included.
+            sizes: of the batch.
+        """
+        if self.costs is not None and (self.costs.image_token is not None or not sizes.image_tokens):
+            yield
+            return
+        llm, text = model.student.get_decoder(), model.student.config.get_text_config()
+        products = _Products()
+        with around_operations(products.count), _regions(model, products):
+            yield
+        width = text.num_attention_heads * (
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        )
+        head: Any = model.student.get_output_embeddings()
+        self.costs = Costs(
+            token=products.counts["llm"] / operated,
+            pair=3.0 * 4 * width * len(llm.layers),
+            answer=2.0 * head.in_features * head.out_features * (3 if head.weight.requires_grad else 2),
+            image_token=products.counts["image"] / sizes.image_tokens if sizes.image_tokens else None,
+        )
+
+
+class _Products:
+    """FLOPs of every product by the ``region`` it is called in, those of its gradients included.
+
+    Each factor that needs a gradient costs as much again as the product.
+    """
+
+    def __init__(self) -> None:
+        self.region = ""
+        self.counts = {"": 0.0, "llm": 0.0, "image": 0.0}
+
+    def count(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        """Runs ``operation`` and counts it."""
+        result, kind = operation(*args, **kwargs), getattr(operation, "overloadpacket", operation)
+        if self.region and kind in flop_registry and (self.region != "llm" or _is_linear(kind)):
+            factors = args[1:3] if kind in BIAS_FIRST else args[:2]
+            asked = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
+            self.counts[self.region] += flop_registry[kind](*args, **kwargs, out_val=result) * (1 + asked)
+        return result
+
+
+def _is_linear(kind: Any) -> bool:
+    return kind not in NOT_LINEAR and "attention" not in str(kind)
+
+
+@contextlib.contextmanager
+def _regions(model: TrainingModel, products: _Products) -> Iterator[None]:
+    """Names the region while the modules run: the decoder is part of the student's base model."""
+    handles = []
+
+    def region(module: nn.Module, inside: str, after: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda *_: setattr(products, "region", inside)))
+        handles.append(module.register_forward_hook(lambda *_: setattr(products, "region", after)))
+
+    region(model.student.model, "image", "")
+    region(model.student.get_decoder(), "llm", "image")
+    if model.objective is not None:
+        region(model.objective, "image", "")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def known_peak(device: torch.device) -> float | None:
+    """Peak FLOPs per second of the device; None on a CPU, and, with a warning, on a GPU that ``common.gpus`` lacks."""
+    peak = peak_of(device)
+    if peak is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        logger.warning(f"no MFU is logged: the peak FLOPs of '{name}' are not known (src/visper/common/gpus.py)")
+    return peak

@@ -6,7 +6,7 @@ are known before the first forward, whatever the split into micro-batches and pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,33 +23,37 @@ Batch = dict[str, Any]
 class Counts:
     """Sums over the micro-batches of all processes.
 
-    ``supervised`` and ``images`` are also divisors of the loss, so they stay on the device as tensors.
+    ``divisors`` of the loss, supervised tokens and images, stay on the device.
     """
 
-    supervised: Tensor
-    images: Tensor
+    divisors: Tensor
+    supervised: int
+    images: int
     dropped: int
     asked_to_stop: int
     rows: int
-    tokens: int
     unlabeled: int
+    tokens: int
+    image_tokens: int
+    pairs: int
 
 
-def count(batches: Sequence[Batch], accelerator: Accelerator, asked_to_stop: bool, watched: Iterable[int]) -> Counts:
+def count(batches: Sequence[Batch], accelerator: Accelerator, asked_to_stop: bool, unlabeled: int = 0) -> Counts:
     """Counts this process's micro-batches and sums over processes, in one reduction.
 
     Args:
         asked_to_stop: whether this process was; the sum tells all of them.
-        watched: what ``RunMonitor.count`` counts: rows, tokens, unlabeled micro-batches.
+        unlabeled: rows of this process in micro-batches without a supervised token.
     """
-    supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    sizes = [batch["sizes"] for batch in batches]
+    supervised = sum(size.supervised for size in sizes)
     images = sum(len(batch["image_rows"]) for batch in batches)
     dropped = sum(len(batch.get("dropped", ())) for batch in batches)
-    own = torch.tensor(
-        [supervised, images, dropped, asked_to_stop, *watched], device=accelerator.device, dtype=torch.long
-    )
-    sums = accelerator.reduce(own, "sum")
-    return Counts(sums[0], sums[1], *sums[2:].tolist())
+    rows = sum(len(batch["labels"]) for batch in batches)
+    lengths = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "image_tokens", "pairs")]
+    own = torch.tensor([supervised, images, dropped, asked_to_stop, rows, unlabeled, *lengths], dtype=torch.long)
+    sums = accelerator.reduce(own.to(accelerator.device, non_blocking=True), "sum")
+    return Counts(sums[:2].clamp(min=1), *sums.tolist())
 
 
 @torch.no_grad()
@@ -77,8 +81,7 @@ def prepare(
     """Adds to each micro-batch the divisors of its loss, its targets, and the share of the steps that are done."""
     for batch, own in zip(batches, targets, strict=True):
         # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
-        batch["num_tokens"] = counts.supervised.clamp(min=1)
-        batch["num_images"] = counts.images.clamp(min=1)
+        batch["num_tokens"], batch["num_images"] = counts.divisors
         batch["targets"] = own
         batch["progress"] = progress
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from visper.common.errors import DataError, TrainingError
 from visper.config import Monitor
+from visper.training.flops import FlopMeter
+from visper.training.global_batch import Counts
 from visper.training.parallel.fsdp import gathered
 from visper.training.stages import part_name
 
@@ -95,16 +97,19 @@ class RunMonitor:
     Args:
         rules: what stops the run and what warns.
         accelerator: the trainer's.
+        peak: FLOPs per second of a process's device; None: unknown, no MFU is logged.
     """
 
-    def __init__(self, rules: Monitor, accelerator: Accelerator) -> None:
+    def __init__(self, rules: Monitor, accelerator: Accelerator, peak: float | None = None) -> None:
         self.rules = rules
         self.accelerator = accelerator
         self.clock = StepClock(accelerator.device)
+        self.peak = peak
+        self.flops = FlopMeter()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._history: dict[str, deque[float]] = {}
         self._dead: set[str] = set()
-        self._counts = [0, 0, 0]  # rows, tokens and images of all processes since the last log
+        self._counts = [0, 0, 0, 0, 0]  # images, tokens, pairs, supervised, image tokens of all since the last log
         self._norms: dict[str, Tensor] = {}
         self._judged: tuple[list[str], dict[str, Tensor]] = ([], {})
         self._settled = True  # the loss of the step at hand was finite
@@ -116,19 +121,16 @@ class RunMonitor:
         self._rows: list[str] = []
         self._terms: dict[str, Tensor] = {}
 
-    def count(self, batches: Iterable[Mapping[str, Any]]) -> list[int]:
-        """Rows, tokens and micro-batches without a label of one process; the engine sums them over processes."""
-        batches = list(batches)
-        self._unlabeled = [row for b in batches if not bool((b["labels"][:, 1:] != -100).any()) for row in _rows_of(b)]
-        rows = sum(len(batch["labels"]) for batch in batches)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return [rows, tokens, len(self._unlabeled)]
+    def unlabeled(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Rows of this process in micro-batches without a label, remembered by name."""
+        self._unlabeled = [row for batch in batches if not batch["sizes"].supervised for row in _rows_of(batch)]
+        return len(self._unlabeled)
 
-    def counted(self, rows: int, tokens: int, images: int, unlabeled: int, step: int) -> None:
+    def counted(self, counts: Counts, step: int) -> None:
         """Takes the sums over all processes of a step that is about to begin."""
-        for at, number in enumerate((rows, tokens, images)):
-            self._counts[at] += number
-        if unlabeled and self.rules.no_labels != "ignore":
+        seen = (counts.images, counts.tokens, counts.pairs, counts.supervised, counts.image_tokens)
+        self._counts = [before + number for before, number in zip(self._counts, seen, strict=True)]
+        if counts.unlabeled and self.rules.no_labels != "ignore":
             named = gather_object(self._unlabeled)
             text = (
                 f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They teach nothing: look "
@@ -218,11 +220,15 @@ class RunMonitor:
         found = {f"grad_norm_{part}": float(norm) for part, norm in self._norms.items()}
         self._norms.clear()
         if total > 0 and steps > 0:
-            _, tokens, images = self._counts
+            images, tokens, *others = self._counts
             found |= {"tokens_per_s": tokens / total, "images_per_s": images / total, "step_s": total / steps}
             found |= {f"time_{part}": seconds[part] / steps for part in PARTS}
             found["data_wait"] = seconds[DATA] / total
-        self._counts = [0, 0, 0]
+            costs = self.flops.costs
+            if self.peak is not None and costs is not None and (costs.image_token is not None or not images):
+                possible = self.peak * self.accelerator.num_processes * total
+                found["mfu"] = costs.flops(tokens, *others) / possible
+        self._counts = [0, 0, 0, 0, 0]
         found["memory_gib"] = memory_gib(self.accelerator.device)
         if self.rules.dead_term != "ignore":
             self._look_for_dead(terms, step)

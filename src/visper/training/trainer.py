@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -24,7 +25,9 @@ from visper.config import Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
+from visper.training.flops import known_peak
 from visper.training.global_batch import TermSums
+from visper.training.module import TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
@@ -89,7 +92,7 @@ class StageTrainer(Trainer):
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.monitor = RunMonitor(logging.monitor, self.accelerator)
+        self.monitor = RunMonitor(logging.monitor, self.accelerator, known_peak(self.accelerator.device))
         self.add_callback(OptimizerClock(self.monitor.clock))
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
@@ -118,20 +121,18 @@ class StageTrainer(Trainer):
         self.monitor.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.monitor.clock.mark(DATA)
-        counts = global_batch.count(batches, self.accelerator, self.stop.asked, self.monitor.count(batches))
+        counts = global_batch.count(batches, self.accelerator, self.stop.asked, self.monitor.unlabeled(batches))
         self.stop.agreed = counts.asked_to_stop > 0
         if counts.dropped:
             dropped = gather_object([drop for batch in batches for drop in batch.get("dropped", ())])
             self.data.drop_more(dropped, self.output / DROPPED if self.is_world_process_zero() else None)
         if batches:
-            self.monitor.counted(
-                counts.rows, counts.tokens, int(counts.images), counts.unlabeled, self.state.global_step + 1
-            )
+            self.monitor.counted(counts, self.state.global_step + 1)
         targets = global_batch.teacher_targets(batches, self.teachers, self.args.device)
         self.monitor.clock.mark(TEACHER)
         progress = self.state.global_step / max(1, self.state.max_steps)
         global_batch.prepare(batches, counts, targets, progress)
-        return batches, counts.supervised
+        return batches, counts.divisors[0]
 
     def compute_loss(
         self,
@@ -141,13 +142,22 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This process's share of the global loss times the processes, since gradients are averaged over them."""
-        outputs = model(**{key: value for key, value in inputs.items() if key in FORWARD_KEYS})
+        given = {key: value for key, value in inputs.items() if key in FORWARD_KEYS}
+        with self._counting(inputs):
+            outputs = model(**given)
         self.monitor.see(outputs, inputs)
         terms = {name: self._countable(term.detach()) for name, term in outputs.items() if name != "loss"}
         self.terms.add(terms, self.state.global_step)
         self.monitor.clock.mark(FORWARD)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _counting(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        if self.monitor.peak is None:
+            return nullcontext()
+        return self.monitor.flops.watch(
+            cast("TrainingModel", self._bare()), inputs["input_ids"].numel(), inputs["sizes"]
+        )
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -1,0 +1,77 @@
+"""Model FLOPs and MFU: one definition, held against counts by hand."""
+
+import pytest
+import torch
+
+from visper.config import Geometry, Stage
+from visper.config import Student as StudentConfig
+from visper.data.collator import Collator, Sample
+from visper.data.packing import PackingCollator
+from visper.model import build_student
+from visper.training.attention import separate_samples
+from visper.training.flops import FlopMeter, known_peak
+from visper.training.module import TrainingModel
+from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
+
+TOKENS, LAYERS, WIDTH, KEYS, INNER = (30, 21), 4, 32, 16, 64
+PATCHES, VISION, VISION_INNER, VISION_LAYERS = 16, 24, 48, 3
+
+
+def by_hand(words: int, supervised: int, frozen: bool) -> float:
+    """Two rows, the first with an image: products of [m, k] x [k, n] are 2 m k n FLOPs."""
+    layer = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
+    llm = 2 * (2 if frozen else 3) * LAYERS * layer * sum(TOKENS)
+    attention = 3 * 4 * WIDTH * LAYERS * sum(n**2 for n in TOKENS)
+    head = 2 * (2 if frozen else 3) * WIDTH * words * supervised
+    places = PATCHES + 1  # and the class token
+    block = places * (4 * VISION**2 + 2 * VISION * VISION_INNER) + 2 * VISION * places**2
+    encoder = 2 * (PATCHES * 3 * 4 * 4 * VISION + VISION_LAYERS * block)
+    projector = 2 * PATCHES * (2 * VISION * WIDTH + 3 * WIDTH * WIDTH)  # its input needs no gradient
+    return float(llm + attention + head + encoder + projector)
+
+
+@pytest.fixture
+def model(tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.SQUASH)
+    model = TrainingModel(student)
+    apply_stage(model, Stage.IFT, TASK_TOKEN_PARTS)
+    return model.train()
+
+
+def batch_of(model, packed):
+    rows = []
+    for number, tokens in enumerate(TOKENS):
+        block = [model.image_token_id] * PATCHES if number == 0 else []
+        ids = [5, *block, *[7] * (tokens - 1 - len(block))]
+        pixels = torch.zeros(1, 3, 16, 16) if block else None
+        rows.append(Sample(str(number), ids, [-100] * (tokens - 3) + [7] * 3, (PATCHES,) if block else (), pixels))
+    return (PackingCollator(Collator(0)) if packed else Collator(0))(rows)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recomputed", [0.0, 1.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_are_those_counted_by_hand(model, packed, recomputed, frozen):
+    """Padding and recomputation change nothing; a frozen LLM has gradients of its inputs only."""
+    if frozen:
+        model.student.get_decoder().requires_grad_(False)
+        model.student.get_output_embeddings().requires_grad_(False)
+    if packed:
+        separate_samples(model.student.get_decoder())
+    if recomputed:
+        model.recompute_activations(recomputed)
+    batch, meter = batch_of(model, packed), FlopMeter()
+    sizes = batch["sizes"]
+    names = ("input_ids", "attention_mask", "labels", "pixel_values", "position_ids", "cu_seq_lens_q")
+    with meter.watch(model, batch["input_ids"].numel(), sizes):
+        model(**{name: batch[name] for name in names if name in batch}, num_tokens=sizes.supervised)
+    found = meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens)
+    assert found == by_hand(model.student.get_output_embeddings().out_features, 6, frozen)
+
+
+def test_a_gpu_of_unknown_kind_has_no_peak_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Unheard-of 1")
+    assert known_peak(torch.device("cuda")) is None and "Unheard-of" in caplog.text
+    assert known_peak(torch.device("cpu")) is None and len(caplog.records) == 1
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert known_peak(torch.device("cuda")) == 989e12
