@@ -85,7 +85,7 @@ class HeldOut:
             micro = self.optimization.micro_batch
             cuts = (own[at : at + micro] for at in range(0, len(own), micro))
             batches: list[Any] = [data.collator([data.dataset[row] for row in cut]) for cut in cuts]
-            counts = global_batch.count(batches, accelerator, False, (0, 0, 0))
+            counts = global_batch.count(batches, accelerator, False)
             targets = global_batch.teacher_targets(batches, trainer.teachers, accelerator.device)
             global_batch.prepare(batches, counts, targets, progress)
             for one in batches:
