@@ -124,7 +124,7 @@ def cases(photos: Path, onnx: Path | None, count: int) -> Iterator[tuple[str, Te
     images = [open_image(file) for file in sorted(photos.rglob("*.jpg"))[:count]]
 
     def over(teacher: Teacher) -> Tensor:
-        return torch.cat([teacher(teacher.preprocess(image)[None]) for image in images])
+        return torch.cat([teacher(teacher.see([image])) for image in images])
 
     for task in ("depth", "seg", "gen"):
         yield (

@@ -111,7 +111,7 @@ def in_batches(teacher: Teacher, pixels: Tensor, size: int) -> Tensor:
 
 def measured(teacher: Teacher, options: argparse.Namespace, device: str) -> list[str]:
     """A line's cells: size, input, target, images a second of each batch, how far targets are apart."""
-    side = teacher.preprocess(Image.new("RGB", (8, 8))).shape[-1]
+    side = teacher.see([Image.new("RGB", (8, 8))]).shape[-1]
     pixels = torch.randn(options.images, 3, side, side, device=device)
     targets, rates = [], []
     for count in (1, *options.batch):

@@ -18,14 +18,14 @@ from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.dataset import ConversationDataset, require_images
-from visper.data.images import with_geometry
+from visper.data.images import squashed, with_geometry
 from visper.data.rows.records import Drop, DropList, Record, Turn
 from visper.data.sampler import RowSampler
 
 
-def small_pixels(image: Image.Image) -> torch.Tensor:
+def small_pixels(image: torch.Tensor) -> torch.Tensor:
     """A teacher's preprocessing."""
-    return torch.from_numpy(np.asarray(image.resize((4, 4))).copy()).permute(2, 0, 1).float() / 255
+    return squashed(image, (4, 4)).float() / 255
 
 
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
@@ -110,13 +110,14 @@ def test_the_geometry_is_the_processors(records: list[Record], encoder: Conversa
     encoder.processor.image_processor = with_geometry(encoder.processor.image_processor, "pad")
     sample = ConversationDataset(records, encoder)[0]
     assert isinstance(sample, Sample)
-    (image,) = sample.images
-    assert image.size == (90, 90) and image.getpixel((0, 0)) == (127, 127, 127)
+    (image,) = sample.seen
+    assert image.shape == (3, 90, 90) and image[:, 0, 0].tolist() == [127, 127, 127]
 
 
 def test_an_image_over_the_limit_is_a_drop(records: list[Record], encoder: ConversationEncoder) -> None:
-    image = ConversationDataset(records, encoder)[0].images[0]
-    pixels = image.width * image.height
+    image = ConversationDataset(records, encoder)[0]
+    assert isinstance(image, Sample)
+    pixels = image.seen[0][0].numel()
     assert isinstance(ConversationDataset(records, encoder, max_pixels=pixels)[0], Sample)
     dropped = ConversationDataset(records, encoder, max_pixels=pixels - 1)[0]
     assert isinstance(dropped, Drop) and dropped.reason == "huge image" and f"{pixels - 1:,}" in dropped.detail

@@ -23,7 +23,7 @@ from visper.data.checks.digests import contents_of, digest, digests_of
 from visper.data.checks.report import check
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset
-from visper.data.images import student_pixels
+from visper.data.images import normalized_pixels, rgb_bytes, student_pixels
 from visper.data.rows.formats import parse_row
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList, Record, RowSource, ShownImage, Turn
@@ -209,8 +209,10 @@ def test_batches_hold_every_image_in_order(rows: Path) -> None:
     assert batch["image_tokens"].tolist() == [4] * 6
     files = [Image.open(rows.parent / f"{i}.png") for i in (0, 1, 2, 3, 0, 3)]
     pixels = torch.stack([student_pixels(dataset.image_processor, image) for image in files])
-    assert torch.equal(batch["pixel_values"], pixels)
-    assert torch.equal(batch["teacher_images"]["depth"], torch.stack([small_pixels(image) for image in files]))
+    assert torch.equal(normalized_pixels(dataset.image_processor, batch["pixel_values"]), pixels)
+    assert torch.equal(
+        batch["teacher_images"]["depth"], torch.stack([small_pixels(rgb_bytes(image)) for image in files])
+    )
     per_row = (batch["input_ids"] == ENCODER.image_token_id).sum(1).tolist()
     assert per_row == [8, 0, 4, 12]
 

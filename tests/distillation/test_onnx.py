@@ -102,7 +102,7 @@ def test_class_colors_are_all_different():
 
 def test_pixels_are_scaled_as_told(tmp_path):
     teacher = build_teacher("onnx", save(tmp_path / "m.onnx"), mean=0.5, std=0.5)
-    pixels = teacher.preprocess(Image.fromarray(np.full((4, 6, 3), (255, 0, 102), np.uint8)))
+    (pixels,) = teacher.see([Image.fromarray(np.full((4, 6, 3), (255, 0, 102), np.uint8))])
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([255, 0, 102]) / 127.5 - 1)
 
 
@@ -141,6 +141,6 @@ def test_a_published_segmentation_network_is_a_teacher(beside_project):
     teacher = build_teacher("onnx", next(path.glob("*.onnx")), layout="NHWC", mean=0.5, std=0.5, grid=16, softmax=True)
     assert (teacher.spec.tokens, teacher.spec.width) == (256, 21)
     images = [Image.effect_noise((40, 30), 60).convert("RGB"), Image.new("RGB", (50, 70), (90, 120, 200))]
-    targets = teacher(torch.stack([teacher.preprocess(image) for image in images]))
+    targets = teacher(teacher.see(images))
     torch.testing.assert_close(targets.sum(-1), torch.ones(2, 256), rtol=0, atol=1e-4)
     assert teacher.decode(targets).shape == (2, 3, 16, 16)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from visper.config.kinds import TEACHERS
+from visper.data.images import rgb_bytes
 from visper.distillation import teachers
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_images
 
@@ -82,7 +83,10 @@ def test_every_kind_of_the_table_names_a_teacher():
 def test_preprocessing_squashes_and_keeps_the_channel_order():
     """FAULT of the published code: its depth teacher sees blue for red."""
     image = Image.fromarray(np.full((5, 9, 3), (255, 0, 51), np.uint8))
-    pixels = SquashedImage((2, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(image)
+    preprocess = SquashedImage((2, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    sent = preprocess(rgb_bytes(image))
+    assert sent.shape == (3, 2, 4) and sent.dtype == torch.uint8, "a quarter of the bytes"
+    (pixels,) = preprocess.normalize(sent[None])
     assert pixels.shape == (3, 2, 4) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 

@@ -51,7 +51,7 @@ def test_the_encoder_loads_with_its_image_processor(scenes: list[Scene]) -> None
 @pytest.mark.parametrize("task", list(CONFIGS))
 def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene]) -> None:
     teacher = build_teacher(TOWER, BASES / f"teacher_{task}")
-    pixels = torch.stack([teacher.preprocess(Image.fromarray(s.image)) for s in scenes])
+    pixels = teacher.see([Image.fromarray(s.image) for s in scenes])
     target = teacher(pixels)
     images = teacher.decode(target)
     assert images.shape == (8, 3, 96, 96) and images.min() >= 0 and images.max() <= 1
@@ -61,7 +61,7 @@ def test_each_teacher_encodes_and_decodes_scenes(task: str, scenes: list[Scene])
 
 def test_the_depth_and_segmentation_teachers_see(scenes: list[Scene]) -> None:
     depth, seg = (build_teacher(TOWER, BASES / f"teacher_{task}") for task in ("depth", "seg"))
-    pixels = torch.stack([depth.preprocess(Image.fromarray(s.image)) for s in scenes])
+    pixels = depth.see([Image.fromarray(s.image) for s in scenes])
     wanted = torch.from_numpy(np.stack([s.depth for s in scenes]))
     error = (depth.decode_values(depth(pixels))[:, 0] / wanted - 1).abs().mean()
     classes = torch.from_numpy(np.stack([s.classes for s in scenes]).astype(np.int64))

@@ -62,10 +62,7 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     block = [student.image_token_id] * model.config.image_seq_length
     block += [token for ids in student.task_token_ids.values() for token in ids]
     ids = torch.tensor([[1, *block, 5, 6, 7]] * 2)
-    targets = {
-        task: gather_targets(teacher(torch.stack([teacher.preprocess(image) for image in images])))
-        for task, teacher in teachers.items()
-    }
+    targets = {task: gather_targets(teacher(teacher.see(images))) for task, teacher in teachers.items()}
     found = model(ids, torch.ones_like(ids), ids.clone(), 8, 2, pixels, image_rows=torch.arange(2), targets=targets)
     found["loss"].backward()
     terms = {term: value for term, value in found.items() if term.count("/") == 2}

@@ -27,7 +27,7 @@ def test_encode_gives_what_the_spec_says_and_decode_an_image(
     tmp_path: Path, head: str, grid: int, outputs: int, shape: tuple[int, int]
 ) -> None:
     teacher = saved(tmp_path, head=head, grid=grid, outputs=outputs)
-    pixels = torch.stack([teacher.preprocess(Image.new("RGB", (50, 30), color)) for color in ("red", "blue", "white")])
+    pixels = teacher.see([Image.new("RGB", (50, 30), color) for color in ("red", "blue", "white")])
     embedding = teacher(pixels)
     assert embedding.shape == (3, *shape) == (3, teacher.spec.tokens, teacher.spec.width)
     assert teacher.decode_values(embedding).shape == (3, outputs, 24, 24)

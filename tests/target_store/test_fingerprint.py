@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from visper.config import Target
-from visper.data.images import arrange, open_image
+from visper.data.images import arrange, open_image, rgb_bytes
 from visper.distillation.teachers import SquashedImage
 from visper.model import revisions
 from visper.target_store import fingerprint as fingerprint
@@ -82,16 +82,17 @@ def test_a_teacher_of_ones_own_is_its_code_too():
     assert Fingerprint.of(Target(kind="features", model="a"), "squash", GRAY).code is None
 
 
-def test_our_preprocessing_gives_the_pixels_of_computation_2(tmp_path):
+def test_our_preprocessing_gives_the_pixels_of_computation_3(tmp_path):
     """Where this fails for an intended change, raise ``fingerprint.COMPUTATION`` and write the new values."""
     rows, columns = np.mgrid[:40, :60]
     picture = np.stack((rows * 6, columns * 4, (rows * columns) % 256), -1).astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "probe.png")
     image = open_image(tmp_path / "probe.png")
     look = SquashedImage((8, 12), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    found = {geometry: look(arrange(image, geometry, GRAY)) for geometry in ("squash", "pad", "crop")}
+    arranged = {geometry: arrange(image, geometry, GRAY) for geometry in ("squash", "pad", "crop")}
+    found = {geometry: look.normalize(look(rgb_bytes(seen))[None])[0] for geometry, seen in arranged.items()}
     sums = {name: [round(float(v), 2) for v in pixels.mean((1, 2))] for name, pixels in found.items()}
-    assert fingerprint.COMPUTATION == 2
+    assert fingerprint.COMPUTATION == 3
     assert {name: pytest.approx(values, abs=0.011) for name, values in PROBE.items()} == sums
     assert all(pixels.shape == (3, 8, 12) and pixels.dtype == torch.float32 for pixels in found.values())
 

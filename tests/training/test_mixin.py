@@ -10,7 +10,7 @@ from tests import tiny
 from tests.vlms import FAMILIES, PROCESSORS, save_vlm
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
-from visper.data.images import arrange, background_of
+from visper.data.images import arrange, background_of, rgb_bytes
 from visper.distillation import DistilledTask, Head, Position, attach
 from visper.model import build_student
 from visper.model.student import save_student
@@ -348,7 +348,7 @@ def test_a_llava_and_its_teachers_see_the_same_part_of_an_image(tmp_path, tiny_l
     seen = {image.numpy().tobytes() for image in share["teacher_images"]["depth"]}
     background = background_of(trainer.processing_class.image_processor)
     preprocess = trainer.teachers["depth"].preprocess
-    assert seen == {preprocess(arrange(image, geometry, background)).numpy().tobytes() for image in images}
+    assert seen == {preprocess(rgb_bytes(arrange(image, geometry, background))).numpy().tobytes() for image in images}
     padded = share["places"] is not None and share["places"].isnan().any()
     assert bool(padded) == (geometry == Geometry.PAD)
     trainer.train()

@@ -13,6 +13,7 @@ from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator
 from visper.data.dataset import ConversationDataset
+from visper.data.images import normalized_pixels
 from visper.data.packing import PackingCollator
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -95,10 +96,11 @@ def test_embedding_losses_are_those_of_each_image_alone(tiny_llm, tiny_encoder, 
     own = torch.randn(6, 16, 8, generator=torch.Generator().manual_seed(1))
     targets = {"depth": Targets(own, own, torch.arange(6))}
     given = PackingCollator(collator)([dataset[i] for i in range(4)]) if packed else batch
+    seen = normalized_pixels(student.processor.image_processor, batch["pixel_values"])
     with torch.no_grad():
         terms = model(**{k: given[k] for k in FORWARD_KEYS if k in given}, num_tokens=1, num_images=6, targets=targets)
         states = model.student.model(
-            input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], output_hidden_states=True
+            input_ids=batch["input_ids"], pixel_values=seen, output_hidden_states=True
         ).hidden_states[2]
     distances = []
     for row in range(4):

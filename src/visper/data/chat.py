@@ -98,7 +98,7 @@ class ConversationEncoder:
         truncated = len(ids) > self.max_tokens
         if truncated:
             ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
-        if all(label == IGNORED for label in labels):
+        if labels.count(IGNORED) == len(labels):
             why = f"none within {self.max_tokens} tokens" if truncated else "every answer is empty"
             raise DataError("no supervised token", why)
         return Encoded(ids, labels, truncated, image_tokens, *self._count_unknown(labels))

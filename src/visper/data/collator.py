@@ -16,10 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Required
 
 from visper.data.chat import IGNORED
+from visper.data.images import stacked
 from visper.data.rows.records import Drop
 from visper.data.vlm import ModelInputs
 
-Preprocess = Callable[[Image.Image], Tensor]
+Preprocess = Callable[[Tensor], Tensor]
+"""A teacher's: an image ``[3, H, W]`` uint8 -> ``[3, h, w]``."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Sample:
 
     Attributes:
         image_tokens: of each of its images, how many of ``input_ids`` are its image tokens.
-        pixel_values: ``[images, 3, H, W]``; None without images, or where a model's own processor makes them.
-        images: what teachers see of each (and the student, where it has a processor of its own); or
+        pixel_values: ``[images, 3, H, W]`` uint8; None without images, or where a model's own processor makes them.
+        images: what the student sees of each, where it has a processor of its own.
+        seen: what teachers see of each, ``[3, h, w]`` uint8; or
         stored: their stored targets by task, ``[images, bytes]``.
         image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
     """
@@ -40,6 +43,7 @@ class Sample:
     image_tokens: tuple[int, ...] = ()
     pixel_values: Tensor | None = None
     images: tuple[Image.Image, ...] = ()
+    seen: tuple[Tensor, ...] = ()
     stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
     image_places: Tensor | None = None
@@ -86,14 +90,14 @@ class Batch(TypedDict, total=False):
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
     branches: Tensor  # [1, T] long, joined batches only: 0 in what all conversations of a sample share, else which one
-    pixel_values: Tensor  # [S, 3, H, W] float32; absent if no row has an image
+    pixel_values: Tensor  # [S, 3, H, W] uint8, normalized by the model; absent if no row has an image
     # Of a model with its own processor, in place of pixel_values: what its forward reads, by its own names.
     model_inputs: dict[str, Tensor]
     image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
     image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
     # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
     image_places: Tensor
-    # task -> [S, 3, h, w], or stored targets [S, bytes] uint8; absent without teachers or images
+    # task -> images [S, 3, h, w] for its teacher, which normalizes uint8, or stored targets [S, bytes] uint8
     teacher_images: dict[str, Tensor]
     sample_ids: Required[list[str]]  # B names
     dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
@@ -154,10 +158,9 @@ class Collator:
             if stored:
                 batch["teacher_images"] = {task: torch.cat([own[task] for own in stored]) for task in stored[0]}
             elif self.teachers:
-                images = [image for s in samples for image in s.images]
+                images = [image for s in samples for image in s.seen]
                 batch["teacher_images"] = {
-                    task: torch.stack([preprocess(image) for image in images])
-                    for task, preprocess in self.teachers.items()
+                    task: stacked([preprocess(image) for image in images]) for task, preprocess in self.teachers.items()
                 }
         return batch
 

@@ -26,7 +26,15 @@ from visper.config.schema import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
-from visper.data.images import arrange, background_of, open_image, student_pixels, visible_places
+from visper.data.images import (
+    arrange,
+    background_of,
+    open_image,
+    rgb_bytes,
+    stacked,
+    student_bytes,
+    visible_places,
+)
 from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
@@ -80,16 +88,17 @@ class ConversationDataset(Dataset[Sample | Drop]):
         sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
         if not images:
             return sample
-        if self.own_processor:
-            pixels, seen = None, images
-        else:
-            pixels = torch.stack([student_pixels(self.image_processor, image) for image in images])
-            seen = [] if stored else [arrange(image, self.geometry, self.background) for image in images]
+        seen = [rgb_bytes(arrange(image, self.geometry, self.background)) for image in images]
+        pixels = None
+        if not self.own_processor:
+            own = [student_bytes(self.image_processor, *shown) for shown in zip(images, seen, strict=True)]
+            pixels = stacked(own)
         return replace(
             sample,
             image_tokens=encoded.image_tokens,
             pixel_values=pixels,
-            images=tuple(seen),
+            images=tuple(images) if self.own_processor else (),
+            seen=() if stored else tuple(seen),
             stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
             image_places=self._places(images, encoded.image_tokens),
         )

@@ -113,8 +113,7 @@ def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int 
     """A teacher's targets ``[S, N, E]`` (float32, CPU) of images already in the run's geometry."""
     parts = []
     for start in range(0, len(images), batch):
-        pixels = torch.stack([teacher.preprocess(image) for image in images[start : start + batch]])
-        parts.append(teacher(pixels).float().cpu())
+        parts.append(teacher(teacher.see(images[start : start + batch])).float().cpu())
     return torch.cat(parts)
 
 

@@ -124,7 +124,7 @@ def _arranged(found: PreTrained, image: Image.Image) -> Image.Image:
 
 def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Image) -> list[Image.Image]:
     # One by one: a diffusion or a segmentation of each at once would need as many times the memory.
-    pixels = teacher.preprocess(seen)[None]
+    pixels = teacher.see([seen])
     device = next(teacher.parameters(), embeddings).device
     return [images_of(teacher.decode(one[None].to(device), pixels, target))[0] for one in embeddings]
 

@@ -27,7 +27,7 @@ from visper.config import Data, Distillation, Run
 from visper.config.schema import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
 from visper.data.collator import Preprocess
-from visper.data.images import arrange, background_of, open_image
+from visper.data.images import arrange, background_of, open_image, rgb_bytes, stacked
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
@@ -237,7 +237,9 @@ class _Images(Dataset[Any]):
         if content is None or digest(content) != own:
             raise DataError("changing image", f"'{name}' was changed or removed during the build: repeat the command")
         try:
-            image = arrange(open_image(name, content, max_pixels=MOST_PIXELS), self.geometry, self.background)
+            image = rgb_bytes(
+                arrange(open_image(name, content, max_pixels=MOST_PIXELS), self.geometry, self.background)
+            )
         except DataError:
             return None
         return {task: self.preprocess[task](image) for task in tasks}
@@ -245,5 +247,5 @@ class _Images(Dataset[Any]):
 
 def _collate(items: Sequence[dict[str, Tensor] | None]) -> tuple[list[bool], dict[str, Tensor]]:
     good = [item for item in items if item is not None]
-    stacked = {task: torch.stack([item[task] for item in good]) for task in (good[0] if good else ())}
-    return [item is not None for item in items], stacked
+    batch = {task: stacked([item[task] for item in good]) for task in (good[0] if good else ())}
+    return [item is not None for item in items], batch

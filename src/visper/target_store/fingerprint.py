@@ -15,8 +15,8 @@ from visper.config import Target, Task
 from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
-COMPUTATION = 2
-"""Increase it when visper's own code (``open_image``, ``arrange``, ``SquashedImage``, a teacher's ``encode``) computes
+COMPUTATION = 3
+"""Increase it when visper's own code (``open_image``, ``arrange``, ``squashed``, a teacher's ``encode``) computes
 another target of the same image: targets stored before are then not found. A test compares the pixels."""
 
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))

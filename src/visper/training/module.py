@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.common.compat import is_partitioned, recompute_layers
 from visper.config import Position
+from visper.data.images import normalized_pixels
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
@@ -143,7 +144,7 @@ class TrainingModel(nn.Module):
             input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
             num_tokens: supervised tokens in the global batch.
             num_images: images in the global batch.
-            pixel_values: ``[S, 3, H, W]``, of a LLaVA.
+            pixel_values: ``[S, 3, H, W]``, of a LLaVA; uint8 is normalized as its image processor does it.
             model_inputs: of another model all that it reads beside ids and mask, by its own names (``data.vlm``).
             image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
             targets: per task, with an objective.
@@ -159,7 +160,7 @@ class TrainingModel(nn.Module):
         if model_inputs is None:
             # Rows get no mask: padding is on the right, where causal attention never looks, and a mask would
             # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
-            inputs = {"pixel_values": pixel_values}
+            inputs = {"pixel_values": self._normalized(pixel_values)}
         elif positions is None:
             inputs = {"attention_mask": attention_mask, **model_inputs}
         else:
@@ -184,6 +185,13 @@ class TrainingModel(nn.Module):
         """The student's ``generate``; under FSDP only this gathers the weights outside of its decoder layers."""
         ids: Tensor = self.student.generate(**inputs)
         return ids
+
+    def _normalized(self, pixels: Tensor | None) -> Tensor | None:
+        """Bytes from the loader as the encoder's precision; FSDP and DeepSpeed cast float inputs only."""
+        if pixels is None or pixels.dtype != torch.uint8:
+            return pixels
+        weight = next(parameter for _, parameter in parameters_of(self.student, VISION))
+        return normalized_pixels(self.processor.image_processor, pixels).to(weight.dtype)
 
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Tensor], *of_images: Tensor | None) -> dict[str, Tensor]:

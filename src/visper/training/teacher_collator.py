@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from visper.data.images import arrange, background_of, geometry_of, visible_places
+from visper.data.collator import Preprocess
+from visper.data.images import arrange, background_of, geometry_of, rgb_bytes, stacked, visible_places
 from visper.data.vlm import ModelInputs, image_blocks
 
 SHARE = "distillation"
@@ -33,7 +34,7 @@ class TeacherCollator:
     def __init__(
         self,
         collator: Callable[[list[Any]], Any],
-        preprocess: Mapping[str, Callable[[Image.Image], Tensor]],
+        preprocess: Mapping[str, Preprocess],
         processor: Any,
         image_token_id: int,
         by_place: bool = False,
@@ -60,12 +61,12 @@ class TeacherCollator:
         ]
         flat = [image for images in shown for image in images]
         background = background_of(self.processor.image_processor)
-        seen = [arrange(image, self._geometry, background) for image in flat]
+        seen = [rgb_bytes(arrange(image, self._geometry, background)) for image in flat]
         batch[SHARE] = {
             "image_rows": torch.tensor([row for row, images in enumerate(shown) for _ in images], dtype=torch.long),
             "image_tokens": torch.tensor([count for of_row in tokens for count in of_row], dtype=torch.long),
             "teacher_images": {
-                task: torch.stack([preprocess(image) for image in seen]) if seen else torch.empty(0)
+                task: stacked([preprocess(image) for image in seen]) if seen else torch.empty(0)
                 for task, preprocess in self.preprocess.items()
             },
             "places": self._places(shown, [count for of_row in tokens for count in of_row], batch) if flat else None,

@@ -54,7 +54,7 @@ TINY = pytest.mark.parametrize(
 @TINY
 def test_images_are_normalized_as_the_model_was_trained(kind, folder, options, request):
     teacher = build_teacher(kind, request.getfixturevalue(folder), **options)
-    pixels = teacher.preprocess(Image.new("RGB", (30, 20), (255, 0, 0)))
+    (pixels,) = teacher.see([Image.new("RGB", (30, 20), (255, 0, 0))])
     expected = torch.tensor([(1 - 0.4) / 0.2, (0 - 0.5) / 0.25, (0 - 0.6) / 0.3])
     torch.testing.assert_close(pixels[:, 3, 3], expected, rtol=1e-4, atol=1e-4)
     assert teacher(pixels[None]).shape == (1, teacher.spec.tokens, teacher.spec.width)
@@ -161,8 +161,8 @@ def test_published_sizes_are_the_defaults(depth_folder, oneformer_folder):
     """24 x 24 cells each: 336 pixels in patches of 14, 768 at a stride of 32; 224 is what CLIP-H itself says."""
     depth, seg = build_teacher("depth_anything", depth_folder), build_teacher("oneformer", oneformer_folder)
     picture = Image.new("RGB", (50, 20), (9, 200, 30))
-    assert depth.preprocess(picture).shape == (3, 336, 336) and depth.spec.grid == (24, 24)
-    assert seg.preprocess(picture).shape == (3, 768, 768) and seg.spec.grid == (24, 24)
+    assert depth.see([picture]).shape == (1, 3, 336, 336) and depth.spec.grid == (24, 24)
+    assert seg.see([picture]).shape == (1, 3, 768, 768) and seg.spec.grid == (24, 24)
     assert sizes_of("sd2-community/stable-diffusion-2-1-unclip", "gen", "image_encoder").image_size == 224
 
 

@@ -7,15 +7,16 @@ Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from visper.data.images import rgb_bytes, squashed, stacked
 
 Self = TypeVar("Self", bound="Teacher")
 
@@ -44,7 +45,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class SquashedImage:
-    """Image -> ``[3, height, width]`` float32: squashed to ``size``, then ``(rgb / 255 - mean) / std``.
+    """Image ``[3, H, W]`` -> ``[3, height, width]``, uint8, squashed to ``size``; the teacher normalizes it.
 
     A teacher sees all of the image, so the aspect ratio is not kept. Holds numbers only: loader workers get this, not
     the teacher's weights. Channels stay in RGB order (the published depth teacher got them swapped).
@@ -53,13 +54,15 @@ class SquashedImage:
     size: tuple[int, int]
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    resample: Image.Resampling = Image.Resampling.BICUBIC
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        height, width = self.size
-        rgb = np.asarray(image.convert("RGB").resize((width, height), self.resample), dtype=np.float32)
-        scaled = (rgb / 255.0 - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+    def __call__(self, image: Tensor) -> Tensor:
+        return squashed(image, self.size)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """``(rgb / 255 - mean) / std`` in float32 of uint8 ``[B, 3, h, w]``, on their device."""
+        # By channel: numbers travel with a kernel, a tensor of three would have to be sent and waited for.
+        channels = zip(pixels.unbind(1), self.mean, self.std, strict=True)
+        return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
 
 
 class Teacher(nn.Module, ABC):
@@ -70,11 +73,12 @@ class Teacher(nn.Module, ABC):
 
     Attributes:
         spec: the shape of its targets.
-        preprocess: picklable callable, PIL image -> ``[3, h, w]`` float32 on the CPU; runs in loader workers.
+        preprocess: picklable callable, image ``[3, H, W]`` uint8 -> ``[3, h, w]``, runs in loader workers. A
+            ``SquashedImage``, whose bytes ``see`` and ``forward`` normalize, or one that gives what ``encode`` reads.
     """
 
     spec: TargetSpec
-    preprocess: Callable[[Image.Image], Tensor]
+    preprocess: Callable[[Tensor], Tensor]
 
     @classmethod
     def planned_spec(cls, model: str | Path, **options: Any) -> TargetSpec:
@@ -108,12 +112,24 @@ class Teacher(nn.Module, ABC):
             )
         return pca_images(embedding, self.spec.grid, reference)
 
+    def see(self, images: Sequence[Image.Image]) -> Tensor:
+        """What ``encode`` and ``decode`` read of images, ``[B, 3, h, w]`` float32."""
+        return self._normalized(stacked([self.preprocess(rgb_bytes(image)) for image in images]))
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        preprocess = getattr(self, "preprocess", None)  # stored targets come as bytes and have none
+        if isinstance(preprocess, SquashedImage) and pixels.dtype == torch.uint8:
+            return preprocess.normalize(pixels)
+        return pixels
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """``encode`` in the teacher's precision and without a graph, its shape checked against ``spec``.
 
-        The targets come back on the device of ``pixels``, where the objective wants them.
+        ``pixels``: preprocessed images, as ``preprocess`` or ``see`` gives them. The targets come back on their device,
+        where the objective wants them.
         """
+        pixels = self._normalized(pixels)
         weight = next(self.parameters(), pixels)
         target_BNE = self.encode(pixels.to(weight.device, weight.dtype))
         found, expected = tuple(target_BNE.shape), (len(pixels), self.spec.tokens, self.spec.width)

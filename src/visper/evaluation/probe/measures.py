@@ -190,7 +190,7 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
 
     def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
         assert isinstance(teacher, OneFormerTeacher)
-        (drawn,) = teacher.segment(values, teacher.preprocess(seen)[None], "semantic")
+        (drawn,) = teacher.segment(values, teacher.see([seen]), "semantic")
         mark = marks[file.stem]
         labels = {one["id"]: numbers[one["category_id"]] for one in mark["segments_info"]}
         exact = _class_map(folder / "panoptic_val2017" / mark["file_name"], labels, drawn.segments.shape)

@@ -1,0 +1,139 @@
+"""What the loader of PT costs: images a CPU-second, by what is made of each image.
+
+640 x 480 JPEGs (generated, about 66 KB) through the dataset, the collator and one loader process; counted is the CPU
+time of that process and of the one that receives the batches, up to the pixels as the networks read them. Teachers are
+of the published sizes: depth 336, seg 768, gen 224 pixels; the image of the student has 336. Other jobs on the machine
+make a CPU-second do less: compare figures of one day only.
+
+    python benchmarks/loader.py --out benchmarks/results/loader.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from visper.config import load_run
+from visper.data.chat import ConversationEncoder
+from visper.data.collator import Collator
+from visper.data.dataset import ConversationDataset
+from visper.data.images import build_image_processor
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
+from visper.distillation.teachers import SquashedImage
+from visper.model.start import starting_processor
+from visper.quickstart import BASES
+
+BASES_HERE = [f"student.{part}={BASES / part}" for part in ("llm", "encoder")]
+MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
+SIDES = {"depth": 336, "seg": 768, "gen": 224}
+CONFIGURATIONS: dict[str, tuple[str, ...]] = {
+    "student": (),
+    "student, depth": ("depth",),
+    "student, seg": ("seg",),
+    "student, depth, seg, gen": ("depth", "seg", "gen"),
+}
+
+
+def write_rows(folder: Path, count: int) -> None:
+    """Captioned images with as much detail as photographs have."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
+        noise = rng.normal(0, 6, (480, 640, 3))
+        name = f"{number}.jpg"
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(folder / name, quality=85)
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red sphere."}]
+        rows.append({"id": str(number), "image": name, "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(folder: Path, configuration: str, geometry: str, batch: int, epochs: int) -> float:
+    """Images a CPU-second over ``epochs`` epochs, beyond what an epoch of one batch costs to start."""
+    processor = starting_processor(load_run("quickstart/pt", overrides=BASES_HERE))
+    processor.image_processor = build_image_processor(geometry, 336, MEAN, STD)
+    records = open_records([(folder / "rows.json", folder)], DropList(), quiet=True)
+    dataset = ConversationDataset(records, ConversationEncoder(processor, 4096))
+    squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
+
+    def run(rows: list[int]) -> float:
+        loader: DataLoader[Any] = DataLoader(
+            dataset, batch, sampler=rows, num_workers=1, collate_fn=Collator(0, squashed)
+        )
+        before = cpu_seconds()
+        batches = iter(loader)
+        for made in batches:
+            receive(made, processor, squashed)
+        del batches  # waits for the loader process, whose time counts from then on
+        return cpu_seconds() - before
+
+    rows = list(range(len(dataset)))
+    start = run(rows[:batch])
+    taken = run(rows[:batch] + rows * epochs) - start
+    return len(rows) * epochs / taken
+
+
+def receive(made: Any, processor: Any, squashed: dict[str, SquashedImage]) -> None:
+    """What training does on the device with the pixels of a batch, one image of it: a device's work costs no CPU."""
+    for task, look in squashed.items():
+        pixels = made["teacher_images"][task]
+        assert pixels.shape[1:] == (3, *look.size)
+    assert made["pixel_values"].shape[1:] == (3, 336, 336)
+
+
+def main() -> None:
+    """Prints a table, and writes it with command, machine, versions and date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--geometry", nargs="+", default=["squash", "pad"])
+    parser.add_argument("--label", default="now", help="the name of these figures in --out")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name), options.images)
+        for geometry in options.geometry:
+            for configuration in CONFIGURATIONS:
+                rate = measure(Path(name), configuration, geometry, options.batch, options.epochs)
+                found[f"{configuration} ({geometry})"] = round(rate, 1)
+                print(f"{configuration} ({geometry}): {rate:.1f} images a CPU-second", flush=True)
+    if options.out:
+        record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+        record[options.label] = {
+            "images_per_cpu_second": found,
+            "command": " ".join(["python", *sys.argv]),
+            "date": date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+            "load_at_the_end": [round(load, 1) for load in os.getloadavg()],
+            "versions": {"python": platform.python_version()}
+            | {package: version(package) for package in ("torch", "torchvision", "transformers", "pillow")},
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
