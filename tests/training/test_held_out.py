@@ -138,6 +138,18 @@ def test_the_best_checkpoint_outlives_newer_ones(make, held_out):
     assert set(kept) == {best["checkpoint"], "checkpoint-6"}
 
 
+def test_the_finished_model_may_be_the_best_one(make, held_out):
+    changes = {"optimization": {"max_steps": 4, "lr": 1e-9}, "logging": {"save_every": 1}}
+    run = make("run", losses(held_out, every=1, use_best=True), **changes)
+    train(run)
+    best = json.loads((Path(run.output) / BEST).read_text())["checkpoint"]
+    saved = load_file(Path(run.output) / "checkpoints" / best / "model.safetensors")
+    name = next(name for name in saved if "projector" in name and "weight" in name)
+    finished = load_file(Path(run.output) / "model" / "model.safetensors")
+    (found,) = (value for key, value in finished.items() if key.split(".")[-2:] == name.split(".")[-2:])
+    assert torch.equal(found, saved[name])
+
+
 def test_a_resumed_run_knows_the_best_before(make, held_out):
     whole = make("whole", losses(held_out, every=1), optimization={"max_steps": 6})
     train(whole)

@@ -193,6 +193,8 @@ class Evaluation(Section):
         None, description="value by which the best checkpoint is kept; default: accuracy where asked, else loss"
     )
 
+    use_best: bool = Field(False, description="the finished model has the best checkpoint's weights, not the last ones")
+
     @property
     def asks(self) -> bool:
         """Whether questions are answered."""
@@ -288,6 +290,10 @@ class Run(Section):
             raise ValueError(
                 f"logging.monitor.non_finite=skip is not supported with launch.engine={engine}: DeepSpeed's optimizer "
                 "steps before the loss is judged. Set it to stop, or use launch.engine=fsdp"
+            )
+        if zero and self.evaluation is not None and self.evaluation.use_best:
+            raise ValueError(
+                f"evaluation.use_best is not supported with launch.engine={engine}: use launch.engine=fsdp"
             )
         if engine is Engine.ZERO3 and self.evaluation is not None and self.evaluation.asks:
             raise ValueError(

@@ -7,6 +7,7 @@ its mode afterwards, so a run ends with the same weights with and without it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
 from visper.data.rows.table import Records
@@ -28,6 +29,7 @@ from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore
 from visper.training import global_batch
+from visper.training.checkpoint import FOLDER
 from visper.training.module import NTP, TrainingModel
 from visper.training.output import LOG
 from visper.training.parallel.fsdp import reshard
@@ -155,12 +157,25 @@ class EvaluationCallback(TrainerCallback):
 
     def _take(self, value: float, step: int) -> bool:
         """Whether the value is the best so far."""
+        if not math.isfinite(value):
+            return False
         sign = 1 if self.held_out.settings.higher_is_better else -1
         if self._best is not None and not sign * value > sign * self._best[0]:
             return False
         self._best = (value, step)
         self.trainer.best_checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         return True
+
+
+def best_checkpoint(output: Path) -> Path:
+    """The checkpoint that ``best.json`` names.
+
+    Raises:
+        TrainingError: there is none, as no value was finite.
+    """
+    if not (output / BEST).is_file():
+        raise TrainingError(f"'{output}' has no best checkpoint: no evaluation gave a finite value")
+    return output / FOLDER / str(json.loads((output / BEST).read_text(encoding="utf-8"))["checkpoint"])
 
 
 def held_out_rows(

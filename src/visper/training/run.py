@@ -38,7 +38,7 @@ from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
 from visper.training.content import content_of, require_same_content
-from visper.training.held_out import Answer, EvaluationCallback, HeldOut, held_out_rows
+from visper.training.held_out import Answer, EvaluationCallback, HeldOut, best_checkpoint, held_out_rows
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -102,7 +102,7 @@ def run_stage(
             claim_output(run, output, content)
         watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, answer, console)]
         trainer = build_trainer(run, model, data, teachers, processes, watchers)
-        train(trainer, checkpoint, console)
+        train(trainer, checkpoint, console, run.evaluation is not None and run.evaluation.use_best)
         if processes.is_main_process:
             finish(run, student, model)
             announce(console, "saved", f"{output}/model")
@@ -253,8 +253,8 @@ def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
     data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 
-def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> None:
-    """Trains to the end, from ``checkpoint`` if there is one.
+def train(trainer: StageTrainer, checkpoint: Path | None, console: Console, use_best: bool = False) -> None:
+    """Trains to the end, from ``checkpoint`` if there is one; ``use_best``: ends with the best checkpoint's weights.
 
     Raises:
         StoppedError: a signal ended it early; a checkpoint is saved.
@@ -276,6 +276,10 @@ def train(trainer: StageTrainer, checkpoint: Path | None, console: Console) -> N
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
                 "add --resume to go on"
             )
+    if use_best:
+        best = best_checkpoint(trainer.output)
+        trainer.restore(best)
+        announce(console, "best", f"the finished model has the weights of {best.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)
     require_finite(model, trainer.accelerator)
     if is_sharded(model):
