@@ -51,6 +51,19 @@ def test_scale_is_capped_at_one_hundred():
     torch.testing.assert_close(info_nce(predicted, pool, label, torch.tensor(9.0)), at_cap)
 
 
+def test_other_copies_of_an_image_are_no_negatives_of_it():
+    predicted, pool, scale = torch.randn(2, 3, 4), torch.randn(3, 3, 4), torch.tensor(1.0)
+    same = torch.tensor([[True, False, True], [False, True, False]])  # the first sample's image is in the pool twice
+    first, second = info_nce(predicted, pool, torch.tensor([0, 1]), scale, same_BP=same)
+    torch.testing.assert_close(first, info_nce(predicted[:1], pool[:2], torch.tensor([0]), scale)[0])
+    assert second == info_nce(predicted, pool, torch.tensor([0, 1]), scale)[1]
+    distinct = torch.eye(2, 3).bool()
+    assert torch.equal(
+        info_nce(predicted, pool, torch.tensor([0, 1]), scale, same_BP=distinct),
+        info_nce(predicted, pool, torch.tensor([0, 1]), scale),
+    )
+
+
 def test_info_nce_stays_float32_under_autocast():
     predicted, pool, label = torch.randn(1, 1, 64), torch.randn(3, 1, 64), torch.tensor([2])
     plain = info_nce(predicted, pool, label, torch.tensor(2.0))

@@ -329,6 +329,17 @@ def test_the_projector_is_supervised_with_lora_and_a_head_for_all_layers_is_draw
     assert look(found, Image.new("RGB", (20, 24), "red")).width > 3 * SIDE  # image, teacher, two layers
 
 
+def test_an_image_that_rows_share_is_no_negative_of_itself(make, tmp_path):
+    losses = {"info_nce": 1.0, "cosine": 1.0}
+    run_stage(make("apart", distillation=objective(loss=losses), optimization={"max_steps": 1}))
+    rows = tmp_path / "rows" / "rows.json"
+    shared = [{**row, "image": "0.png"} if "image" in row else row for row in json.loads(rows.read_text())]
+    rows.write_text(json.dumps(shared))
+    run_stage(make("shared", distillation=objective(loss=losses), optimization={"max_steps": 1}))
+    first, second = (logs_of(make(name))[0] for name in ("apart", "shared"))
+    assert first["depth/2/info_nce"] > 0.1 and second["depth/2/info_nce"] == 0 < second["depth/2/cosine"]
+
+
 def test_what_predicts_no_map_of_a_teacher_is_said_not_drawn(make, tmp_path):
     run_stage(make("own", distillation=objective(target={"kind": "encoder"}), optimization={"max_steps": 1}))
     found = load_pre_trained(tmp_path / "own")

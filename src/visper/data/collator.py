@@ -35,6 +35,7 @@ class Sample:
         seen: what teachers see of each, ``[3, h, w]`` uint8; or
         stored: their stored targets by task, ``[images, bytes]``.
         image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
+        image_ids: of each image a number that its content alone decides (``image_id``).
     """
 
     id: str
@@ -47,6 +48,7 @@ class Sample:
     stored: Mapping[str, Tensor] | None = None
     truncated: bool = False
     image_places: Tensor | None = None
+    image_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Batch(TypedDict, total=False):
     model_inputs: dict[str, Tensor]
     image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
     image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
+    image_ids: Required[Tensor]  # [S] long: equal for equal images
     # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
     image_places: Tensor
     # task -> images [S, 3, h, w] for its teacher, which normalizes uint8, or stored targets [S, bytes] uint8
@@ -135,7 +138,8 @@ class Collator:
             "labels": labels,
             "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
             "image_rows": torch.tensor([i for i, s in enumerate(samples) for _ in s.image_tokens], dtype=torch.long),
-            "image_tokens": image_tokens,
+"image_tokens": image_tokens,
+            "image_ids": torch.tensor([number for s in samples for number in s.image_ids], dtype=torch.long),
             "sample_ids": [s.id for s in samples],
             "dropped": dropped,
             "num_truncated": sum(s.truncated for s in samples),

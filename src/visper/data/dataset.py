@@ -24,7 +24,7 @@ from visper.common.errors import DataError
 from visper.common.files import inside
 from visper.config.schema import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.digests import contents_of
+from visper.data.checks.digests import contents_of, image_id
 from visper.data.collator import Sample
 from visper.data.images import (
     arrange,
@@ -101,6 +101,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
             seen=() if stored else tuple(seen),
             stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
             image_places=self._places(images, encoded.image_tokens),
+            image_ids=tuple(image_id(held) for held in contents if held is not None),
         )
 
     def _places(self, images: Sequence[Image.Image], tokens: Sequence[int]) -> Tensor | None:

@@ -8,7 +8,7 @@ from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.tap import HiddenStateTap, InputTap
-from visper.distillation.targets import Targets, gather_targets
+from visper.distillation.targets import Targets, gather_rows, gather_targets
 from visper.distillation.task import PROJECTED, DistilledTask
 from visper.distillation.teachers import TargetSpec, Teacher, build_teacher, target_spec
 
@@ -34,6 +34,7 @@ __all__ = [
     "build_head",
     "build_teacher",
     "check_head_fits",
+    "gather_rows",
     "gather_targets",
     "query_rows",
     "target_spec",

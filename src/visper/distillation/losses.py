@@ -79,6 +79,7 @@ def info_nce(
     labels_B: Tensor,
     logit_scale: Tensor,
     mask_BN: Tensor | None = None,
+    same_BP: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE: cross-entropy of each sample's own target among all in the pool, also under autocast in float32.
 
@@ -90,6 +91,7 @@ def info_nce(
         labels_B: for each sample, the row of its own target in the pool.
         logit_scale: trainable, a scalar or one element: the logarithm of the factor.
         mask_BN: True where a token counts.
+        same_BP: True where the pool's target is of the sample's own image: other copies of it are no negatives.
 
     Raises:
         ValueError: pool and predictions differ in tokens or width, or there is not one label per sample.
@@ -111,7 +113,11 @@ def info_nce(
             norms_BP = (seen @ pool_PNE.detach().float().square().sum(-1).T).sqrt()
             cosines_BP = predicted @ pool.T / norms_BP.clamp(min=1e-12)
         scale = logit_scale.float().exp().clamp(max=MAX_SCALE)
-        return cross_entropy(cosines_BP * scale, labels_B, reduction="none")
+        logits_BP = cosines_BP * scale
+        if same_BP is not None:
+            copies_BP = same_BP.scatter(1, labels_B[:, None], False)
+            logits_BP = logits_BP.masked_fill(copies_BP, float("-inf"))
+        return cross_entropy(logits_BP, labels_B, reduction="none")
 
 
 def _paired(predicted_BNE: Tensor, target_BNE: Tensor) -> tuple[Tensor, Tensor]:

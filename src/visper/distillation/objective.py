@@ -248,13 +248,14 @@ class EmbeddingDistillation(nn.Module):
     ) -> Tensor:
         task, scale, mask = self.tasks[name], self.logit_scales[name], _loss_mask(self.tasks[name], reading)
         if pool is not None:
-            return info_nce(predicted_SKE, pool, given.labels, scale, mask)
+            return info_nce(predicted_SKE, pool, given.labels, scale, mask, given.same)
         # Images of several shapes: each is compared with the pool laid on its own tokens.
         values = []
         for at in range(len(predicted_SKE)):
             own_pool, own = self._fitted(task, given.pool, reading, at), slice(at, at + 1)
             seen = None if mask is None else mask[own]
-            values.append(info_nce(predicted_SKE[own], own_pool, given.labels[own], scale, seen))
+            same = None if given.same is None else given.same[own]
+            values.append(info_nce(predicted_SKE[own], own_pool, given.labels[own], scale, seen, same))
         return torch.cat(values)
 
     def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:

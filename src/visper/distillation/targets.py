@@ -18,11 +18,13 @@ class Targets:
         own: ``[B, N, E]`` targets of the samples with an image, in the order of their rows.
         pool: ``[P, N, E]`` targets of the whole global batch.
         labels: ``[B]`` row of each own target in the pool.
+        same: ``[B, P]``, True where the pool's target is of the same image, in this row or another; None: all differ.
     """
 
     own: Tensor
     pool: Tensor
     labels: Tensor
+    same: Tensor | None = None
 
 
 @torch.no_grad()
@@ -33,10 +35,18 @@ def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> T
     targets travel in the precision they come in and are pooled in float32. In one process the pool is ``own``.
     """
     own = own_BNE.detach()
+    pool, start = gather_rows(own, group)
+    labels = torch.arange(start, start + len(own), device=own.device)
+    pool = pool.float()
+    return Targets(pool if len(pool) == len(own) else own.float(), pool, labels)
+
+
+@torch.no_grad()
+def gather_rows(own: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """The rows of every rank, in rank order, and the number of this rank's first. Every rank must call."""
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
-        own = own.float()
-        return Targets(own, own, torch.arange(len(own), device=own.device))
+        return own, 0
     count = torch.tensor([len(own)], device=own.device)
     counts = [torch.zeros_like(count) for _ in range(ranks)]
     dist.all_gather(counts, count, group=group)
@@ -47,6 +57,5 @@ def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> T
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     if max(sizes):
         dist.all_gather(parts, padded, group=group)
-    pool = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).float()
-    start = sum(sizes[: dist.get_rank(group)])
-    return Targets(own.float(), pool, torch.arange(start, start + len(own), device=own.device))
+    pool = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return pool, sum(sizes[: dist.get_rank(group)])

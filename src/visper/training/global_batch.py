@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visper.distillation import Targets, Teacher, gather_targets
+from visper.distillation import Targets, Teacher, gather_rows, gather_targets
 
 Batch = dict[str, Any]
 
@@ -63,16 +63,24 @@ def teacher_targets(
     """Targets of every micro-batch by task, against the pool of the global batch. Every process must call."""
     shares: list[dict[str, Targets]] = [{} for _ in batches]
     sizes = [len(batch["image_rows"]) for batch in batches]
+    same = _same_images(batches, device).split(sizes) if teachers and batches else ()
     for task, teacher in teachers.items():
         seen = [batch["teacher_images"][task] for batch in batches if len(batch["image_rows"])]
         parts = [teacher(pixels.to(device)) for pixels in seen]
         empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
         # float32 on every process: one without images cannot know what a teacher in half precision would give.
         everything = gather_targets(torch.cat(parts).float() if parts else empty)
-        split = zip(shares, everything.own.split(sizes), everything.labels.split(sizes), strict=True)
-        for share, own, labels in split:
-            share[task] = Targets(own=own, pool=everything.pool, labels=labels)
+        split = zip(shares, everything.own.split(sizes), everything.labels.split(sizes), same, strict=True)
+        for share, own, labels, copies in split:
+            share[task] = Targets(own=own, pool=everything.pool, labels=labels, same=copies)
     return shares
+
+
+def _same_images(batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """``[images here, images of the global batch]``, True where both are one image. Every process must call."""
+    own = torch.cat([batch["image_ids"] for batch in batches]).to(device)
+    everyones, _ = gather_rows(own)
+    return own[:, None] == everyones
 
 
 def prepare(

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from visper.data.checks.digests import image_id
 from visper.data.collator import Preprocess
 from visper.data.images import arrange, background_of, geometry_of, rgb_bytes, stacked, visible_places
 from visper.data.vlm import ModelInputs, image_blocks
@@ -65,6 +66,7 @@ class TeacherCollator:
         batch[SHARE] = {
             "image_rows": torch.tensor([row for row, images in enumerate(shown) for _ in images], dtype=torch.long),
             "image_tokens": torch.tensor([count for of_row in tokens for count in of_row], dtype=torch.long),
+            "image_ids": torch.tensor([image_id(image.tobytes()) for image in flat], dtype=torch.long),
             "teacher_images": {
                 task: stacked([preprocess(image) for image in seen]) if seen else torch.empty(0)
                 for task, preprocess in self.preprocess.items()
