@@ -138,7 +138,7 @@ class Collator:
             "labels": labels,
             "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
             "image_rows": torch.tensor([i for i, s in enumerate(samples) for _ in s.image_tokens], dtype=torch.long),
-"image_tokens": image_tokens,
+            "image_tokens": image_tokens,
             "image_ids": torch.tensor([number for s in samples for number in s.image_ids], dtype=torch.long),
             "sample_ids": [s.id for s in samples],
             "dropped": dropped,
