@@ -8,7 +8,7 @@ ARGS ?=
 # For the tests; the quickstart would choose the same. More threads than idle cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart setup test test-fast nightly lint docs dist clean
+.PHONY: wheels quickstart setup test test-fast nightly lint docs dist clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/visper quickstart $(ARGS)
@@ -33,6 +33,11 @@ lint: $(VENV)/installed-test
 
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# What a GPU machine without a network may lack, for benchmarks/gpu_check.py.
+wheels: | $(BIN)/python
+	$(BIN)/pip download --quiet --only-binary :all: --python-version 3.12 --platform manylinux_2_17_x86_64 \
+		--dest wheels 'pydantic>=2.10'
 
 # The source archive, and the wheel built from it.
 dist: $(VENV)/installed-test

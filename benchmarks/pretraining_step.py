@@ -6,8 +6,7 @@ Random weights and random rows of one length; geometry as published or tiny. Not
     python benchmarks/pretraining_step.py llama3-8b --micro-batch 8 16 32 --teachers   # one 80 GB GPU or larger
 
 Parts: each teacher, the forward (the predictors and their losses also apart), backward, the optimizer. On a GPU
-utilization counts the operations of forward and backward as torch's counter does (recomputed activations not counted
-twice), against ``--peak`` operations a second.
+utilization is MFU as the training log counts it, without recomputed activations and teachers.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -45,9 +43,11 @@ from transformers import (
 )
 
 from visper.config import Stage, load_run
+from visper.data.collator import Sizes
 from visper.distillation import EmbeddingDistillation, Targets, TargetSpec, Teacher, build_teacher, query_rows
 from visper.distillation.objective import DistilledTask
 from visper.model import Student, TaskTokens, initial_queries
+from visper.training.flops import FlopMeter
 from visper.training.module import TrainingModel
 from visper.training.stages import apply_stage
 
@@ -301,15 +301,18 @@ def measure(
     return watch.medians()
 
 
-def operations(geometry: Geometry, model: TrainingModel, device: str) -> float:
-    """Operations of one row's forward and backward, teachers and recomputation left out."""
-    batch = random_batch(geometry, model, 1, device)
-    targets = targets_of(geometry, {}, 1, device, Stopwatch(device))
+def operations(geometry: Geometry, model: TrainingModel, size: int, device: str) -> float:
+    """Model FLOPs of ``size`` rows' forward and backward, as the log's MFU counts them."""
+    batch = random_batch(geometry, model, size, device)
+    targets = targets_of(geometry, {}, size, device, Stopwatch(device))
     half = next(model.student.parameters()).dtype != torch.float32
-    with FlopCounterMode(display=False) as counter, torch.autocast(device, torch.bfloat16, enabled=half):
-        model(**batch, targets=targets)["loss"].backward()
-    model.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    tokens, meter = batch["input_ids"].shape[1], FlopMeter()
+    images = size * int((batch["input_ids"][0] == model.image_token_id).sum())
+    sizes = Sizes((tokens,) * size, SUPERVISED * size, images, size * tokens**2)
+    with torch.autocast(device, torch.bfloat16, enabled=half), meter.watch(model, size * tokens, sizes):
+        model(**batch, targets=targets)
+    assert meter.costs is not None
+    return meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens)
 
 
 def peak_gib(device: str) -> float:
@@ -342,8 +345,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     on_gpu = device == "cuda"
-    counted = operations(geometry, build_model(geometry, device, dtype, 0.0), device) if on_gpu else 0.0
     model = build_model(geometry, device, dtype, options.checkpointing)
+    counted = operations(geometry, model, 1, device) if on_gpu else 0.0
     teachers: dict[str, Teacher] = {}
     if options.teachers:
         with tempfile.TemporaryDirectory() as folder:
