@@ -47,7 +47,7 @@ from visper.planning.plan import plan
 from visper.planning.row_statistics import RowLength
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
-from visper.training.flops import model_flops
+from visper.training.flops import FlopMeter
 from visper.training.module import TrainingModel
 from visper.training.run import run_stage
 from visper.training.trainer import FORWARD_KEYS
@@ -348,6 +348,14 @@ def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
         starting_processor(run.model_copy(update={"data": joined}))
 
 
+def costs_of(model: TrainingModel, batch: dict[str, Any], sizes: Any) -> Any:
+    meter = FlopMeter()
+    with meter.watch(model, batch["input_ids"].numel(), sizes):
+        model(**batch)
+    assert meter.costs is not None and meter.costs.image_token
+    return meter.costs
+
+
 @pytest.mark.parametrize(("family", "stage"), [*zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt"), strict=True)])
 def test_a_run_is_planned_without_weights(family, stage, folders, tmp_path):
     """Operations are those that torch counts in the real model."""
@@ -367,16 +375,16 @@ def test_a_run_is_planned_without_weights(family, stage, folders, tmp_path):
     assert parts["llm"].total == sum(p.numel() for _, p in parameters_of(student.model, "llm"))
     model = FakeRun(run, run, planned_teachers(run.distillation))
     rows = [RowLength(found.rows.average.tokens + 40, 5, 1), RowLength(50, 5, 0)]
-    batch = fake_batch(rows, model.student, model.model, model.run, model.fake)
+    batch, sizes = fake_batch(rows, model.student, model.model, model.run, model.fake)
     with KnownPositions(model.fake):
-        planned = model_flops(model.model, batch)
+        planned = costs_of(model.model, batch, sizes)
     real = build_training_model(student, Stage(stage), run.distillation, planned_teachers(run.distillation))
     choose_trainable(real, Stage(stage), run.optimization)
     if packing:
         separate_samples(student.model.get_decoder())
     pool = Targets(torch.zeros(1, 9, 8), torch.zeros(4, 9, 8), torch.zeros(1).long())
     targets = dict.fromkeys(batch["targets"], pool)
-    assert planned == model_flops(real.train(), {**batch, "targets": targets})
+    assert planned == costs_of(real.train(), {**batch, "targets": targets}, sizes)
 
 
 @every_family
