@@ -19,6 +19,9 @@ from visper.distillation import (
     gather_targets,
 )
 from visper.distillation.losses import info_nce, smooth_l1
+from visper.target_store.open import DecodedTargets
+from visper.target_store.quantize import TargetCodec
+from visper.training.global_batch import teacher_targets
 
 WIDTH, IMAGE = 8, 9
 SPECS = {"depth": TargetSpec(4, 6), "gen": TargetSpec(1, 5)}
@@ -50,6 +53,7 @@ def _worker(rank, port, folder, jobs):
 def on_two_ranks(golden, tmp_path_factory):
     """Name of a job -> what it returned on each of two processes. They start once: that is what takes the time."""
     jobs = {("gather", counts): (gather, counts) for counts in COUNTS}
+    jobs |= {("stored", counts, dtype): (stored, counts, dtype) for counts in COUNTS for dtype in ("int8", "float16")}
     jobs |= {("learn", name): (learn, has_image) for name, has_image in HAS_IMAGE.items()}
     config, tensors = golden("g3_emb_loss")
     wanted = {name: value.clone() for name, value in tensors.items() if name.startswith("world2_")}
@@ -68,6 +72,31 @@ def gather(rank, counts):
     own = torch.arange(start, start + counts[rank]).float()[:, None, None].expand(-1, 2, 3)
     found = gather_targets(own)
     return found.own, found.pool, found.labels
+
+
+def stored(rank, counts, dtype):
+    """Of all ranks' targets: sent as they are stored, and decoded first."""
+    codec = TargetCodec(TargetSpec(20, 7), dtype)
+    packed = codec.pack(torch.randn(sum(counts), 20, 7, generator=torch.Generator().manual_seed(0)))
+    own = packed[sum(counts[:rank]) :][: counts[rank]]
+    module = DecodedTargets(codec)
+    ids = torch.arange(len(own))
+    batch = {"image_rows": ids, "image_ids": ids, "teacher_images": {"depth": own}}
+    (found,) = teacher_targets([batch], {"depth": module}, torch.device("cpu"))
+    exact = gather_targets(module(own))
+    return (*astuple_of(found["depth"]), *astuple_of(exact))
+
+
+def astuple_of(targets):
+    return targets.own, targets.pool, targets.labels
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_targets_sent_as_they_are_stored_make_the_same_pool(on_two_ranks, counts, dtype):
+    for own, pool, labels, *exact in on_two_ranks["stored", counts, dtype]:
+        assert all(map(torch.equal, (own, pool, labels), exact))
+        assert pool.shape == (sum(counts), 20, 7) and pool.dtype == torch.float32
 
 
 @pytest.mark.parametrize("counts", COUNTS)

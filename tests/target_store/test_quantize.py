@@ -73,3 +73,17 @@ def test_what_cannot_be_kept_is_refused():
         TargetCodec(SPEC, "int8").encode(torch.full((1, 20, 7), float("nan")))
     with pytest.raises(ValueError, match="choose one of float32, float16, int8, fp8"):
         TargetCodec(SPEC, "int4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", [SPEC, TargetSpec(1, 7)])
+def test_packed_on_the_device_batch_by_batch_they_are_the_bytes_of_all_at_once(dtype, spec):
+    codec, targets = TargetCodec(spec, dtype), torch.randn(5, spec.tokens, spec.width)
+    packed = torch.cat([codec.pack(part) for part in targets.split(2)])
+    assert packed.shape == (5, codec.target_bytes) and packed.dtype == torch.uint8
+    values, scales = codec.encode(targets)
+    again = codec.unpack(packed)
+    assert torch.equal(again[0].view(torch.uint8), values.view(torch.uint8))
+    assert (scales is None) == (again[1] is None) and (scales is None or torch.equal(scales, again[1]))
+    rows = [codec.join(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
+    assert torch.equal(packed, torch.stack(rows))

@@ -3,6 +3,7 @@
 Shape suffixes: B = own samples, P = samples in the pool, N = teacher tokens, E = teacher width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,23 @@ class Targets:
 
 
 @torch.no_grad()
-def gather_targets(own_BNE: Tensor, group: dist.ProcessGroup | None = None) -> Targets:
+def gather_targets(
+    own: Tensor, group: dist.ProcessGroup | None = None, decode: Callable[[Tensor], Tensor] = torch.Tensor.float
+) -> Targets:
     """Gathers every rank's targets, in rank order, into one pool on all ranks. No gradient flows through it.
 
     Ranks may hold different numbers of samples, none included; every rank of ``group`` (default: all) must call. The
-    targets travel in the precision they come in and are pooled in float32. In one process the pool is ``own``.
+    targets travel as they come and are pooled in float32. In one process the pool is ``own``.
+
+    Args:
+        own: ``[B, N, E]``, or encoded targets ``[B, ...]``.
+        group: of processes.
+        decode: makes targets ``[P, N, E]`` float32 of what was sent.
     """
-    own = own_BNE.detach()
-    pool, start = gather_rows(own, group)
-    labels = torch.arange(start, start + len(own), device=own.device)
-    pool = pool.float()
-    return Targets(pool if len(pool) == len(own) else own.float(), pool, labels)
+    own = own.detach()
+    rows, start = gather_rows(own, group)
+    pool, end = decode(rows), start + len(own)
+    return Targets(pool[start:end], pool, torch.arange(start, end, device=own.device))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -186,7 +187,7 @@ def _compute(
     device: torch.device,
     console: Console,
 ) -> None:
-    """Reads the images of each part in batches, encodes them by each teacher, and writes the part."""
+    """Reads the images of each part in batches, encodes them by each teacher; a thread writes the parts."""
     steps = [(part, start) for part in parts for start in range(0, len(part.places), batch)]
     order = [
         [(place, own, part.tasks) for place, own in zip(part.places, part.digests, strict=True)][start : start + batch]
@@ -202,20 +203,29 @@ def _compute(
     )
     batches = track(loader, description="computing targets", total=len(order), console=console, quiet=console.quiet)
     computed: dict[str, list[Tensor | None]] = defaultdict(list)
-    for (part, start), (readable, pixels) in zip(steps, batches, strict=True):
-        for task in part.tasks:
-            computed[task] += _targets(outputs[task].teacher, pixels.get(task), readable, device)
-        if start + batch >= len(part.places):
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as writer:
+        for (part, start), (readable, pixels) in zip(steps, batches, strict=True):
             for task in part.tasks:
-                write_part(outputs[task].folder, outputs[task].codec, part.digests, computed[task], part.name)
-            computed.clear()
+                computed[task] += _targets(outputs[task], pixels.get(task), readable, device)
+            if start + batch >= len(part.places):
+                for write in written:  # at most one part waits, and an error ends the build
+                    write.result()
+                written = [
+                    writer.submit(write_part, out.folder, out.codec, part.digests, computed.pop(task), part.name)
+                    for task, out in ((task, outputs[task]) for task in part.tasks)
+                ]
+        for write in written:
+            write.result()
 
 
 def _targets(
-    teacher: Teacher, pixels: Tensor | None, readable: Sequence[bool], device: torch.device
+    output: _Output, pixels: Tensor | None, readable: Sequence[bool], device: torch.device
 ) -> Iterator[Tensor | None]:
-    """A target ``[N, E]`` on the CPU for every image that could be decoded, None for the others, in order."""
-    found = iter(()) if pixels is None else iter(teacher(pixels.to(device, non_blocking=True)).cpu())
+    """A packed target on the CPU for every image that could be decoded, None for the others, in order."""
+    found: Iterator[Tensor] = iter(())
+    if pixels is not None:  # packed on the device: what is copied is as small as what is stored
+        found = iter(output.codec.pack(output.teacher(pixels.to(device, non_blocking=True))))
     return (next(found) if good else None for good in readable)
 
 

@@ -56,7 +56,7 @@ class TargetCodec:
         return self.scales[0] * self.scales[1] * _SCALE_BYTES
 
     def encode(self, targets_BNE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Values ``[B, N, E]`` in ``dtype`` and, for eight bits, scales ``[B, *scales]`` float32, both on the CPU.
+        """Values ``[B, N, E]`` in ``dtype`` and, for eight bits, scales ``[B, *scales]`` float32.
 
         Raises:
             ValueError: a target is not finite, or too large for float16.
@@ -71,12 +71,28 @@ class TargetCodec:
                 raise ValueError(
                     f"a target of {largest:.3g} is beyond float16's 65504: store targets as float32 or fp8"
                 )
-            return values.cpu(), None
+            return values, None
         over = 2 if self.scales[1] == 1 else 1
         largest_B = targets_BNE.abs().amax(over, keepdim=True)
         scale = torch.where(largest_B > 0, largest_B / LARGEST[self.dtype], torch.ones_like(largest_B))
         scaled = (targets_BNE / scale).clamp(-LARGEST[self.dtype], LARGEST[self.dtype])
-        return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]).cpu(), scale.cpu()
+        return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]), scale
+
+    def pack(self, targets_BNE: Tensor) -> Tensor:
+        """Targets encoded and joined on their device, ``[B, target_bytes]`` uint8 on the CPU; raises as ``encode``."""
+        values, scales = self.encode(targets_BNE)
+        parts = [values] if scales is None else [scales, values]
+        return torch.cat([part.contiguous().view(torch.uint8).flatten(1) for part in parts], 1).cpu()
+
+    def unpack(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What ``encode`` gave, of joined targets ``[B, target_bytes]``."""
+        # A slice may start at any byte; its copy is aligned for every type.
+        values = joined[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype])
+        values = values.view(len(joined), self.spec.tokens, self.spec.width)
+        if not self._scale_bytes:
+            return values, None
+        scales = joined[:, : self._scale_bytes].flatten().clone().view(torch.float32)
+        return values, scales.view(len(joined), *self.scales)
 
     def join(self, values: Tensor, scales: Tensor | None) -> Tensor:
         """One encoded target ``[N, E]`` and its scales as ``[target_bytes]`` uint8: its form in a batch."""
@@ -85,10 +101,5 @@ class TargetCodec:
 
     def decode(self, joined: Tensor) -> Tensor:
         """Targets ``[B, N, E]`` float32 of joined ones ``[B, target_bytes]``, on their device."""
-        shape = (len(joined), self.spec.tokens, self.spec.width)
-        # A slice may start at any byte; its copy is aligned for every type.
-        values = joined[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype]).view(shape).float()
-        if not self._scale_bytes:
-            return values
-        scales = joined[:, : self._scale_bytes].flatten().clone().view(torch.float32)
-        return values * scales.view(len(joined), *self.scales)
+        values, scales = self.unpack(joined)
+        return values.float() if scales is None else values.float() * scales

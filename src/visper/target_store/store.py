@@ -41,7 +41,7 @@ _UNREADABLE = -1
 
 
 def write_part(
-    folder: Path, codec: TargetCodec, digests: Sequence[bytes], targets: Sequence[Tensor | None], name: str
+    folder: Path, codec: TargetCodec, digests: Sequence[bytes], packed: Sequence[Tensor | None], name: str
 ) -> None:
     """Writes one part, completely or not at all.
 
@@ -49,18 +49,18 @@ def write_part(
         folder: of the teacher.
         codec: of its targets.
         digests: of the images.
-        targets: of each image ``[N, E]``; None for an image that cannot be decoded.
+        packed: of each image its target, ``[target_bytes]`` (``TargetCodec.pack``); None: it cannot be decoded.
         name: of the part.
     """
-    good = [i for i, target in enumerate(targets) if target is not None]
-    empty = torch.empty(0, codec.spec.tokens, codec.spec.width)
-    values, scales = codec.encode(torch.stack([targets[i] for i in good]) if good else empty)  # type: ignore[misc]
-    joined = [codec.join(value, None if scales is None else scales[i]) for i, value in enumerate(values)]
+    good = [(own, target) for own, target in zip(digests, packed, strict=True) if target is not None]
+    joined = [target for _, target in good]
+    empty = torch.empty(0, codec.target_bytes, dtype=torch.uint8)
+    values, scales = codec.unpack(torch.stack(joined) if joined else empty)
     tensors = {
         "targets": values,
         "checksums": torch.tensor([_checksum(one) for one in joined], dtype=torch.int64),
-        "digests": _as_tensor([digests[i] for i in good]),
-        "unreadable": _as_tensor([own for own, target in zip(digests, targets, strict=True) if target is None]),
+        "digests": _as_tensor([own for own, _ in good]),
+        "unreadable": _as_tensor([own for own, target in zip(digests, packed, strict=True) if target is None]),
     }
     if scales is not None:
         tensors["scales"] = scales

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from visper.distillation import Targets, Teacher, gather_rows, gather_targets
+from visper.target_store.open import DecodedTargets
 
 Batch = dict[str, Any]
 
@@ -65,11 +66,14 @@ def teacher_targets(
     sizes = [len(batch["image_rows"]) for batch in batches]
     same = _same_images(batches, device).split(sizes) if teachers and batches else ()
     for task, teacher in teachers.items():
-        seen = [batch["teacher_images"][task] for batch in batches if len(batch["image_rows"])]
-        parts = [teacher(pixels.to(device)) for pixels in seen]
-        empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
-        # float32 on every process: one without images cannot know what a teacher in half precision would give.
-        everything = gather_targets(torch.cat(parts).float() if parts else empty)
+        seen = [batch["teacher_images"][task].to(device) for batch in batches if len(batch["image_rows"])]
+        if isinstance(teacher, DecodedTargets):  # sent as they are stored, a quarter of float32 with int8
+            empty = torch.empty(0, teacher.codec.target_bytes, dtype=torch.uint8, device=device)
+            everything = gather_targets(torch.cat(seen) if seen else empty, decode=teacher)
+        else:
+            # float32 on every process: one without images cannot know what a teacher in half precision would give.
+            empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
+            everything = gather_targets(torch.cat([teacher(pixels).float() for pixels in seen]) if seen else empty)
         split = zip(shares, everything.own.split(sizes), everything.labels.split(sizes), same, strict=True)
         for share, own, labels, copies in split:
             share[task] = Targets(own=own, pool=everything.pool, labels=labels, same=copies)
