@@ -125,7 +125,9 @@ def test_a_gray_of_every_mode_stays_that_gray(mode: str) -> None:
         gray = Image.new("LAB", (8, 8), (209, 128, 128))  # L* = 82 of 100
     elif mode == "PA":
         gray = gray.convert("P")
-    shown = np.asarray(open_image("a", encoded(gray.convert(mode), "TIFF")), dtype=int)
+    # Pillow 12.3 cannot read back the uncompressed YCbCr TIFF that it writes.
+    options = {"compression": "jpeg"} if mode == "YCbCr" else {}
+    shown = np.asarray(open_image("a", encoded(gray.convert(mode), "TIFF", **options)), dtype=int)
     assert np.abs(shown - (255 if mode == "1" else 204)).max() <= 3
 
 

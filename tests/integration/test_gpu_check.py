@@ -17,13 +17,23 @@ def run(out, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=3000)
 
 
-@pytest.mark.slow
-def test_every_part_leaves_its_result(tmp_path):
-    done = run(tmp_path)
+def results(out, parts):
+    done = run(out, "--parts", *parts)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
-    assert found.keys() == {"tests", "quickstart", "waits", "resume", "ift", "pt", "lora", "attention"}
+    found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    assert found.keys() == set(parts)
     assert all(part["torch"] and part["date"] and part["command"] for part in found.values())
+    return found
+
+
+@pytest.mark.slow
+def test_the_steps_of_every_kind_leave_their_results(tmp_path):
+    results(tmp_path, ("ift", "pt", "lora", "attention"))
+
+
+@pytest.mark.nightly
+def test_every_part_leaves_its_result(tmp_path):
+    found = results(tmp_path, ("tests", "quickstart", "waits", "resume", "ift", "pt", "lora", "attention"))
     assert found["quickstart"]["found"]["pt"]["most apart"] < 1e-5
     assert found["resume"]["found"]["most apart"] == 0.0
 
