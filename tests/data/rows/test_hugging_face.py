@@ -91,8 +91,8 @@ def test_embedded_images_become_samples(
     dataset = ConversationDataset(pickle.loads(pickle.dumps(records)), ConversationEncoder(make_processor(CHATML), 500))
     shown, text = dataset[1], dataset[3]
     assert isinstance(shown, Sample) and isinstance(text, Sample)
-    (image,) = shown.images
-    assert (np.asarray(image) == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
+    (seen,) = shown.seen
+    assert (seen.permute(1, 2, 0).numpy() == np.asarray(Image.open(io.BytesIO(PNGS[1])))).all()
     assert text.pixel_values is None
 
 
