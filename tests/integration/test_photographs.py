@@ -98,7 +98,8 @@ def test_fine_tuning_starts_from_it_and_leaves_a_student_that_answers(pre_traine
 
 
 def test_questions_about_photographs_are_asked_with_their_controls(pre_trained, beside_project, tmp_path):
-    from visper.evaluation.asking import Asker, spread
+    from visper.data.sampler import spread
+    from visper.evaluation.asking import Asker
     from visper.evaluation.question_files import open_questions
     from visper.evaluation.questions import ask_questions
     from visper.evaluation.scores import blind_scores, scores

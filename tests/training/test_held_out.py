@@ -12,11 +12,12 @@ from tests import tiny
 from visper.common.errors import ConfigError
 from visper.config import Run
 from visper.data.images import open_image
+from visper.data.sampler import spread
 from visper.evaluation import answer, load_to_ask
 from visper.evaluation.while_training import answers_while_training
 from visper.training import run_stage
 from visper.training.checkpoint import checkpoints
-from visper.training.held_out import BEST, spread
+from visper.training.held_out import BEST
 
 
 @pytest.fixture(scope="module")
@@ -187,5 +188,23 @@ def test_faults_show_before_training(make, held_out):
         answers_while_training(make("run", {"benchmark": "mmstar"}))
 
 
+def test_a_best_by_another_measure_is_never_taken_for_this_one(make, held_out):
+    """The measure may change when a run is resumed: kept are the other one's checkpoints."""
+    changes = {"optimization": {"max_steps": 6}, "logging": {"save_every": 1}}
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(make("run", losses(held_out, every=1, best="ntp"), **changes), callbacks=[_StopBehind(3)])
+    run = make("run", losses(held_out, every=1, best="depth/1/smooth_l1", use_best=True), **changes)
+    train(run, resume=True)
+    best = json.loads((Path(run.output) / BEST).read_text())
+    assert (
+        best["measure"] == "eval/depth/1/smooth_l1" and (Path(run.output) / "checkpoints" / best["checkpoint"]).is_dir()
+    )
+
+
+def test_a_run_that_asks_needs_somebody_to_answer(make, held_out):
+    with pytest.raises(ConfigError, match="answers_while_training"):
+        run_stage(make("run", asking(held_out)))
+
+
 def test_a_limit_is_spread_over_all():
-    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 4) == [0, 1, 2]
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 4) == [0, 1, 2]

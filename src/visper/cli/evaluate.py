@@ -97,7 +97,8 @@ def _questions(
     blind: bool,
     start: Callable[[], tuple[int, int]],
 ) -> None:
-    from visper.evaluation.asking import Asker, answers_file, spread
+    from visper.data.sampler import spread
+    from visper.evaluation.asking import Asker, answers_file
     from visper.evaluation.question_files import open_questions
     from visper.evaluation.questions import ask_questions
     from visper.evaluation.scores import blind_scores, scores, show_scores

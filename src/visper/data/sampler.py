@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from visper.common.errors import DataError
 from visper.data.image_order import count_images, fill_micro_batches, mean_lengths, side_by_side
 
 POOL_BATCHES = 50  # rows are sorted by length within pools of so many batches: similar lengths, still random
+T = TypeVar("T")
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
+    """At most ``limit`` rows, evenly spaced over all, so that every kind is among them."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 @dataclass(frozen=True)

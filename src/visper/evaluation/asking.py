@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -25,7 +25,6 @@ from visper.model import Student
 from visper.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def ask_all(
         DataError: before the first question, for images that are not there and for prompts that cannot be asked.
         StoppedError: SIGTERM or Ctrl-C; the answers so far are kept.
     """
-    _check(prompts, images)
+    require_askable(prompts, images)
     # By length, so that a batch pads little. The order depends on all prompts, not on which have an answer: processes
     # that start while others answer must agree on their shares.
     order = sorted(dict.fromkeys(prompts), key=lambda prompt: (-len(prompt.images), len(prompt.text)))
@@ -163,7 +162,8 @@ def ask_all(
             progress.advance(bar, len(batch))
 
 
-def _check(prompts: Sequence[Prompt], images: ImageSource) -> None:
+def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
+    """Raises DataError for images that are not there, and for prompts that cannot be asked."""
     absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
     if absent:
         raise DataError(
@@ -259,10 +259,3 @@ def answers_file(model: str, name: str, limit: int | None = None) -> Path:
     in a folder of its name here."""
     folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
     return folder / "answers" / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")
-
-
-def spread(rows: Sequence[T], limit: int | None) -> list[T]:
-    """At most ``limit`` rows, evenly spaced over all, so that every kind is among them."""
-    if limit is None or limit >= len(rows):
-        return list(rows)
-    return [rows[i * len(rows) // limit] for i in range(limit)]

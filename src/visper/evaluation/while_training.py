@@ -8,11 +8,13 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from visper.common.errors import ConfigError, DataError
+from visper.common.errors import ConfigError
 from visper.config import Run
+from visper.data.sampler import spread
 from visper.evaluation.ask import answer
-from visper.evaluation.asking import Prompt, open_images, spread
+from visper.evaluation.asking import Prompt, open_images, require_askable
 from visper.evaluation.benchmarks import BENCHMARKS
+from visper.evaluation.benchmarks.run import reading_of
 from visper.evaluation.image_sources import ImageSource
 from visper.evaluation.question_files import open_questions
 from visper.evaluation.questions import judge
@@ -35,9 +37,7 @@ class WhileTraining:
     """
 
     def __init__(self, prompts: Sequence[Prompt], images: ImageSource, max_new_tokens: int, score: Scorer) -> None:
-        absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
-        if absent:
-            raise DataError("missing images", f"{len(absent)} images to evaluate on are not there, first '{absent[0]}'")
+        require_askable(prompts, images)
         self.prompts = list(prompts)
         self.images = images
         self.max_new_tokens = max_new_tokens
@@ -91,7 +91,7 @@ def answers_while_training(run: Run) -> WhileTraining | None:
 
     def of_benchmark(said: Sequence[str | None]) -> dict[str, float]:
         both = zip(items, said, strict=True)
-        columns = benchmark.score(items, [None if s is None else benchmark.read(item, s).text for item, s in both])
+        columns = benchmark.score(items, [reading_of(benchmark, item, text).text for item, text in both])
         return {"accuracy": columns[-1].value, **{f"accuracy/{column.name}": column.value for column in columns}}
 
     prompts = [Prompt(item.id, item.prompt, item.images) for item in items]

@@ -25,6 +25,7 @@ from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
 from visper.data.rows.table import Records
+from visper.data.sampler import spread
 from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore
@@ -61,11 +62,7 @@ class HeldOut:
         was_training = model.training
         model.eval()
         found: dict[str, float] = {}
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(),
-            trainer.compute_loss_context_manager(),
-        ):
+        with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
             if self.rows is not None:
                 found |= self._losses(trainer, model, self.rows)
             if self.answer is not None:
@@ -77,11 +74,11 @@ class HeldOut:
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
         """Each term's mean, over global batches of training's size, as contrastive terms depend on their size."""
         accelerator, batch = trainer.accelerator, self.optimization.global_batch
-        order = spread(len(data.dataset), self.settings.limit)
+        order = spread(range(len(data.dataset)), self.settings.limit)
         order = order[: len(order) - len(order) % accelerator.num_processes] or order
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
         sums: dict[str, Tensor] = {}
-        tokens = images = torch.zeros((), device=accelerator.device)
+        tokens = images = 0
         for start in range(0, len(order), batch):
             own = order[start : start + batch][accelerator.process_index :: accelerator.num_processes]
             micro = self.optimization.micro_batch
@@ -100,8 +97,7 @@ class HeldOut:
         names = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
         means = {
-            name: total / (tokens if name == NTP else images).clamp(min=1)
-            for name, total in zip(names, totals, strict=True)
+            name: total / max(1, tokens if name == NTP else images) for name, total in zip(names, totals, strict=True)
         }
         terms = {name: value for name, value in means.items() if name != NTP}
         weighted = model.objective.total(terms, progress) if model.objective is not None else 0.0
@@ -126,15 +122,19 @@ class EvaluationCallback(TrainerCallback):
     def __init__(self, held_out: HeldOut, output: Path) -> None:
         self.held_out = held_out
         self.output = output
-        self._best: tuple[float, int] | None = None
+        self._best: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the best so far from the log, which holds nothing behind the step that training continues from."""
-        log = self.output / LOG
+        """Takes the best so far from the log, which holds nothing behind the step that training continues from.
+
+        Only of checkpoints that are still there: of another measure's evaluations others were kept.
+        """
+        measure, log = self.held_out.settings.measure, self.output / LOG
         for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
             entry = json.loads(line)
-            if self.held_out.settings.measure in entry and entry["step"] <= state.global_step:
-                self._take(entry[self.held_out.settings.measure], entry["step"])
+            kept = (self.output / FOLDER / checkpoint_name(entry["step"])).is_dir()
+            if measure in entry and entry["step"] <= state.global_step and kept:
+                self._take(entry[measure], entry["step"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluates where it is time; the checkpoint of a new best value is written in the same step."""
@@ -150,32 +150,36 @@ class EvaluationCallback(TrainerCallback):
             )
         if self._take(values[settings.measure], state.global_step):
             control.should_save = True
-            if state.is_world_process_zero:
-                best = {"measure": settings.measure, "value": values[settings.measure], "step": state.global_step}
-                best["checkpoint"] = self.trainer.best_checkpoint
-                write_text(self.output / BEST, json.dumps(best, indent=1))
 
     def _take(self, value: float, step: int) -> bool:
-        """Whether the value is the best so far."""
+        """Whether the value is the best so far, which is then written down."""
         if not math.isfinite(value):
             return False
         sign = 1 if self.held_out.settings.higher_is_better else -1
-        if self._best is not None and not sign * value > sign * self._best[0]:
+        if self._best is not None and not sign * value > sign * self._best:
             return False
-        self._best = (value, step)
-        self.trainer.best_checkpoint = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._best, self.trainer.best_checkpoint = value, checkpoint_name(step)
+        if self.trainer.is_world_process_zero():
+            best = {"measure": self.held_out.settings.measure, "value": value, "step": step}
+            write_text(self.output / BEST, json.dumps({**best, "checkpoint": checkpoint_name(step)}, indent=1))
         return True
 
 
-def best_checkpoint(output: Path) -> Path:
+def checkpoint_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def best_checkpoint(output: Path, measure: str) -> Path:
     """The checkpoint that ``best.json`` names.
 
     Raises:
-        TrainingError: there is none, as no value was finite.
+        TrainingError: there is none by this measure, as no value of it was finite.
     """
-    if not (output / BEST).is_file():
-        raise TrainingError(f"'{output}' has no best checkpoint: no evaluation gave a finite value")
-    return output / FOLDER / str(json.loads((output / BEST).read_text(encoding="utf-8"))["checkpoint"])
+    best = json.loads((output / BEST).read_text(encoding="utf-8")) if (output / BEST).is_file() else {}
+    if best.get("measure") != measure:
+        raise TrainingError(f"'{output}' has no best checkpoint by {measure}: no evaluation gave a finite value of it")
+    return output / FOLDER / str(best["checkpoint"])
 
 
 def held_out_rows(
@@ -201,11 +205,6 @@ def held_out_rows(
         if both:
             announce(console, "warning", f"{len(both)} images of the held-out rows are trained on, such as {min(both)}")
     return rows
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """At most ``limit`` of ``count`` numbers, evenly spaced."""
-    return list(range(count)) if count <= limit else [at * count // limit for at in range(limit)]
 
 
 def _images_of(data: StageData) -> set[str]:

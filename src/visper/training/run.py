@@ -21,7 +21,7 @@ from visper.common.files import atomic_path
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides
-from visper.config import Engine, Launch, Run, Stage, save_run
+from visper.config import Engine, Evaluation, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
@@ -78,7 +78,11 @@ def run_stage(
     """
     row_files(run.data)  # missing data and trackers are reported before anything is loaded
     require_trackers(run.logging.report_to, run.logging.project)
-    assert answer is not None or run.evaluation is None or not run.evaluation.asks, "nothing answers the questions"
+    if answer is None and run.evaluation is not None and run.evaluation.asks:
+        raise ConfigError(
+            "the run asks questions while it trains, and nothing answers them: give run_stage "
+            "answer=visper.evaluation.while_training.answers_while_training(run)"
+        )
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -102,7 +106,7 @@ def run_stage(
             claim_output(run, output, content)
         watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, answer, console)]
         trainer = build_trainer(run, model, data, teachers, processes, watchers)
-        train(trainer, checkpoint, console, run.evaluation is not None and run.evaluation.use_best)
+        train(trainer, checkpoint, console, run.evaluation)
         if processes.is_main_process:
             finish(run, student, model)
             announce(console, "saved", f"{output}/model")
@@ -253,8 +257,10 @@ def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
     data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 
-def train(trainer: StageTrainer, checkpoint: Path | None, console: Console, use_best: bool = False) -> None:
-    """Trains to the end, from ``checkpoint`` if there is one; ``use_best``: ends with the best checkpoint's weights.
+def train(
+    trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluation: Evaluation | None = None
+) -> None:
+    """Trains to the end, from ``checkpoint`` if there is one; with ``use_best`` it ends with the best one's weights.
 
     Raises:
         StoppedError: a signal ended it early; a checkpoint is saved.
@@ -276,8 +282,8 @@ def train(trainer: StageTrainer, checkpoint: Path | None, console: Console, use_
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
                 "add --resume to go on"
             )
-    if use_best:
-        best = best_checkpoint(trainer.output)
+    if evaluation is not None and evaluation.use_best:
+        best = best_checkpoint(trainer.output, evaluation.measure)
         trainer.restore(best)
         announce(console, "best", f"the finished model has the weights of {best.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from visper.common.console import Console
 from visper.common.files import write_text
-from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, other_images, spread
+from visper.data.sampler import spread
+from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, other_images
 from visper.evaluation.benchmarks.base import Benchmark, Column, Item, Reading, mean
 from visper.evaluation.benchmarks.published_scores import AVERAGE, COLUMNS, PAPER, YARDSTICKS
 
@@ -66,8 +67,10 @@ def run_benchmark(
     answers = asker.ask([*own, *swapped], images, file, benchmark.max_new_tokens)
     if asker.share[1] > 1:
         return None
-    read = [_read(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, own, strict=True)]
-    read_blind = [_read(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, swapped, strict=False)]
+    read = [reading_of(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, own, strict=True)]
+    read_blind = [
+        reading_of(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, swapped, strict=False)
+    ]
     answers.finish([*_lines(answers, items, own, read, False), *_lines(answers, items, swapped, read_blind, True)])
     said = [answers.get(prompt) for prompt in own]
     return Result(
@@ -84,7 +87,8 @@ def run_benchmark(
     )
 
 
-def _read(benchmark: Benchmark, item: Item, said: str | None) -> Reading:
+def reading_of(benchmark: Benchmark, item: Item, said: str | None) -> Reading:
+    """What an answer means; None: the question has none."""
     return Reading(None, None) if said is None else benchmark.read(item, said)
 
 
