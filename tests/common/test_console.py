@@ -57,3 +57,9 @@ def test_nothing_prints_past_this_console():
     past = re.compile(r"from rich\.console import|from rich\.progress import .*\btrack\b|from rich import print")
     files = {f.relative_to(SOURCES).as_posix() for f in SOURCES.rglob("*.py") if past.search(f.read_text("utf-8"))}
     assert not files
+
+
+def test_a_line_of_the_story_is_one_line_of_a_file(tmp_path):
+    written = io.StringIO()
+    announce(Console(file=written, width=40), "resumed", "/a/long/path/to/checkpoints/checkpoint-4 at step 4 of 12")
+    assert "checkpoint-4 at step 4" in written.getvalue() and written.getvalue().count("\n") == 1

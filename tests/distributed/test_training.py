@@ -216,11 +216,16 @@ def test_objectives_at_image_tokens_are_the_same_on_two_ranks_of_which_some_see_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_two_ranks_equal_one_where_rows_of_several_images_are_on_one_of_them(packing, make):
+def test_two_ranks_equal_one_where_rows_of_several_images_are_on_one_of_them(packing, make, tmp_path):
     images = (3, 0, 0, 0, 1, 0)  # two rows of three images among twelve, two of one
-    one = make("pt", "one", images, optimization={"packing": packing})
+    text = tiny.write_rows(tmp_path / "text", images=0, text_rows=5)
+    folders = (tmp_path / f"rows-{images}", text)
+    data = {"sources": [{"json": str(folder / "rows.json"), "images": str(folder / "images")} for folder in folders]}
+    one = make("pt", "one", images, data=data, optimization={"packing": packing, "max_steps": 3})
     train(one)
-    two = make("pt", "two", images, launch={"processes": 2}, optimization={"packing": packing})
+    assert {"ntp/rows-0", "ntp/rows-1"} <= set().union(*logs(one))
+    changes = {"data": data, "launch": {"processes": 2}}
+    two = make("pt", "two", images, optimization={"packing": packing, "max_steps": 3}, **changes)
     train(two)
     assert_equal_runs(one, two)
 

@@ -487,11 +487,43 @@ def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
         run_stage(make("pt", data={"sources": [source]}))
 
 
+@pytest.mark.parametrize(
+    ("data", "optimization"),
+    [
+        ({}, {"micro_batch": 16}),
+        ({}, {"micro_batch": 2}),
+        ({}, {"micro_batch": 4, "packing": True}),
+        ({"join_conversations": True}, {"micro_batch": 16, "packing": True}),
+    ],
+    ids=["padded", "accumulated", "packed", "joined"],
+)
+def test_the_loss_of_each_source_is_what_a_run_of_it_alone_begins_with(make, tmp_path, data, optimization):
+    sources = []
+    for name, images, text_rows in (("photos", 9, 0), ("texts", 2, 5)):
+        folder = tiny.write_rows(tmp_path / name, images, text_rows)
+        rows = folder / "rows.json"
+        rows.rename(folder / f"{name}.json")
+        sources.append({"json": str(folder / f"{name}.json"), "images": str(folder / "images")})
+
+    def first_log(name, used, rows):
+        micro_batch = optimization["micro_batch"] if name == "both" else 1
+        steps = {**optimization, "max_steps": 1, "global_batch": rows, "micro_batch": micro_batch}
+        run = make("ift", name, data={"sources": used, **data}, optimization=steps)
+        run_stage(run)
+        return logs_of(run)[0]
+
+    both = first_log("both", sources, 16)
+    alone = [first_log("one", sources[:1], 9), first_log("other", sources[1:], 7)]
+    assert both["ntp/photos"] == pytest.approx(alone[0]["ntp"], rel=1e-5)
+    assert both["ntp/texts"] == pytest.approx(alone[1]["ntp"], rel=1e-5)
+    assert not any(name.startswith("ntp/") for log in alone for name in log)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(make, monkeypatch):
     from visper.training.module import TrainingModel
 
     original = TrainingModel.next_token_loss
-    monkeypatch.setattr(TrainingModel, "next_token_loss", lambda *a: original(*a) * float("nan"))
+    monkeypatch.setattr(TrainingModel, "next_token_loss", lambda *a, **k: original(*a, **k) * float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"rows/\d+/"):
         run_stage(make("ift"))
 

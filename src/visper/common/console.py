@@ -57,7 +57,7 @@ def track(
 
 def announce(console: Console, what: str, detail: str) -> None:
     """One line of the story of a run."""
-    console.print(Text.assemble((f"{what:<11} ", "bold"), detail))
+    console.print(Text.assemble((f"{what:<11} ", "bold"), detail), soft_wrap=True)  # one line in a file, too
 
 
 @contextmanager

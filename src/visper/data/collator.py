@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -36,6 +37,7 @@ class Sample:
         stored: their stored targets by task, ``[images, bytes]``.
         image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
         image_ids: of each image a number that its content alone decides (``image_id``).
+        source: number of the source that the row is from.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Sample:
     truncated: bool = False
     image_places: Tensor | None = None
     image_ids: tuple[int, ...] = ()
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,9 @@ class Batch(TypedDict, total=False):
     input_ids: Required[Tensor]  # [B, L] long
     labels: Required[Tensor]  # [B, L] long, -100 where unsupervised
     attention_mask: Required[Tensor]  # [B, L] long
+    # T = supervised tokens, in order. They are found here, because a GPU would make the host wait for their number.
+    supervised_at: Required[Tensor]  # [T] long: where the state that predicts each lies, in rows laid end to end
+    sources: Required[Tensor]  # [T] long: the source of the row of each
     # Packed batches only, as transformers names them:
     position_ids: Tensor  # [1, T] long, from 0 in every sample
     cu_seq_lens_q: Tensor  # [samples + 1] int32: where each sample begins, and T
@@ -137,6 +143,8 @@ class Collator:
             "input_ids": _padded([s.input_ids for s in samples], self.pad_token_id),
             "labels": labels,
             "attention_mask": _padded([[1] * len(s.input_ids) for s in samples], 0),
+            "supervised_at": supervised_places(labels),
+            "sources": sources_of(samples),
             "image_rows": torch.tensor([i for i, s in enumerate(samples) for _ in s.image_tokens], dtype=torch.long),
             "image_tokens": image_tokens,
             "image_ids": torch.tensor([number for s in samples for number in s.image_ids], dtype=torch.long),
@@ -167,6 +175,17 @@ class Collator:
                     task: stacked([preprocess(image) for image in images]) for task, preprocess in self.teachers.items()
                 }
         return batch
+
+
+def supervised_places(labels: Tensor) -> Tensor:
+    """``[T]``: where the states that predict supervised tokens lie, with the rows of ``[B, L]`` laid end to end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().ne(IGNORED).nonzero().squeeze(1)
+
+
+def sources_of(samples: Sequence[Sample]) -> Tensor:
+    """``[T]``: the source of each supervised token."""
+    counts = [sum(label != IGNORED for label in sample.labels[1:]) for sample in samples]
+    return torch.tensor([sample.source for sample in samples]).repeat_interleave(torch.tensor(counts))
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:

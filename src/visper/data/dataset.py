@@ -85,7 +85,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             stored = [self.stored(held) for held in contents if held is not None] if self.stored is not None else []
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
-        sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated)
+        source = self.records.source(index) if isinstance(self.records, Records) else 0
+        sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated, source=source)
         if not images:
             return sample
         seen = [rgb_bytes(arrange(image, self.geometry, self.background)) for image in images]
@@ -111,6 +112,11 @@ class ConversationDataset(Dataset[Sample | Drop]):
         places = [visible_places(image.size, count) for image, count in zip(images, tokens, strict=True)]
         known = [of_image for of_image in places if of_image is not None]
         return torch.cat(known) if len(known) == len(places) else None
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Of the sources that rows are numbered by; none where the rows are the caller's own."""
+        return tuple(part.name for part in self.records.parts) if isinstance(self.records, Records) else ()
 
     @property
     def has_image(self) -> list[bool]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from visper.data.chat import IGNORED
-from visper.data.collator import Batch, Collator, Sample
+from visper.data.collator import Batch, Collator, Sample, sources_of
 from visper.data.packing import PackingCollator
 from visper.data.rows.records import Drop
 
@@ -125,6 +125,7 @@ class JoiningCollator:
             **batch,
             "sizes": replace(batch["sizes"], pairs=pairs),
             "branches": branches,
+            "sources": sources_of(samples) if samples else batch["sources"],
             "sample_ids": [sample.id for sample in samples] or batch["sample_ids"],
             "num_truncated": sum(sample.truncated for sample in samples),
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from visper.data.collator import Batch, Collator, Sample, Sizes
+from visper.data.collator import Batch, Collator, Sample, Sizes, supervised_places
 from visper.data.rows.records import Drop
 
 
@@ -38,6 +38,7 @@ class PackingCollator:
             **padded,
             **flat,
             "attention_mask": torch.ones_like(flat["input_ids"]),
+            "supervised_at": supervised_places(flat["labels"]),
             "image_rows": torch.zeros_like(padded["image_rows"]),
             "sizes": Sizes.of(lengths, flat["labels"], padded["image_tokens"]),
         }

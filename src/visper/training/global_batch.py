@@ -16,6 +16,7 @@ from torch import Tensor
 
 from visper.distillation import Targets, Teacher, gather_rows, gather_targets
 from visper.target_store.open import DecodedTargets
+from visper.training.module import NTP
 
 Batch = dict[str, Any]
 
@@ -122,3 +123,33 @@ class TermSums:
         sums = accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
         self._sums.clear()
         return {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}
+
+
+class SourceSums:
+    """Next-token losses of this process by the source of their rows, summed since the last log, on the device.
+
+    Args:
+        names: of the sources, in the order of their numbers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = [f"{NTP}/{name}" for name in names]
+        self._sums: Tensor | None = None
+
+    def add(self, losses_T: Tensor, sources_T: Tensor) -> None:
+        """The loss of each supervised token of a micro-batch, and its source."""
+        if self._sums is None:  # [losses or tokens, sources]; the sum over many steps outgrows float32
+            self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=losses_T.device)
+        both = torch.stack([losses_T.double(), torch.ones_like(losses_T, dtype=torch.float64)])
+        self._sums.index_add_(1, sources_T, both)
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """``ntp/<source>``: mean over the supervised tokens of all processes since the last call, if there were any.
+
+        Every process must call.
+        """
+        assert self._sums is not None
+        losses, tokens = accelerator.reduce(self._sums, "sum").tolist()
+        self._sums = None
+        found = zip(self._names, losses, tokens, strict=True)
+        return {name: loss / count for name, loss, count in found if count}

@@ -31,7 +31,8 @@ from visper.model import Student
 from visper.target_store.open import TargetStore
 from visper.training import global_batch
 from visper.training.checkpoint import FOLDER
-from visper.training.module import NTP, TrainingModel
+from visper.training.global_batch import SourceSums
+from visper.training.module import NTP, TOKEN_LOSSES, TrainingModel
 from visper.training.output import LOG
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
@@ -77,6 +78,8 @@ class HeldOut:
         order = spread(range(len(data.dataset)), self.settings.limit)
         order = order[: len(order) - len(order) % accelerator.num_processes] or order
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
+        names = data.dataset.source_names
+        sources = SourceSums(names) if len(names) > 1 else None
         sums: dict[str, Tensor] = {}
         tokens = images = 0
         for start in range(0, len(order), batch):
@@ -89,19 +92,28 @@ class HeldOut:
             global_batch.prepare(batches, counts, targets, progress)
             for one in batches:
                 inputs = {key: value for key, value in one.items() if key in FORWARD_KEYS}
-                for name, term in model(**send_to_device(inputs, accelerator.device)).items():
+                outputs = model(**send_to_device(inputs, accelerator.device), token_losses=sources is not None)
+                if sources is not None:
+                    sources.add(outputs.pop(TOKEN_LOSSES), one["sources"].to(accelerator.device))
+                for name, term in outputs.items():
                     of = counts.supervised if name == NTP else counts.images
                     sums[name] = sums.get(name, torch.zeros_like(term)) + term * of
             tokens, images = tokens + counts.supervised, images + counts.images
         sums.pop("loss")
-        names = sorted(sums)
-        totals = accelerator.reduce(torch.stack([sums[name].float() for name in names]), "sum")
+        terms_of = sorted(sums)
+        totals = accelerator.reduce(torch.stack([sums[name].float() for name in terms_of]), "sum")
         means = {
-            name: total / max(1, tokens if name == NTP else images) for name, total in zip(names, totals, strict=True)
+            name: total / max(1, tokens if name == NTP else images)
+            for name, total in zip(terms_of, totals, strict=True)
         }
         terms = {name: value for name, value in means.items() if name != NTP}
         weighted = model.objective.total(terms, progress) if model.objective is not None else 0.0
-        return {"loss": float(means[NTP] + weighted), **{name: float(value) for name, value in means.items()}}
+        by_source = {} if sources is None else sources.means(accelerator)
+        return {
+            "loss": float(means[NTP] + weighted),
+            **{name: float(value) for name, value in means.items()},
+            **by_source,
+        }
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visper.common.compat import is_partitioned, recompute_layers
 from visper.config import Position
+from visper.data.collator import supervised_places
 from visper.data.images import normalized_pixels
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
@@ -33,6 +34,8 @@ from visper.training.stages import feature_sum
 
 NTP = "ntp"
 """Name of the next-token term."""
+TOKEN_LOSSES = "token_losses"
+"""Name of the one output that is no term: the loss of each supervised token."""
 LOGIT_ROWS = 2048
 """Positions whose logits exist at once: 1 GB in float32 with 128k words."""
 
@@ -136,6 +139,8 @@ class TrainingModel(nn.Module):
         targets: Mapping[str, Targets] | None = None,
         progress: float = 0.0,
         position_ids: Tensor | None = None,
+        supervised_at: Tensor | None = None,
+        token_losses: bool = False,
         **borders: Any,
     ) -> dict[str, Tensor]:
         """One micro-batch's share of the global loss.
@@ -150,26 +155,22 @@ class TrainingModel(nn.Module):
             targets: per task, with an objective.
             progress: share of the steps that are done.
             position_ids: ``[1, L]`` of a packed row (``data.packing``).
+            supervised_at: ``[T]``, see ``data.collator.Batch``; found here if not given.
+            token_losses: also return ``TOKEN_LOSSES``, ``[T]``.
             **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``), and
                 ``branches`` of joined ones (``data.joining``).
 
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
-        positions = position_ids
-        if model_inputs is None:
-            # Rows get no mask: padding is on the right, where causal attention never looks, and a mask would
-            # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
-            inputs = {"pixel_values": self._normalized(pixel_values)}
-        elif positions is None:
-            inputs = {"attention_mask": attention_mask, **model_inputs}
-        else:
-            inputs = {**model_inputs}
-            positions = own_positions(self.student.model, input_ids, positions, borders, model_inputs)
+        inputs, positions = self._student_inputs(
+            input_ids, attention_mask, pixel_values, model_inputs, position_ids, borders
+        )
         packed = packed_rows(self.student.get_decoder(), positions, borders)
         with packed, self._tap() as (hidden, encoded), self._reaching_vision(inputs.get("pixel_values") is None):
             output = self.student.model(input_ids=input_ids, use_cache=False, **inputs)
-            loss = self.next_token_loss(output.last_hidden_state, labels) / num_tokens
+            losses = self.next_token_loss(output.last_hidden_state, labels, supervised_at, each=token_losses)
+            loss = losses.sum() / num_tokens
             terms = {NTP: loss}
             if self.objective is not None:
                 rows = image_rows if image_rows is not None else input_ids.new_empty(0)
@@ -179,7 +180,27 @@ class TrainingModel(nn.Module):
                 distilled = self.objective(hidden, layout, self._queries(), targets or {}, num_images, features)
                 loss = loss + self.objective.total(distilled, progress)
                 terms |= distilled
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        each = {TOKEN_LOSSES: losses.detach()} if token_losses else {}
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **each}
+
+    def _student_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor | None,
+        model_inputs: Mapping[str, Tensor] | None,
+        position_ids: Tensor | None,
+        borders: Mapping[str, Any],
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """What the student reads beside ids, and its positions in a packed row; arguments as of ``forward``."""
+        if model_inputs is None:
+            # Rows get no mask: padding is on the right, where causal attention never looks, and a mask would
+            # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
+            return {"pixel_values": self._normalized(pixel_values)}, position_ids
+        if position_ids is None:
+            return {"attention_mask": attention_mask, **model_inputs}, None
+        positions = own_positions(self.student.model, input_ids, position_ids, borders, model_inputs)
+        return {**model_inputs}, positions
 
     def generate(self, **inputs: Any) -> Tensor:
         """The student's ``generate``; under FSDP only this gathers the weights outside of its decoder layers."""
@@ -212,35 +233,37 @@ class TrainingModel(nn.Module):
                 for layer, predicted in self.objective.predict(task, hidden, layout, self._queries()).items()
             }
 
-    def next_token_loss(self, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+    def next_token_loss(
+        self, hidden_BLD: Tensor, labels_BL: Tensor, supervised_at_T: Tensor | None = None, each: bool = False
+    ) -> Tensor:
         """Cross-entropy summed over supervised tokens; logits are computed for those only, ``LOGIT_ROWS`` at a time.
 
         With a vocabulary of 128k, the logits of a batch of long answers would otherwise fill a GPU. Image and task
         tokens are inputs, never answers: they are left out of the softmax, so that their rows of a tied head get no
-        gradient from it.
+        gradient from it. ``each``: not summed, ``[T]``.
         """
-        shifted = labels_BL[:, 1:]
-        supervised = shifted != -100
-        states_TD, wanted_T = hidden_BLD[:, :-1][supervised], shifted[supervised]
+        at_T = supervised_places(labels_BL) if supervised_at_T is None else supervised_at_T
+        states_TD, wanted_T = hidden_BLD.flatten(0, 1)[at_T], labels_BL.flatten()[at_T + 1]
+        reduction = "none" if each else "sum"
         if len(states_TD) <= LOGIT_ROWS:
-            return self._cross_entropy(states_TD, wanted_T)
+            return self._cross_entropy(states_TD, wanted_T, reduction)
         if self._can_fuse_head(states_TD):
             weight_VD = self.student.get_output_embeddings().weight
             bias_V = weight_VD.new_zeros(len(weight_VD)).index_fill_(0, self.silent_ids, float("-inf"))
             chunks = nn.LinearCrossEntropyOptions()
             fused: Tensor = F.linear_cross_entropy(
-                states_TD, weight_VD, wanted_T, linear_bias=bias_V, reduction="sum", options=chunks
+                states_TD, weight_VD, wanted_T, linear_bias=bias_V, reduction=reduction, options=chunks
             )
             return fused
         parts = zip(states_TD.split(LOGIT_ROWS), wanted_T.split(LOGIT_ROWS), strict=True)
-        sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum()
+        found = [checkpoint(self._cross_entropy, *part, reduction, use_reentrant=False) for part in parts]
+        return torch.cat(found) if each else torch.stack(found).sum()
 
-    def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor) -> Tensor:
+    def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor, reduction: str) -> Tensor:
         logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
         if self.logit_cap is not None:
             logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
-        return F.cross_entropy(logits.index_fill_(1, self.silent_ids, float("-inf")), wanted_T, reduction="sum")
+        return F.cross_entropy(logits.index_fill_(1, self.silent_ids, float("-inf")), wanted_T, reduction=reduction)
 
     def _can_fuse_head(self, states_TD: Tensor) -> bool:
         """Whether ``F.linear_cross_entropy`` (torch 2.15) may replace head and loss: in plain float32 only.

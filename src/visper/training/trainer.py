@@ -26,8 +26,8 @@ from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
 from visper.training.flops import known_peak
-from visper.training.global_batch import TermSums
-from visper.training.module import TrainingModel
+from visper.training.global_batch import SourceSums, TermSums
+from visper.training.module import TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
@@ -38,7 +38,7 @@ from visper.training.stages import parameter_groups
 from visper.training.stopping import StopRequest, start_worker
 
 IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places"))
-LOSS_KEYS = frozenset(("num_tokens", "num_images", "targets", "progress"))
+LOSS_KEYS = frozenset(("supervised_at", "num_tokens", "num_images", "targets", "progress"))
 PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches"))
 FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
 
@@ -80,6 +80,8 @@ class StageTrainer(Trainer):
         self.output = output
         self.stop = stop
         self.terms = TermSums()
+        names = data.dataset.source_names
+        self.sources = SourceSums(names) if len(names) > 1 else None
         self.best_checkpoint: str | None = None  # kept beside the newest ones, see ``held_out``
         self.sharded = is_sharded(model)
         super().__init__(
@@ -144,7 +146,9 @@ class StageTrainer(Trainer):
         """This process's share of the global loss times the processes, since gradients are averaged over them."""
         given = {key: value for key, value in inputs.items() if key in FORWARD_KEYS}
         with self._counting(inputs):
-            outputs = model(**given)
+            outputs = model(**given, token_losses=self.sources is not None)
+        if self.sources is not None:
+            self.sources.add(self._countable(outputs.pop(TOKEN_LOSSES)), inputs["sources"])
         self.monitor.see(outputs, inputs)
         terms = {name: self._countable(term.detach()) for name, term in outputs.items() if name != "loss"}
         self.terms.add(terms, self.state.global_step)
@@ -210,6 +214,8 @@ class StageTrainer(Trainer):
         if "loss" in logs and steps > 0:
             terms = self.terms.means(self.accelerator, step)
             logs.update(terms | self._learning_rates() | self.monitor.report(terms, steps, step))
+            if self.sources is not None:
+                logs.update(self.sources.means(self.accelerator))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -261,13 +261,16 @@ class Records(Sequence[Record]):
 
     def place(self, index: int) -> tuple[Part, int]:
         """The source that holds a row, and the row's number there."""
-        at = int(self.rows[index])
-        number = int(np.searchsorted(self.starts, at, side="right")) - 1
-        return self.parts[number], at - int(self.starts[number])
+        number = self.source(index)
+        return self.parts[number], int(self.rows[index] - self.starts[number])
+
+    def source(self, index: int) -> int:
+        """The number of the source that holds a row, counted from 0."""
+        return int(np.searchsorted(self.starts, self.rows[index], side="right")) - 1
 
     @property
     def part_numbers(self) -> npt.NDArray[np.int64]:
-        """The source of each row, counted from 0, ``[len(self)]``."""
+        """``source`` of each row, ``[len(self)]``."""
         return np.searchsorted(self.starts, self.rows, side="right") - 1
 
     def select(self, kept: npt.NDArray[Any]) -> Records:
