@@ -46,8 +46,8 @@ def test_overrides_win_and_numbers_are_numbers():
     assert run.optimization.lr == 1e-4
 
 
-@pytest.mark.parametrize(("written", "share"), [("true", 1), ("false", 0), ("0.5", 0.5)])
-def test_checkpointing_is_all_nothing_or_a_share_of_the_layers(written, share):
+@pytest.mark.parametrize(("written", "share"), [("true", 1), ("false", 0), ("0.5", 0.5), ("auto", "auto")])
+def test_checkpointing_is_all_nothing_a_share_of_the_layers_or_automatic(written, share):
     run = load_run(RECIPE, [f"optimization.gradient_checkpointing={written}"])
     assert run.optimization.gradient_checkpointing == share
 
@@ -80,7 +80,8 @@ def test_an_override_needs_an_equals_sign():
         ("distillation.tasks.depth.layrs=[1]", "did you mean 'layers'"),
         ("data.geometry=round", "'data.geometry'.*squash.*found 'round'"),
         ("optimization.global_batch=many", "optimization.global_batch.*found 'many'"),
-        ("optimization.gradient_checkpointing=1.5", "less than or equal to 1, found 1.5"),
+        ("optimization.gradient_checkpointing=1.5", "gradient_checkpointing': .*less than or equal to 1, found 1.5"),
+        ("optimization.gradient_checkpointing=most", "gradient_checkpointing': .*'auto', found 'most'"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
         ("distillation.tasks.depth.head={kind: mlp}", "head 'mlp' has no option 'inner'"),
         ("distillation.tasks.depth.head.kind=resample", "unknown head 'resample': did you mean 'resampler'"),

@@ -137,6 +137,7 @@ def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
 
 
 def test_the_first_change_that_fits_is_found(run):
+    run = with_optimization(run, gradient_checkpointing=1.0)
     full = plan(run, Machine(1, 80e9)).memory.total
     found = plan(run, Machine(1, full / 0.95 * 0.999))
     assert not found.fits and found.lever is not None and found.lever.memory.total < full

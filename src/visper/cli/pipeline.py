@@ -23,10 +23,11 @@ def run(
     runs = [load_run(recipe, overrides or []) for recipe in recipes]
 
     from visper.evaluation.while_training import answers_while_training
+    from visper.planning.recomputation import least_recomputation
     from visper.training import run_pipeline, start_processes
 
     if len({settings.launch.processes for settings in runs}) > 1:
         raise ConfigError("stages of one pipeline ask for different launch.processes: --set launch.processes=N")
     if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):
         return
-    run_pipeline(runs, answers_while_training)
+    run_pipeline(runs, answers_while_training, least_recomputation)

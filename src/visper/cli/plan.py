@@ -52,6 +52,8 @@ def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None
     )
     place = f"{machine.gpus} x {gpu}, {plan.run.launch.engine}" if machine.gpus else "CPU, the training process"
     console.print(_memory(plan.memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
+    if opt.gradient_checkpointing == "auto":
+        console.print(f"recomputation, chosen (auto): {plan.settings.checkpointing:g} of the layers")
     if plan.run.packed:
         measured = "the most tokens of a packed micro-batch in an epoch"
         bound = "an upper bound: every row is taken to be as long as the longest, because no row lengths are known"

@@ -24,10 +24,11 @@ def run(
     settings = load_run(recipe, overrides or [])
 
     from visper.evaluation.while_training import answers_while_training
+    from visper.planning.recomputation import least_recomputation
     from visper.training import run_stage, start_processes
 
     options = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
     if start_processes(settings.launch, ["train", recipe, *(overrides or []), *options]):
         return
     answer = answers_while_training(settings)
-    run_stage(settings, resume=resume, accept_changes=accept_changes, answer=answer)
+    run_stage(settings, resume=resume, accept_changes=accept_changes, answer=answer, recomputation=least_recomputation)

@@ -54,12 +54,27 @@ def find_gpu(name: str, memory_gb: float | None = None) -> Gpu:
     return Gpu(None, memory_gb)
 
 
-def peak_of(device: torch.device) -> float | None:
-    """Peak FLOPs per second of the device at hand; None where its name is not in the table, or it is not a GPU."""
+def gpu_at(device: torch.device) -> Gpu | None:
+    """The entry of the GPU at hand; None where its name is not in the table, or it is not a GPU."""
     if device.type != "cuda":
         return None
     import torch
 
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
     found = [gpu for known, gpu in GPUS.items() if all(word in words for word in known.split())]
-    return found[0].peak if found else None
+    return found[0] if found else None
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Peak FLOPs per second of the device at hand; None where its name is not in the table, or it is not a GPU."""
+    gpu = gpu_at(device)
+    return gpu.peak if gpu else None
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of the GPU at hand: as the table says, so that a plan decides the same, or less, where it has less (a
+    share of a divided GPU); as the driver says where the table does not know it."""
+    import torch
+
+    found, own = gpu_at(device), float(torch.cuda.get_device_properties(device).total_memory)
+    return min(own, found.memory_gb * 1e9) if found else own

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from visper.common.errors import ConfigError
-from visper.config.schema import Run
+from visper.config.schema import UNION_TAGS, Run
 from visper.config.student import Student, VlmStudent
 
 STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
@@ -129,7 +129,7 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
     """Every fault of a validation against ``model``, one a line, with file, key and the nearest valid key."""
     lines = []
     for fault in error.errors():
-        location = [str(part) for part in fault["loc"] if part not in STUDENTS]
+        location = [str(part) for part in fault["loc"] if part not in (*STUDENTS, *UNION_TAGS)]
         place = ".".join(location) or f"(the whole {model.__name__.lower()})"
         if fault["type"] == "extra_forbidden":
             valid = _keys_at(model, fault["loc"][:-1])

@@ -6,14 +6,16 @@ Numbers of the method come from arXiv 2412.09585; the recipes hold the published
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
@@ -112,6 +114,18 @@ class Data(Section):
     workers: int = Field(2, ge=0, description="loader processes")
 
 
+def _number_or_word(value: Any) -> str:
+    return "word" if isinstance(value, str) else "number"
+
+
+ShareOrAuto = Annotated[
+    Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(_number_or_word),
+]
+UNION_TAGS = ("number", "word")
+"""Tags that pydantic puts into the location of a fault in a ``ShareOrAuto``."""
+
+
 class Optimization(Section):
     """Batch, learning rate and length. The global batch is what counts; micro-batch and processes only split it."""
 
@@ -126,11 +140,10 @@ class Optimization(Section):
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = Field(None, description="stop after so many steps, whatever the epochs")
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    gradient_checkpointing: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="share of layers whose activations are recomputed in the backward pass; true is 1, false 0",
+    gradient_checkpointing: ShareOrAuto = Field(
+        "auto",
+        description="share of layers whose activations are recomputed in the backward pass; true is 1, false 0; auto: "
+        "the least that fits the GPU, none on a CPU",
     )
     train: tuple[str, ...] = Field((), description="parts trained beside the stage's table, e.g. [llm]")
     freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
@@ -141,6 +154,11 @@ class Optimization(Section):
     lr_overrides: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="part of the stage's table -> its own learning rate, e.g. {projector: 1e-3}"
     )
+
+    @property
+    def recomputation(self) -> float:
+        """Share of layers that are recomputed; all of them where ``auto`` has not been decided yet."""
+        return 1.0 if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
 
 class Lora(Section):

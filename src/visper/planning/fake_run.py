@@ -89,13 +89,24 @@ class FakeRun:
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()
-        self._activations: dict[tuple[int, float, bool], float] = {}
+        self._activations: dict[tuple[int, bool, bool], float] = {}
 
     def activations(self, rows: Rows, micro_batch: int, checkpointing: float, accumulates: bool) -> float:
-        """Bytes that the largest micro-batch of ``rows`` holds beyond weights, gradients, moments and targets."""
-        key = (micro_batch, checkpointing, accumulates)
+        """Bytes that the largest micro-batch of ``rows`` holds beyond weights, gradients, moments and targets.
+
+        Traced with all layers recomputed and with none; between the two it is a straight line, which was 0.6 and 0.7 %
+        above the traced half of ``llama3-8b-vit-l``'s IFT and PT.
+        """
+        every, none = (
+            self._traced(rows, micro_batch, recomputed, accumulates) if share else 0.0
+            for recomputed, share in ((True, checkpointing), (False, 1 - checkpointing))
+        )
+        return checkpointing * every + (1 - checkpointing) * none
+
+    def _traced(self, rows: Rows, micro_batch: int, recomputed: bool, accumulates: bool) -> float:
+        key = (micro_batch, recomputed, accumulates)
         if key not in self._activations:
-            self.model.recompute_activations(checkpointing)
+            self.model.recompute_activations(float(recomputed))
             lengths = rows.largest_micro_batch(micro_batch, self.run.packed, self.run.seed)
             batch, _ = fake_batch(lengths, self.student, self.model, self.run, self.fake)
             self._activations[key] = step_activations(

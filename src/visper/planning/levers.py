@@ -21,14 +21,15 @@ class Lever:
     changes: str
 
 
-def first_lever(memory: MemoryModel, model_of: Callable[[bool], FakeRun]) -> Lever | None:
+def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], FakeRun]) -> Lever | None:
     """The change with the least slowdown that makes the run fit; None where nothing does, or the limit is unknown.
 
     Args:
         memory: of the run and its machine.
+        now: the run's own settings.
         model_of: the run's model, with or without LoRA.
     """
-    limit, now = memory.machine.usable, Settings.of(memory.run)
+    limit = memory.machine.usable
     if limit is None:
         return None
     for other in sorted(_alternatives(memory, now), key=lambda other: _cost(now, other)):

@@ -6,7 +6,7 @@ What a step holds in one process is traced (``fake_run``); what the engines shar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from visper.config import Engine, Run
 from visper.distillation import TargetSpec
@@ -21,6 +21,8 @@ CPU_CACHES = 0.10
 run, fitted to four runs of an earlier planner; ``benchmarks/results/plan_memory.md`` says how far it holds."""
 USABLE = 0.95
 """Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
+SHARES = tuple(tenths / 10 for tenths in range(11))
+"""Shares of the layers that ``gradient_checkpointing: auto`` chooses from."""
 SHARDED_WEIGHTS = (Engine.FSDP, Engine.ZERO3)
 ZERO_BUFFER = 5e8 * 4
 """Bytes that DeepSpeed gathers gradients in: its ``reduce_bucket_size``, in float32."""
@@ -60,7 +62,7 @@ class Settings:
         """Those of ``run``."""
         opt, lora = run.optimization, run.lora is not None
         stored = run.distillation is not None and run.distillation.targets is not None
-        return cls(opt.micro_batch, opt.gradient_checkpointing, run.launch.engine, stored, lora)
+        return cls(opt.micro_batch, opt.recomputation, run.launch.engine, stored, lora)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ class MemoryModel:
     specs: Mapping[str, TargetSpec]
     teachers: Mapping[str, TeacherSize]
     process: float
+
+    def decided(self, model: FakeRun) -> Settings:
+        """The run's settings. ``gradient_checkpointing: auto`` becomes the least share that fits: nothing on a CPU;
+        everything where nothing fits or the memory is not known."""
+        settings = Settings.of(self.run)
+        if self.run.optimization.gradient_checkpointing != "auto":
+            return settings
+        if not self.machine.gpus:
+            return replace(settings, checkpointing=0.0)
+        limit = self.machine.usable or 0.0
+        tried = (replace(settings, checkpointing=share) for share in SHARES)
+        return next((other for other in tried if self.memory(other, model).total <= limit), settings)
 
     def memory(self, settings: Settings, model: FakeRun) -> Memory:
         """With ``settings``, of which ``model`` has the LoRA setting."""

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from visper.config import Lora, Run
+from visper.config import Run
 from visper.data.sets.catalog import with_needs
 from visper.distillation import TargetSpec
-from visper.distillation.teachers.tasks import planned_teachers
 from visper.planning.fake_run import FakeRun
-from visper.planning.levers import Lever, first_lever
-from visper.planning.memory import CUDA_CONTEXT, Machine, Memory, MemoryModel, Settings
-from visper.planning.parameters import starting_point
-from visper.planning.row_statistics import Rows, row_statistics
-from visper.planning.teachers import measure_teachers
+from visper.planning.fit import Fit
+from visper.planning.levers import Lever
+from visper.planning.memory import Machine, Memory, Settings
+from visper.planning.row_statistics import Rows
 from visper.training.stages import PartCount
 
 ASSUMED_MFU = 0.4
@@ -33,6 +29,7 @@ class Plan:
 
     Attributes:
         run, machine: what was asked about.
+        settings: those of the run that decide memory, ``gradient_checkpointing: auto`` decided.
         parts: parameters by part, all and trainable.
         rows: how many rows, how long.
         memory: of one device, by what holds it.
@@ -43,6 +40,7 @@ class Plan:
 
     run: Run
     machine: Machine
+    settings: Settings
     parts: list[PartCount]
     rows: Rows
     memory: Memory
@@ -73,7 +71,7 @@ class Plan:
         """Of the run as it stands at ``ASSUMED_MFU``; None where the device's peak is not known."""
         if self.machine.peak is None:
             return None
-        recomputed = self.row_flops * self.run.optimization.gradient_checkpointing / 3
+        recomputed = self.row_flops * self.settings.checkpointing / 3
         total = (self.step_flops + recomputed * self.run.optimization.global_batch) * self.steps
         return total / (self.machine.peak * ASSUMED_MFU * self.machine.processes)
 
@@ -84,30 +82,21 @@ def plan(run: Run, machine: Machine) -> Plan:
     Raises:
         ConfigError: a configuration cannot be found, or the rows cannot be counted.
     """
-    start = starting_point(run)
-    planned = planned_teachers(run.distillation)
-    specs = {task: teacher.spec for task, teacher in planned.items()}
-    teachers, loaded = measure_teachers(run, machine.gpus > 0)
-    # Later than the teachers: small ones are loaded, and are part of a training process on a CPU.
-
-    @cache
-    def model_of(lora: bool) -> FakeRun:
-        settings = (run.lora or Lora.model_validate({})) if lora else None
-        return FakeRun(run.model_copy(update={"lora": settings}), start, planned)
-
-    model = model_of(run.lora is not None)
-    rows = row_statistics(run, start, model.student)
-    memory = MemoryModel(run, machine, rows, specs, teachers, CUDA_CONTEXT if machine.gpus else _resident())
-    row_flops = model.row_flops(rows)
-    needed = memory.memory(Settings.of(run), model)
-    teacher_flops = rows.images * sum(teacher.flops for teacher in teachers.values())
-    disk = _disk(run, rows, specs, model)
-    found = Plan(run, machine, model.parts, rows, needed, None, row_flops, teacher_flops, disk)
-    del loaded
-    if found.fits:
-        return found
-    lever = first_lever(memory, model_of)
-    return Plan(run, machine, model.parts, rows, needed, lever, row_flops, teacher_flops, disk)
+    fit = Fit(run, machine)
+    model, rows = fit.model, fit.rows
+    teacher_flops = rows.images * sum(teacher.flops for teacher in fit.teachers.values())
+    return Plan(
+        run,
+        machine,
+        fit.settings,
+        model.parts,
+        rows,
+        fit.memory,
+        fit.lever(),
+        model.row_flops(rows),
+        teacher_flops,
+        _disk(run, rows, fit.specs, model),
+    )
 
 
 def _disk(run: Run, rows: Rows, specs: Mapping[str, TargetSpec], model: FakeRun) -> dict[str, float]:
@@ -127,14 +116,3 @@ def _disk(run: Run, rows: Rows, specs: Mapping[str, TargetSpec], model: FakeRun)
     total = sum(part.total for part in model.parts if part.part not in skipped)
     disk["finished model"] = total * (2.0 if run.optimization.precision == "bfloat16" else 4.0)
     return disk
-
-
-def _resident() -> float:
-    """Bytes of this process in memory now, its libraries included."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:  # not Linux
-        import resource
-
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
-    return float(pages * 4096)

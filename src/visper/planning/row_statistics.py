@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
@@ -21,6 +23,8 @@ from visper.model.start import starting_processor
 
 SAMPLED = 1000
 """Rows that are tokenized to learn lengths."""
+LONGEST = 50
+"""Rows with the most characters and images, tokenized too: they decide a padded micro-batch's memory."""
 MICRO_BATCHES = 10_000
 """Micro-batches drawn to find the largest packed one; the run's own number where that is smaller."""
 CHARACTERS_PER_TOKEN = 4
@@ -123,18 +127,25 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
         raise DataError("no rows", "none can be read")
     picked = random.Random(run.seed).sample(range(len(records)), min(SAMPLED, len(records)))
     sample = [records[index] for index in picked]
+    guessed = records.characters // CHARACTERS_PER_TOKEN + block * records.num_images
+    long = [records[index] for index in np.argsort(guessed, kind="stable")[-LONGEST:].tolist()]
     try:
         processor: Any = starting_processor(start.model_copy(update={"data": run.data}))
         encoder = encoder_for(processor, run.data.max_tokens)
-        lengths = [length for length in (_encoded(encoder, record) for record in sample) if length is not None]
+        lengths, longest = (
+            [length for length in (_encoded(encoder, record) for record in each) if length is not None]
+            for each in (sample, long)
+        )
         how = f"{len(lengths)} of {len(records)} rows tokenized"
     except ConfigError:  # the tokenizer is not on this machine
-        lengths = [_estimated(record, block, run.data.max_tokens) for record in sample]
+        lengths, longest = (
+            [_estimated(record, block, run.data.max_tokens) for record in each] for each in (sample, long)
+        )
         how = f"{len(lengths)} of {len(records)} rows estimated by their characters"
     if not lengths:
         raise DataError("no rows", f"none of {len(sample)} sampled rows can be encoded")
     mixture = mixture_of(records)
-    rows = _rows(len(records) if mixture is None else sum(mixture.counts), lengths, how)
+    rows = _rows(len(records) if mixture is None else sum(mixture.counts), lengths, longest, how)
     if not run.data.join_conversations:
         return rows
     opt, groups = run.optimization, image_groups(records).tolist()
@@ -146,12 +157,19 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
     return replace(rows, branches=(shown - images) / len(sampler), block=block, source=how)
 
 
-def _rows(count: int, lengths: Sequence[RowLength], source: str) -> Rows:
-    tokens, supervised = [row.tokens for row in lengths], [row.supervised for row in lengths]
-    images = [row.images for row in lengths]
-    share = sum(images) / len(lengths)
-    average = RowLength(round(sum(tokens) / len(lengths)), round(sum(supervised) / len(lengths)), round(share))
-    return Rows(count, tuple(lengths), average, RowLength(max(tokens), max(supervised), max(images)), share, source)
+def _rows(count: int, lengths: Sequence[RowLength], longest: Sequence[RowLength], source: str) -> Rows:
+    def mean(values: Iterable[int]) -> float:
+        return sum(values) / len(lengths)
+
+    share = mean(row.images for row in lengths)
+    average = RowLength(
+        round(mean(row.tokens for row in lengths)), round(mean(row.supervised for row in lengths)), round(share)
+    )
+    seen = [*lengths, *longest]
+    most = RowLength(
+        max(row.tokens for row in seen), max(row.supervised for row in seen), max(row.images for row in seen)
+    )
+    return Rows(count, tuple(lengths), average, most, share, source)
 
 
 def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:

@@ -41,7 +41,7 @@ class TeacherSize:
 
 
 def measure_teachers(run: Run, on_gpu: bool) -> tuple[dict[str, TeacherSize], list[Teacher]]:
-    """Every teacher of the run by task, and those that had to be loaded for it.
+    """Every teacher of the run by task, and those that had to be loaded for it. With stored targets none runs.
 
     A loaded teacher's memory is in this process's own while it lives, so on a CPU it counts as zero here.
 
@@ -52,9 +52,10 @@ def measure_teachers(run: Run, on_gpu: bool) -> tuple[dict[str, TeacherSize], li
     sizes: dict[str, TeacherSize] = {}
     loaded: list[Teacher] = []
     images = run.optimization.micro_batch
-    for task, settings in (run.distillation.taught if run.distillation else {}).items():
+    if run.distillation is None or run.distillation.targets is not None:
+        return sizes, loaded
+    for task, settings in run.distillation.taught.items():
         if settings.target.kind in PUBLISHED:
-            assert run.distillation is not None
             dtype = run.distillation.teacher_dtype or (run.optimization.precision if on_gpu else "float32")
             sizes[task] = _published(settings.target, images, DTYPES[dtype])
         else:

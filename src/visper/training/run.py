@@ -55,6 +55,9 @@ from visper.training.stage_data import StageData, build_data
 from visper.training.stopping import StopRequest
 from visper.training.trainer import StageTrainer
 
+ChooseRecomputation = Callable[[Run, int], tuple[float, str]]
+"""The run and its number of processes -> share of the layers to recompute, and why (one line)."""
+
 
 def run_stage(
     run: Run,
@@ -62,6 +65,7 @@ def run_stage(
     callbacks: Sequence[TrainerCallback] = (),
     accept_changes: bool = False,
     answer: Answer | None = None,
+    recomputation: ChooseRecomputation | None = None,
 ) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
@@ -70,6 +74,8 @@ def run_stage(
         callbacks: more of the Trainer's callbacks.
         answer: asks what ``run.evaluation`` names (``evaluation.while_training``); with questions or a benchmark.
         accept_changes: continue although rows, images or weights have changed since the run began.
+        recomputation: decides ``gradient_checkpointing: auto`` on a GPU (``planning.recomputation``); without it,
+            everything is recomputed there.
 
     Raises:
         ConfigError: the run cannot be trained, or its output folder holds another one or is in use.
@@ -88,6 +94,7 @@ def run_stage(
     output = Path(run.output)
     with locked_by_first(output, console):
         run = open_output(run, resume)
+        run = decide_recomputation(run, processes, recomputation, console)
         checkpoint = first_decides(lambda: newest_undamaged(output, console)) if resume else None
         check_split(run.optimization, processes.num_processes)
         torch.manual_seed(run.seed)
@@ -114,14 +121,18 @@ def run_stage(
     return output / "model"
 
 
-def run_pipeline(runs: Sequence[Run], answer: Callable[[Run], Answer | None] = lambda run: None) -> None:
+def run_pipeline(
+    runs: Sequence[Run],
+    answer: Callable[[Run], Answer | None] = lambda run: None,
+    recomputation: ChooseRecomputation | None = None,
+) -> None:
     """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
     console = Console()
     for run in runs:
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
-        run_stage(run, resume=True, answer=answer(run))
+        run_stage(run, resume=True, answer=answer(run), recomputation=recomputation)
 
 
 def join_processes(launch: Launch) -> PartialState:
@@ -156,6 +167,30 @@ def open_output(run: Run, resume: bool) -> Run:
         return own
 
     return first_decides(pinned)
+
+
+def decide_recomputation(
+    run: Run, processes: PartialState, choose: ChooseRecomputation | None, console: Console
+) -> Run:
+    """``gradient_checkpointing: auto`` becomes a share of the layers, the same on every process: the one that the
+    interrupted run had, none on a CPU, else what ``choose`` says."""
+    if run.optimization.gradient_checkpointing != "auto":
+        return run
+
+    def chosen() -> tuple[float, str]:
+        before = saved_run(Path(run.output))
+        if before is not None:
+            return before.optimization.recomputation, "as before"
+        if not torch.cuda.is_available():
+            return 0.0, ""
+        return choose(run, processes.num_processes) if choose is not None else (1.0, "all layers")
+
+    share, why = first_decides(chosen)
+    if why:
+        announce(console, "recomputed", why)
+    return run.model_copy(
+        update={"optimization": run.optimization.model_copy(update={"gradient_checkpointing": share})}
+    )
 
 
 def build_student(run: Run, console: Console) -> Student:
@@ -194,8 +229,8 @@ def build_model(
         new = len(run.distillation.tasks) - continued
         announce(console, "heads", f"{continued} tasks go on from {run.start_from}, {new} are new")
     set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
-    if run.optimization.gradient_checkpointing:
-        model.recompute_activations(run.optimization.gradient_checkpointing)
+    if run.optimization.recomputation:
+        model.recompute_activations(run.optimization.recomputation)
     if run.launch.engine is Engine.FSDP and processes.num_processes > 1:
         share = shard(model, processes.num_processes, run.optimization.precision == "bfloat16")
         announce(console, "sharded", f"{share:.1%} of the weights on each of {processes.num_processes} processes")

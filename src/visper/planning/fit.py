@@ -1,0 +1,74 @@
+"""Whether a run fits a machine: its training model without values, its rows and teachers, and what they hold."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from visper.config import Lora, Run
+from visper.distillation.teachers.tasks import planned_teachers
+from visper.planning.fake_run import FakeRun
+from visper.planning.levers import Lever, first_lever
+from visper.planning.memory import CUDA_CONTEXT, Machine, MemoryModel
+from visper.planning.parameters import starting_point
+from visper.planning.row_statistics import row_statistics
+from visper.planning.teachers import measure_teachers
+
+
+class Fit:
+    """What ``run`` holds on ``machine``.
+
+    Attributes:
+        run, machine: what was asked about.
+        specs, teachers: shapes of the targets and sizes of the teachers, by task.
+        model: the run's training model, without values.
+        rows: how many, how long.
+        settings: those that decide memory, ``gradient_checkpointing: auto`` decided.
+        memory: of one device, by what holds it.
+
+    Raises:
+        ConfigError: a configuration cannot be found, or the rows cannot be counted.
+        ValueError: a teacher cannot be loaded.
+    """
+
+    def __init__(self, run: Run, machine: Machine) -> None:
+        start = starting_point(run)
+        planned = planned_teachers(run.distillation)
+        self.run, self.machine = run, machine
+        self.specs = {task: teacher.spec for task, teacher in planned.items()}
+        self.teachers, loaded = measure_teachers(run, machine.gpus > 0)
+
+        @cache
+        def model_of(lora: bool) -> FakeRun:
+            settings = (run.lora or Lora.model_validate({})) if lora else None
+            return FakeRun(run.model_copy(update={"lora": settings}), start, planned)
+
+        self._model_of = model_of
+        self.model = model_of(run.lora is not None)
+        self.rows = row_statistics(run, start, self.model.student)
+        # Loaded teachers are still here: on a CPU they are part of a training process.
+        process = CUDA_CONTEXT if machine.gpus else _resident()
+        self._held = MemoryModel(run, machine, self.rows, self.specs, self.teachers, process)
+        del loaded
+        self.settings = self._held.decided(self.model)
+        self.memory = self._held.memory(self.settings, self.model)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is enough, as far as it is known."""
+        return self.machine.usable is None or self.memory.total <= self.machine.usable
+
+    def lever(self) -> Lever | None:
+        """The first change that makes the run fit; None where it fits, or nothing makes it."""
+        return None if self.fits else first_lever(self._held, self.settings, self._model_of)
+
+
+def _resident() -> float:
+    """Bytes of this process in memory now, its libraries included."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # not Linux
+        import resource
+
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+    return float(pages * 4096)
