@@ -14,7 +14,7 @@ from visper.cli import app
 from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.evaluation.predictions import load_pre_trained, predict_images, teacher_targets
-from visper.evaluation.visualize import folder_gallery, look, needs_gallery, run_gallery
+from visper.evaluation.visualize import first_images, folder_gallery, look, needs_gallery
 from visper.training import run_stage
 
 TILE, CAPTION = 384 + 6, 24
@@ -97,7 +97,7 @@ def test_a_one_token_target_is_never_drawn_as_a_map(trained, image):
 def test_where_a_teacher_draws_nothing_the_nearest_images_are_shown(trained):
     found = load_pre_trained(trained)
     assert needs_gallery(found)
-    gallery = run_gallery(found.run)
+    gallery = first_images(found.run.data)
     assert len(gallery) == 5
     sheet = look(found, gallery[2], gallery=gallery)
     # The nearest of an image's own target is the image: first quarter of the teacher's tile in the third row.
@@ -115,7 +115,7 @@ def test_a_gallery_can_be_any_folder_with_images(trained, tmp_path):
 
 def test_a_run_whose_images_are_gone_has_no_gallery(trained):
     run = load_run(trained / "run.yaml", ["data.sources=[{json: /gone.json, images: /gone}]"])
-    assert run_gallery(run) == []
+    assert first_images(run.data) == []
 
 
 def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder, image):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from tests import tiny
@@ -14,7 +16,9 @@ from visper.config import Run
 from visper.data.images import open_image
 from visper.data.sampler import spread
 from visper.evaluation import answer, load_to_ask
-from visper.evaluation.while_training import answers_while_training
+from visper.evaluation.contact_sheet import contact_sheet
+from visper.evaluation.visualize import SIDE
+from visper.evaluation.while_training import evaluator_of
 from visper.training import run_stage
 from visper.training.checkpoint import checkpoints
 from visper.training.held_out import BEST
@@ -79,7 +83,7 @@ def asking(folder, **more):
 
 def train(run, **options):
     """Trains; the logged evaluations by step."""
-    run_stage(run, answer=answers_while_training(run), **options)
+    run_stage(run, evaluator=evaluator_of(run), **options)
     lines = (Path(run.output) / "log.jsonl").read_text().splitlines()
     found = [entry for entry in map(json.loads, lines) if any(name.startswith("eval/") for name in entry)]
     return {entry["step"]: entry for entry in found}
@@ -162,6 +166,43 @@ def test_a_resumed_run_knows_the_best_before(make, held_out):
     assert first == second
 
 
+def test_a_measure_that_is_not_there_is_refused_before_the_first_step(make, held_out):
+    run = make("run", asking(held_out, best="accuracy/c"))
+    with pytest.raises(
+        ConfigError, match=r"'accuracy/c', which is not measured: expected one of loss, ntp, depth/1/.*/b$"
+    ):
+        train(run)
+    assert not checkpoints(Path(run.output)) and not (Path(run.output) / "log.jsonl").exists()
+
+
+def test_predictions_are_drawn_and_nothing_else_changes(make, held_out):
+    """A sheet for each image: beside the image three tiles for depth and seg (teacher, two layers), two for gen."""
+    logging = {"report_to": ["tensorboard"]}
+    plain, drawn = (
+        make(name, losses(held_out, draw=draw), logging=logging) for name, draw in (("plain", 0), ("drawn", 2))
+    )
+    train(plain)
+    train(drawn)
+    ours, theirs = (load_file(Path(run.output) / "model" / "model.safetensors") for run in (plain, drawn))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    output = Path(drawn.output)
+    assert not (Path(plain.output) / "drawings").exists()
+    sheets = {str(path.relative_to(output / "drawings")) for path in output.glob("drawings/*/*.png")}
+    assert sheets == {f"step_00000{step}/{number}.png" for step in (2, 4) for number in (1, 2)}
+    read = EventAccumulator(str(output / "tensorboard"))
+    read.Reload()
+    assert [event.step for event in read.Images("drawings/2")] == [2, 4]
+    with Image.open(output / "drawings" / "step_000002" / "1.png") as sheet:
+        assert sheet.size == contact_sheet([[("a", sheet)] * 4] * 2 + [[("a", sheet)] * 3], SIDE).size
+
+
+def test_drawings_need_teachers(make, held_out):
+    with pytest.raises(ValueError, match="shows what teachers see, and this stage has none"):
+        make("run", losses(held_out, draw=1), stage="ift")
+    with pytest.raises(ValueError, match=r"needs teachers that draw, and 'distillation\.targets'"):
+        make("run", losses(held_out, draw=1), distillation=tiny.distillation(targets="store"))
+
+
 def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
     train(make("run", losses(rows)))
     assert "images of the held-out rows are trained on" in capfd.readouterr().out.replace("\n", " ")
@@ -174,6 +215,7 @@ def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
         ({"questions": "a.json", "benchmark": "mmstar"}, "not both"),
         ({"questions": "a.json", "best": "loss"}, "not measured without loss_on"),
         ({"loss_on": [{"json": "a", "images": "b"}], "best": "accuracy"}, "not measured without questions"),
+        ({"questions": "a.json", "draw": 1}, "'draw' shows images of 'loss_on'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
@@ -183,9 +225,9 @@ def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
 
 def test_faults_show_before_training(make, held_out):
     with pytest.raises(ConfigError, match="no benchmark 'mmstat', there are"):
-        answers_while_training(make("run", {"benchmark": "mmstat"}))
+        evaluator_of(make("run", {"benchmark": "mmstat"}))
     with pytest.raises(ConfigError, match="visper data prepare mmstar"):
-        answers_while_training(make("run", {"benchmark": "mmstar"}))
+        evaluator_of(make("run", {"benchmark": "mmstar"}))
 
 
 def test_a_best_by_another_measure_is_never_taken_for_this_one(make, held_out):
@@ -202,7 +244,7 @@ def test_a_best_by_another_measure_is_never_taken_for_this_one(make, held_out):
 
 
 def test_a_run_that_asks_needs_somebody_to_answer(make, held_out):
-    with pytest.raises(ConfigError, match="answers_while_training"):
+    with pytest.raises(ConfigError, match="evaluator_of"):
         run_stage(make("run", asking(held_out)))
 
 

@@ -44,7 +44,7 @@ def run(
     from visper.evaluation.ask import load_to_ask
     from visper.evaluation.contact_sheet import with_note
     from visper.evaluation.predictions import load_pre_trained, other_weights_note
-    from visper.evaluation.visualize import PROMPT, folder_gallery, look, needs_gallery, run_gallery
+    from visper.evaluation.visualize import PROMPT, first_images, folder_gallery, look, needs_gallery
 
     shown = open_image(image)
     note = None if predictors is None else other_weights_note(predictors, model)
@@ -52,7 +52,7 @@ def run(
     found = load_pre_trained(predictors or model, overrides or [], student)
     others = []
     if needs_gallery(found):
-        others = folder_gallery(gallery) if gallery is not None else run_gallery(found.run)
+        others = folder_gallery(gallery) if gallery is not None else first_images(found.run.data)
     sheet = look(found, shown, prompt or PROMPT, others)
     if note is not None:
         sheet = with_note(sheet, note)

@@ -22,7 +22,7 @@ def run(
 
     runs = [load_run(recipe, overrides or []) for recipe in recipes]
 
-    from visper.evaluation.while_training import answers_while_training
+    from visper.evaluation.while_training import evaluator_of
     from visper.planning.recomputation import least_recomputation
     from visper.training import run_pipeline, start_processes
 
@@ -30,4 +30,4 @@ def run(
         raise ConfigError("stages of one pipeline ask for different launch.processes: --set launch.processes=N")
     if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):
         return
-    run_pipeline(runs, answers_while_training, least_recomputation)
+    run_pipeline(runs, evaluator_of, least_recomputation)

@@ -23,12 +23,12 @@ def run(
 
     settings = load_run(recipe, overrides or [])
 
-    from visper.evaluation.while_training import answers_while_training
+    from visper.evaluation.while_training import evaluator_of
     from visper.planning.recomputation import least_recomputation
     from visper.training import run_stage, start_processes
 
     options = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
     if start_processes(settings.launch, ["train", recipe, *(overrides or []), *options]):
         return
-    answer = answers_while_training(settings)
-    run_stage(settings, resume=resume, accept_changes=accept_changes, answer=answer, recomputation=least_recomputation)
+    evaluator, choose = evaluator_of(settings), least_recomputation
+    run_stage(settings, resume=resume, accept_changes=accept_changes, evaluator=evaluator, recomputation=choose)

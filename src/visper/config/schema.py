@@ -13,6 +13,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -211,6 +212,9 @@ class Evaluation(Section):
         None, description="value by which the best checkpoint is kept; default: accuracy where asked, else loss"
     )
 
+    draw: NonNegativeInt = Field(
+        0, description="images of loss_on whose predictions are drawn beside what the teachers see"
+    )
     use_best: bool = Field(False, description="the finished model has the best checkpoint's weights, not the last ones")
 
     @property
@@ -236,6 +240,8 @@ class Evaluation(Section):
             raise ValueError("give 'questions' or 'benchmark', not both")
         if self.images is not None and self.questions is None:
             raise ValueError("'images' belongs to 'questions': remove it")
+        if self.draw and not self.loss_on:
+            raise ValueError("'draw' shows images of 'loss_on': give that, too")
         needs = "loss_on" if not self.higher_is_better else "questions or a benchmark"
         if not (self.asks if self.higher_is_better else self.loss_on):
             raise ValueError(f"best '{self.measure.removeprefix(EVALUATED)}' is not measured without {needs}: give it")
@@ -313,10 +319,12 @@ class Run(Section):
             raise ValueError(
                 f"evaluation.use_best is not supported with launch.engine={engine}: use launch.engine=fsdp"
             )
-        if engine is Engine.ZERO3 and self.evaluation is not None and self.evaluation.asks:
+        if self.evaluation is not None and self.evaluation.draw:
+            self._require_drawable()
+        if engine is Engine.ZERO3 and self.evaluation is not None and (self.evaluation.asks or self.evaluation.draw):
             raise ValueError(
-                f"evaluation with questions is not supported with launch.engine={engine}: use launch.engine=fsdp, or "
-                "'loss_on' alone"
+                f"evaluation with questions or drawings is not supported with launch.engine={engine}: use "
+                "launch.engine=fsdp, or 'loss_on' alone"
             )
         if self.lora is not None and self.lora.quantize is not None and engine is not Engine.DDP:
             raise ValueError(
@@ -335,3 +343,12 @@ class Run(Section):
                     "to image_tokens"
                 )
         return self
+
+    def _require_drawable(self) -> None:
+        if self.distillation is None or not self.distillation.taught:
+            raise ValueError("evaluation.draw shows what teachers see, and this stage has none: remove it")
+        if self.distillation.targets is not None:
+            raise ValueError(
+                "evaluation.draw needs teachers that draw, and 'distillation.targets' stands in their place: remove "
+                "one of them (`visper look` draws a finished run)"
+            )

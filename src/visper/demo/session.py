@@ -20,7 +20,7 @@ from visper.evaluation import load_to_ask
 from visper.evaluation.ask import as_conversation, row_inputs
 from visper.evaluation.contact_sheet import with_note
 from visper.evaluation.predictions import PreTrained, load_pre_trained, other_weights_note, predictors_folder
-from visper.evaluation.visualize import PROMPT, look, needs_gallery, run_gallery
+from visper.evaluation.visualize import PROMPT, first_images, look, needs_gallery
 
 EXAMPLES = 3
 """Images offered to visitors."""
@@ -56,7 +56,7 @@ class Session:
         self.examples: list[Path] = []
         if self.predictors is not None:
             run = load_run(self.predictors / "distillation" / "run.yaml")
-            for number, image in enumerate(run_gallery(run, EXAMPLES), start=1):
+            for number, image in enumerate(first_images(run.data, EXAMPLES), start=1):
                 self.examples.append(self.examples_folder / f"example-{number}.png")
                 image.save(self.examples[-1])
 
@@ -138,6 +138,6 @@ class Session:
         with self._turn:
             if self._found is None:
                 self._found = load_pre_trained(self.predictors, self._overrides, self.student)
-                self._gallery = run_gallery(self._found.run) if needs_gallery(self._found) else []
+                self._gallery = first_images(self._found.run.data) if needs_gallery(self._found) else []
             sheet = look(self._found, shown, question or PROMPT, self._gallery)
         return sheet if self.warning is None else with_note(sheet, self.warning)

@@ -180,6 +180,11 @@ class EmbeddingDistillation(nn.Module):
             return predicted
         return {layer: laid_on_grid(value, task.target, reading.places) for layer, value in predicted.items()}
 
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Of every term, such as ``depth/20/smooth_l1``."""
+        return tuple(self._factors)
+
     def total(self, terms: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
         """The weighted sum of the terms, to be added to the next-token loss.
 

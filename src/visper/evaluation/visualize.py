@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from visper.common.errors import ConfigError, DataError
-from visper.config import Run
+from visper.config import Data
 from visper.data.checks.digests import contents_of
 from visper.data.images import arrange, background_of, open_image
 from visper.data.rows.records import DropList
@@ -75,10 +75,10 @@ def needs_gallery(found: PreTrained) -> bool:
     return not all(teacher.draws_images for teacher in found.teachers.values())
 
 
-def run_gallery(run: Run, count: int = GALLERY) -> list[Image.Image]:
-    """The first ``count`` images of a run's data; fewer, or none, where they are not here any more."""
+def first_images(data: Data, count: int = GALLERY) -> list[Image.Image]:
+    """The first ``count`` images of a run's rows; fewer, or none, where they are not here any more."""
     try:
-        records = open_records(row_files(run.data), DropList())
+        records = open_records(row_files(data), DropList())
     except (ConfigError, DataError, OSError):
         return []
     return _opened(_images_of(records), count)

@@ -1,4 +1,4 @@
-"""Answers of a model that is being trained, for ``run.evaluation``; ``training.held_out`` decides when."""
+"""Answers and drawings of a model that is being trained, for ``run.evaluation``; ``training.held_out`` decides when."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.sampler import spread
+from visper.distillation import Teacher
 from visper.evaluation.ask import answer
 from visper.evaluation.asking import Prompt, open_images, require_askable
 from visper.evaluation.benchmarks import BENCHMARKS
 from visper.evaluation.benchmarks.run import reading_of
 from visper.evaluation.image_sources import ImageSource
+from visper.evaluation.predictions import PreTrained
 from visper.evaluation.question_files import open_questions
 from visper.evaluation.questions import judge
 from visper.evaluation.scores import EVERYTHING, scores
+from visper.evaluation.visualize import first_images, look
 from visper.model import Student
+from visper.training.held_out import Draw, Evaluator
+from visper.training.module import TrainingModel
 
 BATCH = 16
 Scorer = Callable[[Sequence[str | None]], dict[str, float]]
@@ -60,8 +66,38 @@ class WhileTraining:
         return self.score([everything.get(at) for at in range(len(self.prompts))])
 
 
-def answers_while_training(run: Run) -> WhileTraining | None:
-    """What a run asks while it trains; None where it asks nothing. Reads the questions, so faults show before training.
+def evaluator_of(run: Run) -> Evaluator | None:
+    """What asks and draws for a run while it trains; None where it does neither. Faults show before training.
+
+    Raises:
+        ConfigError: an unknown benchmark, or one that is not prepared.
+        DataError: questions or held-out rows that cannot be read, or whose images are not there.
+    """
+    if run.evaluation is None or not (run.evaluation.asks or run.evaluation.draw):
+        return None
+    asked = _asked(run)
+    values = () if asked is None else tuple(asked.score([None] * len(asked.prompts)))
+    return Evaluator(asked, _drawn(run) if run.evaluation.draw else None, values)
+
+
+def _drawn(run: Run) -> Draw:
+    """Draws the first images of the held-out rows."""
+    assert run.evaluation is not None
+    held_out = run.data.model_copy(update={"sources": run.evaluation.loss_on, "drop_list": ()})
+    gallery = first_images(held_out)
+    if not gallery:
+        raise DataError("no images", "no image of evaluation.loss_on can be read, and evaluation.draw shows some")
+    count = run.evaluation.draw
+
+    def draw(model: TrainingModel, teachers: Mapping[str, Teacher]) -> dict[str, Image.Image]:
+        found = PreTrained(run, model, teachers)
+        return {str(number): look(found, image, gallery=gallery) for number, image in enumerate(gallery[:count], 1)}
+
+    return draw
+
+
+def _asked(run: Run) -> WhileTraining | None:
+    """What a run asks; reads the questions.
 
     Raises:
         ConfigError: an unknown benchmark, or one that is not prepared.

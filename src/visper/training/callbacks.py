@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from visper.common.errors import ConfigError
 from visper.common.files import write_text
 from visper.config import EVALUATED
 from visper.training.monitor import OPTIMIZER, StepClock
@@ -46,37 +42,6 @@ class JsonlCallback(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-def require_trackers(names: Sequence[str], project: str) -> None:
-    """Checks, before anything is loaded, that the trackers of ``logging.report_to`` can be used; names W&B's project.
-
-    Raises:
-        ConfigError: one is not installed, or W&B is not logged in; the message says what to do.
-    """
-    for name in names:
-        if find_spec(name) is None:  # package and extra have one name
-            raise ConfigError(
-                f"logging.report_to names {name}, which is not installed: pip install 'visper-lm[{name}]'"
-            )
-    if "wandb" in names:
-        os.environ.setdefault("WANDB_PROJECT", project)  # the Trainer passes no project on to W&B
-    if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
-        import wandb
-
-        if wandb.api.api_key is None:
-            raise ConfigError(
-                "logging.report_to names wandb, which is not logged in: run `wandb login`, set WANDB_API_KEY, or keep "
-                "the log on this machine with WANDB_MODE=offline"
-            )
-
-
-def tensorboard(folder: Path) -> TrainerCallback:
-    """The Trainer's TensorBoard callback, writing beside the run: by default it writes into staging."""
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return TensorBoardCallback(SummaryWriter(str(folder)))
 
 
 class EpochCallback(TrainerCallback):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, TrainingError
-from visper.common.files import write_text
+from visper.common.files import atomic_path, write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
 from visper.data.rows.table import Records
 from visper.data.sampler import spread
@@ -38,6 +40,8 @@ from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import FORWARD_KEYS, StageTrainer
 
+DRAWINGS = "drawings"
+"""In the run's folder: a folder for each evaluation, with the predictions it drew."""
 BEST = "best.json"
 """In the run's folder: value, step and checkpoint of the best evaluation so far."""
 
@@ -45,32 +49,61 @@ Share = tuple[int, int]
 """Number of this process and of all that answer."""
 Answer = Callable[[Student, Share, Callable[..., Tensor]], Mapping[str, float]]
 """Asks this process's share of the questions, with the given ``generate``: accuracies by name, the same on all."""
+Draw = Callable[[TrainingModel, Mapping[str, Teacher]], Mapping[str, Image.Image]]
+"""Draws what the tapped layers predict beside what the live teachers see: images by name. Every process calls it."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What ``evaluation`` does for a run that trains: the functions are None where the run does not ask for them."""
+
+    answer: Answer | None = None
+    draw: Draw | None = None
+    values: Sequence[str] = ()
+    """Names of what ``answer`` gives."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is evaluated: rows for the losses, and a function that asks."""
+    """What is evaluated: rows for the losses, and what asks and draws."""
 
     settings: Evaluation
     optimization: Optimization
     student: Student
     rows: StageData | None = None
-    answer: Answer | None = None
+    evaluator: Evaluator | None = None
 
     def measure(self, trainer: StageTrainer) -> dict[str, float]:
         """Every held-out value by name, the same on all processes. Every process must call."""
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        was_training = model.training
-        model.eval()
         found: dict[str, float] = {}
-        with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        with _evaluating(trainer) as model:
             if self.rows is not None:
                 found |= self._losses(trainer, model, self.rows)
-            if self.answer is not None:
-                found |= self._accuracies(trainer, model, self.answer)
-        model.train(was_training)
-        reshard(model)
+            if self.evaluator is not None and self.evaluator.answer is not None:
+                found |= self._accuracies(trainer, model, self.evaluator.answer)
         return {f"{EVALUATED}{name}": value for name, value in found.items()}
+
+    def require_measure(self, model: TrainingModel) -> None:
+        """Raises ConfigError if ``evaluation.best`` is not among the values that ``measure`` will give."""
+        values: list[str] = []
+        if self.rows is not None:
+            names = self.rows.dataset.source_names
+            terms = () if model.objective is None else model.objective.term_names
+            values = ["loss", NTP, *(f"{NTP}/{name}" for name in names if len(names) > 1), *terms]
+        if self.evaluator is not None:
+            values += self.evaluator.values
+        measure = self.settings.measure.removeprefix(EVALUATED)
+        if measure not in values:
+            raise ConfigError(
+                f"evaluation.best names '{measure}', which is not measured: expected one of {', '.join(values)}"
+            )
+
+    def draw(self, trainer: StageTrainer) -> Mapping[str, Image.Image]:
+        """Drawn predictions by name; none where the run asks for none. Every process must call."""
+        if self.evaluator is None or self.evaluator.draw is None:
+            return {}
+        with _evaluating(trainer) as model:
+            return self.evaluator.draw(model, trainer.teachers)
 
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
         """Each term's mean, over global batches of training's size, as contrastive terms depend on their size."""
@@ -122,14 +155,27 @@ class HeldOut:
         return dict(answer(self.student, share, model.generate))
 
 
+@contextmanager
+def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
+    """The model in evaluation mode, in training's precision; random states are as before afterwards."""
+    model: TrainingModel = trainer.accelerator.unwrap_model(trainer.model)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        yield model
+    model.train(was_training)
+    reshard(model)
+
+
 class EvaluationCallback(TrainerCallback):
     """Evaluates every so many steps and after the last, logs the values, and keeps the best checkpoint.
 
     Attributes:
-        trainer: set once it is there.
+        trainer, log_images: set once they are there; the latter takes images by name, and the step.
     """
 
     trainer: StageTrainer
+    log_images: Callable[[Mapping[str, Image.Image], int], None]
 
     def __init__(self, held_out: HeldOut, output: Path) -> None:
         self.held_out = held_out
@@ -141,6 +187,7 @@ class EvaluationCallback(TrainerCallback):
 
         Only of checkpoints that are still there: of another measure's evaluations others were kept.
         """
+        self.held_out.require_measure(self.trainer.accelerator.unwrap_model(self.trainer.model))
         measure, log = self.held_out.settings.measure, self.output / LOG
         for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
             entry = json.loads(line)
@@ -155,13 +202,19 @@ class EvaluationCallback(TrainerCallback):
             return
         values = self.held_out.measure(self.trainer)
         self.trainer.log(dict(values))
-        if settings.measure not in values:
-            raise ConfigError(
-                f"evaluation.best names '{settings.best}', which is not measured: expected one of "
-                f"{', '.join(name.removeprefix(EVALUATED) for name in values)}"
-            )
+        self._draw(state.global_step)
         if self._take(values[settings.measure], state.global_step):
             control.should_save = True
+
+    def _draw(self, step: int) -> None:
+        images = self.held_out.draw(self.trainer)
+        if not self.trainer.is_world_process_zero():
+            return
+        for name, image in images.items():
+            with atomic_path(self.output / DRAWINGS / f"step_{step:06d}" / f"{name}.png") as partial:
+                image.save(partial, "PNG")
+        if images:
+            self.log_images({f"{DRAWINGS}/{name}": image for name, image in images.items()}, step)
 
     def _take(self, value: float, step: int) -> bool:
         """Whether the value is the best so far, which is then written down."""

@@ -9,6 +9,7 @@ Layout of a stage's output::
     distillation/   with distillation: predictors, logit scales and query matrices, for looking and probing
     checkpoints/    what is needed to continue, complete or absent
     log.jsonl       every logged value
+    drawings/       with 'evaluation.draw': predictions of held-out images, a folder for each evaluation
     dropped.jsonl   rows left out, with the reason
     .lock           while a run is in the folder; .lock.json says which process
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,10 +36,10 @@ from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, continue_objective, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
-from visper.training.callbacks import JsonlCallback, console_callback, require_trackers, tensorboard
+from visper.training.callbacks import JsonlCallback, console_callback
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
 from visper.training.content import content_of, require_same_content
-from visper.training.held_out import Answer, EvaluationCallback, HeldOut, best_checkpoint, held_out_rows
+from visper.training.held_out import EvaluationCallback, Evaluator, HeldOut, best_checkpoint, held_out_rows
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -53,6 +54,7 @@ from visper.training.parallel.fsdp import is_sharded, shard, unshard
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
 from visper.training.stopping import StopRequest
+from visper.training.trackers import log_images, require_trackers, tensorboard
 from visper.training.trainer import StageTrainer
 
 ChooseRecomputation = Callable[[Run, int], tuple[float, str]]
@@ -64,7 +66,7 @@ def run_stage(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     accept_changes: bool = False,
-    answer: Answer | None = None,
+    evaluator: Evaluator | None = None,
     recomputation: ChooseRecomputation | None = None,
 ) -> Path:
     """Trains one stage and returns the folder of the finished student.
@@ -72,8 +74,8 @@ def run_stage(
     Args:
         resume: continue from the newest undamaged checkpoint in the run's output.
         callbacks: more of the Trainer's callbacks.
-        answer: asks what ``run.evaluation`` names (``evaluation.while_training``); with questions or a benchmark.
         accept_changes: continue although rows, images or weights have changed since the run began.
+        evaluator: asks and draws what ``run.evaluation`` says (``evaluation.while_training``).
         recomputation: decides ``gradient_checkpointing: auto`` on a GPU (``planning.recomputation``); without it,
             everything is recomputed there.
 
@@ -84,10 +86,10 @@ def run_stage(
     """
     row_files(run.data)  # missing data and trackers are reported before anything is loaded
     require_trackers(run.logging.report_to, run.logging.project)
-    if answer is None and run.evaluation is not None and run.evaluation.asks:
+    if evaluator is None and run.evaluation is not None and (run.evaluation.asks or run.evaluation.draw):
         raise ConfigError(
-            "the run asks questions while it trains, and nothing answers them: give run_stage "
-            "answer=visper.evaluation.while_training.answers_while_training(run)"
+            "the run asks questions or draws predictions while it trains, which an evaluator does: give run_stage "
+            "evaluator=visper.evaluation.while_training.evaluator_of(run)"
         )
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
@@ -111,7 +113,7 @@ def run_stage(
         model = build_model(run, student, teachers, processes, console)
         if processes.is_main_process:
             claim_output(run, output, content)
-        watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, answer, console)]
+        watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, evaluator, console)]
         trainer = build_trainer(run, model, data, teachers, processes, watchers)
         train(trainer, checkpoint, console, run.evaluation)
         if processes.is_main_process:
@@ -123,7 +125,7 @@ def run_stage(
 
 def run_pipeline(
     runs: Sequence[Run],
-    answer: Callable[[Run], Answer | None] = lambda run: None,
+    evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
     recomputation: ChooseRecomputation | None = None,
 ) -> None:
     """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
@@ -132,7 +134,7 @@ def run_pipeline(
         if is_finished(run):
             announce(console, "finished", f"{run.name}: {run.output}")
             continue
-        run_stage(run, resume=True, answer=answer(run), recomputation=recomputation)
+        run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
 
 
 def join_processes(launch: Launch) -> PartialState:
@@ -251,8 +253,10 @@ def build_trainer(
     everything that is loaded."""
     output = Path(run.output)
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), console_callback(), *callbacks]
+    board = None
     if "tensorboard" in run.logging.report_to and processes.is_main_process:
-        watchers.append(tensorboard(output / "tensorboard"))
+        board = tensorboard(output / "tensorboard")
+        watchers.append(board)
     zero = zero_settings(run) if uses_zero(run.launch) else None
     arguments = training_arguments(run, output, processes.num_processes, zero)
     trainer = StageTrainer(
@@ -262,6 +266,7 @@ def build_trainer(
     for watcher in watchers:
         if isinstance(watcher, EvaluationCallback):
             watcher.trainer = trainer
+            watcher.log_images = partial(log_images, run.logging.report_to, board=getattr(board, "tb_writer", None))
     return trainer
 
 
@@ -271,14 +276,14 @@ def evaluation_callback(
     teachers: Mapping[str, Teacher],
     targets: TargetStore | None,
     data: StageData,
-    answer: Answer | None,
+    evaluator: Evaluator | None,
     console: Console,
 ) -> list[EvaluationCallback]:
     """What evaluates the run while it trains, if it asks for that."""
     if run.evaluation is None:
         return []
     rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
-    return [EvaluationCallback(HeldOut(run.evaluation, run.optimization, student, rows, answer), Path(run.output))]
+    return [EvaluationCallback(HeldOut(run.evaluation, run.optimization, student, rows, evaluator), Path(run.output))]
 
 
 def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:

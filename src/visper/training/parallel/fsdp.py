@@ -37,7 +37,8 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     for layer in model.student.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, "generate")  # answers while training
+    for method in ("generate", "predict"):  # answers and drawings while training
+        register_fsdp_forward_method(model, method)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
 
