@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.logs import computed
 from visper.common.errors import ConfigError
 from visper.config import Run
 from visper.data.images import open_image
@@ -107,6 +108,12 @@ def test_every_term_is_measured_every_so_often_and_at_the_end(make, held_out):
     names = {name for name in found[4] if name.startswith("eval/")}
     assert {"eval/loss", "eval/ntp", "eval/depth/1/smooth_l1", "eval/gen/3/info_nce"} <= names
     assert found[4]["eval/ntp"] < found[3]["eval/ntp"] + 1
+
+
+def test_steps_that_are_evaluated_are_logged_too(make, held_out):
+    run = make("run", losses(held_out, every=2))
+    train(run)
+    assert [entry["step"] for entry in computed(run.output)] == [1, 2, 3, 4]
 
 
 def test_the_loss_is_the_mean_over_the_rows_however_they_are_split(make, held_out):

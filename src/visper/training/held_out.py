@@ -201,7 +201,9 @@ class EvaluationCallback(TrainerCallback):
         if state.global_step % settings.every and state.global_step != state.max_steps:
             return
         values = self.held_out.measure(self.trainer)
+        due = control.should_log
         self.trainer.log(dict(values))
+        control.should_log = due  # logging clears it, and the step's own line would be left out
         self._draw(state.global_step)
         if self._take(values[settings.measure], state.global_step):
             control.should_save = True
