@@ -267,6 +267,19 @@ class Launch(Section):
     processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
     engine: Engine = Field(default=Engine.DDP, description="ddp, fsdp, zero2 or zero3: what each process holds")
     timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
+    reduce_once: bool = Field(
+        default=False,
+        description="fsdp: reduce gradients once a step, not after each micro-batch; needs memory for all of them",
+    )
+
+    @model_validator(mode="after")
+    def _sharding_is_fsdp(self) -> Launch:
+        if self.reduce_once and self.engine is not Engine.FSDP:
+            raise ValueError(
+                f"reduce_once belongs to engine fsdp, this is '{self.engine}' (ddp reduces once a step anyway): remove "
+                "it"
+            )
+        return self
 
 
 JOINING_ATTENTION = ("sdpa", "flex_attention")

@@ -31,7 +31,7 @@ from visper.training.module import TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
-from visper.training.parallel.fsdp import gathered, is_sharded
+from visper.training.parallel.fsdp import choose_reduction, gathered, is_sharded
 from visper.training.resume import write_order
 from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
@@ -167,6 +167,8 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward; after the last micro-batch of a step the monitor decides whether the step counts."""
+        if self.sharded and self.launch.reduce_once:
+            choose_reduction(self._bare(), last=self.accelerator.sync_gradients)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1

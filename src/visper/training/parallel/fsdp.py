@@ -3,7 +3,7 @@
 The decoder's layers are gathered one at a time; everything else, the encoder included, makes one group that is gathered
 once a step, so that a process whose samples have no image never waits for one whose samples have. torch's
 ``fully_shard`` is called here and not by accelerate, which uses it on GPUs only: what the tests run on two CPU
-processes is what a cluster runs.
+processes is what a cluster runs. So accelerate's ``no_sync`` does not know of it either (``choose_reduction``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,16 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
         register_fsdp_forward_method(model, method)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
+
+
+def choose_reduction(model: nn.Module, last: bool) -> None:
+    """Lets the coming backward pass keep its gradients on this process, unless it is the ``last`` of a step.
+
+    They add up unsharded in float32: 4 bytes for each trainable parameter. The last one's backward pass reduces the
+    sums.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
 
 
 def reshard(model: nn.Module) -> None:
