@@ -111,10 +111,11 @@ def test_faults_name_file_key_and_remedy(override, message):
     assert str(error.value).startswith(RECIPE)
 
 
-def test_how_shards_are_reduced_is_refused_where_nothing_is_sharded():
-    with pytest.raises(ConfigError, match="reduce_once belongs to engine fsdp, this is 'ddp'"):
-        load_run("llama3-8b-vit-l/ift", ["launch.reduce_once=true"])
-    load_run("llama3-8b-vit-l/ift", ["launch.reduce_once=true", "launch.engine=fsdp"])
+@pytest.mark.parametrize(("key", "value"), [("reduce_once", "true"), ("replicas", "2")])
+def test_how_shards_are_held_and_reduced_is_refused_where_nothing_is_sharded(key, value):
+    with pytest.raises(ConfigError, match=f"{key} belongs to engine fsdp, this is 'ddp'"):
+        load_run("llama3-8b-vit-l/ift", [f"launch.{key}={value}"])
+    load_run("llama3-8b-vit-l/ift", [f"launch.{key}={value}", "launch.engine=fsdp"])
 
 
 @pytest.mark.parametrize(

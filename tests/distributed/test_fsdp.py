@@ -10,9 +10,17 @@ import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
 from tests import tiny
-from tests.distributed.test_training import IMAGE_TOKENS, assert_equal_runs, make, train  # noqa: F401
+from tests.distributed.test_training import (
+    IMAGE_TOKENS,
+    assert_equal_runs,
+    cut_behind_step_2,
+    make,  # noqa: F401
+    train,
+)
 from visper.common.compat import around_operations
+from visper.common.errors import ConfigError
 from visper.config import load_run
+from visper.training.parallel.fsdp import check_replicas
 from visper.training.run import run_stage
 
 
@@ -73,3 +81,28 @@ def test_gradients_are_reduced_after_each_micro_batch_or_once_a_step_with_the_sa
         steps = trained(two, 2, tmp_path)
         assert [step["_reduce_scatter_base_"] for step in steps] == [reductions] * 3
         assert_equal_runs(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("once", [False, True])
+def test_two_copies_of_two_processes_equal_one_and_exchange_gradients_once_a_step(once, make, tmp_path):  # noqa: F811
+    settings = {"images": 3, "optimization": {"global_batch": 8, "micro_batch": 1, "max_steps": 3}}
+    one = make("vpt", "one", **settings)
+    train(one)
+    launch = {"engine": "fsdp", "replicas": 2, "reduce_once": once}
+    four = make("vpt", "four", launch=launch, **settings)
+    steps = trained(four, 4, tmp_path)
+    groups = 4 + 1
+    assert [step["_reduce_scatter_base_"] for step in steps] == [groups if once else 2 * groups] * 3
+    assert [step["allreduce_"] for step in steps] == [1 + groups] * 3  # one is of counts
+    assert_equal_runs(one, four)
+    cut_behind_step_2(four, tmp_path / "away")  # two copies have saved, one process resumes
+    train(four, "launch.replicas=1", "launch.engine=ddp", "launch.reduce_once=false", "--resume")
+    assert_equal_runs(one, four)
+
+
+@pytest.mark.parametrize(("replicas", "each"), [(8, "one process of 8"), (3, "2.67 processes of 8")])
+def test_copies_that_do_not_divide_the_processes_are_refused(replicas, each):
+    with pytest.raises(ConfigError, match=f"gives each copy of the model {each}: set it to the number of nodes"):
+        check_replicas(replicas, 8)
+    check_replicas(2, 8)

@@ -271,14 +271,22 @@ class Launch(Section):
         default=False,
         description="fsdp: reduce gradients once a step, not after each micro-batch; needs memory for all of them",
     )
+    replicas: PositiveInt = Field(
+        default=1,
+        description="fsdp: copies of the model, each shared out over its part of the processes, such as a node",
+    )
 
     @model_validator(mode="after")
     def _sharding_is_fsdp(self) -> Launch:
-        if self.reduce_once and self.engine is not Engine.FSDP:
+        if self.engine is Engine.FSDP:
+            return self
+        if self.reduce_once:
             raise ValueError(
                 f"reduce_once belongs to engine fsdp, this is '{self.engine}' (ddp reduces once a step anyway): remove "
                 "it"
             )
+        if self.replicas > 1:
+            raise ValueError(f"replicas belongs to engine fsdp, this is '{self.engine}': remove it")
         return self
 
 

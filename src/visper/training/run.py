@@ -50,7 +50,7 @@ from visper.training.parallel.deepspeed import (
     zero_settings,
     zero_state,
 )
-from visper.training.parallel.fsdp import is_sharded, shard, unshard
+from visper.training.parallel.fsdp import check_replicas, is_sharded, shard, unshard
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
 from visper.training.stopping import StopRequest
@@ -141,7 +141,7 @@ def join_processes(launch: Launch) -> PartialState:
     """This process's place among those of the run.
 
     Raises:
-        ConfigError: one process sees several GPUs.
+        ConfigError: one process sees several GPUs, or ``launch.replicas`` does not divide the processes.
     """
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
@@ -152,6 +152,7 @@ def join_processes(launch: Launch) -> PartialState:
             f"one process sees {count} GPUs: start one process a GPU (`torchrun --nproc-per-node {count} -m visper "
             "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
+    check_replicas(launch.replicas, processes.num_processes)
     return processes
 
 
@@ -234,8 +235,10 @@ def build_model(
     if run.optimization.recomputation:
         model.recompute_activations(run.optimization.recomputation)
     if run.launch.engine is Engine.FSDP and processes.num_processes > 1:
-        share = shard(model, processes.num_processes, run.optimization.precision == "bfloat16")
-        announce(console, "sharded", f"{share:.1%} of the weights on each of {processes.num_processes} processes")
+        copies = run.launch.replicas
+        share = shard(model, processes.num_processes, copies, run.optimization.precision == "bfloat16")
+        text = f"{share:.1%} of the weights on each of {processes.num_processes} processes"
+        announce(console, "sharded", text if copies == 1 else f"{text}, {copies} copies")
     elif uses_zero(run.launch):
         prepare_for_zero(run.launch, model)
     return model

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.common.ranks import first_decides
-from visper.config import Launch, Logging, Optimization
+from visper.config import Engine, Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
@@ -167,8 +167,8 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward; after the last micro-batch of a step the monitor decides whether the step counts."""
-        if self.sharded and self.launch.reduce_once:
-            choose_reduction(self._bare(), last=self.accelerator.sync_gradients)
+        if self.sharded and self.launch.engine is Engine.FSDP:
+            choose_reduction(self._bare(), self.accelerator.sync_gradients, self.launch.reduce_once)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1

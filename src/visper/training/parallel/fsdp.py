@@ -17,20 +17,38 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from visper.common.compat import is_partitioned
+from visper.common.errors import ConfigError
 from visper.training.module import TrainingModel
 
 
-def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
+def check_replicas(replicas: int, processes: int) -> None:
+    """Refuses copies that do not each have the same number of processes, and more than one.
+
+    Raises:
+        ConfigError: what it could be.
+    """
+    if replicas > 1 and (processes % replicas or processes == replicas):
+        each = "one process" if processes == replicas else f"{processes / replicas:.3g} processes"
+        raise ConfigError(
+            f"launch.replicas is {replicas}, which gives each copy of the model {each} of {processes}: set it to the "
+            "number of nodes, or to another divisor of the processes below their number; launch.engine=ddp does not "
+            "share weights out"
+        )
+
+
+def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -> float:
     """Shards ``model`` over all processes, in place.
 
     Args:
+        replicas: copies, each sharded over successive processes (torchrun numbers a node's in a row).
         bfloat16: layers are gathered and multiplied in it; trainable weights and gradient sums stay in float32.
 
     Returns:
         The share of the weights that lies on this process.
     """
     on_gpu = torch.cuda.is_available()
-    mesh = init_device_mesh("cuda" if on_gpu else "cpu", (processes,))
+    sizes = (processes,) if replicas == 1 else (replicas, processes // replicas)  # (shard,) or (replicate, shard)
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes)
     # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = precision if bfloat16 else MixedPrecisionPolicy()
@@ -43,14 +61,18 @@ def shard(model: TrainingModel, processes: int, bfloat16: bool) -> float:
     return local / sum(p.numel() for p in model.parameters())
 
 
-def choose_reduction(model: nn.Module, last: bool) -> None:
-    """Lets the coming backward pass keep its gradients on this process, unless it is the ``last`` of a step.
+def choose_reduction(model: nn.Module, last: bool, once: bool) -> None:
+    """Says how far the coming backward pass reduces its gradients; the ``last`` of a step reduces the step's sums.
 
-    They add up unsharded in float32: 4 bytes for each trainable parameter. The last one's backward pass reduces the
-    sums.
+    Args:
+        once: the others reduce nothing; gradients add up unsharded in float32, 4 bytes for each trainable parameter.
+            Otherwise they reduce within a copy of the model, and copies exchange their shards once a step.
     """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
+    if once:
+        model.set_requires_gradient_sync(last)
+    else:
+        model.set_requires_all_reduce(last)
 
 
 def reshard(model: nn.Module) -> None:
