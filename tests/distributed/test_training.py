@@ -18,9 +18,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.checkpoints import tensors_of
 from tests.logs import computed
 from visper.common.console import Console
 from visper.common.lock import locked
+from visper.training.checkpoint import STATE
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
@@ -104,8 +106,8 @@ def gradients(recipe):
     checkpoint = recipe.with_suffix("") / "checkpoints" / "checkpoint-3"
     if (checkpoint / "deepspeed.json").exists():
         return deepspeed_moments(checkpoint)
-    saved = torch.load(checkpoint / "optimizer.pt")
-    return {name: moments["exp_avg"] for name, moments in saved["state"].items()}
+    saved = tensors_of(checkpoint, "optimizer")
+    return {name.removesuffix(".exp_avg"): value for name, value in saved.items() if name.endswith(".exp_avg")}
 
 
 def deepspeed_moments(checkpoint):
@@ -331,7 +333,7 @@ def test_a_run_killed_at_any_moment_continues_bit_for_bit(stage, make):
     staging = cut.with_suffix("") / "checkpoints" / ".staging"
     moments = [
         lambda: steps_reached(cut) >= 2,  # mid-epoch
-        (staging / "checkpoint-5" / "model.safetensors").exists,  # while a checkpoint is being written
+        (staging / "checkpoint-5" / STATE).exists,  # while a checkpoint is being written
     ]
     for moment in moments:
         run = start(cut, *(["--resume"] if steps_reached(cut) else []))

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.checkpoints import tensors_of
 from tests.logs import computed
 from visper.common.errors import ConfigError
 from visper.config import Run
@@ -155,7 +156,7 @@ def test_the_finished_model_may_be_the_best_one(make, held_out):
     run = make("run", losses(held_out, every=1, use_best=True), **changes)
     train(run)
     best = json.loads((Path(run.output) / BEST).read_text())["checkpoint"]
-    saved = load_file(Path(run.output) / "checkpoints" / best / "model.safetensors")
+    saved = tensors_of(Path(run.output) / "checkpoints" / best, "weights")
     name = next(name for name in saved if "projector" in name and "weight" in name)
     finished = load_file(Path(run.output) / "model" / "model.safetensors")
     (found,) = (value for key, value in finished.items() if key.split(".")[-2:] == name.split(".")[-2:])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
+from tests.checkpoints import tensors_of
 from visper.common.errors import ConfigError
 from visper.config import Run
 from visper.training import run_stage
@@ -89,7 +90,7 @@ def test_the_adapter_on_the_start_gives_what_the_merged_folder_gives(tuned, star
 
 
 def test_checkpoints_hold_the_updates_and_the_projector_alone(tuned):
-    saved = load_file(tuned / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    saved = tensors_of(tuned / "checkpoints" / "checkpoint-4", "weights")
     assert saved and all(".lora_" in name or "multi_modal_projector" in name for name in saved)
 
 

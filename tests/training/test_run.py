@@ -8,9 +8,11 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
+from tests.checkpoints import tensors_of
 from visper.common.console import Console
 from visper.common.errors import ConfigError, DataError, TrainingError
 from visper.common.lock import HOLDER, LOCK, locked
@@ -21,6 +23,7 @@ from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
 from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
+from visper.training.checkpoint import STATE
 from visper.training.trainer import StageTrainer
 
 
@@ -154,7 +157,7 @@ def test_finished_folder_is_plain_llava(make, tmp_path):
 
 def test_pt_checkpoints_hold_only_what_learns(make, tmp_path):
     run_stage(make("pt"))
-    saved = load_file(tmp_path / "pt" / "checkpoints" / "checkpoint-4" / "model.safetensors")
+    saved = tensors_of(tmp_path / "pt" / "checkpoints" / "checkpoint-4", "weights")
     heads = ("student.model.multi_modal_projector", "task_tokens", "objective.predictors", "objective.logit_scales")
     assert saved and all(name.startswith(heads) for name in saved)
 
@@ -320,15 +323,15 @@ def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, ti
 
 def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):
     run = make("pt")
-    save = StageTrainer.save_model
+    write = HuggingFaceStorageWriter.write_data
 
-    def full_at_step_four(self, output_dir=None, _internal_call=False):
-        save(self, output_dir, _internal_call)
-        if self.state.global_step == 4:
+    def full_at_step_four(self, *args):
+        if "checkpoint-4" in str(self.path):
             raise OSError(28, "No space left on device")
+        return write(self, *args)
 
-    monkeypatch.setattr(StageTrainer, "save_model", full_at_step_four)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full_at_step_four)
+    with pytest.raises(TrainingError, match=r"'checkpoint-4' could not be written .*No space left on device"):
         run_stage(run)
     monkeypatch.undo()
     places = sorted(p.name for p in (tmp_path / "pt" / "checkpoints").glob("checkpoint-*"))
@@ -448,10 +451,13 @@ def test_a_checkpoint_of_another_model_is_refused(make, monkeypatch, tmp_path):
     with pytest.raises(Stop):
         run_stage(make("ift"))
     monkeypatch.undo()
-    file = tmp_path / "ift" / "checkpoints" / "checkpoint-2" / "model.safetensors"
-    weights = load_file(file)
-    save_file({name: value[:-1] if "up_proj" in name else value for name, value in weights.items()}, file)
-    write_manifest(file.parent)
+    checkpoint = tmp_path / "ift" / "checkpoints" / "checkpoint-2"
+    weights = tensors_of(checkpoint, "weights")
+    shutil.rmtree(checkpoint / STATE)
+    cut = {f"weights.{name}": value[:-1] if "up_proj" in name else value for name, value in weights.items()}
+    (checkpoint / STATE).mkdir()
+    save_file(cut, checkpoint / STATE / "cut.safetensors")
+    write_manifest(checkpoint)
     with pytest.raises(ConfigError, match="of another model or stage: 4 parameters differ"):
         run_stage(make("ift"), resume=True)
 

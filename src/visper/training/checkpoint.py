@@ -1,10 +1,11 @@
 """Checkpoints: what is saved, how a checkpoint becomes complete, how it is read.
 
 Saved are the trainable parameters with the buffers of their modules, the optimizer's state, the schedule, the random
-states and the order of the rows; frozen weights come from where the stage started. All of it is unsharded and by
-parameter name, so that another number of processes can resume; only DeepSpeed writes its own. A checkpoint is written
-under ``STAGING``, its manifest last, and moved to its place once it is on the disk. One that no longer matches its
-manifest is set aside, and the newest that does is resumed.
+states and the order of the rows; frozen weights come from where the stage started. Tensors lie in ``STATE`` by
+parameter name, in shards that say which part they are, so that any number of processes under any engine can resume;
+only DeepSpeed writes its own. A checkpoint is written under ``STAGING``, its manifest last, and moved to its place once
+it is on the disk (``checkpoint_writer``). One that no longer matches its manifest is set aside, and the newest that
+does is resumed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 
@@ -30,14 +29,13 @@ from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import flush_names
 from visper.common.manifest import find_damage, write_manifest
-from visper.training.parallel.fsdp import put, whole
 
 FOLDER = "checkpoints"
 STAGING = ".staging"
 DAMAGED = ".damaged"
-WEIGHTS = "model.safetensors"
-OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
-UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+STATE = "state"
+"""Folder of a checkpoint's tensors: safetensors, at least one file of each process that had something to write."""
+SCHEDULER_FILE = "scheduler.pt"
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -132,43 +130,50 @@ def require_finite(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def save_weights(model: nn.Module, folder: Path, write: bool) -> None:
-    """Writes ``trainable_state``. Every process must call; the one that is to ``write`` does."""
-    weights = whole(trainable_state(model).items(), keep=write)
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """What a checkpoint holds of both, by parameter name: tensors, sharded where the model is."""
+    state: dict[str, Any] = {"weights": trainable_state(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
+    return state
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Reads the weights of ``checkpoint`` into ``model``.
+    """Reads the weights of ``checkpoint`` into ``model``, each process its own shards. Every process must call.
 
     Raises:
         ConfigError: it is of another model or stage.
     """
-    saved, own = load_file(checkpoint / WEIGHTS), trainable_state(model)
+    own, saved = trainable_state(model), _saved_weights(checkpoint)
     different = sorted(saved.keys() ^ own.keys())
-    different += [name for name in sorted(saved.keys() & own.keys()) if saved[name].shape != own[name].shape]
+    different += [name for name in sorted(saved.keys() & own.keys()) if saved[name] != own[name].shape]
     if different:
         raise ConfigError(
             f"checkpoint '{checkpoint}' is of another model or stage: {len(different)} parameters differ, "
             f"first {different[:3]}. Resume with the run that wrote it"
         )
-    for name, tensor in own.items():
-        put(tensor, saved[name])
-
-
-def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, write: bool) -> None:
-    """Writes the optimizer's state. Every process must call; the one that is to ``write`` does."""
-    state = get_optimizer_state_dict(model, optimizer, options=UNSHARDED)
-    if write:
-        torch.save(state, folder / OPTIMIZER_FILE)
+    _load({"weights": own}, checkpoint)
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Reads the optimizer's state."""
-    state = torch.load(checkpoint / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    set_optimizer_state_dict(model, optimizer, state, options=UNSHARDED)
+    """Reads the optimizer's state, each process its own shards. Every process must call."""
+    state = get_optimizer_state_dict(model, optimizer)
+    _load({"optimizer": state["state"]}, checkpoint)
+    set_optimizer_state_dict(model, optimizer, state)
+
+
+def _saved_weights(checkpoint: Path) -> dict[str, torch.Size]:
+    if not (checkpoint / STATE).is_dir():
+        return {}
+    found: dict[str, Any] = HuggingFaceStorageReader(str(checkpoint / STATE)).read_metadata().state_dict_metadata
+    return {name.removeprefix("weights."): entry.size for name, entry in found.items() if name.startswith("weights.")}
+
+
+def _load(state: dict[str, Any], checkpoint: Path) -> None:
+    """Fills the tensors of ``state``, whatever number of processes wrote them."""
+    reader = HuggingFaceStorageReader(str(checkpoint / STATE))
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> None:
@@ -176,6 +181,8 @@ def save_scheduler(scheduler: Any, folder: Path) -> None:
     torch.save(scheduler.state_dict(), folder / SCHEDULER_FILE)
 
 
-def load_scheduler(scheduler: Any, checkpoint: Path) -> None:
-    """Reads the state of the learning rate's schedule."""
+def load_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Reads the state of the learning rate's schedule, and gives the optimizer the rates it stands at."""
     scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_FILE, weights_only=True))
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate

@@ -38,13 +38,21 @@ class Counts:
     tokens: int
     image_tokens: int
     pairs: int
+    save_failed: int
 
 
-def count(batches: Sequence[Batch], accelerator: Accelerator, asked_to_stop: bool, unlabeled: int = 0) -> Counts:
+def count(
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    asked_to_stop: bool,
+    unlabeled: int = 0,
+    save_failed: bool = False,
+) -> Counts:
     """Counts this process's micro-batches and sums over processes, in one reduction.
 
     Args:
-        asked_to_stop: whether this process was; the sum tells all of them.
+        asked_to_stop, save_failed: whether this process was told to stop, or knows that a checkpoint cannot be written;
+            the sums tell all of them.
         unlabeled: rows of this process in micro-batches without a supervised token.
     """
     sizes = [batch["sizes"] for batch in batches]
@@ -53,7 +61,9 @@ def count(batches: Sequence[Batch], accelerator: Accelerator, asked_to_stop: boo
     dropped = sum(len(batch.get("dropped", ())) for batch in batches)
     rows = sum(len(batch["labels"]) for batch in batches)
     lengths = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "image_tokens", "pairs")]
-    own = torch.tensor([supervised, images, dropped, asked_to_stop, rows, unlabeled, *lengths], dtype=torch.long)
+    own = torch.tensor(
+        [supervised, images, dropped, asked_to_stop, rows, unlabeled, *lengths, save_failed], dtype=torch.long
+    )
     sums = accelerator.reduce(own.to(accelerator.device, non_blocking=True), "sum")
     return Counts(sums[:2].clamp(min=1), *sums.tolist())
 

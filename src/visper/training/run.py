@@ -317,8 +317,12 @@ def train(
     else:
         if checkpoint is not None:
             require_same_writer(checkpoint, trainer.launch, trainer.accelerator.num_processes)
-        with trainer.stop.on_signals():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            with trainer.stop.on_signals():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                trainer.writer.wait()
+        finally:
+            trainer.writer.close()
         step, last = trainer.state.global_step, trainer.state.max_steps
         if trainer.stop.agreed and step < last:
             raise StoppedError(

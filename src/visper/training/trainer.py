@@ -20,18 +20,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from visper.common.ranks import first_decides
 from visper.config import Engine, Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
+from visper.training.checkpoint_writer import CheckpointWriter
 from visper.training.flops import known_peak
 from visper.training.global_batch import SourceSums, TermSums
 from visper.training.module import TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
-from visper.training.parallel.fsdp import choose_reduction, gathered, is_sharded
+from visper.training.parallel.fsdp import choose_reduction, gathered, is_sharded, whole
 from visper.training.resume import write_order
 from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
@@ -75,7 +75,6 @@ class StageTrainer(Trainer):
         self.data = data
         self.teachers = dict(teachers)
         self.optimization = optimization
-        self.keep_checkpoints = logging.keep_checkpoints
         self.launch = launch
         self.output = output
         self.stop = stop
@@ -94,6 +93,7 @@ class StageTrainer(Trainer):
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.writer = CheckpointWriter(output, logging.keep_checkpoints, self.is_world_process_zero())
         self.monitor = RunMonitor(logging.monitor, self.accelerator, known_peak(self.accelerator.device))
         self.add_callback(OptimizerClock(self.monitor.clock))
         for teacher in self.teachers.values():
@@ -123,7 +123,11 @@ class StageTrainer(Trainer):
         self.monitor.clock.mark(REST)
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.monitor.clock.mark(DATA)
-        counts = global_batch.count(batches, self.accelerator, self.stop.asked, self.monitor.unlabeled(batches))
+        counts = global_batch.count(
+            batches, self.accelerator, self.stop.asked, self.monitor.unlabeled(batches), self.writer.failed()
+        )
+        if counts.save_failed:
+            self.writer.wait()
         self.stop.agreed = counts.asked_to_stop > 0
         if counts.dropped:
             dropped = gather_object([drop for batch in batches for drop in batch.get("dropped", ())])
@@ -221,18 +225,20 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes trainable parameters and the order of the rows. Every process must call."""
+        """Writes the order of the rows; the Trainer calls this first for a checkpoint. Tensors follow, see below."""
         folder = Path(output_dir or str(self.args.output_dir))
-        checkpoint.save_weights(self._bare(), folder, self.args.should_save)
         if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
             write_order(folder, self.data)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder, first = Path(output_dir), self.args.should_save
         if self.is_deepspeed_enabled:
             save_zero_checkpoint(self.model_wrapped, folder, self.launch, self.accelerator.num_processes, first)
+            weights = whole(checkpoint.trainable_state(self._bare()).items(), keep=first)
+            self.writer.write({"weights": weights}, folder)
         else:
-            checkpoint.save_optimizer(self._bare(), self._optimizer(), folder, first)
+            self.writer.write(checkpoint.state_of(self._bare(), self._optimizer()), folder)
         if first:
             checkpoint.save_scheduler(self.lr_scheduler, folder)
 
@@ -241,7 +247,7 @@ class StageTrainer(Trainer):
             return
         if not self.is_deepspeed_enabled:  # transformers has let DeepSpeed load its own
             checkpoint.load_optimizer(self._bare(), self._optimizer(), Path(folder))
-        checkpoint.load_scheduler(self.lr_scheduler, Path(folder))
+        checkpoint.load_scheduler(self.lr_scheduler, self._optimizer(), Path(folder))
 
     def _optimizer(self) -> Any:
         """torch's optimizer, or DeepSpeed's around it, without accelerate's wrapper."""
@@ -262,13 +268,14 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint to the staging folder and moves it to its place once complete.
+        """Begins to write a checkpoint, which takes its place once complete.
 
         Raises:
-            TrainingError: a weight is not finite, or the disk damages what is written; older checkpoints stay.
+            TrainingError: a weight is not finite, or the checkpoint before could not be written; older ones stay.
         """
+        self.writer.wait()
         checkpoint.require_finite(self._bare(), self.accelerator)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        first_decides(lambda: checkpoint.complete(self.output, name, self.keep_checkpoints, self.best_checkpoint))
+        self.writer.complete(name, self.best_checkpoint)
