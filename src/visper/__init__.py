@@ -4,20 +4,15 @@ The public names are imported when first asked for: ``import visper`` alone load
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from visper.common.errors import ConfigError, DataError, VisperError
     from visper.config import Run, load_run
     from visper.distillation import attach
     from visper.model import Student, load_student
     from visper.training import run_pipeline, run_stage
-
-try:
-    __version__ = version("visper-lm")
-except PackageNotFoundError:  # the sources alone, not installed
-    __version__ = "0+unknown"
 
 _HOMES = {
     "ConfigError": "visper.common.errors",
@@ -35,9 +30,20 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # a sixth of the time of `visper --help`
+
+    try:
+        return version("visper-lm")
+    except PackageNotFoundError:  # the sources alone, not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

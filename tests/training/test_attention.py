@@ -20,7 +20,7 @@ from visper.data.packing import PackingCollator
 from visper.model import Student
 from visper.training import TrainingModel
 from visper.training.attention import packing_arguments, separate_samples
-from visper.training.trainer import FORWARD_KEYS
+from visper.training.module import FORWARD_KEYS
 
 FAMILIES = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
 IMAGE = 63

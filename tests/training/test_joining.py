@@ -19,7 +19,7 @@ from visper.data.collator import Collator, Sample
 from visper.data.joining import JoiningCollator, join
 from visper.training import run_stage
 from visper.training.attention import Joined, packing_arguments, require_joinable, sample_sdpa, separate_samples
-from visper.training.trainer import FORWARD_KEYS
+from visper.training.module import FORWARD_KEYS
 
 FAMILIES = ("llama", "phi3", "qwen3", "gemma3")
 SEPARATE, JOINING = Collator(0), JoiningCollator(Collator(0), IMAGE, 200)

@@ -26,8 +26,8 @@ from visper.training import run_stage
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
 from visper.training.checkpoint import trainable_state
+from visper.training.module import FORWARD_KEYS
 from visper.training.stages import count_parts
-from visper.training.trainer import FORWARD_KEYS
 
 TEACHER = {"kind": "tests.tiny:PooledColors", "model": "colors", "width": 32}
 HEADS = {

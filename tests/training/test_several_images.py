@@ -20,7 +20,7 @@ from visper.data.rows.sources import open_records
 from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec
 from visper.model import TaskTokens, build_student, initial_queries
 from visper.training import TrainingModel, run_stage
-from visper.training.trainer import FORWARD_KEYS
+from visper.training.module import FORWARD_KEYS
 
 
 @pytest.fixture

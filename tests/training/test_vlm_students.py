@@ -48,9 +48,8 @@ from visper.planning.row_statistics import RowLength
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
 from visper.training.flops import FlopMeter
-from visper.training.module import TrainingModel
+from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.run import run_stage
-from visper.training.trainer import FORWARD_KEYS
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from visper import __version__
+import visper
 from visper.cli import (
     chat,
     convert,
@@ -53,7 +53,7 @@ app.add_typer(targets.app, name=targets.NAME)
 def show_version(wanted: bool) -> None:
     """Prints the version and ends."""
     if wanted:
-        print(f"visper {__version__}")
+        print(f"visper {visper.__version__}")
         raise typer.Exit
 
 
@@ -95,8 +95,8 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
         print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)
         print(
-            f"\nThis is a bug in visper {__version__} ({type(error).__name__}): please report it with the traceback "
-            "above, the command and the run.yaml",
+            f"\nThis is a bug in visper {visper.__version__} ({type(error).__name__}): please report it with the "
+            "traceback above, the command and the run.yaml",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import rich.console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
 
@@ -49,6 +48,8 @@ def track(
     console: Console | None = None,
 ) -> Iterable[T]:
     """The items, with a progress bar unless ``quiet``; ``total`` where they have no length."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     what = TextColumn("{task.description}", "progress.description", markup=False)
     with Progress(what, *columns, console=console or Console(), disable=quiet) as progress:

@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from visper.common.console import track
 
 Item = TypeVar("Item")
@@ -26,7 +23,8 @@ def in_order(
 ) -> Iterator[Result]:
     """``function`` of every item, in order, whatever the number of processes; with a progress bar.
 
-    Loader processes do the work, as in training: what runs here runs there.
+    Loader processes do the work, as in training: what runs here runs there. For a few items there are none, and
+    torch is not imported.
 
     Args:
         function: picklable; what it raises ends the iteration.
@@ -37,11 +35,18 @@ def in_order(
     """
     if workers is None:
         workers = num_cores() if len(items) >= FEW else 0
+    if not workers:
+        return iter(track(map(function, items), description=description, total=len(items), quiet=quiet))
+
+    import torch
+    from torch.utils.data import DataLoader
+
     # A generator of its own: a loader draws a seed, and from the global one a run that fills the cache would begin with
     # other weights than one that finds it filled.
-    chunk = max(1, min(CHUNK, len(items) // (4 * max(workers, 1))))
+    chunk = max(1, min(CHUNK, len(items) // (4 * workers)))
+    each: Any = _Each(function, items)
     loader: DataLoader[Any] = DataLoader(
-        _Each(function, items), chunk, num_workers=workers, collate_fn=_as_list, generator=torch.Generator()
+        each, chunk, num_workers=workers, collate_fn=_as_list, generator=torch.Generator()
     )
     everything = (result for results in loader for result in results)
     return iter(track(everything, description=description, total=len(items), quiet=quiet))
@@ -56,7 +61,7 @@ def _as_list(results: list[Result]) -> list[Result]:
     return results
 
 
-class _Each(Dataset[Result], Generic[Item, Result]):
+class _Each(Generic[Item, Result]):
     def __init__(self, function: Callable[[Item], Result], items: Sequence[Item]) -> None:
         self.function = function
         self.items = items

@@ -22,6 +22,8 @@ from visper.config.student import Student, VlmStudent
 
 STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
 """The kinds of a student, by the tags that pydantic puts into a fault's location."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where it is there: six times as fast."""
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -63,7 +65,7 @@ def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | 
     if path in _seen:
         raise ConfigError(f"{path}: recipes extend each other in a circle")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -35,9 +37,8 @@ from visper.training.assemble import build_training_model, set_trainable
 from visper.training.attention import choose_attention
 from visper.training.flops import FlopMeter
 from visper.training.lora import add_updates
-from visper.training.module import TrainingModel
+from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import PartCount, count_parts
-from visper.training.trainer import FORWARD_KEYS
 
 FUSED = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention that may not be installed where a run is planned; it holds what torch's own fused kernel holds."""
@@ -89,6 +90,7 @@ class FakeRun:
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()
+        self._meter = FlopMeter()
         self._activations: dict[tuple[int, bool, bool], float] = {}
 
     def activations(self, rows: Rows, micro_batch: int, checkpointing: float, accumulates: bool) -> float:
@@ -108,20 +110,23 @@ class FakeRun:
         if key not in self._activations:
             self.model.recompute_activations(float(recomputed))
             lengths = rows.largest_micro_batch(micro_batch, self.run.packed, self.run.seed)
-            batch, _ = fake_batch(lengths, self.student, self.model, self.run, self.fake)
+            batch, sizes = fake_batch(lengths, self.student, self.model, self.run, self.fake)
             self._activations[key] = step_activations(
-                self.model, self._optimizer, batch, self.run, self.fake, accumulates
+                self.model, self._optimizer, batch, self.run, self.fake, accumulates, self._watch(batch, sizes)
             )
         return self._activations[key]
 
     def row_flops(self, rows: Rows) -> float:
         """Model FLOPs of an average row: forward and backward once, teachers apart."""
         batch, sizes = fake_batch(rows.average_micro_batch(16), self.student, self.model, self.run, self.fake)
-        meter = FlopMeter()
-        with KnownPositions(self.fake), autocast(self.run), meter.watch(self.model, batch["input_ids"].numel(), sizes):
-            self.model(**batch)
-        assert meter.costs is not None
-        return meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens) / 16
+        if self._meter.costs is None:  # no step has been traced yet
+            with KnownPositions(self.fake), autocast(self.run), self._watch(batch, sizes)():
+                self.model(**batch)
+        assert self._meter.costs is not None
+        return self._meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens) / 16
+
+    def _watch(self, batch: Mapping[str, Any], sizes: Sizes) -> Callable[[], AbstractContextManager[None]]:
+        return partial(self._meter.watch, self.model, batch["input_ids"].numel(), sizes)
 
 
 def fake_batch(

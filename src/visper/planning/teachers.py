@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from visper.common.compat import around_operations
 from visper.config import Run, Target
 from visper.distillation import Teacher, build_teacher
 from visper.distillation.teachers.tasks import DTYPES
 from visper.model.hub import sizes_of
 from visper.planning.fake_step import FakeTensorMode, LiveBytes, fake_parameters
+from visper.training.flops import Products
 
 PUBLISHED: Mapping[str, tuple[str, str, int]] = {
     "depth_anything": ("AutoModelForDepthEstimation", "backbone", 336),
@@ -77,9 +78,10 @@ def _published(settings: Target, images: int, dtype: torch.dtype) -> TeacherSize
     extras = {"interpolate_pos_encoding": True} if settings.kind in FEATURES and side != config.image_size else {}
     with fake:
         pixels = torch.empty(images, 3, side, side, dtype=dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes(fake, held) as live:
+    products = Products("image")
+    with torch.no_grad(), around_operations(products.count), LiveBytes(fake, held) as live:
         running(pixels, **extras)
-    return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), counter.get_total_flops() / images)
+    return TeacherSize(float(sum(t.nbytes for t in held)), float(live.most), products.counts["image"] / images)
 
 
 def _skeleton(settings: Target, class_name: str) -> tuple[nn.Module, Any]:
@@ -98,7 +100,8 @@ def _skeleton(settings: Target, class_name: str) -> tuple[nn.Module, Any]:
 
 def _loaded(teacher: Teacher, images: int, on_gpu: bool) -> TeacherSize:
     height, width = getattr(teacher.preprocess, "size", (224, 224))
-    with FlopCounterMode(display=False) as counter:
+    products = Products("image")
+    with around_operations(products.count):
         teacher(torch.zeros(images, 3, height, width))  # what it holds while it runs stays with the process
     weights = sum(t.nbytes for t in teacher.parameters()) if on_gpu else 0
-    return TeacherSize(float(weights), 0.0, counter.get_total_flops() / images)
+    return TeacherSize(float(weights), 0.0, products.counts["image"] / images)

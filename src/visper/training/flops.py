@@ -71,7 +71,7 @@ class FlopMeter:
             yield
             return
         llm, text = model.student.get_decoder(), model.student.config.get_text_config()
-        products = _Products()
+        products = Products()
         with around_operations(products.count), _regions(model, products):
             yield
         width = text.num_attention_heads * (
@@ -86,14 +86,14 @@ class FlopMeter:
         )
 
 
-class _Products:
+class Products:
     """FLOPs of every product by the ``region`` it is called in, those of its gradients included.
 
     Each factor that needs a gradient costs as much again as the product.
     """
 
-    def __init__(self) -> None:
-        self.region = ""
+    def __init__(self, region: str = "") -> None:
+        self.region = region
         self.counts = {"": 0.0, "llm": 0.0, "image": 0.0}
 
     def count(self, operation: Any, args: Any, kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def _is_linear(kind: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _regions(model: TrainingModel, products: _Products) -> Iterator[None]:
+def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
     """Names the region while the modules run: the decoder is part of the student's base model."""
     handles = []
 

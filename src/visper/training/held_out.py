@@ -34,11 +34,11 @@ from visper.target_store.open import TargetStore
 from visper.training import global_batch
 from visper.training.checkpoint import FOLDER
 from visper.training.global_batch import SourceSums
-from visper.training.module import NTP, TOKEN_LOSSES, TrainingModel
+from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
 from visper.training.output import LOG
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
-from visper.training.trainer import FORWARD_KEYS, StageTrainer
+from visper.training.trainer import StageTrainer
 
 DRAWINGS = "drawings"
 """In the run's folder: a folder for each evaluation, with the predictions it drew."""

@@ -36,6 +36,11 @@ NTP = "ntp"
 """Name of the next-token term."""
 TOKEN_LOSSES = "token_losses"
 """Name of the one output that is no term: the loss of each supervised token."""
+IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places"))
+LOSS_KEYS = frozenset(("supervised_at", "num_tokens", "num_images", "targets", "progress"))
+PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches"))
+FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
+"""What ``TrainingModel.forward`` takes of a collated batch."""
 LOGIT_ROWS = 2048
 """Positions whose logits exist at once: 1 GB in float32 with 128k words."""
 

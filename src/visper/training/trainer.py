@@ -27,7 +27,7 @@ from visper.training.callbacks import EpochCallback, OptimizerClock
 from visper.training.checkpoint_writer import CheckpointWriter
 from visper.training.flops import known_peak
 from visper.training.global_batch import SourceSums, TermSums
-from visper.training.module import TOKEN_LOSSES, TrainingModel
+from visper.training.module import FORWARD_KEYS, TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
@@ -36,11 +36,6 @@ from visper.training.resume import write_order
 from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
 from visper.training.stopping import StopRequest, start_worker
-
-IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places"))
-LOSS_KEYS = frozenset(("supervised_at", "num_tokens", "num_images", "targets", "progress"))
-PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches"))
-FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
 
 
 class StageTrainer(Trainer):

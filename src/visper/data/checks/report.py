@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -20,14 +20,16 @@ from visper.common.cache import cache_folder, key
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.config.schema import MAX_PIXELS
-from visper.data.chat import ConversationEncoder
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.normalize import reencode
 from visper.data.rows.formats import IMAGE_TAG
-from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, source_names
 from visper.data.rows.table import Part, Records, RecordTable, open_table
+
+if TYPE_CHECKING:
+    from visper.data.chat import ConversationEncoder
+    from visper.data.rows.lengths import Lengths
 
 TOTAL = "total"
 TEXT_ONLY = "(text only)"
@@ -149,8 +151,9 @@ def check(
     report.verdicts = by_file
     _note_images(report, named)
     records = Records([Part(name, table, images)])
-    found = measure(records, encoder, quiet) if encoder is not None else None
-    if encoder is not None and found is not None:
+    found = None
+    if encoder is not None:
+        found = _measure(records, encoder, quiet)
         report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder, None)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
@@ -170,6 +173,12 @@ def check(
         if sample_id in report.drops:
             report.note(source, "unusable")
     return report
+
+
+def _measure(records: Records, encoder: ConversationEncoder, quiet: bool) -> Lengths:
+    from visper.data.rows.lengths import measure  # imports torch and transformers, which rows and images do not need
+
+    return measure(records, encoder, quiet)
 
 
 def _note_images(report: Report, named: Mapping[str, str]) -> None:

@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from visper.common.errors import DataError
-from visper.data.chat import ConversationEncoder
-from visper.data.rows.lengths import measure
 from visper.data.rows.records import Record
+
+if TYPE_CHECKING:
+    from visper.data.chat import ConversationEncoder
 
 Counts = npt.NDArray[np.int32]
 WARN_PAST = 0.01
@@ -80,6 +82,8 @@ def unknown_words(
 
 def sampled_unknown_words(records: Sequence[Record], encoder: ConversationEncoder) -> UnknownWords:
     """Likewise of the first rows alone, for a run that does not look at every row before it starts."""
+    from visper.data.rows.lengths import measure
+
     sample = [records[row] for row in range(min(SAMPLE, len(records)))]
     found = measure(sample, encoder, quiet=True)
     counted = unknown_words(sample, found.num_text, found.num_unknown, encoder)

@@ -1,0 +1,80 @@
+"""CPU seconds from a command to what it is for: help, a plan, a check of rows that were checked before, the first step.
+
+    visper quickstart --fast --out visper-quickstart          # once: bases and rows
+    OMP_NUM_THREADS=1 python benchmarks/start_up.py --repeats 3
+
+Each command runs in a process of its own, which ends by itself, or, of a training, is stopped once the first step
+stands in its log. CPU seconds are that process's (its loader's workers left out); one line of JSON a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VISPER = (sys.executable, "-m", "visper")
+ROWS = "visper-quickstart/world"
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "--version": ("--version",),
+    "--help": ("--help",),
+    "recipes": ("recipes",),
+    "plan llama3-8b-vit-l/pt": ("plan", "llama3-8b-vit-l/pt", "--gpus", "8"),
+    "data check, again": ("data", "check", f"{ROWS}/pretrain.json", "--images", f"{ROWS}/images"),
+    "data check --run, again": (
+        *("data", "check", f"{ROWS}/pretrain.json", "--images", f"{ROWS}/images", "--run", "quickstart/pt"),
+    ),
+    "train quickstart/pt, to the first step": ("train", "quickstart/pt", "output=OUT"),
+}
+
+
+def to_the_end(command: tuple[str, ...]) -> float:
+    """CPU seconds of the command and of the processes it waited for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*VISPER, *command], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def to_the_first_step(command: tuple[str, ...], output: Path) -> float:
+    """CPU seconds of a training when its first step has been logged, after which it is stopped."""
+    process = subprocess.Popen([*VISPER, *command], stdout=subprocess.DEVNULL)
+    log = output / "log.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        if process.poll() is not None:
+            raise SystemExit(f"the training ended with exit code {process.returncode} before its first step")
+        time.sleep(0.02)
+    fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """One line a command: the median and every figure."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(COMMANDS), choices=COMMANDS)
+    options = parser.parse_args()
+    for name in options.only:
+        taken = []
+        for _ in range(options.repeats):
+            folder = Path(tempfile.mkdtemp())
+            command = tuple(part.replace("OUT", str(folder / "out")) for part in COMMANDS[name])
+            trains = command[0] == "train"
+            taken.append(to_the_first_step(command, folder / "out") if trains else to_the_end(command))
+            shutil.rmtree(folder)
+        print(json.dumps({"command": name, "median": round(statistics.median(taken), 2), "all": taken}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
