@@ -15,8 +15,10 @@ quickstart: $(VENV)/installed
 
 setup: $(VENV)/installed-test
 
+# Without ARGS two files are tested at a time, then those whose tests start several processes themselves.
 test: $(VENV)/installed-test lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile --ignore=tests/distributed)
+	$(if $(ARGS),,$(BIN)/pytest tests/distributed)
 
 # Without the tests that train for long or start processes.
 test-fast: $(VENV)/installed-test

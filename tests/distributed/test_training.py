@@ -299,7 +299,7 @@ def test_two_ranks_equal_one_where_conversations_are_joined(make, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "engine", "more"),
     [
-        ("vpt", "zero2", {}),
+        pytest.param("vpt", "zero2", {}, marks=pytest.mark.nightly),
         ("ift", "zero3", {"optimization": {"packing": True, "lr_overrides": {"projector": 2e-3}}}),
     ],
 )
