@@ -42,9 +42,14 @@ PAD_TOKEN = "<pad>"
 
 @without_loading_bars()
 def build_student(
-    config: StudentConfig, geometry: Geometry, dtype: torch.dtype | Literal["auto"] = torch.float32
+    config: StudentConfig,
+    geometry: Geometry,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device_map: str | None = None,
 ) -> Student:
     """Assembles a student from published parts. With dtype "auto" these stay in the precision they are stored in.
+
+    With device_map "meta" it has everything but weights, which then take no memory and are not read.
 
     The projector is new (two linear layers with GELU between, ``mlp2x_gelu``); LLM and encoder bring their weights.
     Rows that the vocabulary gains are set to the mean of the rows it had.
@@ -54,9 +59,13 @@ def build_student(
     """
     with loading("student.llm", config.llm):
         llm = AutoModelForCausalLM.from_pretrained(
-            config.llm, dtype=dtype, trust_remote_code=config.trust_remote_code, revision=config.llm_revision
+            config.llm,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.llm_revision,
+            device_map=device_map,
         )
-    tokenizer, encoder = _reading_parts(config)
+    tokenizer, encoder = _reading_parts(config, device_map)
     if dtype == "auto":
         return assemble_student(llm, tokenizer, encoder, config, geometry, torch.float32)
     encoder.model.to(dtype)
@@ -97,7 +106,7 @@ def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor
     return _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
 
 
-def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Encoder]:
+def _reading_parts(config: StudentConfig, device_map: str | None = None) -> tuple[PreTrainedTokenizerBase, Encoder]:
     tokenizer = _tokenizer(config)
     encoder = load_encoder(
         config.encoder,
@@ -105,6 +114,7 @@ def _reading_parts(config: StudentConfig) -> tuple[PreTrainedTokenizerBase, Enco
         config.image_size,
         config.trust_remote_code,
         revision=config.encoder_revision,
+        device_map=device_map,
     )
     return tokenizer, encoder
 

@@ -141,6 +141,7 @@ def load_encoder(
     trust_remote_code: bool = False,
     weights: bool = True,
     revision: str | None = None,
+    device_map: str | None = None,
 ) -> Encoder:
     """Loads the image encoder ``name`` (hub id or folder, timm's included), wrapping it where it gives maps.
 
@@ -149,6 +150,7 @@ def load_encoder(
         image_size: pixels a side; default: the encoder's own.
         weights: False = the sizes alone: parameters on the meta device, colors not looked up.
         revision: commit, tag or branch of a hub id; default: its main branch.
+        device_map: "meta": the encoder as it is loaded, but without its weights.
 
     Raises:
         ConfigError: the encoder cannot be loaded, the layer does not exist, or the image does not divide into patches.
@@ -157,7 +159,7 @@ def load_encoder(
     if weights:
         with loading("student.encoder", name):
             config = _image_half(AutoConfig.from_pretrained(name, **options))
-            model = AutoModel.from_pretrained(name, config=config, **options)
+            model = AutoModel.from_pretrained(name, config=config, device_map=device_map, **options)
     else:
         config = _image_half(sizes_of(name, "student.encoder", **options))
         with loading("student.encoder", name), torch.device("meta"):

@@ -16,21 +16,25 @@ from visper.model.student import Student, load_processor, load_student
 from visper.model.vlm import build_vlm, build_vlm_processor
 
 
-def starting_student(run: Run) -> Student:
+def starting_student(run: Run, skeleton: bool = False) -> Student:
     """The student that the stage starts with: assembled, or the stage before's.
 
     Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
     the memory.
+
+    Args:
+        skeleton: without weights: its parameters are on the meta device.
     """
+    device_map = "meta" if skeleton else None
     frozen_llm = run.stage is Stage.PT and run.optimization.precision == "bfloat16"
     dtype: Any = "auto" if frozen_llm else torch.float32
     if isinstance(run.student, VlmStudent):
-        student = build_vlm(run.student, dtype)
+        student = build_vlm(run.student, dtype, skeleton)
     elif run.student is not None:
-        return build_student(run.student, run.data.geometry, dtype)
+        return build_student(run.student, run.data.geometry, dtype, device_map)
     else:
         assert run.start_from is not None
-        student = load_student(run.start_from, revision=run.start_from_revision)
+        student = load_student(run.start_from, revision=run.start_from_revision, device_map=device_map)
     _fit_to_data(student.processor, run)
     if run.packed:
         require_packable(student.model.config)

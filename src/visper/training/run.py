@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def run_stage(
         check_split(run.optimization, processes.num_processes)
         torch.manual_seed(run.seed)
 
-        student = build_student(run, console)
+        student = build_student(run, processes, console)
         teachers, targets = build_targets(run, student, console)
         images_required = run.stage is Stage.PT
         data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
@@ -196,10 +197,17 @@ def decide_recomputation(
     )
 
 
-def build_student(run: Run, console: Console) -> Student:
-    """The student that the stage starts with, with the run's attention."""
+def build_student(run: Run, processes: PartialState, console: Console) -> Student:
+    """The student that the stage starts with, with the run's attention.
+
+    Where weights are shared out, the first process alone reads them: the others get theirs when the model is sharded.
+    """
     if run.lora and run.lora.quantize:
         student = quantized_student(run.start_from, run.start_from_revision)
+    elif shares_weights(run.launch, processes):
+        loaded: list[Student] = []
+        first_decides(lambda: loaded.append(starting_student(run)))
+        student = loaded[0] if loaded else starting_student(run, skeleton=True)
     else:
         student = starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
@@ -225,16 +233,16 @@ def build_model(
     run: Run, student: Student, teachers: Mapping[str, Teacher], processes: PartialState, console: Console
 ) -> TrainingModel:
     """Student and objective as one module, its trainable parts chosen, sharded if the engine shards."""
-    add_updates(run.lora, student)
-    model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
-    if run.distillation is not None and run.start_from is not None:
-        continued = continue_objective(model, run.distillation, run.start_from)
-        new = len(run.distillation.tasks) - continued
-        announce(console, "heads", f"{continued} tasks go on from {run.start_from}, {new} are new")
-    set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
+    shares = shares_weights(run.launch, processes)
+    skeleton = shares and not processes.is_main_process
+    with torch.device("meta") if skeleton else nullcontext():
+        add_updates(run.lora, student)
+        model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    if not skeleton:
+        start_model(run, model, console)
     if run.optimization.recomputation:
         model.recompute_activations(run.optimization.recomputation)
-    if run.launch.engine is Engine.FSDP and processes.num_processes > 1:
+    if shares:
         copies = run.launch.replicas
         share = shard(model, processes.num_processes, copies, run.optimization.precision == "bfloat16")
         text = f"{share:.1%} of the weights on each of {processes.num_processes} processes"
@@ -242,6 +250,20 @@ def build_model(
     elif uses_zero(run.launch):
         prepare_for_zero(run.launch, model)
     return model
+
+
+def shares_weights(launch: Launch, processes: PartialState) -> bool:
+    """Whether each process holds a share of the weights (``parallel.fsdp``)."""
+    return launch.engine is Engine.FSDP and processes.num_processes > 1
+
+
+def start_model(run: Run, model: TrainingModel, console: Console) -> None:
+    """Gives heads the weights that the stage before trained, and chooses and casts what is trained."""
+    if run.distillation is not None and run.start_from is not None:
+        continued = continue_objective(model, run.distillation, run.start_from)
+        new = len(run.distillation.tasks) - continued
+        announce(console, "heads", f"{continued} tasks go on from {run.start_from}, {new} are new")
+    set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
 
 
 def build_trainer(

@@ -8,9 +8,10 @@ processes is what a cluster runs. So accelerate's ``no_sync`` does not know of i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from visper.common.compat import is_partitioned
 from visper.common.errors import ConfigError
+from visper.common.ranks import first_decides
 from visper.training.module import TrainingModel
 
 
@@ -37,7 +39,10 @@ def check_replicas(replicas: int, processes: int) -> None:
 
 
 def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -> float:
-    """Shards ``model`` over all processes, in place.
+    """Shards the first process's ``model`` over all processes, in place.
+
+    The others' need no values: with parameters on the meta device only the first one's memory holds a whole model. They
+    get weights and buffers, and of each parameter its precision and whether it is trainable.
 
     Args:
         replicas: copies, each sharded over successive processes (torchrun numbers a node's in a row).
@@ -47,6 +52,10 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
         The share of the weights that lies on this process.
     """
     on_gpu = torch.cuda.is_available()
+    first = dist.get_rank() == 0
+    described = first_decides(lambda: {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()})
+    take_after(model, described)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     sizes = (processes,) if replicas == 1 else (replicas, processes // replicas)  # (shard,) or (replicate, shard)
     mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes)
     # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
@@ -57,8 +66,42 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("generate", "predict"):  # answers and drawings while training
         register_fsdp_forward_method(model, method)
+    if not first:
+        model.to_empty(device=mesh.device_type)
+    assert dict(model.named_parameters()).keys() == described.keys(), "tied weights came apart"
+    send(model, weights)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
+
+
+def take_after(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) -> None:
+    """Gives each parameter the precision of the ``first`` process's, and makes it trainable where that one is.
+
+    Raises:
+        RuntimeError: the two models have other parameters.
+    """
+    own = dict(model.named_parameters())
+    if own.keys() != first.keys():
+        raise RuntimeError(f"process {dist.get_rank()} built other parameters: {sorted(own.keys() ^ first.keys())[:3]}")
+    for name, (dtype, trainable) in first.items():
+        own[name].data = own[name].data.to(dtype)
+        own[name].requires_grad_(trainable)
+
+
+@torch.no_grad()
+def send(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fills every process's shards with the first one's ``weights``, one at a time, and its buffers with that one's.
+
+    Args:
+        weights: full, by parameter name; empty on the others. Emptied, so that what was sent is freed.
+    """
+    for name, parameter in model.named_parameters():
+        shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
+        put(parameter, weights.pop(name) if weights else torch.empty(shape, dtype=dtype, device=device))
+    for _, buffer in model.named_buffers(remove_duplicate=False):
+        value = buffer.contiguous()
+        dist.broadcast(value, 0)
+        buffer.copy_(value)
 
 
 def choose_reduction(model: nn.Module, last: bool, once: bool) -> None:
