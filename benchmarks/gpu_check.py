@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,61 +113,53 @@ def waits(options: argparse.Namespace) -> dict[str, Any]:
     import warnings
 
     import torch
+    from host_waits import HostWaits
     from transformers import TrainerCallback
 
-    from visper.common.compat import around_operations
     from visper.training import run_stage
 
-    places: Counter[str] = Counter()
-    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
-
-    def watch(operation: Any, args: Any, kwargs: Any) -> Any:
-        name = str(getattr(operation, "overloadpacket", operation)).split(".")[-1]
-        masked = (
-            name.startswith("index")
-            and any(
-                isinstance(i, torch.Tensor) and i.dtype is torch.bool
-                for i in (args[1] if len(args) > 1 else None) or ()
-            )
-            if name in ("index", "index_put", "index_put_")
-            else False
-        )
-        if name in waiting or masked:
-            frames = [
-                f for f in traceback.extract_stack()[:-2] if "/visper/" in f.filename or "torch/optim" in f.filename
-            ]
-            lines = [f for f in frames if not f.filename.endswith("compat.py")]
-            places[f"{Path(lines[-1].filename).name}:{lines[-1].lineno} {name}" if lines else name] += 1
-        return operation(*args, **kwargs)
+    counter, steps, on_gpu = HostWaits(), 6, device_of(options) == "cuda"
+    kept: dict[str, int] = {}
 
     class Steady(TrainerCallback):
-        """Forgets the first two steps."""
+        """Counts from the third step on, checkpoints left out."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """The third step is the first that counts."""
             if state.global_step == 2:
-                places.clear()
+                counter.places.clear()
 
-    steps, on_gpu = 6, device_of(options) == "cuda"
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """The last step's checkpoint comes later."""
+            kept.update(counter.places)
+
+    def shown(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        if "synchroniz" in str(message):
+            counter.add(Path(filename).name)
+
+    found: dict[str, Any] = {
+        "how": "torch.cuda.set_sync_debug_mode" if on_gpu else "operations that would wait on a GPU"
+    }
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        run = quickstart_runs(Path(name), options, "bfloat16" if on_gpu else "float32", steps, "own")["pt"]
-        run = run.model_copy(update={"data": run.data.model_copy(update={"workers": 1})})
-        if on_gpu:
-            warnings.simplefilter("always")
-
-            def shown(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
-                if "synchroniz" in str(message):
-                    places[f"{Path(filename).name}:{lineno}"] += 1
-
-            warnings.showwarning = shown
-            torch.cuda.set_sync_debug_mode("warn")
-            run_stage(run, callbacks=[Steady()])
-            torch.cuda.set_sync_debug_mode("default")
-        else:
-            with around_operations(watch):
+        for stage, run in quickstart_runs(
+            Path(name), options, "bfloat16" if on_gpu else "float32", steps, "own"
+        ).items():
+            kept.clear()
+            data = run.data.model_copy(update={"workers": 1})
+            logging = run.logging.model_copy(update={"every": 100, "save_every": 100})
+            run = run.model_copy(update={"data": data, "logging": logging})
+            if on_gpu:
+                warnings.simplefilter("always")
+                warnings.showwarning = shown
+                torch.cuda.set_sync_debug_mode("warn")
                 run_stage(run, callbacks=[Steady()])
-    how = "torch.cuda.set_sync_debug_mode" if on_gpu else "operations that would wait on a GPU, collation left out"
-    return {"how": how, "a step": sum(places.values()) / (steps - 2), "places": dict(places.most_common(40))}
+                torch.cuda.set_sync_debug_mode("default")
+            else:
+                with counter.counted():
+                    run_stage(run, callbacks=[Steady()])
+            places = dict(sorted(kept.items(), key=lambda place: -place[1]))
+            found[stage] = {"a step": sum(kept.values()) / (steps - 2), "places": places}
+    return found
 
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:

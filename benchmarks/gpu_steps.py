@@ -26,9 +26,8 @@ from visper.model import Student
 from visper.training.attention import separate_samples
 from visper.training.flops import FlopMeter
 from visper.training.lora import add_updates
-from visper.training.module import TrainingModel
+from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
-from visper.training.trainer import FORWARD_KEYS
 
 Case = dict[str, Any]
 

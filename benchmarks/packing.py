@@ -29,9 +29,8 @@ from visper.data.packing import PackingCollator
 from visper.data.sampler import RowSampler
 from visper.model import Student
 from visper.training.attention import separate_samples
-from visper.training.module import TrainingModel
+from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
-from visper.training.trainer import FORWARD_KEYS
 
 IMAGE_TOKENS, TASK_TOKENS, LONGEST = 576, 24, 2048
 IMAGE_ID = 999

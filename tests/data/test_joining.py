@@ -41,7 +41,7 @@ def test_the_prefix_stands_once_and_each_branch_continues_its_positions():
 def test_nothing_to_join_is_a_packed_row():
     samples = [ONE, sample("other", TWO.input_ids, image=2), sample("text", [1, 50], image=None)]
     joined, packed = COLLATOR(samples), PackingCollator(Collator(PAD))(samples)
-    assert not joined.pop("branches").any()
+    assert not joined.pop("branches").any() and joined.pop("prefixes") == packed["lengths"]
     assert joined.keys() == packed.keys() and joined.pop("sizes") == packed.pop("sizes")
     assert all(torch.equal(torch.as_tensor(joined[k]), torch.as_tensor(packed[k])) for k in packed if "ids" not in k)
 

@@ -62,7 +62,7 @@ def gradients(objective, queries):
 
 
 def test_terms_are_named_by_task_layer_and_kind(objective, queries):
-    terms = objective(states(1), layout([ROW]), queries, targets(1), 1)
+    terms = objective(states(1), objective.read(layout([ROW])), queries, targets(1), 1)
     places = ["depth/1", "depth/3", "seg/2", "gen/3"]
     assert list(terms) == [f"{place}/{kind}" for place in places for kind in ("smooth_l1", "info_nce")]
     assert objective.layers == (1, 2, 3)
@@ -70,7 +70,7 @@ def test_terms_are_named_by_task_layer_and_kind(objective, queries):
 
 def test_terms_are_the_losses_of_the_predictions(objective, queries):
     hidden, lay, want = states(2), layout([ROW, ROW]), targets(2)
-    terms = objective(hidden, lay, queries, want, 2)
+    terms = objective(hidden, objective.read(lay), queries, want, 2)
     predicted = objective.predict("depth", hidden, lay, queries)[3]
     assert predicted.shape == (2, 4, 6)
     assert_close(terms["depth/3/smooth_l1"], smooth_l1(predicted, want["depth"].own).mean())
@@ -91,7 +91,7 @@ def test_logit_scales_start_at_two(objective):
 def test_everything_learns_from_an_image(objective, queries):
     """FAULT of the published code: masks set to zero just before the losses, so that nothing is distilled at all."""
     hidden = states(2)
-    objective.total(objective(hidden, layout([ROW, ROW]), queries, targets(2), 2)).backward()
+    objective.total(objective(hidden, objective.read(layout([ROW, ROW])), queries, targets(2), 2)).backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert all(queries[task].grad.abs().max() > 0 for task in ("depth", "seg"))
@@ -100,7 +100,7 @@ def test_everything_learns_from_an_image(objective, queries):
 
 def test_gen_reads_its_own_states_not_the_matrix(objective, queries):
     hidden = states(1)
-    terms = objective(hidden, layout([ROW]), queries, targets(1), 1)
+    terms = objective(hidden, objective.read(layout([ROW])), queries, targets(1), 1)
     terms["gen/3/smooth_l1"].backward()
     assert queries["gen"].grad is None
     assert hidden[3].grad[0, 7:9].abs().min() > 0
@@ -108,12 +108,12 @@ def test_gen_reads_its_own_states_not_the_matrix(objective, queries):
 
 def test_text_rows_add_nothing_and_receive_nothing(objective, queries):
     """FAULT of the published code: masked samples dilute the means and still receive contrastive gradient."""
-    alone = objective(states(1), layout([ROW]), queries, targets(1), 1)
+    alone = objective(states(1), objective.read(layout([ROW])), queries, targets(1), 1)
     hidden = states(3)
     with torch.no_grad():
         for layer, state in states(1).items():
             hidden[layer][1] = state[0]
-    mixed = objective(hidden, layout([TEXT, ROW, TEXT]), queries, targets(1), 1)
+    mixed = objective(hidden, objective.read(layout([TEXT, ROW, TEXT])), queries, targets(1), 1)
     for name, term in alone.items():
         assert_close(mixed[name], term, **TOLERANCE)
     objective.total(mixed).backward()
@@ -124,12 +124,12 @@ def test_text_rows_add_nothing_and_receive_nothing(objective, queries):
 
 def test_other_tasks_tokens_receive_no_gradient(objective, queries):
     hidden = states(1)
-    objective(hidden, layout([ROW]), queries, targets(1), 1)["depth/1/smooth_l1"].backward()
+    objective(hidden, objective.read(layout([ROW])), queries, targets(1), 1)["depth/1/smooth_l1"].backward()
     assert hidden[1].grad[0, 5:9].abs().max() == 0 < hidden[1].grad[0, :5].abs().min()
 
 
 def test_a_batch_of_text_gives_zero_terms_that_reach_every_parameter(objective, queries):
-    terms = objective(states(1), layout([TEXT]), queries, {}, 0)
+    terms = objective(states(1), objective.read(layout([TEXT])), queries, {}, 0)
     assert len(terms) == 8 and all(term == 0 for term in terms.values())
     objective.total(terms).backward()
     for name, parameter in objective.named_parameters():
@@ -153,7 +153,7 @@ def test_a_rows_terms_do_not_depend_on_its_neighbors_padding(objective, queries)
 @pytest.mark.parametrize("shares", [[[0], [1], [2], [3]], [[0, 1, 2], [3]], [[], [0, 1, 2, 3]]])
 def test_micro_batches_only_change_sums(objective, queries, shares):
     hidden, want = states(4), targets(4)
-    whole = objective(hidden, layout([ROW] * 4), queries, want, 4)
+    whole = objective(hidden, objective.read(layout([ROW] * 4)), queries, want, 4)
     objective.total(whole).backward()
     expected = gradients(objective, queries)
     objective.zero_grad()
@@ -164,7 +164,7 @@ def test_micro_batches_only_change_sums(objective, queries, shares):
         # Every micro-batch has a text row at its end.
         some = {layer: torch.cat((state[share], state[:1])).detach() for layer, state in hidden.items()}
         ids = layout([ROW] * len(share) + [TEXT])
-        terms = objective(some, ids, queries, part(want, share), 4)
+        terms = objective(some, objective.read(ids), queries, part(want, share), 4)
         objective.total(terms).backward()
         sums = {name: sums[name] + term.detach() for name, term in terms.items()}
     for name, term in whole.items():
@@ -175,7 +175,7 @@ def test_micro_batches_only_change_sums(objective, queries, shares):
 
 def test_hidden_states_of_a_bfloat16_student_are_taken(objective, queries):
     hidden = {layer: state.bfloat16() for layer, state in states(1).items()}
-    terms = objective(hidden, layout([ROW]), queries, targets(1), 1)
+    terms = objective(hidden, objective.read(layout([ROW])), queries, targets(1), 1)
     assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
 
 
@@ -231,9 +231,9 @@ def test_missing_targets_are_named(objective, queries):
     want = targets(1)
     del want["seg"]
     with pytest.raises(ValueError, match="none of 'seg'"):
-        objective(states(1), layout([ROW]), queries, want, 1)
+        objective(states(1), objective.read(layout([ROW])), queries, want, 1)
     with pytest.raises(ValueError, match="1 targets for 2 images"):
-        objective(states(2), layout([ROW, ROW]), queries, targets(1), 2)
+        objective(states(2), objective.read(layout([ROW, ROW])), queries, targets(1), 2)
 
 
 def mean_of_batch(predicted, target, mask=None):
@@ -245,4 +245,4 @@ def test_a_loss_of_ones_own_that_averages_over_images_is_refused(queries):
     task = DistilledTask(SPECS["depth"], LAYERS["depth"], loss={f"{__name__}:mean_of_batch": 1.0})
     objective = EmbeddingDistillation({"depth": task}, WIDTH, 4)
     with pytest.raises(ValueError, match=r"mean_of_batch' returned shape \(\) for 2 images: return one number"):
-        objective(states(2), layout([ROW, ROW]), queries, targets(2), 2)
+        objective(states(2), objective.read(layout([ROW, ROW])), queries, targets(2), 2)

@@ -82,7 +82,7 @@ def stored(rank, counts, dtype):
     module = DecodedTargets(codec)
     ids = torch.arange(len(own))
     batch = {"image_rows": ids, "image_ids": ids, "teacher_images": {"depth": own}}
-    (found,) = teacher_targets([batch], {"depth": module}, torch.device("cpu"))
+    (found,) = teacher_targets([batch], {"depth": module}, torch.device("cpu"), counts)
     exact = gather_targets(module(own))
     return (*astuple_of(found["depth"]), *astuple_of(exact))
 
@@ -148,7 +148,7 @@ class Learner(nn.Module):
         layout = TokenLayout.from_ids(ids, None, IMAGE, IDS)
         hidden = self.project(states)
         hidden = hidden + sum(matrix.mean(0) for matrix in self.queries.values())
-        terms = self.objective({1: hidden}, layout, dict(self.queries), targets, num_images)
+        terms = self.objective({1: hidden}, self.objective.read(layout), dict(self.queries), targets, num_images)
         # As in a real step, the next-token loss reaches what text passes through: a sum over local rows.
         return self.objective.total(terms) + 0.001 * hidden.square().sum(), terms
 

@@ -20,7 +20,7 @@ from visper.data.packing import PackingCollator
 from visper.model import Student
 from visper.training import TrainingModel
 from visper.training.attention import packing_arguments, separate_samples
-from visper.training.module import FORWARD_KEYS
+from visper.training.module import FORWARD_KEYS, PACKING_KEYS
 
 FAMILIES = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
 IMAGE = 63
@@ -109,8 +109,8 @@ def test_no_sample_sees_its_neighbor_in_the_row(attention):
     batch = PackingCollator(Collator(0))(samples())
     changed = batch["input_ids"].clone()
     changed[0, 9:14] = (changed[0, 9:14] + 7) % 60  # the second sample
-    borders = {name: batch[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
-    packed = packing_arguments(model.student.model.language_model, batch["position_ids"], borders)
+    borders = {name: batch[name] for name in PACKING_KEYS & batch.keys()}
+    packed = packing_arguments(model.student.model.language_model, borders.pop("position_ids"), borders)
     states = [
         model.student.model(
             input_ids=ids, pixel_values=batch["pixel_values"], use_cache=False, **packed

@@ -10,7 +10,7 @@ from visper.data.packing import PackingCollator
 from visper.model import build_student
 from visper.training.attention import separate_samples
 from visper.training.flops import FlopMeter, known_peak
-from visper.training.module import TrainingModel
+from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
 TOKENS, LAYERS, WIDTH, KEYS, INNER = (30, 21), 4, 32, 16, 64
@@ -62,9 +62,8 @@ def test_flops_are_those_counted_by_hand(model, packed, recomputed, frozen):
         model.recompute_activations(recomputed)
     batch, meter = batch_of(model, packed), FlopMeter()
     sizes = batch["sizes"]
-    names = ("input_ids", "attention_mask", "labels", "pixel_values", "position_ids", "cu_seq_lens_q")
     with meter.watch(model, batch["input_ids"].numel(), sizes):
-        model(**{name: batch[name] for name in names if name in batch}, num_tokens=sizes.supervised)
+        model(**{name: batch[name] for name in FORWARD_KEYS & batch.keys()}, num_tokens=sizes.supervised)
     found = meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens)
     assert found == by_hand(model.student.get_output_embeddings().out_features, 6, frozen)
 

@@ -19,7 +19,7 @@ from visper.data.collator import Collator, Sample
 from visper.data.joining import JoiningCollator, join
 from visper.training import run_stage
 from visper.training.attention import Joined, packing_arguments, require_joinable, sample_sdpa, separate_samples
-from visper.training.module import FORWARD_KEYS
+from visper.training.module import FORWARD_KEYS, PACKING_KEYS
 
 FAMILIES = ("llama", "phi3", "qwen3", "gemma3")
 SEPARATE, JOINING = Collator(0), JoiningCollator(Collator(0), IMAGE, 200)
@@ -49,8 +49,8 @@ def step(model, collator):
 
 def states(model, batch):
     """The last hidden state of every token, ``[rows, L, D]``."""
-    borders = {name: batch[name] for name in FORWARD_KEYS & batch.keys() if name[:3] in ("cu_", "max", "bra")}
-    given = packing_arguments(model.student.model.language_model, batch.get("position_ids"), borders)
+    borders = {name: batch[name] for name in PACKING_KEYS & batch.keys()}
+    given = packing_arguments(model.student.model.language_model, borders.pop("position_ids", None), borders)
     pixels = batch.get("pixel_values")
     with torch.no_grad():
         return model.student.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False, **given)[0]
@@ -109,7 +109,7 @@ def test_tokens_see_the_prefix_and_their_own_branch_by_hand():
     ]
     tokens = torch.arange(7)
     assert joined.sees(tokens[:, None], tokens).int().tolist() == expected
-    one, other = joined.row_samples([5, 2])
+    one, other = joined.row_samples([5, 2], [2, 2])
     assert one.distance is not None and one.distance.tolist() == [
         [2, 1, 0, -1, -1],
         [3, 2, 1, 0, -1],
@@ -128,7 +128,8 @@ def test_the_block_mask_of_flex_attention_is_the_dense_one():
     tokens = torch.arange(len(numbers))
     dense = F.scaled_dot_product_attention(query, key, value, joined.sees(tokens[:, None], tokens))
     by_blocks = flex_attention(query, key, value, block_mask=joined.block_mask())
-    by_sample, _ = sample_sdpa(torch.nn.Module(), query, key, value, None, joined.row_samples(lengths.tolist()))
+    rows = joined.row_samples(batch["lengths"], batch["prefixes"])
+    by_sample, _ = sample_sdpa(torch.nn.Module(), query, key, value, None, rows)
     torch.testing.assert_close(by_blocks, dense)
     torch.testing.assert_close(by_sample.transpose(1, 2), dense)
 

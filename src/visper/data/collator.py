@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,8 @@ class Batch(TypedDict, total=False):
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
+    lengths: tuple[int, ...]  # tokens of each sample
+    prefixes: tuple[int, ...]  # joined batches only: tokens of each sample that all its conversations share
     branches: Tensor  # [1, T] long, joined batches only: 0 in what all conversations of a sample share, else which one
     pixel_values: Tensor  # [S, 3, H, W] uint8, normalized by the model; absent if no row has an image
     # Of a model with its own processor, in place of pixel_values: what its forward reads, by its own names.
@@ -104,6 +106,9 @@ class Batch(TypedDict, total=False):
     image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
     image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
     image_ids: Required[Tensor]  # [S] long: equal for equal images
+    # Found from the ids by ``training.positions``:
+    image_at: Tensor  # [image tokens] long: where they lie, in rows laid end to end
+    readings: dict[str, Any]  # task -> ``distillation.reading.Reading``; none in a batch without images
     # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
     image_places: Tensor
     # task -> images [S, 3, h, w] for its teacher, which normalizes uint8, or stored targets [S, bytes] uint8

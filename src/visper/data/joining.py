@@ -125,6 +125,7 @@ class JoiningCollator:
             **batch,
             "sizes": replace(batch["sizes"], pairs=pairs),
             "branches": branches,
+            "prefixes": tuple(each.prefix for each in joined) or batch["lengths"],
             "sources": sources_of(samples) if samples else batch["sources"],
             "sample_ids": [sample.id for sample in samples] or batch["sample_ids"],
             "num_truncated": sum(sample.truncated for sample in samples),

@@ -40,6 +40,7 @@ class PackingCollator:
             "attention_mask": torch.ones_like(flat["input_ids"]),
             "supervised_at": supervised_places(flat["labels"]),
             "image_rows": torch.zeros_like(padded["image_rows"]),
+            "lengths": lengths,
             "sizes": Sizes.of(lengths, flat["labels"], padded["image_tokens"]),
         }
         if self.collator.model_inputs is not None:

@@ -6,6 +6,7 @@ from visper.distillation.attach import AttachedDistillation, ModelFacts, attach
 from visper.distillation.heads import ResamplerHead, TokenHead, build_head, check_head_fits, query_rows
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
+from visper.distillation.reading import Reading, readings_of
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.tap import HiddenStateTap, InputTap
 from visper.distillation.targets import Targets, gather_rows, gather_targets
@@ -24,6 +25,7 @@ __all__ = [
     "ModelFacts",
     "PerceiverResampler",
     "Position",
+    "Reading",
     "ResamplerHead",
     "TargetSpec",
     "Targets",
@@ -37,5 +39,6 @@ __all__ = [
     "gather_rows",
     "gather_targets",
     "query_rows",
+    "readings_of",
     "target_spec",
 ]

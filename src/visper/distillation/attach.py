@@ -220,7 +220,7 @@ class AttachedDistillation(nn.Module):
         queries = dict(self.task_tokens.queries if self.task_tokens is not None else self.queries)
         count = len(layout.rows) if num_images is None else num_images
         encoded = torch.cat([features.flatten(0, -2) for features in self._encoded]) if self._encoded else None
-        return self.objective(hidden, layout, queries, given, count, encoded)
+        return self.objective(hidden, self.objective.read(layout), queries, given, count, encoded)
 
     def total(self, terms: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
         """The weighted sum of the terms, to be added to the model's own loss; see ``EmbeddingDistillation.total``."""

@@ -20,12 +20,14 @@ from torch import Tensor
 class Positions:
     """Positions of each image: ``index`` ``[S, K]`` into its row's sequence, ``mask`` ``[S, K]`` True where real.
 
-    ``mask`` is None where every image has K positions, so that attention needs none.
+    ``mask`` is None where every image has K positions, so that attention needs none; else ``real`` lists its True
+    entries, ``[S, K]`` laid end to end.
     """
 
     rows: Tensor
     index: Tensor
     mask: Tensor | None
+    real: Tensor | None = None
 
     def gather(self, states_BLD: Tensor) -> Tensor:
         """``[S, K, D]``: the states at these positions."""
@@ -40,7 +42,9 @@ class Positions:
         # A stable sort moves the chosen positions to the front in their order.
         index = chosen_SL.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         mask = torch.arange(longest, device=index.device) < counts[:, None]
-        return cls(rows, index, None if shortest == longest else mask)
+        if shortest == longest:
+            return cls(rows, index, None)
+        return cls(rows, index, mask, mask.flatten().nonzero().squeeze(1))
 
 
 @dataclass(frozen=True)

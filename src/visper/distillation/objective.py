@@ -14,7 +14,6 @@ image tokens of all images, M = targets, N = teacher tokens, E = teacher width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,33 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from visper.config import Distillation, Position
 from visper.config.kinds import loss_name
-from visper.distillation.alignment import TokenPlaces, laid_on_grid, laid_on_tokens, pooled
+from visper.distillation.alignment import laid_on_grid, laid_on_tokens, pooled
 from visper.distillation.heads import ResamplerHead, build_head, query_source
 from visper.distillation.layout import Positions, TokenLayout
 from visper.distillation.losses import info_nce, loss_named
+from visper.distillation.reading import Reading, reading_of, readings_of
 from visper.distillation.targets import Targets
 from visper.distillation.task import CONTRASTIVE, PROJECTED, DistilledTask, check_task
 from visper.distillation.teachers.base import TargetSpec
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a task reads of a batch.
-
-    Attributes:
-        positions: of the states that its heads are given.
-        places: for token heads at image tokens, where on the image these are.
-        chosen: ``[S, L]``, True at the states whose mean is the query; None: queries come from elsewhere.
-    """
-
-    positions: Positions
-    places: TokenPlaces | None = None
-    chosen: Tensor | None = None
-
-    @property
-    def mask(self) -> Tensor | None:
-        """``[S, K]``, True at the tokens that predict something; None: all do."""
-        return self.positions.mask if self.places is None else self.places.mask
 
 
 class EmbeddingDistillation(nn.Module):
@@ -127,7 +107,7 @@ class EmbeddingDistillation(nn.Module):
     def forward(
         self,
         hidden: Mapping[int, Tensor],
-        layout: TokenLayout,
+        readings: Mapping[str, Reading],
         queries: Mapping[str, Tensor],
         targets: Mapping[str, Targets],
         num_images: Tensor | int,
@@ -137,7 +117,7 @@ class EmbeddingDistillation(nn.Module):
 
         Args:
             hidden: per tapped layer ``[B, L, D]``.
-            layout: positions of images, task tokens and text.
+            readings: what each task reads (``read``); none if there are no images.
             queries: per task its query matrix ``[Q, D]``; read by heads with queries "matrix".
             targets: per task with a teacher, targets of the images and the pool; not read if there are no images.
             num_images: images in the global batch.
@@ -147,13 +127,14 @@ class EmbeddingDistillation(nn.Module):
             Term, such as "depth/20/smooth_l1" -> unweighted scalar. Without images each is a zero that depends on every
             parameter (DDP and ZeRO wait for their gradients) and whose gradient is exactly zero.
         """
-        if not len(layout.rows):
+        if not readings:
             return self._zero_terms(queries, hidden)
         terms: dict[str, Tensor] = {}
         for name, task in self.tasks.items():
-            reading = self._reading(name, layout)
+            reading = readings[name]
+            images = len(reading.positions.rows)
             if task.own is None:
-                given = _target_of(name, targets, len(layout.rows))
+                given = _target_of(name, targets, images)
                 target = self._fitted(task, given.own, reading)
             else:
                 given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
@@ -166,15 +147,19 @@ class EmbeddingDistillation(nn.Module):
                         value = self._contrastive(name, predicted[layer], given, pool, reading)
                     else:
                         value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
-                        _check_value(kind, value, len(layout.rows))
+                        _check_value(kind, value, images)
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
+
+    def read(self, layout: TokenLayout) -> dict[str, Reading]:
+        """What each task reads of a batch: the ``readings`` of ``forward``."""
+        return readings_of(self.tasks, layout, self.text_keys)
 
     def predict(
         self, name: str, hidden: Mapping[int, Tensor], layout: TokenLayout, queries: Mapping[str, Tensor]
     ) -> dict[int, Tensor]:
         """Per tapped layer of task ``name``, the images' predicted embeddings ``[S, N, E]``, on the target's grid."""
-        task, reading = self.tasks[name], self._reading(name, layout)
+        task, reading = self.tasks[name], reading_of(self.tasks[name], name, layout, self.text_keys)
         predicted = self._predicted(name, hidden, queries, reading)
         if reading.places is None or task.own is not None:
             return predicted
@@ -197,24 +182,6 @@ class EmbeddingDistillation(nn.Module):
             name, factor = self._factors[term]
             parts.append(weights[name] * factor * value)
         return torch.stack(parts).sum()
-
-    def _reading(self, name: str, layout: TokenLayout) -> Reading:
-        task = self.tasks[name]
-        resamples = task.head.kind == "resampler"
-        at_tokens = task.at is Position.TASK_TOKENS
-        own = layout.own_tokens(name) if at_tokens else None
-        if resamples:
-            if at_tokens:
-                positions = layout.keys(name, self.text_keys)
-            else:
-                positions = layout.sequence() if task.at is Position.SEQUENCE else layout.image_positions()
-            by_states = query_source(task.head, task.target) == "states"
-            chosen = own if own is not None else layout.own_image_tokens()
-            return Reading(positions, chosen=chosen if by_states else None)
-        if own is not None:
-            return Reading(Positions.of(layout.rows, own))
-        positions = layout.image_positions()
-        return Reading(positions, None if task.own else TokenPlaces.of(layout, positions))
 
     def _predicted(
         self, name: str, hidden: Mapping[int, Tensor], queries: Mapping[str, Tensor], reading: Reading
@@ -326,15 +293,17 @@ def _own_target(
     if task.own == "projector":
         return positions.gather(hidden[PROJECTED]).detach()
     assert encoded_TE is not None, "the caller taps what the objective reads"
-    mask = positions.mask if positions.mask is not None else torch.ones_like(positions.index, dtype=torch.bool)
-    if len(encoded_TE) != int(mask.sum()):
+    slots = positions.index.numel()
+    tokens = slots if positions.real is None else len(positions.real)
+    if len(encoded_TE) != tokens:
         raise ValueError(
-            f"the encoder gave {len(encoded_TE)} features for {int(mask.sum())} image tokens: target 'encoder' needs "
+            f"the encoder gave {len(encoded_TE)} features for {tokens} image tokens: target 'encoder' needs "
             "one for each; take target 'projector'"
         )
-    target_SKE = encoded_TE.new_zeros(*mask.shape, encoded_TE.shape[-1])
-    target_SKE[mask] = encoded_TE.detach()
-    return target_SKE
+    target = encoded_TE.detach()
+    if positions.real is not None:
+        target = target.new_zeros(slots, target.shape[-1]).index_copy(0, positions.real, target)
+    return target.unflatten(0, positions.index.shape)
 
 
 def _loss_mask(task: DistilledTask, reading: Reading) -> Tensor | None:

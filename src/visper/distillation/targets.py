@@ -3,7 +3,7 @@
 Shape suffixes: B = own samples, P = samples in the pool, N = teacher tokens, E = teacher width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,10 @@ class Targets:
 
 @torch.no_grad()
 def gather_targets(
-    own: Tensor, group: dist.ProcessGroup | None = None, decode: Callable[[Tensor], Tensor] = torch.Tensor.float
+    own: Tensor,
+    group: dist.ProcessGroup | None = None,
+    decode: Callable[[Tensor], Tensor] = torch.Tensor.float,
+    counts: Sequence[int] | None = None,
 ) -> Targets:
     """Gathers every rank's targets, in rank order, into one pool on all ranks. No gradient flows through it.
 
@@ -41,23 +44,27 @@ def gather_targets(
         own: ``[B, N, E]``, or encoded targets ``[B, ...]``.
         group: of processes.
         decode: makes targets ``[P, N, E]`` float32 of what was sent.
+        counts: see ``gather_rows``.
     """
     own = own.detach()
-    rows, start = gather_rows(own, group)
+    rows, start = gather_rows(own, group, counts)
     pool, end = decode(rows), start + len(own)
     return Targets(pool[start:end], pool, torch.arange(start, end, device=own.device))
 
 
 @torch.no_grad()
-def gather_rows(own: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
-    """The rows of every rank, in rank order, and the number of this rank's first. Every rank must call."""
+def gather_rows(
+    own: Tensor, group: dist.ProcessGroup | None = None, counts: Sequence[int] | None = None
+) -> tuple[Tensor, int]:
+    """The rows of every rank, in rank order, and the number of this rank's first. Every rank must call.
+
+    Args:
+        counts: rows of each rank; None: the ranks are asked, and the host waits for their answers.
+    """
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
         return own, 0
-    count = torch.tensor([len(own)], device=own.device)
-    counts = [torch.zeros_like(count) for _ in range(ranks)]
-    dist.all_gather(counts, count, group=group)
-    sizes = [int(size) for size in torch.cat(counts).tolist()]
+    sizes = _asked(own, ranks, group) if counts is None else list(counts)
     # Collectives need equal shapes: pad to the longest, then cut. If no rank has samples, nothing is sent.
     padded = own.new_zeros(max(sizes), *own.shape[1:])
     padded[: len(own)] = own
@@ -66,3 +73,11 @@ def gather_rows(own: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Te
         dist.all_gather(parts, padded, group=group)
     pool = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     return pool, sum(sizes[: dist.get_rank(group)])
+
+
+def _asked(own: Tensor, ranks: int, group: dist.ProcessGroup | None) -> list[int]:
+    """The number of each rank's rows."""
+    count = torch.tensor([len(own)], device=own.device)
+    counts = [torch.zeros_like(count) for _ in range(ranks)]
+    dist.all_gather(counts, count, group=group)
+    return [int(size) for size in torch.cat(counts).tolist()]

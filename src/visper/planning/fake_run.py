@@ -71,7 +71,7 @@ class FakeRun:
         self.run = run.model_copy(update={"optimization": optimization})
         self.student: Student = student_skeleton(start)
         llm: Any = self.student.model.get_decoder()
-        choose_attention(self.run, llm)
+        choose_attention(self.run, self.student)
         require_positions(self.student, run.data.max_tokens)
         with torch.device("meta"):
             add_updates(run.lora, self.student)
@@ -149,7 +149,7 @@ def fake_batch(
         samples.append(Sample("fake", ids, labels, counts, pixels, blank))
     inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
     padded = Collator(0, model_inputs=inputs)
-    collated = (PackingCollator(padded) if run.packed else padded)(samples)
+    collated = model.with_positions(PackingCollator(padded) if run.packed else padded)(samples)
     batch: dict[str, Any] = {name: value for name, value in collated.items() if name in FORWARD_KEYS}
     images = sum(row.images for row in rows)
     if model.objective is not None:

@@ -55,7 +55,7 @@ def training_arguments(
         tf32=True if on_gpu else None,
         use_cpu=not on_gpu and deepspeed is None,
         deepspeed=deepspeed,
-        accelerator_config={"use_configured_state": deepspeed is not None},
+        accelerator_config={"use_configured_state": deepspeed is not None, "non_blocking": on_gpu},
         optim="adamw_torch_fused",
         save_strategy="steps",
         save_steps=run.logging.save_every,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,11 @@ from transformers.masking_utils import sdpa_mask
 from visper.common.compat import attention_of, flex_block_mask
 from visper.common.errors import ConfigError
 from visper.config import JOINING_ATTENTION, Run
+from visper.model import Student
 
 SAMPLE_SDPA = "visper_sample_sdpa"
+FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""transformers' names for the samples of a packed row (``FlashAttentionKwargs``)."""
 SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
 """Values of a config's ``layer_types`` whose layers keep the samples of a row apart in all of these ways."""
 
@@ -43,16 +46,21 @@ def sample_sdpa(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention ``[1, T, heads, width]`` of each sample to itself; without ``row_samples`` stock SDPA.
+    """Causal attention ``[B, T, heads, width]`` of each sample to itself; without ``row_samples`` stock SDPA.
 
     Args:
-        query, key, value: ``[1, heads, T, width]``.
-        row_samples: the samples of the row, T tokens in sum.
+        query, key, value: ``[B, heads, T, width]``.
+        row_samples: the samples of a packed row, T tokens in sum; empty: each row is one sample, padded on the right.
         sliding_window: positions that a token of this layer sees, itself included.
     """
     if row_samples is None:
         unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return unpacked
+    if not row_samples:
+        rows: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, _window(query, sliding_window), **kwargs
+        )
+        return rows
     lengths = [sample.length for sample in row_samples]
     parts = zip(*(values.split(lengths, dim=2) for values in (query, key, value)), strict=True)
     attended = []
@@ -114,10 +122,8 @@ class Joined:
             & (self.positions[key] <= self.positions[query])
         )
 
-    def row_samples(self, lengths: Sequence[int]) -> list[RowSample]:
-        """The samples of the row, for ``sample_sdpa``; ``lengths`` are their tokens."""
-        shared = (self.branches == 0).split(list(lengths))
-        prefixes = torch.stack([own.sum() for own in shared]).tolist()  # read from a GPU once
+    def row_samples(self, lengths: Sequence[int], prefixes: Sequence[int]) -> list[RowSample]:
+        """The samples of the row, for ``sample_sdpa``; ``lengths`` and ``prefixes`` are their tokens."""
         found, start = [], 0
         for length, prefix in zip(lengths, prefixes, strict=True):
             distance = None
@@ -141,13 +147,13 @@ AttentionInterface.register(SAMPLE_SDPA, sample_sdpa)
 AttentionMaskInterface.register(SAMPLE_SDPA, sdpa_mask)
 
 
-def choose_attention(run: Run, llm: Any) -> None:
-    """Sets the attention that the run names on the LLM, and prepares it for packed rows where the run packs.
+def choose_attention(run: Run, student: Student) -> None:
+    """Sets the attention that the run names on the student's LLM, and prepares it for the rows that the run makes.
 
     Raises:
         ConfigError: the attention is not available here, or the LLM's layers cannot keep the samples of a row apart.
     """
-    name = run.optimization.attention
+    name, llm = run.optimization.attention, cast("Any", student.model.get_decoder())
     if name is not None:
         try:
             llm.set_attn_implementation(name)
@@ -155,6 +161,8 @@ def choose_attention(run: Run, llm: Any) -> None:
             raise ConfigError(f"optimization.attention={name} is not available: {error}") from error
     if run.packed:
         separate_samples(llm)
+    elif student.is_llava and attention_of(llm) == "sdpa" and not _mixing_layers(llm):
+        llm.set_attn_implementation(SAMPLE_SDPA)
     if run.data.join_conversations:
         require_joinable(llm)
 
@@ -184,7 +192,7 @@ def separate_samples(llm: Any) -> None:
     Raises:
         ConfigError: it has layers that carry something from one sample of a row into the next.
     """
-    mixing = sorted(set(getattr(llm.config, "layer_types", None) or ()) - SEPARABLE_LAYERS)
+    mixing = _mixing_layers(llm)
     if mixing:
         raise ConfigError(
             f"{type(llm).__name__} has layers of type {mixing}, which do not keep the samples of a row apart: set "
@@ -194,25 +202,37 @@ def separate_samples(llm: Any) -> None:
         llm.set_attn_implementation(SAMPLE_SDPA)
 
 
-@contextlib.contextmanager
-def packed_rows(llm: Any, position_ids: Tensor | None, borders: Mapping[str, Any]) -> Iterator[None]:
-    """Tells the LLM's forward where the samples of a packed row begin; the model around it need not know of them.
+def _mixing_layers(llm: Any) -> list[str]:
+    return sorted(set(getattr(llm.config, "layer_types", None) or ()) - SEPARABLE_LAYERS)
 
-    Args:
-        position_ids: ``[1, T]`` or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
-        borders: see ``packing_arguments``.
-    """
-    told = packing_arguments(llm, position_ids, borders)
+
+@contextlib.contextmanager
+def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Gives the LLM's forward more ``arguments``; the model around it need not know of them."""
 
     def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": None, **told}
+        return args, {**kwargs, "attention_mask": None, **arguments}
 
-    handle = llm.register_forward_pre_hook(tell, with_kwargs=True) if told else None
+    handle = llm.register_forward_pre_hook(tell, with_kwargs=True) if arguments else None
     try:
         yield
     finally:
         if handle is not None:
             handle.remove()
+
+
+def padded_arguments(llm: Any, input_ids: Tensor) -> dict[str, Any]:
+    """Arguments that tell the LLM's forward that its rows are padded on the right, if at all.
+
+    Causal attention never looks there, so that no mask is needed. Without these arguments transformers compares
+    position ids on the GPU to find out whether rows are packed, and the host waits for it.
+    """
+    return {"row_samples": (), "attention_mask": _unread(input_ids)} if attention_of(llm) == SAMPLE_SDPA else {}
+
+
+def _unread(like: Tensor) -> Tensor:
+    """A mask that keeps transformers from building one: of four dimensions it is taken as it is. It is not read."""
+    return like.new_zeros(1, 1, 1, 1)
 
 
 def own_positions(
@@ -228,7 +248,7 @@ def own_positions(
     """
     if not hasattr(model, "get_rope_index"):
         return position_ids
-    lengths = borders["cu_seq_lens_q"].diff().tolist()
+    lengths = borders["lengths"]
 
     def apart(values: Tensor) -> Tensor:
         return pad_sequence(list(values[0].split(lengths)), batch_first=True)
@@ -248,24 +268,25 @@ def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[st
 
     Args:
         position_ids: ``[1, T]``, from 0 in every sample, or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
-        borders: ``cu_seq_lens_q`` ``[samples + 1]`` and the others that ``data.packing`` makes; ``branches`` ``[1, T]``
-            of joined samples.
+        borders: what else ``data.packing`` tells of the samples, and ``data.joining`` of joined ones.
     """
     if position_ids is None:
         return {}
-    name, branches = attention_of(llm), borders.get("branches")
+    name, branches, lengths = attention_of(llm), borders.get("branches"), borders["lengths"]
     if name != SAMPLE_SDPA and branches is None:
-        return {"position_ids": position_ids, **borders}
-    lengths = borders["cu_seq_lens_q"].diff()
+        return {"position_ids": position_ids, **{key: borders[key] for key in FLASH_KEYS}}
     joined = None
     if branches is not None:
-        numbers = torch.arange(len(lengths), device=branches.device).repeat_interleave(lengths)
+        counts = borders["cu_seq_lens_q"].diff()
+        numbers = torch.arange(len(lengths), device=branches.device).repeat_interleave(
+            counts, output_size=branches.numel()
+        )
         joined = Joined(numbers, branches[0], position_ids[0])
     if name != SAMPLE_SDPA:
         assert joined is not None and name == "flex_attention", name
         return {"position_ids": position_ids, "attention_mask": joined.block_mask()}
-    # transformers takes a mask of four dimensions as it is: this one keeps it from building one, and is not read.
-    unread = position_ids.new_zeros(1, 1, 1, 1)
-    each = lengths.tolist()
-    samples = [RowSample(length, length) for length in each] if joined is None else joined.row_samples(each)
-    return {"position_ids": position_ids, "row_samples": samples, "attention_mask": unread}
+    if joined is None:
+        samples = [RowSample(length, length) for length in lengths]
+    else:
+        samples = joined.row_samples(lengths, borders["prefixes"])
+    return {"position_ids": position_ids, "row_samples": samples, "attention_mask": _unread(position_ids)}

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from visper.common.compat import around_operations
 from visper.common.gpus import peak_of
 from visper.data.collator import Sizes
+from visper.model.parts import PROJECTOR, VISION, modules_of
 from visper.training.module import TrainingModel
 
 logger = logging.getLogger(__name__)
@@ -115,14 +116,27 @@ def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
     """Names the region while the modules run: the decoder is part of the student's base model."""
     handles = []
 
-    def region(module: nn.Module, inside: str, after: str) -> None:
-        handles.append(module.register_forward_pre_hook(lambda *_: setattr(products, "region", inside)))
-        handles.append(module.register_forward_hook(lambda *_: setattr(products, "region", after)))
+    def region(module: nn.Module, name: str) -> None:
+        outer: list[str] = []
 
-    region(model.student.model, "image", "")
-    region(model.student.get_decoder(), "llm", "image")
+        def enter(*_: Any) -> None:
+            outer.append(products.region)
+            products.region = name
+
+        def leave(*_: Any) -> None:
+            products.region = outer.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+
+    # Of a LLaVA, encoder and projector are called by the training model, not by the student.
+    for part in (VISION, PROJECTOR):
+        for place in modules_of(model.student, part):
+            region(model.student.get_submodule(place), "image")
+    region(model.student.model, "image")
+    region(model.student.get_decoder(), "llm")
     if model.objective is not None:
-        region(model.objective, "image", "")
+        region(model.objective, "image")
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +25,11 @@ Batch = dict[str, Any]
 class Counts:
     """Sums over the micro-batches of all processes.
 
-    ``divisors`` of the loss, supervised tokens and images, stay on the device.
+    ``divisors`` of the loss, supervised tokens and images, are on the device.
     """
 
     divisors: Tensor
+    images_by_process: tuple[int, ...]
     supervised: int
     images: int
     dropped: int
@@ -48,7 +49,9 @@ def count(
     unlabeled: int = 0,
     save_failed: bool = False,
 ) -> Counts:
-    """Counts this process's micro-batches and sums over processes, in one reduction.
+    """Counts this process's micro-batches and sums over processes, in one exchange.
+
+    One process knows its counts without asking its device.
 
     Args:
         asked_to_stop, save_failed: whether this process was told to stop, or knows that a checkpoint cannot be written;
@@ -61,40 +64,56 @@ def count(
     dropped = sum(len(batch.get("dropped", ())) for batch in batches)
     rows = sum(len(batch["labels"]) for batch in batches)
     lengths = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "image_tokens", "pairs")]
-    own = torch.tensor(
-        [supervised, images, dropped, asked_to_stop, rows, unlabeled, *lengths, save_failed], dtype=torch.long
-    )
-    sums = accelerator.reduce(own.to(accelerator.device, non_blocking=True), "sum")
-    return Counts(sums[:2].clamp(min=1), *sums.tolist())
+    everyones = [[supervised, images, dropped, int(asked_to_stop), rows, unlabeled, *lengths, int(save_failed)]]
+    if accelerator.num_processes > 1:
+        own = _sent(everyones, accelerator.device)
+        everyones = cast("Tensor", accelerator.gather(own)).tolist()
+    sums = [sum(column) for column in zip(*everyones, strict=True)]
+    divisors = _sent([max(1, number) for number in sums[:2]], accelerator.device)
+    return Counts(divisors, tuple(counts[1] for counts in everyones), *sums)
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    """The numbers on ``device``, without waiting for it."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @torch.no_grad()
 def teacher_targets(
-    batches: Sequence[Batch], teachers: Mapping[str, Teacher], device: torch.device
+    batches: Sequence[Batch],
+    teachers: Mapping[str, Teacher],
+    device: torch.device,
+    images_by_process: Sequence[int] | None = None,
 ) -> list[dict[str, Targets]]:
-    """Targets of every micro-batch by task, against the pool of the global batch. Every process must call."""
+    """Targets of every micro-batch by task, against the pool of the global batch. Every process must call.
+
+    Args:
+        images_by_process: of all micro-batches; None: the processes are asked, for each task.
+    """
     shares: list[dict[str, Targets]] = [{} for _ in batches]
     sizes = [len(batch["image_rows"]) for batch in batches]
-    same = _same_images(batches, device).split(sizes) if teachers and batches else ()
+    same = _same_images(batches, device, images_by_process).split(sizes) if teachers and batches else ()
     for task, teacher in teachers.items():
         seen = [batch["teacher_images"][task].to(device) for batch in batches if len(batch["image_rows"])]
         if isinstance(teacher, DecodedTargets):  # sent as they are stored, a quarter of float32 with int8
             empty = torch.empty(0, teacher.codec.target_bytes, dtype=torch.uint8, device=device)
-            everything = gather_targets(torch.cat(seen) if seen else empty, decode=teacher)
+            stored = torch.cat(seen) if seen else empty
+            everything = gather_targets(stored, decode=teacher, counts=images_by_process)
         else:
             # float32 on every process: one without images cannot know what a teacher in half precision would give.
             empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
-            everything = gather_targets(torch.cat([teacher(pixels).float() for pixels in seen]) if seen else empty)
+            made = torch.cat([teacher(pixels).float() for pixels in seen]) if seen else empty
+            everything = gather_targets(made, counts=images_by_process)
         split = zip(shares, everything.own.split(sizes), everything.labels.split(sizes), same, strict=True)
         for share, own, labels, copies in split:
             share[task] = Targets(own=own, pool=everything.pool, labels=labels, same=copies)
     return shares
 
 
-def _same_images(batches: Sequence[Batch], device: torch.device) -> Tensor:
+def _same_images(batches: Sequence[Batch], device: torch.device, counts: Sequence[int] | None) -> Tensor:
     """``[images here, images of the global batch]``, True where both are one image. Every process must call."""
     own = torch.cat([batch["image_ids"] for batch in batches]).to(device)
-    everyones, _ = gather_rows(own)
+    everyones, _ = gather_rows(own, counts=counts)
     return own[:, None] == everyones
 
 

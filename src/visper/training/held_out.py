@@ -121,7 +121,9 @@ class HeldOut:
             cuts = (own[at : at + micro] for at in range(0, len(own), micro))
             batches: list[Any] = [data.collator([data.dataset[row] for row in cut]) for cut in cuts]
             counts = global_batch.count(batches, accelerator, False)
-            targets = global_batch.teacher_targets(batches, trainer.teachers, accelerator.device)
+            targets = global_batch.teacher_targets(
+                batches, trainer.teachers, accelerator.device, counts.images_by_process
+            )
             global_batch.prepare(batches, counts, targets, progress)
             for one in batches:
                 inputs = {key: value for key, value in one.items() if key in FORWARD_KEYS}

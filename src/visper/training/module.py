@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,20 +26,21 @@ from visper.common.compat import is_partitioned, recompute_layers
 from visper.config import Position
 from visper.data.collator import supervised_places
 from visper.data.images import normalized_pixels
-from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Targets, TokenLayout
+from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Reading, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
 from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
-from visper.training.attention import own_positions, packed_rows
+from visper.training.attention import FLASH_KEYS, own_positions, packing_arguments, padded_arguments, told
+from visper.training.positions import Collate, PositioningCollator, image_positions, samples_of
 from visper.training.stages import feature_sum
 
 NTP = "ntp"
 """Name of the next-token term."""
 TOKEN_LOSSES = "token_losses"
 """Name of the one output that is no term: the loss of each supervised token."""
-IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places"))
-LOSS_KEYS = frozenset(("supervised_at", "num_tokens", "num_images", "targets", "progress"))
-PACKING_KEYS = frozenset(("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "branches"))
+IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places", "image_at"))
+LOSS_KEYS = frozenset(("supervised_at", "readings", "num_tokens", "num_images", "targets", "progress"))
+PACKING_KEYS = frozenset(("position_ids", "lengths", "prefixes", "branches", *FLASH_KEYS))
 FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
 """What ``TrainingModel.forward`` takes of a collated batch."""
 LOGIT_ROWS = 2048
@@ -129,6 +131,13 @@ class TrainingModel(nn.Module):
         if self.objective is not None:
             self.objective.recompute = share > 0
 
+    def with_positions(self, collator: Collate) -> PositioningCollator:
+        """A collator whose batches hold all positions that ``forward`` would otherwise look for."""
+        ids = (self.image_token_id, self.task_token_ids)
+        if self.objective is None:
+            return PositioningCollator(collator, *ids)
+        return PositioningCollator(collator, *ids, self.objective.tasks, self.objective.text_keys)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -145,6 +154,8 @@ class TrainingModel(nn.Module):
         progress: float = 0.0,
         position_ids: Tensor | None = None,
         supervised_at: Tensor | None = None,
+        image_at: Tensor | None = None,
+        readings: Mapping[str, Reading] | None = None,
         token_losses: bool = False,
         **borders: Any,
     ) -> dict[str, Tensor]:
@@ -152,60 +163,78 @@ class TrainingModel(nn.Module):
 
         Args:
             input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
-            num_tokens: supervised tokens in the global batch.
-            num_images: images in the global batch.
+            num_tokens, num_images: supervised tokens and images in the global batch.
             pixel_values: ``[S, 3, H, W]``, of a LLaVA; uint8 is normalized as its image processor does it.
             model_inputs: of another model all that it reads beside ids and mask, by its own names (``data.vlm``).
             image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
             targets: per task, with an objective.
             progress: share of the steps that are done.
             position_ids: ``[1, L]`` of a packed row (``data.packing``).
-            supervised_at: ``[T]``, see ``data.collator.Batch``; found here if not given.
+            supervised_at, image_at, readings: see ``data.collator.Batch``; if not given, found here, waiting for a GPU.
             token_losses: also return ``TOKEN_LOSSES``, ``[T]``.
-            **borders: of the samples in a packed row, under transformers' names (``FlashAttentionKwargs``), and
-                ``branches`` of joined ones (``data.joining``).
+            **borders: what else tells of the samples of a packed row, see ``attention.packing_arguments``.
 
         Returns:
             ``loss`` and every term by name, each a scalar; unweighted terms, detached.
         """
-        inputs, positions = self._student_inputs(
-            input_ids, attention_mask, pixel_values, model_inputs, position_ids, borders
-        )
-        packed = packed_rows(self.student.get_decoder(), positions, borders)
-        with packed, self._tap() as (hidden, encoded), self._reaching_vision(inputs.get("pixel_values") is None):
-            output = self.student.model(input_ids=input_ids, use_cache=False, **inputs)
+        if readings is None:
+            of_images = (image_rows, image_tokens, samples_of(position_ids), image_places)
+            readings = {} if image_rows is None else self._read(input_ids, attention_mask, *of_images)
+        separated = self._separated(input_ids, position_ids, model_inputs, borders)
+        with separated, self._tap() as (hidden, encoded), self._reaching_vision(pixel_values, model_inputs):
+            inputs = {"input_ids": input_ids, **(model_inputs or {})}
+            if model_inputs is None:
+                inputs = self._embedded(input_ids, self._normalized(pixel_values), image_at)
+            elif position_ids is None:
+                inputs["attention_mask"] = attention_mask
+            output = self.student.model(use_cache=False, **inputs)
             losses = self.next_token_loss(output.last_hidden_state, labels, supervised_at, each=token_losses)
             loss = losses.sum() / num_tokens
             terms = {NTP: loss}
             if self.objective is not None:
-                rows = image_rows if image_rows is not None else input_ids.new_empty(0)
-                samples = None if position_ids is None else (position_ids == 0).cumsum(1)
-                layout = self._layout(input_ids, attention_mask, rows, image_tokens, samples, image_places)
                 features = self._features(encoded)
-                distilled = self.objective(hidden, layout, self._queries(), targets or {}, num_images, features)
+                distilled = self.objective(hidden, readings, self._queries(), targets or {}, num_images, features)
                 loss = loss + self.objective.total(distilled, progress)
                 terms |= distilled
-        each = {TOKEN_LOSSES: losses.detach()} if token_losses else {}
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **each}
+        terms = {name: term.detach() for name, term in terms.items()}
+        return {"loss": loss, **terms, **({TOKEN_LOSSES: losses.detach()} if token_losses else {})}
 
-    def _student_inputs(
+    def _separated(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        pixel_values: Tensor | None,
-        model_inputs: Mapping[str, Tensor] | None,
         position_ids: Tensor | None,
+        model_inputs: Mapping[str, Tensor] | None,
         borders: Mapping[str, Any],
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """What the student reads beside ids, and its positions in a packed row; arguments as of ``forward``."""
-        if model_inputs is None:
-            # Rows get no mask: padding is on the right, where causal attention never looks, and a mask would
-            # keep SDPA from its causal kernel. Other models may count positions by it, or look both ways.
-            return {"pixel_values": self._normalized(pixel_values)}, position_ids
+    ) -> AbstractContextManager[None]:
+        """Tells the LLM which tokens of its rows belong together; arguments as of ``forward``.
+
+        Rows of a LLaVA get no mask: padding is on the right, where causal attention never looks, and a mask would keep
+        SDPA from its causal kernel. Other models may count positions by it, or look both ways.
+        """
+        llm = self.student.get_decoder()
         if position_ids is None:
-            return {"attention_mask": attention_mask, **model_inputs}, None
-        positions = own_positions(self.student.model, input_ids, position_ids, borders, model_inputs)
-        return {**model_inputs}, positions
+            return told(llm, padded_arguments(llm, input_ids) if model_inputs is None else {})
+        if model_inputs is not None:
+            position_ids = own_positions(self.student.model, input_ids, position_ids, borders, model_inputs)
+        return told(llm, packing_arguments(llm, position_ids, borders))
+
+    def _embedded(self, input_ids: Tensor, pixels: Tensor | None, image_at: Tensor | None) -> dict[str, Tensor]:
+        """What a LLaVA reads: ids, or embeddings with the images' features in their places.
+
+        Its own forward counts image tokens on the GPU, for a check and again for the gradient.
+        """
+        if pixels is None:
+            return {"input_ids": input_ids}
+        embedded_BLD = self.student.get_input_embeddings()(input_ids)
+        features = self.student.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        features_TD = torch.cat(list(features)).to(embedded_BLD.dtype)
+        at_T = image_positions(input_ids, self.image_token_id) if image_at is None else image_at
+        if len(at_T) != len(features_TD):
+            raise ValueError(
+                f"the batch has {len(at_T)} image tokens (id {self.image_token_id}), its images {len(features_TD)} "
+                "features: give the ids and pixels of one processor, and never truncate an image's tokens"
+            )
+        return {"inputs_embeds": embedded_BLD.flatten(0, 1).index_copy(0, at_T, features_TD).view_as(embedded_BLD)}
 
     def generate(self, **inputs: Any) -> Tensor:
         """The student's ``generate``; under FSDP only this gathers the weights outside of its decoder layers."""
@@ -312,6 +341,10 @@ class TrainingModel(nn.Module):
         """``of_images``: the arguments of ``TokenLayout.from_ids`` behind the task tokens."""
         return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids, *of_images)
 
+    def _read(self, *of_batch: Any) -> dict[str, Reading]:
+        """What each task reads; arguments as of ``_layout``."""
+        return {} if self.objective is None else self.objective.read(self._layout(*of_batch))
+
     def _queries(self) -> dict[str, Tensor]:
         return {} if self.task_tokens is None else dict(self.task_tokens.queries)
 
@@ -322,13 +355,13 @@ class TrainingModel(nn.Module):
         return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in blank}
 
     @contextlib.contextmanager
-    def _reaching_vision(self, text_only: bool) -> Iterator[None]:
+    def _reaching_vision(self, pixels: Tensor | None, model_inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Adds a zero-valued dependency on the vision parameters to the embeddings of a text-only batch.
 
         Such a batch then yields zero gradients for them. DDP would wait forever for missing ones, and FSDP and
         DeepSpeed for a process that skips a module which the others run.
         """
-        if not text_only:
+        if pixels is not None or "pixel_values" in (model_inputs or {}):
             yield
             return
 

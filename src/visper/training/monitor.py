@@ -111,8 +111,6 @@ class RunMonitor:
         self._dead: set[str] = set()
         self._counts = [0, 0, 0, 0, 0]  # images, tokens, pairs, supervised, image tokens of all since the last log
         self._norms: dict[str, Tensor] = {}
-        self._judged: tuple[list[str], dict[str, Tensor]] = ([], {})
-        self._settled = True  # the loss of the step at hand was finite
         self._left_out = 0  # steps in a row
         self._start_step()
 
@@ -145,15 +143,29 @@ class RunMonitor:
         self._rows += _rows_of(inputs)
         self._terms = {name: term.detach() for name, term in outputs.items() if name != "loss"}
 
-    def settle(self, step: int) -> bool:
-        """Judges the step's loss, on every process alike, before the optimizer moves. False: leave this step out."""
+    def settle(self, step: int, norm: Tensor | float | None = None) -> bool:
+        """Judges the step's loss and the norm of all gradients, on every process alike, before the optimizer moves.
+
+        Both are read at once, so that the host waits for the device once.
+
+        Args:
+            norm: of all gradients; None: the engine hides them.
+
+        Returns:
+            False: leave this step out.
+
+        Raises:
+            NonFiniteLossError: one is not finite and the run is to stop, or too many steps in a row were left out.
+            LossSpikeError: the loss rose far above its course and the run is to stop.
+        """
         assert self._share is not None
-        loss = float(self.accelerator.reduce(self._share, "sum"))  # NaN and infinity survive a sum
+        loss_sum = self.accelerator.reduce(self._share, "sum")  # NaN and infinity survive a sum
+        judged = norm.to(loss_sum) if isinstance(norm, Tensor) else loss_sum.new_full((), norm or 0.0)
+        loss, length = torch.stack([loss_sum, judged]).tolist()
         rows, terms = self._rows, self._terms
-        self._judged = (rows, terms)
+        self._start_step()
         if not math.isfinite(loss):
-            self._start_step()
-            self._leave_out(f"the loss is {loss} at step {step}")
+            self._leave_out(f"the loss is {loss} at step {step}", rows, terms)
             return False
         if self.rules.spike != "ignore" and self._spikes(loss):
             text = (
@@ -162,27 +174,16 @@ class RunMonitor:
             )
             self._say(self.rules.spike, LossSpikeError(text), text)
         self._losses.append(loss)
-        self._start_step()
-        self._settled = True
+        if not math.isfinite(length):
+            self._leave_out(f"the gradients' norm is {length} at step {step}, with a finite loss", rows, terms)
+            return False
+        self._left_out = 0
         return True
 
-    def settle_gradients(self, norm: float, step: int) -> bool:
-        """Judges the norm of all gradients, on every process alike, before the optimizer moves. False: leave it out.
-
-        Raises:
-            NonFiniteLossError: it is not finite and the run is to stop, or too many steps in a row were left out.
-        """
-        if math.isfinite(norm):
-            self._left_out = 0 if self._settled else self._left_out
-            return True
-        self._leave_out(f"the gradients' norm is {norm} at step {step}, with a finite loss")
-        return False
-
-    def _leave_out(self, what: str) -> None:
-        rows, terms = self._judged
+    def _leave_out(self, what: str, rows: list[str], terms: Mapping[str, Tensor]) -> None:
+        self._norms.clear()
         named = gather_object([(rows, {name: round(float(term), 4) for name, term in terms.items()})])
         self._left_out += 1
-        self._settled = False
         text = (
             f"{what}; terms of each process's last micro-batch {[t for _, t in named]}; "
             f"rows {_some([row for part, _ in named for row in part])}. "
@@ -217,7 +218,8 @@ class RunMonitor:
         """What is logged beside the losses, as means over the ``steps`` since the last log; looks for dead terms."""
         seconds = self.clock.collect()
         total = sum(seconds.values())
-        found = {f"grad_norm_{part}": float(norm) for part, norm in self._norms.items()}
+        norms = torch.stack(list(self._norms.values())).tolist() if self._norms else ()
+        found = {f"grad_norm_{part}": norm for part, norm in zip(self._norms, norms, strict=True)}
         self._norms.clear()
         if total > 0 and steps > 0:
             images, tokens, *others = self._counts

@@ -211,7 +211,7 @@ def build_student(run: Run, processes: PartialState, console: Console) -> Studen
     else:
         student = starting_student(run)
     announce(console, "student", f"{type(student.model).__name__}, {student.num_layers} layers x {student.hidden_size}")
-    choose_attention(run, student.model.get_decoder())
+    choose_attention(run, student)
     require_positions(student, run.data.max_tokens)
     return student
 

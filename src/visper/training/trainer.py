@@ -56,7 +56,7 @@ class StageTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TrainingModel,
         args: TrainingArguments,
         data: StageData,
         teachers: Mapping[str, Teacher],
@@ -82,7 +82,7 @@ class StageTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=data.dataset,
-            data_collator=data.collator,
+            data_collator=model.with_positions(data.collator),
             callbacks=[EpochCallback(data.sampler), stop, *callbacks],
         )
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
@@ -129,7 +129,7 @@ class StageTrainer(Trainer):
             self.data.drop_more(dropped, self.output / DROPPED if self.is_world_process_zero() else None)
         if batches:
             self.monitor.counted(counts, self.state.global_step + 1)
-        targets = global_batch.teacher_targets(batches, self.teachers, self.args.device)
+        targets = global_batch.teacher_targets(batches, self.teachers, self.args.device, counts.images_by_process)
         self.monitor.clock.mark(TEACHER)
         progress = self.state.global_step / max(1, self.state.max_steps)
         global_batch.prepare(batches, counts, targets, progress)
@@ -165,14 +165,12 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward; after the last micro-batch of a step the monitor decides whether the step counts."""
+        """Forward and backward; after the last micro-batch of a step that is logged, the norms of the parts."""
         if self.sharded and self.launch.engine is Engine.FSDP:
             choose_reduction(self._bare(), self.accelerator.sync_gradients, self.launch.reduce_once)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            if not self.monitor.settle(step):
-                model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
             if step == 1 or step % self.args.logging_steps == 0:
                 self.monitor.norms(self._bare())
         self.monitor.clock.mark(BACKWARD)
@@ -181,11 +179,12 @@ class StageTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """Of all processes: up to torch 2.14 or so, the norm of sharded gradients reads as this process's alone.
 
-        The Trainer calls this right before the optimizer's step, so this is where gradients are judged.
+        The Trainer calls this right before the optimizer's step, so this is where loss and gradients are judged: the
+        only time in a step of one process that the host waits for its device.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = gathered(norm) if isinstance(norm, Tensor) else norm
-        if norm is not None and not self.monitor.settle_gradients(float(norm), self.state.global_step + 1):
+        if not self.monitor.settle(self.state.global_step + 1, norm):
             model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
             return 0.0
         return norm

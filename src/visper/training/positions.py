@@ -1,0 +1,65 @@
+"""The last step of collating: where image tokens lie, and what each task reads.
+
+A forward pass could find both in the token ids. On a GPU the host would wait for their number, several times a
+micro-batch; the loader's processes find them on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from visper.data.collator import Batch, Sample
+from visper.data.rows.records import Drop
+from visper.distillation import DistilledTask, TokenLayout, readings_of
+
+Collate = Callable[[Sequence[Sample | Drop]], Batch]
+
+
+@dataclass
+class PositioningCollator:
+    """A collator whose batches also hold ``image_at`` and, with tasks, ``readings``; picklable.
+
+    Args:
+        collator: makes the tensors, padded or packed.
+        image_token_id: of the student.
+        task_token_ids: of the student, by task.
+        tasks: what is distilled; empty: nothing.
+        text_keys: see ``EmbeddingDistillation``.
+    """
+
+    collator: Collate
+    image_token_id: int
+    task_token_ids: Mapping[str, list[int]] = field(default_factory=dict)
+    tasks: Mapping[str, DistilledTask] = field(default_factory=dict)
+    text_keys: bool = True
+
+    def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
+        """The collator's batch with ``image_at`` ``[image tokens]`` and ``readings``, by task."""
+        batch = self.collator(items)
+        batch["image_at"] = image_positions(batch["input_ids"], self.image_token_id)
+        if self.tasks:
+            layout = TokenLayout.from_ids(
+                batch["input_ids"],
+                batch["attention_mask"],
+                self.image_token_id,
+                self.task_token_ids,
+                batch["image_rows"],
+                batch["image_tokens"],
+                samples_of(batch.get("position_ids")),
+                batch.get("image_places"),
+            )
+            batch["readings"] = readings_of(self.tasks, layout, self.text_keys)
+        return batch
+
+
+def image_positions(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """``[image tokens]``: where they lie, with the rows of ``[B, L]`` laid end to end."""
+    return (input_ids == image_token_id).flatten().nonzero().squeeze(1)
+
+
+def samples_of(position_ids: Tensor | None) -> Tensor | None:
+    """``[1, L]``: the number of each token's sample in a packed row; None: rows are samples."""
+    return None if position_ids is None else (position_ids == 0).cumsum(1)
