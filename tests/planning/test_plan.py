@@ -216,3 +216,23 @@ def test_the_students_own_targets_are_planned_without_a_teacher(target, tmp_path
     assert one.teacher_flops == 0 and one.row_flops > other.row_flops
     assert {part.part: part.total for part in one.parts}["predictors"] > 0
     assert not any("targets" in name for name in one.disk)
+
+
+def test_what_is_sent_and_held_by_hand(run):
+    def planned(**launch):
+        return plan(run.model_copy(update={"launch": run.launch.model_copy(update=launch)}), Machine(4, 80e9))
+
+    run = with_optimization(run, micro_batch=1)  # two micro-batches a step
+    ddp, fsdp = planned(), planned(engine=Engine.FSDP)
+    once = planned(engine=Engine.FSDP, reduce_once=True)
+    copies = planned(engine=Engine.FSDP, replicas=2)
+    gradients = 4 * sum(part.trainable for part in ddp.parts)
+    assert ddp.sent == 2 * gradients * 3 / 4
+    assert fsdp.sent - once.sent == gradients * 3 / 4  # one reduction less
+    weights = (fsdp.sent - 2 * gradients * 3 / 4) / (2 * 3 / 4)
+    assert weights > 4 * sum(part.total for part in ddp.parts)
+    assert copies.sent == pytest.approx(2 * (weights + gradients) / 2 + 2 * gradients / 2 / 2)
+    waits = "gradients of the step"
+    assert waits not in fsdp.memory.parts
+    assert (once.memory.parts[waits], copies.memory.parts[waits]) == (gradients, gradients / 2)
+    assert copies.memory.parts["optimizer"] == 2 * fsdp.memory.parts["optimizer"]

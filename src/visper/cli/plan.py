@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from visper.planning.plan import Plan
 
 NAME = "plan"
+NETWORK = 50e9
+"""Bytes per second of a 400 Gb/s adapter for each GPU, usual between nodes of H100s."""
 
 
 def run(
@@ -69,6 +71,11 @@ def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None
         "(of onnx teachers nothing is counted, of your own what torch computes)"
     )
     console.print(_time(plan, price))
+    if machine.gpus > 1 and plan.sent is not None:
+        console.print(
+            f"network: each process sends {plan.sent / 1e9:.2f} GB a step, {plan.sent / NETWORK:.2f} s at 400 Gb/s a "
+            "GPU if nothing overlaps"
+        )
     for what, size in plan.disk.items():
         console.print(f"disk: {what}: {size / 1e9:,.2f} GB")
 

@@ -58,7 +58,7 @@ class FakeRun:
         parts: parameters by part.
         weights, gradients, moments: bytes of parameters and buffers, of all gradients, of AdamW's state.
         layers: bytes of the LLM's decoder layers.
-        layer_parameters: parameters of one of them.
+        num_layers, layer_parameters: how many they are; parameters of one of them.
         fake: made all tensors.
 
     Raises:
@@ -81,6 +81,7 @@ class FakeRun:
         set_trainable(self.model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))
         self.parts: list[PartCount] = count_parts(self.model)
         self.layers = float(sum(p.nbytes for p in llm.layers.parameters()))
+        self.num_layers = len(llm.layers)
         self.layer_parameters = sum(p.numel() for p in llm.layers[0].parameters())
         held = [*self.model.parameters(), *self.model.buffers()]
         self.weights = float(sum(tensor.nbytes for tensor in held))

@@ -25,6 +25,7 @@ class Fit:
         rows: how many, how long.
         settings: those that decide memory, ``gradient_checkpointing: auto`` decided.
         memory: of one device, by what holds it.
+        sent: bytes that one process sends in an optimizer step; None: not known.
 
     Raises:
         ConfigError: a configuration cannot be found, or the rows cannot be counted.
@@ -52,6 +53,7 @@ class Fit:
         del loaded
         self.settings = self._held.decided(self.model)
         self.memory = self._held.memory(self.settings, self.model)
+        self.sent = self._held.sent(self.settings, self.model)
 
     @property
     def fits(self) -> bool:

@@ -144,7 +144,33 @@ class MemoryModel:
         held["targets"] = pool * (2 if gpus > 1 else 1)  # gathered: the parts and the pool
         buckets = model.gradients if gpus > 1 and engine is Engine.DDP else 0.0
         held["gradients"] = model.gradients / ways + buckets
+        if engine is Engine.FSDP and self._micro_batches(settings) > 1:  # sums that are reduced at the step's end
+            once, copies = self.run.launch.reduce_once, self.run.launch.replicas > 1
+            held["gradients of the step"] = model.gradients if once else model.gradients / ways if copies else 0.0
         return held
 
+    def sent(self, settings: Settings, model: FakeRun) -> float | None:
+        """Bytes that one process sends in an optimizer step by ring collectives, gathered targets left out; None where
+        the engine is DeepSpeed's.
+
+        FSDP gathers layers in the forward and in the backward pass and everything else once.
+        """
+        engine, ways, launch = settings.engine, self._ways(settings), self.run.launch
+        if engine in (Engine.ZERO2, Engine.ZERO3):
+            return None
+        if engine is Engine.DDP:
+            return 2.0 * model.gradients * (1 - 1 / self.machine.processes)
+        width = 2 if self.run.optimization.precision == "bfloat16" else 4
+        weights = width * (sum(part.total for part in model.parts) + model.layer_parameters * model.num_layers)
+        micro_batches = self._micro_batches(settings)
+        within = micro_batches * weights + (1 if launch.reduce_once else micro_batches) * model.gradients
+        return within * (1 - 1 / ways) + 2.0 * model.gradients / ways * (1 - 1 / launch.replicas)
+
+    def _micro_batches(self, settings: Settings) -> int:
+        return max(1, self.run.optimization.global_batch // (settings.micro_batch * self.machine.processes))
+
     def _ways(self, settings: Settings) -> int:
-        return 1 if settings.engine is Engine.DDP else self.machine.processes
+        if settings.engine is Engine.DDP:
+            return 1
+        replicas = self.run.launch.replicas if settings.engine is Engine.FSDP else 1
+        return max(1, self.machine.processes // replicas)

@@ -35,6 +35,7 @@ class Plan:
         memory: of one device, by what holds it.
         lever: the first change that makes it fit; None where the run fits, or nothing makes it.
         row_flops, teacher_flops: model FLOPs of an average row (forward and backward once), and its teachers'.
+        sent: bytes that one process sends in an optimizer step; None where that is not known.
         disk: bytes by what is stored.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     lever: Lever | None
     row_flops: float
     teacher_flops: float
+    sent: float | None
     disk: Mapping[str, float]
 
     @property
@@ -95,6 +97,7 @@ def plan(run: Run, machine: Machine) -> Plan:
         fit.lever(),
         model.row_flops(rows),
         teacher_flops,
+        fit.sent,
         _disk(run, rows, fit.specs, model),
     )
 
