@@ -40,6 +40,7 @@ time.sleep(60)
 STUBBORN = SAVES.replace("signal.signal(signal.SIGTERM, save)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 UNPREPARED = SAVES.replace("signal.signal(signal.SIGTERM, save)", "")
 FAILS = STUBBORN.replace("time.sleep(60)", "sys.exit(3) if rank == '1' else time.sleep(60)")
+KILLED = STUBBORN.replace("time.sleep(60)", "os.kill(os.getpid(), 9) if rank == '1' else time.sleep(60)")
 
 
 @pytest.fixture
@@ -117,3 +118,8 @@ def test_when_one_process_fails_the_others_are_stopped(start, tmp_path):
     said, _ = run.communicate(timeout=WAIT_S)
     assert run.returncode == 1 and "process 1 of 2 ended with exit code 3" in said
     assert has_ended(tmp_path, "0")
+
+
+def test_a_process_that_was_killed_is_said_to_have_left_no_message(start):
+    said, _ = start(KILLED).communicate(timeout=WAIT_S)
+    assert "process 1 of 2 ended with exit code -9" in said and "see dmesg" in said and "its own message" not in said

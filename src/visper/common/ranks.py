@@ -1,11 +1,13 @@
-"""What the first process of a run decides for all."""
+"""What the first process of a run decides for all, and what is said where a process is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
-from visper.common.errors import VisperError
+from visper.common.errors import ConfigError, ProcessFailedError, VisperError
 
 Result = TypeVar("Result")
 
@@ -27,9 +29,43 @@ def first_decides(work: Callable[[], Result]) -> Result:
             result = work()
         except (VisperError, OSError) as found:
             error = found
-    result, error = broadcast_object_list([result, error])
+    with naming_lost_processes():
+        result, error = broadcast_object_list([result, error])
     if error is not None:
         if isinstance(error, VisperError):
             error.shared = True
         raise error
     return result
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Around collectives of the start: one line where another process has ended, or is later than the run waits.
+
+    Raises:
+        ProcessFailedError: what torch said; which process it was, the launcher's message tells.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        raise ProcessFailedError(
+            f"process {rank} of {count} waits in vain for the others ({str(error).splitlines()[0]}): one of them has "
+            "ended, which its own message or the launcher's explains, or takes longer than launch.timeout_minutes"
+        ) from error
+
+
+def require_nccl() -> None:
+    """Refuses several processes on GPUs with a torch that cannot connect them.
+
+    Raises:
+        ConfigError: names the torch that is installed.
+    """
+    import torch
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
+        raise ConfigError(
+            f"torch {torch.__version__} was built without NCCL, by which processes on GPUs exchange tensors: install "
+            "a build with it (those of pytorch.org for Linux and CUDA have it), or train with one process"
+        )

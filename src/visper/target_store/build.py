@@ -23,7 +23,7 @@ from visper.common.console import Console, announce, track
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
-from visper.common.ranks import first_decides
+from visper.common.ranks import first_decides, require_nccl
 from visper.config import Data, Distillation, Run
 from visper.config.schema import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
@@ -64,6 +64,7 @@ def build_targets(
     if run.distillation is None or not run.distillation.taught:
         raise ConfigError(f"no task of '{run.name}' has a teacher, so there is nothing to store: give a run with one")
     row_files(run.data)  # missing sources are an error before anything is loaded
+    require_nccl()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     console = Console(quiet=quiet or not state.is_main_process, soft_wrap=True)
     dtype = dtype or read_dtype(out) or DEFAULT_DTYPE

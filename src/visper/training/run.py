@@ -22,7 +22,7 @@ from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
-from visper.common.ranks import first_decides
+from visper.common.ranks import first_decides, require_nccl
 from visper.config import Engine, Evaluation, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
@@ -142,8 +142,9 @@ def join_processes(launch: Launch) -> PartialState:
     """This process's place among those of the run.
 
     Raises:
-        ConfigError: one process sees several GPUs, or ``launch.replicas`` does not divide the processes.
+        ConfigError: one process sees several GPUs, torch lacks NCCL, or ``launch.replicas`` does not divide processes.
     """
+    require_nccl()
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)

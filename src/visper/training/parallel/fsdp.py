@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from visper.common.compat import is_partitioned
 from visper.common.errors import ConfigError
-from visper.common.ranks import first_decides
+from visper.common.ranks import first_decides, naming_lost_processes
 from visper.training.module import TrainingModel
 
 
@@ -69,7 +69,8 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     if not first:
         model.to_empty(device=mesh.device_type)
     assert dict(model.named_parameters()).keys() == described.keys(), "tied weights came apart"
-    send(model, weights)
+    with naming_lost_processes():
+        send(model, weights)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
 

@@ -158,9 +158,13 @@ def _report(
         if any(process.returncode == StoppedError.exit_code for process in processes):
             raise SystemExit(StoppedError.exit_code)
         return
-    ended = f"process {failed} of {len(processes)} ended with exit code {processes[failed].returncode}"
+    code = processes[failed].returncode
+    ended = f"process {failed} of {len(processes)} ended with exit code {code}"
+    why = "its own message stands above"
+    if code == -signal.SIGKILL:
+        why = "it was killed (SIGKILL) and could say nothing; the system does that where memory ends (see dmesg)"
     if received:
         raise StoppedError(
             f"told to stop ({received[0].name}), but {ended}, which means that it did not save: {remedy}"
         )
-    raise ProcessFailedError(f"{ended}, the others were stopped: its own message stands above. Fix the cause; {remedy}")
+    raise ProcessFailedError(f"{ended}, the others were stopped: {why}. Fix the cause; {remedy}")

@@ -1,0 +1,27 @@
+"""Processes that cannot reach each other are one line, not a traceback and not a hang."""
+
+import pytest
+import torch
+
+from visper.common.errors import ConfigError, ProcessFailedError
+from visper.common.ranks import naming_lost_processes, require_nccl
+
+
+def test_several_processes_on_gpus_need_nccl(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    require_nccl()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="built without NCCL"):
+        require_nccl()
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    require_nccl()
+
+
+def test_what_torch_says_of_a_lost_process_becomes_one_line(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    message = r"process 1 of 4 waits in vain for the others \(Connection closed\)"
+    with pytest.raises(ProcessFailedError, match=message), naming_lost_processes():
+        raise RuntimeError("Connection closed\nby peer")
