@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from tests import tiny
 from tests.checkpoints import tensors_of
 from tests.logs import computed
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.images import open_image
 from visper.data.sampler import spread
@@ -142,6 +142,35 @@ def test_accuracies_are_those_of_the_finished_model(make, held_out, tmp_path):
     assert found["eval/accuracy/b"] == 0
 
 
+def test_the_blind_control_is_the_accuracy_with_other_images(make, held_out):
+    """An answerer that names what it sees is right on a question's own image, and on no other one."""
+    evaluator = evaluator_of(make("run", asking(held_out, blind=True)))
+    questions = json.loads((held_out / "questions.json").read_text())
+    answers = {row["image"]: row["answer"] for row in questions}
+    said = [answers[prompt.images[0]] for prompt in evaluator.answer.prompts]
+    assert len(said) == 2 * len(questions)
+    found = evaluator.answer.score(said)
+    assert (found["accuracy"], found["blind"]) == (1, 0)
+    assert found["constant"] == pytest.approx(2 / len(questions))
+    swapped = said[len(questions) :] + said[: len(questions)]
+    assert (evaluator.answer.score(swapped)["accuracy"], evaluator.answer.score(swapped)["blind"]) == (0, 1)
+    assert set(evaluator.values) == set(found)
+
+
+def test_the_blind_control_is_logged_and_changes_nothing_else(make, held_out):
+    plain, blind = (train(make(f"run-{on}", asking(held_out, blind=on)))[4] for on in (False, True))
+    assert "eval/blind" not in plain and 0 <= blind["eval/blind"] <= 1
+    assert {name for name in blind if name.startswith("eval/")} - set(plain) == {"eval/blind"}
+    assert all(blind[name] == plain[name] for name in plain if name.startswith("eval/"))
+
+
+def test_the_blind_control_needs_other_images(make, held_out):
+    one = json.loads((held_out / "questions.json").read_text())[:1]
+    (held_out / "one.json").write_text(json.dumps(one))
+    with pytest.raises(DataError, match="at least two different images"):
+        evaluator_of(make("run", asking(held_out, blind=True) | {"questions": str(held_out / "one.json")}))
+
+
 def test_the_best_checkpoint_outlives_newer_ones(make, held_out):
     run = make("run", losses(held_out, every=1), optimization={"max_steps": 6}, logging={"save_every": 1})
     found = train(run)
@@ -224,6 +253,7 @@ def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
         ({"questions": "a.json", "best": "loss"}, "not measured without loss_on"),
         ({"loss_on": [{"json": "a", "images": "b"}], "best": "accuracy"}, "not measured without questions"),
         ({"questions": "a.json", "draw": 1}, "'draw' shows images of 'loss_on'"),
+        ({"loss_on": [{"json": "a", "images": "b"}], "blind": True}, "'blind' is a control of 'questions'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):

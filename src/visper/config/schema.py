@@ -208,6 +208,7 @@ class Evaluation(Section):
     benchmark: str | None = Field(None, description="cv-bench, mmstar, realworldqa or ok-vqa, under data.root")
     limit: PositiveInt = Field(200, description="rows and questions at most, evenly spaced over all")
     max_new_tokens: PositiveInt = Field(32, description="of an answer; benchmarks have their own")
+    blind: bool = Field(False, description="ask once more with other questions' images: the control, at twice the cost")
     best: str | None = Field(
         None, description="value by which the best checkpoint is kept; default: accuracy where asked, else loss"
     )
@@ -240,6 +241,8 @@ class Evaluation(Section):
             raise ValueError("give 'questions' or 'benchmark', not both")
         if self.images is not None and self.questions is None:
             raise ValueError("'images' belongs to 'questions': remove it")
+        if self.blind and not self.asks:
+            raise ValueError("'blind' is a control of 'questions' or a 'benchmark': give one, or remove it")
         if self.draw and not self.loss_on:
             raise ValueError("'draw' shows images of 'loss_on': give that, too")
         needs = "loss_on" if not self.higher_is_better else "questions or a benchmark"

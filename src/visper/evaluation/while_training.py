@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -14,7 +15,7 @@ from visper.config import Run
 from visper.data.sampler import spread
 from visper.distillation import Teacher
 from visper.evaluation.ask import answer
-from visper.evaluation.asking import Prompt, open_images, require_askable
+from visper.evaluation.asking import Prompt, open_images, other_images, require_askable
 from visper.evaluation.benchmarks import BENCHMARKS
 from visper.evaluation.benchmarks.run import reading_of
 from visper.evaluation.image_sources import ImageSource
@@ -40,14 +41,26 @@ class WhileTraining:
         images: where their images are.
         max_new_tokens: of an answer.
         score: of all answers.
+        blind: ask once more, each prompt with other prompts' images: their accuracy is the value ``blind``.
+
+    Raises:
+        DataError: prompts that cannot be asked; ``blind`` of fewer than two different images.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], images: ImageSource, max_new_tokens: int, score: Scorer) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], images: ImageSource, max_new_tokens: int, score: Scorer, blind: bool
+    ) -> None:
         require_askable(prompts, images)
-        self.prompts = list(prompts)
+        self._num_seen = len(prompts)
+        self.prompts = [*prompts, *(_blinded(prompts) if blind else ())]
         self.images = images
         self.max_new_tokens = max_new_tokens
-        self.score = score
+        self._score = score
+
+    def score(self, said: Sequence[str | None]) -> dict[str, float]:
+        """Accuracies of answers in the prompts' order."""
+        own, control = said[: self._num_seen], said[self._num_seen :]
+        return {**self._score(own), **({"blind": self._score(control)["accuracy"]} if control else {})}
 
     def __call__(
         self, student: Student, share: tuple[int, int], generate: Callable[..., Tensor]
@@ -64,6 +77,13 @@ class WhileTraining:
                 said += zip(shown, found, strict=True)
         everything = dict(gather_object(said) if share[1] > 1 else said)
         return self.score([everything.get(at) for at in range(len(self.prompts))])
+
+
+def _blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
+    others = other_images([prompt.images for prompt in prompts])
+    if others is None:
+        raise DataError("no other images", "evaluation.blind needs at least two different images: leave it out")
+    return [replace(prompt, images=names) for prompt, names in zip(prompts, others, strict=True)]
 
 
 def evaluator_of(run: Run) -> Evaluator | None:
@@ -117,7 +137,7 @@ def _asked(run: Run) -> WhileTraining | None:
             return {"accuracy": table[-1].accuracy, "constant": table[-1].constant / table[-1].total, **kinds}
 
         prompts = [question.prompt(question.images) for question in questions]
-        return WhileTraining(prompts, images, settings.max_new_tokens, of_questions)
+        return WhileTraining(prompts, images, settings.max_new_tokens, of_questions, settings.blind)
     if settings.benchmark not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise ConfigError(f"evaluation.benchmark: no benchmark '{settings.benchmark}', there are {known}")
@@ -131,4 +151,4 @@ def _asked(run: Run) -> WhileTraining | None:
         return {"accuracy": columns[-1].value, **{f"accuracy/{column.name}": column.value for column in columns}}
 
     prompts = [Prompt(item.id, item.prompt, item.images) for item in items]
-    return WhileTraining(prompts, images, benchmark.max_new_tokens, of_benchmark)
+    return WhileTraining(prompts, images, benchmark.max_new_tokens, of_benchmark, settings.blind)
