@@ -37,6 +37,7 @@ from visper.data.rows.sources import open_records
 from visper.distillation.teachers import SquashedImage
 from visper.model.start import starting_processor
 from visper.quickstart import BASES
+from visper.training.stage_data import seen_by_student
 
 BASES_HERE = [f"student.{part}={BASES / part}" for part in ("llm", "encoder")]
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
@@ -78,9 +79,8 @@ def measure(folder: Path, configuration: str, geometry: str, batch: int, epochs:
     squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
 
     def run(rows: list[int]) -> float:
-        loader: DataLoader[Any] = DataLoader(
-            dataset, batch, sampler=rows, num_workers=1, collate_fn=Collator(0, squashed)
-        )
+        collator = Collator(0, squashed, as_student=seen_by_student(processor.image_processor, squashed))
+        loader: DataLoader[Any] = DataLoader(dataset, batch, sampler=rows, num_workers=1, collate_fn=collator)
         before = cpu_seconds()
         batches = iter(loader)
         for made in batches:

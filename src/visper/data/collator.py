@@ -126,12 +126,14 @@ class Collator:
     Args:
         pad_token_id: fills rows on the right, never attended.
         teachers: task -> that teacher's preprocessing of an image.
+        as_student: tasks whose teacher is given the very bytes that the student is: they are made and sent once.
         model_inputs: of a model with its own processor, what makes its inputs.
     """
 
     pad_token_id: int
     teachers: Mapping[str, Preprocess] = field(default_factory=dict)
     model_inputs: ModelInputs | None = None
+    as_student: frozenset[str] = frozenset()
 
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
         """Batches the good rows and passes on the bad ones' names.
@@ -177,7 +179,10 @@ class Collator:
             elif self.teachers:
                 images = [image for s in samples for image in s.seen]
                 batch["teacher_images"] = {
-                    task: stacked([preprocess(image) for image in images]) for task, preprocess in self.teachers.items()
+                    task: batch["pixel_values"]
+                    if task in self.as_student
+                    else stacked([preprocess(image) for image in images])
+                    for task, preprocess in self.teachers.items()
                 }
         return batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
@@ -17,6 +18,7 @@ from visper.data.checks.unknown_words import sampled_unknown_words, unknown_word
 from visper.data.collator import Collator, Preprocess, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
 from visper.data.image_order import image_groups
+from visper.data.images import geometry_of, output_size
 from visper.data.joining import JoiningCollator
 from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
@@ -27,6 +29,7 @@ from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
 from visper.data.vlm import ModelInputs, encoder_for
 from visper.distillation import Teacher
+from visper.distillation.teachers import SquashedImage
 from visper.model import Student
 from visper.target_store.open import TargetStore, require_targets
 
@@ -157,10 +160,19 @@ def _collator(
     settings: Data, optimization: Optimization, student: Student, preprocess: Mapping[str, Preprocess]
 ) -> AnyCollator:
     inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
-    padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs)
+    shared = seen_by_student(student.processor.image_processor, preprocess) if student.is_llava else frozenset()
+    padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs, shared)
     if settings.join_conversations:
         return JoiningCollator(padded, student.image_token_id, settings.max_tokens)
     return PackingCollator(padded) if optimization.packing else padded
+
+
+def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) -> frozenset[str]:
+    """Tasks whose teacher sees the same resized bytes as a LLaVA. Not with ``crop``, which the student does last."""
+    if geometry_of(image_processor) == "crop":
+        return frozenset()
+    size = (output_size(image_processor),) * 2
+    return frozenset(task for task, see in preprocess.items() if type(see) is SquashedImage and see.size == size)
 
 
 def _summary(used: int, total: int, drops: DropList, survey: Survey | None) -> str:
