@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Trainer
 
 from visper.common import compat
@@ -109,3 +111,11 @@ def test_every_private_method_of_the_trainer_that_is_overridden_is_listed():
 def test_a_block_mask_is_what_the_rule_says():
     mask = compat.flex_block_mask(lambda batch, head, query, key: query >= key, 256, torch.device("cpu"))
     assert mask.to_dense()[0, 0].tolist() == [[1, 0], [1, 1]]
+
+
+def test_torch_reads_where_a_shard_begins(tmp_path):
+    save_file({"a": torch.ones(2, 3)}, tmp_path / "1.safetensors", metadata=compat.shard_metadata({"a": [0, 0]}))
+    save_file({"a": torch.zeros(1, 3)}, tmp_path / "2.safetensors", metadata=compat.shard_metadata({"a": [2, 0]}))
+    state = {"a": torch.empty(3, 3)}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert state["a"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]

@@ -8,14 +8,13 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.checkpoints import tensors_of
 from visper.common.errors import TrainingError
 from visper.training import checkpoint
-from visper.training.checkpoint_writer import CheckpointWriter
+from visper.training.checkpoint_writer import CheckpointWriter, ShardWriter
 from visper.training.parallel.fsdp import whole
 
 
@@ -69,7 +68,7 @@ def worker(rank, port, folder, sharded, fails):
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        HuggingFaceStorageWriter.write_data = full
+        ShardWriter.write_data = full
     writer.write(checkpoint.state_of(model, optimizer), staged)
     saved = everything(model, optimizer)
     with torch.no_grad():  # training goes on: the copy must not move

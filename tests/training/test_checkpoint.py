@@ -1,11 +1,13 @@
 """A damaged checkpoint is named and set aside, and the newest good one taken."""
 
 import json
+import tracemalloc
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from tests import tiny
@@ -16,6 +18,7 @@ from visper.config import load_run
 from visper.model import load_student
 from visper.training import checkpoint, run_stage
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints, complete, newest_undamaged
+from visper.training.checkpoint_writer import ShardWriter
 
 
 def save(output: Path, *steps: int, keep: int = 9) -> None:
@@ -82,6 +85,16 @@ def test_older_ones_stay_when_the_new_one_does_not_read_as_written(tmp_path: Pat
     with pytest.raises(TrainingError, match=r"checkpoint-6' is damaged right after it was written .* check the disk"):
         save(tmp_path, 6, keep=1)
     assert newest_undamaged(tmp_path, Console(quiet=True)) == tmp_path / FOLDER / "checkpoint-4"
+
+
+def test_shards_are_written_without_a_copy_in_python(tmp_path: Path) -> None:
+    state = {"weight": torch.zeros(1 << 23)}  # 32 MiB
+    tracemalloc.start()
+    dcp.save(state, storage_writer=ShardWriter(str(tmp_path), save_distributed=True), no_dist=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    (shard,) = tmp_path.glob("*.safetensors")
+    assert torch.equal(load_file(shard)["weight"], state["weight"]) and peak < 1 << 24
 
 
 def test_a_run_goes_on_from_the_one_before_and_ends_as_if_nothing_had_happened(

@@ -8,7 +8,6 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
@@ -24,6 +23,7 @@ from visper.data.rows.sources import open_records
 from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
 from visper.training.checkpoint import STATE
+from visper.training.checkpoint_writer import ShardWriter
 from visper.training.trainer import StageTrainer
 
 
@@ -323,14 +323,14 @@ def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, ti
 
 def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_path):
     run = make("pt")
-    write = HuggingFaceStorageWriter.write_data
+    write = ShardWriter.write_data
 
     def full_at_step_four(self, *args):
         if "checkpoint-4" in str(self.path):
             raise OSError(28, "No space left on device")
         return write(self, *args)
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full_at_step_four)
+    monkeypatch.setattr(ShardWriter, "write_data", full_at_step_four)
     with pytest.raises(TrainingError, match=r"'checkpoint-4' could not be written .*No space left on device"):
         run_stage(run)
     monkeypatch.undo()
