@@ -57,7 +57,7 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     take_after(model, described)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     sizes = (processes,) if replicas == 1 else (replicas, processes // replicas)  # (shard,) or (replicate, shard)
-    mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes)
+    mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
     # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = precision if bfloat16 else MixedPrecisionPolicy()
