@@ -34,7 +34,7 @@ from visper.model.encoders import Encoder, load_encoder
 from visper.model.hub import Vocabulary, loading, sizes_of, vocabulary_of
 from visper.model.student import ANSWERING_SIDE, Student
 from visper.model.task_tokens import task_token_names
-from visper.model.words import add_words, set_to_mean
+from visper.model.words import add_words, move_apart, set_to_mean
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -52,7 +52,7 @@ def build_student(
     With device_map "meta" it has everything but weights, which then take no memory and are not read.
 
     The projector is new (two linear layers with GELU between, ``mlp2x_gelu``); LLM and encoder bring their weights.
-    Rows that the vocabulary gains are set to the mean of the rows it had.
+    Rows that the vocabulary gains are set to the mean of the rows it had; those of added words lie around it.
 
     Raises:
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
@@ -237,6 +237,8 @@ def _assemble(
     new_rows = sorted({*range(old_size, vocabulary_size), *word_ids})
     if new_rows:
         set_to_mean((model.get_input_embeddings(), model.lm_head), new_rows, old_size)
+    if word_ids:
+        move_apart((model.get_input_embeddings(), model.lm_head), word_ids, old_size)
     model.config.text_config.pad_token_id = pad_id
     model.config.pad_token_id = pad_id
     model.tie_weights()

@@ -48,11 +48,30 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
     return added
 
 
+SPREAD = 0.3
+"""Of the rows of added words about the mean, as a share of the old rows' own."""
+
+
 @torch.no_grad()
 def set_to_mean(layers: Sequence[nn.Module], rows: list[int], old_size: int) -> None:
     """Sets new rows of embedding and head to the mean of the first ``old_size`` rows. Tied tables are set once."""
     for table in {id(table): table for table in map(_weight, layers)}.values():
         table[rows] = table[:old_size].float().mean(dim=0).to(table.dtype)
+
+
+@torch.no_grad()
+def move_apart(layers: Sequence[nn.Module], rows: Sequence[int], old_size: int) -> None:
+    """Adds noise to the rows of words, ``SPREAD`` times as wide as the first ``old_size`` rows, whatever the seed.
+
+    Words whose rows are equal in the output layer get no gradient that tells them apart: it reaches the hidden state as
+    a sum over words of (probability - label) * row, which is then the same whichever of them is right. A model asked
+    for one of three such words guessed, and never looked at the image (docs/log.md, 2026-11-26).
+    """
+    generator = torch.Generator().manual_seed(0)
+    for table in {id(table): table for table in map(_weight, layers)}.values():
+        deviations_D = table[:old_size].float().std(dim=0)
+        noise_WD = torch.randn(len(rows), len(deviations_D), generator=generator).to(table.device) * deviations_D
+        table[list(rows)] += (SPREAD * noise_WD).to(table.dtype)
 
 
 class AddedWords(nn.Module):
