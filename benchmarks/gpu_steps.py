@@ -14,6 +14,7 @@ from typing import Any
 
 import packing
 import torch
+from accelerate.utils import send_to_device
 from pretraining_step import Geometry, Stopwatch, build_model, measure, operations
 from pretraining_step import published_teachers as published
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -122,7 +123,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
     padded = Collator(0)
     if packed:
         separate_samples(model.student.get_decoder())
-    collator: Collator | PackingCollator = PackingCollator(padded) if packed else padded
+    collator = model.with_positions(PackingCollator(padded) if packed else padded)
     rows = rows_of(setting.geometry, setting.micro_batch * (setting.steps + 2))
     batches = [collator(rows[i : i + setting.micro_batch]) for i in range(0, len(rows), setting.micro_batch)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=half)
@@ -163,7 +164,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
 def placed(batch: Any, device: str, half: bool) -> dict[str, Any]:
     """What the model is given, on the device."""
     given = {key: batch[key] for key in FORWARD_KEYS if key in batch}
-    given = {key: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for key, v in given.items()}
+    given = send_to_device(given, device, non_blocking=True)
     if half and "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].bfloat16()
     return given | {"num_tokens": batch["sizes"].supervised}
