@@ -131,6 +131,7 @@ def waits(options: argparse.Namespace) -> dict[str, Any]:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """The last step's checkpoint comes later."""
+            kept.clear()  # also of what was counted before the third step
             kept.update(counter.places)
 
     def shown(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
