@@ -219,13 +219,13 @@ class TrainingModel(nn.Module):
         return told(llm, packing_arguments(llm, position_ids, borders))
 
     def _embedded(self, input_ids: Tensor, pixels: Tensor | None, image_at: Tensor | None) -> dict[str, Tensor]:
-        """What a LLaVA reads: ids, or embeddings with the images' features in their places.
+        """What a LLaVA reads: embeddings, with the images' features in their places.
 
         Its own forward counts image tokens on the GPU, for a check and again for the gradient.
         """
-        if pixels is None:
-            return {"input_ids": input_ids}
         embedded_BLD = self.student.get_input_embeddings()(input_ids)
+        if pixels is None:  # embedded here too: ZeRO-3 wants modules called in one order on every process
+            return {"inputs_embeds": embedded_BLD}
         features = self.student.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         features_TD = torch.cat(list(features)).to(embedded_BLD.dtype)
         at_T = image_positions(input_ids, self.image_token_id) if image_at is None else image_at
