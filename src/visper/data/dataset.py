@@ -115,8 +115,9 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Of the sources that rows are numbered by; none where the rows are the caller's own."""
-        return tuple(part.name for part in self.records.parts) if isinstance(self.records, Records) else ()
+        """Of the sources that rows are numbered by; none where all rows are from one, or the caller's own."""
+        parts = self.records.parts if isinstance(self.records, Records) else ()
+        return tuple(part.name for part in parts) if len(parts) > 1 else ()
 
     @property
     def has_image(self) -> list[bool]:

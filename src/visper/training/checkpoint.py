@@ -130,12 +130,9 @@ def require_finite(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint holds of both, by parameter name: tensors, sharded where the model is."""
-    state: dict[str, Any] = {"weights": trainable_state(model)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
-    return state
+    return {"weights": trainable_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)["state"]}
 
 
 @torch.no_grad()

@@ -87,9 +87,8 @@ class HeldOut:
         """Raises ConfigError if ``evaluation.best`` is not among the values that ``measure`` will give."""
         values: list[str] = []
         if self.rows is not None:
-            names = self.rows.dataset.source_names
             terms = () if model.objective is None else model.objective.term_names
-            values = ["loss", NTP, *(f"{NTP}/{name}" for name in names if len(names) > 1), *terms]
+            values = ["loss", NTP, *(f"{NTP}/{name}" for name in self.rows.dataset.source_names), *terms]
         if self.evaluator is not None:
             values += self.evaluator.values
         measure = self.settings.measure.removeprefix(EVALUATED)
@@ -112,7 +111,7 @@ class HeldOut:
         order = order[: len(order) - len(order) % accelerator.num_processes] or order
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
         names = data.dataset.source_names
-        sources = SourceSums(names) if len(names) > 1 else None
+        sources = SourceSums(names) if names else None
         sums: dict[str, Tensor] = {}
         tokens = images = 0
         for start in range(0, len(order), batch):

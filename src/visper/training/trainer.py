@@ -75,7 +75,7 @@ class StageTrainer(Trainer):
         self.stop = stop
         self.terms = TermSums()
         names = data.dataset.source_names
-        self.sources = SourceSums(names) if len(names) > 1 else None
+        self.sources = SourceSums(names) if names else None
         self.best_checkpoint: str | None = None  # kept beside the newest ones, see ``held_out``
         self.sharded = is_sharded(model)
         super().__init__(
