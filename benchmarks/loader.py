@@ -3,7 +3,8 @@
 640 x 480 JPEGs (generated, about 66 KB) through the dataset, the collator and one loader process; counted is the CPU
 time of that process and of the one that receives the batches, up to the pixels as the networks read them. Teachers are
 of the published sizes: depth 336, seg 768, gen 224 pixels; the image of the student has 336. Other jobs on the machine
-make a CPU-second do less: compare figures of one day only.
+make a CPU-second do less: compare figures of one day only, beside Pillow's rate of decoding the same files. Last come
+20 small tensors, about what a batch of PT holds beside pixels, sent as they are and as ``SentBatch``.
 
     python benchmarks/loader.py --out benchmarks/results/loader.json
 """
@@ -11,13 +12,17 @@ make a CPU-second do less: compare figures of one day only.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
 import resource
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,10 +39,13 @@ from visper.data.dataset import ConversationDataset
 from visper.data.images import build_image_processor
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
+from visper.data.sending import SentBatch
 from visper.distillation.teachers import SquashedImage
 from visper.model.start import starting_processor
 from visper.quickstart import BASES
+from visper.training.positions import PositioningCollator
 from visper.training.stage_data import seen_by_student
+from visper.training.stopping import start_worker
 
 BASES_HERE = [f"student.{part}={BASES / part}" for part in ("llm", "encoder")]
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
@@ -70,50 +78,70 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-class Loading:
-    """The rows of ``write_rows`` as PT reads them.
-
-    Args:
-        folder: of the rows.
-        configuration: a key of ``CONFIGURATIONS``.
-        geometry: of the images.
-        count: rows in all.
-    """
-
-    def __init__(self, folder: Path, configuration: str, geometry: str, count: int) -> None:
-        processor = starting_processor(load_run("quickstart/pt", overrides=BASES_HERE))
-        processor.image_processor = build_image_processor(geometry, 336, MEAN, STD)
-        records = open_records([(folder / "rows.json", folder)], DropList(), quiet=True)
-        self.dataset = ConversationDataset(records, ConversationEncoder(processor, 4096))
-        self.squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
-        self.collator = Collator(0, self.squashed, as_student=seen_by_student(processor.image_processor, self.squashed))
-        self.rows = list(range(count))
-
-    def batches(self, size: int, rows: list[int], workers: int = 1) -> DataLoader[Any]:
-        """Batches of ``size`` of these rows."""
-        return DataLoader(self.dataset, size, sampler=rows, num_workers=workers, collate_fn=self.collator)
-
-    def receive(self, made: Any) -> None:
-        """What training does on the device with the pixels of a batch costs no CPU: only their sizes are looked at."""
-        for task, look in self.squashed.items():
-            assert made["teacher_images"][task].shape[1:] == (3, *look.size)
-        assert made["pixel_values"].shape[1:] == (3, 336, 336)
-
-
-def measure(loading: Loading, batch: int, epochs: int) -> float:
+def measure(folder: Path, configuration: str, geometry: str, batch: int, epochs: int) -> float:
     """Images a CPU-second over ``epochs`` epochs, beyond what an epoch of one batch costs to start."""
+    processor = starting_processor(load_run("quickstart/pt", overrides=BASES_HERE))
+    processor.image_processor = build_image_processor(geometry, 336, MEAN, STD)
+    records = open_records([(folder / "rows.json", folder)], DropList(), quiet=True)
+    dataset = ConversationDataset(records, ConversationEncoder(processor, 4096))
+    squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
 
     def run(rows: list[int]) -> float:
+        collator = Collator(0, squashed, as_student=seen_by_student(processor.image_processor, squashed))
+        last = PositioningCollator(collator, processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+        begin = partial(start_worker, None)
+        loader: DataLoader[Any] = DataLoader(
+            dataset, batch, sampler=rows, num_workers=1, collate_fn=last, worker_init_fn=begin
+        )
         before = cpu_seconds()
-        batches = iter(loading.batches(batch, rows))
+        batches = iter(loader)
         for made in batches:
-            loading.receive(made)
+            receive(made, processor, squashed)
         del batches  # waits for the loader process, whose time counts from then on
         return cpu_seconds() - before
 
-    start = run(loading.rows[:batch])
-    taken = run(loading.rows[:batch] + loading.rows * epochs) - start
-    return len(loading.rows) * epochs / taken
+    rows = list(range(len(dataset)))
+    start = run(rows[:batch])
+    taken = run(rows[:batch] + rows * epochs) - start
+    return len(rows) * epochs / taken
+
+
+def decoding_rate(folder: Path) -> float:
+    """Images a CPU-second that Pillow only decodes, in this process: the yardstick; the best of five rounds."""
+    contents = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        for content in contents:
+            Image.open(io.BytesIO(content)).load()
+        taken.append(time.process_time() - start)
+    return len(contents) / min(taken)
+
+
+def sending_cost(collate: Callable[[Any], Any], batches: int = 150) -> float:
+    """CPU milliseconds of a batch from a loader's process to this one, beyond the start."""
+
+    def run(count: int) -> float:
+        before = cpu_seconds()
+        for _ in DataLoader(range(count), 1, num_workers=1, collate_fn=collate):  # type: ignore[arg-type]
+            pass
+        return cpu_seconds() - before
+
+    start = run(1)
+    return (run(batches + 1) - start) / batches * 1000
+
+
+def small_tensors(_: Any) -> dict[str, torch.Tensor]:
+    """20 of 16 x 60 token ids."""
+    return {str(number): torch.zeros(16, 60, dtype=torch.long) for number in range(20)}
+
+
+def receive(made: Any, processor: Any, squashed: dict[str, SquashedImage]) -> None:
+    """What training does on the device with the pixels of a batch, one image of it: a device's work costs no CPU."""
+    for task, look in squashed.items():
+        pixels = made["teacher_images"][task]
+        assert pixels.shape[1:] == (3, *look.size)
+    assert made["pixel_values"].shape[1:] == (3, 336, 336)
 
 
 def main() -> None:
@@ -130,16 +158,21 @@ def main() -> None:
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         write_rows(Path(name), options.images)
+        found["decoded by Pillow"] = round(decoding_rate(Path(name)), 1)
+        print(f"decoded by Pillow: {found['decoded by Pillow']} images a CPU-second", flush=True)
         for geometry in options.geometry:
             for configuration in CONFIGURATIONS:
-                loading = Loading(Path(name), configuration, geometry, options.images)
-                rate = measure(loading, options.batch, options.epochs)
+                rate = measure(Path(name), configuration, geometry, options.batch, options.epochs)
                 found[f"{configuration} ({geometry})"] = round(rate, 1)
                 print(f"{configuration} ({geometry}): {rate:.1f} images a CPU-second", flush=True)
+    sending = {"as they are": small_tensors, "as SentBatch": lambda _: SentBatch(small_tensors(_))}
+    sent = {how: round(sending_cost(collate), 2) for how, collate in sending.items()}
+    print(f"20 small tensors, CPU milliseconds a batch: {sent}")
     if options.out:
         record = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
         record[options.label] = {
             "images_per_cpu_second": found,
+            "small_tensors_ms": sent,
             "command": " ".join(["python", *sys.argv]),
             "date": date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",

@@ -146,6 +146,8 @@ def _refused_format(path: Path, content: bytes | None) -> str | None:
 def _to_rgb(image: Image.Image, ground: tuple[int, int, int] | None) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image).convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image  # `convert` would copy it
     see_through = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     if not see_through or ground is None:
         return (image.convert("RGBA") if see_through and image.mode == "P" else image).convert("RGB")

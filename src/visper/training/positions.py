@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from visper.data.collator import Batch, Sample
 from visper.data.rows.records import Drop
+from visper.data.sending import SentBatch
 from visper.distillation import DistilledTask, TokenLayout, readings_of
 
 Collate = Callable[[Sequence[Sample | Drop]], Batch]
@@ -36,7 +39,7 @@ class PositioningCollator:
     tasks: Mapping[str, DistilledTask] = field(default_factory=dict)
     text_keys: bool = True
 
-    def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
+    def __call__(self, items: Sequence[Sample | Drop]) -> dict[str, Any]:
         """The collator's batch with ``image_at`` ``[image tokens]`` and ``readings``, by task."""
         batch = self.collator(items)
         batch["image_at"] = image_positions(batch["input_ids"], self.image_token_id)
@@ -52,7 +55,7 @@ class PositioningCollator:
                 batch.get("image_places"),
             )
             batch["readings"] = readings_of(self.tasks, layout, self.text_keys)
-        return batch
+        return dict(batch) if get_worker_info() is None else SentBatch(batch)
 
 
 def image_positions(input_ids: Tensor, image_token_id: int) -> Tensor:
