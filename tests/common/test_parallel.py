@@ -1,5 +1,10 @@
 """Results come in the items' order, and the work leaves no trace in what is random."""
 
+import platform
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,3 +28,27 @@ def test_weights_drawn_afterwards_are_those_drawn_without(workers: int) -> None:
     torch.manual_seed(0)
     list(in_order(square, range(10), "", quiet=True, workers=workers))
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_a_process_that_keeps_freed_memory_does_not_ask_for_it_again() -> None:
+    code = """
+import resource
+from visper.common.parallel import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        blocks = [b"1" * 20_000_000 for _ in range(3)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+returned = faults()
+keep_freed_memory()
+faults()
+print(returned, faults())
+"""
+    returned, kept = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    pages = 5 * 3 * 20_000_000 // resource.getpagesize()
+    assert int(kept) < pages / 50 < int(returned)

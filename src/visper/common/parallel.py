@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -55,6 +56,19 @@ def in_order(
 def num_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Lets this process reuse the memory that it frees, where the C library is glibc.
+
+    It would return what a batch of images took, and the kernel would clear every page of the next one again: about 600
+    page faults an image of pre-training, 1.6 ms of CPU time. Above 32 MiB a block is returned in any case.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 * 2**20)
 
 
 def _as_list(results: list[Result]) -> list[Result]:

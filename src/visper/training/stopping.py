@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from visper.common.parallel import keep_freed_memory
+
 
 class StopRequest(TrainerCallback):
     """Saves and ends training after the step in which any process was asked to stop.
@@ -51,10 +53,13 @@ class StopRequest(TrainerCallback):
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     """Makes a loader process ignore the signals that its process group gets too: it must serve the last step.
 
+    It also keeps the memory of a batch for the next.
+
     Args:
         then: the loader's own start of a worker, which seeds it.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     if then is not None:
         then(worker)
