@@ -97,7 +97,8 @@ def main() -> None:
         )
         orders[micro_batch] = list(sampler)
         ordering = time.process_time() - start
-        shown, images = sampler.images_read(has_image.tolist())
+        shown, read = sampler.images_read(has_image.tolist())
+        images = int(read.sum())
         tokens = separate - (shown - images) * PREFIX
         found = {"images": images, "tokens": tokens, "share_of_tokens": round(tokens / separate, 4)}
         report["joined"][f"micro-batch {micro_batch}"] = found | {"seconds_to_order_an_epoch": round(ordering, 1)}

@@ -1,6 +1,7 @@
 """The plan: what it counts, what it says does not fit, and what it advises."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,15 @@ def test_a_run_from_a_plain_llava_folder_is_planned(tmp_path, tiny_llm, tiny_enc
     assert "tokenized" in found.rows.source and found.row_flops > 0
 
 
+def test_an_llm_stored_in_half_precision_is_planned_as_training_reads_it(run, tiny_llm, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(tiny_llm, half)
+    LlamaForCausalLM.from_pretrained(tiny_llm).bfloat16().save_pretrained(half)
+    stored = run.model_copy(update={"student": run.student.model_copy(update={"llm": str(half)})})
+    one, other = (plan(each, Machine(1, 80e9)).memory for each in (run, stored))
+    assert one == other
+
+
 def test_packed_rows_hold_less_than_padded_ones(tmp_path, tiny_llm, tiny_encoder):
     padded = tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None)
     packed = with_optimization(padded, packing=True)
@@ -189,6 +199,8 @@ def test_joined_rows_need_fewer_operations(tmp_path, tiny_llm, tiny_encoder):
     images = sum("image" in row for row in rows)
     assert f"{images} of {len(rows)} show an image, in joined micro-batches {images // 2} are" in other.rows.source
     assert other.row_flops < one.row_flops and other.steps == one.steps
+    packed = plan(with_optimization(apart, packing=True), Machine(1, 80e9))  # the same rows, each with its image
+    assert other.memory.parts["activations"] < packed.memory.parts["activations"]
 
 
 @pytest.mark.parametrize(("stage", "packing"), [("pt", False), ("ift", True)])

@@ -69,12 +69,12 @@ def mean_lengths(lengths: Tensor, groups: Tensor) -> Tensor:
     return (sums / torch.bincount(groups).clamp(min=1))[groups]
 
 
-def count_images(groups: Tensor, shown: Tensor, micro_batch: int) -> int:
-    """Images that rows in this order show, each counted once a micro-batch.
+def count_images(groups: Tensor, shown: Tensor, micro_batch: int) -> Tensor:
+    """Images that rows in this order show, by micro-batch: ``[rows / micro_batch]``.
 
     Args:
         groups: ``[rows]``, ``rows`` a multiple of ``micro_batch``.
         shown: ``[rows]`` whether the row shows an image.
     """
     seen = torch.where(shown, groups, -1).view(-1, micro_batch).sort(1).values
-    return int((seen.diff(dim=1, prepend=seen.new_full((len(seen), 1), -1)) != 0).sum())
+    return (seen.diff(dim=1, prepend=seen.new_full((len(seen), 1), -1)) != 0).sum(1)

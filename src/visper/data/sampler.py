@@ -142,8 +142,8 @@ class RowSampler(Sampler[int]):
             rows = [row for step in steps for row in fill_micro_batches(step, groups, self.micro_batch)]
         return iter(rows)
 
-    def images_read(self, has_image: Sequence[bool]) -> tuple[int, int]:
-        """Rows of this epoch that show an image, and the images that they show where each counts once a micro-batch."""
+    def images_read(self, has_image: Sequence[bool]) -> tuple[int, Tensor]:
+        """Rows of this epoch that show an image, and how many images each micro-batch shows."""
         rows = list(self)
         shown = torch.tensor(has_image)[rows]
         numbers = torch.arange(self.num_rows) if self.groups is None else self.groups

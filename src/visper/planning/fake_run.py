@@ -70,6 +70,8 @@ class FakeRun:
         optimization = run.optimization.model_copy(update={"attention": attention})
         self.run = run.model_copy(update={"optimization": optimization})
         self.student: Student = student_skeleton(start)
+        # Configurations name the precision that weights are stored in; all but a frozen LLM are read in float32.
+        self.student.model.float()
         llm: Any = self.student.model.get_decoder()
         choose_attention(self.run, self.student)
         require_positions(self.student, run.data.max_tokens)

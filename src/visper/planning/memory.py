@@ -18,7 +18,7 @@ CUDA_CONTEXT = 700e6
 """Bytes of the driver and its libraries on each GPU. Assumed."""
 CPU_CACHES = 0.10
 """What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every
-run, fitted to four runs of an earlier planner; ``benchmarks/results/plan_memory.md`` says how far it holds."""
+run, fitted to four runs of an earlier planner; ``benchmarks/results/plan_memory.md`` says what it stands for."""
 USABLE = 0.95
 """Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
 SHARES = tuple(tenths / 10 for tenths in range(11))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ class Rows:
         images: of a row, on average.
         source: where the figures come from.
         branches: share of rows that are joined to another row's image (``data.join_conversations``).
-        block: tokens of an image with its task tokens, which such rows lack.
+        most_images: images of the joined micro-batch that shows most, by row.
+        block: tokens of an image with its task tokens, which joined rows lack.
     """
 
     count: int
@@ -61,27 +63,35 @@ class Rows:
     images: float
     source: str
     branches: float = 0.0
+    most_images: float = 1.0
     block: int = 0
 
     def largest_micro_batch(self, rows: int, packed: bool, seed: int = 0) -> list[RowLength]:
         """The micro-batch of ``rows`` rows that needs the most memory.
 
         Padded: every row as long as the longest. Packed: the one with the most tokens of as many random micro-batches
-        as an epoch has (at most ``MICRO_BATCHES``); where lengths are assumed, every row as long as the longest, which
-        is an upper bound.
+        as an epoch has (at most ``MICRO_BATCHES``), with no more images than the joined micro-batch that shows most;
+        where lengths are assumed, every row as long as the longest, which is an upper bound.
         """
         if packed and self.sample:
             drawn = random.Random(seed)
             batches = (drawn.choices(self.sample, k=rows) for _ in range(min(MICRO_BATCHES, -(-self.count // rows))))
-            return max(batches, key=lambda batch: sum(row.tokens for row in batch))
+            return self._joined(max(batches, key=lambda batch: sum(row.tokens for row in batch)))
         return self._uniform(self.longest, rows, self.longest.images if self.longest.images > 1 else self.images)
 
     def average_micro_batch(self, rows: int) -> list[RowLength]:
         """``rows`` average rows with the usual number of images, the usual share of them joined to another's image."""
         found = self._uniform(self.average, rows, self.images)
-        joined = RowLength(max(self.average.tokens - self.block, 2), self.average.supervised, 0)
         branches = round(rows * self.branches)
-        return [joined] * branches + found[branches:]
+        return [self._behind_another(row) for row in found[:branches]] + found[branches:]
+
+    def _joined(self, rows: Sequence[RowLength]) -> list[RowLength]:
+        shown = sorted(rows, key=lambda row: not row.images)
+        most = math.ceil(len(rows) * self.most_images)
+        return shown[:most] + [self._behind_another(row) if row.images else row for row in shown[most:]]
+
+    def _behind_another(self, row: RowLength) -> RowLength:
+        return RowLength(max(row.tokens - self.block, 2), row.supervised, 0)
 
     def _uniform(self, row: RowLength, rows: int, images_a_row: float) -> list[RowLength]:
         images = max(1, round(rows * images_a_row)) if images_a_row else 0
@@ -152,9 +162,11 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
     sampler = RowSampler(
         len(records), run.seed, None, None, opt.global_batch, mixture, groups=groups, micro_batch=opt.micro_batch
     )
-    shown, images = sampler.images_read(records.has_image.tolist())
+    shown, read = sampler.images_read(records.has_image.tolist())
+    images, most = int(read.sum()), int(read.max()) / opt.micro_batch
     how += f"; {shown} of {len(sampler)} show an image, in joined micro-batches {images} are encoded"
-    return replace(rows, branches=(shown - images) / len(sampler), block=block, source=how)
+    branches = (shown - images) / len(sampler)
+    return replace(rows, branches=branches, most_images=most, block=block, source=how)
 
 
 def _rows(count: int, lengths: Sequence[RowLength], longest: Sequence[RowLength], source: str) -> Rows:

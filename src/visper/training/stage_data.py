@@ -194,7 +194,7 @@ def _announce_joined(dataset: ConversationDataset, sampler: RowSampler, console:
     if sampler.groups is None or console.quiet:
         return
     rows, images = sampler.images_read(dataset.has_image)
-    shown = f"{rows} conversations about an image share {images} images"
+    shown = f"{rows} conversations about an image share {int(images.sum())} images"
     announce(console, "joined", f"{shown} in an epoch's micro-batches of {sampler.micro_batch}")
 
 
