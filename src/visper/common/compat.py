@@ -56,6 +56,18 @@ def recompute_layers(model: Any) -> None:
     model.disable_input_require_grads()
 
 
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """torch's formulas of FLOPs, by operation, with that of fused attention on a CPU, which torch 2.9 lacks.
+
+    It is that of a GPU's (torch 2.9 to 2.15).
+    """
+    from torch import ops
+    from torch.utils.flop_counter import flop_registry
+
+    fused = flop_registry[ops.aten._scaled_dot_product_flash_attention]
+    return {ops.aten._scaled_dot_product_flash_attention_for_cpu: fused, **flop_registry}
+
+
 def is_partitioned(parameter: Any) -> bool:
     """Whether DeepSpeed's ZeRO-3 has split ``parameter`` over the processes (DeepSpeed 0.18 to 0.19).
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
-from visper.common.compat import around_operations
+from visper.common.compat import around_operations, flop_formulas
 from visper.common.gpus import peak_of
 from visper.data.collator import Sizes
 from visper.model.parts import PROJECTOR, VISION, modules_of
@@ -26,6 +25,7 @@ from visper.training.module import TrainingModel
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+FORMULAS = flop_formulas()
 BIAS_FIRST = (aten.addmm, aten.baddbmm)
 """Products whose factors are the second and third argument."""
 NOT_LINEAR = (aten.bmm, aten.baddbmm)
@@ -100,10 +100,10 @@ class Products:
     def count(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Runs ``operation`` and counts it."""
         result, kind = operation(*args, **kwargs), getattr(operation, "overloadpacket", operation)
-        if self.region and kind in flop_registry and (self.region != "llm" or _is_linear(kind)):
+        if self.region and kind in FORMULAS and (self.region != "llm" or _is_linear(kind)):
             factors = args[1:3] if kind in BIAS_FIRST else args[:2]
             asked = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
-            self.counts[self.region] += flop_registry[kind](*args, **kwargs, out_val=result) * (1 + asked)
+            self.counts[self.region] += FORMULAS[kind](*args, **kwargs, out_val=result) * (1 + asked)
         return result
 
 
