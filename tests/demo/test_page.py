@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import sync_playwright
 from typer.testing import CliRunner
 
@@ -80,8 +81,15 @@ def page(address):
 
 def ask(visit, text, answers):
     visit.fill("#question textarea", text)
-    visit.click("#send")
-    visit.wait_for_function("n => document.querySelectorAll('#chat .bot.message').length >= n", arg=answers)
+    shown = f"document.querySelectorAll('#chat .user.message').length >= {answers}"
+    for _ in range(20):  # a click is not taken while the page still ends its last answer
+        visit.click("#send")
+        try:
+            visit.wait_for_function(shown, timeout=6_000)
+            break
+        except PlaywrightTimeout:
+            continue
+    visit.wait_for_function(f"document.querySelectorAll('#chat .bot.message').length >= {answers}")
     visit.wait_for_function("document.querySelectorAll('#chat .generating').length == 0")
 
 
