@@ -39,7 +39,8 @@ docs: $(VENV)/installed-docs
 # What a GPU machine without a network may lack, for benchmarks/gpu_check.py.
 wheels: | $(BIN)/python
 	$(BIN)/pip download --quiet --only-binary :all: --python-version 3.12 --platform manylinux_2_17_x86_64 \
-		--dest wheels 'pydantic>=2.10'
+		--dest wheels 'pydantic>=2.10' 'pytest>=8'
+	$(BIN)/pip download --quiet --no-deps --dest wheels liger-kernel
 
 # The source archive, and the wheel built from it.
 dist: $(VENV)/installed-test

@@ -2,19 +2,24 @@
 
     make wheels                                     # where a network is; carry the folder wheels/ along
     python benchmarks/gpu_check.py                  # one 80 GB GPU: torch, transformers, accelerate, no network
-    python benchmarks/gpu_check.py --tiny           # every path on the CPU, in a minute
+    python benchmarks/gpu_check.py --tiny           # every path on the CPU, in minutes
 
 Each part is a process with a time budget and writes ``OUT/PART.json`` as soon as it is done; one that fails, or runs
-out of time, leaves its traceback there and does not stop the next. The exit code is the number of failed parts.
+out of time, leaves its traceback there and does not stop the next. What does not fit in the time is skipped, which is
+said. At the end a line is printed for each case, the planner's peak beside the measured one. The exit code is the
+number of failed parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,20 +29,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_cases import device_of, ift, lora, plan, pt, summary, variants, write
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check"
 WHEELS = ROOT / "wheels"
-BUDGETS = {"tests": 40, "quickstart": 90, "waits": 30, "resume": 60, "ift": 80, "pt": 80, "lora": 60, "attention": 80}
-"""Seconds of each part, in this order: the most telling first. Their sum is under nine minutes."""
+BUDGETS = {"tests": 30, "quickstart": 80, "pt": 130, "waits": 30, "resume": 50, "ift": 70, "lora": 50, "variants": 80}
+"""Seconds of each part, in this order: the most telling first."""
+ALL = 535
+"""Seconds of all parts, in which nothing but the parts takes time."""
+PLANNING = "plan"
+"""The part that needs no GPU: it runs beside the others from the start."""
+NEEDED = "accelerate filelock jinja2 PIL pyarrow pydantic requests rich scipy tokenizers torch torchvision transformers"
+NEEDED += " typer xxhash yaml"
+"""What is imported; without ``datasets``, which training does not need."""
 STEPS = 50
 Part = Callable[[argparse.Namespace], dict[str, Any]]
-
-
-def device_of(options: argparse.Namespace) -> str:
-    """``cuda``, or ``cpu`` where the check is tiny or there is no GPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
 
 
 def tests(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,128 +196,7 @@ def resume(options: argparse.Namespace) -> dict[str, Any]:
     return {"killed after step": killed, "most apart": apart, "losses": pairs}
 
 
-def setting_of(options: argparse.Namespace, **changes: Any) -> Any:
-    """The step's setting: Llama-3-8B's geometry, or the tiny one."""
-    import torch
-    from gpu_steps import Setting
-    from pretraining_step import GEOMETRIES
-
-    from visper.common.gpus import peak_of
-
-    device = device_of(options)
-    geometry = GEOMETRIES["tiny" if device == "cpu" else "llama3-8b"]
-    size, steps = (2, 1) if device == "cpu" else (options.micro_batch, 5)
-    return Setting(geometry, size, steps, device, peak=peak_of(torch.device(device)), **changes)
-
-
-def cases(options: argparse.Namespace, table: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    """Each case with its peak memory; one that fails does not stop the next."""
-    import gc
-
-    import torch
-    from pretraining_step import peak_gib
-
-    found: dict[str, Any] = {}
-    device = device_of(options)
-    for name, case in table.items():
-        torch.manual_seed(0)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            found[name] = case() | {"peak_gib": peak_gib(device)}
-        except Exception:  # noqa: BLE001  written down; the part fails at its end
-            found[name] = {"failed": traceback.format_exc()[-3000:]}
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        write(options.out, found)
-    return found
-
-
-def pt(options: argparse.Namespace) -> dict[str, Any]:
-    """Pre-training with stored targets and with live teachers of published size; the planned peak beside it."""
-    from gpu_steps import pre_training
-
-    table: dict[str, Callable[[], dict[str, Any]]] = {
-        f"stored targets, recomputed {share}": lambda share=share: pre_training(  # type: ignore[misc]
-            setting_of(options, recomputed=share), live=False
-        )
-        for share in (1.0, 0.5, 0.0)
-    }
-    if not options.tiny:  # the published teachers fit no tiny target
-        table["live teachers"] = lambda: pre_training(setting_of(options), live=True)
-        table["planned"] = lambda: planned("llama3-8b-vit-l/pt", options)
-    return cases(options, table)
-
-
-def planned(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The peak that ``visper plan`` gives for rows of the recipe, which are longer than those that are timed."""
-    from visper.config import load_run
-    from visper.planning.memory import Machine
-    from visper.planning.plan import plan
-
-    run = load_run(recipe, [f"optimization.micro_batch={options.micro_batch}"])
-    found = plan(run, Machine(1, 80e9, 989e12))
-    return {"GB": {name: size / 1e9 for name, size in found.memory.parts.items()}, "row FLOPs": found.row_flops}
-
-
-def ift(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tuning on as many layers as fit, packed and once padded."""
-    from gpu_steps import fine_tuning
-
-    layers = None if options.tiny else options.layers
-    table: dict[str, Callable[[], dict[str, Any]]] = {
-        f"packed, recomputed {share}": lambda share=share: fine_tuning(  # type: ignore[misc]
-            setting_of(options, layers=layers, recomputed=share), packed=True
-        )
-        for share in (1.0, 0.5, 0.0)
-    }
-    table["padded"] = lambda: fine_tuning(setting_of(options, layers=layers), packed=False)
-    return cases(options, table)
-
-
-def lora(options: argparse.Namespace) -> dict[str, Any]:
-    """Low-rank updates of the LLM at full depth."""
-    from gpu_steps import fine_tuning
-
-    if importlib.util.find_spec("peft") is None:
-        return {"skipped": "peft is not installed: carry its wheel in wheels/"}
-    return cases(
-        options,
-        {
-            f"packed, recomputed {share}": lambda share=share: fine_tuning(  # type: ignore[misc]
-                setting_of(options, recomputed=share), packed=True, lora=64
-            )
-            for share in (1.0, 0.5, 0.0)
-        },
-    )
-
-
-def attention(options: argparse.Namespace) -> dict[str, Any]:
-    """Packed fine-tuning under each attention, and with compiled decoder layers."""
-    from gpu_steps import fine_tuning
-
-    kinds = ["sdpa"] if options.tiny else ["sdpa", "flex_attention"]  # which has no backward pass on a CPU
-    if importlib.util.find_spec("flash_attn") is not None:
-        kinds.append("flash_attention_2")
-    layers = None if options.tiny else options.layers
-    table: dict[str, Callable[[], dict[str, Any]]] = {
-        kind: lambda kind=kind: fine_tuning(  # type: ignore[misc]
-            setting_of(options, layers=layers, attention=kind), packed=True
-        )
-        for kind in kinds
-    }
-    table["sdpa, compiled layers"] = lambda: fine_tuning(setting_of(options, layers=layers, compiled=True), packed=True)
-    return cases(options, table)
-
-
-PARTS: dict[str, Part] = {f.__name__: f for f in (tests, quickstart, waits, resume, ift, pt, lora, attention)}
-
-
-def write(file: Path, content: dict[str, Any]) -> None:
-    """JSON, in place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+PARTS: dict[str, Part] = {f.__name__: f for f in (tests, quickstart, waits, resume, ift, pt, lora, variants, plan)}
 
 
 def head() -> dict[str, Any]:
@@ -350,45 +236,97 @@ def run_part(options: argparse.Namespace) -> int:
 
 
 def install_wheels() -> None:
-    """Puts what is missing, such as pydantic, from ``wheels/`` into a folder that only this check reads."""
-    if importlib.util.find_spec("pydantic") is None:
+    """Puts the wheels of ``wheels/`` that are not installed into a folder that only this check reads."""
+
+    def installed(wheel: Path) -> bool:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return bool(importlib.metadata.version(wheel.name.split("-")[0]))
+        return False
+
+    wheels = [str(wheel) for wheel in sorted(WHEELS.glob("*.whl")) if not installed(wheel)]
+    if wheels:
         target = Path(tempfile.gettempdir()) / "visper-gpu-check-packages"
-        wheels = [str(file) for file in sorted(WHEELS.glob("*.whl"))]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
-        subprocess.run([*pip, *wheels], check=True)
+        subprocess.run([*pip, "--upgrade", *wheels], check=True)
+        sys.path.insert(0, str(target))
         os.environ["PYTHONPATH"] = os.pathsep.join((str(target), os.environ.get("PYTHONPATH", "")))
+    importlib.invalidate_caches()
+    missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed, and not in {WHEELS}: {', '.join(missing)}: carry their wheels along")
+
+
+def started(options: argparse.Namespace, part: str, seconds: float) -> subprocess.Popen[bytes]:
+    """The process of a part, which has so many seconds."""
+    file = options.out / f"{part}.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--part", part, "--out", str(file), "--layers", str(options.layers)]
+    command += ["--micro-batch", str(options.micro_batch), "--seconds", str(seconds)] + ["--tiny"] * options.tiny
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if part == PLANNING else {}
+    return subprocess.Popen(command, env={**os.environ, **hidden}, start_new_session=True)
+
+
+def ended(options: argparse.Namespace, part: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits for a part at most so many seconds, then ends it and what it started; whether it did well."""
+    file = options.out / f"{part}.json"
+    try:
+        return process.wait(seconds) == 0
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        found = json.loads(file.read_text(encoding="utf-8"))["found"] if file.exists() else {}
+        write(file, {**head(), "found": found, "failed": f"not done after {seconds:.0f} s"})
+        return False
+
+
+def run_parts(options: argparse.Namespace) -> int:
+    """All parts, each in its process, and the planner beside them; prints a line for each part and each case."""
+    slower = 10 if options.tiny else 1  # on two cores that others use
+    began, failures = time.monotonic(), 0
+
+    def left() -> float:
+        return ALL * slower - (time.monotonic() - began)
+
+    planner = started(options, PLANNING, left()) if PLANNING in options.parts else None
+    for part in options.parts:
+        if part == PLANNING:
+            continue
+        start, seconds = time.monotonic(), min(BUDGETS[part] * slower, left())
+        if seconds < BUDGETS[part] / 2:
+            print(f"{part}: skipped, {left():.0f} s are left of {ALL}", flush=True)
+            write(options.out / f"{part}.json", {**head(), "found": {"skipped": f"{left():.0f} s were left"}})
+            continue
+        well = ended(options, part, started(options, part, seconds), seconds)
+        failures += not well
+        print(f"{part}: {'done' if well else 'failed'} after {time.monotonic() - start:.0f} s", flush=True)
+    if planner is not None:
+        failures += not ended(options, PLANNING, planner, max(left(), 1.0))
+    print("\n".join(summary(options.out, options.parts)), flush=True)
+    return failures
 
 
 def main() -> int:
-    """Runs all parts, each in its process; prints a line for each."""
+    """Runs all parts, or one in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="on the CPU, in a minute")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(BUDGETS))
-    parser.add_argument("--micro-batch", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=14, help="of the LLM in fine-tuning")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*BUDGETS, PLANNING])
+    parser.add_argument("--micro-batch", type=int, default=0, help="default: 16; 2 with --tiny")
+    parser.add_argument("--layers", type=int, default=8, help="of the LLM in fine-tuning")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder; with --part a file")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help=argparse.SUPPRESS)
     parser.add_argument("--on-cpu", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.micro_batch = options.micro_batch or (2 if options.tiny else 16)
     os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT / "src"), os.environ.get("PYTHONPATH", "")))
     if options.part:
         return run_part(options)
     install_wheels()
-    failures = 0
-    for part in options.parts:
-        file, start = options.out / f"{part}.json", time.monotonic()
-        file.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--part", part, "--out", str(file), "--layers", str(options.layers)]
-        command += ["--micro-batch", str(options.micro_batch)] + ["--tiny"] * options.tiny
-        try:
-            code = subprocess.run(command, check=False, timeout=BUDGETS[part] * (5 if options.tiny else 1)).returncode
-        except subprocess.TimeoutExpired:
-            code = 1
-            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            write(file, {**head(), "found": found, "failed": f"not done after {BUDGETS[part]} s"})
-        failures += code != 0
-        print(f"{part}: {'failed' if code else 'done'} after {time.monotonic() - start:.0f} s: {file}", flush=True)
-    return failures
+    import torch
+
+    if not options.tiny and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU: run it with --tiny")
+    return run_parts(options)
 
 
 if __name__ == "__main__":

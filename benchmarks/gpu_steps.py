@@ -7,16 +7,22 @@ is cut to ``layers`` so that this fits; a layer's cost does not depend on their 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import loader
 import packing
 import torch
+import torch.nn.functional as F
 from accelerate.utils import send_to_device
-from pretraining_step import Geometry, Stopwatch, build_model, measure, operations
-from pretraining_step import published_teachers as published
+from pretraining_step import Geometry, Stopwatch, build_model, measure, operations, published_teachers
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from visper.config import Lora, Stage
@@ -40,41 +46,73 @@ class Setting:
     Attributes:
         geometry: of ``pretraining_step.GEOMETRIES``.
         micro_batch, steps: rows of a step; steps that are timed.
+        device: "cuda", "cpu", or "meta" where a step is planned.
+        half: whether what is frozen is in bfloat16, under autocast.
         layers: of the LLM in fine-tuning; None: all.
         recomputed: share of layers whose activations are computed again.
         peak: the device's FLOPs per second; None: unknown.
         attention: of the LLM in fine-tuning.
         compiled: whether decoder layers are compiled, each alone.
+        fused: of ``FUSED``, the loss of the answers in one kernel; None: as in training.
     """
 
     geometry: Geometry
     micro_batch: int
     steps: int
     device: str
+    half: bool
     layers: int | None = None
     recomputed: float = 1.0
     peak: float | None = None
     attention: str = "sdpa"
     compiled: bool = False
+    fused: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is frozen."""
+        return torch.bfloat16 if self.half else torch.float32
 
     def mfu(self, flops: float, seconds: float) -> float | None:
         """Model FLOPs over what the peak allows; None where that is unknown."""
         return None if self.peak is None else flops / seconds / self.peak
 
 
+@functools.cache
+def teachers_of(device: str, dtype: torch.dtype) -> dict[str, Teacher]:
+    """The published teachers with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {task: t.to(device, dtype) for task, t in published_teachers(Path(folder), dtype).items()}
+
+
+@contextlib.contextmanager
+def loaded_batches(setting: Setting, configuration: str) -> Iterator[Callable[[], object]]:
+    """A function that waits for the next batch of training's loader: JPEGs that its processes decode and resize."""
+    images, size = 32, setting.micro_batch
+    with tempfile.TemporaryDirectory() as folder:
+        loader.write_rows(Path(folder), images)
+        loading = loader.Loading(Path(folder), configuration, "squash", images)
+        count = size * (setting.steps + 2)
+        rows = list(itertools.islice(itertools.cycle(range(images)), count))
+        yield functools.partial(next, iter(loading.batches(size, rows, workers=8 if setting.half else 1)))
+
+
 def pre_training(setting: Setting, live: bool) -> Case:
-    """A PT step: its parts in seconds, MFU and the teachers' share."""
+    """A PT step: its parts in seconds, MFU, the teachers' share, and the share of waiting for the loader."""
     geometry, device, size = setting.geometry, setting.device, setting.micro_batch
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    teachers: dict[str, Teacher] = {}
-    if live:
-        with tempfile.TemporaryDirectory() as folder:
-            teachers = {task: t.to(device, dtype) for task, t in published(Path(folder)).items()}
-    model = build_model(geometry, device, dtype, setting.recomputed)
+    teachers = teachers_of(device, setting.dtype) if live else {}
+    model = build_model(geometry, device, setting.dtype, setting.recomputed)
     flops = operations(geometry, model, size, device)
-    found = measure(geometry, model, teachers, size, setting.steps, device)
+    with loaded_batches(setting, "student, depth, seg, gen" if live else "student") as load:
+        found = measure(geometry, model, teachers, size, setting.steps, device, load)
     share = sum(taken for part, taken in found.items() if part.startswith("teacher")) / found["step"]
-    return {"seconds": found, "mfu": setting.mfu(flops, found["step"]), "flops": flops, "teachers_share": share}
+    return {
+        "seconds": found,
+        "mfu": setting.mfu(flops, found["step"]),
+        "flops": flops,
+        "teachers_share": share,
+        "data_wait": found["data"] / found["step"],
+    }
 
 
 def tuned_model(setting: Setting) -> TrainingModel:
@@ -88,8 +126,7 @@ def tuned_model(setting: Setting) -> TrainingModel:
     config._attn_implementation = {"text_config": attention, "vision_config": "sdpa"}
     with torch.device(device):
         llava = LlavaForConditionalGeneration._from_config(config, dtype=torch.float32)
-    if device == "cuda":
-        llava.model.vision_tower.to(torch.bfloat16)
+    llava.model.vision_tower.to(setting.dtype)
     model = TrainingModel(Student(llava, None, {}))
     apply_stage(model, Stage.IFT, TASK_TOKEN_PARTS)
     if setting.recomputed:
@@ -112,20 +149,62 @@ def rows_of(geometry: Geometry, count: int) -> list[Sample]:
     return found
 
 
-def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
-    """An IFT step over rows of mixed length; ``lora``: rank of the updates of a frozen LLM in half precision."""
-    device, half = setting.device, setting.device == "cuda"
-    model = tuned_model(setting)
-    if lora:
-        model.student.get_decoder().to(torch.bfloat16 if half else torch.float32)
-        add_updates(Lora.model_validate({"rank": lora}), Student(model.student, None, {}))
-        apply_stage(model, Stage.IFT, ("llm.*", *TASK_TOKEN_PARTS), adds=("lora.*",))
+FUSED = ("linear_cross_entropy", "liger")
+"""torch's own (2.15), and Liger's kernel, which needs a GPU."""
+
+
+def fused_loss(model: TrainingModel, kind: str) -> Callable[..., Tensor]:
+    """In place of ``next_token_loss``: one that never holds the logits of all answers."""
+    weight_VD = model.student.get_output_embeddings().weight
+    bias_V = weight_VD.new_zeros(len(weight_VD)).index_fill_(0, model.silent_ids, float("-inf"))
+
+    def loss(hidden_BLD: Tensor, labels_BL: Tensor, at_T: Tensor, each: bool = False) -> Tensor:
+        assert not each
+        states_TD, wanted_T = hidden_BLD.flatten(0, 1)[at_T], labels_BL.flatten()[at_T + 1]
+        if kind == "linear_cross_entropy":
+            options = nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(
+                states_TD, weight_VD, wanted_T, linear_bias=bias_V, reduction="sum", options=options
+            )
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        found: Tensor = liger_fused_linear_cross_entropy(states_TD, weight_VD, wanted_T, bias_V, reduction="sum")
+        return found
+
+    return loss
+
+
+def tuning_batches(setting: Setting, model: TrainingModel, packed: bool) -> list[Any]:
+    """Micro-batches of mixed lengths: two that warm up, then ``steps``."""
     padded = Collator(0)
     if packed:
         separate_samples(model.student.get_decoder())
     collator = model.with_positions(PackingCollator(padded) if packed else padded)
-    rows = rows_of(setting.geometry, setting.micro_batch * (setting.steps + 2))
-    batches = [collator(rows[i : i + setting.micro_batch]) for i in range(0, len(rows), setting.micro_batch)]
+    size = setting.micro_batch
+    rows = rows_of(setting.geometry, size * (setting.steps + 2))
+    return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def tuned_with_updates(setting: Setting, lora: int) -> TrainingModel:
+    """A student whose frozen LLM has updates of rank ``lora``; 0: a student that is trained itself."""
+    model = tuned_model(setting)
+    if lora:
+        model.student.get_decoder().to(setting.dtype)
+        with torch.device(setting.device):
+            add_updates(Lora.model_validate({"rank": lora}), Student(model.student, None, {}))
+        apply_stage(model, Stage.IFT, ("llm.*", *TASK_TOKEN_PARTS), adds=("lora.*",))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    return model
+
+
+def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
+    """An IFT step over rows of mixed length; ``lora``: rank of the updates of a frozen LLM in half precision."""
+    device, half = setting.device, setting.half
+    model = tuned_with_updates(setting, lora)
+    if setting.fused is not None:
+        model.next_token_loss = fused_loss(model, setting.fused)  # type: ignore[method-assign]
+    batches = tuning_batches(setting, model, packed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=half)
     watch, meter = Stopwatch(device), FlopMeter()
     for number, batch in enumerate(batches):

@@ -78,32 +78,55 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def measure(folder: Path, configuration: str, geometry: str, batch: int, epochs: int) -> float:
+class Loading:
+    """The rows of ``write_rows`` as PT reads them.
+
+    Args:
+        folder: of the rows.
+        configuration: a key of ``CONFIGURATIONS``.
+        geometry: of the images.
+        count: rows in all.
+    """
+
+    def __init__(self, folder: Path, configuration: str, geometry: str, count: int) -> None:
+        processor = starting_processor(load_run("quickstart/pt", overrides=BASES_HERE))
+        processor.image_processor = build_image_processor(geometry, 336, MEAN, STD)
+        records = open_records([(folder / "rows.json", folder)], DropList(), quiet=True)
+        self.dataset = ConversationDataset(records, ConversationEncoder(processor, 4096))
+        self.squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
+        collator = Collator(0, self.squashed, as_student=seen_by_student(processor.image_processor, self.squashed))
+        image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.collator = PositioningCollator(collator, image_id)
+        self.rows = list(range(count))
+
+    def batches(self, size: int, rows: list[int], workers: int = 1) -> DataLoader[Any]:
+        """Batches of ``size`` of these rows."""
+        begin = partial(start_worker, None)
+        return DataLoader(
+            self.dataset, size, sampler=rows, num_workers=workers, collate_fn=self.collator, worker_init_fn=begin
+        )
+
+    def receive(self, made: Any) -> None:
+        """What training does on the device with the pixels of a batch costs no CPU: only their sizes are looked at."""
+        for task, look in self.squashed.items():
+            assert made["teacher_images"][task].shape[1:] == (3, *look.size)
+        assert made["pixel_values"].shape[1:] == (3, 336, 336)
+
+
+def measure(loading: Loading, batch: int, epochs: int) -> float:
     """Images a CPU-second over ``epochs`` epochs, beyond what an epoch of one batch costs to start."""
-    processor = starting_processor(load_run("quickstart/pt", overrides=BASES_HERE))
-    processor.image_processor = build_image_processor(geometry, 336, MEAN, STD)
-    records = open_records([(folder / "rows.json", folder)], DropList(), quiet=True)
-    dataset = ConversationDataset(records, ConversationEncoder(processor, 4096))
-    squashed = {task: SquashedImage((SIDES[task],) * 2, MEAN, STD) for task in CONFIGURATIONS[configuration]}
 
     def run(rows: list[int]) -> float:
-        collator = Collator(0, squashed, as_student=seen_by_student(processor.image_processor, squashed))
-        last = PositioningCollator(collator, processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-        begin = partial(start_worker, None)
-        loader: DataLoader[Any] = DataLoader(
-            dataset, batch, sampler=rows, num_workers=1, collate_fn=last, worker_init_fn=begin
-        )
         before = cpu_seconds()
-        batches = iter(loader)
+        batches = iter(loading.batches(batch, rows))
         for made in batches:
-            receive(made, processor, squashed)
+            loading.receive(made)
         del batches  # waits for the loader process, whose time counts from then on
         return cpu_seconds() - before
 
-    rows = list(range(len(dataset)))
-    start = run(rows[:batch])
-    taken = run(rows[:batch] + rows * epochs) - start
-    return len(rows) * epochs / taken
+    start = run(loading.rows[:batch])
+    taken = run(loading.rows[:batch] + loading.rows * epochs) - start
+    return len(loading.rows) * epochs / taken
 
 
 def decoding_rate(folder: Path) -> float:
@@ -136,14 +159,6 @@ def small_tensors(_: Any) -> dict[str, torch.Tensor]:
     return {str(number): torch.zeros(16, 60, dtype=torch.long) for number in range(20)}
 
 
-def receive(made: Any, processor: Any, squashed: dict[str, SquashedImage]) -> None:
-    """What training does on the device with the pixels of a batch, one image of it: a device's work costs no CPU."""
-    for task, look in squashed.items():
-        pixels = made["teacher_images"][task]
-        assert pixels.shape[1:] == (3, *look.size)
-    assert made["pixel_values"].shape[1:] == (3, 336, 336)
-
-
 def main() -> None:
     """Prints a table, and writes it with command, machine, versions and date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -162,7 +177,8 @@ def main() -> None:
         print(f"decoded by Pillow: {found['decoded by Pillow']} images a CPU-second", flush=True)
         for geometry in options.geometry:
             for configuration in CONFIGURATIONS:
-                rate = measure(Path(name), configuration, geometry, options.batch, options.epochs)
+                loading = Loading(Path(name), configuration, geometry, options.images)
+                rate = measure(loading, options.batch, options.epochs)
                 found[f"{configuration} ({geometry})"] = round(rate, 1)
                 print(f"{configuration} ({geometry}): {rate:.1f} images a CPU-second", flush=True)
     sending = {"as they are": small_tensors, "as SentBatch": lambda _: SentBatch(small_tensors(_))}

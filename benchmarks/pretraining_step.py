@@ -18,7 +18,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ GEOMETRIES = {
 SUPERVISED = 20
 
 
-def published_teachers(folder: Path) -> dict[str, Teacher]:
-    """The three published teachers at full size with random weights, saved and loaded as a run loads them."""
+def published_teachers(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Teacher]:
+    """The three published teachers at full size with random weights, saved in ``dtype`` and loaded as a run does."""
     depth = DepthAnythingConfig(
         backbone_config=Dinov2Config(
             hidden_size=1024,
@@ -154,7 +154,7 @@ def published_teachers(folder: Path) -> dict[str, Teacher]:
     }
     teachers = {}
     for task, (kind, model) in parts.items():
-        model.save_pretrained(folder / task)
+        model.to(dtype).save_pretrained(folder / task)
         CLIPImageProcessor().save_pretrained(folder / task)  # a teacher is not built without its colors
         teachers[task] = build_teacher(kind, folder / task)
     return teachers
@@ -273,9 +273,15 @@ def targets_of(
 
 
 def measure(
-    geometry: Geometry, model: TrainingModel, teachers: dict[str, Teacher], size: int, steps: int, device: str
+    geometry: Geometry,
+    model: TrainingModel,
+    teachers: dict[str, Teacher],
+    size: int,
+    steps: int,
+    device: str,
+    load: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Medians over ``steps`` steps, after two that are not counted."""
+    """Medians over ``steps`` steps, after two that are not counted; ``load``, timed as data, runs before each."""
     batch = random_batch(geometry, model, size, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda")
     watch = Stopwatch(device)
@@ -285,6 +291,9 @@ def measure(
         if step == 2:
             watch.parts.clear()
         with watch("step"):
+            if load is not None:
+                with watch("data"):
+                    load()
             targets = targets_of(geometry, teachers, size, device, watch)
             with (
                 torch.autocast(device, torch.bfloat16, enabled=half),
