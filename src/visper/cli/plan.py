@@ -22,6 +22,7 @@ def run(
     gpus: Annotated[int, typer.Option(min=0, help="GPUs, of all nodes together; 0: the CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="GPU by name, for its peak and memory")] = "H100",
     gpu_memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) of one; default: the GPU's own")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, for its host memory")] = 8,
     hourly_price: Annotated[float | None, typer.Option(help="price of one GPU for an hour")] = None,
 ) -> None:
     """Say what a run needs: parameters, memory, FLOPs, time, cost, disk; and what to change where it does not fit.
@@ -39,7 +40,7 @@ def run(
     settings = load_run(recipe, overrides or [])
     kind = find_gpu(gpu, gpu_memory) if gpus else None
     memory = gpu_memory * 1e9 if gpu_memory else kind.memory_gb * 1e9 if kind else None
-    found = plan(settings, Machine(gpus, memory, kind.peak if kind else None))
+    found = plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
     _show(found, gpu, hourly_price, Console())
     _require_fit(found)
 
@@ -54,6 +55,8 @@ def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None
     )
     place = f"{machine.gpus} x {gpu}, {plan.run.launch.engine}" if machine.gpus else "CPU, the training process"
     console.print(_memory(plan.memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
+    if plan.host:
+        console.print(_host(plan))
     if opt.gradient_checkpointing == "auto":
         console.print(f"recomputation, chosen (auto): {plan.settings.checkpointing:g} of the layers")
     if plan.run.packed:
@@ -123,4 +126,15 @@ def _memory(memory: "Memory", title: str) -> Table:
     for name, size in memory.parts.items():
         table.add_row(name, f"{size / 1e9:.2f}")
     table.add_row("peak", f"{memory.total / 1e9:.2f}")
+    return table
+
+
+def _host(plan: "Plan") -> Table:
+    count = next(iter(plan.host.values())).processes
+    table = Table(
+        "host memory while ...", "first process, GB", "any other", f"node of {count}", box=None, pad_edge=False
+    )
+    for moment, held in plan.host.items():
+        other = f"{held.other / 1e9:.2f}" if plan.machine.processes > 1 else ""
+        table.add_row(moment, f"{held.first / 1e9:.2f}", other, f"{held.node / 1e9:.2f}")
     return table

@@ -19,15 +19,14 @@ from visper.model.vlm import build_vlm, build_vlm_processor
 def starting_student(run: Run, skeleton: bool = False) -> Student:
     """The student that the stage starts with: assembled, or the stage before's.
 
-    Where its LLM will be frozen in half precision it is loaded as it is stored, which gives the same weights in half
-    the memory.
+    Where its LLM will be frozen in half precision it is read as it is stored, which gives the same weights in half the
+    memory (``reads_as_stored``).
 
     Args:
         skeleton: without weights: its parameters are on the meta device.
     """
     device_map = "meta" if skeleton else None
-    frozen_llm = run.stage is Stage.PT and run.optimization.precision == "bfloat16"
-    dtype: Any = "auto" if frozen_llm else torch.float32
+    dtype: Any = "auto" if reads_as_stored(run) else torch.float32
     if isinstance(run.student, VlmStudent):
         student = build_vlm(run.student, dtype, skeleton)
     elif run.student is not None:
@@ -39,6 +38,11 @@ def starting_student(run: Run, skeleton: bool = False) -> Student:
     if run.packed:
         require_packable(student.model.config)
     return student
+
+
+def reads_as_stored(run: Run) -> bool:
+    """Whether the LLM of a student that ``run`` assembles is read in the precision it is stored in, not in float32."""
+    return run.start_from is None and run.stage is Stage.PT and run.optimization.precision == "bfloat16"
 
 
 def require_positions(student: Student, max_tokens: int) -> None:

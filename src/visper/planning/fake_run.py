@@ -21,7 +21,8 @@ from visper.data.vlm import NOMINAL_SIZE, ModelInputs, image_blocks
 from visper.distillation import Targets
 from visper.distillation.teachers.tasks import HasSpec
 from visper.model import Student
-from visper.model.start import require_positions
+from visper.model.parts import LLM
+from visper.model.start import reads_as_stored, require_positions
 from visper.planning.fake_step import (
     FakeTensorMode,
     KnownPositions,
@@ -35,6 +36,7 @@ from visper.planning.parameters import student_skeleton
 from visper.planning.row_statistics import RowLength, Rows
 from visper.training.assemble import build_training_model, set_trainable
 from visper.training.attention import choose_attention
+from visper.training.checkpoint import trainable_state
 from visper.training.flops import FlopMeter
 from visper.training.lora import add_updates
 from visper.training.module import FORWARD_KEYS, TrainingModel
@@ -57,6 +59,8 @@ class FakeRun:
     Attributes:
         parts: parameters by part.
         weights, gradients, moments: bytes of parameters and buffers, of all gradients, of AdamW's state.
+        saved: bytes of the weights in a checkpoint, which holds ``moments`` too.
+        read: bytes of the weights as a process reads them, before frozen parts are cast.
         layers: bytes of the LLM's decoder layers.
         num_layers, layer_parameters: how many they are; parameters of one of them.
         fake: made all tensors.
@@ -90,6 +94,11 @@ class FakeRun:
         if run.lora is not None and run.lora.quantize is not None:
             self.weights -= _saved_by_quantizing(llm)
         self.gradients = float(sum(p.nbytes for p in self.model.parameters() if p.requires_grad))
+        self.saved = float(sum(tensor.nbytes for tensor in trainable_state(self.model).values()))
+        self.read = self.weights
+        if run.lora is None or run.lora.quantize is None:
+            half = {LLM: 2} if reads_as_stored(run) else {}
+            self.read = float(sum(part.total * half.get(part.part, 4) for part in self.parts))
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()

@@ -8,6 +8,7 @@ from pathlib import Path
 from visper.config import Lora, Run
 from visper.distillation.teachers.tasks import planned_teachers
 from visper.planning.fake_run import FakeRun
+from visper.planning.host import host_memory
 from visper.planning.levers import Lever, first_lever
 from visper.planning.memory import CUDA_CONTEXT, Machine, MemoryModel
 from visper.planning.parameters import starting_point
@@ -25,6 +26,7 @@ class Fit:
         rows: how many, how long.
         settings: those that decide memory, ``gradient_checkpointing: auto`` decided.
         memory: of one device, by what holds it.
+        host: host memory by moment.
         sent: bytes that one process sends in an optimizer step; None: not known.
 
     Raises:
@@ -53,6 +55,7 @@ class Fit:
         del loaded
         self.settings = self._held.decided(self.model)
         self.memory = self._held.memory(self.settings, self.model)
+        self.host = host_memory(self._held, self.settings, self.model)
         self.sent = self._held.sent(self.settings, self.model)
 
     @property

@@ -30,11 +30,13 @@ ZERO_BUFFER = 5e8 * 4
 
 @dataclass(frozen=True)
 class Machine:
-    """``gpus`` 0: the CPU. ``memory``: bytes of one device, ``peak``: its FLOPs per second; None where unknown."""
+    """``gpus`` 0: the CPU. ``memory``: bytes of one device, ``peak``: its FLOPs per second; None where unknown.
+    ``per_node``: GPUs of a node, if there are so many."""
 
     gpus: int
     memory: float | None
     peak: float | None = None
+    per_node: int = 8
 
     @property
     def processes(self) -> int:
@@ -108,7 +110,7 @@ class MemoryModel:
 
     def memory(self, settings: Settings, model: FakeRun) -> Memory:
         """With ``settings``, of which ``model`` has the LoRA setting."""
-        held, ways = self.standing(settings, model), self._ways(settings)
+        held, ways = self.standing(settings, model), self.ways(settings)
         accumulates = self.run.optimization.global_batch > settings.micro_batch * self.machine.processes or ways > 1
         step = model.activations(self.rows, settings.micro_batch, settings.checkpointing, accumulates)
         teaching = max((teacher.activations for teacher in self.teachers.values()), default=0.0)
@@ -125,7 +127,7 @@ class MemoryModel:
 
     def standing(self, settings: Settings, model: FakeRun) -> dict[str, float]:
         """Bytes by part that are held whatever the micro-batch."""
-        engine, ways, gpus = settings.engine, self._ways(settings), self.machine.gpus
+        engine, ways, gpus = settings.engine, self.ways(settings), self.machine.gpus
         sharded = engine in SHARDED_WEIGHTS
         held = {"CUDA context" if gpus else "process": self.process}
         held["weights"] = model.weights / (ways if sharded else 1)
@@ -134,6 +136,8 @@ class MemoryModel:
             held["gathered layers"] = 2.0 * model.layer_parameters * (2 if half else 4)
             held["gathered, all else"] = model.weights - model.layers
         held["optimizer"] = model.moments / ways
+        if not gpus:
+            held["copy of a checkpoint that is being written"] = model.saved + model.moments
         if engine in (Engine.ZERO2, Engine.ZERO3) and ways > 1:
             # DeepSpeed steps a flat copy of its own, and gathers gradients in a buffer of fixed size.
             held["DeepSpeed's copy and buffer"] = model.gradients / ways + ZERO_BUFFER
@@ -155,7 +159,7 @@ class MemoryModel:
 
         FSDP gathers layers in the forward and in the backward pass and everything else once.
         """
-        engine, ways, launch = settings.engine, self._ways(settings), self.run.launch
+        engine, ways, launch = settings.engine, self.ways(settings), self.run.launch
         if engine in (Engine.ZERO2, Engine.ZERO3):
             return None
         if engine is Engine.DDP:
@@ -169,7 +173,8 @@ class MemoryModel:
     def _micro_batches(self, settings: Settings) -> int:
         return max(1, self.run.optimization.global_batch // (settings.micro_batch * self.machine.processes))
 
-    def _ways(self, settings: Settings) -> int:
+    def ways(self, settings: Settings) -> int:
+        """In how many shards the model lies."""
         if settings.engine is Engine.DDP:
             return 1
         replicas = self.run.launch.replicas if settings.engine is Engine.FSDP else 1

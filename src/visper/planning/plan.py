@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from visper.config import Run
+from visper.config import Engine, Run
 from visper.data.sets.catalog import with_needs
 from visper.distillation import TargetSpec
 from visper.planning.fake_run import FakeRun
 from visper.planning.fit import Fit
+from visper.planning.host import HostMemory
 from visper.planning.levers import Lever
 from visper.planning.memory import Machine, Memory, Settings
 from visper.planning.row_statistics import Rows
@@ -33,6 +34,7 @@ class Plan:
         parts: parameters by part, all and trainable.
         rows: how many rows, how long.
         memory: of one device, by what holds it.
+        host: host memory by moment; nothing on a CPU, where ``memory`` is the host's.
         lever: the first change that makes it fit; None where the run fits, or nothing makes it.
         row_flops, teacher_flops: model FLOPs of an average row (forward and backward once), and its teachers'.
         sent: bytes that one process sends in an optimizer step; None where that is not known.
@@ -45,6 +47,7 @@ class Plan:
     parts: list[PartCount]
     rows: Rows
     memory: Memory
+    host: Mapping[str, HostMemory]
     lever: Lever | None
     row_flops: float
     teacher_flops: float
@@ -94,6 +97,7 @@ def plan(run: Run, machine: Machine) -> Plan:
         model.parts,
         rows,
         fit.memory,
+        fit.host,
         fit.lever(),
         model.row_flops(rows),
         teacher_flops,
@@ -113,8 +117,14 @@ def _disk(run: Run, rows: Rows, specs: Mapping[str, TargetSpec], model: FakeRun)
     floats = sum(spec.tokens * spec.width for spec in specs.values())
     if floats:
         disk["targets, if stored in fp16"] = rows.count * rows.images * floats * 2
-    kept = run.logging.keep_checkpoints + 1
-    disk[f"checkpoints ({kept} at once)"] = kept * (model.gradients + model.moments)
+    weights, moments = model.saved, model.moments
+    if run.launch.engine is Engine.ZERO2:  # the module's weights and the optimizer's float32 copy of them
+        weights *= 3
+    elif run.launch.engine is Engine.ZERO3:
+        weights *= 2
+    disk["a checkpoint, trainable weights"], disk["a checkpoint, optimizer"] = weights, moments
+    kept = run.logging.keep_checkpoints + 1 + (run.evaluation is not None)
+    disk[f"checkpoints ({kept} at once)"] = kept * (weights + moments)
     skipped = {"task_tokens", "predictors", "logit_scales", "lora"}
     total = sum(part.total for part in model.parts if part.part not in skipped)
     disk["finished model"] = total * (2.0 if run.optimization.precision == "bfloat16" else 4.0)
