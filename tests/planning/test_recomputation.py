@@ -8,6 +8,7 @@ import torch
 from tests import tiny
 from tests.planning.test_plan import tiny_run, with_optimization
 from visper.common import gpus
+from visper.common.errors import ConfigError
 from visper.planning.fake_run import fake_batch
 from visper.planning.fake_step import step_activations
 from visper.planning.fit import Fit
@@ -75,6 +76,14 @@ def test_a_share_is_planned_at_least_as_traced(stage, tmp_path, tiny_llm, tiny_e
     batch, _ = fake_batch(rows, fit.model.student, model, fit.model.run, fit.model.fake)
     traced = step_activations(model, fit.model._optimizer, batch, fit.model.run, fit.model.fake, accumulates=True)
     assert traced <= found < 1.25 * traced  # high where the peak moves from one moment to another
+
+
+def test_a_gpu_is_found_by_its_name_or_the_drivers_and_one_of_unknown_kind_by_its_memory():
+    assert gpus.find_gpu("h100 pcie") == gpus.GPUS["H100 PCIe"]
+    assert gpus.find_gpu("NVIDIA A100-SXM4-40GB") == gpus.GPUS["A100 40GB"]
+    assert gpus.find_gpu("RTX 40900", 12) == gpus.Gpu(None, 12)
+    with pytest.raises(ConfigError, match=r"'RTX 40900' is not in the table: use one of B200.*--gpu-memory GB"):
+        gpus.find_gpu("RTX 40900")
 
 
 @pytest.mark.parametrize(

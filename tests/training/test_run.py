@@ -341,6 +341,15 @@ def test_a_disk_that_fills_while_saving_loses_nothing(make, monkeypatch, tmp_pat
     assert (tmp_path / "pt" / "model" / "run.yaml").exists()
 
 
+def test_a_full_gpu_is_one_line_that_says_what_to_change(make, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free.")
+
+    monkeypatch.setattr(StageTrainer, "train", full)
+    with pytest.raises(TrainingError, match=r"memory is full \(.*Tried to allocate 2.00 GiB\): lower .*micro_batch"):
+        run_stage(make("pt"))
+
+
 def test_an_output_with_another_run_is_refused_and_untouched(make, tmp_path):
     run_stage(make("pt"))
     before = weights_of(tmp_path / "pt" / "model")

@@ -21,9 +21,11 @@ def run(
     overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimization.micro_batch=4")] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs, of all nodes together; 0: the CPU")] = 1,
     gpu: Annotated[str, typer.Option(help="GPU by name, for its peak and memory")] = "H100",
-    gpu_memory: Annotated[float | None, typer.Option(help="GB (10^9 bytes) of one; default: the GPU's own")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GB (10^9 bytes) of one; default: the GPU's own")
+    ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, for its host memory")] = 8,
-    hourly_price: Annotated[float | None, typer.Option(help="price of one GPU for an hour")] = None,
+    hourly_price: Annotated[float | None, typer.Option(min=0, help="price of one GPU for an hour")] = None,
 ) -> None:
     """Say what a run needs: parameters, memory, FLOPs, time, cost, disk; and what to change where it does not fit.
 

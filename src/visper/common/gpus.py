@@ -1,11 +1,13 @@
-"""GPUs as their makers describe them: FLOPs per second, memory."""
+"""GPUs as their makers describe them: FLOPs per second, memory; and an error where the memory is full."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +40,14 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str, memory_gb: float | None = None) -> Gpu:
-    """A GPU of the table by its name, in any case; one that is not there by its memory, without a peak.
+    """A GPU of the table by its name or the driver's, in any case; one that is not there by its memory, without a peak.
 
     Raises:
         ConfigError: it is not in the table and its memory is not given.
     """
-    for known, gpu in GPUS.items():
-        if known.lower() == name.lower():
-            return gpu
+    found = _named(name)
+    if found is not None:
+        return found
     if memory_gb is None:
         raise ConfigError(
             f"--gpu '{name}' is not in the table: use one of {', '.join(GPUS)}, or add --gpu-memory GB (memory is then "
@@ -60,9 +62,12 @@ def gpu_at(device: torch.device) -> Gpu | None:
         return None
     import torch
 
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    found = [gpu for known, gpu in GPUS.items() if all(word in words for word in known.split())]
-    return found[0] if found else None
+    return _named(torch.cuda.get_device_name(device))
+
+
+def _named(name: str) -> Gpu | None:
+    words = name.lower().replace("-", " ").split()
+    return next((gpu for known, gpu in GPUS.items() if all(word in words for word in known.lower().split())), None)
 
 
 def peak_of(device: torch.device) -> float | None:
@@ -78,3 +83,22 @@ def memory_of(device: torch.device) -> float:
 
     found, own = gpu_at(device), float(torch.cuda.get_device_properties(device).total_memory)
     return min(own, found.memory_gb * 1e9) if found else own
+
+
+@contextmanager
+def explaining_full_memory() -> Iterator[None]:
+    """Says what to change where the GPU's memory does not suffice.
+
+    Raises:
+        TrainingError: it did not suffice inside.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is full ({str(error).split('. GPU')[0]}): lower optimization.micro_batch, which changes "
+            "no result; `visper plan RUN.yaml --gpus N` names the first change that fits. Then add --resume, if a "
+            "checkpoint was saved"
+        ) from error

@@ -149,5 +149,5 @@ def known_peak(device: torch.device) -> float | None:
     peak = peak_of(device)
     if peak is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        logger.warning(f"no MFU is logged: the peak FLOPs of '{name}' are not known (src/visper/common/gpus.py)")
+        logger.warning(f"the log has no 'mfu': the peak FLOPs of '{name}' are not in the table of visper.common.gpus")
     return peak

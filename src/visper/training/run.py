@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, StoppedError
 from visper.common.files import atomic_path
+from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides, require_nccl
@@ -95,7 +96,7 @@ def run_stage(
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
-    with locked_by_first(output, console):
+    with locked_by_first(output, console), explaining_full_memory():
         run = open_output(run, resume)
         run = decide_recomputation(run, processes, recomputation, console)
         checkpoint = first_decides(lambda: newest_undamaged(output, console)) if resume else None
