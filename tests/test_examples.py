@@ -37,7 +37,7 @@ def test_examples_train_runs_that_exist(name):
 
 
 def test_every_example_is_looked_at():
-    assert {file.name for file in EXAMPLES.iterdir()} == COMMANDS.keys() | {"easy_vqa"}
+    assert {file.name for file in EXAMPLES.iterdir()} == COMMANDS.keys() | {"easy_vqa", "photographs"}
 
 
 @pytest.fixture

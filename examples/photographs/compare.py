@@ -1,0 +1,180 @@
+"""Trains every arm with every seed and prints held-out losses with paired differences. Finished runs are kept: the same
+command goes on.
+
+python examples/photographs/compare.py --seeds 0 1 2      (--table: only print what is finished)
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import ttest_1samp
+from transformers import TrainerCallback
+
+from visper.common.files import write_text
+from visper.config import EVALUATED, load_run
+from visper.training import run_stage
+
+RECIPES = Path(__file__).parent
+ORDER = (
+    ("pt-nothing", "pt-published", "pt-shuffled"),
+    ("ift-nothing", "ift-viral", "ift-own", "ift-gram"),
+    ("pt-longer",),
+)
+"""The arms, recipes beside this file, in the order in which they run: each group with every seed."""
+BEFORE = "pt-nothing"
+"""Where fine-tuning starts from."""
+
+
+def baseline_of(arm: str) -> str:
+    """The arm of the same stage without embedding losses."""
+    return f"{arm.split('-')[0]}-nothing"
+
+
+class Start(TrainerCallback):
+    """Notes what the arms of a seed must share, the projector's first weights and the order of rows, and the time."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Digests of the projector before the first step and of the first epoch's rows in their order."""
+        projector = {n: p for n, p in kwargs["model"].named_parameters() if "projector" in n and "lora" not in n}
+        assert projector, "the student has no projector"
+        weights = hashlib.sha256()
+        for name in sorted(projector):
+            weights.update(projector[name].detach().float().numpy().tobytes())
+        loader = kwargs["train_dataloader"]
+        order = [row for batch in getattr(loader, "base_dataloader", loader).batch_sampler for row in batch]
+        assert order != sorted(order), "not the run's own order of rows"
+        rows = hashlib.sha256(str(order).encode())
+        self.found = {"projector": weights.hexdigest()[:16], "order": rows.hexdigest()[:16]}
+        self.began = time.process_time()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Processor seconds of training and of the evaluation behind its last step."""
+        self.cpu_seconds = time.process_time() - self.began
+
+
+def measure(arm: str, seed: int, out: Path) -> dict[str, Any]:
+    """Trains one arm with one seed, in ``out/runs/seed-N``, and returns what it measured.
+
+    Raises:
+        FloatingPointError: a logged value is not finite.
+    """
+    runs = out / "runs" / f"seed-{seed}"
+    changes = [f"seed={seed}", f"output={runs / arm}"]
+    if arm.startswith("ift"):
+        changes.append(f"start_from={runs / BEFORE}")
+    shutil.rmtree(runs / arm, ignore_errors=True)  # of a run that was interrupted
+    start = Start()
+    run_stage(load_run(RECIPES / f"{arm}.yaml", changes), callbacks=[start])
+    lines = [json.loads(line) for line in (runs / arm / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    bad = [(name, line["step"]) for line in lines for name, v in line.items() if not math.isfinite(v)]
+    if bad:
+        raise FloatingPointError(f"{arm}, seed {seed}: not finite: {bad[:3]}")
+    held_out = [line for line in lines if f"{EVALUATED}ntp" in line][-1]
+    if arm != BEFORE:
+        shutil.rmtree(runs / arm / "model")
+    trained = [line for line in lines if "grad_norm" in line]
+    return {
+        "arm": arm,
+        "seed": seed,
+        **start.found,
+        "cpu_seconds": round(start.cpu_seconds, 1),
+        "held_out": {n.removeprefix(EVALUATED): v for n, v in held_out.items() if n.startswith(EVALUATED)},
+        "trained": {"steps": trained[-1]["step"], "first_ntp": trained[0]["ntp"], "last_ntp": trained[-1]["ntp"]},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def require_alike(results: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses to compare runs of one seed and stage that began with other weights or saw other rows.
+
+    Raises:
+        ValueError: names the arm that differs.
+    """
+    first: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for result in results:
+        before = first.setdefault((result["arm"].split("-")[0], result["seed"]), result)
+        for what in ("projector", "order"):
+            if result[what] != before[what]:
+                raise ValueError(f"seed {result['seed']}: {result['arm']} and {before['arm']} differ in {what}")
+
+
+def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float, float]:
+    """Mean over the seeds that both have of arm less baseline, with its 95 % t-interval (infinite for one seed)."""
+    values = [arm[seed] - baseline[seed] for seed in sorted(arm.keys() & baseline.keys())]
+    if len(values) < 2:
+        return (values[0] if values else math.nan), -math.inf, math.inf
+    low, high = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    return statistics.fmean(values), float(low), float(high)
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: held-out next-token loss of every arm, its difference from its baseline, and its embedding losses."""
+    require_alike(results)
+    by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for group in ORDER for arm in group}
+    by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
+    ntp = {arm: {seed: one["held_out"]["ntp"] for seed, one in runs.items()} for arm, runs in by_arm.items()}
+    lines = ["| arm | steps | CPU-s | held-out next-token loss by seed | mean | less baseline (95 %) |"]
+    lines.append("|" + "---|" * 6)
+    for arm, runs in by_arm.items():
+        baseline = baseline_of(arm)
+        seconds = statistics.fmean(one["cpu_seconds"] for one in runs.values())
+        values = ", ".join(f"{ntp[arm][seed]:.3f}" for seed in sorted(runs))
+        mean, low, high = difference(ntp[arm], ntp.get(baseline, {}))
+        less = "" if arm == baseline else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        steps = next(iter(runs.values()))["trained"]["steps"]
+        lines.append(
+            f"| {arm} | {steps} | {seconds:.0f} | {values} | {statistics.fmean(ntp[arm].values()):.3f} | {less} |"
+        )
+    lines += ["", "| arm | held-out embedding loss | by seed |", "|---|---|---|"]
+    for arm, runs in by_arm.items():
+        for term in (name for name in next(iter(runs.values()))["held_out"] if "/" in name):
+            values = ", ".join(f"{runs[seed]['held_out'][term]:.3f}" for seed in sorted(runs))
+            lines.append(f"| {arm} | {term} | {values} |")
+    return "\n".join(lines)
+
+
+def keep(result: Mapping[str, Any], out: Path) -> None:
+    """Writes a run's result, complete or not at all."""
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    write_text(out / "results" / f"{result['arm']}-{result['seed']}.json", json.dumps(result, indent=1) + "\n")
+
+
+def finished(out: Path) -> list[dict[str, Any]]:
+    """The results of the runs that ended."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "results").glob("*.json"))]
+
+
+def main() -> None:
+    """Runs what is not finished, seed by seed, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="what prepare.py wrote; results go there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = [(arm, seed) for group in ORDER for seed in options.seeds for arm in group]
+    for arm, seed in () if options.table else runs:
+        if (options.out / "results" / f"{arm}-{seed}.json").exists():
+            continue
+        if arm.startswith("ift") and not (options.out / "runs" / f"seed-{seed}" / BEFORE / "model").exists():
+            keep(measure(BEFORE, seed, options.out), options.out)
+        keep(measure(arm, seed, options.out), options.out)
+        require_alike(finished(options.out))
+    print(table(finished(options.out)))
+
+
+if __name__ == "__main__":
+    main()
