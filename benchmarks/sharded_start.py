@@ -2,11 +2,13 @@
 
     python benchmarks/sharded_start.py --processes 2
     python benchmarks/sharded_start.py --processes 4 --width 1024 --layers 16
+    python benchmarks/sharded_start.py --engine ddp
 
 The model is a random Llama with the quickstart's tokenizer and encoder, stored in bfloat16; IFT in float32, on gloo.
 ``peak`` is the kernel's figure (VmHWM, reset before the model is built) above what the process held then. Their
-peaks are not simultaneous: ``together`` is what all held above that at once, looked at every 5 ms. One line of JSON is
-printed.
+peaks are not simultaneous: ``together`` is what all held above that at once, looked at every 5 ms. ``planned`` is what
+``visper plan`` says of the first and the others, libraries left out; under ``fsdp`` with the shards, which lie on a GPU
+elsewhere. One line of JSON is printed.
 """
 
 from __future__ import annotations
@@ -80,23 +82,39 @@ def start(rank: int, processes: int, port: int, settings: dict[str, Any], folder
     torch.distributed.destroy_process_group()
 
 
+def planned(settings: dict[str, Any], processes: int) -> list[float]:
+    """MB of the first process and of the others."""
+    from visper.planning.host import LIBRARIES
+
+    from visper.planning.memory import Machine
+    from visper.planning.plan import plan
+
+    found = plan(Run.model_validate(settings), Machine(processes, None))
+    start = found.host["start or resume"]
+    own = found.memory.parts["weights"] if settings["launch"]["engine"] == "fsdp" else 0.0
+    return [round((held - LIBRARIES + own) / 1e6) for held in (start.first, start.other)]
+
+
 def main() -> None:
     """Writes the model, starts it in so many processes, adds up."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--engine", choices=["fsdp", "ddp"], default="fsdp")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     write_llm(folder / "llm", options.width, options.layers)
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    (folder / "rows.json").write_text(json.dumps([{"id": "0", "conversations": turns}]), encoding="utf-8")
     settings = {
         "name": "start",
         "stage": "ift",
         "output": str(folder / "out"),
         "student": {"llm": str(folder / "llm"), "encoder": str(BASES / "encoder")},
-        "data": {"sources": [{"json": "none.json", "images": "none"}], "max_tokens": 512},
+        "data": {"sources": [{"json": str(folder / "rows.json"), "images": "none"}], "max_tokens": 512},
         "optimization": {"global_batch": options.processes, "lr": 1e-4, "precision": "float32"},
-        "launch": {"engine": "fsdp"},
+        "launch": {"engine": options.engine},
     }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -106,8 +124,11 @@ def main() -> None:
     while not context.join(timeout=0.005):
         most = max(most, sum(kib("RssAnon", process) for process in context.pids()))
     found = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(options.processes)]
+    expected = planned(settings, options.processes)
     shutil.rmtree(folder)
     result = {
+        "engine": options.engine,
+        "planned_mb": expected,
         "processes": options.processes,
         "model_mb": round(found[0]["parameters"] * 4 / 1e6),
         "peak_mb": [round(one["peak"] * 1024 / 1e6) for one in found],

@@ -29,6 +29,7 @@ from visper.config import Run
 
 DEVICE = torch.ops.prim.device.default
 """Asked of fake tensors by two of three calls, which need not pass torch's modes: a tenth of a trace's time."""
+INDEX = torch.ops.aten.index.Tensor
 
 __all__ = [
     "FakeTensorMode",
@@ -64,9 +65,14 @@ class KnownPositions(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:
             return args[0].fake_device
-        if func is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
+        if func is INDEX and isinstance(args[0], FakeTensor):
             args = (args[0], [place for index in args[1] for place in self._positions(index)])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.look_at(result)
+        return result
+
+    def look_at(self, result: Any) -> None:
+        """For subclasses: what an operation returned."""
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         if index is None or isinstance(index, FakeTensor) or index.dtype is not torch.bool:
@@ -90,14 +96,11 @@ class LiveBytes(KnownPositions):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is DEVICE:
-            return result
+    def look_at(self, result: Any) -> None:
+        """Counts the storages of the tensors in ``result`` that were not there before."""
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
-        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
