@@ -85,7 +85,6 @@ def start(rank: int, processes: int, port: int, settings: dict[str, Any], folder
 def planned(settings: dict[str, Any], processes: int) -> list[float]:
     """MB of the first process and of the others."""
     from visper.planning.host import LIBRARIES
-
     from visper.planning.memory import Machine
     from visper.planning.plan import plan
 
