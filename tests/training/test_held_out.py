@@ -23,7 +23,7 @@ from visper.evaluation.visualize import SIDE
 from visper.evaluation.while_training import evaluator_of
 from visper.training import run_stage
 from visper.training.checkpoint import checkpoints
-from visper.training.held_out import BEST
+from visper.training.held_out import BEST, Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,22 @@ def test_a_resumed_run_knows_the_best_before(make, held_out):
     train(run, resume=True)
     first, second = (json.loads((Path(one.output) / BEST).read_text()) for one in (whole, run))
     assert first == second
+
+
+def test_an_evaluation_that_fails_leaves_the_model_training(make, held_out):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            seen.append(model)
+
+    def fails(*_):
+        raise RuntimeError("cannot answer")
+
+    run = make("fails", losses(held_out))
+    with pytest.raises(RuntimeError, match="cannot answer"):
+        run_stage(run, evaluator=Evaluator(fails), callbacks=[Watch()])
+    assert seen[-1].training
 
 
 def test_a_measure_that_is_not_there_is_refused_before_the_first_step(make, held_out):

@@ -162,10 +162,12 @@ def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
     model: TrainingModel = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
-        yield model
-    model.train(was_training)
-    reshard(model)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
+            yield model
+    finally:
+        model.train(was_training)
+        reshard(model)
 
 
 class EvaluationCallback(TrainerCallback):
