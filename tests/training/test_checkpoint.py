@@ -18,7 +18,7 @@ from visper.config import load_run
 from visper.model import load_student
 from visper.training import checkpoint, run_stage
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints, complete, newest_undamaged
-from visper.training.checkpoint_writer import ShardWriter
+from visper.training.checkpoint_writer import CheckpointWriter, ShardWriter
 
 
 def save(output: Path, *steps: int, keep: int = 9) -> None:
@@ -128,3 +128,31 @@ def test_a_finished_folder_with_damaged_weights_is_not_loaded(tmp_path: Path, ti
     with pytest.raises(DataError, match=r"the content of 'model\.safetensors' has changed since it was written"):
         load_student(run.output)
     assert find_damage(model) is not None
+
+
+def test_a_parameter_that_had_no_gradient_yet_resumes_without_a_state(tmp_path: Path) -> None:
+    def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "waiting": torch.nn.Linear(3, 2)})
+        optimizer = torch.optim.AdamW(model.parameters())
+        for step in range(steps):
+            for parameter in model["used"].parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 + step)
+            optimizer.step()
+        return model, optimizer
+
+    model, optimizer = trained(steps=2)
+    staged = tmp_path / FOLDER / STAGING / "checkpoint-2"
+    staged.mkdir(parents=True)
+    writer = CheckpointWriter(tmp_path, 1, first=True)
+    writer.write(checkpoint.state_of(model, optimizer), staged)
+    writer.complete(staged.name, None)
+    writer.wait()
+    writer.close()
+
+    fresh, resumed = trained(steps=0)
+    checkpoint.load_optimizer(fresh, resumed, tmp_path / FOLDER / staged.name)
+    states = {name: resumed.state.get(parameter, {}) for name, parameter in fresh.named_parameters()}
+    assert states["waiting.weight"] == states["waiting.bias"] == {}
+    for name, parameter in model.named_parameters():
+        assert all(torch.equal(value, states[name][kind]) for kind, value in optimizer.state[parameter].items())
+    assert states["used.weight"]["step"] == 2

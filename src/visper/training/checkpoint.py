@@ -142,7 +142,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         ConfigError: it is of another model or stage.
     """
-    own, saved = trainable_state(model), _saved_weights(checkpoint)
+    own, saved = trainable_state(model), _saved(checkpoint, "weights.")
     different = sorted(saved.keys() ^ own.keys())
     different += [name for name in sorted(saved.keys() & own.keys()) if saved[name] != own[name].shape]
     if different:
@@ -154,17 +154,26 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Reads the optimizer's state, each process its own shards. Every process must call."""
+    """Reads the optimizer's state, each process its own shards. Every process must call.
+
+    A parameter that had no gradient before the checkpoint has no state there, and begins without one again.
+    """
     state = get_optimizer_state_dict(model, optimizer)
-    _load({"optimizer": state["state"]}, checkpoint)
+    own: Any = state["state"]
+    begun = {name.rpartition(".")[0] for name in _saved(checkpoint, "optimizer.")}
+    _load({"optimizer": {name: values for name, values in own.items() if name in begun}}, checkpoint)
     set_optimizer_state_dict(model, optimizer, state)
+    for name, parameter in model.named_parameters():
+        if name in own and name not in begun:
+            del optimizer.state[parameter]  # torch has made one up, a step ahead
 
 
-def _saved_weights(checkpoint: Path) -> dict[str, torch.Size]:
+def _saved(checkpoint: Path, prefix: str) -> dict[str, torch.Size]:
+    """Sizes of the saved tensors whose names begin with ``prefix``, which is cut off."""
     if not (checkpoint / STATE).is_dir():
         return {}
     found: dict[str, Any] = HuggingFaceStorageReader(str(checkpoint / STATE)).read_metadata().state_dict_metadata
-    return {name.removeprefix("weights."): entry.size for name, entry in found.items() if name.startswith("weights.")}
+    return {name.removeprefix(prefix): entry.size for name, entry in found.items() if name.startswith(prefix)}
 
 
 def _load(state: dict[str, Any], checkpoint: Path) -> None:
