@@ -19,6 +19,7 @@ from visper.config import Geometry, Run
 from visper.config import Student as StudentConfig
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.model import AddedWords, build_skeleton, build_student, load_student, save_student
+from visper.model.student import STUDENT_FILE, read_added_tokens
 from visper.model.words import SPREAD, add_words
 from visper.training import TrainingModel, run_stage
 
@@ -291,3 +292,9 @@ assert model.lm_head.weight.shape[0] >= len(tokenizer) and not set(ids) & set(mo
 assert "visper" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_without_the_ids_of_added_words_says_what_is_missing(tmp_path):
+    (tmp_path / STUDENT_FILE).write_text('{"task_tokens": {}}')
+    with pytest.raises(ConfigError, match=r"student.json' has no word_ids.*train the stage again"):
+        read_added_tokens(str(tmp_path))

@@ -160,7 +160,11 @@ def load_student(
 
 
 def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[str, list[str]], list[int]]:
-    """Names of the task tokens and ids of added words; none where the model was not saved by this package."""
+    """Names of the task tokens and ids of added words; none where the model was not saved by this package.
+
+    Raises:
+        ConfigError: an older version saved them.
+    """
     file = Path(source) / STUDENT_FILE
     if not Path(source).is_dir():
         try:
@@ -170,6 +174,12 @@ def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[st
     if not file.is_file():
         return {}, []
     content = json.loads(file.read_text(encoding="utf-8"))
+    missing = [key for key in ("task_tokens", "word_ids") if key not in content]
+    if missing:
+        raise ConfigError(
+            f"'{file}' has no {' and no '.join(missing)}, so an older version of visper wrote it: train the stage "
+            'again, or add what the model has ("word_ids": [] if no words were added to its tokenizer)'
+        )
     return content["task_tokens"], content["word_ids"]
 
 
