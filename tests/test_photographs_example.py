@@ -93,6 +93,21 @@ def test_a_difference_is_paired_by_seed_with_its_t_interval(compare):
     assert compare.difference({0: 1.0}, {0: 0.5}) == (0.5, -math.inf, math.inf)
 
 
+def test_the_table_compares_what_both_arms_measured_and_finishes_with_some_runs_missing(compare):
+    shared = {"projector": "a", "order": "b", "cpu_seconds": 1.0, "trained": {"steps": 2}}
+    losses = {"pt-nothing": {"ntp": 3.0}, "pt-published": {"ntp": 2.0, "seg/1/cosine": 0.5}}
+    losses["pt-shuffled"] = {"ntp": 2.5, "seg/1/cosine": 0.75}
+    runs = [
+        {**shared, "arm": arm, "seed": seed, "held_out": {name: value * (1 + seed) for name, value in held_out.items()}}
+        for arm, held_out in losses.items()
+        for seed in (0, 1)
+    ]
+    shown = compare.table(runs)
+    assert "| pt-published | 2 | 1 | 2.000, 4.000 | 3.000 | -1.500 (" in shown
+    assert "| seg/1/cosine | -0.375 (" in shown and "ift" not in shown
+    assert "| pt-nothing | 2 | 1 | 3.000 | 3.000 |  |" in compare.table(runs[:1])
+
+
 def test_the_edge_teacher_sees_an_edge_by_its_direction(prepare, tmp_path):
     pytest.importorskip("onnxruntime")
     import onnx

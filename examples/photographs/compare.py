@@ -33,6 +33,8 @@ ORDER = (
 """The arms, recipes beside this file, in the order in which they run: each group with every seed."""
 BEFORE = "pt-nothing"
 """Where fine-tuning starts from."""
+METHOD, CONTROL = "pt-published", "pt-shuffled"
+"""Arms that differ in whose targets they are given: all their held-out values are compared."""
 
 
 def baseline_of(arm: str) -> str:
@@ -140,10 +142,21 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         )
     lines += ["", "| arm | held-out embedding loss | by seed |", "|---|---|---|"]
     for arm, runs in by_arm.items():
-        for term in (name for name in next(iter(runs.values()))["held_out"] if "/" in name):
+        for term in embedding_terms(runs):
             values = ", ".join(f"{runs[seed]['held_out'][term]:.3f}" for seed in sorted(runs))
             lines.append(f"| {arm} | {term} | {values} |")
+    lines += ["", f"| {METHOD} less {CONTROL} (95 %) | |", "|---|---|"]
+    pair = [by_arm.get(arm, {}) for arm in (METHOD, CONTROL)]
+    for term in ("ntp", *embedding_terms(pair[0])) if all(pair) else ():
+        own, control = ({seed: one["held_out"][term] for seed, one in runs.items()} for runs in pair)
+        mean, low, high = difference(own, control)
+        lines.append(f"| {term} | {mean:+.3f} ({low:+.3f} to {high:+.3f}) |")
     return "\n".join(lines)
+
+
+def embedding_terms(runs: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Names of an arm's held-out embedding losses; none for next token alone."""
+    return [name for name in next(iter(runs.values()), {"held_out": ()})["held_out"] if "/" in name]
 
 
 def keep(result: Mapping[str, Any], out: Path) -> None:
