@@ -56,6 +56,22 @@ def recompute_layers(model: Any) -> None:
     model.disable_input_require_grads()
 
 
+def merge_in_one_precision(model: Any) -> None:
+    """Gives image features the precision of the embeddings in whose places ``model``, without its head, puts them.
+
+    SmolVLM's method for it assigns, which fails with the two precisions of autocast (transformers 5.17 to 5.20, the
+    last for Python 3.10; 5.21 has no such method).
+    """
+    merge = getattr(model, "inputs_merger", None)
+    if merge is None:
+        return
+
+    def merged(input_ids: Any, inputs_embeds: Any, image_hidden_states: Any) -> Any:
+        return merge(input_ids, inputs_embeds, image_hidden_states.to(inputs_embeds.dtype))
+
+    model.inputs_merger = merged
+
+
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """torch's formulas of FLOPs, by operation, with that of fused attention on a CPU, which torch 2.9 lacks.
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlavaConfig
 
+from visper.common.compat import merge_in_one_precision
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Optimization, Position, Stage, load_run
@@ -182,6 +183,7 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
         if LLM not in frozen and not isinstance(model.config, LlavaConfig):
             frozen = []  # SmolVLM gives image features the precision of its encoder, which must be the embeddings'
         to_bfloat16(model.student, [part for part in (VISION, PROJECTOR, LLM) if part in frozen])
+        merge_in_one_precision(model.student.model)
 
 
 def to_bfloat16(student: nn.Module, parts: Sequence[str] = (VISION, PROJECTOR, LLM)) -> None:
