@@ -94,7 +94,7 @@ def measure(arm: str, seed: int, out: Path) -> dict[str, Any]:
         **start.found,
         "cpu_seconds": round(start.cpu_seconds, 1),
         "held_out": {n.removeprefix(EVALUATED): v for n, v in held_out.items() if n.startswith(EVALUATED)},
-        "trained": {"steps": trained[-1]["step"], "first_ntp": trained[0]["ntp"], "last_ntp": trained[-1]["ntp"]},
+        "trained": {"steps": lines[-1]["step"], "first_ntp": trained[0]["ntp"], "last_ntp": trained[-1]["ntp"]},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
