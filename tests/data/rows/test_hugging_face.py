@@ -49,7 +49,7 @@ def write(folder: Path, kind: str, rows: dict[str, list[Any]], features: Any = N
         content.save_to_disk(str(folder / "set"))
         return RowSource(str(folder / "set"), kind="hf")
     if kind == "saved splits":
-        datasets.DatasetDict(train=content, test=content.select([])).save_to_disk(str(folder / "set"))
+        datasets.DatasetDict(train=content, test=content.select([0])).save_to_disk(str(folder / "set"))
         return RowSource(str(folder / "set"), kind="hf")
     (folder / "set").mkdir()
     half = len(content) // 2
