@@ -2,6 +2,8 @@
 
 import os
 import socket
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.checkpoints import tensors_of
-from visper.common.errors import TrainingError
+from visper.common.errors import ProcessFailedError, TrainingError
 from visper.training import checkpoint
 from visper.training.checkpoint_writer import CheckpointWriter, ShardWriter
 from visper.training.parallel.fsdp import whole
@@ -55,12 +57,16 @@ def everything(model, optimizer):
     return whole([*state["weights"].items(), *moments.items()], keep=True)
 
 
-def worker(rank, port, folder, sharded, fails):
+def join(rank, port):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     PartialState(cpu=True)
+
+
+def worker(rank, port, folder, sharded, fails):
+    join(rank, port)
     model, optimizer = model_and_optimizer(sharded)
-    writer = CheckpointWriter(folder, 2, first=rank == 0)
+    writer = CheckpointWriter(folder, 2, rank == 0, timedelta(minutes=5))
     staged = folder / checkpoint.FOLDER / checkpoint.STAGING / "checkpoint-1"
     staged.mkdir(parents=True, exist_ok=True)
     if fails and rank == 1:
@@ -115,3 +121,23 @@ def test_a_disk_that_fills_under_one_process_ends_both_and_completes_nothing(tmp
         said = (tmp_path / f"{rank}.txt").read_text()
         assert "'checkpoint-1' could not be written (process 1" in said and "No space left" in said
     assert not (tmp_path / checkpoint.FOLDER / "checkpoint-1").exists()
+
+
+def late(rank, port, folder):
+    """The second process comes to no checkpoint."""
+    join(rank, port)
+    writer = CheckpointWriter(folder, 2, rank == 0, timedelta(seconds=2))
+    if rank == 0:
+        with pytest.raises(ProcessFailedError, match="process 0 of 2 waits in vain"):
+            writer.write({}, folder)
+        (folder / "said").touch()
+    else:
+        while not (folder / "said").exists():
+            time.sleep(0.1)
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_is_waited_for_as_long_as_the_run_says(tmp_path):
+    torch.multiprocessing.spawn(late, (unused_port(), tmp_path), nprocs=2)
+    assert (tmp_path / "said").exists()

@@ -11,6 +11,7 @@ import logging
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.futures import Future as TorchFuture
 from visper.common.compat import shard_metadata
 from visper.common.errors import TrainingError
 from visper.common.files import flush
-from visper.common.ranks import first_decides
+from visper.common.ranks import first_decides, naming_lost_processes
 from visper.training import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -66,24 +67,30 @@ class CheckpointWriter:
         output: the run's folder.
         keep: how many checkpoints stay.
         first: whether this process puts checkpoints in their place.
+        timeout: how long a process waits for one that is late.
     """
 
-    def __init__(self, output: Path, keep: int, first: bool) -> None:
+    def __init__(self, output: Path, keep: int, first: bool, timeout: timedelta) -> None:
         self.output, self.keep, self.first = output, keep, first
         # Its own group: the run's may have no backend for the host, and is busy with training's reductions.
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._completer = ThreadPoolExecutor(1)
         self._written: Any = None
         self._pending: Future[None] | None = None
         self._name = ""
 
     def write(self, state: dict[str, Any], folder: Path) -> None:
-        """Copies ``state`` and begins to write it into a checkpoint's folder under staging."""
+        """Copies ``state`` and begins to write it into a checkpoint's folder under staging.
+
+        Raises:
+            ProcessFailedError: a process has ended, or is later than the timeout.
+        """
         place = folder / checkpoint.STATE
         if self.first:
             shutil.rmtree(place, ignore_errors=True)  # shards of an attempt that was killed
         if self._group is not None:
-            dist.barrier(self._group)
+            with naming_lost_processes():
+                dist.barrier(self._group)
         storage = ShardWriter(str(place), save_distributed=True)
         group = self._group
         self._written = dcp.async_save(state, storage_writer=storage, process_group=group, no_dist=group is None)

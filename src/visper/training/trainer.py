@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +89,8 @@ class StageTrainer(Trainer):
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.writer = CheckpointWriter(output, logging.keep_checkpoints, self.is_world_process_zero())
+        timeout = timedelta(minutes=launch.timeout_minutes)
+        self.writer = CheckpointWriter(output, logging.keep_checkpoints, self.is_world_process_zero(), timeout)
         self.monitor = RunMonitor(logging.monitor, self.accelerator, known_peak(self.accelerator.device))
         self.add_callback(OptimizerClock(self.monitor.clock))
         for teacher in self.teachers.values():
