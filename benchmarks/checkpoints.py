@@ -17,6 +17,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, widt
     """Trains, and on while a checkpoint is written."""
     step(model, optimizer, width)
     usual = [step(model, optimizer, width) for _ in range(USUAL)]
-    writer = CheckpointWriter(folder, 1, first=dist.get_rank() == 0)
+    writer = CheckpointWriter(folder, 1, dist.get_rank() == 0, timedelta(minutes=30))
     staged = folder / checkpoint.FOLDER / checkpoint.STAGING / NAME
     staged.mkdir(parents=True, exist_ok=True)
     held, began, cpu = forget_peak(), time.perf_counter(), time.process_time()

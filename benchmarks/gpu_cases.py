@@ -138,24 +138,28 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def variants(options: argparse.Namespace) -> dict[str, Any]:
-    """Packed fine-tuning under each attention, with compiled decoder layers, and with fused losses."""
+    """Fine-tuning under each attention, compiled or not, and with fused losses; pre-training compiled."""
     import torch.nn.functional as F
-    from gpu_steps import fine_tuning
+    from gpu_steps import fine_tuning, pre_training
 
-    def case(**changes: Any) -> Case:
-        return lambda size: fine_tuning(setting_of(options, size, layers=layers_of(options), **changes), packed=True)
+    def case(packed: bool = True, **changes: Any) -> Case:
+        return lambda size: fine_tuning(setting_of(options, size, layers=layers_of(options), **changes), packed)
 
     on_gpu = device_of(options) == "cuda"
-    table = {"sdpa": case()}
+    table = {"packed, sdpa": case()}
     if on_gpu:  # no backward pass on a CPU
-        table["flex_attention"] = case(attention="flex_attention")
-    if on_gpu and importlib.util.find_spec("flash_attn") is not None:
-        table["flash_attention_2"] = case(attention="flash_attention_2")
+        table["packed, flex_attention"] = case(attention="flex_attention")
+        table["packed, flex_attention, compiled"] = case(attention="flex_attention", compiled=True)
+    table["padded, sdpa, compiled"] = case(packed=False, compiled=True)  # not compiled: part ift
+    table["PT, stored targets, compiled"] = lambda size: pre_training(  # not compiled: part pt
+        setting_of(options, size, compiled=True), live=False
+    )
     if on_gpu and importlib.util.find_spec("liger_kernel") is not None:
-        table["sdpa, fused loss (Liger)"] = case(fused="liger")
+        table["packed, sdpa, fused loss (Liger)"] = case(fused="liger")
     if hasattr(F, "linear_cross_entropy"):
-        table["sdpa, fused loss (torch)"] = case(fused="linear_cross_entropy")
-    table["sdpa, compiled layers"] = case(compiled=True)
+        table["packed, sdpa, fused loss (torch)"] = case(fused="linear_cross_entropy")
+    if on_gpu and importlib.util.find_spec("flash_attn") is not None:
+        table["packed, flash_attention_2"] = case(attention="flash_attention_2")
     return cases(options, table)
 
 

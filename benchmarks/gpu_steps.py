@@ -31,12 +31,15 @@ from visper.data.packing import PackingCollator
 from visper.distillation import Teacher
 from visper.model import Student
 from visper.training.attention import separate_samples
+from visper.training.compilation import compile_parts
 from visper.training.flops import FlopMeter
 from visper.training.lora import add_updates
 from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
 Case = dict[str, Any]
+WARMING = 3
+"""Steps before those that are timed: in one FLOPs are counted, operation by operation, and two may compile."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Setting:
         recomputed: share of layers whose activations are computed again.
         peak: the device's FLOPs per second; None: unknown.
         attention: of the LLM in fine-tuning.
-        compiled: whether decoder layers are compiled, each alone.
+        compiled: whether decoder layers and predictors are compiled (``optimization.compile``).
         fused: of ``FUSED``, the loss of the answers in one kernel; None: as in training.
     """
 
@@ -103,6 +106,8 @@ def pre_training(setting: Setting, live: bool) -> Case:
     teachers = teachers_of(device, setting.dtype) if live else {}
     model = build_model(geometry, device, setting.dtype, setting.recomputed)
     flops = operations(geometry, model, size, device)
+    if setting.compiled:
+        compile_parts(model, "inductor" if setting.half else "aot_eager")
     with loaded_batches(setting, "student, depth, seg, gen" if live else "student") as load:
         found = measure(geometry, model, teachers, size, setting.steps, device, load)
     share = sum(taken for part, taken in found.items() if part.startswith("teacher")) / found["step"]
@@ -175,13 +180,13 @@ def fused_loss(model: TrainingModel, kind: str) -> Callable[..., Tensor]:
 
 
 def tuning_batches(setting: Setting, model: TrainingModel, packed: bool) -> list[Any]:
-    """Micro-batches of mixed lengths: two that warm up, then ``steps``."""
+    """Micro-batches of mixed lengths: ``WARMING`` that are not timed, then ``steps``."""
     padded = Collator(0)
     if packed:
         separate_samples(model.student.get_decoder())
     collator = model.with_positions(PackingCollator(padded) if packed else padded)
     size = setting.micro_batch
-    rows = rows_of(setting.geometry, size * (setting.steps + 2))
+    rows = rows_of(setting.geometry, size * (setting.steps + WARMING))
     return [collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
@@ -207,11 +212,10 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
     batches = tuning_batches(setting, model, packed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=half)
     watch, meter = Stopwatch(device), FlopMeter()
+    if setting.compiled:
+        compile_parts(model, "inductor" if half else "aot_eager")
     for number, batch in enumerate(batches):
-        if number == 1 and setting.compiled:  # the first pass is counted, operation by operation
-            for layer in model.student.get_decoder().layers:
-                layer.compile(backend="inductor" if half else "aot_eager")
-        if number == 2:
+        if number == WARMING:
             watch.parts.clear()
         with watch("step"):
             given = placed(batch, device, half)
@@ -227,7 +231,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     assert torch.isfinite(loss) and meter.costs is not None
-    timed = [batch["sizes"] for batch in batches[2:]]
+    timed = [batch["sizes"] for batch in batches[WARMING:]]
     flops = sum(meter.costs.flops(s.tokens, s.pairs, s.supervised, s.image_tokens) for s in timed)
     seconds, real = sum(watch.parts["step"]), sum(size.tokens for size in timed)
     return {
@@ -235,7 +239,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
         "seconds": watch.medians(),
         "mfu": setting.mfu(flops, seconds),
         "tokens_per_second": real / seconds,
-        "padding_share": 1 - real / sum(batch["labels"].numel() for batch in batches[2:]),
+        "padding_share": 1 - real / sum(batch["labels"].numel() for batch in batches[WARMING:]),
         "layers": len(model.student.get_decoder().layers),
     }
 

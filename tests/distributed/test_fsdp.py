@@ -105,6 +105,16 @@ def test_two_copies_of_two_processes_equal_one_and_exchange_gradients_once_a_ste
 
 
 @pytest.mark.slow
+def test_sharded_layers_compile_each_alone_and_train_as_one_process_without(make):  # noqa: F811
+    one = make("pt", "plain", images=3)
+    train(one)
+    compiled = {"compile": "aot_eager", "gradient_checkpointing": 0.5}
+    two = make("pt", "compiled", images=3, optimization=compiled, launch={"processes": 2, "engine": "fsdp"})
+    train(two)
+    assert_equal_runs(one, two)
+
+
+@pytest.mark.slow
 def test_shards_gathered_in_bfloat16_train_close_to_float32_and_stay_in_float32(make):  # noqa: F811
     """Largest relative difference of a term seen 1.4e-3, of the gradients' norm 2.7e-3; one process differs as much."""
     exact = make("pt", "float32", images=3)

@@ -115,6 +115,13 @@ def shard_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
     return {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 
+def compile_error() -> type[Exception]:
+    """What ``torch.compile`` raises where a function cannot be compiled (torch 2.9 to 2.15)."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]:
     """While it is entered, ``handle(operation, args, kwargs)`` stands for each of torch's operations and returns its
     result (torch 2.9 to 2.15)."""

@@ -152,6 +152,10 @@ class Optimization(Section):
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
         None, description="the LLM's attention while training; default: the model's own choice"
     )
+    compile: Literal["inductor", "aot_eager"] | None = Field(
+        None,
+        description="compile the LLM's layers and the predictors, each alone; aot_eager only traces them: to debug",
+    )
     lr_overrides: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="part of the stage's table -> its own learning rate, e.g. {projector: 1e-3}"
     )
@@ -296,6 +300,9 @@ class Launch(Section):
 JOINING_ATTENTION = ("sdpa", "flex_attention")
 """Attention that can be told which tokens of a row another one sees."""
 
+COMPILED_PACKING = ("flex_attention", "eager")
+"""Attention that is compiled without a graph break where it separates the samples of a packed row."""
+
 
 class Run(Section):
     """One stage of one model; saved beside the weights it makes."""
@@ -333,6 +340,8 @@ class Run(Section):
                 f"data.join_conversations is not supported with optimization.attention={self.optimization.attention}, "
                 f"which cannot separate conversations that share an image: use one of {', '.join(JOINING_ATTENTION)}"
             )
+        if self.optimization.compile is not None:
+            self._require_compilable()
         engine, zero = self.launch.engine, self.launch.engine in (Engine.ZERO2, Engine.ZERO3)
         if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(
@@ -367,6 +376,19 @@ class Run(Section):
                     "to image_tokens"
                 )
         return self
+
+    def _require_compilable(self) -> None:
+        opt, engine = self.optimization, self.launch.engine
+        refused = {
+            f"launch.engine={engine}": engine in (Engine.ZERO2, Engine.ZERO3),
+            "lora.quantize": self.lora is not None and self.lora.quantize is not None,
+            "data.join_conversations": self.data.join_conversations,
+            f"packing under optimization.attention={opt.attention} (only under {' or '.join(COMPILED_PACKING)})": (
+                opt.packing and opt.attention not in COMPILED_PACKING
+            ),
+        }
+        for what in (what for what, found in refused.items() if found):
+            raise ValueError(f"optimization.compile is not supported with {what}: change one of them")
 
     def _require_drawable(self) -> None:
         if self.distillation is None or not self.distillation.taught:

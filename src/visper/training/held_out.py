@@ -252,6 +252,19 @@ def best_checkpoint(output: Path, measure: str) -> Path:
     return output / FOLDER / str(best["checkpoint"])
 
 
+def require_evaluator(evaluation: Evaluation | None, evaluator: Evaluator | None) -> None:
+    """Refuses a run that asks or draws where nobody does it.
+
+    Raises:
+        ConfigError: says what to give ``run_stage``.
+    """
+    if evaluator is None and evaluation is not None and (evaluation.asks or evaluation.draw):
+        raise ConfigError(
+            "the run asks questions or draws predictions while it trains, which an evaluator does: give run_stage "
+            "evaluator=visper.evaluation.while_training.evaluator_of(run)"
+        )
+
+
 def held_out_rows(
     settings: Evaluation,
     data: Data,

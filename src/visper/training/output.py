@@ -41,6 +41,7 @@ MAY_DIFFER = (
     "optimization.gradient_checkpointing",
     "optimization.packing",
     "optimization.attention",
+    "optimization.compile",
 )
 """Keys that may change when a run is resumed: how it is split, logged and stored, not what it computes."""
 DROPPED = "dropped.jsonl"

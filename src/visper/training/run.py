@@ -40,8 +40,16 @@ from visper.training.assemble import build_training_model, continue_objective, s
 from visper.training.attention import choose_attention
 from visper.training.callbacks import JsonlCallback, console_callback
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
+from visper.training.compilation import compile_parts, require_compiler
 from visper.training.content import content_of, require_same_content
-from visper.training.held_out import EvaluationCallback, Evaluator, HeldOut, best_checkpoint, held_out_rows
+from visper.training.held_out import (
+    EvaluationCallback,
+    Evaluator,
+    HeldOut,
+    best_checkpoint,
+    held_out_rows,
+    require_evaluator,
+)
 from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
@@ -86,13 +94,10 @@ def run_stage(
         DataError: too many bad rows.
         StoppedError: a signal ended it early; it has saved a checkpoint.
     """
-    row_files(run.data)  # missing data and trackers are reported before anything is loaded
+    row_files(run.data)  # missing data, trackers and compilers are reported before anything is loaded
     require_trackers(run.logging.report_to, run.logging.project)
-    if evaluator is None and run.evaluation is not None and (run.evaluation.asks or run.evaluation.draw):
-        raise ConfigError(
-            "the run asks questions or draws predictions while it trains, which an evaluator does: give run_stage "
-            "evaluator=visper.evaluation.while_training.evaluator_of(run)"
-        )
+    require_compiler(run)
+    require_evaluator(run.evaluation, evaluator)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -251,6 +256,9 @@ def build_model(
         announce(console, "sharded", text if copies == 1 else f"{text}, {copies} copies")
     elif uses_zero(run.launch):
         prepare_for_zero(run.launch, model)
+    if run.optimization.compile is not None:
+        compile_parts(model, run.optimization.compile)
+        announce(console, "compiled", f"the LLM's layers and the predictors, by {run.optimization.compile}")
     return model
 
 

@@ -1,0 +1,93 @@
+"""``optimization.compile``: decoder layers and predictors are compiled, each alone (``torch.compile``).
+
+Most of a step's operations that are no matrix products are theirs. Compiling parts and not the model keeps what a run
+does between them: hooks of taps, FSDP and ZeRO, checkpoints, text-only batches.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import wraps
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from visper.common.compat import compile_error
+from visper.common.errors import ConfigError
+from visper.config import Run
+from visper.training.module import TrainingModel
+
+COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
+Backend = str | Callable[..., Any]
+
+
+def require_compiler(run: Run) -> None:
+    """Refuses inductor on a machine without a C compiler, before anything is loaded.
+
+    Raises:
+        ConfigError: none is found. Inductor builds C++ for a CPU, and Triton a C module for a GPU.
+    """
+    if run.optimization.compile != "inductor":
+        return
+    named = [os.environ[name] for name in ("CC", "CXX") if os.environ.get(name)]
+    if not any(shutil.which(name) for name in (*named, *COMPILERS)):
+        raise ConfigError(
+            "optimization.compile=inductor needs a C compiler, and none is on the PATH: install gcc and g++, name "
+            "yours by CC and CXX, or set optimization.compile=null"
+        )
+
+
+def compile_parts(model: TrainingModel, backend: Backend) -> None:
+    """Compiles decoder layers and predictors for training; in evaluation they run as they are.
+
+    To be called once the model is sharded, which changes the classes of its layers. Weights keep their names.
+
+    Args:
+        backend: of ``torch.compile``.
+    """
+    for layer in model.student.get_decoder().layers:  # equal layers share their graphs
+        _compile_forward(layer, layer.forward, backend)
+    heads = () if model.objective is None else model.objective.predictors.values()
+    for head in heads:
+        if any(True for _ in head.parameters()):
+            _compile_forward(head, _with_own_code(head.forward), backend)
+
+
+def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend) -> None:
+    """Compiles what the hooks of ``part`` surround, ``own`` being its forward.
+
+    An attribute of this one object: a class belongs to its library, and ``part.compile()`` would compile the hooks too,
+    of which a tap has new ones in each forward pass. A graph break is an error, because it would only be slow.
+    """
+    eager = part.forward
+    failed = compile_error()
+    compiled = torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
+
+    @wraps(eager)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not part.training:  # answers and held-out losses would need graphs of their own
+            return eager(*args, **kwargs)
+        try:
+            return compiled(*args, **kwargs)
+        except failed as error:
+            raise ConfigError(
+                f"optimization.compile: {type(part).__name__} cannot be compiled as one graph: set "
+                f"optimization.compile=null ({str(error).strip().splitlines()[0]})"
+            ) from error
+
+    part.forward = forward
+
+
+def _with_own_code(method: Any) -> Any:
+    """A bound method whose code object no other module shares.
+
+    ``torch.compile`` counts recompilations by code object and allows eight; heads of several tasks would use them up.
+    """
+    function = method.__func__
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
+    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return MethodType(own, method.__self__)
