@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from tools.quickstart_bases.contrastive import train_contrastive
 from tools.quickstart_bases.encoder import train_encoder
 from tools.quickstart_bases.llm import train_llm
 from tools.quickstart_bases.scene_arrays import SceneArrays, draw_scene_arrays
@@ -25,11 +26,19 @@ from visper.common.files import atomic_path, write_text
 
 TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
 """Scene series of the bases; worlds of the quickstart use other seeds."""
-MINUTES = {"encoder": 21.0, "llm": 75.0, "teacher_depth": 4.0, "teacher_seg": 4.0, "teacher_gen": 6.0}
+MINUTES = {
+    "encoder": 21.0,
+    "encoder_contrastive": 7.0,
+    "llm": 75.0,
+    "teacher_depth": 4.0,
+    "teacher_seg": 4.0,
+    "teacher_gen": 6.0,
+}
 
 Trainer = Callable[[SceneArrays, SceneArrays, Path, float], dict[str, float]]
 _TRAINERS: dict[str, Trainer] = {
     "encoder": train_encoder,
+    "encoder_contrastive": train_contrastive,
     "llm": train_llm,
     **{f"teacher_{task}": partial(train_teacher, task) for task in CONFIGS},
 }

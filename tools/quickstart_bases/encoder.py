@@ -65,7 +65,7 @@ def patch_states(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 def initialize(model: CLIPVisionModel, images: np.ndarray) -> None:
     """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most
     of its first epoch."""
-    inner = getattr(model, "vision_model", model)
+    inner, width = getattr(model, "vision_model", model), model.config.hidden_size
     cut = (
         to_pixels(images)
         .unfold(2, PATCH, PATCH)
@@ -76,11 +76,11 @@ def initialize(model: CLIPVisionModel, images: np.ndarray) -> None:
     )
     centered = cut - cut.mean(0)
     values, vectors = torch.linalg.eigh(centered.T @ centered / len(cut))
-    top = vectors.flip(1)[:, :WIDTH] / (values.flip(0)[:WIDTH].clamp(min=0).sqrt() + 0.1)
-    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
-    inner.embeddings.patch_embedding.weight.copy_((top @ turn).T.reshape(WIDTH, 3, PATCH, PATCH))
-    places = torch.zeros(GRID * GRID + 1, WIDTH)
-    angles = torch.arange(GRID)[:, None] * torch.pi / GRID * torch.arange(1, WIDTH // 4 + 1)[None] / 4
+    top = vectors.flip(1)[:, :width] / (values.flip(0)[:width].clamp(min=0).sqrt() + 0.1)
+    turn = torch.linalg.qr(torch.randn(width, width))[0]
+    inner.embeddings.patch_embedding.weight.copy_((top @ turn).T.reshape(width, 3, PATCH, PATCH))
+    places = torch.zeros(GRID * GRID + 1, width)
+    angles = torch.arange(GRID)[:, None] * torch.pi / GRID * torch.arange(1, width // 4 + 1)[None] / 4
     code = torch.cat([angles.sin(), angles.cos()], 1)
     places[1:] = torch.cat([code.repeat(GRID, 1), code.repeat_interleave(GRID, 0)], 1)
     inner.embeddings.position_embedding.weight.copy_(places * 0.7)
