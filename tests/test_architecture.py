@@ -18,6 +18,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("planning", "evaluation"),
     ("demo", "quickstart"),
+    ("study",),
     ("cli",),
 )
 """Lowest first. Packages of one level do not import each other."""

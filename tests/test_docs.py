@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parents[1]
 DOCS = PROJECT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
 REFERENCED = [name for page in PAGES.values() for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)]
-WITHOUT_API = {"visper.demo", "visper.cli", "visper.quickstart", "visper.recipes"}
+WITHOUT_API = {"visper.demo", "visper.cli", "visper.quickstart", "visper.recipes", "visper.study"}
 """Commands and data: not for import by users."""
 
 

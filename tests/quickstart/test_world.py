@@ -49,7 +49,7 @@ def test_a_world_that_fails_half_way_is_absent(tmp_path: Path, monkeypatch: pyte
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(world, "_write_json", broken)
+    monkeypatch.setattr(world, "write_json", broken)
     with pytest.raises(OSError, match="disk full"):
         write_world(tmp_path / "w", seed=1, scenes=2, held_out=2)
     assert not (tmp_path / "w").exists()

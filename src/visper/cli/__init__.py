@@ -25,6 +25,7 @@ from visper.cli import (
     push,
     quickstart,
     recipes,
+    study,
     targets,
     train,
 )
@@ -42,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for verb in (quickstart, train, pipeline, plan, recipes, chat, evaluate, probe, look, demo, convert, push):
+for verb in (quickstart, study, train, pipeline, plan, recipes, chat, evaluate, probe, look, demo, convert, push):
     app.command(name=verb.NAME)(verb.run)
 data.app.command("check")(data_check.check)
 data.app.command("shard")(data_check.shard)

@@ -31,24 +31,25 @@ def depth_step(depth: float) -> float:
     return float(np.clip(step, 0, DEPTH_STEPS - 1))
 
 
-def place_words(thing: SceneObject) -> str:
-    """Column, row and depth of an object, such as ``x3 y4 z5``."""
+def place_words(thing: SceneObject, depth: bool = True) -> str:
+    """Column, row and, unless left out, depth of an object, such as ``x3 y4 z5``."""
     column, row = thing.place
-    return f"{COLUMNS[column]} {ROWS[row]} {DEPTHS[round(depth_step(thing.depth))]}"
+    words = (COLUMNS[column], ROWS[row], DEPTHS[round(depth_step(thing.depth))])
+    return " ".join(words if depth else words[:2])
 
 
-def caption(objects: Objects) -> str:
+def caption(objects: Objects, depth: bool = True) -> str:
     """All objects with their places, from left to right."""
-    listed = [f"a {o.name} at {place_words(o)}" for o in sorted(objects, key=lambda o: o.column)]
+    listed = [f"a {o.name} at {place_words(o, depth)}" for o in sorted(objects, key=lambda o: o.column)]
     return " , ".join(listed[:-1]) + f" and {listed[-1]} ."
 
 
-def look_up(objects: Sequence[SceneObject]) -> tuple[str, str]:
+def look_up(objects: Sequence[SceneObject], depth: bool = True) -> tuple[str, str]:
     """One or more names -> their places: the question and its answer."""
     if len(objects) == 1:
-        return f"{objects[0].name} ?", place_words(objects[0])
+        return f"{objects[0].name} ?", place_words(objects[0], depth)
     asked = " , ".join(o.name for o in objects)
-    return f"Find {asked} .", " , ".join(f"{o.name} {place_words(o)}" for o in objects)
+    return f"Find {asked} .", " , ".join(f"{o.name} {place_words(o, depth)}" for o in objects)
 
 
 def look_back(thing: SceneObject) -> tuple[str, str]:

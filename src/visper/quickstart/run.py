@@ -93,7 +93,7 @@ def quickstart(
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()
-    seconds = _Stopwatch(out / "seconds.json")
+    seconds = Stopwatch(out / "seconds.json")
     with seconds("world"):
         world = prepare_world(world or out / "world", seed, budget, console)
         copy_bases(out / "bases")
@@ -286,7 +286,7 @@ def show_result(result: Result, console: Console) -> None:
     console.print(drawn)
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds each part took, by the clock and of the processors, kept on disk so that a repeated command still knows
     them."""
 

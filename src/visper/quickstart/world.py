@@ -55,16 +55,16 @@ def write_world(
         raise FileExistsError(f"{folder} exists: give the new world another folder, or remove that one")
     with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
-        known = _write_split(beside, "train", seed, scenes)
-        asked = _write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+        known = write_split(beside, "train", seed, scenes)
+        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
         rng = np.random.default_rng([seed, 11])
-        _write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
-        _write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
+        write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
+        write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
         questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
-        _write_json(beside / "questions.json", evaluation_records(asked, questions))
+        write_json(beside / "questions.json", evaluation_records(asked, questions))
         cues = cheap_cues(asked, questions)
         sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
-        _write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
+        write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
     return cues
 
 
@@ -72,7 +72,7 @@ def image_name(split: str, index: int) -> str:
     return f"{split}_{index:06d}.png"
 
 
-def _write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects]:
+def write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects]:
     objects: list[Objects] = []
     maps: list[Scene] = []
     bar = track(range(count), f"drawing {split} scenes", quiet=not sys.stderr.isatty())
@@ -106,7 +106,7 @@ def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Ite
         ]
         for number, (prompt, answer) in enumerate(pairs):
             said = f"{IMAGE}\n{prompt}" if rng.random() < 0.75 else f"{prompt}\n{IMAGE}"
-            yield _record(f"scene_{index:06d}_{number}", index, [(said, answer)])
+            yield record(f"scene_{index:06d}_{number}", index, [(said, answer)])
 
 
 def instruct_records(
@@ -126,7 +126,7 @@ def instruct_records(
         pairs = [turns_of[i] for i in rng.permutation(len(turns_of))]
         for number, start in enumerate(range(0, len(pairs), turns)):
             (first, answer), *rest = pairs[start : start + turns]
-            yield _record(f"scene_{index:06d}_{number}", index, [(f"{IMAGE}\n{first}", answer), *rest])
+            yield record(f"scene_{index:06d}_{number}", index, [(f"{IMAGE}\n{first}", answer), *rest])
 
 
 def evaluation_records(scenes: Sequence[Objects], questions: Sequence[Question]) -> list[dict[str, str]]:
@@ -142,10 +142,10 @@ def evaluation_records(scenes: Sequence[Objects], questions: Sequence[Question])
     ]
 
 
-def _record(name: str, scene: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def record(name: str, scene: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
     return {"id": name, "image": image_name("train", scene), "conversations": turns}
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,34 @@
+"""``visper study``: a controlled comparison of visual supervision on rendered scenes."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from visper.cli.arguments import parse_path
+
+NAME = "study"
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="folder for everything it makes", parser=parse_path)] = Path("visper-study"),
+    seeds: Annotated[int, typer.Option(min=1, help="how many; a claim needs five")] = 5,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="one of the arms; repeat. Default: all")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="everything runs, nothing is learned")] = False,
+) -> None:
+    """Compare ways to supervise, on equal seeds, data and labels. Repeat the command to go on after an interruption.
+
+    Example: `visper study --seeds 2 --arm nothing --arm published`
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # see `visper quickstart`
+
+    from visper.common.console import Console
+    from visper.study.arms import ARMS
+    from visper.study.report import report
+    from visper.study.run import FAST, FULL, study
+
+    console, size = Console(), FAST if fast else FULL
+    results = study(out, range(1, seeds + 1), size, console, tuple(arms or ARMS))
+    report(results, list(size.labels), out, console)
+    console.print(f"report: {out / 'report.json'}, curves: {out / 'curves.svg'}")

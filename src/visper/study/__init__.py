@@ -1,0 +1,6 @@
+"""A controlled comparison of visual supervision: arms trained alike, over seeds and numbers of labels."""
+
+from visper.study.arms import ARMS, Arm
+from visper.study.run import FAST, FULL, Size, study
+
+__all__ = ["ARMS", "FAST", "FULL", "Arm", "Size", "study"]

@@ -1,0 +1,108 @@
+"""The study's texts: captions that name objects and their places in the image and never their depth, and few labels.
+
+world/
+  images/              train_000000.png ..., held_out_000000.png ...
+  pretrain.json        a conversation about each scene: its caption, two look-ups of all objects, one from a place to a
+                       name
+  pretrain_more.json   the same about more scenes
+  instruct_N.json      about N of the questions, in whole scenes; the fewer are among the more
+  questions.json       held-out questions of the quickstart's four kinds, and of NEAREST, which no training text asks
+  held_out.npz         exact maps of the held-out scenes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visper.common.files import atomic_path
+from visper.quickstart import language
+from visper.quickstart.questions import Objects, Question, draw_questions
+from visper.quickstart.world import (
+    HELD_OUT_SERIES,
+    IMAGE,
+    evaluation_records,
+    image_name,
+    record,
+    write_json,
+    write_split,
+)
+
+NEAREST = "nearest"
+NEAREST_TEXT = "Which is closer to the camera ?"
+"""A depth question about all objects at once; training texts compare two and name them."""
+TURNS = 6
+
+
+def write_study_world(
+    folder: Path, *, seed: int, scenes: int, more: int, labels: Sequence[int], held_out: int, per_kind: int
+) -> None:
+    """Writes the world, complete or absent; the same arguments give the same files.
+
+    Args:
+        scenes: to pre-train and fine-tune on.
+        more: scenes of ``pretrain_more.json``, those of ``pretrain.json`` among them.
+        labels: numbers of questions to fine-tune on.
+        per_kind: about how many held-out questions of each kind.
+    """
+    with atomic_path(folder) as beside:
+        (beside / "images").mkdir(parents=True)
+        known = write_split(beside, "train", seed, more)
+        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+        rows = list(pretrain_records(known, np.random.default_rng([seed, 11])))
+        write_json(beside / "pretrain.json", rows[:scenes])
+        write_json(beside / "pretrain_more.json", rows)
+        questions = draw_questions(known[:scenes], seed)
+        for number in labels:
+            write_json(beside / f"instruct_{number}.json", list(instruct_records(known, questions, seed, number)))
+        asks = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
+        write_json(beside / "questions.json", [*evaluation_records(asked, asks), *nearest_records(asked, per_kind)])
+
+
+def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """One conversation about each scene, without a word of depth."""
+    for index, objects in enumerate(scenes):
+        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
+        prompt = language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))]
+        pairs = [
+            (f"{IMAGE}\n{prompt}", language.caption(objects, depth=False)),
+            language.look_up(orders[0], depth=False),
+            language.look_up(orders[1], depth=False),
+            language.look_back(orders[2][0]),
+        ]
+        yield record(f"scene_{index:06d}", index, pairs)
+
+
+def instruct_records(
+    scenes: Sequence[Objects], questions: Sequence[Question], seed: int, most: int
+) -> Iterator[dict[str, Any]]:
+    """All questions about scenes drawn at random, until there are ``most`` questions or more."""
+    by_scene: dict[int, list[Question]] = {}
+    for question in questions:
+        by_scene.setdefault(question.scene, []).append(question)
+    rng, number = np.random.default_rng([seed, 12]), 0
+    for scene in rng.permutation(sorted(by_scene)):
+        mine = by_scene[int(scene)]
+        pairs = [(q.text(scenes[q.scene]), q.answer) for q in (mine[i] for i in rng.permutation(len(mine)))]
+        for start in range(0, len(pairs), TURNS):
+            (first, answer), *rest = pairs[start : start + TURNS]
+            yield record(f"scene_{scene:06d}_{start}", int(scene), [(f"{IMAGE}\n{first}", answer), *rest])
+        number += len(mine)
+        if number >= most:
+            return
+
+
+def nearest_records(scenes: Sequence[Objects], most: int) -> list[dict[str, str]]:
+    """Which of all objects is nearest, one question a scene: its name."""
+    return [
+        {
+            "image": image_name("held_out", index),
+            "question": NEAREST_TEXT,
+            "answer": min(objects, key=lambda thing: thing.depth).name,
+            "kind": NEAREST,
+        }
+        for index, objects in enumerate(scenes[:most])
+    ]

@@ -1,0 +1,143 @@
+"""The study: what its texts say, what its arms change, and that a comparison runs, stops and goes on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from visper.common.console import Console
+from visper.common.errors import ConfigError, TrainingError
+from visper.config import load_run
+from visper.model.encoders import load_encoder
+from visper.quickstart import BASES
+from visper.quickstart.language import DEPTHS
+from visper.quickstart.questions import draw_questions
+from visper.quickstart.scenes import draw_scene
+from visper.quickstart.tower import TowerTeacher
+from visper.study import run as study_run
+from visper.study.arms import ARMS, FEEDING, NOTHING, PUBLISHED
+from visper.study.controls import SCALE, ShuffledTeacher, StudyTower, save_tower
+from visper.study.report import compare, labels_needed, report
+from visper.study.run import FAST, Cell, pre_training, study
+from visper.study.world import instruct_records, pretrain_records
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    return [draw_scene(5, index).objects for index in range(40)]
+
+
+def test_pre_training_texts_name_places_and_never_depth(objects):
+    text = json.dumps(list(pretrain_records(objects, np.random.default_rng(0))))
+    words = set(text.replace('"', " ").split())
+    assert {"x3", "y4"} <= words and not words & set(DEPTHS)
+
+
+def test_fewer_labels_are_among_more(objects):
+    questions = draw_questions(objects, 5)
+    few, more = (list(instruct_records(objects, questions, 5, number)) for number in (10, 30))
+    assert few == more[: len(few)] and len(few) < len(more)
+    asked = sum(len(row["conversations"]) // 2 for row in few)
+    assert 10 <= asked < 30
+
+
+def test_shuffled_targets_are_those_of_the_image_before():
+    plain, shuffled = TowerTeacher(BASES / "teacher_depth"), ShuffledTeacher(BASES / "teacher_depth")
+    pixels = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shuffled.encode(pixels), plain.encode(pixels)[[2, 0, 1]])
+    with pytest.raises(ValueError, match="micro_batch to 2"):
+        shuffled.encode(pixels[:1])
+
+
+def test_a_tower_gives_standardized_states_places_and_the_teachers_own_tokens(tmp_path):
+    images = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    save_tower(BASES / "encoder_contrastive", [BASES / "teacher_depth"], images, tmp_path / "tower")
+    tower = StudyTower.from_pretrained(tmp_path / "tower").eval()
+    tokens = tower(images).last_hidden_state
+    width = tower.encoder.config.hidden_size
+    states, places, told = tokens.split([width, 16, 64], dim=-1)
+    torch.testing.assert_close(states.flatten(0, 1).std(0), torch.full((width,), SCALE))
+    assert places[0, 8 * 4 + 3].nonzero().flatten().tolist() == [3, 8 + 4]
+    torch.testing.assert_close(told, SCALE * TowerTeacher(BASES / "teacher_depth").encode(images / 2))
+    assert load_encoder(str(tmp_path / "tower"), -1).num_tokens == 64
+
+
+def test_every_arm_differs_from_the_one_without_supervision_in_one_thing(tmp_path):
+    changed = {}
+    for name, arm in ARMS.items():
+        recipes = [load_run(arm.pt), load_run(arm.ift)]
+        base = [load_run("study/pt"), load_run("study/ift")]
+        differ = [
+            key
+            for one, other in zip(recipes, base, strict=True)
+            for key in ("data", "optimization", "lora", "stage", "seed")
+            if getattr(one, key) != getattr(other, key)
+        ]
+        assert differ == [], name
+        changed[name] = [run.distillation is not None for run in recipes]
+    assert changed[NOTHING] == changed[FEEDING] == [False, False]
+    assert all(sum(found) == (ARMS[name].supervised is not None) for name, found in changed.items())
+
+
+def test_arms_that_fine_tune_otherwise_share_one_pre_training(tmp_path):
+    gram, plain = (Cell(tmp_path, ARMS[name], 3, FAST, 0.5) for name in ("gram in IFT", NOTHING))
+    assert pre_training(gram, {}).output == pre_training(Cell(tmp_path, plain.arm, 3, FAST), {}).output
+    published = pre_training(Cell(tmp_path, ARMS[PUBLISHED], 3, FAST, 0.5), {})
+    assert {task.weight for task in published.distillation.tasks.values()} == {0.5}
+
+
+def test_labels_needed_lie_between_measured_numbers_on_a_logarithmic_scale():
+    curve = {100: 0.5, 400: 0.7, 1600: 0.7}
+    assert labels_needed(curve, 0.6) == pytest.approx(200)
+    assert labels_needed(curve, 0.4) == 100
+    assert labels_needed(curve, 0.8) == math.inf
+
+
+def test_differences_are_paired_by_seed():
+    def cell(right):
+        return {"labels": {"20": {"depth": [right, 100], "count": [50, 100]}}}
+
+    results = {NOTHING: {0: cell(50), 1: cell(60), 2: cell(10)}, PUBLISHED: {0: cell(52), 1: cell(64)}}
+    depth, _, mean = compare(results, 20)
+    assert (depth.mean, mean.mean) == (pytest.approx(3), pytest.approx(1.5))
+    assert depth.high - depth.mean == pytest.approx(12.7062 * math.sqrt(2) / math.sqrt(2), rel=1e-4)
+
+
+def test_a_setting_whose_upper_mark_is_no_higher_is_refused(tmp_path, monkeypatch):
+    def run_cell(cell, weights, console):
+        return {"labels": {"20": {"nearest": [0, 9], "depth": [52 if cell.arm.name == FEEDING else 50, 100]}}}
+
+    monkeypatch.setattr(study_run, "run_cell", run_cell)
+    study_run.require_upper_mark(tmp_path, FAST, QUIET)
+    strict = study_run.replace(FAST, margin=0.05)
+    with pytest.raises(TrainingError, match=r"answers 52.0% of the questions, 'nothing' 50.0%: expected 5 points"):
+        study_run.require_upper_mark(tmp_path, strict, QUIET)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--arm better: expected some of nothing"):
+        study(tmp_path, [0], FAST, QUIET, ["better"])
+    study_run._require_size(tmp_path, FAST)
+    with pytest.raises(ConfigError, match="a study of another size"):
+        study_run._require_size(tmp_path, study_run.FULL)
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_whole_and_reads_what_is_finished(tmp_path, monkeypatch):
+    arms = (NOTHING, PUBLISHED, "gram in IFT")
+    first = study(tmp_path, [0], FAST, QUIET, arms)
+    asked = {kind: right_asked[1] for kind, right_asked in first[PUBLISHED][0]["labels"]["40"].items()}
+    assert set(asked) == {"count", "relation", "depth", "distance", "nearest"} and min(asked.values()) > 0
+    assert set(first[PUBLISHED][0]["cosines"]) == {"depth/2", "depth/4", "seg/2", "seg/3", "gen/3", "gen/4"}
+    steps = first[PUBLISHED][0]["steps"]
+    assert steps == {"pt": 4, "ift-20": 2, "ift-40": 3}
+    report(first, list(FAST.labels), tmp_path, QUIET)
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert set(content["accuracies"]) == set(arms) and content["differences"]["40"] == {NOTHING: []}
+    monkeypatch.setattr(study_run, "run_stage", None)
+    assert study(tmp_path, [0], FAST, QUIET, arms) == first
