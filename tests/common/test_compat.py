@@ -119,3 +119,10 @@ def test_torch_reads_where_a_shard_begins(tmp_path):
     state = {"a": torch.empty(3, 3)}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert state["a"].tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+def test_what_sees_operations_is_known():
+    assert not compat.sees_operations()
+    with compat.around_operations(lambda operation, args, kwargs: operation(*args, **kwargs)):
+        assert compat.sees_operations()
+    assert not compat.sees_operations()

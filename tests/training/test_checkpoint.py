@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_a_parameter_that_had_no_gradient_yet_resumes_without_a_state(tmp_path: 
     model, optimizer = trained(steps=2)
     staged = tmp_path / FOLDER / STAGING / "checkpoint-2"
     staged.mkdir(parents=True)
-    writer = CheckpointWriter(tmp_path, 1, first=True)
+    writer = CheckpointWriter(tmp_path, 1, True, timedelta(minutes=5))
     writer.write(checkpoint.state_of(model, optimizer), staged)
     writer.complete(staged.name, None)
     writer.wait()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.logs import computed
 from tests.training.test_module import batch_of, gradients, model  # noqa: F401
+from visper.common.compat import around_operations
 from visper.common.errors import ConfigError
 from visper.config import Geometry, Run
 from visper.config import Student as StudentConfig
@@ -85,6 +86,18 @@ def test_evaluation_and_answers_compile_nothing(model):  # noqa: F811
     model(**batch_of(model))
     model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
     assert graphs.count == 0
+
+
+def test_a_pass_whose_flops_are_counted_runs_as_it_is(model):  # noqa: F811
+    graphs, batch = Graphs(), batch_of(model)
+    model.train()
+    expected = model(**batch)["loss"]
+    compile_parts(model, graphs)
+    with around_operations(lambda operation, args, kwargs: operation(*args, **kwargs)):
+        assert model(**batch)["loss"] == expected
+    assert graphs.count == 0
+    model(**batch)
+    assert graphs.count > 0
 
 
 def test_a_layer_that_breaks_the_graph_is_an_error(model):  # noqa: F811

@@ -134,3 +134,10 @@ def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]
             return handle(func, args, kwargs or {})
 
     return Around()
+
+
+def sees_operations() -> bool:
+    """Whether something such as ``around_operations`` is entered (torch 2.9 to 2.15)."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode() is not None

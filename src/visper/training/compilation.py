@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visper.common.compat import compile_error
+from visper.common.compat import compile_error, sees_operations
 from visper.common.errors import ConfigError
 from visper.config import Run
 from visper.training.module import TrainingModel
@@ -69,7 +69,8 @@ def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend)
 
     @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not part.training:  # answers and held-out losses would need graphs of their own
+        # Answers and held-out losses would need graphs of their own; a pass whose FLOPs are counted is not compiled.
+        if not part.training or sees_operations():
             return eager(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
