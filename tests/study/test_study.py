@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from visper.model.encoders import load_encoder
 from visper.quickstart import BASES
 from visper.quickstart.language import DEPTHS
 from visper.quickstart.questions import draw_questions
+from visper.quickstart.run import Stopwatch
 from visper.quickstart.scenes import draw_scene
 from visper.quickstart.tower import TowerTeacher
 from visper.study import run as study_run
@@ -116,6 +118,16 @@ def test_a_setting_whose_upper_mark_is_no_higher_is_refused(tmp_path, monkeypatc
     strict = study_run.replace(FAST, margin=0.05)
     with pytest.raises(TrainingError, match=r"answers 52.0% of the questions, 'nothing' 50.0%: expected 5 points"):
         study_run.require_upper_mark(tmp_path, strict, QUIET)
+
+
+def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps(tmp_path, monkeypatch):
+    run = pre_training(Cell(tmp_path, ARMS[NOTHING], 3, FAST), {})
+    left = Path(run.output) / "checkpoints"
+    left.mkdir(parents=True)
+    monkeypatch.setattr(study_run, "run_stage", lambda run: Path(run.output).mkdir())
+    seconds = Stopwatch(tmp_path / "seconds.json")
+    study_run._train(run, seconds, "pt", QUIET)
+    assert Path(run.output).exists() and not left.exists() and "pt" in seconds.cpu
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

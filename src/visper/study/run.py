@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -243,14 +245,14 @@ def _objective(recipe: str, bases: Path, weight: float | None) -> dict[str, Any]
 
 
 def _train(run: Run, seconds: Stopwatch | None, part: str, console: Console) -> None:
+    """Trains a stage that is not finished, from its first step: it takes minutes, and its processor seconds, by which
+    arms of equal compute are made, must be those of all steps."""
     if is_finished(run):
         return
+    shutil.rmtree(run.output, ignore_errors=True)
     announce(console, "train", str(run.output))
-    if seconds is None:
-        run_stage(run, resume=True)
-        return
-    with seconds(part):
-        run_stage(run, resume=True)
+    with seconds(part) if seconds is not None else nullcontext():
+        run_stage(run)
 
 
 def _ask(cell: Cell, model: Path) -> dict[str, list[int]]:
