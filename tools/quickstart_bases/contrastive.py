@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
-from tools.quickstart_bases.encoder import image_processor, initialize, to_pixels
+from tools.quickstart_bases.encoder import image_processor, initialize, new_encoder, to_pixels
 from tools.quickstart_bases.progress import Progress
 from tools.quickstart_bases.scene_arrays import SceneArrays
-from visper.quickstart.scenes import COLORS, PATCH, SHAPES, SIZE
+from visper.quickstart.scenes import COLORS, SHAPES
 
 WIDTH, LAYERS, MOST = 96, 4, 6
 NAMES = {f"{color} {shape}": i + 1 for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)}
@@ -75,19 +75,9 @@ class ImageReader(nn.Module):
         return pooled
 
 
-def new_encoder(images: np.ndarray) -> CLIPVisionModel:
+def begin_encoder(images: np.ndarray) -> CLIPVisionModel:
     """Begun as the quickstart's encoder is, but with a last layer that works."""
-    config = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=WIDTH,
-        hidden_act="gelu",
-    )
-    model = CLIPVisionModel(config)
+    model = new_encoder(WIDTH, LAYERS)
     last = getattr(model, "vision_model", model).encoder.layers[-1]
     begun = {name: value.clone() for name, value in last.state_dict().items()}
     initialize(model, images)
@@ -101,7 +91,7 @@ def train_contrastive(
     """Train for ``minutes`` of processor time, save model and image processor in ``out``, return held-out scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    image, text, told = ImageReader(new_encoder(arrays.images[:400])), CaptionReader(), captions(arrays)
+    image, text, told = ImageReader(begin_encoder(arrays.images[:400])), CaptionReader(), captions(arrays)
     scale = nn.Parameter(torch.tensor(2.5))
     parameters = [*image.parameters(), *text.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)

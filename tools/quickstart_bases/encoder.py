@@ -26,15 +26,15 @@ MEAN, STD = 0.5, 0.25
 WIDTH, LAYERS = 128, 6
 
 
-def new_encoder() -> CLIPVisionModel:
+def new_encoder(width: int = WIDTH, layers: int = LAYERS) -> CLIPVisionModel:
     config = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=SIZE,
         patch_size=PATCH,
-        projection_dim=WIDTH,
+        projection_dim=width,
         hidden_act="gelu",
     )
     return CLIPVisionModel(config)
