@@ -133,6 +133,8 @@ def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--arm better: expected some of nothing"):
         study(tmp_path, [0], FAST, QUIET, ["better"])
+    with pytest.raises(ConfigError, match="every arm is compared with 'nothing': name it, too"):
+        study(tmp_path, [0], FAST, QUIET, [PUBLISHED])
     study_run._require_size(tmp_path, FAST)
     with pytest.raises(ConfigError, match="a study of another size"):
         study_run._require_size(tmp_path, study_run.FULL)

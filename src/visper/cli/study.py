@@ -24,11 +24,13 @@ def run(
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # see `visper quickstart`
 
     from visper.common.console import Console
+    from visper.evaluation.probe.curves import require_drawable
     from visper.study.arms import ARMS
     from visper.study.report import report
     from visper.study.run import FAST, FULL, study
 
     console, size = Console(), FAST if fast else FULL
+    require_drawable(out / "curves.svg")  # hours before it is drawn
     results = study(out, range(1, seeds + 1), size, console, tuple(arms or ARMS))
     report(results, list(size.labels), out, console)
     console.print(f"report: {out / 'report.json'}, curves: {out / 'curves.svg'}")

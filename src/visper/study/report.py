@@ -64,7 +64,11 @@ def labels_needed(curve: Mapping[int, float], accuracy: float) -> float:
 
 
 def report(results: Results, labels: Sequence[int], out: Path, console: Console) -> None:
-    """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg`` where matplotlib is there."""
+    """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg``.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     baselines = [arm for arm in (NOTHING, SHUFFLED) if arm in results]
     rows = {number: {base: compare(results, number, base) for base in baselines} for number in labels}
     for number in labels:
@@ -105,7 +109,7 @@ def draw(results: Results, labels: Sequence[int], file: Path) -> None:
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axis, kind in zip(figure.subplots(2, 3, squeeze=False).flatten(), kinds, strict=False):
         for arm in results:
-            means = [statistics.fmean(row[kind] for row in accuracies(results, arm, n).values()) for n in labels]
+            means = [_means(accuracies(results, arm, number))[kind] for number in labels]
             axis.plot(labels, means, marker="o", label=arm)
         axis.set(title=kind, xlabel="labels", ylabel="accuracy", xscale="log")
     handles, names = figure.axes[0].get_legend_handles_labels()

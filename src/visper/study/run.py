@@ -99,11 +99,13 @@ def study(
         The results of all cells: ``{arm: {seed: result}}``, see ``run_cell``.
 
     Raises:
-        ConfigError: no arm has such a name; ``out`` holds a study of another size.
+        ConfigError: no arm has such a name; the one without supervision is not named; ``out`` holds another size.
         TrainingError: the setting can show nothing, see ``require_upper_mark``.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ConfigError(f"--arm {', '.join(unknown)}: expected some of {', '.join(ARMS)}")
+    if NOTHING not in arms:
+        raise ConfigError(f"--arm {', '.join(arms)}: every arm is compared with '{NOTHING}': name it, too")
     _require_size(out, size)
     _prepare_bases(out / "bases")
     results: dict[str, Any] = {arm: {} for arm in arms}
@@ -295,13 +297,15 @@ def _prepare_world(cell: Cell, console: Console) -> None:
 
 def _prepare_bases(bases: Path) -> None:
     copy_bases(bases)
+    missing = {name: teachers for name, teachers in TOWERS.items() if not (bases / name).exists()}
+    if not missing:
+        return
     images = np.stack([draw_scene(CHOOSING_SEED, index).image for index in range(100)])
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    for name, teachers in TOWERS.items():
-        if not (bases / name).exists():
-            with atomic_path(bases / name) as partial:
-                partial.mkdir()
-                save_tower(bases / "encoder_contrastive", [bases / teacher for teacher in teachers], pixels, partial)
+    for name, teachers in missing.items():
+        with atomic_path(bases / name) as partial:
+            partial.mkdir()
+            save_tower(bases / "encoder_contrastive", [bases / teacher for teacher in teachers], pixels, partial)
 
 
 def _require_size(out: Path, size: Size) -> None:
