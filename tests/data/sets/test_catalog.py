@@ -35,7 +35,7 @@ def test_the_catalogue_is_read_without_torch():
 
 
 @pytest.mark.parametrize(
-    "recipe", [name for name in recipe_names() if not name.startswith(("quickstart", "photographs"))]
+    "recipe", [name for name in recipe_names() if not name.startswith(("quickstart", "photographs", "study"))]
 )
 def test_published_recipes_name_sets_and_say_which_command_brings_them(recipe, tmp_path):
     run = load_run(recipe, [f"data.root={tmp_path}"])
