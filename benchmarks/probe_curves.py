@@ -25,24 +25,19 @@ import torch
 
 from visper.common.console import Console
 from visper.common.files import atomic_path, write_text
-from visper.config import Run, load_run
-from visper.evaluation.predictions import load_pre_trained
-from visper.evaluation.probe.curves import SCORES, draw_curves, read_findings, save_findings
+from visper.config import Run
+from visper.evaluation.probe.curves import averaged, draw_curves
 from visper.evaluation.probe.measures import Finding
-from visper.evaluation.probe.recipe import probe_run, rows_file, teacher_targets_of, write_rows
 from visper.model import save_student
 from visper.model.start import starting_student
 from visper.quickstart.ablate import t_quantile
-from visper.quickstart.probed import score_on
+from visper.quickstart.probed import probe_world
 from visper.quickstart.run import FAST, FULL, Budget, copy_bases, prepare_world, stage_runs
 from visper.training import is_finished, run_stage
 
 BASE, WITHOUT, WITH = "base model", "PT without losses", "PT with losses"
 ARMS: dict[str, dict[str, Any] | None] = {BASE: None, WITHOUT: {"distillation": None}, WITH: {}}
 """Arm -> what it changes in the pre-training recipe; None: no training."""
-TASKS = ("depth", "seg")
-TRAINING = ("optimization.global_batch=16", "optimization.lr=3e-3", "optimization.precision=float32")
-"""Of the probes, as batch and learning rate of the quickstart's own heads."""
 EPOCHS = 2
 """As in the paper."""
 
@@ -64,34 +59,13 @@ def trained_arm(folder: Path, arm: str, world: Path, seed: int, budget: Budget) 
 
 def probed(place: Path, world: Path, budget: Budget, epochs: int = EPOCHS) -> list[Finding]:
     """The scores of an arm's probes on held-out scenes."""
-    out = place / f"probe{suffix(epochs)}"
-    if not (out / SCORES).exists():
-        rows = rows_file(out)
-        write_rows(world / "images", rows, world / "pretrain.json")
-        steps = ("optimization.max_steps=10",) if budget is FAST else (f"optimization.epochs={epochs}",)
-        targets = teacher_targets_of(load_run("quickstart/pt"), TASKS, "quickstart/pt")
-        bases = place.parent / "bases"
-        targets = {t: own.model_copy(update={"model": str(bases / f"teacher_{t}")}) for t, own in targets.items()}
-        run = probe_run(place, out, targets, rows, world / "images", (*TRAINING, *steps))
-        if not is_finished(run):
-            run_stage(run, resume=True)
-        save_findings(score_on(load_pre_trained(out), str(world), world, budget.judged), out / SCORES)
-    return read_findings(out)
+    length = "optimization.max_steps=10" if budget is FAST else f"optimization.epochs={epochs}"
+    return probe_world(place, world, place.parent / "bases", budget.judged, length, place / f"probe{suffix(epochs)}")
 
 
 def suffix(epochs: int) -> str:
     """Of what belongs to probes of that length."""
     return "" if epochs == EPOCHS else f"-{epochs}"
-
-
-def averaged(seeds: list[list[Finding]]) -> list[Finding]:
-    """Means over seeds of the values and of their controls."""
-    result = []
-    for same in zip(*seeds, strict=True):
-        controls = {name: statistics.fmean(f.controls[name] for f in same) for name in same[0].controls}
-        mean = statistics.fmean(f.value for f in same)
-        result.append(Finding(same[0].name, same[0].measure, mean, controls, same[0].higher))
-    return result
 
 
 def differences(arm: list[list[Finding]], other: list[list[Finding]]) -> list[dict[str, Any]]:

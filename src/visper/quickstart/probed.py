@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from visper.common.errors import ConfigError
-from visper.config import Run
-from visper.evaluation.predictions import PreTrained, predict_images
+from visper.config import Run, load_run
+from visper.evaluation.predictions import PreTrained, load_pre_trained, predict_images
+from visper.evaluation.probe.curves import SCORES, read_findings, save_findings
 from visper.evaluation.probe.measures import (
     COCO,
     DA2K,
@@ -16,14 +17,39 @@ from visper.evaluation.probe.measures import (
     da2k_findings,
     require_set,
 )
-from visper.evaluation.probe.recipe import images_below
+from visper.evaluation.probe.recipe import images_below, probe_run, rows_file, teacher_targets_of, write_rows
 from visper.evaluation.visualize import PROMPT
 from visper.quickstart.controls import HeldOut, findings
 from visper.quickstart.objective import drawing_teachers, sources_of
+from visper.training import is_finished, run_stage
 
 SETS = {DA2K: da2k_findings, COCO: coco_findings}
 JUDGED = 300
 """Held-out scenes that are judged; as many others give the controls."""
+
+PROBED = ("depth", "seg")
+TRAINING = ("optimization.global_batch=16", "optimization.lr=3e-3", "optimization.precision=float32")
+"""Of the probes of a world, as batch and learning rate of the quickstart's own heads."""
+
+
+def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str, out: Path) -> list[Finding]:
+    """Probes every layer of a model for depth and classes: trained on a world's scenes, scored on held-out ones.
+
+    Args:
+        bases: holds the teachers.
+        length: of the training, such as ``optimization.epochs=2``.
+        out: the probes' folder; what is finished there is read.
+    """
+    if not (out / SCORES).exists():
+        rows = rows_file(out)
+        write_rows(world / "images", rows, world / "pretrain.json")
+        targets = teacher_targets_of(load_run("quickstart/pt"), PROBED, "quickstart/pt")
+        targets = {t: own.model_copy(update={"model": str(bases / f"teacher_{t}")}) for t, own in targets.items()}
+        run = probe_run(model, out, targets, rows, world / "images", (*TRAINING, length))
+        if not is_finished(run):
+            run_stage(run, resume=True)
+        save_findings(score_on(load_pre_trained(out), str(world), world, judged), out / SCORES)
+    return read_findings(out)
 
 
 def require_scorable(run: Run, what: str, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -59,6 +60,16 @@ def read_findings(place: Path) -> list[Finding]:
         raise ConfigError(f"no scores of a probe at '{file}': `visper probe ... --out FOLDER --score ...` writes them")
     rows = json.loads(file.read_text(encoding="utf-8"))
     return [Finding(**{**row, "interval": tuple(row["interval"]) if row.get("interval") else None}) for row in rows]
+
+
+def averaged(seeds: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Means over seeds of the values and of their controls, without intervals."""
+    result = []
+    for same in zip(*seeds, strict=True):
+        controls = {name: statistics.fmean(f.controls[name] for f in same) for name in same[0].controls}
+        mean = statistics.fmean(f.value for f in same)
+        result.append(Finding(same[0].name, same[0].measure, mean, controls, same[0].higher))
+    return result
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
