@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from visper.common.console import Console
 from visper.common.errors import ConfigError, TrainingError
+from visper.common.lock import locked
 from visper.config import load_run
+from visper.model import load_student
 from visper.model.encoders import load_encoder
 from visper.quickstart import BASES
 from visper.quickstart.language import DEPTHS
@@ -18,11 +21,13 @@ from visper.quickstart.questions import draw_questions
 from visper.quickstart.run import Stopwatch
 from visper.quickstart.scenes import draw_scene
 from visper.quickstart.tower import TowerTeacher
+from visper.study import cells as study_cells
 from visper.study import run as study_run
 from visper.study.arms import ARMS, FEEDING, NOTHING, PUBLISHED
+from visper.study.cells import FAST, FULL, Cell, needs, pre_training, train_whole
 from visper.study.controls import SCALE, ShuffledTeacher, StudyTower, save_tower
 from visper.study.report import compare, labels_needed, report
-from visper.study.run import FAST, Cell, pre_training, study
+from visper.study.run import finish, prepare_start, require_upper_mark, study
 from visper.study.world import instruct_records, pretrain_records
 
 QUIET = Console(quiet=True)
@@ -55,17 +60,25 @@ def test_shuffled_targets_are_those_of_the_image_before():
         shuffled.encode(pixels[:1])
 
 
-def test_a_tower_gives_standardized_states_places_and_the_teachers_own_tokens(tmp_path):
+def test_a_tower_gives_standardized_states_and_places(tmp_path):
     images = torch.randn(8, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    save_tower(BASES / "encoder_contrastive", [BASES / "teacher_depth"], images, tmp_path / "tower")
+    save_tower(BASES / "encoder_contrastive", images, tmp_path / "tower")
     tower = StudyTower.from_pretrained(tmp_path / "tower").eval()
-    tokens = tower(images).last_hidden_state
     width = tower.encoder.config.hidden_size
-    states, places, told = tokens.split([width, 16, 64], dim=-1)
+    states, places = tower(images).last_hidden_state.split([width, 16], dim=-1)
     torch.testing.assert_close(states.flatten(0, 1).std(0), torch.full((width,), SCALE))
     assert places[0, 8 * 4 + 3].nonzero().flatten().tolist() == [3, 8 + 4]
-    torch.testing.assert_close(told, SCALE * TowerTeacher(BASES / "teacher_depth").encode(images / 2))
     assert load_encoder(str(tmp_path / "tower"), -1).num_tokens == 64
+
+
+def test_the_fed_student_reads_the_teachers_tokens_and_begins_where_the_others_do(tmp_path):
+    prepare_start(tmp_path, FAST, QUIET)
+    plain, fed = (load_student(tmp_path / name).model.eval() for name in ("start", "start_fed"))
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    told = fed.model.vision_tower(pixels).last_hidden_state[..., -128:-64]
+    torch.testing.assert_close(told, SCALE * TowerTeacher(BASES / "teacher_depth").encode(pixels / 2))
+    ours, theirs = (torch.stack(list(one.model.get_image_features(pixels).pooler_output)) for one in (fed, plain))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_every_arm_differs_from_the_one_without_supervision_in_one_thing(tmp_path):
@@ -76,7 +89,7 @@ def test_every_arm_differs_from_the_one_without_supervision_in_one_thing(tmp_pat
         differ = [
             key
             for one, other in zip(recipes, base, strict=True)
-            for key in ("data", "optimization", "lora", "stage", "seed")
+            for key in ("data", "optimization", "lora", "stage", "seed", "start_from", "student")
             if getattr(one, key) != getattr(other, key)
         ]
         assert differ == [], name
@@ -109,24 +122,52 @@ def test_differences_are_paired_by_seed():
     assert depth.high - depth.mean == pytest.approx(12.7062 * math.sqrt(2) / math.sqrt(2), rel=1e-4)
 
 
-def test_a_setting_whose_upper_mark_is_no_higher_is_refused(tmp_path, monkeypatch):
-    def run_cell(cell, weights, console):
-        return {"labels": {"20": {"nearest": [0, 9], "depth": [52 if cell.arm.name == FEEDING else 50, 100]}}}
+def test_a_cell_that_another_process_runs_is_left_to_it_at_first(tmp_path, monkeypatch):
+    ran = []
 
-    monkeypatch.setattr(study_run, "run_cell", run_cell)
-    study_run.require_upper_mark(tmp_path, FAST, QUIET)
-    strict = study_run.replace(FAST, margin=0.05)
+    def run_cell(cell, weights, console):
+        ran.append(cell.seed)
+        if cell.seed == 2:
+            release()
+        cell.result.write_text(json.dumps({"seed": cell.seed}))
+
+    monkeypatch.setattr(study_cells, "run_cell", run_cell)
+    cells = [Cell(tmp_path, ARMS[NOTHING], seed, FAST) for seed in (1, 2)]
+    held = locked(cells[0].place, QUIET)
+    held.__enter__()
+
+    def release():
+        held.__exit__(None, None, None)
+
+    assert [row["seed"] for row in finish(cells, {}, QUIET)] == [1, 2]
+    assert ran == [2, 1]
+
+
+def test_an_arm_of_equal_compute_runs_what_says_its_steps_first(tmp_path):
+    more = Cell(tmp_path, ARMS["more data, equal compute"], 3, FAST)
+    assert [need.arm.name for need in needs(more, {PUBLISHED: 0.1})] == [NOTHING, PUBLISHED]
+    assert pre_training(more, {NOTHING: 10.0, PUBLISHED: 15.0}).optimization.max_steps == FAST.pt_steps * 1.5
+    assert [need.arm.name for need in needs(Cell(tmp_path, ARMS["gram in IFT"], 3, FAST), {})] == [NOTHING]
+
+
+def test_a_setting_whose_upper_mark_is_no_higher_is_refused(tmp_path):
+    for arm, right in ((NOTHING, 50), (FEEDING, 52)):
+        result = Cell(tmp_path, ARMS[arm], study_run.CHOOSING_SEED, FAST).result
+        result.parent.mkdir(parents=True)
+        result.write_text(json.dumps({"labels": {"20": {"nearest": [0, 9], "depth": [right, 100]}}}))
+    require_upper_mark(tmp_path, FAST, QUIET)
+    strict = replace(FAST, margin=0.05)
     with pytest.raises(TrainingError, match=r"answers 52.0% of the questions, 'nothing' 50.0%: expected 5 points"):
-        study_run.require_upper_mark(tmp_path, strict, QUIET)
+        require_upper_mark(tmp_path, strict, QUIET)
 
 
 def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps(tmp_path, monkeypatch):
     run = pre_training(Cell(tmp_path, ARMS[NOTHING], 3, FAST), {})
     left = Path(run.output) / "checkpoints"
     left.mkdir(parents=True)
-    monkeypatch.setattr(study_run, "run_stage", lambda run: Path(run.output).mkdir())
+    monkeypatch.setattr(study_cells, "run_stage", lambda run: Path(run.output).mkdir())
     seconds = Stopwatch(tmp_path / "seconds.json")
-    study_run._train(run, seconds, "pt", QUIET)
+    train_whole(run, seconds, "pt", QUIET)
     assert Path(run.output).exists() and not left.exists() and "pt" in seconds.cpu
 
 
@@ -137,21 +178,22 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         study(tmp_path, [0], FAST, QUIET, [PUBLISHED])
     study_run._require_size(tmp_path, FAST)
     with pytest.raises(ConfigError, match="a study of another size"):
-        study_run._require_size(tmp_path, study_run.FULL)
+        study_run._require_size(tmp_path, FULL)
 
 
 @pytest.mark.slow
 def test_a_comparison_runs_whole_and_reads_what_is_finished(tmp_path, monkeypatch):
     arms = (NOTHING, PUBLISHED, "gram in IFT")
-    first = study(tmp_path, [0], FAST, QUIET, arms)
+    first, probes = study(tmp_path, [0], FAST, QUIET, arms)
     asked = {kind: right_asked[1] for kind, right_asked in first[PUBLISHED][0]["labels"]["40"].items()}
     assert set(asked) == {"count", "relation", "depth", "distance", "nearest"} and min(asked.values()) > 0
     assert set(first[PUBLISHED][0]["cosines"]) == {"depth/2", "depth/4", "seg/2", "seg/3", "gen/3", "gen/4"}
     steps = first[PUBLISHED][0]["steps"]
     assert steps == {"pt": 4, "ift-20": 2, "ift-40": 3}
-    report(first, list(FAST.labels), tmp_path, QUIET)
-    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    report(first, probes, list(FAST.labels), tmp_path, QUIET)
+    assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("curves.svg", "probes.svg"))
+    assert set(probes) == {NOTHING, PUBLISHED} and {f.name for f in probes[NOTHING]} >= {"depth/1", "seg/4"}
     content = json.loads((tmp_path / "report.json").read_text())
     assert set(content["accuracies"]) == set(arms) and content["differences"]["40"] == {NOTHING: []}
-    monkeypatch.setattr(study_run, "run_stage", None)
-    assert study(tmp_path, [0], FAST, QUIET, arms) == first
+    monkeypatch.setattr(study_cells, "run_stage", None)
+    assert study(tmp_path, [0], FAST, QUIET, arms) == (first, probes)

@@ -17,7 +17,8 @@ def run(
     arms: Annotated[list[str] | None, typer.Option("--arm", help="one of the arms; repeat. Default: all")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="everything runs, nothing is learned")] = False,
 ) -> None:
-    """Compare ways to supervise, on equal seeds, data and labels. Repeat the command to go on after an interruption.
+    """Compare ways to supervise, on equal seeds, data and labels. Repeat the command to go on after an interruption;
+    started several times, on several cores, it shares the work.
 
     Example: `visper study --seeds 2 --arm nothing --arm published`
     """
@@ -26,11 +27,12 @@ def run(
     from visper.common.console import Console
     from visper.evaluation.probe.curves import require_drawable
     from visper.study.arms import ARMS
+    from visper.study.cells import FAST, FULL
     from visper.study.report import report
-    from visper.study.run import FAST, FULL, study
+    from visper.study.run import study
 
     console, size = Console(), FAST if fast else FULL
     require_drawable(out / "curves.svg")  # hours before it is drawn
-    results = study(out, range(1, seeds + 1), size, console, tuple(arms or ARMS))
-    report(results, list(size.labels), out, console)
-    console.print(f"report: {out / 'report.json'}, curves: {out / 'curves.svg'}")
+    results, probes = study(out, range(1, seeds + 1), size, console, tuple(arms or ARMS))
+    report(results, probes, list(size.labels), out, console)
+    console.print(f"report: {out / 'report.json'}, curves: {out / 'curves.svg'}, probes: {out / 'probes.svg'}")

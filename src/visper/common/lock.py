@@ -23,6 +23,12 @@ from visper.common.files import write_text
 from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
+
+
+class InUseError(ConfigError):
+    """Another process holds a folder."""
+
+
 PATIENCE_S = 1.0
 """For a holder that was killed while it forked: its child closes the lock first thing."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -38,7 +44,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
         wait: until the holder has ended, instead of an error.
 
     Raises:
-        ConfigError: another process holds it; the message names its host, process id and start.
+        InUseError: another process holds it; the message names its host, process id and start.
     """
     made = [] if wait else [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
             lock.acquire(timeout=PATIENCE_S)
         except Timeout:
             if not wait:
-                raise ConfigError(
+                raise InUseError(
                     f"'{folder}' is in use by {_holder(folder)}: wait for it to end, stop it, or choose another folder"
                 ) from None
             console.print(f"'{folder}' is in use by {_holder(folder)}: waiting for it to end")

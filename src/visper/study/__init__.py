@@ -1,6 +1,7 @@
 """A controlled comparison of visual supervision: arms trained alike, over seeds and numbers of labels."""
 
 from visper.study.arms import ARMS, Arm
-from visper.study.run import FAST, FULL, Size, study
+from visper.study.cells import FAST, FULL, Size
+from visper.study.run import study
 
 __all__ = ["ARMS", "FAST", "FULL", "Arm", "Size", "study"]

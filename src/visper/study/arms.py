@@ -16,7 +16,7 @@ class Arm:
 
     Attributes:
         pt, ift: its recipes.
-        encoder: folder among the bases.
+        fed: its projector reads the teachers' tokens, too.
         equal_compute: pre-trains for as many steps as cost what the published method's cost.
         more: pre-trains on more scenes.
     """
@@ -24,7 +24,7 @@ class Arm:
     name: str
     pt: str = PT
     ift: str = IFT
-    encoder: str = "tower"
+    fed: bool = False
     equal_compute: bool = False
     more: bool = False
 
@@ -36,7 +36,7 @@ class Arm:
     @property
     def own_pt(self) -> bool:
         """Whether its pre-training differs from that of the arm without supervision."""
-        return self.pt != PT or self.equal_compute or self.encoder != Arm.encoder
+        return self.pt != PT or self.equal_compute or self.fed
 
 
 ARMS = {
@@ -45,7 +45,7 @@ ARMS = {
         Arm(NOTHING),
         Arm(PUBLISHED, pt="study/pt-published"),
         Arm("image tokens in PT", pt="study/pt-image-tokens"),
-        Arm(FEEDING, encoder="tower_fed"),
+        Arm(FEEDING, fed=True),
         Arm(SHUFFLED, pt="study/pt-shuffled"),
         Arm("image tokens in IFT", ift="study/ift-image-tokens"),
         Arm("equal compute", equal_compute=True),

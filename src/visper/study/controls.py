@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from visper.common.console import without_loading_bars
+from visper.common.files import atomic_path
+from visper.model import load_student, save_student
 from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher
 
 SCALE = 4.0
@@ -104,17 +107,40 @@ AutoConfig.register(StudyTowerConfig.model_type, StudyTowerConfig, exist_ok=True
 AutoModel.register(StudyTowerConfig, StudyTower, exist_ok=True)
 
 
+@without_loading_bars()
 @torch.no_grad()
-def save_tower(encoder: Path, teachers: list[Path], images: Tensor, folder: Path) -> None:
-    """Makes the folder of a tower; ``images [S, 3, H, W]``, normalized, give the statistics of its states."""
+def save_tower(encoder: Path, images: Tensor, folder: Path) -> None:
+    """Makes the folder of a tower without teachers; ``images [S, 3, H, W]``, normalized, give its statistics."""
     own = CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32)
-    told = [TowerModel.from_pretrained(teacher, dtype=torch.float32) for teacher in teachers]
-    tower = StudyTower(StudyTowerConfig(own.config.to_dict(), [one.config.to_dict() for one in told]))
+    tower = StudyTower(StudyTowerConfig(own.config.to_dict()))
     tower.encoder.load_state_dict(own.state_dict())
-    for mine, teacher in zip(tower.teachers, told, strict=True):
-        mine.load_state_dict(teacher.state_dict())
     states = tower.eval().states(images).flatten(0, 1)
     tower.mean.copy_(states.mean(0))
     tower.deviation.copy_(states.std(0).clamp(min=1e-3))
     tower.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_bytes((encoder / "preprocessor_config.json").read_bytes())
+
+
+@without_loading_bars()
+@torch.no_grad()
+def save_fed(start: str | Path, teachers: list[Path], folder: Path) -> None:
+    """Saves the student of ``start`` with the teachers' tokens as further input. It answers as before: what its
+    projector makes of them is nothing yet, its new columns being zeros."""
+    student = load_student(start)
+    model, before = student.model, student.model.model.vision_tower
+    assert isinstance(before, StudyTower)
+    told = [TowerModel.from_pretrained(teacher, dtype=torch.float32) for teacher in teachers]
+    sizes = [one.config.to_dict() for one in told]
+    tower = StudyTower(StudyTowerConfig(before.config.encoder, sizes))
+    tower.load_state_dict(before.state_dict(), strict=False)
+    for mine, teacher in zip(tower.teachers, told, strict=True):
+        mine.load_state_dict(teacher.state_dict())
+    projector = model.model.multi_modal_projector
+    narrow = projector.linear_1
+    projector.linear_1 = nn.Linear(tower.config.hidden_size, narrow.out_features)
+    projector.linear_1.weight.zero_()
+    projector.linear_1.weight[:, : narrow.in_features] = narrow.weight
+    projector.linear_1.bias.copy_(narrow.bias)
+    model.model.vision_tower, model.config.vision_config = tower, tower.config
+    with atomic_path(folder) as partial:
+        save_student(student, partial)

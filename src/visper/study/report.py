@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from visper.common.console import Console
 from visper.common.files import atomic_path, write_text
-from visper.evaluation.probe.curves import require_drawable
+from visper.evaluation.probe.curves import draw_curves, require_drawable
+from visper.evaluation.probe.measures import Finding
 from visper.quickstart.ablate import Difference, differences
 from visper.study.arms import NOTHING, SHUFFLED
 from visper.study.run import mean_accuracy
@@ -63,8 +65,13 @@ def labels_needed(curve: Mapping[int, float], accuracy: float) -> float:
     return math.inf
 
 
-def report(results: Results, labels: Sequence[int], out: Path, console: Console) -> None:
-    """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg``.
+def report(
+    results: Results, probes: Mapping[str, Sequence[Finding]], labels: Sequence[int], out: Path, console: Console
+) -> None:
+    """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg`` and ``out/probes.svg``.
+
+    Args:
+        probes: arm -> scores of every layer after pre-training.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -91,9 +98,11 @@ def report(results: Results, labels: Sequence[int], out: Path, console: Console)
             arm: {k: v if math.isfinite(v) else None for k, v in kinds.items()} for arm, kinds in needed.items()
         },
         "cosines": {arm: {seed: row["cosines"] for seed, row in seeds.items()} for arm, seeds in results.items()},
+        "probes": {arm: [asdict(finding) for finding in found] for arm, found in probes.items()},
     }
     write_text(out / "report.json", json.dumps(content, indent=1))
     draw(results, labels, out / "curves.svg")
+    draw_curves(probes, out / "probes.svg")
 
 
 def draw(results: Results, labels: Sequence[int], file: Path) -> None:

@@ -1,0 +1,226 @@
+"""One cell of the study: an arm with a seed. Its recipes, its training and what it answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from visper.common.console import Console, announce
+from visper.common.files import write_text
+from visper.common.lock import locked
+from visper.config import Run, load_run
+from visper.evaluation import evaluate, load_to_ask, read_questions, save_answers
+from visper.evaluation.predictions import load_pre_trained
+from visper.quickstart.probed import world_findings
+from visper.quickstart.run import Stopwatch
+from visper.study.arms import ARMS, NOTHING, PUBLISHED, Arm
+from visper.study.world import write_study_world
+from visper.training import is_finished, run_stage
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        scenes, more: of pre-training, and of the arm with more data.
+        start_steps: of the student that all arms begin with.
+        labels: number of questions to fine-tune on -> steps.
+        chosen_at: the number of labels at which weights are compared.
+        judged: scenes whose predictions are compared with their teachers.
+        probed: seeds whose pre-trained models are probed.
+        probe_steps: of the probes.
+        margin: how much more, of 1, feature feeding must answer than no supervision for the setting to show anything.
+    """
+
+    scenes: int
+    more: int
+    held_out: int
+    per_kind: int
+    start_steps: int
+    pt_steps: int
+    labels: Mapping[int, int]
+    chosen_at: int
+    judged: int
+    probed: int
+    probe_steps: int
+    margin: float
+
+
+FULL = Size(4000, 8000, 600, 250, 1000, 300, {250: 60, 1000: 120, 4000: 180, 16000: 300}, 1000, 150, 3, 500, 0.05)
+FAST = Size(60, 80, 30, 4, 4, 4, {20: 2, 40: 3}, 20, 8, 1, 2, -1.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed and one weight of its embedding losses."""
+
+    out: Path
+    arm: Arm
+    seed: int
+    size: Size
+    weight: float | None = None
+
+    @property
+    def place(self) -> Path:
+        """The folder of its runs and results."""
+        name = self.arm.name.replace(",", "").replace(" ", "-")
+        return self.out / f"seed-{self.seed}" / (name if self.weight is None else f"{name}-{self.weight:g}")
+
+    @property
+    def world(self) -> Path:
+        """The scenes and questions of its seed."""
+        return self.out / f"seed-{self.seed}" / "world"
+
+    @property
+    def result(self) -> Path:
+        """The file of its results."""
+        return self.place / "result.json"
+
+
+def finished(cell: Cell, weights: Mapping[str, float], console: Console, wait: bool = True) -> dict[str, Any]:
+    """A cell's result, read or made."""
+    if not cell.result.exists():
+        with locked(cell.place, console, wait):
+            if not cell.result.exists():
+                run_cell(cell, weights, console)
+    return dict(json.loads(cell.result.read_text(encoding="utf-8")))
+
+
+def run_cell(cell: Cell, weights: Mapping[str, float], console: Console) -> None:
+    """Trains and asks one cell, continuing where it stopped, after the cells that it needs.
+
+    Writes ``result.json``: ``labels``: number of labels -> kind -> [right, asked]; ``cosines``: layer -> [centered
+    cosine, the same with another scene's target]; ``cpu_seconds`` and ``steps`` by stage.
+    """
+    costs = {need.arm.name: finished(need, weights, console)["cpu_seconds"]["pt"] for need in needs(cell, weights)}
+    prepare_world(cell, console)
+    seconds = Stopwatch(cell.place / "seconds.json")
+    pt = pre_training(cell, costs)
+    if pt.output == str(cell.place / "pt"):
+        train_whole(pt, seconds, "pt", console)
+    answered, cosines = {}, _cosines(pt, cell)
+    for labels in cell.size.labels:
+        ift = fine_tuning(cell, pt, labels)
+        train_whole(ift, seconds, f"ift-{labels}", console)
+        answered[str(labels)] = _ask(cell, Path(ift.output))
+        cosines |= _cosines(ift, cell) if labels == max(cell.size.labels) else {}
+    result = {
+        "arm": cell.arm.name,
+        "seed": cell.seed,
+        "weight": cell.weight,
+        "labels": answered,
+        "cosines": cosines,
+        "cpu_seconds": seconds.cpu,
+        "steps": {"pt": pt.optimization.max_steps, **{f"ift-{n}": steps for n, steps in cell.size.labels.items()}},
+    }
+    write_text(cell.result, json.dumps(result, indent=1))
+
+
+def needs(cell: Cell, weights: Mapping[str, float]) -> list[Cell]:
+    """The cells whose pre-training, or its cost, a cell needs."""
+    if cell.arm.name == NOTHING or (cell.arm.own_pt and not cell.arm.equal_compute):
+        return []
+    base = replace(cell, arm=ARMS[NOTHING], weight=None)
+    published = replace(cell, arm=ARMS[PUBLISHED], weight=weights.get(PUBLISHED))
+    return [base, published] if cell.arm.equal_compute else [base]
+
+
+def pre_training(cell: Cell, costs: Mapping[str, float]) -> Run:
+    """The recipe of a cell's pre-training; an arm that differs in fine-tuning alone shares that without supervision.
+
+    Args:
+        costs: arm -> processor seconds of its pre-training, for an arm of equal compute.
+    """
+    own = cell if cell.arm.own_pt else replace(cell, arm=ARMS[NOTHING], weight=None)
+    arm, bases, steps = own.arm, cell.out / "bases", cell.size.pt_steps
+    if arm.equal_compute:
+        steps = round(steps * costs[PUBLISHED] / costs[NOTHING])
+    changes: dict[str, Any] = {
+        "seed": cell.seed,
+        "output": str(own.place / "pt"),
+        "start_from": str(cell.out / ("start_fed" if arm.fed else "start")),
+        "data": rows_of(cell, "pretrain_more.json" if arm.more else "pretrain.json"),
+        "optimization": {"max_steps": steps},
+    }
+    return load_run(arm.pt, changes=(_objective(arm.pt, bases, own.weight), changes))
+
+
+def fine_tuning(cell: Cell, pt: Run, labels: int) -> Run:
+    """The recipe of a cell's fine-tuning on a number of labels."""
+    changes: dict[str, Any] = {
+        "seed": cell.seed,
+        "output": str(cell.place / f"ift-{labels}"),
+        "start_from": str(pt.output),
+        "data": rows_of(cell, f"instruct_{labels}.json"),
+        "optimization": {"max_steps": cell.size.labels[labels]},
+    }
+    return load_run(cell.arm.ift, changes=(_objective(cell.arm.ift, cell.out / "bases", cell.weight), changes))
+
+
+def rows_of(cell: Cell, name: str) -> dict[str, Any]:
+    return {"sources": [{"json": str(cell.world / name), "images": str(cell.world / "images")}]}
+
+
+def _objective(recipe: str, bases: Path, weight: float | None) -> dict[str, Any]:
+    """The recipe's tasks with the bases' folders and the chosen weight."""
+    section = load_run(recipe).distillation
+    if section is None:
+        return {}
+    tasks: dict[str, Any] = {name: {} if weight is None else {"weight": weight} for name in section.tasks}
+    for name, task in section.taught.items():
+        tasks[name]["target"] = {"model": str(bases / Path(task.target.place).name)}
+    return {"distillation": {"tasks": tasks}}
+
+
+def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> None:
+    """Trains a stage that is not finished, from its first step: it takes minutes, and its processor seconds, by which
+    arms of equal compute are made, must be those of all steps."""
+    if is_finished(run):
+        return
+    shutil.rmtree(run.output, ignore_errors=True)
+    announce(console, "train", str(run.output))
+    with seconds(part):
+        run_stage(run)
+
+
+def _ask(cell: Cell, model: Path) -> dict[str, list[int]]:
+    """Kind -> [right, asked] of a fine-tuned model; raw answers are kept."""
+    questions = read_questions(cell.world / "questions.json")
+    answered = evaluate(load_to_ask(model), questions, cell.world / "images", batch_size=64, max_new_tokens=4)
+    save_answers(cell.place / f"{model.name}.jsonl", answered)
+    kinds = {
+        kind: [row.correct for row in answered if row.kind == kind] for kind in dict.fromkeys(q.kind for q in questions)
+    }
+    return {kind: [sum(rows), len(rows)] for kind, rows in kinds.items()}
+
+
+def _cosines(run: Run, cell: Cell) -> dict[str, list[float]]:
+    """Layer -> [centered cosine of predictions and targets, the same with another scene's]; none without a predictor
+    of a teacher's tokens."""
+    taught = run.distillation.taught if run.distillation is not None else {}
+    if not taught or any(task.head.kind == "none" for task in taught.values()):
+        return {}
+    found = world_findings(load_pre_trained(run.output), cell.world, cell.size.judged)
+    return {f.name: [f.value, *f.controls.values()] for f in found if f.measure.startswith("cosine")}
+
+
+def prepare_world(cell: Cell, console: Console) -> None:
+    size = cell.size
+    with locked(cell.world.parent, console, wait=True):
+        if cell.world.exists():
+            return
+        announce(console, "world", f"{size.more} scenes to learn from, {size.held_out} held out, into {cell.world}")
+        write_study_world(
+            cell.world,
+            seed=cell.seed,
+            scenes=size.scenes,
+            more=size.more,
+            labels=tuple(size.labels),
+            held_out=size.held_out,
+            per_kind=size.per_kind,
+        )
