@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,7 @@ def run_cell(cell: Cell, weights: Mapping[str, float], console: Console) -> None
     cosine, the same with another scene's target]; ``cpu_seconds`` and ``steps`` by stage.
     """
     costs = {need.arm.name: finished(need, weights, console)["cpu_seconds"]["pt"] for need in needs(cell, weights)}
-    prepare_world(cell, console)
-    seconds = Stopwatch(cell.place / "seconds.json")
-    pt = pre_training(cell, costs)
-    if pt.output == str(cell.place / "pt"):
-        train_whole(pt, seconds, "pt", console)
+    pt, seconds = pre_train(cell, costs, console), Stopwatch(cell.place / "seconds.json")
     answered, cosines = {}, _cosines(pt, cell)
     for labels in cell.size.labels:
         ift = fine_tuning(cell, pt, labels)
@@ -128,6 +125,16 @@ def needs(cell: Cell, weights: Mapping[str, float]) -> list[Cell]:
     base = replace(cell, arm=ARMS[NOTHING], weight=None)
     published = replace(cell, arm=ARMS[PUBLISHED], weight=weights.get(PUBLISHED))
     return [base, published] if cell.arm.equal_compute else [base]
+
+
+def pre_train(cell: Cell, costs: Mapping[str, float], console: Console) -> Run:
+    """Runs what ``pre_training`` says unless it has run; results may have come without their models."""
+    prepare_world(cell, console)
+    run = pre_training(cell, costs)
+    place = Path(run.output).parent
+    with nullcontext() if place == cell.place else locked(place, console, wait=True):
+        train_whole(run, Stopwatch(place / "seconds.json"), "pt", console)
+    return run
 
 
 def pre_training(cell: Cell, costs: Mapping[str, float]) -> Run:

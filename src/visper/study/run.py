@@ -24,7 +24,7 @@ from visper.quickstart.probed import probe_world
 from visper.quickstart.run import Stopwatch, copy_bases
 from visper.quickstart.scenes import draw_scene
 from visper.study.arms import ARMS, FEEDING, NOTHING, Arm
-from visper.study.cells import Cell, Size, finished, prepare_world, rows_of, train_whole
+from visper.study.cells import Cell, Size, finished, pre_train, prepare_world, rows_of, train_whole
 from visper.study.controls import save_fed, save_tower
 from visper.study.world import NEAREST
 from visper.training import is_finished
@@ -85,8 +85,9 @@ def probe(cells: Sequence[Cell], console: Console) -> dict[str, list[Finding]]:
             continue
         length = f"optimization.max_steps={cell.size.probe_steps}"
         with locked(cell.place, console, wait=True):
+            pt = pre_train(cell, {}, console)
             scores = probe_world(
-                cell.place / "pt", cell.world, cell.out / "bases", cell.size.judged, length, cell.place / "probe"
+                Path(pt.output), cell.world, cell.out / "bases", cell.size.judged, length, cell.place / "probe"
             )
         found.setdefault(arm.name, []).append(scores)
     return {arm: averaged(seeds) for arm, seeds in found.items()}
