@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import sys
@@ -26,11 +25,11 @@ import torch
 from visper.common.console import Console
 from visper.common.files import atomic_path, write_text
 from visper.config import Run
+from visper.evaluation.intervals import paired
 from visper.evaluation.probe.curves import averaged, draw_curves
 from visper.evaluation.probe.measures import Finding
 from visper.model import save_student
 from visper.model.start import starting_student
-from visper.quickstart.ablate import t_quantile
 from visper.quickstart.probed import probe_world
 from visper.quickstart.run import FAST, FULL, Budget, copy_bases, prepare_world, stage_runs
 from visper.training import is_finished, run_stage
@@ -72,12 +71,12 @@ def differences(arm: list[list[Finding]], other: list[list[Finding]]) -> list[di
     """Of every layer and measure the paired difference, and its interval where there are at least two seeds."""
     rows = []
     for ours, theirs in zip(zip(*arm, strict=True), zip(*other, strict=True), strict=True):
-        points = [a.value - b.value for a, b in zip(ours, theirs, strict=True)]
+        both = [a.value for a in ours], [b.value for b in theirs]
+        points = [a - b for a, b in zip(*both, strict=True)]
         row: dict[str, Any] = {"layer": ours[0].name, "measure": ours[0].measure, "higher": ours[0].higher}
         row |= {"difference": statistics.fmean(points), "of_each_seed": points}
         if len(points) > 1:
-            half = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
-            row["interval"] = [row["difference"] - half, row["difference"] + half]
+            row["interval"] = list(paired(*both)[1])
         rows.append(row)
     return rows
 

@@ -1,7 +1,7 @@
 import pytest
 
 from visper.evaluation import wilson
-from visper.evaluation.intervals import grouped
+from visper.evaluation.intervals import grouped, paired, t_quantile
 
 
 def test_known_interval():
@@ -30,3 +30,17 @@ def test_values_of_one_group_count_as_one_observation():
     assert grouped([[1, 0]]) == (0.5, None)
     with pytest.raises(ValueError, match="at least one value"):
         grouped([])
+
+
+def test_differences_are_paired_by_seed_and_their_interval_is_students():
+    assert paired([0.9, 0.6, 0.8], [0.8, 0.5, 0.7]) == (pytest.approx(0.1), (pytest.approx(0.1), pytest.approx(0.1)))
+    # 2 and 4: mean 3, standard error 1, t(1 degree of freedom) = 12.7062047
+    mean, interval = paired([2, 4], [0, 0])
+    assert (mean, *interval) == pytest.approx((3, 3 - 12.7062047, 3 + 12.7062047))
+    with pytest.raises(ValueError, match="1 seeds give no interval: expected 2 at least"):
+        paired([1], [0])
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (10, 2.228), (11, 2.201), (30, 2.042)])
+def test_quantiles_are_those_of_the_tables(freedom, quantile):
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=5e-4)

@@ -20,8 +20,6 @@ def run(
     objective: Annotated[
         str | None, typer.Option(help="a recipe whose embedding losses replace the quickstart's, e.g. visual/viral")
     ] = None,
-    ablate: Annotated[bool, typer.Option("--ablate", help="with and without embedding losses, over seeds")] = False,
-    seeds: Annotated[int, typer.Option(help="how many seeds, with --ablate")] = 5,
 ) -> None:
     """Render a world, pre-train with distillation, fine-tune, ask, and draw a report. No network, no GPU.
 
@@ -32,18 +30,11 @@ def run(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from visper.common.console import Console
-    from visper.common.errors import ConfigError
-    from visper.quickstart.ablate import ablate as run_ablation
     from visper.quickstart.report import write_report
     from visper.quickstart.run import FAST, FULL, check_learning, quickstart
 
     console = Console()
     budget = FAST if fast else FULL
-    if ablate and objective:
-        raise ConfigError("--ablate compares the quickstart's own objective: leave out --objective")
-    if ablate:
-        run_ablation(out, seeds, budget, console)
-        return
     result = quickstart(out, seed, budget, console, objective=objective)
     check_learning(result)
     console.print(f"report: {write_report(result, budget)}")

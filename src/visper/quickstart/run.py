@@ -78,8 +78,6 @@ def quickstart(
     seed: int = 0,
     budget: Budget = FULL,
     console: Console | None = None,
-    world: Path | None = None,
-    pt_changes: Mapping[str, Any] | None = None,
     objective: str | None = None,
 ) -> Result:
     """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
@@ -88,16 +86,14 @@ def quickstart(
         out: everything goes there: ``world/``, ``bases/``, ``pt/``, ``ift/``, ``report.html``.
         seed: of the world, the projector, the order of the rows.
         budget: ``FULL`` or ``FAST``.
-        world: where the world is or is to be; default ``out/world``.
-        pt_changes: laid over the pre-training recipe, such as ``{"distillation": None}``.
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()
     seconds = Stopwatch(out / "seconds.json")
     with seconds("world"):
-        world = prepare_world(world or out / "world", seed, budget, console)
+        world = prepare_world(out / "world", seed, budget, console)
         copy_bases(out / "bases")
-    runs = stage_runs(out, world, seed, budget, pt_changes or {}, objective)
+    runs = stage_runs(out, world, seed, budget, objective=objective)
     supervised = supervised_stage(runs)
     held_out = HeldOut.read(world, 2 * budget.judged)
     fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
@@ -243,7 +239,7 @@ def check_learning(result: Result) -> None:
 
 
 def save_result(result: Result) -> None:
-    """``result.json``: every figure of the run, for people and for `--ablate`."""
+    """``result.json``: every figure of the run."""
     rows = {
         "seed": result.seed,
         "scores": {

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,26 @@ from rich.table import Table
 
 from visper.common.console import Console
 from visper.common.files import atomic_path, write_text
+from visper.evaluation.intervals import paired
 from visper.evaluation.probe.curves import draw_curves, require_drawable
 from visper.evaluation.probe.measures import Finding
-from visper.quickstart.ablate import Difference, differences
 from visper.study.arms import NOTHING, SHUFFLED
 from visper.study.run import mean_accuracy
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Arm -> seed -> what ``run_cell`` returns."""
 MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm's accuracy less the baseline's, in points, paired by seed, with its 95 % t-interval."""
+
+    arm: str
+    kind: str
+    mean: float
+    low: float
+    high: float
 
 
 def accuracies(results: Results, arm: str, labels: int) -> dict[int, dict[str, float]]:
@@ -41,8 +52,12 @@ def compare(results: Results, labels: int, baseline: str = NOTHING) -> list[Diff
     for arm in results:
         own = accuracies(results, arm, labels)
         seeds = sorted(base.keys() & own.keys())
-        if arm != baseline and len(seeds) > 1:
-            found += differences(arm, [own[seed] for seed in seeds], [base[seed] for seed in seeds])
+        if arm == baseline or len(seeds) < 2:
+            continue
+        for kind in own[seeds[0]]:
+            points = ([100 * rows[seed][kind] for seed in seeds] for rows in (own, base))
+            mean, (low, high) = paired(*points)
+            found.append(Difference(arm, kind, mean, low, high))
     return found
 
 
