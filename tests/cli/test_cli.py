@@ -127,6 +127,7 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
             "visper data prepare mmstar --root /none",
         ),
         (["evaluate", "/nowhere", "--benchmark", "mmstar", "--answers", "a"], "--answers is for --questions"),
+        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--protocol", "own"], "no protocol 'own': choose paper"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypatch, capsys):

@@ -27,6 +27,7 @@ def run(
     root: Annotated[Path, typer.Option(help="folder of all data sets, for benchmarks", parser=parse_path)] = Path(
         "data"
     ),
+    protocol: Annotated[str, typer.Option(help="prompts, readers and formulas of benchmarks: paper")] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="questions at most, evenly spaced over all")] = None,
     answers: Annotated[
         Path | None, typer.Option(help="raw answers, JSONL; default: in MODEL/answers", parser=parse_path)
@@ -50,7 +51,7 @@ def run(
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
     of_questions = {"--images": images, "--answers": answers, "--max-new-tokens": max_new_tokens}
-    _check_options(questions, benchmark, of_questions)
+    _check_options(questions, benchmark, protocol, of_questions)
     of_both = {"--root": root, "--limit": limit, "--batch-size": batch_size, "--processes": processes}
     options = {"--questions": questions, "--benchmark": benchmark, **of_questions, **of_both}
     command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
@@ -73,9 +74,13 @@ def run(
         _benchmarks(model, benchmark, root, limit, batch_size, bool(blind), start)
 
 
-def _check_options(questions: Path | None, benchmark: str | None, of_questions: Mapping[str, object]) -> None:
+def _check_options(
+    questions: Path | None, benchmark: str | None, protocol: str, of_questions: Mapping[str, object]
+) -> None:
     if (questions is None) == (benchmark is None):
         raise ConfigError("give --questions FILE or --benchmark NAME")
+    if protocol != "paper":
+        raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
     given = [name for name, value in of_questions.items() if value is not None] if benchmark else []
     if given:
         raise ConfigError(f"{', '.join(given)} is for --questions: a benchmark has its own")
