@@ -3,6 +3,7 @@
 Tests that need such material skip where it is absent.
 """
 
+import gc
 import gzip
 import importlib.util
 import json
@@ -52,6 +53,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leaves what the imports made out of garbage collections: the Trainer calls one after each training, which would
+    look at half a million objects of torch and transformers, a quarter of a tiny training's time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Gives them back, or libraries call them leaked when the process ends."""
+    gc.unfreeze()
 
 
 class Golden:
