@@ -20,9 +20,9 @@ test: $(VENV)/installed-test lint
 	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile --ignore=tests/distributed)
 	$(if $(ARGS),,$(BIN)/pytest tests/distributed)
 
-# Without the tests that train for long or start processes.
+# Without the tests that train or compile for long or start processes that load torch; two files at a time.
 test-fast: $(VENV)/installed-test
-	$(BIN)/pytest -m "not slow" --ignore=tests/distributed --ignore=tests/integration $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/distributed --ignore=tests/integration $(ARGS)
 
 # Attacks that take minutes: thousands of damaged archives and odd rows, runs killed at random moments.
 nightly: $(VENV)/installed-test

@@ -99,6 +99,7 @@ def test_the_entry_point_gives_a_manifest_of_a_chat_model(module):
     assert model is module.VisperModel and issubclass(model, Lmms) and model.is_simple is False
 
 
+@pytest.mark.slow
 def test_without_lmms_eval_nothing_imports_it():
     program = "import sys; sys.modules['lmms_eval'] = None; import visper.evaluation, visper.cli"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT / "src")

@@ -145,6 +145,7 @@ torch.save([logits([0, 1, 2]), [logits([row])[0] for row in range(3)]], sys.argv
 """
 
 
+@pytest.mark.slow
 def test_rows_of_several_images_have_the_logits_of_stock_transformers_at_every_batch_size(
     tmp_path, tiny_llm, tiny_encoder
 ):

@@ -274,6 +274,7 @@ def test_frozen_words_stay_as_they_are_in_pt(make, config, tmp_path):
     assert torch.equal(after.model.lm_head.weight[ids], start.model.lm_head.weight[ids])
 
 
+@pytest.mark.slow
 def test_a_saved_folder_reads_and_writes_added_words_without_this_package(config, tmp_path):
     student = build_student(config, Geometry.SQUASH)
     save_student(student, tmp_path / "model")

@@ -76,13 +76,16 @@ def test_predictors_at_published_size_by_hand():
     assert total["predictors"] == 2 * (depth + resampler(1536, 1536) + resampler(1024, 1024))
 
 
+@pytest.mark.slow
 def test_convnext_in_full_learns_but_for_timms_last_norm():
     total, learning = counts("llama3-8b-convnext-xxl/vpt")
     assert total["vision"] == 843_398_016 and total["projector"] == 3072 * 4096 + 4096 + 4096**2 + 4096
     assert learning[Stage.VPT]["vision"] == total["vision"] - 2 * 3072
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name != "qwen3-0.6b" else ()) for name in OTHERS]
+)
 def test_other_bases_count_as_published_and_take_task_tokens(family, monkeypatch):
     config, entries, published, (name, shape) = OTHERS[family]
     known = hub.known_sizes() | {

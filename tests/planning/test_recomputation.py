@@ -64,7 +64,7 @@ def test_a_plan_decides_as_training_does(run):
     assert Fit(run, Machine(0, None)).settings.checkpointing == 0.0  # a CPU
 
 
-@pytest.mark.parametrize("stage", ["pt", "ift"])
+@pytest.mark.parametrize("stage", [pytest.param("pt", marks=pytest.mark.slow), "ift"])
 def test_a_share_is_planned_at_least_as_traced(stage, tmp_path, tiny_llm, tiny_encoder):
     distillation = tiny.distillation() if stage == "pt" else None
     run = tiny_run(tmp_path, tiny_llm, tiny_encoder, stage=stage, distillation=distillation)

@@ -48,6 +48,7 @@ BATCHES = [(2, 1), (3, 0), (1, 0), (0, 2), (4, 3), (1, 1), (2, 2)]
 """Images and text rows of each."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [0.0, 0.5])
 def test_losses_and_gradients_are_those_of_layers_as_they_are(model, recomputed):  # noqa: F811
     batches = [batch_of(model, *rows) for rows in BATCHES]
@@ -143,6 +144,7 @@ def test_packed_rows_under_eager_attention_train_as_without(tiny_llm, tiny_encod
     assert graphs.count == 1
 
 
+@pytest.mark.slow
 def test_packed_rows_under_flex_attention_are_one_graph_for_all_layers(tiny_llm, tiny_encoder):
     """Without gradients: flex attention has no backward pass on a CPU."""
     built, graphs = packed_model(tiny_llm, tiny_encoder, "flex_attention"), Graphs()
@@ -213,6 +215,7 @@ def settings(tmp_path_factory, tiny_llm, tiny_encoder):
 LORA = {"rank": 4, "alpha": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "changes"), [("pt", {"gradient_checkpointing": 0.5}), ("ift", {"lora": LORA})])
 def test_a_run_that_compiles_logs_and_saves_what_one_without_does(settings, stage, changes):
     if "lora" in changes:

@@ -192,6 +192,7 @@ def test_the_finished_model_may_be_the_best_one(make, held_out):
     assert torch.equal(found, saved[name])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_the_best_before(make, held_out):
     whole = make("whole", losses(held_out, every=1), optimization={"max_steps": 6})
     train(whole)
@@ -228,6 +229,7 @@ def test_a_measure_that_is_not_there_is_refused_before_the_first_step(make, held
     assert not checkpoints(Path(run.output)) and not (Path(run.output) / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_predictions_are_drawn_and_nothing_else_changes(make, held_out):
     """A sheet for each image: beside the image three tiles for depth and seg (teacher, two layers), two for gen."""
     logging = {"report_to": ["tensorboard"]}

@@ -67,11 +67,11 @@ def assert_one_a_step(found):
     ("stage", "optimization"),
     [
         ("pt", {}),
-        ("pt", {"gradient_checkpointing": 0.5}),
-        ("vpt", {}),
+        pytest.param("pt", {"gradient_checkpointing": 0.5}, marks=pytest.mark.slow),
+        pytest.param("vpt", {}, marks=pytest.mark.slow),
         ("ift", {}),
-        ("ift", {"packing": True}),
-        ("ift", {"packing": True, "attention": "eager"}),
+        pytest.param("ift", {"packing": True}, marks=pytest.mark.slow),
+        pytest.param("ift", {"packing": True, "attention": "eager"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_waits_once(stage, optimization, tmp_path, tiny_llm, tiny_encoder):

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
 
 
+@pytest.mark.slow
 def test_a_log_in_a_file_has_lines_and_no_bars(tmp_path, tiny_llm, tiny_encoder):
     recipe = tiny.write_recipe(tmp_path, "pt", tiny_llm, tiny_encoder, max_steps=3)
     command = [sys.executable, "-m", "visper", "train", str(recipe)]

@@ -213,7 +213,14 @@ def parquet(rows, tmp_path):
     return {"sources": [{"parquet": f"{tmp_path}/parquet/*.parquet"}], "workers": 2, "group_by_length": True}
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("pt", "json"), ("ift", "json"), ("pt", "parquet")])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("pt", "json"),
+        pytest.param("ift", "json", marks=pytest.mark.slow),
+        pytest.param("pt", "parquet", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_continues_bit_for_bit(make, monkeypatch, tmp_path, stage, kind, parquet):
     data = parquet if kind == "parquet" else {}
     run_stage(make(stage, name="whole", data=data))
@@ -249,6 +256,7 @@ def test_resume_in_a_later_epoch_meets_that_epochs_order(make, monkeypatch, tmp_
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_a_mixture_by_weight_is_resumed_bit_for_bit(make, monkeypatch, tmp_path, capsys):
     pictures = tiny.write_rows(tmp_path / "pictures", images=8, text_rows=0, seed=1)
     text = tiny.write_rows(tmp_path / "words", images=0, text_rows=8)
@@ -304,7 +312,9 @@ def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tm
 BFLOAT16 = {"precision": "bfloat16", "max_steps": 2}
 
 
-@pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
+@pytest.mark.parametrize(
+    "stage", ["pt", pytest.param("vpt", marks=pytest.mark.slow), pytest.param("ift", marks=pytest.mark.slow)]
+)
 def test_stages_train_in_bfloat16(make, stage, tmp_path):
     run = make(stage, optimization=BFLOAT16)
     run_stage(run)
@@ -505,12 +515,13 @@ def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
 @pytest.mark.parametrize(
     ("data", "optimization"),
     [
-        ({}, {"micro_batch": 16}),
-        ({}, {"micro_batch": 2}),
-        ({}, {"micro_batch": 4, "packing": True}),
-        ({"join_conversations": True}, {"micro_batch": 16, "packing": True}),
+        pytest.param({}, {"micro_batch": 16}, id="padded", marks=pytest.mark.slow),
+        pytest.param({}, {"micro_batch": 2}, id="accumulated", marks=pytest.mark.slow),
+        pytest.param({}, {"micro_batch": 4, "packing": True}, id="packed"),
+        pytest.param(
+            {"join_conversations": True}, {"micro_batch": 16, "packing": True}, id="joined", marks=pytest.mark.slow
+        ),
     ],
-    ids=["padded", "accumulated", "packed", "joined"],
 )
 def test_the_loss_of_each_source_is_what_a_run_of_it_alone_begins_with(make, tmp_path, data, optimization):
     sources = []

@@ -52,6 +52,15 @@ from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.run import run_stage
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+FAST = "qwen3_vl"
+
+
+def trained(families: tuple[str, ...]) -> list[Any]:
+    """Families as parameters of a test that trains; `make test-fast` trains one of them."""
+    return [family if family == FAST else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+training_every_family = pytest.mark.parametrize("family", trained(FAMILIES))
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +165,7 @@ def test_the_loss_is_the_models_own(family, folders, rows):
     assert torch.allclose(loss, own, rtol=3e-7, atol=0)
 
 
-PACKED = [family for family in FAMILIES if family != "gemma3"]
+PACKED = tuple(family for family in FAMILIES if family != "gemma3")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -232,7 +241,7 @@ def changed_parts(before: Any, after: Any) -> set[str | None]:
     return {part_of(name) for name, value in after.named_parameters() if not torch.equal(value, old[name])}
 
 
-@every_family
+@training_every_family
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
 def test_a_stage_trains_its_parts_and_ends_as_the_models_plain_folder(family, stage, folders, rows, tmp_path):
     seen = LastLogits(rows[0])
@@ -246,7 +255,7 @@ def test_a_stage_trains_its_parts_and_ends_as_the_models_plain_folder(family, st
     assert torch.equal(logits_of(model.eval(), processor, rows[0]), seen.logits)
 
 
-@every_family
+@training_every_family
 def test_lora_is_merged_into_the_plain_folder(family, folders, rows, tmp_path):
     pytest.importorskip("peft")
     seen = LastLogits(rows[0])
@@ -259,7 +268,7 @@ def test_lora_is_merged_into_the_plain_folder(family, folders, rows, tmp_path):
     )
 
 
-@every_family
+@training_every_family
 def test_the_finished_folder_answers(family, folders, rows, tmp_path):
     run_stage(run_of(tmp_path, folders[family], "ift"))
     student = load_student(tmp_path / "out")
@@ -355,9 +364,13 @@ def costs_of(model: TrainingModel, batch: dict[str, Any], sizes: Any) -> Any:
     return meter.costs
 
 
-@pytest.mark.parametrize(("family", "stage"), [*zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt"), strict=True)])
-def test_a_run_is_planned_without_weights(family, stage, folders, tmp_path):
+PLANNED = dict(zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt"), strict=True))
+
+
+@training_every_family
+def test_a_run_is_planned_without_weights(family, folders, tmp_path):
     """Operations are those that torch counts in the real model."""
+    stage = PLANNED[family]
     packing = stage == "ift" and family in PACKED
     optimization = {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "precision": "float32", "packing": packing}
     more = {"distillation": supervised_at_every_place(), "optimization": optimization}
@@ -434,7 +447,7 @@ def logged(folder: Path) -> dict[str, float]:
     return first
 
 
-@every_family
+@training_every_family
 @pytest.mark.parametrize("stage", ["pt", "ift"])
 def test_every_place_is_supervised_and_a_batch_may_be_split(family, stage, folders, tmp_path):
     for micro_batch in (4, 1):
@@ -458,7 +471,7 @@ def test_every_place_is_supervised_and_a_batch_may_be_split(family, stage, folde
     assert (tmp_path / "4" / "out" / "distillation" / "weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", trained(PACKED))
 def test_every_place_is_supervised_in_packed_rows_too(family, folders, tmp_path):
     for packing in (False, True):
         optimization = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "max_steps": 1, "precision": "float32"}
@@ -497,7 +510,7 @@ def test_an_image_token_lies_where_its_feature_changes_with_the_image(family, si
         assert change[distance <= 0.26].mean() > change[distance > 0.3].mean()
 
 
-@every_family
+@training_every_family
 def test_what_a_layer_predicts_is_drawn(family, folders, tmp_path):
     optimization = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "max_steps": 1, "precision": "float32"}
     more = {"distillation": supervised_at_every_place(), "optimization": optimization}
@@ -558,7 +571,7 @@ def test_the_encoders_output_is_a_target_in_the_order_of_the_tokens(family, fold
     torch.testing.assert_close(at_images, made, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("family", trained(("qwen3_vl", "smolvlm")))
 def test_the_encoders_output_is_predicted_however_a_batch_is_split(family, folders, tmp_path):
     for micro_batch in (4, 1):
         optimization = {"global_batch": 4, "micro_batch": micro_batch, "lr": 1e-3, "precision": "float32"}
@@ -582,7 +595,7 @@ def test_objectives_that_such_a_student_cannot_have_are_refused(folders, tmp_pat
         )
 
 
-@every_family
+@training_every_family
 @pytest.mark.parametrize("stage", ["pt", "ift"])
 def test_task_tokens_stand_behind_the_image_in_the_plain_folder_too(family, stage, folders, rows, tmp_path):
     teacher = {"kind": "tests.tiny:PooledColors", "model": "colors", "grid": 4, "width": 8}
@@ -609,7 +622,7 @@ def test_task_tokens_stand_behind_the_image_in_the_plain_folder_too(family, stag
     assert [token for token in inputs["input_ids"][0].tolist() if token in ids] == ids
 
 
-@every_family
+@training_every_family
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
 def test_stages_run_in_half_precision(family, stage, folders, tmp_path):
     optimization = {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1}
@@ -620,7 +633,7 @@ def test_stages_run_in_half_precision(family, stage, folders, tmp_path):
     assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("family", trained(("qwen3_vl", "smolvlm")))
 def test_a_resumed_run_ends_with_the_same_weights(family, folders, tmp_path):
     run = run_of(tmp_path, folders[family], "ift", logging={"every": 1, "save_every": 1})
     data = run.data.model_copy(update={"group_by_length": True, "workers": 1})
