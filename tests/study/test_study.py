@@ -177,9 +177,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         study(tmp_path, [0], FAST, QUIET, ["better"])
     with pytest.raises(ConfigError, match="every arm is compared with 'nothing': name it, too"):
         study(tmp_path, [0], FAST, QUIET, [PUBLISHED])
-    study_run._require_size(tmp_path, FAST)
-    with pytest.raises(ConfigError, match="a study of another size"):
-        study_run._require_size(tmp_path, FULL)
+    study_run._require_same(tmp_path, FAST)
+    study_run._require_same(tmp_path, FAST)
+    with pytest.raises(ConfigError, match="holds a study with another size, not to be compared"):
+        study_run._require_same(tmp_path, FULL)
+    kept = tmp_path / "study.json"
+    kept.write_text(kept.read_text().replace('"lr": 0.0005', '"lr": 0.001'))
+    with pytest.raises(ConfigError, match="another study/ift, study/ift-gram"):
+        study_run._require_same(tmp_path, FAST)
 
 
 @pytest.mark.slow

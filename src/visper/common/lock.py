@@ -57,7 +57,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
                 raise InUseError(
                     f"'{folder}' is in use by {_holder(folder)}: wait for it to end, stop it, or choose another folder"
                 ) from None
-            console.print(f"'{folder}' is in use by {_holder(folder)}: waiting for it to end")
+            console.print(f"'{folder}' is in use by {_holder(folder)}: waiting for it to end", soft_wrap=True)
             lock.acquire()
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -48,14 +48,15 @@ def study(
         The results of all cells: ``{arm: {seed: result}}``, see ``run_cell``; the scores of ``probe``.
 
     Raises:
-        ConfigError: no arm has such a name; the one without supervision is not named; ``out`` holds another size.
+        ConfigError: no arm has such a name; the one without supervision is not named; ``out`` holds results of another
+            size or recipe.
         TrainingError: the setting can show nothing, see ``require_upper_mark``.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ConfigError(f"--arm {', '.join(unknown)}: expected some of {', '.join(ARMS)}")
     if NOTHING not in arms:
         raise ConfigError(f"--arm {', '.join(arms)}: every arm is compared with '{NOTHING}': name it, too")
-    _require_size(out, size)
+    _require_same(out, size)
     prepare_start(out, size, console)
     require_upper_mark(out, size, console)
     weights = choose_weights(out, size, [ARMS[name] for name in arms], console)
@@ -129,7 +130,7 @@ def require_upper_mark(out: Path, size: Size, console: Console) -> None:
         raise TrainingError(
             f"with {size.chosen_at} labels '{FEEDING}' answers {fed:.1%} of the questions, '{NOTHING}' {without:.1%}: "
             f"expected {100 * size.margin:.0f} points more at least, as otherwise no arm can be told from another; "
-            "pre-train longer (study.run.FULL)"
+            "pre-train longer (study.cells.FULL)"
         )
 
 
@@ -162,10 +163,18 @@ def _prepare_tower(bases: Path) -> None:
         save_tower(bases / "encoder_contrastive", pixels, partial)
 
 
-def _require_size(out: Path, size: Size) -> None:
-    file, wanted = out / "size.json", json.loads(json.dumps(asdict(size)))
+def _require_same(out: Path, size: Size) -> None:
+    """Refuses a folder whose results come from other sizes or recipes; the packages' versions may differ."""
+    recipes = sorted({"study/start", *(recipe for arm in ARMS.values() for recipe in (arm.pt, arm.ift))})
+    runs = {name: load_run(name).model_dump(mode="json") for name in recipes}
+    file, wanted = out / "study.json", json.loads(json.dumps({"size": asdict(size), "recipes": runs}))
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=1))
-    elif json.loads(file.read_text(encoding="utf-8")) != wanted:
-        raise ConfigError(f"'{out}' holds a study of another size: choose another --out, or remove it")
+        return
+    had = json.loads(file.read_text(encoding="utf-8"))
+    parts = {"size": had.get("size"), **had.get("recipes", {})}
+    if other := [part for part, now in {"size": wanted["size"], **runs}.items() if parts.get(part) != now]:
+        raise ConfigError(
+            f"'{out}' holds a study with another {', '.join(other)}, not to be compared: choose another --out"
+        )
