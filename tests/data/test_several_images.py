@@ -229,8 +229,6 @@ def test_stored_targets_come_one_an_image(rows: Path) -> None:
 
 def test_lengths_count_every_image(rows: Path) -> None:
     dataset = ConversationDataset(good(rows), ENCODER)
-    characters = [len("".join(turn.text for turn in record.turns)) // 4 for record in dataset.records]
-    assert [a - b for a, b in zip(dataset.estimated_lengths(), characters, strict=True)] == [8, 0, 4, 12]
     found = survey(dataset.records, ENCODER, DropList())
     samples = [dataset[i] for i in range(4)]
     assert found.lengths == [len(sample.input_ids) for sample in samples if isinstance(sample, Sample)]

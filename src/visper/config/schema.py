@@ -107,7 +107,6 @@ class Data(Section):
     drop_list: tuple[PathText, ...] = Field(
         (), description="rows to leave out: files that `visper data check --drop` wrote"
     )
-    check_first: bool = Field(True, description="look at every row before the first step")
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
     join_conversations: bool = Field(
         False, description="conversations about one image share it in a micro-batch: the same losses from fewer tokens"

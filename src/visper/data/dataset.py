@@ -40,7 +40,6 @@ from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
 from visper.data.vlm import VlmEncoder, seen_geometry
 
-CHARACTERS_PER_TOKEN = 4  # of English text; good enough to put rows of similar length side by side
 THREADS = 32  # that wait for the file system, mostly
 StoredTargets = Callable[[bytes], Mapping[str, Tensor]]
 
@@ -126,15 +125,6 @@ class ConversationDataset(Dataset[Sample | Drop]):
             return list(self.records.has_image.tolist())
         return [bool(record.images) for record in self.records]
 
-    def estimated_lengths(self) -> list[int]:
-        """Tokens of each row by its characters, without tokenizing."""
-        if isinstance(self.records, Records):
-            characters, images = self.records.characters, self.records.num_images
-        else:
-            characters = np.asarray([sum(len(turn.text) for turn in r.turns) for r in self.records], dtype=np.int64)
-            images = np.asarray([len(record.images) for record in self.records], dtype=np.int32)
-        return list((characters // CHARACTERS_PER_TOKEN + self.encoder.num_image_tokens * images).tolist())
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -179,11 +169,11 @@ def require_images(records: Sequence[Record]) -> None:
         )
 
 
-def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False) -> dict[int, tuple[str, str]]:
+def lost_images(records: Sequence[Record], found: Lengths) -> dict[int, tuple[str, str]]:
     """The rows that can be encoded but of whose image files one is missing or empty: index -> reason, detail.
 
     Every file is checked once, however many rows show it; images inside Parquet files were when they were written.
-    ``decode``: also decode every image (slow: a broken image is otherwise found, and skipped, when its turn comes).
+    Nothing is decoded: a broken image is found, and skipped, when its turn comes.
     """
     rows: dict[tuple[Path, str], list[int]] = {}
     for index, _, folder, name in records.image_files() if isinstance(records, Records) else _own_files(records):
@@ -193,7 +183,7 @@ def lost_images(records: Sequence[Record], found: Lengths, decode: bool = False)
         sound = list(threads.map(_has_content, rows))
     lost = {}
     for place, looks_sound in zip(rows, sound, strict=True):
-        if looks_sound and not decode:
+        if looks_sound:
             continue
         try:
             open_image(inside(*place))

@@ -14,7 +14,7 @@ from visper.common.errors import DataError
 from visper.common.ranks import first_decides
 from visper.config import Data, Optimization
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.unknown_words import sampled_unknown_words, unknown_words
+from visper.data.checks.unknown_words import unknown_words
 from visper.data.collator import Collator, Preprocess, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
 from visper.data.image_order import image_groups
@@ -87,12 +87,13 @@ def build_data(
     """
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
     encoder = encoder_for(student.processor, settings.max_tokens)
-    records, survey, total = _surveyed_rows(settings, encoder, drops, console)
+    survey, total = _surveyed_rows(settings, encoder, drops, console)
+    records = survey.records
     _require_rows(settings, records, drops, total)
     if images_required:
         require_images(records)
-    _check_words(settings, records, survey, encoder, console)
-    if targets is not None and settings.check_first:
+    _check_words(settings, survey, encoder, console)
+    if targets is not None:
         require_targets(targets, records, console.quiet)
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup, settings.max_pixels)
     sampler = _sampler(settings, optimization, dataset, survey, seed)
@@ -107,21 +108,18 @@ def build_data(
 
 def _surveyed_rows(
     settings: Data, encoder: ConversationEncoder, drops: DropList, console: Console
-) -> tuple[Sequence[Record], Survey | None, int]:
-    """The rows to train on, what the survey found, and how many rows there were.
+) -> tuple[Survey, int]:
+    """The rows to train on with what a look at every row found, and how many rows there were.
 
     The first process reads, counts and looks at files; the others read its cache, and take its word on the files.
     """
     state = PartialState()
     with state.main_process_first():
         records = open_records(row_files(settings), drops, quiet=console.quiet)
-        found = measure(records, encoder, console.quiet) if settings.check_first else None
+        found = measure(records, encoder, console.quiet)
     total = len(records) + len(drops)
-    if found is None:
-        return records, None, total
     lost = first_decides(lambda: lost_images(records, found))
-    survey = keep_good(records, found, lost, drops)
-    return survey.records, survey, total
+    return keep_good(records, found, lost, drops), total
 
 
 def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, total: int) -> None:
@@ -131,24 +129,17 @@ def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, to
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
 
 
-def _check_words(
-    settings: Data, records: Sequence[Record], survey: Survey | None, encoder: ConversationEncoder, console: Console
-) -> None:
-    if survey is None:
-        unknown = sampled_unknown_words(records, encoder)
-    else:
-        unknown = unknown_words(records, survey.num_text, survey.num_unknown, encoder)
+def _check_words(settings: Data, survey: Survey, encoder: ConversationEncoder, console: Console) -> None:
+    unknown = unknown_words(survey.records, survey.num_text, survey.num_unknown, encoder)
     warning = unknown.check(settings.unknown_limit)
     if warning is not None:
         announce(console, "warning", warning)
 
 
 def _sampler(
-    settings: Data, optimization: Optimization, dataset: ConversationDataset, survey: Survey | None, seed: int
+    settings: Data, optimization: Optimization, dataset: ConversationDataset, survey: Survey, seed: int
 ) -> RowSampler:
-    lengths = None
-    if settings.group_by_length:
-        lengths = survey.lengths if survey is not None else dataset.estimated_lengths()
+    lengths = survey.lengths if settings.group_by_length else None
     has_image = dataset.has_image if lengths else None
     mixture = mixture_of(dataset.records)
     groups = image_groups(dataset.records).tolist() if settings.join_conversations else None
@@ -175,11 +166,10 @@ def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) 
     return frozenset(task for task, see in preprocess.items() if type(see) is SquashedImage and see.size == size)
 
 
-def _summary(used: int, total: int, drops: DropList, survey: Survey | None) -> str:
+def _summary(used: int, total: int, drops: DropList, survey: Survey) -> str:
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
-    cut = f"; text cut in {survey.num_truncated}" if survey is not None else ""
-    return f"{used} of {total} rows{left_out}{cut}"
+    return f"{used} of {total} rows{left_out}; text cut in {survey.num_truncated}"
 
 
 def _announce_mixture(sampler: RowSampler, console: Console) -> None:

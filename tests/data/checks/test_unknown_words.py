@@ -116,9 +116,7 @@ def settings(rows: Path, tiny_encoder: Path, tmp_path: Path) -> dict:
     }
 
 
-@pytest.mark.parametrize("check_first", [True, False])
-def test_a_run_is_refused_unless_its_recipe_allows_it(settings: dict, check_first: bool, capsys) -> None:
-    settings["data"]["check_first"] = check_first
+def test_a_run_is_refused_unless_its_recipe_allows_it(settings: dict, capsys) -> None:
     with pytest.raises(DataError, match=r"75\.0% of the supervised text .*9 of 12 tokens.*'teal', 'hexagon'"):
         run_stage(Run.model_validate(settings))
     settings["data"]["unknown_limit"] = 0.8

@@ -35,10 +35,10 @@ def read_records(sources: Sequence[tuple[Path, Path]], drops: DropList) -> list[
     return records
 
 
-def survey(records: Sequence[Record], encoder: ConversationEncoder, drops: DropList, decode: bool = False) -> Survey:
+def survey(records: Sequence[Record], encoder: ConversationEncoder, drops: DropList) -> Survey:
     """The look at every row that training takes before its first step."""
     found = measure(records, encoder, quiet=True)
-    return keep_good(records, found, lost_images(records, found, decode), drops)
+    return keep_good(records, found, lost_images(records, found), drops)
 
 
 def parse(content: Any) -> Record:

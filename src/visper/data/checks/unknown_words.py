@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,6 @@ WARN_PAST = 0.01
 """Share of unknown tokens past which a run says so."""
 EXAMPLES = 8
 ROWS_FOR_EXAMPLES = 200
-SAMPLE = 200
 REMEDY = (
     "add them to 'student.add_words' in the recipe of the first stage, or choose an LLM whose tokenizer knows the "
     "language of the data"
@@ -36,7 +35,6 @@ class UnknownWords:
     num_text: int = 0
     num_unknown: int = 0
     words: tuple[str, ...] = ()
-    where: str = "supervised text"
 
     @property
     def share(self) -> float:
@@ -46,7 +44,7 @@ class UnknownWords:
     def __str__(self) -> str:
         shown = ", ".join(repr(word) for word in self.words[:EXAMPLES])
         return (
-            f"{self.share:.1%} of the {self.where} ({self.num_unknown:,} of {self.num_text:,} tokens) is unknown to "
+            f"{self.share:.1%} of the supervised text ({self.num_unknown:,} of {self.num_text:,} tokens) is unknown to "
             f"the tokenizer, such as {shown}"
         )
 
@@ -78,16 +76,6 @@ def unknown_words(
     rows = np.flatnonzero(num_unknown)[:look_up].tolist()
     words = Counter(word for row in rows for word in encoder.unknown_words(records[row]))
     return UnknownWords(int(num_text.sum()), int(num_unknown.sum()), tuple(word for word, _ in words.most_common()))
-
-
-def sampled_unknown_words(records: Sequence[Record], encoder: ConversationEncoder) -> UnknownWords:
-    """Likewise of the first rows alone, for a run that does not look at every row before it starts."""
-    from visper.data.rows.lengths import measure
-
-    sample = [records[row] for row in range(min(SAMPLE, len(records)))]
-    found = measure(sample, encoder, quiet=True)
-    counted = unknown_words(sample, found.num_text, found.num_unknown, encoder)
-    return replace(counted, where=f"supervised text of the first {len(sample)} rows")
 
 
 def total_of(parts: Sequence[UnknownWords]) -> UnknownWords:
