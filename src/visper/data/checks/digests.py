@@ -1,21 +1,20 @@
 """Images by their content: the same bytes are the same image, whatever the file's name, place or date.
 
-What was hashed is kept line by line, so that an interrupted look goes on where it stopped and a second one takes
-seconds. A file that has changed since is hashed again.
+What was hashed is kept (``kept``): a file is hashed again where it has changed since.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import inside
-from visper.data.checks.image_files import stamp_of
+from visper.data.checks.kept import of_files
 from visper.data.rows.records import Record
 from visper.data.rows.table import Records
 
@@ -63,7 +62,8 @@ def digests_of(records: Records, quiet: bool = True) -> dict[tuple[int, int], by
     """The digest of every image by its row and its number there, in this order; None where there is no such file."""
     files = {(index, number): (folder, name) for index, number, folder, name in records.image_files()}
     lockfile = records.parts[0].table.path.parent / LOCKFILE
-    of_file = _of_files(list(dict.fromkeys(files.values())), lockfile, quiet)
+    kept, _ = of_files(list(dict.fromkeys(files.values())), lockfile, partial(_hashes, quiet=quiet))
+    of_file = {path: bytes.fromhex(own) for path, (own,) in kept.items()}
     found = {place: of_file.get(str(folder / name)) for place, (folder, name) in files.items()}
     embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and (i, 0) not in files]
     # In the order of the files, which read rows in groups.
@@ -77,48 +77,13 @@ def digests_of(records: Records, quiet: bool = True) -> dict[tuple[int, int], by
     return dict(sorted(found.items()))
 
 
-def _of_files(places: list[tuple[Path, str]], lockfile: Path, quiet: bool) -> dict[str, bytes]:
-    before = _read(lockfile)
+def _hashes(paths: list[str], quiet: bool) -> Iterator[list[str] | None]:
     with ThreadPoolExecutor(_THREADS) as threads:
-        paths = [str(folder / name) for folder, name in places]
-        stamps = dict(zip(paths, threads.map(_stamp, places), strict=True))
-        found = {path: before[path][1] for path in paths if path in before and before[path][0] == stamps[path] != ""}
-        new = [path for path in paths if path not in found and stamps[path]]
-        if not new:
-            return found
-        lockfile.parent.mkdir(parents=True, exist_ok=True)
-        with lockfile.open("a", encoding="utf-8") as lines:
-            lines.write("\n")  # behind a line that an earlier look left half written
-            for start in track(range(0, len(new), _AT_ONCE), description="hashing images", quiet=quiet):
-                some = new[start : start + _AT_ONCE]
-                for path, own in zip(some, threads.map(_hash, some), strict=True):
-                    if own is not None:
-                        found[path] = own
-                        lines.write(json.dumps([path, stamps[path], own.hex()]) + "\n")
-                lines.flush()
-    return found
+        some = (paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE))
+        found = (own for each in some for own in threads.map(_hash, each))
+        yield from track(found, description="hashing images", total=len(paths), quiet=quiet)
 
 
-def _stamp(place: tuple[Path, str]) -> str:
-    try:
-        return stamp_of(str(inside(*place)))
-    except DataError:
-        return ""
-
-
-def _hash(path: str) -> bytes | None:
+def _hash(path: str) -> list[str] | None:
     content = _read_file(Path(path))
-    return None if content is None else digest(content)
-
-
-def _read(lockfile: Path) -> dict[str, tuple[str, bytes]]:
-    if not lockfile.is_file():
-        return {}
-    found = {}
-    for line in lockfile.read_text(encoding="utf-8").split("\n"):
-        try:
-            path, stamp, own = json.loads(line)
-            found[path] = (stamp, bytes.fromhex(own))
-        except (ValueError, TypeError):
-            continue  # empty, or half written when the machine stopped
-    return found
+    return None if content is None else [digest(content).hex()]

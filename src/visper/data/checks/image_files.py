@@ -1,29 +1,20 @@
-"""Is this file an image, and the one its name says: every file of a data set, decoded on all cores.
-
-What was found is kept line by line as it is found, so that an interrupted check goes on where it stopped, and one of a
-data set that was checked before takes seconds. A file that has changed since is looked at again.
-"""
+"""Is this file an image, and the one its name says: every file of a data set, decoded on all cores."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from visper.common.cache import code_key, key
 from visper.common.errors import DataError
-from visper.common.files import inside
 from visper.common.parallel import in_order
 from visper.config.schema import MAX_PIXELS
 from visper.data import decoding
+from visper.data.checks.kept import of_files
 from visper.data.decoding import opened
 from visper.data.normalize import mislabeled
-
-_WRITE_EVERY = 256
 
 
 @dataclass(frozen=True)
@@ -65,67 +56,22 @@ def look_at_all(
     Args:
         folder: of the images.
         names: the files under it, each once.
-        kept: JSONL file of verdicts; one line a file, the newest line counts.
+        kept: file of verdicts, see ``kept.of_files``.
         quiet: no progress bar.
         workers: processes; default: one a core, or none for a few files.
         max_pixels: of an image that is not called huge.
     """
-    before = _read(kept)
-    verdicts: dict[str, Verdict] = {}
-    stamps: dict[str, str] = {}
-    with ThreadPoolExecutor(32) as threads:
-        for name, stamp in zip(names, threads.map(partial(_stamp_or_fault, folder), names), strict=True):
-            path = str(folder / name)
-            if isinstance(stamp, Verdict):
-                verdicts[path] = stamp
-                continue
-            stamps[path] = stamp
-            if path in before and before[path][0] == stamp != "":
-                verdicts[path] = before[path][1]
-    new = [path for path in stamps if path not in verdicts]
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("a", encoding="utf-8") as lines:
-        lines.write("\n")  # behind a line that an earlier check left half written
-        found = in_order(partial(look, max_pixels=max_pixels), new, "looking at images", quiet, workers)
-        for number, (path, verdict) in enumerate(zip(new, found, strict=True), 1):
-            verdicts[path] = verdict
-            if stamps[path]:
-                entry = [path, stamps[path], verdict.format, verdict.reason, verdict.detail]
-                lines.write(json.dumps(entry) + "\n")
-            if number % _WRITE_EVERY == 0:
-                lines.flush()
-    return verdicts
+    new = partial(_verdicts, max_pixels=max_pixels, quiet=quiet, workers=workers)
+    found, outside = of_files([(folder, name) for name in names], kept, new)
+    faults = {path: Verdict(None, error.reason, error.detail) for path, error in outside.items()}
+    return {path: Verdict(*values) for path, values in found.items()} | faults
+
+
+def _verdicts(paths: list[str], max_pixels: int, quiet: bool, workers: int | None) -> Iterator[list[str | None]]:
+    for verdict in in_order(partial(look, max_pixels=max_pixels), paths, "looking at images", quiet, workers):
+        yield [verdict.format, verdict.reason, verdict.detail]
 
 
 def verdicts_file(folder: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Path:
     """Where verdicts on the files under ``root`` are kept; others for another version of the look, or another limit."""
     return folder / f"images-{key(str(root.resolve()), max_pixels, code_key(decoding))}.jsonl"
-
-
-def stamp_of(path: str) -> str:
-    """What changes when the file does; empty where there is no file, on which no verdict is kept."""
-    try:
-        found = os.stat(path)  # noqa: PTH116 (a third of the time, for 350,000 files)
-    except OSError:
-        return ""
-    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-
-
-def _stamp_or_fault(folder: Path, name: str) -> str | Verdict:
-    try:
-        return stamp_of(str(inside(folder, name)))
-    except DataError as error:
-        return Verdict(None, error.reason, error.detail)
-
-
-def _read(kept: Path) -> Mapping[str, tuple[str, Verdict]]:
-    if not kept.is_file():
-        return {}
-    found = {}
-    for line in kept.read_text(encoding="utf-8").split("\n"):
-        try:
-            path, stamp, *verdict = json.loads(line)
-            found[path] = (stamp, Verdict(*verdict))
-        except (ValueError, TypeError):
-            continue  # empty, or half written when the machine stopped
-    return found
