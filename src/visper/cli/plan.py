@@ -34,15 +34,18 @@ def run(
 
     Example: `visper plan llama3-8b-vit-l/ift launch.engine=fsdp --gpus 8 --gpu H100 --hourly-price 2.5`
     """
+    from visper.common.collector import collector_paused
     from visper.common.gpus import find_gpu
     from visper.config import load_run
-    from visper.planning.memory import Machine
-    from visper.planning.plan import plan
 
     settings = load_run(recipe, overrides or [])
     kind = find_gpu(gpu, gpu_memory) if gpus else None
     memory = gpu_memory * 1e9 if gpu_memory else kind.memory_gb * 1e9 if kind else None
-    found = plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
+    with collector_paused():
+        from visper.planning.memory import Machine
+        from visper.planning.plan import plan
+
+        found = plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
     _show(found, gpu, hourly_price, Console())
     _require_fit(found)
 
