@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,6 +33,7 @@ from visper.planning.fake_step import (
     state_of,
     step_activations,
 )
+from visper.planning.fewer_layers import FewLayers, layers_to_trace
 from visper.planning.parameters import student_skeleton
 from visper.planning.row_statistics import RowLength, Rows
 from visper.training.assemble import build_training_model, set_trainable
@@ -102,7 +104,9 @@ class FakeRun:
         self._optimizer = adamw(self.model)
         self.moments = float(sum(value.nbytes for value in state_of(self._optimizer)))
         self.model.train()
-        self._meter = FlopMeter()
+        self._decoder = llm
+        self._kept = layers_to_trace(llm.layers, self.model.objective.layers if self.model.objective else ())
+        self._meter = FlopMeter(Fraction(self.num_layers, len(self._kept)))
         self._activations: dict[tuple[int, bool, bool], float] = {}
 
     def activations(self, rows: Rows, micro_batch: int, checkpointing: float, accumulates: bool) -> float:
@@ -123,10 +127,18 @@ class FakeRun:
             self.model.recompute_activations(float(recomputed))
             lengths = rows.largest_micro_batch(micro_batch, self.run.packed, self.run.seed)
             batch, sizes = fake_batch(lengths, self.student, self.model, self.run, self.fake)
+            watch = self._watch(batch, sizes)
             self._activations[key] = step_activations(
-                self.model, self._optimizer, batch, self.run, self.fake, accumulates, self._watch(batch, sizes)
+                self.model, self._optimizer, batch, self.run, self.fake, accumulates, watch, self._few(accumulates)
             )
         return self._activations[key]
+
+    def _few(self, accumulates: bool) -> FewLayers | None:
+        if len(self._kept) == self.num_layers:
+            return None
+        layer = self._decoder.layers[0]
+        gradient = 0 if accumulates else sum(p.nbytes for p in layer.parameters() if p.requires_grad)
+        return FewLayers(self._decoder, self._kept, gradient)
 
     def row_flops(self, rows: Rows) -> float:
         """Model FLOPs of an average row: forward and backward once, teachers apart."""

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from visper.config import Run
+from visper.planning.fewer_layers import FewLayers
 
 DEVICE = torch.ops.prim.device.default
 """Asked of fake tensors by two of three calls, which need not pass torch's modes: a tenth of a trace's time."""
@@ -165,6 +166,7 @@ def step_activations(
     fake: FakeTensorMode,
     accumulates: bool = False,
     watch: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    few: FewLayers | None = None,
 ) -> float:
     """Bytes beyond weights, gradients, optimizer state and targets when most is held.
 
@@ -178,6 +180,7 @@ def step_activations(
         fake: made all of these.
         accumulates: an earlier micro-batch of the same step has left its gradients.
         watch: entered around the forward pass.
+        few: only some layers run, the figure is that of all; default: all run.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [torch.empty_like(parameter) for parameter in trainable]
@@ -187,12 +190,17 @@ def step_activations(
             parameter.grad = gradient
     pools = [targets.pool for targets in batch.get("targets", {}).values()]
     known = [*model.parameters(), *model.buffers(), *state_of(optimizer), *gradients, *pools]
-    with LiveBytes(fake, known) as live:
+    with LiveBytes(fake, known) as live, few.run(live) if few else nullcontext():
         with autocast(run), watch():
             loss = model(**batch)["loss"]
+        if few:
+            few.turn()
         loss.backward()
         if run.optimization.max_grad_norm:
             nn.utils.clip_grad_norm_(trainable, run.optimization.max_grad_norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(live.most if accumulates else max(0, live.most - size))
+    most = few.most() if few else live.most
+    if most is None:
+        return step_activations(model, optimizer, batch, run, fake, accumulates, watch)
+    return float(most if accumulates else max(0, most - size))

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 FORMULAS = flop_formulas()
 BIAS_FIRST = (aten.addmm, aten.baddbmm)
 """Products whose factors are the second and third argument."""
+DECODER = ("llm", "layers")
+"""Regions of the decoder: beside its layers, and these."""
 NOT_LINEAR = (aten.bmm, aten.baddbmm)
 """Products of eager attention; in the LLM they are left to ``Costs.pair``, as fused attention is."""
 
@@ -55,10 +58,15 @@ class Costs:
 
 
 class FlopMeter:
-    """Finds a model's ``costs`` in the first forward passes under ``watch``: one with an image is enough."""
+    """Finds a model's ``costs`` in the first forward passes under ``watch``: one with an image is enough.
 
-    def __init__(self) -> None:
+    Args:
+        stands_for: how many of the decoder's equal layers each one that runs stands for.
+    """
+
+    def __init__(self, stands_for: Fraction = Fraction(1)) -> None:
         self.costs: Costs | None = None
+        self._stands_for = stands_for
 
     @contextlib.contextmanager
     def watch(self, model: TrainingModel, operated: int, sizes: Sizes) -> Iterator[None]:
@@ -80,7 +88,7 @@ class FlopMeter:
         )
         head: Any = model.student.get_output_embeddings()
         self.costs = Costs(
-            token=products.counts["llm"] / operated,
+            token=float(products.counts["llm"] + int(products.counts["layers"]) * self._stands_for) / operated,
             pair=3.0 * 4 * width * len(llm.layers),
             answer=2.0 * head.in_features * head.out_features * (3 if head.weight.requires_grad else 2),
             image_token=products.counts["image"] / sizes.image_tokens if sizes.image_tokens else None,
@@ -95,12 +103,12 @@ class Products:
 
     def __init__(self, region: str = "") -> None:
         self.region = region
-        self.counts = {"": 0.0, "llm": 0.0, "image": 0.0}
+        self.counts = {"": 0.0, "llm": 0.0, "layers": 0.0, "image": 0.0}
 
     def count(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Runs ``operation`` and counts it."""
         result, kind = operation(*args, **kwargs), getattr(operation, "overloadpacket", operation)
-        if self.region and kind in FORMULAS and (self.region != "llm" or _is_linear(kind)):
+        if self.region and kind in FORMULAS and (self.region not in DECODER or _is_linear(kind)):
             factors = args[1:3] if kind in BIAS_FIRST else args[:2]
             asked = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
             self.counts[self.region] += FORMULAS[kind](*args, **kwargs, out_val=result) * (1 + asked)
@@ -134,7 +142,10 @@ def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
         for place in modules_of(model.student, part):
             region(model.student.get_submodule(place), "image")
     region(model.student.model, "image")
-    region(model.student.get_decoder(), "llm")
+    decoder = model.student.get_decoder()
+    region(decoder, "llm")
+    for layer in decoder.layers:
+        region(layer, "layers")
     if model.objective is not None:
         region(model.objective, "image")
     try:
