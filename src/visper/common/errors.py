@@ -49,3 +49,9 @@ class ProcessFailedError(VisperError, RuntimeError):
     """A process of the run ended badly, and the launcher has stopped the others."""
 
     exit_code = 1
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, as a sentence."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith((".", "!", "?")) else line + "."

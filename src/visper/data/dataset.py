@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,10 +29,10 @@ from visper.data.images import (
     arrange,
     background_of,
     open_image,
+    places_seen,
     rgb_bytes,
     stacked,
     student_bytes,
-    visible_places,
 )
 from visper.data.rows.lengths import Lengths
 from visper.data.rows.records import Drop, DropList, Record
@@ -100,17 +99,9 @@ class ConversationDataset(Dataset[Sample | Drop]):
             images=tuple(images) if self.own_processor else (),
             seen=() if stored else tuple(seen),
             stored={task: torch.stack([own[task] for own in stored]) for task in stored[0]} if stored else None,
-            image_places=self._places(images, encoded.image_tokens),
+            image_places=places_seen(self.geometry, [image.size for image in images], encoded.image_tokens),
             image_ids=tuple(image_id(held) for held in contents if held is not None),
         )
-
-    def _places(self, images: Sequence[Image.Image], tokens: Sequence[int]) -> Tensor | None:
-        """What each image token shows, where geometry ``pad`` makes some of them show nothing."""
-        if self.geometry != "pad":
-            return None
-        places = [visible_places(image.size, count) for image, count in zip(images, tokens, strict=True)]
-        known = [of_image for of_image in places if of_image is not None]
-        return torch.cat(known) if len(known) == len(places) else None
 
     @property
     def source_names(self) -> tuple[str, ...]:

@@ -228,3 +228,13 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
     width, height = (length / max(size) for length in size)
     shown = ((x - 0.5).abs() <= width / 2) & ((y - 0.5).abs() <= height / 2)
     return torch.stack((x, y), -1).masked_fill(~shown[..., None], float("nan")).flatten(0, 1)
+
+
+def places_seen(geometry: str, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> torch.Tensor | None:
+    """``visible_places`` of all images, where geometry ``pad`` makes some tokens show nothing; None in the others, and
+    where an image's tokens are no square grid."""
+    if geometry != "pad":
+        return None
+    places = [visible_places(size, count) for size, count in zip(sizes, tokens, strict=True)]
+    known = [of_image for of_image in places if of_image is not None]
+    return torch.cat(known) if len(known) == len(places) else None

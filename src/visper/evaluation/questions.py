@@ -68,21 +68,6 @@ def judge(question: Question, images: tuple[str, ...], said: str | None) -> Answ
     return Answered(images, question.kind, question.question, question.answers, said, correct, question.id)
 
 
-def shown_images(questions: Sequence[Question], blind: bool) -> list[tuple[str, ...]]:
-    """The images that are shown: each question's own, or for the blind control other questions'.
-
-    Raises:
-        DataError: a blind control of fewer than two different images.
-    """
-    own = [question.images for question in questions]
-    if not blind:
-        return own
-    others = other_images(own)
-    if others is None:
-        raise DataError("no other images", "the blind control needs questions on at least two different images")
-    return others
-
-
 def evaluate(
     student: Student,
     questions: Iterable[Question],
@@ -99,10 +84,13 @@ def evaluate(
 
     Raises:
         DataError: before the first question, for images that are not there or not under their folder, and for
-            questions that cannot be asked.
+            questions that cannot be asked; for a blind control of fewer than two different images.
     """
     items = list(questions)
-    shown = shown_images(items, shuffle_images)
+    own = [question.images for question in items]
+    shown = other_images(own) if shuffle_images else own
+    if shown is None:
+        raise DataError("no other images", "the blind control needs questions on at least two different images")
     prompts = [question.prompt(names) for question, names in zip(items, shown, strict=True)]
     answers = Answers(None, max_new_tokens=max_new_tokens)
     ask_all(lambda: student, prompts, ImageFolder(images), answers, batch_size)

@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from visper.common.cache import hub_cache_remedy
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, first_line
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def loading(part: str, name: str) -> Iterator[None]:
         raise ConfigError(f"{part}: cannot load '{name}': {remedy(name, error)}") from error
     except ImportError as error:
         extra = "pip install 'visper-lm[timm]', or a newer timm" if "timm" in str(error) else "install what it names"
-        raise ConfigError(f"{part}: cannot load '{name}': {_first_line(error)} Remedy: {extra}") from error
+        raise ConfigError(f"{part}: cannot load '{name}': {first_line(error)} Remedy: {extra}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -47,7 +47,7 @@ def remedy(name: str, error: OSError) -> str:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__
-    reason = _first_line(error)
+    reason = first_line(error)
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
         return (
             f"it is gated, and this machine's token (if any) may not read it: accept its license on "
@@ -62,11 +62,6 @@ def remedy(name: str, error: OSError) -> str:
         f"{reason} Give a folder that exists or a hub id. Without network: `hf download {name}` where there is one, "
         "then give the folder it made"
     )
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith((".", "!", "?")) else line + "."
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, first_line
 from visper.config import Run, load_run, read_recipe
 from visper.distillation import EmbeddingDistillation
 from visper.model import Encoder, Student, assemble_student, load_encoder
@@ -99,7 +99,7 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
         loaded = _encoder(settings.encoder, settings.feature_layer, settings.image_size, encoder_inside)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot load the image encoder '{settings.encoder}': {_first_line(error)} Give the folder of that encoder "
+            f"cannot load the image encoder '{settings.encoder}': {first_line(error)} Give the folder of that encoder "
             "as --encoder" + ("; its configuration is enough" if encoder_inside else "")
         ) from error
     llm_config = _llm_config(published)
@@ -162,7 +162,7 @@ def _tokenizer(published: Published, llm_config: PreTrainedConfig) -> PreTrained
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"cannot load the tokenizer in '{published.folder}': {_first_line(error)} Copy the base LLM's tokenizer "
+            f"cannot load the tokenizer in '{published.folder}': {first_line(error)} Copy the base LLM's tokenizer "
             "files there"
         ) from error
     if not tokenizer.chat_template:
@@ -228,8 +228,3 @@ def _head_shapes(
         scales = published.heads if published.kind is Kind.PT else ()
         return {PROBES: shapes | {f"logit_scales.{task}": () for task in scales}}
     return {None: queries} if queries else {}
-
-
-def _first_line(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith((".", "!", "?")) else line + "."

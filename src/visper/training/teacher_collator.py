@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 
 from visper.data.checks.digests import image_id
 from visper.data.collator import Preprocess
-from visper.data.images import arrange, background_of, geometry_of, rgb_bytes, stacked, visible_places
+from visper.data.images import arrange, background_of, geometry_of, places_seen, rgb_bytes, stacked
 from visper.data.vlm import ModelInputs, image_blocks
 
 SHARE = "distillation"
@@ -79,12 +79,7 @@ class TeacherCollator:
         """What each image token shows; None: a square grid of all of the image, or no task asks."""
         if self._inputs is not None:
             return self._inputs.places([images for images in shown if images], counts, batch)
-        if self._geometry != "pad":
-            return None
-        flat = (image for images in shown for image in images)
-        places = [visible_places(image.size, count) for image, count in zip(flat, counts, strict=True)]
-        known = [of_image for of_image in places if of_image is not None]
-        return torch.cat(known) if len(known) == len(places) else None
+        return places_seen(self._geometry, [image.size for images in shown for image in images], counts)
 
     def _tokens(self, row: int, images: Sequence[Image.Image], count: int) -> list[int]:
         """How many image tokens each image of a row has, ``count`` together."""

@@ -315,18 +315,13 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
     Raises:
         ConfigError: a file without ``images``, or a set with them; the set is unknown or not there.
     """
-    if is_rows_file(name):
+    if is_json_name(name):
         if images is None:
             raise ConfigError(f"'{name}' is a conversation file: say with --images where its image paths start")
         return [(Path(name), images)]
     if images is not None:
         raise ConfigError(f"'{name}' is a data set, which knows its images: leave out --images, or name a .json file")
     return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
-
-
-def is_rows_file(name: str) -> bool:
-    """Whether a conversation file is meant, not a set."""
-    return is_json_name(name)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
