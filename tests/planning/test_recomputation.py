@@ -49,6 +49,16 @@ def test_where_nothing_fits_everything_is_recomputed_with_a_warning_that_names_a
     assert "may not fit" in warning and "first change that fits: optimization.micro_batch=4" in warning
 
 
+def test_a_given_share_stays_and_where_it_does_not_fit_a_warning_names_a_change(run, monkeypatch, caplog):
+    little = with_optimization(run, gradient_checkpointing=0.0)
+    gpu(monkeypatch, peak(run, 0.0) + 1)
+    assert least_recomputation(little, 1)[0] == 0.0 and not caplog.messages
+    gpu(monkeypatch, peak(run, 0.0) - 1)
+    assert least_recomputation(little, 1)[0] == 0.0
+    (warning,) = caplog.messages
+    assert "with 0 of the layers recomputed: estimated peak" in warning and "first change that fits: " in warning
+
+
 def test_without_an_estimate_everything_is_recomputed(run, monkeypatch):
     gpu(monkeypatch, 80e9)
     lost = run.model_copy(update={"student": run.student.model_copy(update={"llm": "/nowhere/llm"})})

@@ -1,4 +1,4 @@
-"""Who decides ``gradient_checkpointing: auto``, and what a resumed run keeps."""
+"""Who decides ``gradient_checkpointing: auto``, what a resumed run keeps, and that a given share is estimated."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from accelerate import PartialState
 from visper.common.console import Console
 from visper.config import load_run, save_run
 from visper.training.output import LOG
-from visper.training.run import decide_recomputation
+from visper.training.recomputation import decide_recomputation
 
 
 def refuse(run, processes):
@@ -34,9 +34,16 @@ def test_a_cpu_recomputes_nothing_and_estimates_nothing(decide):
     assert decide(refuse) == 0.0
 
 
-def test_a_share_that_is_given_stays(decide, monkeypatch):
+def test_a_share_that_is_given_stays_and_the_memory_it_takes_is_said(decide, monkeypatch):
+    assert decide(refuse, value=0.25) == 0.25  # on a CPU nothing is estimated
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert decide(refuse, value=0.25) == 0.25
+    asked = []
+
+    def estimate(run, processes):
+        asked.append(run.optimization.gradient_checkpointing)
+        return 1.0, "all layers: no estimate"
+
+    assert decide(estimate, value=0.25) == 0.25 and asked == [0.25]
 
 
 def test_on_a_gpu_the_planner_decides_and_without_it_everything_is_recomputed(decide, monkeypatch):

@@ -61,14 +61,12 @@ from visper.training.parallel.deepspeed import (
     zero_state,
 )
 from visper.training.parallel.fsdp import check_replicas, is_sharded, shard, unshard
+from visper.training.recomputation import EstimateMemory, decide_recomputation
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
 from visper.training.stopping import StopRequest
 from visper.training.trackers import log_images, require_trackers, tensorboard
 from visper.training.trainer import StageTrainer
-
-ChooseRecomputation = Callable[[Run, int], tuple[float, str]]
-"""The run and its number of processes -> share of the layers to recompute, and why (one line)."""
 
 
 def run_stage(
@@ -77,7 +75,7 @@ def run_stage(
     callbacks: Sequence[TrainerCallback] = (),
     accept_changes: bool = False,
     evaluator: Evaluator | None = None,
-    recomputation: ChooseRecomputation | None = None,
+    recomputation: EstimateMemory | None = None,
 ) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
@@ -133,7 +131,7 @@ def run_stage(
 def run_pipeline(
     runs: Sequence[Run],
     evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
-    recomputation: ChooseRecomputation | None = None,
+    recomputation: EstimateMemory | None = None,
 ) -> None:
     """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
     console = Console()
@@ -178,30 +176,6 @@ def open_output(run: Run, resume: bool) -> Run:
         return own
 
     return first_decides(pinned)
-
-
-def decide_recomputation(
-    run: Run, processes: PartialState, choose: ChooseRecomputation | None, console: Console
-) -> Run:
-    """``gradient_checkpointing: auto`` becomes a share of the layers, the same on every process: the one that the
-    interrupted run had, none on a CPU, else what ``choose`` says."""
-    if run.optimization.gradient_checkpointing != "auto":
-        return run
-
-    def chosen() -> tuple[float, str]:
-        before = saved_run(Path(run.output))
-        if before is not None:
-            return before.optimization.recomputation, "as before"
-        if not torch.cuda.is_available():
-            return 0.0, ""
-        return choose(run, processes.num_processes) if choose is not None else (1.0, "all layers")
-
-    share, why = first_decides(chosen)
-    if why:
-        announce(console, "recomputed", why)
-    return run.model_copy(
-        update={"optimization": run.optimization.model_copy(update={"gradient_checkpointing": share})}
-    )
 
 
 def build_student(run: Run, processes: PartialState, console: Console) -> Student:
