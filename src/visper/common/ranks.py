@@ -40,7 +40,7 @@ def first_decides(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Around collectives of the start: one line where another process has ended, or is later than the run waits.
+    """Around collectives: one line where another process has ended, or is later than the run waits.
 
     Raises:
         ProcessFailedError: what torch said; which process it was, the launcher's message tells.
@@ -53,6 +53,35 @@ def naming_lost_processes() -> Iterator[None]:
             f"process {rank} of {count} waits in vain for the others ({str(error).splitlines()[0]}): one of them has "
             "ended, which its own message or the launcher's explains, or takes longer than launch.timeout_minutes"
         ) from error
+
+
+def wait_for_all() -> None:
+    """Waits until every process is here.
+
+    Raises:
+        ProcessFailedError: one is lost, see ``naming_lost_processes``.
+    """
+    from accelerate import PartialState
+
+    with naming_lost_processes():
+        PartialState().wait_for_everyone()
+
+
+@contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The first process runs the block, then the others do.
+
+    Raises:
+        ProcessFailedError: one is lost, see ``naming_lost_processes``.
+    """
+    from accelerate import PartialState
+
+    first = PartialState().is_main_process
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
 
 
 def require_nccl() -> None:

@@ -23,7 +23,7 @@ from visper.common.console import Console, announce, track
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
-from visper.common.ranks import first_decides, require_nccl
+from visper.common.ranks import first_decides, first_goes_first, require_nccl, wait_for_all
 from visper.config import Data, Distillation, Run
 from visper.config.schema import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
@@ -71,7 +71,7 @@ def build_targets(
     background = background_of(starting_processor(run).image_processor)
     made_by = fingerprints(run.distillation.tasks, run.data.geometry.value, background)
     codecs = {task: TargetCodec(own.spec, dtype) for task, own in planned_teachers(run.distillation).items()}
-    records = _open_rows(run.data, state, console.quiet)
+    records = _open_rows(run.data, console.quiet)
     if size_only:
         return _shared_plan(records, out, made_by, codecs, console)
 
@@ -87,14 +87,14 @@ def build_targets(
         images = _Images(records, run.data.geometry.value, background, preprocess)
         mine = plan.parts[state.process_index :: state.num_processes]
         _compute(mine, images, outputs, batch, run.data.workers, state.device, console)
-        state.wait_for_everyone()
+        wait_for_all()
         announce(console, "targets", f"complete: '{out}'; train with distillation.targets={out}")
         return plan
 
 
-def _open_rows(data: Data, state: PartialState, quiet: bool) -> Records:
+def _open_rows(data: Data, quiet: bool) -> Records:
     agreed = (drop for file in data.drop_list for drop in DropList.read(Path(file)))
-    with state.main_process_first():  # the others read what it has cached
+    with first_goes_first():  # the others read what it has cached
         return open_records(row_files(data), DropList(agreed=agreed), quiet=quiet)
 
 

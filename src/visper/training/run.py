@@ -23,7 +23,7 @@ from visper.common.files import atomic_path
 from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
-from visper.common.ranks import first_decides, require_nccl
+from visper.common.ranks import first_decides, require_nccl, wait_for_all
 from visper.config import Engine, Evaluation, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
@@ -124,7 +124,7 @@ def run_stage(
         if processes.is_main_process:
             finish(run, student, model)
             announce(console, "saved", f"{output}/model")
-        processes.wait_for_everyone()
+        wait_for_all()
     return output / "model"
 
 

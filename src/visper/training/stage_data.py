@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from visper.common.console import Console, announce
 from visper.common.errors import DataError
-from visper.common.ranks import first_decides
+from visper.common.ranks import first_decides, first_goes_first
 from visper.config import Data, Optimization
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import unknown_words
@@ -113,8 +111,7 @@ def _surveyed_rows(
 
     The first process reads, counts and looks at files; the others read its cache, and take its word on the files.
     """
-    state = PartialState()
-    with state.main_process_first():
+    with first_goes_first():
         records = open_records(row_files(settings), drops, quiet=console.quiet)
         found = measure(records, encoder, console.quiet)
     total = len(records) + len(drops)

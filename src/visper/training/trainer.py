@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from visper.common.ranks import wait_for_all
 from visper.config import Engine, Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
@@ -272,6 +273,6 @@ class StageTrainer(Trainer):
         self.writer.wait()
         checkpoint.require_finite(self._bare(), self.accelerator)
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.writer.complete(name, self.best_checkpoint)
