@@ -23,15 +23,13 @@ from visper.common.files import write_text
 from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
+PATIENCE_S = 1.0
+"""For a holder that was killed while it forked: its child closes the lock first thing."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class InUseError(ConfigError):
     """Another process holds a folder."""
-
-
-PATIENCE_S = 1.0
-"""For a holder that was killed while it forked: its child closes the lock first thing."""
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager

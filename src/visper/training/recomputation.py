@@ -21,23 +21,23 @@ warns where the run does not fit."""
 def decide_recomputation(run: Run, processes: PartialState, estimate: EstimateMemory | None, console: Console) -> Run:
     """``gradient_checkpointing: auto`` becomes a share of the layers, the same on every process: the one that the
     interrupted run had, none on a CPU, else what ``estimate`` says, which is asked about a given share, too."""
-    given = run.optimization.gradient_checkpointing
+    asked = run.optimization.gradient_checkpointing == "auto"
 
     def decided() -> tuple[float, str]:
         before = saved_run(Path(run.output))
         if before is not None:
-            return before.optimization.recomputation, "as before" if given == "auto" else ""
+            return before.optimization.recomputation, "as before" if asked else ""
         if not torch.cuda.is_available():
             return 0.0, ""
-        return estimate(run, processes.num_processes) if estimate is not None else (1.0, "all layers")
+        if estimate is None:
+            return 1.0, "all layers" if asked else ""
+        return estimate(run, processes.num_processes)
 
     share, why = first_decides(decided)
-    if given != "auto":
-        if estimate is not None and why:
-            announce(console, "memory", why)
-        return run
     if why:
-        announce(console, "recomputed", why)
+        announce(console, "recomputed" if asked else "memory", why)
+    if not asked:
+        return run
     return run.model_copy(
         update={"optimization": run.optimization.model_copy(update={"gradient_checkpointing": share})}
     )
