@@ -167,14 +167,13 @@ def _require_same(out: Path, size: Size) -> None:
     """Refuses a folder whose results come from other sizes or recipes; the packages' versions may differ."""
     recipes = sorted({"study/start", *(recipe for arm in ARMS.values() for recipe in (arm.pt, arm.ift))})
     runs = {name: load_run(name).model_dump(mode="json") for name in recipes}
-    file, wanted = out / "study.json", json.loads(json.dumps({"size": asdict(size), "recipes": runs}))
+    file, wanted = out / "study.json", json.loads(json.dumps({"size": asdict(size), **runs}))
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=1))
         return
     had = json.loads(file.read_text(encoding="utf-8"))
-    parts = {"size": had.get("size"), **had.get("recipes", {})}
-    if other := [part for part, now in {"size": wanted["size"], **runs}.items() if parts.get(part) != now]:
+    if other := [part for part in wanted if had.get(part) != wanted[part]]:
         raise ConfigError(
             f"'{out}' holds a study with another {', '.join(other)}, not to be compared: choose another --out"
         )
