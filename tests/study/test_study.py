@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from visper.common.console import Console
 from visper.common.errors import ConfigError, TrainingError
@@ -27,7 +28,7 @@ from visper.study import run as study_run
 from visper.study.arms import ARMS, FEEDING, NOTHING, PUBLISHED
 from visper.study.cells import FAST, FULL, Cell, needs, pre_training, train_whole
 from visper.study.controls import SCALE, ShuffledTeacher, StudyTower, save_tower
-from visper.study.report import compare, labels_needed, report
+from visper.study.report import compare, draw, labels_in_words, labels_needed, report
 from visper.study.run import finish, prepare_start, require_upper_mark, study
 from visper.study.world import instruct_records, pretrain_records
 
@@ -111,6 +112,23 @@ def test_labels_needed_lie_between_measured_numbers_on_a_logarithmic_scale():
     assert labels_needed(curve, 0.6) == pytest.approx(200)
     assert labels_needed(curve, 0.4) == 100
     assert labels_needed(curve, 0.8) == math.inf
+
+
+def test_learning_curves_show_every_kind_on_the_same_scale(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw))
+    )
+    kinds = {"relation": [99, 100], "depth": [60, 100], "nearest": [0, 100]}
+    draw({NOTHING: {0: {"labels": {"20": kinds, "40": kinds}}}}, [20, 40], tmp_path / "curves.svg")
+    scales = [axis.get_ylim() for axis in drawn[0].axes if axis.lines]
+    assert len(scales) == 4 and len(set(scales)) == 1
+    assert scales[0][0] <= 0 and scales[0][1] >= 1
+
+
+def test_labels_needed_at_either_end_of_what_was_measured_are_bounds():
+    assert [labels_in_words(needed, [250, 1000]) for needed in (250, 400.4, math.inf)] == ["<= 250", "400", "> 1000"]
 
 
 def test_differences_are_paired_by_seed():

@@ -80,6 +80,13 @@ def labels_needed(curve: Mapping[int, float], accuracy: float) -> float:
     return math.inf
 
 
+def labels_in_words(needed: float, labels: Sequence[int]) -> str:
+    """Labels needed; at either end of the numbers measured it is not known how many fewer, or more, would do."""
+    if needed <= min(labels):
+        return f"<= {min(labels)}"
+    return f"{needed:.0f}" if math.isfinite(needed) else f"> {max(labels)}"
+
+
 def report(
     results: Results, probes: Mapping[str, Sequence[Finding]], labels: Sequence[int], out: Path, console: Console
 ) -> None:
@@ -104,7 +111,7 @@ def report(
     }
     table = Table("arm", *next(iter(needed.values())), title=f"labels for what '{NOTHING}' reaches with {most}")
     for arm, kinds in needed.items():
-        table.add_row(arm, *(f"{value:.0f}" if math.isfinite(value) else f"> {most}" for value in kinds.values()))
+        table.add_row(arm, *(labels_in_words(value, labels) for value in kinds.values()))
     console.print(table)
     content = {
         "accuracies": {arm: {n: accuracies(results, arm, n) for n in labels} for arm in results},
@@ -123,6 +130,8 @@ def report(
 def draw(results: Results, labels: Sequence[int], file: Path) -> None:
     """A panel for each kind of question: accuracy over the number of labels, a line for each arm, means over seeds.
 
+    All panels show 0 to 1: an axis fitted to each would make differences of half a point look large.
+
     Raises:
         ConfigError: matplotlib is not installed.
     """
@@ -135,7 +144,7 @@ def draw(results: Results, labels: Sequence[int], file: Path) -> None:
         for arm in results:
             means = [_means(accuracies(results, arm, number))[kind] for number in labels]
             axis.plot(labels, means, marker="o", label=arm)
-        axis.set(title=kind, xlabel="labels", ylabel="accuracy", xscale="log")
+        axis.set(title=kind, xlabel="labels", ylabel="accuracy", xscale="log", ylim=(-0.02, 1.02))
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4)
     with atomic_path(file) as partial:
