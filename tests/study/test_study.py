@@ -15,6 +15,8 @@ from visper.common.console import Console
 from visper.common.errors import ConfigError, TrainingError
 from visper.common.lock import locked
 from visper.config import load_run
+from visper.evaluation.probe.curves import SCORES, save_findings
+from visper.evaluation.probe.measures import Finding
 from visper.model import load_student
 from visper.model.encoders import load_encoder
 from visper.quickstart import BASES
@@ -29,7 +31,7 @@ from visper.study.arms import ARMS, FEEDING, NOTHING, PUBLISHED
 from visper.study.cells import FAST, FULL, Cell, needs, pre_training, train_whole
 from visper.study.controls import SCALE, ShuffledTeacher, StudyTower, save_tower
 from visper.study.report import compare, draw, labels_in_words, labels_needed, report
-from visper.study.run import finish, prepare_start, require_upper_mark, study
+from visper.study.run import finish, prepare_start, probe, require_upper_mark, study
 from visper.study.world import instruct_records, pretrain_records
 
 QUIET = Console(quiet=True)
@@ -160,6 +162,32 @@ def test_a_cell_that_another_process_runs_is_left_to_it_at_first(tmp_path, monke
 
     assert [row["seed"] for row in finish(cells, {}, QUIET)] == [1, 2]
     assert ran == [2, 1]
+
+
+def test_probes_that_another_process_runs_are_left_to_it_and_finished_ones_need_no_model(tmp_path, monkeypatch):
+    ran = []
+
+    def probe_world(model, world, bases, judged, length, out):
+        ran.append(out.parent.name)
+        if ran == ["published-0.1"]:
+            release()
+        out.mkdir()
+        save_findings([Finding("depth/1", "cosine", 0.5, {})], out / SCORES)
+
+    monkeypatch.setattr(study_cells, "probe_world", probe_world)
+    monkeypatch.setattr(study_cells, "train_whole", lambda *_: None)
+    monkeypatch.setattr(study_cells, "prepare_world", lambda *_: None)
+    cells = [Cell(tmp_path, ARMS[NOTHING], 1, FAST), Cell(tmp_path, ARMS[PUBLISHED], 1, FAST, 0.1)]
+    held = locked(cells[0].place, QUIET)
+    held.__enter__()
+
+    def release():
+        held.__exit__(None, None, None)
+
+    assert set(probe(cells, QUIET)) == {NOTHING, PUBLISHED}
+    assert ran == ["published-0.1", "nothing"]
+    monkeypatch.setattr(study_cells, "train_whole", None)
+    assert probe(cells, QUIET)[NOTHING][0].value == 0.5
 
 
 def test_an_arm_of_equal_compute_runs_what_says_its_steps_first(tmp_path):

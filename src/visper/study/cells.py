@@ -16,7 +16,9 @@ from visper.common.lock import locked
 from visper.config import Run, load_run
 from visper.evaluation import evaluate, load_to_ask, read_questions, save_answers
 from visper.evaluation.predictions import load_pre_trained
-from visper.quickstart.probed import world_findings
+from visper.evaluation.probe.curves import SCORES, read_findings
+from visper.evaluation.probe.measures import Finding
+from visper.quickstart.probed import probe_world, world_findings
 from visper.quickstart.run import Stopwatch
 from visper.study.arms import ARMS, NOTHING, PUBLISHED, Arm
 from visper.study.world import write_study_world
@@ -90,6 +92,17 @@ def finished(cell: Cell, weights: Mapping[str, float], console: Console, wait: b
             if not cell.result.exists():
                 run_cell(cell, weights, console)
     return dict(json.loads(cell.result.read_text(encoding="utf-8")))
+
+
+def probed(cell: Cell, console: Console, wait: bool = True) -> list[Finding]:
+    """Scores of probes of every layer after a cell's own pre-training, read or made."""
+    place = cell.place / "probe"
+    if not (place / SCORES).exists():
+        with locked(cell.place, console, wait):
+            model = Path(pre_train(cell, {}, console).output)
+            length = f"optimization.max_steps={cell.size.probe_steps}"
+            probe_world(model, cell.world, cell.out / "bases", cell.size.judged, length, place)
+    return read_findings(place)
 
 
 def run_cell(cell: Cell, weights: Mapping[str, float], console: Console) -> None:

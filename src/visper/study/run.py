@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from visper.common.lock import InUseError, locked
 from visper.config import load_run
 from visper.evaluation.probe.curves import averaged
 from visper.evaluation.probe.measures import Finding
-from visper.quickstart.probed import probe_world
 from visper.quickstart.run import Stopwatch, copy_bases
 from visper.quickstart.scenes import draw_scene
 from visper.study.arms import ARMS, FEEDING, NOTHING, Arm
-from visper.study.cells import Cell, Size, finished, pre_train, prepare_world, rows_of, train_whole
+from visper.study.cells import Cell, Size, finished, prepare_world, probed, rows_of, train_whole
 from visper.study.controls import save_fed, save_tower
 from visper.study.world import NEAREST
 from visper.training import is_finished
 
+Result = TypeVar("Result")
 CHOOSING_SEED = 1000
 """Weights are chosen on its world; it is not reported."""
 START_SEED = 1001
@@ -69,29 +69,33 @@ def study(
 
 
 def finish(cells: Sequence[Cell], weights: Mapping[str, float], console: Console) -> list[dict[str, Any]]:
-    """The results of cells: what no other process is at first, then what others have finished or left."""
-    for cell in cells:
-        with suppress(InUseError):
-            finished(cell, weights, console, wait=False)
-    return [finished(cell, weights, console) for cell in cells]
+    """The results of cells."""
+    return shared(cells, lambda cell, wait: finished(cell, weights, console, wait))
 
 
 def probe(cells: Sequence[Cell], console: Console) -> dict[str, list[Finding]]:
     """Arm -> scores of probes of every layer after pre-training, means over the first seeds; of arms whose
     pre-training differs in more than its length."""
+    seeds = sorted({cell.seed for cell in cells})
+    told = [
+        cell
+        for cell in cells
+        if cell.seed in seeds[: cell.size.probed]
+        and (cell.arm.name == NOTHING or (cell.arm.own_pt and not cell.arm.equal_compute))
+    ]
     found: dict[str, list[list[Finding]]] = {}
+    for cell, scores in zip(told, shared(told, lambda cell, wait: probed(cell, console, wait)), strict=True):
+        found.setdefault(cell.arm.name, []).append(scores)
+    return {arm: averaged(of_seeds) for arm, of_seeds in found.items()}
+
+
+def shared(cells: Sequence[Cell], work: Callable[[Cell, bool], Result]) -> list[Result]:
+    """What ``work(cell, wait)`` makes of each cell: first of those that no other process is at, then, waiting for
+    their end, of those that others have finished or left."""
     for cell in cells:
-        seeds, arm = sorted({one.seed for one in cells})[: cell.size.probed], cell.arm
-        if cell.seed not in seeds or not (arm.name == NOTHING or (arm.own_pt and not arm.equal_compute)):
-            continue
-        length = f"optimization.max_steps={cell.size.probe_steps}"
-        with locked(cell.place, console, wait=True):
-            pt = pre_train(cell, {}, console)
-            scores = probe_world(
-                Path(pt.output), cell.world, cell.out / "bases", cell.size.judged, length, cell.place / "probe"
-            )
-        found.setdefault(arm.name, []).append(scores)
-    return {arm: averaged(seeds) for arm, seeds in found.items()}
+        with suppress(InUseError):
+            work(cell, False)
+    return [work(cell, True) for cell in cells]
 
 
 def prepare_start(out: Path, size: Size, console: Console) -> None:
