@@ -23,7 +23,7 @@ from visper.evaluation.probe.measures import Finding
 from visper.quickstart.run import Stopwatch, copy_bases
 from visper.quickstart.scenes import draw_scene
 from visper.study.arms import ARMS, FEEDING, NOTHING, Arm
-from visper.study.cells import Cell, Size, finished, prepare_world, probed, rows_of, train_whole
+from visper.study.cells import Cell, Size, finished, needs, prepare_world, probed, rows_of, train_whole
 from visper.study.controls import save_fed, save_tower
 from visper.study.world import NEAREST
 from visper.training import is_finished
@@ -77,12 +77,7 @@ def probe(cells: Sequence[Cell], console: Console) -> dict[str, list[Finding]]:
     """Arm -> scores of probes of every layer after pre-training, means over the first seeds; of arms whose
     pre-training differs in more than its length."""
     seeds = sorted({cell.seed for cell in cells})
-    told = [
-        cell
-        for cell in cells
-        if cell.seed in seeds[: cell.size.probed]
-        and (cell.arm.name == NOTHING or (cell.arm.own_pt and not cell.arm.equal_compute))
-    ]
+    told = [cell for cell in cells if cell.seed in seeds[: cell.size.probed] and not needs(cell, {})]
     found: dict[str, list[list[Finding]]] = {}
     for cell, scores in zip(told, shared(told, lambda cell, wait: probed(cell, console, wait)), strict=True):
         found.setdefault(cell.arm.name, []).append(scores)
