@@ -1,4 +1,4 @@
-"""A controlled comparison of visual supervision: arms trained alike, over seeds and numbers of labels."""
+"""A controlled comparison of visual supervision: equal training in every arm, several seeds and numbers of labels."""
 
 from visper.study.arms import ARMS, Arm
 from visper.study.cells import FAST, FULL, Size

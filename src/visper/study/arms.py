@@ -1,4 +1,4 @@
-"""The arms: what each changes in the same two recipes."""
+"""The arms of the study: each changes one thing in the same two recipes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NOTHING, PUBLISHED, FEEDING, SHUFFLED = "nothing", "published", "feature feeding
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One training condition.
 
     Attributes:
-        pt, ift: its recipes.
-        fed: its projector reads the teachers' tokens, too.
-        equal_compute: pre-trains for as many steps as cost what the published method's cost.
-        more: pre-trains on more scenes.
+        pt, ift: names of its recipes.
+        fed: the projector also reads the teachers' tokens.
+        equal_compute: pre-train for as many steps as the published method's processor time buys.
+        more: pre-train on more scenes.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Arm:
 
     @property
     def supervised(self) -> str | None:
-        """The recipe with embedding losses, whose weight is chosen."""
+        """The recipe with embedding losses, or None. Their weight is chosen among ``run.WEIGHTS``."""
         return next((recipe for recipe in (self.pt, self.ift) if load_run(recipe).distillation), None)
 
     @property
@@ -54,4 +54,4 @@ ARMS = {
         Arm("gram in IFT", ift="study/ift-gram"),
     )
 }
-"""In the order in which a seed's runs are made: the first of them answer the main question."""
+"""In the order in which they run for each seed; the first ones answer the main question."""

@@ -1,4 +1,4 @@
-"""One cell of the study: an arm with a seed. Its recipes, its training and what it answers."""
+"""One cell of the study: one arm with one seed. Builds its recipes, trains it and scores its answers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,22 @@ from visper.training import is_finished, run_stage
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything.
+    """Sizes of a study.
 
     Attributes:
-        scenes, more: of pre-training, and of the arm with more data.
-        start_steps: of the student that all arms begin with.
+        scenes: scenes to pre-train on.
+        more: the same for the arm with more data.
+        held_out: scenes that no arm trains on.
+        per_kind: held-out questions of each kind.
+        start_steps: steps of the student that all arms start from.
+        pt_steps: steps of pre-training.
         labels: number of questions to fine-tune on -> steps.
         chosen_at: the number of labels at which weights are compared.
-        judged: scenes whose predictions are compared with their teachers.
-        probed: seeds whose pre-trained models are probed.
-        probe_steps: of the probes.
-        margin: how much more, of 1, feature feeding must answer than no supervision for the setting to show anything.
+        judged: held-out scenes on which predictions are compared with the teachers.
+        probed: number of seeds whose pre-trained models are probed.
+        probe_steps: steps of the probes.
+        margin: least gain in accuracy (0 to 1) of feature feeding over no supervision; below it the setting can
+            show nothing.
     """
 
     scenes: int
@@ -70,23 +75,23 @@ class Cell:
 
     @property
     def place(self) -> Path:
-        """The folder of its runs and results."""
+        """The folder of the cell's runs and results."""
         name = self.arm.name.replace(",", "").replace(" ", "-")
         return self.out / f"seed-{self.seed}" / (name if self.weight is None else f"{name}-{self.weight:g}")
 
     @property
     def world(self) -> Path:
-        """The scenes and questions of its seed."""
+        """The folder of the seed's scenes and questions."""
         return self.out / f"seed-{self.seed}" / "world"
 
     @property
     def result(self) -> Path:
-        """The file of its results."""
+        """The file of the cell's results."""
         return self.place / "result.json"
 
 
 def finished(cell: Cell, weights: Mapping[str, float], console: Console, wait: bool = True) -> dict[str, Any]:
-    """A cell's result, read or made."""
+    """The result of a cell: read from disk, or computed first."""
     if not cell.result.exists():
         with locked(cell.place, console, wait):
             if not cell.result.exists():
@@ -95,7 +100,7 @@ def finished(cell: Cell, weights: Mapping[str, float], console: Console, wait: b
 
 
 def probed(cell: Cell, console: Console, wait: bool = True) -> list[Finding]:
-    """Scores of probes of every layer after a cell's own pre-training, read or made."""
+    """Probe scores of every layer after the cell's own pre-training: read from disk, or computed first."""
     place = cell.place / "probe"
     if not (place / SCORES).exists():
         with locked(cell.place, console, wait):
@@ -106,9 +111,9 @@ def probed(cell: Cell, console: Console, wait: bool = True) -> list[Finding]:
 
 
 def run_cell(cell: Cell, weights: Mapping[str, float], console: Console) -> None:
-    """Trains and asks one cell, continuing where it stopped, after the cells that it needs.
+    """Trains and evaluates one cell, after the cells that it needs; finished stages are not repeated.
 
-    Writes ``result.json``: ``labels``: number of labels -> kind -> [right, asked]; ``cosines``: layer -> [centered
+    Writes ``result.json`` with ``labels``: number of labels -> kind -> [right, asked]; ``cosines``: layer -> [centered
     cosine, the same with another scene's target]; ``cpu_seconds`` and ``steps`` by stage.
     """
     costs = {need.arm.name: finished(need, weights, console)["cpu_seconds"]["pt"] for need in needs(cell, weights)}
@@ -132,7 +137,7 @@ def run_cell(cell: Cell, weights: Mapping[str, float], console: Console) -> None
 
 
 def needs(cell: Cell, weights: Mapping[str, float]) -> list[Cell]:
-    """The cells whose pre-training, or its cost, a cell needs."""
+    """The cells that must run first because this one needs their pre-trained model or its cost."""
     if cell.arm.name == NOTHING or (cell.arm.own_pt and not cell.arm.equal_compute):
         return []
     base = replace(cell, arm=ARMS[NOTHING], weight=None)
@@ -141,7 +146,7 @@ def needs(cell: Cell, weights: Mapping[str, float]) -> list[Cell]:
 
 
 def pre_train(cell: Cell, costs: Mapping[str, float], console: Console) -> Run:
-    """Runs what ``pre_training`` says unless it has run; results may have come without their models."""
+    """Runs ``pre_training`` unless its model is there. Results copied from another machine come without models."""
     prepare_world(cell, console)
     run = pre_training(cell, costs)
     place = Path(run.output).parent
@@ -151,10 +156,10 @@ def pre_train(cell: Cell, costs: Mapping[str, float], console: Console) -> Run:
 
 
 def pre_training(cell: Cell, costs: Mapping[str, float]) -> Run:
-    """The recipe of a cell's pre-training; an arm that differs in fine-tuning alone shares that without supervision.
+    """The recipe of a cell's pre-training. Arms that differ only in fine-tuning share that of the unsupervised arm.
 
     Args:
-        costs: arm -> processor seconds of its pre-training, for an arm of equal compute.
+        costs: arm -> processor seconds of its pre-training; read by the arms of equal compute.
     """
     own = cell if cell.arm.own_pt else replace(cell, arm=ARMS[NOTHING], weight=None)
     arm, bases, steps = own.arm, cell.out / "bases", cell.size.pt_steps
@@ -187,7 +192,7 @@ def rows_of(cell: Cell, name: str) -> dict[str, Any]:
 
 
 def _objective(recipe: str, bases: Path, weight: float | None) -> dict[str, Any]:
-    """The recipe's tasks with the bases' folders and the chosen weight."""
+    """Changes to a recipe: teachers from ``bases``, and the chosen weight for every task."""
     section = load_run(recipe).distillation
     if section is None:
         return {}
@@ -198,8 +203,11 @@ def _objective(recipe: str, bases: Path, weight: float | None) -> dict[str, Any]
 
 
 def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> None:
-    """Trains a stage that is not finished, from its first step: it takes minutes, and its processor seconds, by which
-    arms of equal compute are made, must be those of all steps."""
+    """Trains a stage from its first step unless it is finished.
+
+    An interrupted one is not resumed: arms of equal compute need the processor seconds of all steps, and a stage takes
+    minutes.
+    """
     if is_finished(run):
         return
     shutil.rmtree(run.output, ignore_errors=True)
@@ -209,7 +217,7 @@ def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> No
 
 
 def _ask(cell: Cell, model: Path) -> dict[str, list[int]]:
-    """Kind -> [right, asked] of a fine-tuned model; raw answers are kept."""
+    """Kind -> [right, asked] of a fine-tuned model. Writes its raw answers, too."""
     questions = read_questions(cell.world / "questions.json")
     answered = evaluate(load_to_ask(model), questions, cell.world / "images", batch_size=64, max_new_tokens=4)
     save_answers(cell.place / f"{model.name}.jsonl", answered)
@@ -220,8 +228,10 @@ def _ask(cell: Cell, model: Path) -> dict[str, list[int]]:
 
 
 def _cosines(run: Run, cell: Cell) -> dict[str, list[float]]:
-    """Layer -> [centered cosine of predictions and targets, the same with another scene's]; none without a predictor
-    of a teacher's tokens."""
+    """Layer -> [centered cosine of predictions and targets, the same with another scene's target].
+
+    Empty where no head predicts a teacher's tokens.
+    """
     taught = run.distillation.taught if run.distillation is not None else {}
     if not taught or any(task.head.kind == "none" for task in taught.values()):
         return {}

@@ -1,4 +1,4 @@
-"""What an arm is compared with: targets of other images, and the teachers' features as input."""
+"""The two control conditions: targets of other images, and the teachers' features as input."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from visper.model import load_student, save_student
 from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher
 
 SCALE = 4.0
-"""Deviation of what projectors read, about that of the quickstart's encoder, whose learning rates the recipes have."""
+"""Standard deviation of the projector's input: about that of the quickstart's encoder, for which the learning rates
+were found."""
 
 
 class ShuffledTeacher(TowerTeacher):
-    """Gives every image the target of the image before it in its micro-batch: as many targets of the same kind, which
-    say nothing about the image."""
+    """Gives every image the target of the previous image in its micro-batch: targets of the same distribution that say
+    nothing about the image."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         if len(pixels) < 2:
@@ -30,7 +31,7 @@ class ShuffledTeacher(TowerTeacher):
 
 
 class StudyTowerConfig(PreTrainedConfig):
-    """An encoder and the teachers, if any, whose tokens lie beside its states."""
+    """Configuration of an encoder and of the teachers, if any, whose tokens are concatenated to its states."""
 
     model_type = "visper_study_tower"
 
@@ -48,16 +49,16 @@ class StudyTowerConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of a patch: the encoder's state, its column and row, the teachers' tokens."""
+        """Width of a patch: encoder state, one-hot column and row, teachers' tokens."""
         side = self.image_size // self.patch_size
         return int(self.encoder.get("hidden_size", 0)) + 2 * side + sum(int(t["width"]) for t in self.teachers)
 
 
 class StudyTower(PreTrainedModel):
-    """What an arm's projector reads of each patch: the encoder's state, standardized, its column and row, and, in the
-    arm that is fed features, the frozen teachers' tokens.
+    """The projector's input for each patch: the encoder's standardized state, the patch's column and row and, with
+    feature feeding, the frozen teachers' tokens.
 
-    A student with it needs this package to load.
+    A student with this tower needs this package to load.
     """
 
     config: StudyTowerConfig
@@ -77,10 +78,10 @@ class StudyTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing of its own to initialize: its parts bring their weights."""
+        """Does nothing: all weights come from the parts."""
 
     def train(self, mode: bool = True) -> StudyTower:
-        """The teachers stay in evaluation mode: their normalization has statistics of its own."""
+        """Keeps the teachers in evaluation mode, so that their normalization statistics do not change."""
         super().train(mode)
         self.teachers.eval()
         return self
@@ -110,7 +111,7 @@ AutoModel.register(StudyTowerConfig, StudyTower, exist_ok=True)
 @without_loading_bars()
 @torch.no_grad()
 def save_tower(encoder: Path, images: Tensor, folder: Path) -> None:
-    """Makes the folder of a tower without teachers; ``images [S, 3, H, W]``, normalized, give its statistics."""
+    """Saves a tower without teachers. Normalized ``images [S, 3, H, W]`` give the statistics for standardizing."""
     own = CLIPVisionModel.from_pretrained(encoder, dtype=torch.float32)
     tower = StudyTower(StudyTowerConfig(own.config.to_dict()))
     tower.encoder.load_state_dict(own.state_dict())
@@ -124,8 +125,10 @@ def save_tower(encoder: Path, images: Tensor, folder: Path) -> None:
 @without_loading_bars()
 @torch.no_grad()
 def save_fed(start: str | Path, teachers: list[Path], folder: Path) -> None:
-    """Saves the student of ``start`` with the teachers' tokens as further input. It answers as before: what its
-    projector makes of them is nothing yet, its new columns being zeros."""
+    """Saves the student of ``start`` with the teachers' tokens as additional input.
+
+    The projector's columns for them are zero, so it answers as before.
+    """
     student = load_student(start)
     model, before = student.model, student.model.model.vision_tower
     assert isinstance(before, StudyTower)

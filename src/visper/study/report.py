@@ -1,4 +1,4 @@
-"""What the arms' results say: accuracies, paired differences, labels needed for equal accuracy, and learning curves."""
+"""The study's report: accuracies, paired differences, labels needed for equal accuracy, and learning curves."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from visper.study.arms import NOTHING, SHUFFLED
 from visper.study.run import mean_accuracy
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""Arm -> seed -> what ``run_cell`` returns."""
+"""Arm -> seed -> the result that ``run_cell`` writes."""
 MEAN = "mean"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm's accuracy less the baseline's, in points, paired by seed, with its 95 % t-interval."""
+    """An arm's accuracy minus the baseline's in percentage points, paired by seed, with its 95 % t-interval."""
 
     arm: str
     kind: str
@@ -38,7 +38,7 @@ class Difference:
 
 
 def accuracies(results: Results, arm: str, labels: int) -> dict[int, dict[str, float]]:
-    """Seed -> kind -> accuracy, and the mean over the kinds that training asks."""
+    """Seed -> kind -> accuracy, with ``MEAN`` over the kinds seen in training."""
     found = {}
     for seed, result in results[arm].items():
         kinds = {kind: right / asked for kind, (right, asked) in result["labels"][str(labels)].items()}
@@ -47,7 +47,7 @@ def accuracies(results: Results, arm: str, labels: int) -> dict[int, dict[str, f
 
 
 def compare(results: Results, labels: int, baseline: str = NOTHING) -> list[Difference]:
-    """Every arm against the baseline, paired by the seeds that both have; two are needed."""
+    """Every arm against the baseline, paired by seed; arms that share fewer than two seeds with it are left out."""
     base, found = accuracies(results, baseline, labels), []
     for arm in results:
         own = accuracies(results, arm, labels)
@@ -62,13 +62,13 @@ def compare(results: Results, labels: int, baseline: str = NOTHING) -> list[Diff
 
 
 def labels_needed(curve: Mapping[int, float], accuracy: float) -> float:
-    """Labels at which a learning curve first reaches an accuracy, between two measured numbers on a logarithmic scale.
+    """Labels at which a learning curve first reaches an accuracy, interpolated on a logarithmic scale.
 
     Args:
         curve: number of labels -> accuracy.
 
     Returns:
-        The least number measured where that is enough; infinity where none is.
+        The smallest measured number if it is enough; infinity if no measured number is.
     """
     points = sorted(curve.items())
     if points[0][1] >= accuracy:
@@ -81,7 +81,7 @@ def labels_needed(curve: Mapping[int, float], accuracy: float) -> float:
 
 
 def labels_in_words(needed: float, labels: Sequence[int]) -> str:
-    """Labels needed; at either end of the numbers measured it is not known how many fewer, or more, would do."""
+    """Labels needed, as a bound at either end of the measured numbers."""
     if needed <= min(labels):
         return f"<= {min(labels)}"
     return f"{needed:.0f}" if math.isfinite(needed) else f"> {max(labels)}"
@@ -93,7 +93,7 @@ def report(
     """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg`` and ``out/probes.svg``.
 
     Args:
-        probes: arm -> scores of every layer after pre-training.
+        probes: arm -> probe scores of every layer after pre-training.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -109,7 +109,7 @@ def report(
         arm: {kind: labels_needed(curve, base) for kind, (curve, base) in _curves(results, arm, labels, most).items()}
         for arm in results
     }
-    table = Table("arm", *next(iter(needed.values())), title=f"labels for what '{NOTHING}' reaches with {most}")
+    table = Table("arm", *next(iter(needed.values())), title=f"labels needed for the accuracy of '{NOTHING}' at {most}")
     for arm, kinds in needed.items():
         table.add_row(arm, *(labels_in_words(value, labels) for value in kinds.values()))
     console.print(table)
@@ -128,9 +128,9 @@ def report(
 
 
 def draw(results: Results, labels: Sequence[int], file: Path) -> None:
-    """A panel for each kind of question: accuracy over the number of labels, a line for each arm, means over seeds.
+    """One panel per kind of question: accuracy over the number of labels, one line per arm, means over seeds.
 
-    All panels show 0 to 1: an axis fitted to each would make differences of half a point look large.
+    All panels show 0 to 1: an axis fitted to each panel would make half a point look large.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -152,7 +152,7 @@ def draw(results: Results, labels: Sequence[int], file: Path) -> None:
 
 
 def _curves(results: Results, arm: str, labels: Sequence[int], most: int) -> dict[str, tuple[dict[int, float], float]]:
-    """Kind -> an arm's mean accuracy by labels, and that of the arm without supervision with most labels."""
+    """Kind -> (an arm's mean accuracy by number of labels, the unsupervised arm's with the most labels)."""
     base = _means(accuracies(results, NOTHING, most))
     own = {number: _means(accuracies(results, arm, number)) for number in labels}
     return {kind: ({number: own[number][kind] for number in labels}, base[kind]) for kind in base}
@@ -175,7 +175,7 @@ def _accuracy_table(results: Results, labels: int) -> Table:
 
 def _difference_table(rows: Sequence[Difference], baseline: str, labels: int) -> Table:
     kinds = list(dict.fromkeys(row.kind for row in rows))
-    table = Table("arm", *kinds, title=f"{labels} labels: points more than '{baseline}', 95 % interval over seeds")
+    table = Table("arm", *kinds, title=f"{labels} labels: points above '{baseline}', 95 % interval over seeds")
     for arm in dict.fromkeys(row.arm for row in rows):
         mine = {row.kind: row for row in rows if row.arm == arm}
         table.add_row(arm, *(f"{d.mean:+.1f} ({d.low:+.1f} to {d.high:+.1f})" for d in mine.values()))

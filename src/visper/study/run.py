@@ -1,4 +1,4 @@
-"""Runs the arms: pre-training once an arm and seed, fine-tuning from it for every number of labels, questions."""
+"""Runs the study: per arm and seed one pre-training, and from it one fine-tuning for each number of labels."""
 
 from __future__ import annotations
 
@@ -30,32 +30,31 @@ from visper.training import is_finished
 
 Result = TypeVar("Result")
 CHOOSING_SEED = 1000
-"""Weights are chosen on its world; it is not reported."""
+"""The seed on which loss weights are chosen; it is not reported."""
 START_SEED = 1001
-"""The student that all arms begin with learns on its world; nothing else is made of it."""
+"""The seed of the scenes on which the student that all arms start from is trained; used for nothing else."""
 TOLD = ("teacher_depth", "teacher_seg")
-"""The teachers whose tokens are features that can be fed."""
+"""The teachers whose tokens feature feeding adds to the input."""
 WEIGHTS = (0.1, 0.5)
-"""What is tried for every arm with embedding losses; of all its tasks."""
+"""Loss weights tried for every arm with embedding losses; each applies to all tasks of the arm."""
 
 
 def study(
     out: Path, seeds: Sequence[int], size: Size, console: Console, arms: Sequence[str] = tuple(ARMS)
 ) -> tuple[dict[str, dict[int, Any]], dict[str, list[Finding]]]:
-    """Chooses weights, then runs every arm with every seed, then probes; what is finished is read, not run again.
+    """Chooses weights, runs every arm with every seed, then probes. Finished parts are read from disk, not run again.
 
     Returns:
-        The results of all cells: ``{arm: {seed: result}}``, see ``run_cell``; the scores of ``probe``.
+        The results of all cells, ``{arm: {seed: result}}`` (see ``run_cell``), and the scores of ``probe``.
 
     Raises:
-        ConfigError: no arm has such a name; the one without supervision is not named; ``out`` holds results of another
-            size or recipe.
+        ConfigError: an unknown arm; the unsupervised arm is missing; ``out`` holds results of another size or recipe.
         TrainingError: the setting can show nothing, see ``require_upper_mark``.
     """
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ConfigError(f"--arm {', '.join(unknown)}: expected some of {', '.join(ARMS)}")
     if NOTHING not in arms:
-        raise ConfigError(f"--arm {', '.join(arms)}: every arm is compared with '{NOTHING}': name it, too")
+        raise ConfigError(f"--arm {', '.join(arms)}: every arm is compared with '{NOTHING}': add --arm {NOTHING}")
     _require_same(out, size)
     prepare_start(out, size, console)
     require_upper_mark(out, size, console)
@@ -69,13 +68,15 @@ def study(
 
 
 def finish(cells: Sequence[Cell], weights: Mapping[str, float], console: Console) -> list[dict[str, Any]]:
-    """The results of cells."""
+    """The results of all cells, computed where they are missing."""
     return shared(cells, lambda cell, wait: finished(cell, weights, console, wait))
 
 
 def probe(cells: Sequence[Cell], console: Console) -> dict[str, list[Finding]]:
-    """Arm -> scores of probes of every layer after pre-training, means over the first seeds; of arms whose
-    pre-training differs in more than its length."""
+    """Arm -> probe scores of every layer after pre-training, averaged over the first seeds.
+
+    Only arms with a pre-training of their own are probed, and not those that differ from another arm in its length.
+    """
     seeds = sorted({cell.seed for cell in cells})
     told = [cell for cell in cells if cell.seed in seeds[: cell.size.probed] and not needs(cell, {})]
     found: dict[str, list[list[Finding]]] = {}
@@ -85,8 +86,10 @@ def probe(cells: Sequence[Cell], console: Console) -> dict[str, list[Finding]]:
 
 
 def shared(cells: Sequence[Cell], work: Callable[[Cell, bool], Result]) -> list[Result]:
-    """What ``work(cell, wait)`` makes of each cell: first of those that no other process is at, then, waiting for
-    their end, of those that others have finished or left."""
+    """``work(cell, wait)`` for every cell, in order.
+
+    A first pass works on cells that no other process holds; a second one waits for the others and reads their results.
+    """
     for cell in cells:
         with suppress(InUseError):
             work(cell, False)
@@ -94,7 +97,7 @@ def shared(cells: Sequence[Cell], work: Callable[[Cell, bool], Result]) -> list[
 
 
 def prepare_start(out: Path, size: Size, console: Console) -> None:
-    """Makes the student that all arms begin with, ``out/start``, and the same with its teachers' tokens given."""
+    """Trains the student that all arms start from, ``out/start``, and saves it with teachers' tokens, ``out/start_fed``."""
     cell, bases = Cell(out, ARMS[NOTHING], START_SEED, size), out / "bases"
     changes: dict[str, Any] = {
         "seed": START_SEED,
@@ -114,9 +117,9 @@ def prepare_start(out: Path, size: Size, console: Console) -> None:
 
 
 def require_upper_mark(out: Path, size: Size, console: Console) -> None:
-    """Refuses a setting in which the teachers' features do not help as input: learning to predict them could not.
+    """Refuses a setting in which the teachers' features do not help as input: predicting them could not help, either.
 
-    Judged on the choosing seed, so that no reported run decides which setting is reported.
+    The choosing seed decides, so that no reported run does.
 
     Raises:
         TrainingError: names both accuracies.
@@ -128,7 +131,7 @@ def require_upper_mark(out: Path, size: Size, console: Console) -> None:
     if fed - without < size.margin:
         raise TrainingError(
             f"with {size.chosen_at} labels '{FEEDING}' answers {fed:.1%} of the questions, '{NOTHING}' {without:.1%}: "
-            f"expected {100 * size.margin:.0f} points more at least, as otherwise no arm can be told from another; "
+            f"expected at least {100 * size.margin:.0f} points more, or the arms cannot be told apart; "
             "pre-train longer (study.cells.FULL)"
         )
 
@@ -138,7 +141,7 @@ def _at_one_number(size: Size) -> Size:
 
 
 def choose_weights(out: Path, size: Size, arms: Sequence[Arm], console: Console) -> dict[str, float]:
-    """Arm -> weight of its losses: of ``WEIGHTS`` the one with which it answers most questions on the choosing seed."""
+    """Arm -> weight of its losses: the one of ``WEIGHTS`` with the highest accuracy on the choosing seed."""
     small = _at_one_number(size)
     tried = [(arm.name, weight) for arm in arms if arm.supervised for weight in WEIGHTS]
     found = finish([Cell(out, ARMS[name], CHOOSING_SEED, small, weight) for name, weight in tried], {}, console)
@@ -147,7 +150,7 @@ def choose_weights(out: Path, size: Size, arms: Sequence[Arm], console: Console)
 
 
 def mean_accuracy(kinds: Mapping[str, Sequence[int]]) -> float:
-    """Mean over the kinds that training asks of ``{kind: [right, asked]}``."""
+    """Mean accuracy over the kinds of questions seen in training, from ``{kind: [right, asked]}``."""
     return statistics.fmean(right / asked for kind, (right, asked) in kinds.items() if kind != NEAREST)
 
 
@@ -163,7 +166,7 @@ def _prepare_tower(bases: Path) -> None:
 
 
 def _require_same(out: Path, size: Size) -> None:
-    """Refuses a folder whose results come from other sizes or recipes; the packages' versions may differ."""
+    """Refuses a folder with results of other sizes or recipes. Versions of packages may differ."""
     recipes = sorted({"study/start", *(recipe for arm in ARMS.values() for recipe in (arm.pt, arm.ift))})
     runs = {name: load_run(name).model_dump(mode="json") for name in recipes}
     file, wanted = out / "study.json", json.loads(json.dumps({"size": asdict(size), **runs}))
@@ -174,5 +177,6 @@ def _require_same(out: Path, size: Size) -> None:
     had = json.loads(file.read_text(encoding="utf-8"))
     if other := [part for part in wanted if had.get(part) != wanted[part]]:
         raise ConfigError(
-            f"'{out}' holds a study with another {', '.join(other)}, not to be compared: choose another --out"
+            f"'{out}' holds results of another {', '.join(other)}, which cannot be compared with new ones: "
+            "choose another --out"
         )

@@ -1,12 +1,11 @@
-"""The study's texts: captions that name objects and their places in the image and never their depth, and few labels.
+"""The study's data: captions that name objects and their places in the image but never depth, and limited labels.
 
 world/
   images/              train_000000.png ..., held_out_000000.png ...
-  pretrain.json        a conversation about each scene: its caption, two look-ups of all objects, one from a place to a
-                       name
-  pretrain_more.json   the same about more scenes
-  instruct_N.json      about N of the questions, in whole scenes; the fewer are among the more
-  questions.json       held-out questions of the quickstart's four kinds, and of NEAREST, which no training text asks
+  pretrain.json        one conversation per scene: its caption, the places of all objects twice, the name at one place
+  pretrain_more.json   the same for more scenes
+  instruct_N.json      about N questions, all those of randomly drawn scenes; smaller sets are subsets of larger ones
+  questions.json       held-out questions of the quickstart's four kinds, and NEAREST, which is never asked in training
   held_out.npz         exact maps of the held-out scenes
 """
 
@@ -33,20 +32,21 @@ from visper.quickstart.world import (
 
 NEAREST = "nearest"
 NEAREST_TEXT = "Which is closer to the camera ?"
-"""A depth question about all objects at once; training texts compare two and name them."""
+"""A depth question about all objects at once; questions in training name the two objects to compare."""
 TURNS = 6
 
 
 def write_study_world(
     folder: Path, *, seed: int, scenes: int, more: int, labels: Sequence[int], held_out: int, per_kind: int
 ) -> None:
-    """Writes the world, complete or absent; the same arguments give the same files.
+    """Writes the world atomically; the same arguments give the same files.
 
     Args:
-        scenes: to pre-train and fine-tune on.
-        more: scenes of ``pretrain_more.json``, those of ``pretrain.json`` among them.
+        scenes: number of scenes to pre-train and fine-tune on.
+        more: number of scenes of ``pretrain_more.json``, which include those of ``pretrain.json``.
         labels: numbers of questions to fine-tune on.
-        per_kind: about how many held-out questions of each kind.
+        held_out: number of held-out scenes.
+        per_kind: approximate number of held-out questions of each kind.
     """
     with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
@@ -63,7 +63,7 @@ def write_study_world(
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """One conversation about each scene, without a word of depth."""
+    """One conversation per scene that never mentions depth."""
     for index, objects in enumerate(scenes):
         orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
         prompt = language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))]
@@ -79,7 +79,7 @@ def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Ite
 def instruct_records(
     scenes: Sequence[Objects], questions: Sequence[Question], seed: int, most: int
 ) -> Iterator[dict[str, Any]]:
-    """All questions about scenes drawn at random, until there are ``most`` questions or more."""
+    """All questions about randomly drawn scenes, until there are at least ``most`` questions."""
     by_scene: dict[int, list[Question]] = {}
     for question in questions:
         by_scene.setdefault(question.scene, []).append(question)
@@ -96,7 +96,7 @@ def instruct_records(
 
 
 def nearest_records(scenes: Sequence[Objects], most: int) -> list[dict[str, str]]:
-    """Which of all objects is nearest, one question a scene: its name."""
+    """One question per scene: which of all objects is nearest; the answer is its name."""
     return [
         {
             "image": image_name("held_out", index),
