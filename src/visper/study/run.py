@@ -97,7 +97,7 @@ def shared(cells: Sequence[Cell], work: Callable[[Cell, bool], Result]) -> list[
 
 
 def prepare_start(out: Path, size: Size, console: Console) -> None:
-    """Trains the student that all arms start from, ``out/start``, and saves it with teachers' tokens, ``out/start_fed``."""
+    """Trains ``out/start``, the student that all arms start from; ``out/start_fed`` adds the teachers' tokens."""
     cell, bases = Cell(out, ARMS[NOTHING], START_SEED, size), out / "bases"
     changes: dict[str, Any] = {
         "seed": START_SEED,
