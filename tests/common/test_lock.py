@@ -101,6 +101,6 @@ def test_a_file_system_without_locks_is_named_and_used(tmp_path: Path, monkeypat
     with locked(tmp_path / "run", Console(file=said, width=500)):
         (tmp_path / "run" / "a").touch()
     assert re.search(
-        r"warning +the file system of '.*run' has no locks \(.*\): start no second process", said.getvalue()
+        r"warning +the file system of '.*run' has no locks \(.*\): do not start a second process", said.getvalue()
     )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["a"]

@@ -22,6 +22,6 @@ def test_several_processes_on_gpus_need_nccl(monkeypatch):
 def test_what_torch_says_of_a_lost_process_becomes_one_line(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    message = r"process 1 of 4 waits in vain for the others \(Connection closed\)"
+    message = r"process 1 of 4 lost contact with the others \(Connection closed\)"
     with pytest.raises(ProcessFailedError, match=message), naming_lost_processes():
         raise RuntimeError("Connection closed\nby peer")

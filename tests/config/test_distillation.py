@@ -46,7 +46,7 @@ def test_a_null_takes_a_loss_or_an_option_away():
         ({"target": {"kind": "dinov2"}}, "needs 'model'"),
         ({"target": {"kind": "encoder"}}, "set 'at' to image_tokens"),
         ({"target": {"kind": "encoder"}, "at": "image_tokens"}, "head.kind to mlp, linear or none"),
-        ({"target": {"kind": "encoder"}, "at": "image_tokens", "head": {"kind": "mlp"}}, "info_nce compares"),
+        ({"target": {"kind": "encoder"}, "at": "image_tokens", "head": {"kind": "mlp"}}, "info_nce needs the targets"),
         (
             {"target": {"kind": "projector"}, "at": "projector", "layers": [], "head": {"kind": "mlp"}},
             "predicts itself",

@@ -93,7 +93,7 @@ def test_an_override_needs_an_equals_sign():
         ),
         ("distillation.tasks.depth.schedule={end: 0}", "greater than 0, found 0"),
         ("distillation.tasks.depth.target={kind: encoder, model: null, size: null}", "set 'at' to image_tokens"),
-        ("distillation.tasks.depth.target={kind: encoder}", "is the student's own: remove 'model'"),
+        ("distillation.tasks.depth.target={kind: encoder}", "comes from the student itself: remove 'model'"),
         ("distillation.tasks.depth.head={head: 3}", "did you mean 'heads'"),
         ("distillation.tasks.depth.head={queries: rows}", "'matrix' or 'states', found 'rows'"),
         ("distillation.tasks.depth.head={depth: 0}", "option 'depth': .*greater than or equal to 1, found 0"),

@@ -128,7 +128,7 @@ def late(rank, port, folder):
     join(rank, port)
     writer = CheckpointWriter(folder, 2, rank == 0, timedelta(seconds=2))
     if rank == 0:
-        with pytest.raises(ProcessFailedError, match="process 0 of 2 waits in vain"):
+        with pytest.raises(ProcessFailedError, match="process 0 of 2 lost contact"):
             writer.write({}, folder)
         (folder / "said").touch()
     else:

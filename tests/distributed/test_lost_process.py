@@ -48,5 +48,5 @@ def test_the_others_end_with_one_line_when_a_process_dies_while_all_load(make, l
     assert processes[lost].returncode == 9
     left = " ".join(said[1 - lost].split())
     assert processes[1 - lost].returncode not in (0, -9) and "Traceback" not in left, left[-3000:]
-    assert f"process {1 - lost} of 2 waits in vain for the others" in left
+    assert f"process {1 - lost} of 2 lost contact with the others" in left
     assert not (recipe.with_suffix("") / "model").exists()

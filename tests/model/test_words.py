@@ -92,7 +92,7 @@ def test_words_of_a_file_become_the_runs(tmp_path, quickstart_llm):
     assert config.add_words == ("zebra", "teal hexagon") and StudentConfig(**config.model_dump()) == config
     with pytest.raises(ValueError, match=r"cannot read words from 'zebra'.*give a list, or a UTF-8 text file"):
         StudentConfig(**parts, add_words="zebra")
-    with pytest.raises(ValueError, match="' zebra' is no word"):
+    with pytest.raises(ValueError, match="' zebra' is not a word"):
         StudentConfig(**parts, add_words=[" zebra"])
 
 

@@ -252,9 +252,9 @@ def test_predictions_are_drawn_and_nothing_else_changes(make, held_out):
 
 
 def test_drawings_need_teachers(make, held_out):
-    with pytest.raises(ValueError, match="shows what teachers see, and this stage has none"):
+    with pytest.raises(ValueError, match="shows what teachers see, but this stage has no teachers"):
         make("run", losses(held_out, draw=1), stage="ift")
-    with pytest.raises(ValueError, match=r"needs teachers that draw, and 'distillation\.targets'"):
+    with pytest.raises(ValueError, match=r"needs the teachers, but 'distillation\.targets'"):
         make("run", losses(held_out, draw=1), distillation=tiny.distillation(targets="store"))
 
 
@@ -271,7 +271,7 @@ def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
         ({"questions": "a.json", "best": "loss"}, "not measured without loss_on"),
         ({"loss_on": [{"json": "a", "images": "b"}], "best": "accuracy"}, "not measured without questions"),
         ({"questions": "a.json", "draw": 1}, "'draw' shows images of 'loss_on'"),
-        ({"loss_on": [{"json": "a", "images": "b"}], "blind": True}, "'blind' is a control of 'questions'"),
+        ({"loss_on": [{"json": "a", "images": "b"}], "blind": True}, "'blind' is a control for 'questions'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):

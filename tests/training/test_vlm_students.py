@@ -338,7 +338,7 @@ def bounded(output: Any, cap: float) -> Any:
 
 
 def test_what_such_a_student_does_not_support_is_refused(folders, tmp_path):
-    with pytest.raises(ConfigError, match=r"key 'student': 'vlm' names a complete model.*remove \['llm', 'encoder'\]"):
+    with pytest.raises(ConfigError, match=r"key 'student': 'vlm' is a complete model.*remove \['llm', 'encoder'\]"):
         run_of(tmp_path / "a", folders["gemma3"], "pt", student={"vlm": "x", "llm": "y", "encoder": "z"})
     with pytest.raises(ConfigError, match=r"unknown key 'student\.max_pixel': did you mean 'max_pixels'"):
         run_of(tmp_path / "b", folders["gemma3"], "pt", student={"vlm": "x", "max_pixel": 3})

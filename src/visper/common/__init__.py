@@ -1,1 +1,1 @@
-"""What every package may use: errors, files, caches, processes, devices, the console."""
+"""Utilities shared by all packages: errors, files, caches, processes, devices, the console."""

@@ -1,7 +1,7 @@
-"""Where what is computed once is kept, and the keys under which a stale one is never found.
+"""The on-disk cache.
 
-A key is part of the file's name and covers everything the content follows from, our own code included: whatever
-changes, another name is looked for, and the old file is simply not met.
+A key is part of the file's name and covers everything the content depends on, including the code that computes it, so
+a stale file is never read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def cache_folder(beside: Path) -> Path:
     """``$VISPER_CACHE``, else ``.visper`` in the folder ``beside``, else (read-only data) ``~/.cache/visper``.
 
     Raises:
-        DataError: nothing can be written there.
+        DataError: none of these can be written.
     """
     given = os.environ.get(VARIABLE)
-    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - a user without a home
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - does not raise for a user without a home
     places = [Path(given)] if given else [beside / FOLDER] if os.access(beside, os.W_OK) else []
     if not given and not own.startswith("~"):
         places.append(Path(own) / "visper")
@@ -38,23 +38,23 @@ def cache_folder(beside: Path) -> Path:
                 return place
     tried = " nor ".join(f"'{place}'" for place in (places if given else [beside, *places[-1:]]))
     raise DataError(
-        "no place for the cache", f"{tried} cannot be written: set the variable {VARIABLE} to a folder that can"
+        "no place for the cache", f"{tried} cannot be written: set the variable {VARIABLE} to a writable folder"
     )
 
 
 def hub_cache_remedy(error: OSError) -> str:
-    """What to do if ``error`` says that the hub's cache cannot be written; empty for any other error."""
+    """Advice to append to a message if ``error`` says that the hub's cache cannot be written; else an empty string."""
     from huggingface_hub.constants import HF_HOME
 
     home, place = Path(HF_HOME), Path(str(error.filename))
     here = place == home or place in home.parents or home in place.parents
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not here:
         return ""
-    return "; set the variable HF_HOME to a folder that can be written: models and data sets of the hub are kept there"
+    return "; set the variable HF_HOME to a writable folder: models and data sets from the hub are cached there"
 
 
 def key(*parts: str | bytes | int) -> str:
-    """Sixteen characters that differ wherever a part differs."""
+    """A hash of the parts, 16 hex digits."""
     total = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
@@ -63,18 +63,19 @@ def key(*parts: str | bytes | int) -> str:
 
 
 def code_key(*modules: ModuleType) -> str:
-    """A key of the modules' source: what another version of them computed is not read."""
+    """A key of the modules' source code, so that results of another version of it are not reused."""
     return key(*(Path(str(module.__file__)).read_bytes() for module in modules))
 
 
 def identity(file: Path) -> str:
-    """A key of the file as it is now, in a millisecond whatever its size.
+    """A key of the file's present state, computed in a millisecond whatever its size.
 
-    Place, size, times of the last change to content and to inode, and a megabyte spread over it (a small file is read
-    whole). The inode's time cannot be set by hand: a file of the same size with its old date put back is another file.
+    It covers path, size, modification time, inode change time, and a megabyte of content sampled over the file (all of
+    a small one). The inode change time cannot be set by hand, so a changed file of the same size whose old date was
+    restored gets another key.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     try:
         found = file.stat()

@@ -1,4 +1,4 @@
-"""Python's garbage collector, at rest while a process imports large libraries."""
+"""Pausing Python's garbage collector while a process imports large libraries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's garbage collector rests. torch and transformers make so many objects, and next to no garbage, that
-    looking for it takes a tenth of a short command."""
+    """Disables Python's garbage collector in the block. Importing torch and transformers creates many objects and
+    almost no garbage, and searching for it takes a tenth of a short command's time."""
     running = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
-"""What is used of other libraries without their promise to keep it: one function each, with the versions tried.
+"""Private APIs of other libraries: one function each, with the versions it was checked with.
 
-``tests/common/test_compat.py`` fails when one of them is gone, or when another file reads a private name of a library.
-Not here: what transformers documents for subclasses to define (``_supports_sdpa``, ``_init_weights``).
+``tests/common/test_compat.py`` fails if one of them is gone, or if another file uses a private name of a library.
+Names that transformers documents for subclasses to define (``_supports_sdpa``, ``_init_weights``) are not listed here.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ TRAINER_METHODS = (
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
 )
-"""Private methods of transformers' Trainer that the stage's trainer overrides (transformers 5.17 to 5.23)."""
+"""Private methods of transformers' Trainer that ``training.trainer`` overrides (transformers 5.17 to 5.23)."""
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of the attention function that a transformers model calls (transformers 5.17 to 5.23).
+    """The name of the attention function that a transformers model uses (transformers 5.17 to 5.23).
 
-    ``set_attn_implementation`` is public, reading it back is not.
+    Setting it (``set_attn_implementation``) is public, reading it is not.
     """
     name: str | None = model.config._attn_implementation
     return name
 
 
 def save_under_published_names(model: Any) -> None:
-    """Lets ``save_pretrained`` name the weights of a model that was assembled as it names those of a loaded one.
+    """Makes ``save_pretrained`` use the published weight names for an assembled model, as it does for a loaded one.
 
-    ``from_pretrained`` notes on the model how it renamed the weights, for ``save_pretrained`` to undo. Without that
-    note CLIP's ``vision_tower.vision_model.`` prefix is left out, which vLLM and older transformers expect
-    (transformers 5.17 to 5.23).
+    ``from_pretrained`` records on the model how it renamed the weights, and ``save_pretrained`` undoes that. Without
+    this record, CLIP's ``vision_tower.vision_model.`` prefix is missing from the saved names; vLLM and older
+    transformers expect it (transformers 5.17 to 5.23).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -45,11 +45,11 @@ def save_under_published_names(model: Any) -> None:
 
 
 def recompute_layers(model: Any) -> None:
-    """Turns gradient checkpointing on in every layer of a transformers model, not re-entrant.
+    """Turns on non-reentrant gradient checkpointing in every layer of a transformers model.
 
-    transformers 5.2x renamed the method; 5.17 has the old name only. The re-entrant kind would lose the gradients of
-    forward hooks, and would need embeddings whose outputs require gradients: a frozen encoder would keep its
-    activations for a backward pass through it. transformers sets that up for either kind, so it is undone.
+    transformers 5.2x renamed the method; 5.17 has only the old name. Reentrant checkpointing would lose the gradients
+    of forward hooks, and needs embeddings whose outputs require gradients, for which a frozen encoder would keep its
+    activations. transformers sets up such embeddings in both modes, so this is undone.
     """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -57,10 +57,10 @@ def recompute_layers(model: Any) -> None:
 
 
 def merge_in_one_precision(model: Any) -> None:
-    """Gives image features the precision of the embeddings in whose places ``model``, without its head, puts them.
+    """Casts image features to the dtype of the text embeddings before the base model merges them.
 
-    SmolVLM's method for it assigns, which fails with the two precisions of autocast (transformers 5.17 to 5.20, the
-    last for Python 3.10; 5.21 has no such method).
+    SmolVLM merges by assignment, which fails if autocast gives the two different dtypes (transformers 5.17 to 5.20, the
+    last for Python 3.10; 5.21 does not have the method).
     """
     merge = getattr(model, "inputs_merger", None)
     if merge is None:
@@ -73,9 +73,9 @@ def merge_in_one_precision(model: Any) -> None:
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """torch's formulas of FLOPs, by operation, with that of fused attention on a CPU, which torch 2.9 lacks.
+    """torch's FLOP formulas by operation, plus one for fused attention on CPU, which torch 2.9 lacks.
 
-    It is that of a GPU's (torch 2.9 to 2.15).
+    The GPU's formula is used for it (torch 2.9 to 2.15).
     """
     from torch import ops
     from torch.utils.flop_counter import flop_registry
@@ -85,23 +85,26 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def is_partitioned(parameter: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has split ``parameter`` over the processes (DeepSpeed 0.18 to 0.19).
+    """Whether DeepSpeed's ZeRO-3 has partitioned ``parameter`` (DeepSpeed 0.18 to 0.19).
 
-    transformers asks the same way.
+    transformers uses the same test.
     """
     return hasattr(parameter, "ds_id")
 
 
 def forget_adapters(model: Any) -> None:
-    """Removes peft's configuration from a model whose adapters are merged: transformers would save it as an adapter
-    (peft 0.17 to 0.21)."""
+    """Removes peft's configuration from a model with merged adapters, which transformers would otherwise save as an
+    adapter (peft 0.17 to 0.21)."""
     model.__dict__.pop("peft_config", None)
 
 
 def flex_block_mask(sees: Any, tokens: int, device: Any) -> Any:
-    """Flex attention's mask of one row of ``tokens``, alike for all heads, by ``sees(batch, head, query, key)``.
+    """Flex attention's block mask for one row of ``tokens`` tokens, the same for all heads (torch 2.9 to 2.15).
 
-    Compiled on a GPU, where all pairs of tokens would otherwise be written out first (torch 2.9 to 2.15).
+    It is built by a compiled function on a GPU, which avoids a mask of all pairs of tokens.
+
+    Args:
+        sees: ``sees(batch, head, query, key)`` tells whether a query attends to a key.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -109,21 +112,21 @@ def flex_block_mask(sees: Any, tokens: int, device: Any) -> Any:
 
 
 def shard_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """A safetensors file's metadata, from which torch's ``HuggingFaceStorageReader`` reads where in its parameter each
-    shard begins (torch 2.9 to 2.15)."""
+    """The safetensors metadata that tells torch's ``HuggingFaceStorageReader`` each shard's offsets in its parameter
+    (torch 2.9 to 2.15)."""
     places = {name: {"saved_offsets": list(offset)} for name, offset in offsets.items()}
     return {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
 
 
 def compile_error() -> type[Exception]:
-    """What ``torch.compile`` raises where a function cannot be compiled (torch 2.9 to 2.15)."""
+    """The exception that ``torch.compile`` raises if it cannot compile a function (torch 2.9 to 2.15)."""
     from torch._dynamo.exc import TorchDynamoException
 
     return TorchDynamoException
 
 
 def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """While it is entered, ``handle(operation, args, kwargs)`` stands for each of torch's operations and returns its
+    """A context manager under which ``handle(operation, args, kwargs)`` replaces each torch operation and returns its
     result (torch 2.9 to 2.15)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,7 +140,7 @@ def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]
 
 
 def sees_operations() -> bool:
-    """Whether something such as ``around_operations`` is entered (torch 2.9 to 2.15)."""
+    """Whether a dispatch mode such as that of ``around_operations`` is active (torch 2.9 to 2.15)."""
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     return _get_current_dispatch_mode() is not None

@@ -1,7 +1,7 @@
-"""The errors that people are shown: each says what was found, what was expected and what to do.
+"""Errors shown to users: each says what was found, what was expected and what to do.
 
-Whatever is not a ``VisperError`` (nor the operating system's, such as a full disk) is a bug: the command line shows its
-traceback.
+An exception that is neither a ``VisperError`` nor an ``OSError`` (such as a full disk) is a bug, and the command line
+shows its traceback.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import ClassVar
 
 
 class VisperError(Exception):
-    """An error that the person at the keyboard can act on; the command line prints its message alone."""
+    """An error that the user can act on; the command line prints only its message."""
 
     exit_code: ClassVar[int] = 2
     shared = False
-    """Whether every process of the run raises it, so that the first alone prints it."""
+    """Whether every process of the run raises it, so that only the first one prints it."""
 
 
 class ConfigError(VisperError, ValueError):
-    """A recipe, an override or an argument is wrong. The message lists every fault found, one a line."""
+    """A recipe, an override or an argument is wrong. The message lists every fault found, one per line."""
 
 
 class DataError(VisperError, ValueError):
-    """Data that cannot be used. ``reason`` is the short name it is counted under, ``detail`` says what was found."""
+    """Data that cannot be used. ``reason`` is a short name used for counting, ``detail`` says what was found."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -35,18 +35,18 @@ class DataError(VisperError, ValueError):
 
 
 class TrainingError(VisperError, ArithmeticError):
-    """Training went wrong: a loss that is not finite, a spike, a dead term. The message names the rows."""
+    """Training went wrong: a loss that is not finite, a spike, a dead loss term. The message names the rows."""
 
 
 class StoppedError(VisperError, RuntimeError):
-    """The run was told to stop and has saved what it had."""
+    """The run was told to stop and has saved its state."""
 
     exit_code = 128 + signal.SIGTERM
     shared = True
 
 
 class ProcessFailedError(VisperError, RuntimeError):
-    """A process of the run ended badly, and the launcher has stopped the others."""
+    """A process of the run failed, and the launcher has stopped the others."""
 
     exit_code = 1
 

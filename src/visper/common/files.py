@@ -1,12 +1,12 @@
-"""Files and folders that are complete or absent, and names that stay inside their folder.
+"""Atomic writes of files and folders, and a check that a name stays inside its folder.
 
-What is written lies beside its place until it is complete and on the disk, then takes its place by a rename. Promised:
+A file or folder is written under a temporary name next to its destination, flushed to disk, then renamed. Guarantees:
 
-- Whoever opens a file sees its former content or the new one, also after a kill or a power loss at any moment.
-- Any error, a full disk included, leaves what was there before.
-- Two writers never share an unfinished file, on whichever host or in whichever container they run; the last one wins.
-- A folder is replaced by two renames, so it is absent for a moment; if the second fails, the former folder is put back,
-  and if the process dies between them, ``remove_leftovers`` puts it back.
+- A reader sees either the old or the new content, even after a kill or a power loss at any moment.
+- Any error, including a full disk, leaves the old content in place.
+- Two writers never share a temporary file, even on different hosts or in different containers; the last one wins.
+- A folder is replaced by two renames, so it is absent for a moment. If the second rename fails, the old folder is
+  restored; if the process dies between the two, ``remove_leftovers`` restores it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 from visper.common.errors import DataError
 
 OUTSIDE = "image outside its folder"
-"""The reason under which rows are counted whose image is not under the images folder."""
+"""The ``DataError`` reason for a row whose image is not under the images folder."""
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>.+)-[0-9a-f]{16}", re.DOTALL)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A sibling path to write a file or a folder to; on success it becomes ``path``, on any error it vanishes."""
+    """Yields a sibling path to write a file or folder to; it is renamed to ``path``, or removed on any error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _sibling(path, "partial")
     try:
@@ -47,7 +47,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _open_to_readers(path: Path) -> None:
-    """Gives files the mode that any program's new file has here: safetensors makes its own readable to nobody else."""
+    """Gives new files the default mode (umask): safetensors creates files that only their owner can read."""
     mode = 0o666 & ~_umask()
     for file in path.rglob("*") if path.is_dir() else (path,):
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
@@ -66,24 +66,24 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file completely, or leaves ``path`` as it was."""
+    """Writes a text file atomically, as UTF-8."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or folder is one that ``atomic_path``, here or on another host, has not moved to its place."""
+    """Whether the name is a temporary one of ``atomic_path``, of this host or another."""
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def remove_leftovers(found: Iterable[Path]) -> None:
-    """Removes what killed writers of this host left; a folder set aside returns to its place if that is empty.
+    """Removes the temporary files of killed writers of this host; restores a folder whose replacement never arrived.
 
-    The caller holds the lock under which these places are written: a process's id would say nothing about a process
-    in another container. What other hosts left stays, since a lock on a network file system may not reach them.
+    The caller must hold the lock that guards these paths: a process id would not identify a process in another
+    container. Leftovers of other hosts are kept, since a lock on a network file system may not reach those hosts.
 
     Args:
-        found: paths, for example of a ``glob``; those that are no leftovers of this host are passed over.
+        found: paths, for example from ``glob``; those that are not leftovers of this host are ignored.
     """
     for leftover in list(found):
         match = _LEFTOVER.fullmatch(leftover.name)
@@ -97,12 +97,12 @@ def remove_leftovers(found: Iterable[Path]) -> None:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The file ``name`` of a folder of images, which lies under it when every link on the way is followed.
+    """The path of ``name`` in an images folder, after checking that it stays there when all links are resolved.
 
-    Cheap enough for each image of a run: the links of a folder are followed once in a process, a file's each time.
+    Cheap enough for every image of a run: links of a folder are resolved once per process, those of a file each time.
 
     Raises:
-        DataError: ``name`` leads outside, by ``..``, as an absolute path or through a link.
+        DataError: ``name`` leads outside through ``..``, an absolute path or a link.
     """
     base = str(folder) if os.path.isabs(folder) else os.path.abspath(folder)  # noqa: PTH100, PTH117 - Path is slow
     parent, last = os.path.split(os.path.join(base, name))  # noqa: PTH118
@@ -125,7 +125,7 @@ def _followed(folder: str) -> str:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or a folder with all it holds, is on the disk."""
+    """Flushes a file, or a folder with all its content, to disk."""
     if path.is_symlink():
         return
     if path.is_dir():
@@ -138,12 +138,12 @@ def flush(path: Path) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where its file system can tell."""
+    """Flushes a folder's directory entries to disk, where the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)

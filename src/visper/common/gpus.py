@@ -1,4 +1,4 @@
-"""GPUs as their makers describe them: FLOPs per second, memory; and an error where the memory is full."""
+"""A table of GPUs (peak FLOPs per second, memory), and the error raised when GPU memory is full."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gpu:
-    """``peak``: dense bfloat16 FLOPs per second with float32 sums, None where unknown; ``memory_gb``: 10^9 bytes,
-    nominal."""
+    """``peak``: dense bfloat16 FLOPs per second with float32 accumulation, None if unknown; ``memory_gb``: nominal
+    memory in units of 10^9 bytes."""
 
     peak: float | None
     memory_gb: float
@@ -36,28 +36,32 @@ GPUS: dict[str, Gpu] = {
     "RTX 4090": Gpu(165e12, 24),
     "RTX 3090": Gpu(71e12, 24),
 }
-"""By what stands in the device's name; the longer names first where one holds the other. Data sheets, no sparsity."""
+"""Keyed by words of the device name; a name that contains another comes first. From data sheets, without sparsity."""
 
 
 def find_gpu(name: str, memory_gb: float | None = None) -> Gpu:
-    """A GPU of the table by its name or the driver's, in any case; one that is not there by its memory, without a peak.
+    """The table's entry for a GPU, by its name there or the driver's, ignoring case.
+
+    Args:
+        name: for example ``H100`` or ``NVIDIA A100-SXM4-80GB``.
+        memory_gb: used for a GPU that is not in the table; its peak is then unknown.
 
     Raises:
-        ConfigError: it is not in the table and its memory is not given.
+        ConfigError: the GPU is not in the table and its memory is not given.
     """
     found = _named(name)
     if found is not None:
         return found
     if memory_gb is None:
         raise ConfigError(
-            f"--gpu '{name}' is not in the table: use one of {', '.join(GPUS)}, or add --gpu-memory GB (memory is then "
-            "planned, time is not)"
+            f"--gpu '{name}' is not in the table: use one of {', '.join(GPUS)}, or add --gpu-memory GB (then memory is "
+            "planned, but not time)"
         )
     return Gpu(None, memory_gb)
 
 
 def gpu_at(device: torch.device) -> Gpu | None:
-    """The entry of the GPU at hand; None where its name is not in the table, or it is not a GPU."""
+    """The table's entry for this device; None if it is not a GPU or not in the table."""
     if device.type != "cuda":
         return None
     import torch
@@ -71,14 +75,14 @@ def _named(name: str) -> Gpu | None:
 
 
 def peak_of(device: torch.device) -> float | None:
-    """Peak FLOPs per second of the device at hand; None where its name is not in the table, or it is not a GPU."""
+    """Peak FLOPs per second of this device; None if it is not a GPU or not in the table."""
     gpu = gpu_at(device)
     return gpu.peak if gpu else None
 
 
 def memory_of(device: torch.device) -> float:
-    """Bytes of the GPU at hand: as the table says, so that a plan decides the same, or less, where it has less (a
-    share of a divided GPU); as the driver says where the table does not know it."""
+    """Memory of this GPU in bytes: the smaller of the table's value, which `visper plan` uses too, and the driver's,
+    which is smaller on a slice of a GPU. The driver's alone if the GPU is not in the table."""
     import torch
 
     found, own = gpu_at(device), float(torch.cuda.get_device_properties(device).total_memory)
@@ -87,10 +91,10 @@ def memory_of(device: torch.device) -> float:
 
 @contextmanager
 def explaining_full_memory() -> Iterator[None]:
-    """Says what to change where the GPU's memory does not suffice.
+    """Turns an out-of-memory error of the GPU into one that says what to change.
 
     Raises:
-        TrainingError: it did not suffice inside.
+        TrainingError: the block ran out of GPU memory.
     """
     import torch
 
@@ -98,7 +102,7 @@ def explaining_full_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"the GPU's memory is full ({str(error).split('. GPU')[0]}): lower optimization.micro_batch, which changes "
-            "no result; `visper plan RUN.yaml --gpus N` names the first change that fits. Then add --resume, if a "
-            "checkpoint was saved"
+            f"the GPU's memory is full ({str(error).split('. GPU')[0]}): lower optimization.micro_batch, which does "
+            "not change results; `visper plan RUN.yaml --gpus N` names the first change that fits. Then add --resume "
+            "if a checkpoint was saved"
         ) from error

@@ -1,7 +1,7 @@
-"""One process at a time in a folder.
+"""A lock that lets one process at a time work in a folder.
 
-The operating system's lock on ``.lock`` decides, and ends with the process that holds it, however that ends: forked
-loader processes do not inherit it (filelock >= 3.30). ``.lock.json`` says who holds it, for whoever is refused.
+It is an operating-system lock on ``.lock``, released however its process ends; forked loader processes do not inherit
+it (filelock >= 3.30). ``.lock.json`` names the holder, for the error message that a second process gets.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
 PATIENCE_S = 1.0
-"""For a holder that was killed while it forked: its child closes the lock first thing."""
+"""A holder that is killed while it forks leaves the lock to its child, which closes it at once."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class InUseError(ConfigError):
-    """Another process holds a folder."""
+    """Another process holds the folder's lock."""
 
 
 @contextmanager
 def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]:
-    """Holds the folder's lock; creates the folder, and removes it again if nothing was written.
+    """Holds the folder's lock. Creates the folder if needed, and then removes it again if nothing was written.
 
-    Where the file system has no locks it says so and goes on without one.
+    On a file system without locks, prints a warning and continues without one.
 
     Args:
-        wait: until the holder has ended, instead of an error.
+        wait: wait for the other process instead of raising an error.
 
     Raises:
-        InUseError: another process holds it; the message names its host, process id and start.
+        InUseError: another process holds the lock; the message names its host, process id and start time.
     """
     made = [] if wait else [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
         if error.errno not in _NO_LOCKS:
             raise
         announce(
-            console, "warning", f"the file system of '{folder}' has no locks ({error}): start no second process on it"
+            console, "warning", f"the file system of '{folder}' has no locks ({error}): do not start a second process"
         )
     try:
         since = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
@@ -69,14 +69,14 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
         yield
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: whoever has opened it opens the next one
+        (folder / LOCK).unlink(missing_ok=True)  # while held: a waiting process then reopens the file
         lock.release()
         _remove_empty(made)
 
 
 @contextmanager
 def locked_by_first(folder: Path, console: Console) -> Iterator[None]:
-    """``locked``, held by the first process of a run; where that is refused, every process raises the error."""
+    """``locked``, held by the first process of a run; if it cannot be held, every process raises the error."""
     with ExitStack() as stack:
         first_decides(lambda: stack.enter_context(locked(folder, console)))
         yield
@@ -86,7 +86,7 @@ def _holder(folder: Path) -> str:
     try:
         found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         return f"process {found['process']} on host '{found['host']}' since {found['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not been written yet
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet
         return "another process"
 
 
@@ -94,5 +94,5 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # something is in it
+        except OSError:  # not empty
             return

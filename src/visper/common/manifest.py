@@ -1,6 +1,6 @@
-"""Digests of files: in a folder's ``manifest.json``, with sizes, they show damage before anything is loaded.
+"""Digests and sizes of a folder's files in its ``manifest.json``, which reveal damage before anything is loaded.
 
-xxh3 (128 bits) finds damage, not forgery. It was measured at 11 GB/s on one core, where crc32 and sha256 reach 1.
+xxh3 (128 bits) detects damage, not forgery. It was measured at 11 GB/s on one core, where crc32 and sha256 reach 1.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from visper.common.files import flush, write_text
 MANIFEST = "manifest.json"
 WEIGHTS_ONLY = "*.safetensors"
 MEANT_TO_BE_EDITED = ("generation_config.json", "README.md")
-"""How a finished model answers by default and what is said of it, not what it is."""
+"""Default generation settings and the model card: left out of the manifest, since users may edit them."""
 _BLOCK = 1 << 22
 
 
 def digest_of(file: Path) -> str:
-    """The digest of a file's content, 32 hex digits."""
+    """The xxh3 digest of a file's content, 32 hex digits."""
     total, block = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK))
     with file.open("rb", buffering=0) as content:
         while size := content.readinto(block):
@@ -32,9 +32,9 @@ def digest_of(file: Path) -> str:
 
 
 def content_digest(place: Path) -> str:
-    """The digest of a folder's files, hidden ones and Markdown left out, or of a file and ONNX's data files beside it.
+    """The digest of a folder's files (except hidden ones and Markdown), or of a file with its ONNX data files.
 
-    The same wherever the files lie.
+    It does not depend on where the files are.
     """
     if place.is_dir():
         found = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".md"]
@@ -49,9 +49,9 @@ def content_digest(place: Path) -> str:
 
 
 def write_manifest(folder: Path, pattern: str = "*") -> None:
-    """Writes the manifest of the files that match ``pattern``, in subfolders too, once they are on the disk.
+    """Flushes the folder to disk, then writes the manifest of its files that match ``pattern``, including subfolders.
 
-    Files that are ``MEANT_TO_BE_EDITED`` are not named in it.
+    Files ``MEANT_TO_BE_EDITED`` are left out.
     """
     flush(folder)
     left_out = (MANIFEST, *MEANT_TO_BE_EDITED)
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, pattern: str = "*") -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """How a folder first differs from its manifest; None: in nothing. Reads every file that the manifest names."""
+    """The first difference between a folder and its manifest, or None. Reads every file that the manifest lists."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -92,6 +92,6 @@ def require_undamaged(folder: Path) -> None:
     if damage is not None:
         raise DataError(
             "damaged folder",
-            f"'{folder}': {damage}: copy the folder again or train it anew; if you changed it on purpose, remove its "
+            f"'{folder}': {damage}: copy the folder again or train again; if you changed it on purpose, remove its "
             f"{MANIFEST}",
         )

@@ -1,4 +1,4 @@
-"""One function over many items on all cores, the results in the items' order."""
+"""A parallel ``map`` over all cores that keeps the items' order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visper.common.console import track
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 CHUNK = 64
-FEW = 4000  # for fewer items, starting processes costs more than it gains
+FEW = 4000  # for fewer items, starting processes takes longer than it saves
 
 
 def in_order(
@@ -22,17 +22,17 @@ def in_order(
     quiet: bool = False,
     workers: int | None = None,
 ) -> Iterator[Result]:
-    """``function`` of every item, in order, whatever the number of processes; with a progress bar.
+    """The results of ``function`` for all items, in order, with a progress bar.
 
-    Loader processes do the work, as in training: what runs here runs there. For a few items there are none, and
-    torch is not imported.
+    The work is done by ``DataLoader`` processes, as in training. For fewer than ``FEW`` items it is done in this
+    process, and torch is not imported.
 
     Args:
-        function: picklable; what it raises ends the iteration.
+        function: picklable; an exception that it raises ends the iteration.
         items: picklable.
-        description: of the progress bar.
+        description: title of the progress bar.
         quiet: no progress bar.
-        workers: processes; default: one a core, or none for a few items.
+        workers: processes; default: one per core, or none for few items.
     """
     if workers is None:
         workers = num_cores() if len(items) >= FEW else 0
@@ -42,8 +42,8 @@ def in_order(
     import torch
     from torch.utils.data import DataLoader
 
-    # A generator of its own: a loader draws a seed, and from the global one a run that fills the cache would begin with
-    # other weights than one that finds it filled.
+    # A separate generator: a loader draws a seed, and if it drew from the global one, a run that fills the cache would
+    # start with other weights than a run that finds it filled.
     chunk = max(1, min(CHUNK, len(items) // (4 * workers)))
     each: Any = _Each(function, items)
     loader: DataLoader[Any] = DataLoader(
@@ -54,19 +54,20 @@ def in_order(
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
-    """Lets this process reuse the memory that it frees, where the C library is glibc.
+    """Makes glibc keep freed memory for reuse in this process; does nothing with another C library.
 
-    It would return what a batch of images took, and the kernel would clear every page of the next one again: about 600
-    page faults an image of pre-training, 1.6 ms of CPU time. Above 32 MiB a block is returned in any case.
+    By default glibc returns the memory of each batch of images to the kernel, which clears every page again for the
+    next batch: about 600 page faults per image in pre-training, 1.6 ms of CPU time. Blocks above 32 MiB are returned in
+    any case.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 * 2**20)
 

@@ -1,4 +1,4 @@
-"""What the first process of a run decides for all, and what is said where a process is missing."""
+"""Helpers for runs of several processes: decisions of the first process, barriers, errors about lost processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Result = TypeVar("Result")
 
 
 def first_decides(work: Callable[[], Result]) -> Result:
-    """Runs ``work`` on the first process; every process returns its result, or raises its error.
+    """Runs ``work`` on the first process only; every process returns its result or raises its error.
 
-    Every process must call. Without this, the others would wait for the first until their timeout.
+    Every process must call this. If only the first one raised the error, the others would wait until their timeout.
 
     Args:
-        work: its result and its errors can be pickled.
+        work: its result and errors must be picklable.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -40,26 +40,26 @@ def first_decides(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def naming_lost_processes() -> Iterator[None]:
-    """Around collectives: one line where another process has ended, or is later than the run waits.
+    """Turns a failed collective in the block into a one-line error: another process has ended or timed out.
 
     Raises:
-        ProcessFailedError: what torch said; which process it was, the launcher's message tells.
+        ProcessFailedError: with torch's message; the launcher's message tells which process was lost.
     """
     try:
         yield
     except RuntimeError as error:
         rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         raise ProcessFailedError(
-            f"process {rank} of {count} waits in vain for the others ({str(error).splitlines()[0]}): one of them has "
-            "ended, which its own message or the launcher's explains, or takes longer than launch.timeout_minutes"
+            f"process {rank} of {count} lost contact with the others ({str(error).splitlines()[0]}): one of them has "
+            "ended (see its own message or the launcher's), or takes longer than launch.timeout_minutes"
         ) from error
 
 
 def wait_for_all() -> None:
-    """Waits until every process is here.
+    """Waits until every process has reached this call.
 
     Raises:
-        ProcessFailedError: one is lost, see ``naming_lost_processes``.
+        ProcessFailedError: another process is lost, see ``naming_lost_processes``.
     """
     from accelerate import PartialState
 
@@ -69,10 +69,10 @@ def wait_for_all() -> None:
 
 @contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The first process runs the block, then the others do.
+    """The first process runs the block, then the others run it.
 
     Raises:
-        ProcessFailedError: one is lost, see ``naming_lost_processes``.
+        ProcessFailedError: another process is lost, see ``naming_lost_processes``.
     """
     from accelerate import PartialState
 
@@ -85,16 +85,16 @@ def first_goes_first() -> Iterator[None]:
 
 
 def require_nccl() -> None:
-    """Refuses several processes on GPUs with a torch that cannot connect them.
+    """Refuses to run several processes on GPUs if torch was built without NCCL.
 
     Raises:
-        ConfigError: names the torch that is installed.
+        ConfigError: names the installed torch.
     """
     import torch
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and torch.cuda.is_available() and not torch.distributed.is_nccl_available():
         raise ConfigError(
-            f"torch {torch.__version__} was built without NCCL, by which processes on GPUs exchange tensors: install "
-            "a build with it (those of pytorch.org for Linux and CUDA have it), or train with one process"
+            f"torch {torch.__version__} was built without NCCL, which processes on GPUs need to exchange tensors: "
+            "install a build with it (those of pytorch.org for Linux and CUDA have it), or train with one process"
         )

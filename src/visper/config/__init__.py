@@ -1,4 +1,4 @@
-"""What a run is: typed, validated, free of torch."""
+"""The configuration of a run: typed, validated, without importing torch."""
 
 from visper.config.distillation import PUBLISHED_LOSS, Distillation, Head, Position, Target, Task
 from visper.config.load import explain, load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run

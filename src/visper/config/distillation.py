@@ -1,4 +1,4 @@
-"""The section 'distillation': what is predicted, from where in the student, by which head, under which losses."""
+"""The section 'distillation': for each task its target, its position in the student, its head and its losses."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from visper.config.paths import PathText
 from visper.config.section import Choice, Section
 
 PUBLISHED_LOSS = {"smooth_l1": 1.0, "info_nce": 0.3}
-"""The loss of a task that names none (paper, section 3)."""
+"""The default losses of a task and their weights (paper, section 3)."""
 
 
 class Target(Section):
-    """What is predicted: the output of a frozen teacher, or of the student's own encoder or projector.
+    """The embedding to predict: from a frozen teacher, or from the student's own encoder or projector.
 
-    Keys beyond these three are options of the kind.
+    Further keys are options of the kind.
     """
 
     kind: str = Field(description="a key of TEACHERS, module:Class of your own teacher, or encoder or projector")
-    model: PathText | None = Field(None, description="a teacher's hub id, folder or file; never replaced by another")
+    model: PathText | None = Field(
+        None, description="the teacher's hub id, folder or file; another one is never used instead"
+    )
     revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     @property
     def own(self) -> bool:
-        """Whether the student makes it itself: there is no teacher."""
+        """Whether the target comes from the student itself, without a teacher."""
         return self.kind in OWN_TARGETS
 
     @property
     def place(self) -> str:
         """The teacher's ``model``."""
-        assert self.model is not None, "a target of the student's own has no model"
+        assert self.model is not None, "a target from the student itself has no model"
         return self.model
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of this kind of teacher; a null restores the kind's default."""
+        """Keyword arguments for this kind of teacher; null restores the default."""
         given = {**(self.model_extra or {}), "revision": self.revision}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -57,7 +59,7 @@ class Target(Section):
         if self.own:
             given = [name for name in ("model", *self.options) if name != "model" or self.model is not None]
             if given:
-                raise ValueError(f"target '{self.kind}' is the student's own: remove '{given[0]}'")
+                raise ValueError(f"target '{self.kind}' comes from the student itself: remove '{given[0]}'")
             return self
         class_place(self.kind)
         if self.model is None:
@@ -68,19 +70,19 @@ class Target(Section):
 
 
 class Head(Section):
-    """Predicts embeddings from hidden states. Keys beyond these three are options of the kind, see HEADS.
+    """Predicts embeddings from hidden states. Further keys are options of the kind, see HEADS.
 
-    Options of "resampler", the published one (a Perceiver resampler, optionally followed by an MLP):
+    Options of "resampler", the published head (a Perceiver resampler, optionally followed by an MLP):
         queries: "matrix" (the task's query matrix) or "states" (mean of the layer's hidden states at the task's tokens;
-            in a model without task tokens, at the image's). Default: "states" for targets of one token, else "matrix".
-        inner: width inside the resampler, the LLM's or the target's (default).
-        mlp: a Linear-ReLU-Linear after the resampler.
+            at the image's in a model without task tokens). Default: "states" for one-token targets, else "matrix".
+        inner: width inside the resampler: the LLM's, or the target's (default).
+        mlp: adds a Linear-ReLU-Linear after the resampler.
         num_queries: rows of the query matrix; default: the target's tokens ("states": the number of task tokens).
-        depth, heads, head_width, ff_mult: the resampler's layers, attention heads, their width, feed-forward multiple.
-    Options of "mlp": depth (linear layers), width (between them), activation.
+        depth, heads, head_width, ff_mult: layers, attention heads, width per head, feed-forward multiple.
+    Options of "mlp": depth (number of linear layers), width (between them), activation.
     """
 
-    kind: str = Field("resampler", description="a key of HEADS, or module:Class for a class of your own")
+    kind: str = Field("resampler", description="a key of HEADS, or module:Class of your own class")
     shared: bool = Field(False, description="one head for all layers of the task")
     frozen: bool = Field(False, description="keep its initial weights")
 
@@ -88,7 +90,7 @@ class Head(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of this kind of head; a null restores the kind's default."""
+        """Keyword arguments for this kind of head; null restores the default."""
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     @model_validator(mode="after")
@@ -98,13 +100,13 @@ class Head(Section):
 
 
 class Schedule(Section):
-    """How a task's weight changes over the steps: it falls linearly and is zero from ``end`` on."""
+    """A schedule for a task's weight: it falls linearly to zero at ``end`` and stays there."""
 
     end: float = Field(gt=0, le=1, description="share of the steps")
 
 
 class Position(Choice):
-    """Where a task is supervised."""
+    """The positions at which a task reads hidden states."""
 
     TASK_TOKENS = "task_tokens"
     IMAGE_TOKENS = "image_tokens"
@@ -113,7 +115,7 @@ class Position(Choice):
 
 
 class Task(Section):
-    """One distilled task: what is predicted, from where, by which head, under which loss."""
+    """One distilled task: target, position, head and losses."""
 
     target: Target
     at: Position = Field(Position.TASK_TOKENS, description="positions whose states are read")
@@ -128,7 +130,7 @@ class Task(Section):
     @field_validator("loss", mode="before")
     @classmethod
     def _without_removed(cls, loss: Any) -> Any:
-        """A null takes a loss away that an extended recipe has."""
+        """Null removes a loss of the extended recipe."""
         return {k: v for k, v in loss.items() if v is not None} if isinstance(loss, dict) else loss
 
     @field_validator("loss")
@@ -138,7 +140,7 @@ class Task(Section):
             loss_place(kind)
         names = [loss_name(kind) for kind in loss]
         if len(set(names)) < len(names):
-            raise ValueError(f"losses {list(loss)} share a name in the log: rename a function of your own")
+            raise ValueError(f"losses {list(loss)} share a name in the log: rename your own function")
         return loss
 
     @model_validator(mode="after")
@@ -148,7 +150,8 @@ class Task(Section):
             raise ValueError(f"at '{self.at}' {wrong}")
         if self.at is Position.SEQUENCE and self.head.kind != "resampler":
             raise ValueError(
-                f"at sequence the head reads many states, '{self.head.kind}' one: set head.kind to resampler"
+                f"at 'sequence' a head must read several states, '{self.head.kind}' reads one: set head.kind to "
+                "resampler"
             )
         if self.target.own:
             self._own_target_fits()
@@ -157,31 +160,33 @@ class Task(Section):
     def _own_target_fits(self) -> None:
         kind, head = self.target.kind, self.head.kind
         if self.at in (Position.TASK_TOKENS, Position.SEQUENCE):
-            raise ValueError(f"target '{kind}' has one embedding for each image token: set 'at' to image_tokens")
+            raise ValueError(f"target '{kind}' has one embedding per image token: set 'at' to image_tokens")
         if self.at is Position.PROJECTOR and kind == "projector":
             raise ValueError("target 'projector' at 'projector' predicts itself: set 'at' to image_tokens")
         if head == "resampler":
             raise ValueError(f"target '{kind}' is predicted token by token: set head.kind to mlp, linear or none")
         if "info_nce" in self.loss:
             raise ValueError(
-                f"info_nce compares with the targets of the global batch, which are not known for target '{kind}': "
-                "set 'loss' without it, such as {cosine: 1.0}"
+                "info_nce needs the targets of the global batch, which are not available for target "
+                f"'{kind}': set 'loss' without it, for example {{cosine: 1.0}}"
             )
 
 
 class Distillation(Section):
-    """The embedding losses: the sum over tasks and layers of weight x (weighted sum of the task's losses)."""
+    """The embedding losses, summed over tasks and layers: task weight x (weighted sum of the task's losses)."""
 
     tasks: dict[str, Task] = Field(min_length=1)
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="resamplers at task tokens also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
-    targets: PathText | None = Field(None, description="store that `visper targets build` wrote; no teacher is loaded")
+    targets: PathText | None = Field(
+        None, description="stored targets, written by `visper targets build`; no teacher is loaded"
+    )
 
     @field_validator("tasks", mode="before")
     @classmethod
     def _without_removed(cls, tasks: Any) -> Any:
-        """A null takes a task away that an extended recipe has."""
+        """Null removes a task of the extended recipe."""
         return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
 
     @field_validator("tasks")
@@ -193,10 +198,10 @@ class Distillation(Section):
 
     @property
     def taught(self) -> dict[str, Task]:
-        """The tasks whose targets come from a teacher."""
+        """The tasks that have a teacher."""
         return {name: task for name, task in self.tasks.items() if not task.target.own}
 
     @property
     def at_task_tokens(self) -> list[str]:
-        """The tasks that need task tokens of their own."""
+        """The tasks that read task tokens."""
         return [name for name, task in self.tasks.items() if task.at is Position.TASK_TOKENS]

@@ -1,6 +1,6 @@
-"""Kinds of targets, heads and losses: where they are and their options, as data.
+"""Tables of the kinds of teachers, heads and losses, with their import paths and options.
 
-A recipe is checked against these tables before torch is imported. Whatever a kind's table lacks may be named as
+A recipe is checked against these tables before torch is imported. A kind that is not in its table is given as
 "module:Class" (a loss as "module:function").
 """
 
@@ -18,7 +18,7 @@ Count = Annotated[int, Ge(1)]
 
 
 class TeacherKind(NamedTuple):
-    """``place`` is the class as "module:Class"; ``options`` are its arguments besides ``model`` (a test compares)."""
+    """``place`` is the class as "module:Class"; ``options`` are its arguments except ``model`` (a test compares)."""
 
     place: str
     options: tuple[str, ...] = ()
@@ -53,10 +53,10 @@ TEACHERS: Mapping[str, TeacherKind] = {
     "features": _FEATURES,
     "dinov2": _FEATURES,
 }
-"""The kinds that come with visper. Another one is a file in ``distillation/teachers/`` and an entry here."""
+"""The built-in kinds. To add one, add a file to ``distillation/teachers/`` and an entry here."""
 
 OWN_TARGETS = ("encoder", "projector")
-"""Targets that the student makes itself, without a teacher: what enters its projector, and what leaves it."""
+"""Targets without a teacher: the input and the output of the student's own projector."""
 
 HEADS: Mapping[str, HeadKind] = {
     "resampler": HeadKind(
@@ -79,7 +79,7 @@ HEADS: Mapping[str, HeadKind] = {
     "linear": HeadKind("visper.distillation.heads:LinearHead"),
     "none": HeadKind("visper.distillation.heads:NoHead"),
 }
-"""From hidden states to predicted embeddings. Another one is a class in ``distillation/heads.py`` and a line here."""
+"""Heads predict embeddings from hidden states. To add one, add a class to ``distillation/heads.py`` and a line here."""
 
 LOSSES: Mapping[str, str] = {
     "smooth_l1": "visper.distillation.losses:smooth_l1",
@@ -88,30 +88,31 @@ LOSSES: Mapping[str, str] = {
     "gram": "visper.distillation.losses:gram",
     "info_nce": "visper.distillation.losses:info_nce",
 }
-"""Between predicted and target embeddings. Another one is a function in ``distillation/losses.py`` and a line here."""
+"""Losses compare predicted with target embeddings. To add one, add a function to ``distillation/losses.py`` and a line
+here."""
 
 _OWN_KIND = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def class_place(kind: str) -> str:
-    """Where a teacher kind's class is, as "module:Class". Raises ValueError for an unknown kind."""
+    """The class of a kind of teacher, as "module:Class". Raises ValueError for an unknown kind."""
     if kind in TEACHERS:
         return TEACHERS[kind].place
     return _own_place("target", kind, [*TEACHERS, *OWN_TARGETS], "Class")
 
 
 def head_place(kind: str) -> str:
-    """Where a head kind's class is, as "module:Class". Raises ValueError for an unknown kind."""
+    """The class of a kind of head, as "module:Class". Raises ValueError for an unknown kind."""
     return HEADS[kind].place if kind in HEADS else _own_place("head", kind, list(HEADS), "Class")
 
 
 def loss_place(kind: str) -> str:
-    """Where a loss is, as "module:function". Raises ValueError for an unknown one."""
+    """A loss as "module:function". Raises ValueError for an unknown one."""
     return LOSSES[kind] if kind in LOSSES else _own_place("loss", kind, list(LOSSES), "function")
 
 
 def loss_name(kind: str) -> str:
-    """What the log calls a loss: its key, or the name of your own function."""
+    """The name of a loss in the log: its key in ``LOSSES``, or the name of a custom function."""
     return kind.rsplit(":")[-1]
 
 
@@ -122,10 +123,10 @@ def _own_place(what: str, kind: str, known: list[str], member: str) -> str:
 
 
 def check_head(kind: str, options: Mapping[str, object]) -> None:
-    """Raises ValueError for an unknown kind of head, or an option that the kind lacks or that has another type."""
+    """Raises ValueError for an unknown kind of head, an unknown option, or an option of the wrong type."""
     head_place(kind)
     if kind not in HEADS:
-        return  # its class checks its options when it is built
+        return  # a custom class checks its own options when it is built
     known = HEADS[kind].options
     for name, value in options.items():
         if name not in known:
@@ -137,22 +138,22 @@ def check_head(kind: str, options: Mapping[str, object]) -> None:
 
 
 def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ...]) -> None:
-    """Raises ValueError for an option that the kind of teacher does not have."""
+    """Raises ValueError for an option that this kind of teacher does not have."""
     for name in options:
         if name not in known:
             raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + nearest(name, list(known)))
 
 
 def check_task_name(name: str) -> None:
-    """Raises ValueError for a name that cannot stand in parameters' names, where torch keeps tasks in mappings."""
+    """Raises ValueError for a task name that cannot be a key of torch's ``ModuleDict`` or ``ParameterDict``."""
     if not name.isidentifier() or hasattr(dict, name):
         raise ValueError(
-            f"'{name}' cannot name a task: use letters, digits and _, not first a digit, and no name of a mapping's "
-            "methods, such as 'keys'"
+            f"'{name}' cannot name a task: use letters, digits and _, do not begin with a digit, and avoid names of "
+            "dict methods, such as 'keys'"
         )
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The hint at the end of a message about an unknown name."""
+    """A hint for a message about an unknown name: the closest known name, or all of them."""
     near = get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(known) or '(none)'}"

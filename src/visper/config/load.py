@@ -1,7 +1,7 @@
-"""Recipes are YAML files: read, extended, overridden, validated, saved.
+"""Recipes (YAML files): reading, extending, overriding, validating and saving them.
 
-A recipe may say ``extends: other.yaml`` (beside itself, or a shipped recipe's name); the command line may add
-``a.b.c=value``. Faults are reported all at once, each with file, key and the nearest valid key.
+A recipe may extend another one (``extends: other.yaml``, a file next to it or a shipped recipe), and the command line
+may override values (``a.b.c=value``). All faults are reported at once, each with file, key and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from visper.config.schema import UNION_TAGS, Run
 from visper.config.student import Student, VlmStudent
 
 STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
-"""The kinds of a student, by the tags that pydantic puts into a fault's location."""
+"""The kinds of students by the tags that pydantic puts into the location of a fault."""
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is there: six times as fast."""
+"""libyaml's loader if installed: it is six times as fast."""
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -32,7 +32,7 @@ def _shipped() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, such as ``llama3-8b-vit-l/pt``. Bases (leading underscore) are left out."""
+    """Names of the shipped recipes, such as ``llama3-8b-vit-l/pt``, without bases (leading underscore)."""
     root = _shipped()
     files = sorted(root.rglob("*.yaml"))
     return [f.relative_to(root).with_suffix("").as_posix() for f in files if not f.name.startswith("_")]
@@ -46,12 +46,12 @@ def _find(name: str, beside: Path | None = None) -> Path:
         if candidate.is_file():
             return candidate
     near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
-    hint = f"; did you mean the shipped recipe '{near[0]}'?" if near else ""
+    hint = f"; did you mean '{near[0]}'?" if near else "."
     raise ConfigError(f"no recipe '{name}': neither a file nor a shipped recipe{hint} `visper recipes` lists them")
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Top over base, mapping by mapping; a ``null`` in top removes the base's section."""
+    """``base`` updated with ``top``, recursively; a null in ``top`` removes the base's section."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -60,7 +60,7 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | None = None) -> dict[str, Any]:
-    """The recipe as plain data, with what it extends laid under it. Not yet validated."""
+    """The recipe as plain data, merged with the recipes that it extends; not yet validated."""
     path = _find(str(name), _beside)
     if path in _seen:
         raise ConfigError(f"{path}: recipes extend each other in a circle")
@@ -69,7 +69,7 @@ def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | 
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(content).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
     parents = content.pop("extends", [])
     base: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
@@ -78,7 +78,7 @@ def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | 
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """``["optimization.lr=1e-4", ...]`` as nested data; values are read as YAML."""
+    """``["optimization.lr=1e-4", ...]`` as nested data; values are parsed as YAML."""
     nested: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -98,15 +98,19 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; people mean a number."""
+    """Converts text such as ``1e-4``, which YAML 1.1 does not read as a number."""
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[Mapping[str, Any]] = ()) -> Run:
-    """A validated run from a recipe file or a shipped recipe's name.
+    """Loads and validates a run from a recipe file or a shipped recipe's name.
 
-    ``changes`` are nested data laid on top (from code), then ``overrides`` (``key=value`` strings).
-    Raises ConfigError listing every fault with file and key.
+    Args:
+        overrides: ``key=value`` strings, applied last.
+        changes: nested data, merged over the recipe in order.
+
+    Raises:
+        ConfigError: lists every fault with file and key.
     """
     data = read_recipe(name)
     for change in changes:
@@ -118,17 +122,17 @@ def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[
 
 
 def save_run(run: Run, path: Path) -> None:
-    """The resolved run as YAML; ``load_run`` reads it back equal."""
+    """Writes the resolved run as YAML, from which ``load_run`` reads an equal run."""
     path.write_text(run_text(run), encoding="utf-8")
 
 
 def run_text(run: Run) -> str:
-    """The resolved run as YAML text; nulls are written too, where they differ from the default they say something."""
+    """The resolved run as YAML text; nulls are included, since a null can differ from the default."""
     return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
-    """Every fault of a validation against ``model``, one a line, with file, key and the nearest valid key."""
+    """The faults of a validation against ``model``, one per line, with file, key and the nearest valid key."""
     lines = []
     for fault in error.errors():
         location = [str(part) for part in fault["loc"] if part not in (*STUDENTS, *UNION_TAGS)]
@@ -147,7 +151,7 @@ def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
 
 
 def _keys_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """The valid keys of the section at ``location``; empty where that is free-form."""
+    """The valid keys of the section at ``location``; empty if it is free-form."""
     current: type[BaseModel] | None = model
     for part in location:
         if current is None:
@@ -159,12 +163,12 @@ def _keys_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
             if part in (name, field.alias):
                 current = _section_in(field.annotation)
                 break
-        # A name that is no field is a free key of a mapping (a task's name): stay at its value's section.
+        # A name that is not a field is a key of a mapping (a task's name): stay at the section of its values.
     return [field.alias or name for name, field in current.model_fields.items()] if current else []
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    # To Python 3.10 dict[str, X] is a type, too.
+    # In Python 3.10, dict[str, X] is an instance of type, too.
     if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):

@@ -1,4 +1,4 @@
-"""Paths as people write them: ``~`` and ``$VARIABLES`` are expanded wherever a run or a command names a path."""
+"""Expansion of ``~`` and ``$VARIABLES`` in the paths of runs and commands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic import AfterValidator
 
 
 def expand_path(path: str) -> str:
-    """``path`` with ``~``, ``$NAME`` and ``${NAME}`` expanded; hub ids and addresses stay as they are.
+    """``path`` with ``~``, ``$NAME`` and ``${NAME}`` expanded; hub ids and URLs are left unchanged.
 
     Raises:
-        ValueError: a variable is not set, or a home folder is not known.
+        ValueError: a variable is not set, or the home folder is unknown.
     """
     expanded = os.path.expandvars(path)
     unset = re.search(r"\$\{?([A-Za-z_]\w*)\}?", expanded)
@@ -29,20 +29,20 @@ def expand_path(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]
-"""A field that holds a path, or a hub id."""
+"""The type of a field that holds a path or a hub id."""
 
 
 def read_words(path: str) -> list[str]:
-    """The lines of a text file without the empty ones.
+    """The non-empty lines of a text file, stripped.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     place = Path(expand_path(path))
     try:
         lines = place.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"cannot read words from '{place}' ({error}): give a list, or a UTF-8 text file with one word a line"
+            f"cannot read words from '{place}' ({error}): give a list, or a UTF-8 text file with one word per line"
         ) from error
     return [line.strip() for line in lines if line.strip()]

@@ -1,7 +1,7 @@
 """The run of one stage: student, data, distillation, optimization, logging, output.
 
-Every model here forbids unknown keys: a misspelt key is an error, never a silent default.
-Numbers of the method come from arXiv 2412.09585; the recipes hold the published values of each base.
+All sections reject unknown keys, so a misspelled key is an error, never a silent default.
+Defaults of the method come from arXiv 2412.09585; the recipes hold the published values for each base model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from visper.config.section import Choice, Section
 from visper.config.student import AnyStudent
 
 MAX_PIXELS, MOST_PIXELS = 89_478_485, 178_956_970
-"""Of one image by default, and at most: decoded it takes 268 or 537 MB. Pillow warns of decompression bombs past the
-first number and refuses them past the second, whatever a run says."""
+"""Default and largest value of ``data.max_pixels``: a decoded image then takes 268 or 537 MB. Above these numbers
+Pillow warns of a decompression bomb or refuses it, whatever the run allows."""
 
 
 class Stage(Choice):
-    """The stages of the method, in their order."""
+    """The stages of the method, in order."""
 
     PT = "pt"
     VPT = "vpt"
@@ -39,7 +39,7 @@ class Stage(Choice):
 
 
 class Geometry(Choice):
-    """How an image becomes the square that the student and the teachers see."""
+    """How an image is made square for the student and the teachers."""
 
     SQUASH = "squash"
     PAD = "pad"
@@ -47,22 +47,22 @@ class Geometry(Choice):
 
 
 class Source(Section):
-    """Rows, in one of four ways: a set of the catalogue, a JSON file, a hub data set, or Parquet files."""
+    """A source of rows: a set of the catalogue, a JSON file, a hub data set, or Parquet files."""
 
     data_set: PathText | None = Field(
         None, alias="set", description="name in the catalogue, or a YAML file like its entries"
     )
     json_file: PathText | None = Field(None, alias="json", description=".json or .jsonl, optionally .gz; with 'images'")
-    hf: PathText | None = Field(None, description="data set of the hub, or a folder that holds one")
-    parquet: PathText | None = Field(None, description="Parquet file, or a pattern of several")
-    images: PathText | None = Field(None, description="folder under which the image paths lie")
+    hf: PathText | None = Field(None, description="data set on the hub, or a folder that contains one")
+    parquet: PathText | None = Field(None, description="Parquet file, or a pattern for several")
+    images: PathText | None = Field(None, description="folder that image paths are relative to")
     columns: dict[Literal["id", "image", "images", "conversations", "messages", "system", "text"], str] = Field(
-        default_factory=dict, description="what the rows' own names for these fields are"
+        default_factory=dict, description="field -> its name in the rows, where that differs"
     )
-    split: str | None = Field(None, description="of 'hf'; default: train")
-    subset: str | None = Field(None, description="of 'hf', where the data set has several")
-    revision: str | None = Field(None, description="of 'hf': commit, tag or branch")
-    weight: PositiveFloat = Field(1.0, allow_inf_nan=False, description="how often each row is expected in an epoch")
+    split: str | None = Field(None, description="for 'hf'; default: train")
+    subset: str | None = Field(None, description="for 'hf', if the data set has several")
+    revision: str | None = Field(None, description="for 'hf': commit, tag or branch")
+    weight: PositiveFloat = Field(1.0, allow_inf_nan=False, description="expected uses of each row per epoch")
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -80,36 +80,36 @@ class Source(Section):
 
     @property
     def kind(self) -> Literal["json", "hf", "parquet"]:
-        """How the rows are given; a set consists of JSON files."""
+        """The kind of source; a set of the catalogue consists of JSON files."""
         kinds: tuple[Literal["hf", "parquet"], ...] = ("hf", "parquet")
         return next((name for name in kinds if getattr(self, name) is not None), "json")
 
     @property
     def place(self) -> str:
-        """The file, folder, address or name; of a set its name."""
+        """The file, folder, pattern or hub id; for a set, its name."""
         return str(self.data_set or self.json_file or self.hf or self.parquet)
 
 
 class Data(Section):
-    """What a stage reads and how rows become batches."""
+    """The rows of a stage and how they are batched."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    root: PathText = Field("data", description="folder of the data sets that 'set' names")
+    root: PathText = Field("data", description="folder of the data sets given by 'set'")
     geometry: Geometry = Field(Geometry.SQUASH, description="shared by the student and the teachers")
     max_tokens: PositiveInt = 4096
     max_pixels: int = Field(
-        MAX_PIXELS, ge=1, le=MOST_PIXELS, description="of an image; rows with a larger one are left out"
+        MAX_PIXELS, ge=1, le=MOST_PIXELS, description="per image; rows with a larger image are left out"
     )
-    drop_limit: float = Field(0.01, ge=0, le=1, description="share of bad rows past which the run is refused")
+    drop_limit: float = Field(0.01, ge=0, le=1, description="largest accepted share of bad rows")
     unknown_limit: float = Field(
-        0.2, ge=0, le=1, description="share of supervised text the tokenizer does not know past which a run is refused"
+        0.2, ge=0, le=1, description="largest accepted share of unknown tokens in the supervised text"
     )
     drop_list: tuple[PathText, ...] = Field(
-        (), description="rows to leave out: files that `visper data check --drop` wrote"
+        (), description="rows to leave out: files written by `visper data check --drop`"
     )
     group_by_length: bool = Field(False, description="batches of similar length and one modality")
     join_conversations: bool = Field(
-        False, description="conversations about one image share it in a micro-batch: the same losses from fewer tokens"
+        False, description="share an image between its conversations in a micro-batch: same losses from fewer tokens"
     )
     workers: int = Field(2, ge=0, description="loader processes")
 
@@ -123,11 +123,11 @@ ShareOrAuto = Annotated[
     Discriminator(_number_or_word),
 ]
 UNION_TAGS = ("number", "word")
-"""Tags that pydantic puts into the location of a fault in a ``ShareOrAuto``."""
+"""The tags of ``ShareOrAuto``, which pydantic puts into the location of a fault."""
 
 
 class Optimization(Section):
-    """Batch, learning rate and length. The global batch is what counts; micro-batch and processes only split it."""
+    """Batch, learning rate and length. Results depend on the global batch; micro-batch and processes only split it."""
 
     global_batch: PositiveInt
     micro_batch: PositiveInt = 8
@@ -138,63 +138,63 @@ class Optimization(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: NonNegativeFloat = 1.0
     epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = Field(None, description="stop after so many steps, whatever the epochs")
+    max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever 'epochs' says")
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     gradient_checkpointing: ShareOrAuto = Field(
         "auto",
-        description="share of layers whose activations are recomputed in the backward pass; true is 1, false 0; auto: "
-        "the least that fits the GPU, none on a CPU",
+        description="share of layers whose activations are recomputed in the backward pass; true: 1, false: 0; auto: "
+        "the smallest share that fits the GPU, 0 on a CPU",
     )
-    train: tuple[str, ...] = Field((), description="parts trained beside the stage's table, e.g. [llm]")
-    freeze: tuple[str, ...] = Field((), description="parts of the stage's table left out, e.g. [vision]")
-    packing: bool = Field(False, description="several samples in one row instead of padding: the same losses")
+    train: tuple[str, ...] = Field((), description="parts to train besides those of the stage, e.g. [llm]")
+    freeze: tuple[str, ...] = Field((), description="parts of the stage not to train, e.g. [vision]")
+    packing: bool = Field(False, description="several samples per row instead of padding: the same losses")
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = Field(
-        None, description="the LLM's attention while training; default: the model's own choice"
+        None, description="the LLM's attention in training; default: the model's own"
     )
     compile: Literal["inductor", "aot_eager"] | None = Field(
         None,
-        description="compile the LLM's layers and the predictors, each alone; aot_eager only traces them: to debug",
+        description="compile each LLM layer and each predictor; aot_eager only traces them, for debugging",
     )
     lr_overrides: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="part of the stage's table -> its own learning rate, e.g. {projector: 1e-3}"
+        default_factory=dict, description="trained part -> its own learning rate, e.g. {projector: 1e-3}"
     )
 
     @property
     def recomputation(self) -> float:
-        """Share of layers that are recomputed; all of them where ``auto`` has not been decided yet."""
+        """The share of recomputed layers; 1 as long as ``auto`` has not been resolved."""
         return 1.0 if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
 
 class Lora(Section):
-    """Fine-tuning of the LLM by low-rank updates (peft), merged into a plain folder at the end of the stage."""
+    """Fine-tuning of the LLM with LoRA (peft); the adapters are merged into the weights at the end of the stage."""
 
     rank: PositiveInt = 64
     alpha: PositiveFloat = 128.0
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="linear layers of the LLM by their last name, e.g. [q_proj, v_proj]"
+        "all-linear", description="linear layers of the LLM by the last part of their name, e.g. [q_proj, v_proj]"
     )
     quantize: Literal["4bit"] | None = Field(
-        None, description="4bit: the frozen LLM is stored in 4 bits (QLoRA; needs a GPU)"
+        None, description="4bit: store the frozen LLM in 4 bits (QLoRA; needs a GPU)"
     )
 
 
 class Monitor(Section):
-    """What happens when a run goes wrong. The rows at hand are named, and all processes act together."""
+    """Reactions to faults in training. Messages name the rows of the step, and all processes react alike."""
 
-    non_finite: Literal["stop", "skip"] = Field("stop", description="NaN or infinite loss; skip: leave the step out")
-    spike: Literal["stop", "warn", "ignore"] = "warn"
+    non_finite: Literal["stop", "skip"] = Field("stop", description="for a NaN or infinite loss; skip: skip the step")
+    spike: Literal["stop", "warn", "ignore"] = Field("warn", description="for a spike of the loss")
     spike_size: PositiveFloat = Field(8.0, description="deviations above the median of the last 50 steps")
-    dead_term: Literal["stop", "warn", "ignore"] = Field("warn", description="a loss term that stays zero or constant")
-    dead_after: PositiveInt = Field(10, description="logs without any change")
-    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="a micro-batch without supervised tokens")
+    dead_term: Literal["stop", "warn", "ignore"] = Field("warn", description="for a loss term that stays constant")
+    dead_after: PositiveInt = Field(10, description="log entries without a change")
+    no_labels: Literal["stop", "warn", "ignore"] = Field("warn", description="for a micro-batch without labels")
 
 
 class Logging(Section):
-    """What is written while training. Console and JSONL are always on."""
+    """Logs and checkpoints. The console and the JSONL log are always on."""
 
-    every: PositiveInt = 10
-    save_every: PositiveInt = 500
+    every: PositiveInt = Field(10, description="steps")
+    save_every: PositiveInt = Field(500, description="steps")
     keep_checkpoints: PositiveInt = 2
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = Field("visper", description="the project of W&B and trackio")
@@ -202,38 +202,37 @@ class Logging(Section):
 
 
 class Evaluation(Section):
-    """What is measured while a stage trains: losses on held-out rows, answers to questions or to a benchmark."""
+    """Evaluation during training: losses on held-out rows, answers to questions or to a benchmark."""
 
     every: PositiveInt = Field(500, description="steps; also after the last one")
-    loss_on: tuple[Source, ...] = Field((), description="held-out rows, as in data.sources: every loss term on them")
-    questions: PathText | None = Field(None, description="what `visper evaluate --questions` takes")
-    images: PathText | None = Field(None, description="folder of the questions' images; none for embedded ones")
+    loss_on: tuple[Source, ...] = Field((), description="held-out rows, given as in data.sources, for all loss terms")
+    questions: PathText | None = Field(None, description="questions, as for `visper evaluate --questions`")
+    images: PathText | None = Field(None, description="folder of the questions' images; omit if they are embedded")
     benchmark: str | None = Field(None, description="cv-bench, mmstar, realworldqa or ok-vqa, under data.root")
-    limit: PositiveInt = Field(200, description="rows and questions at most, evenly spaced over all")
-    max_new_tokens: PositiveInt = Field(32, description="of an answer; benchmarks have their own")
-    blind: bool = Field(False, description="ask once more with other questions' images: the control, at twice the cost")
+    limit: PositiveInt = Field(200, description="largest number of rows and of questions, evenly spaced over all")
+    max_new_tokens: PositiveInt = Field(32, description="per answer; benchmarks have their own limits")
+    blind: bool = Field(False, description="also ask with other questions' images, as a control; doubles the cost")
     best: str | None = Field(
-        None, description="value by which the best checkpoint is kept; default: accuracy where asked, else loss"
+        None, description="value that selects the best checkpoint; default: accuracy if there are questions, else loss"
     )
-
     draw: NonNegativeInt = Field(
-        0, description="images of loss_on whose predictions are drawn beside what the teachers see"
+        0, description="number of images of loss_on whose predictions are drawn next to the teachers' output"
     )
-    use_best: bool = Field(False, description="the finished model has the best checkpoint's weights, not the last ones")
+    use_best: bool = Field(False, description="finish with the weights of the best checkpoint, not with the last ones")
 
     @property
     def asks(self) -> bool:
-        """Whether questions are answered."""
+        """Whether questions or a benchmark are evaluated."""
         return self.questions is not None or self.benchmark is not None
 
     @property
     def measure(self) -> str:
-        """The logged value by which the best checkpoint is kept."""
+        """The logged value that selects the best checkpoint."""
         return f"{EVALUATED}{self.best or ('accuracy' if self.asks else 'loss')}"
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the best is the highest: accuracies are, losses are not."""
+        """Whether a higher value is better: true for accuracies, false for losses."""
         return self.measure.startswith(f"{EVALUATED}accuracy")
 
     @model_validator(mode="after")
@@ -245,9 +244,9 @@ class Evaluation(Section):
         if self.images is not None and self.questions is None:
             raise ValueError("'images' belongs to 'questions': remove it")
         if self.blind and not self.asks:
-            raise ValueError("'blind' is a control of 'questions' or a 'benchmark': give one, or remove it")
+            raise ValueError("'blind' is a control for 'questions' or 'benchmark': give one of them, or remove it")
         if self.draw and not self.loss_on:
-            raise ValueError("'draw' shows images of 'loss_on': give that, too")
+            raise ValueError("'draw' shows images of 'loss_on': give 'loss_on', too")
         needs = "loss_on" if not self.higher_is_better else "questions or a benchmark"
         if not (self.asks if self.higher_is_better else self.loss_on):
             raise ValueError(f"best '{self.measure.removeprefix(EVALUATED)}' is not measured without {needs}: give it")
@@ -255,11 +254,11 @@ class Evaluation(Section):
 
 
 EVALUATED = "eval/"
-"""Start of the names under which held-out values are logged."""
+"""Prefix of the logged names of held-out values."""
 
 
 class Engine(Choice):
-    """How a stage is spread over processes."""
+    """How a stage is distributed over processes."""
 
     DDP = "ddp"
     FSDP = "fsdp"
@@ -268,18 +267,18 @@ class Engine(Choice):
 
 
 class Launch(Section):
-    """How many processes train, and what each holds. This decides speed and memory, not results."""
+    """The number of processes and how the model is sharded. This affects speed and memory, not results."""
 
-    processes: PositiveInt = Field(default=1, description="on this machine, unless a launcher has started them already")
+    processes: PositiveInt = Field(default=1, description="on this machine; leave at 1 if a launcher starts them")
     engine: Engine = Field(default=Engine.DDP, description="ddp, fsdp, zero2 or zero3: what each process holds")
-    timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for one that is late")
+    timeout_minutes: PositiveFloat = Field(default=30, description="how long processes wait for a late one")
     reduce_once: bool = Field(
         default=False,
-        description="fsdp: reduce gradients once a step, not after each micro-batch; needs memory for all of them",
+        description="fsdp: reduce gradients once per step, not per micro-batch; needs memory for unsharded gradients",
     )
     replicas: PositiveInt = Field(
         default=1,
-        description="fsdp: copies of the model, each shared out over its part of the processes, such as a node",
+        description="fsdp: copies of the model, each sharded over its own group of processes, such as a node",
     )
 
     @model_validator(mode="after")
@@ -288,8 +287,8 @@ class Launch(Section):
             return self
         if self.reduce_once:
             raise ValueError(
-                f"reduce_once belongs to engine fsdp, this is '{self.engine}' (ddp reduces once a step anyway): remove "
-                "it"
+                f"reduce_once belongs to engine fsdp, this is '{self.engine}' (ddp reduces once per step anyway): "
+                "remove it"
             )
         if self.replicas > 1:
             raise ValueError(f"replicas belongs to engine fsdp, this is '{self.engine}': remove it")
@@ -297,41 +296,41 @@ class Launch(Section):
 
 
 JOINING_ATTENTION = ("sdpa", "flex_attention")
-"""Attention that can be told which tokens of a row another one sees."""
+"""Attention implementations that accept a mask of which tokens each token of a row sees."""
 
 COMPILED_PACKING = ("flex_attention", "eager")
-"""Attention that is compiled without a graph break where it separates the samples of a packed row."""
+"""Attention implementations that compile without a graph break when they separate the samples of a packed row."""
 
 
 class Run(Section):
-    """One stage of one model; saved beside the weights it makes."""
+    """One stage of one model; saved next to the weights that it produces."""
 
     name: str
     stage: Stage
-    output: PathText = Field(description="folder of this run; refused if it holds another run")
+    output: PathText = Field(description="folder of this run; refused if it contains another run")
     start_from: PathText | None = Field(
-        None, description="folder of the stage before, or any folder this library saved"
+        None, description="folder of the previous stage, or any model folder saved by visper"
     )
-    start_from_revision: str | None = Field(None, description="commit, tag or branch, where start_from is a hub id")
+    start_from_revision: str | None = Field(None, description="commit, tag or branch, if start_from is a hub id")
     student: AnyStudent | None = None
     data: Data
     distillation: Distillation | None = None
     optimization: Optimization
-    lora: Lora | None = Field(None, description="stage ift: train low-rank updates of the LLM instead of the LLM")
-    evaluation: Evaluation | None = Field(None, description="measured while training")
+    lora: Lora | None = Field(None, description="stage ift: train LoRA adapters instead of the full LLM")
+    evaluation: Evaluation | None = Field(None, description="evaluation during training")
     logging: Logging = Field(default_factory=lambda: Logging.model_validate({}))
     launch: Launch = Launch()
     seed: int = 0
 
     @property
     def packed(self) -> bool:
-        """Whether the samples of a micro-batch lie in one row; joined ones always do."""
+        """Whether the samples of a micro-batch are packed into one row; joined conversations always are."""
         return self.optimization.packing or self.data.join_conversations
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
         if (self.student is None) == (self.start_from is None):
-            raise ValueError("give either 'student' (a first stage) or 'start_from' (the stage before), not both")
+            raise ValueError("give either 'student' (a first stage) or 'start_from' (the previous stage), not both")
         if self.data.join_conversations and self.distillation is not None:
             raise ValueError("joining is not supported with distillation: set data.join_conversations=false")
         if self.data.join_conversations and self.optimization.attention not in (None, *JOINING_ATTENTION):
@@ -345,7 +344,7 @@ class Run(Section):
         if zero and self.logging.monitor.non_finite == "skip":
             raise ValueError(
                 f"logging.monitor.non_finite=skip is not supported with launch.engine={engine}: DeepSpeed's optimizer "
-                "steps before the loss is judged. Set it to stop, or use launch.engine=fsdp"
+                "steps before the loss is checked. Set it to stop, or use launch.engine=fsdp"
             )
         if zero and self.evaluation is not None and self.evaluation.use_best:
             raise ValueError(
@@ -391,9 +390,9 @@ class Run(Section):
 
     def _require_drawable(self) -> None:
         if self.distillation is None or not self.distillation.taught:
-            raise ValueError("evaluation.draw shows what teachers see, and this stage has none: remove it")
+            raise ValueError("evaluation.draw shows what teachers see, but this stage has no teachers: remove it")
         if self.distillation.targets is not None:
             raise ValueError(
-                "evaluation.draw needs teachers that draw, and 'distillation.targets' stands in their place: remove "
-                "one of them (`visper look` draws a finished run)"
+                "evaluation.draw needs the teachers, but 'distillation.targets' replaces them: remove one of the two "
+                "(`visper look` draws a finished run)"
             )

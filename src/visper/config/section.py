@@ -1,4 +1,4 @@
-"""The base of every part of a run."""
+"""Base classes for the sections of a run's configuration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Choice(str, Enum):
-    """One of several words, written as the word alone."""
+    """An enum of words; ``str`` gives the word itself."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 class Section(BaseModel):
-    """A part of a run: immutable once read, unknown keys refused."""
+    """A section of a run: immutable, rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
