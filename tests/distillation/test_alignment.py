@@ -53,7 +53,7 @@ def test_tokens_that_show_nothing_are_masked():
 
 
 def test_tokens_that_are_no_square_need_places():
-    with pytest.raises(ValueError, match="an image of 6 tokens is no square grid"):
+    with pytest.raises(ValueError, match="an image of 6 tokens is not a square grid"):
         places_of([6])
 
 

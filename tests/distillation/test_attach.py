@@ -127,7 +127,7 @@ def test_task_tokens_learn_through_the_llm_and_are_written_back():
 
 
 def test_tasks_with_and_without_tokens_do_not_mix(llava):
-    with pytest.raises(ValueError, match=r"tasks \['seg', 'gen'\] have no task tokens, \['depth'\] have"):
+    with pytest.raises(ValueError, match=r"tasks \['seg', 'gen'\] have no task tokens, only \['depth'\] have"):
         attach(llava[1], TASKS, task_token_ids={"depth": [20, 21]})
 
 
@@ -180,9 +180,9 @@ def test_mistakes_say_what_to_do(llava):
     text = torch.full_like(batch["input_ids"], 7)
     with distiller.tap() as hidden, torch.no_grad():
         model(**batch)
-        with pytest.raises(ValueError, match=r"rows \[0\] hold no image token \(id 90\)"):
+        with pytest.raises(ValueError, match=r"rows \[0\] have no image token \(id 90\)"):
             distiller(hidden, text, None, targets(1), image_rows=torch.tensor([0]))
-        with pytest.raises(ValueError, match=r"layer 1 saw rows x positions .*one image token for each image feature"):
+        with pytest.raises(ValueError, match=r"layer 1 has states of .*one image token for each image feature"):
             distiller(hidden, batch["input_ids"][:, 1:], None, targets(2))
     with pytest.raises(ValueError, match=r"no states of layer 1: .*with distiller.tap"):
         distiller({}, batch["input_ids"], None, targets(2))
@@ -200,7 +200,7 @@ def test_tokens_that_are_not_known_to_be_a_square_need_places():
         if model_square:
             assert terms_of(distiller, model, batch, want)[1]["seg/2/cosine"] > 0
             distiller.square_tokens = 36  # crops of Gemma 3 have more tokens than one square
-        with pytest.raises(ValueError, match="may have any shape: give 'places'"):
+        with pytest.raises(ValueError, match="is unknown: give 'places'"):
             terms_of(distiller, model, batch, want)
         count = int((batch["input_ids"] == IMAGE).sum())
         places = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))

@@ -103,14 +103,14 @@ def test_keys_without_text_end_with_each_images_own_block():
 
 def test_images_side_by_side_need_their_counts():
     row = [1, IMAGE, IMAGE, IMAGE, 5]
-    with pytest.raises(ValueError, match="row 0 has 2 images in 1 runs of image tokens: give 'image_tokens'"):
+    with pytest.raises(ValueError, match="2 images but 1 contiguous runs of image tokens: give 'image_tokens'"):
         of_images([row], [0, 0])
     found = of_images([row], [0, 0], image_tokens=torch.tensor([1, 2]))
     assert [read(found.image_positions(), i) for i in (0, 1)] == [[1], [2, 3]]
 
 
 def test_counts_that_do_not_match_the_ids_are_refused():
-    with pytest.raises(ValueError, match=r"said to have \[2, 1\] tokens, but these rows hold \[4, 4\] image tokens"):
+    with pytest.raises(ValueError, match=r"are \[2, 1\], but these rows have \[4, 4\] image tokens"):
         of_images([SEVERAL], [0, 0], image_tokens=torch.tensor([2, 1]))
 
 

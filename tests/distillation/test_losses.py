@@ -72,7 +72,7 @@ def test_info_nce_stays_float32_under_autocast():
 
 
 def test_info_nce_refuses_a_pool_of_another_teacher():
-    with pytest.raises(ValueError, match="expected the pool in their tokens and width"):
+    with pytest.raises(ValueError, match="expected a pool of the same tokens and width"):
         info_nce(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.tensor([0]), torch.tensor(2.0))
 
 

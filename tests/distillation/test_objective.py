@@ -206,7 +206,7 @@ def test_objective_of_a_run():
             DistilledTask(SPECS["depth"], (5,), published_predictors()["depth"]),
             "layers 1 to 4.*distillation.tasks.x.layers",
         ),
-        (DistilledTask(SPECS["depth"], (2, 2), published_predictors()["depth"]), "each to be tapped once"),
+        (DistilledTask(SPECS["depth"], (2, 2), published_predictors()["depth"]), "each may be tapped only once"),
         (DistilledTask(SPECS["depth"], (1,), Head(num_queries=3)), "head.num_queries' to 4"),
         (DistilledTask(SPECS["depth"], (1,), Head(queries="states")), "head.queries' to 'matrix'"),
         (

@@ -111,7 +111,7 @@ def test_pixels_are_scaled_as_told(tmp_path):
     [
         ({"output": "nowhere"}, "no tensor 'nowhere'"),
         ({"input": "nowhere"}, "no image input 'nowhere'"),
-        ({"size": 9}, "does not take 'x' of shape"),
+        ({"size": 9}, "rejects input 'x' of shape"),
         ({"layout": "CHWN"}, "'layout' is 'CHWN'"),
     ],
 )

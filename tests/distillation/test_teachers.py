@@ -42,7 +42,7 @@ def test_a_teacher_is_frozen_and_stays_in_evaluation_mode():
 
 
 def test_targets_that_break_the_spec_are_refused():
-    with pytest.raises(ValueError, match=r"gave targets of shape \(1, 4, 5\) where its spec says \(1, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"gave targets of shape \(1, 4, 5\), but its spec says \(1, 4, 3\)"):
         build_teacher(HERE, "x", width=5)(torch.rand(1, 3, 2, 2))
 
 

@@ -244,7 +244,7 @@ def test_parts_are_added_to_the_stages_table(student):
     ("changes", "message"),
     [
         ({"head": "none", "target": {**TEACHER, "width": 7}}, "states of width 32 with a target of width 7"),
-        ({"target": {**TEACHER, "grid": 1}}, "has no grid to lay on image tokens: set .*head.kind' to resampler"),
+        ({"target": {**TEACHER, "grid": 1}}, "has no grid to map onto image tokens: set .*head.kind' to resampler"),
         ({"layers": [5]}, "the model has layers 1 to 4"),
     ],
 )

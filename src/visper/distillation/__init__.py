@@ -1,4 +1,4 @@
-"""Hidden states and targets become losses."""
+"""Visual embedding distillation: losses between predictions from the LLM's hidden states and visual targets."""
 
 from visper.config import Head, Position
 from visper.config.kinds import TEACHERS

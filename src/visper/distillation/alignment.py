@@ -1,4 +1,4 @@
-"""A target laid on the student's tokens, so that each token predicts what the teacher saw at its place.
+"""Maps a target onto the student's image tokens, so that each token predicts the teacher's features at its place.
 
 Shape suffixes: M = targets, S = images, K = tokens of one image, N = teacher tokens, E = teacher width.
 """
@@ -18,12 +18,12 @@ from visper.distillation.teachers.base import TargetSpec
 
 @dataclass(frozen=True)
 class TokenPlaces:
-    """Where each image's tokens lie on it.
+    """The place of each image token on its image.
 
     Attributes:
         points: ``[S, K, 2]`` (x, y) in 0..1.
-        mask: ``[S, K]``, False at tokens that show nothing of the image; None: all do.
-        side: of the square grid that every image has; None: they have other ones.
+        mask: ``[S, K]``, False at tokens that show nothing of the image; None: every token shows something.
+        side: side of the grid, if all images have the same square grid; None: they do not.
     """
 
     points: Tensor
@@ -35,7 +35,7 @@ class TokenPlaces:
         """The places of the image tokens at ``positions`` (``layout.image_positions()``).
 
         Raises:
-            ValueError: the layout names no places and an image's tokens are no square.
+            ValueError: the layout has no places, and an image's tokens are not a square grid.
         """
         images, longest = positions.index.shape
         counts = [longest] * images if positions.mask is None else positions.mask.sum(1).tolist()
@@ -54,10 +54,19 @@ def _square(tokens: int, device: torch.device) -> Tensor:
     side = isqrt(tokens)
     if side * side != tokens:
         raise ValueError(
-            f"an image of {tokens} tokens is no square grid: say where its tokens lie ('places', one point a token)"
+            f"an image of {tokens} tokens is not a square grid: give 'places', the point of the image that each token "
+            "shows"
         )
-    centers = (torch.arange(side, device=device) + 0.5) / side
-    y, x = torch.meshgrid(centers, centers, indexing="ij")
+    return _cell_centers(side, side, device)
+
+
+def _cell_centers(rows: int, columns: int, device: torch.device) -> Tensor:
+    """``[rows * columns, 2]``, the centers (x, y) in 0..1 of a grid's cells, row by row."""
+    y, x = torch.meshgrid(
+        (torch.arange(rows, device=device) + 0.5) / rows,
+        (torch.arange(columns, device=device) + 0.5) / columns,
+        indexing="ij",
+    )
     return torch.stack((x, y), -1).flatten(0, 1)
 
 
@@ -65,35 +74,28 @@ def laid_on_tokens(target_MNE: Tensor, spec: TargetSpec, places: TokenPlaces, im
     """The targets' values at the places of tokens, ``[M, K, E]``, bilinear between the centers of the target's cells.
 
     Args:
-        target_MNE: one for each image, or any number for one image's places.
-        spec: their grid.
-        places: of the tokens.
-        image: take the places of this image for every target; default: target m lies on image m.
+        target_MNE: one target per image, or, with ``image``, any number.
+        spec: their shape.
+        places: places of the tokens.
+        image: use this image's places for every target; default: target m belongs to image m.
     """
     assert spec.grid is not None
     if places.side is not None and spec.grid == (places.side, places.side):
         return target_MNE
     points = places.points if image is None else places.points[image].expand(len(target_MNE), -1, -1)
     maps_MEHW = target_MNE.float().transpose(1, 2).unflatten(2, spec.grid)
-    # In half a cell from the border, where there is no center further out, the border's value.
+    # Points beyond the outermost centers, within half a cell of the border, get the value at the border.
     at = (points * 2 - 1)[:, :, None]
     return grid_sample(maps_MEHW, at, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
 
 
 def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -> Tensor:
-    """The way back, for drawing: tokens' predictions on the target's grid, ``[S, N, E]``.
+    """The inverse, for drawing: the tokens' predictions on the target's grid, ``[S, N, E]``.
 
-    Those of a square grid are interpolated; of any other each cell of the target has the nearest token's.
+    Predictions on a square grid are interpolated; otherwise each cell of the target gets that of the nearest token.
     """
     assert spec.grid is not None
-    rows, columns = spec.grid
-    device = predicted_SKE.device
-    y, x = torch.meshgrid(
-        (torch.arange(rows, device=device) + 0.5) / rows,
-        (torch.arange(columns, device=device) + 0.5) / columns,
-        indexing="ij",
-    )
-    points = torch.stack((x, y), -1).flatten(0, 1).expand(len(predicted_SKE), -1, -1)
+    points = _cell_centers(*spec.grid, predicted_SKE.device).expand(len(predicted_SKE), -1, -1)
     if places.side is None:
         distances_SNK = torch.cdist(points, places.points)
         if places.mask is not None:
@@ -105,7 +107,7 @@ def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -
 
 
 def pooled(values_MNE: Tensor, tokens: int) -> Tensor:
-    """``[M, tokens, E]``: means of consecutive groups of tokens, for comparing sets of another size."""
+    """``[M, tokens, E]``: means over consecutive groups of tokens, so that sets of different sizes can be compared."""
     if values_MNE.shape[1] == tokens:
         return values_MNE
     return adaptive_avg_pool1d(values_MNE.float().transpose(1, 2), tokens).transpose(1, 2)

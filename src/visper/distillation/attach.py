@@ -1,7 +1,7 @@
 """Distillation for any vision-language model of transformers, in your own training loop.
 
 It needs three facts about the model: its decoder layers, the id of its image token, the width of its hidden states.
-Image spans are read from the ids, so images may have any size, tiles and separators.
+Image positions are read from the token ids, so images may have any size, any tiles and separators.
 
     distiller = attach(model, {"depth": DistilledTask(teacher.spec, layers=(8, 20))})
     with distiller.tap() as hidden:
@@ -36,15 +36,15 @@ from visper.model import TaskTokens, random_rows
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What distillation needs to know of a model.
+    """The facts about a model that distillation needs.
 
     Attributes:
-        decoder: its text model, with a list ``layers``.
-        image_token_id: the id whose copies in ``input_ids`` hold the image's features.
-        width: of the decoder's hidden states.
-        projector: what is given the encoder's features, one row for each image token; for targets "encoder" only.
-        square_tokens: of an image, where every image is one square grid of them; None: grids differ or are not known,
-            so that targets laid on image tokens need their ``places``.
+        decoder: the text model, with a list ``layers``.
+        image_token_id: id of the tokens in ``input_ids`` that image features replace.
+        width: width of the decoder's hidden states.
+        projector: module whose input is the encoder's features, one row per image token; only for target "encoder".
+        square_tokens: tokens per image if every image is one square grid; None: grids differ or are unknown, so that
+            targets mapped onto image tokens need ``places``.
     """
 
     decoder: nn.Module
@@ -55,7 +55,7 @@ class ModelFacts:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelFacts:
-        """The facts from the model's own attributes, as transformers names them.
+        """Reads the facts from the model's attributes, by the names that transformers uses.
 
         Raises:
             ValueError: the model lacks one of them.
@@ -71,15 +71,15 @@ class ModelFacts:
         missing = [name for name, value in facts.items() if value is None]
         if missing:
             raise ValueError(
-                f"{type(model).__name__} has no {', no '.join(missing)}: take a wrapped model out of its wrapper, or "
-                "pass facts=ModelFacts(decoder, image_token_id, width)"
+                f"{type(model).__name__} has no {', no '.join(missing)}: unwrap the model, or pass "
+                "facts=ModelFacts(decoder, image_token_id, width)"
             )
         assert isinstance(decoder, nn.Module) and image_token_id is not None and width is not None
         return cls(decoder, int(image_token_id), int(width), square_tokens=_square_tokens(config))
 
 
 def _square_tokens(config: Any) -> int | None:
-    """Tokens of an image in models that see each as one square: LLaVA and Gemma 3 (without its crops)."""
+    """Tokens per image in models whose images are one square grid: LLaVA and Gemma 3 (without crops)."""
     vision: Any = config.vision_config if isinstance(config, LlavaConfig) else None
     if hasattr(vision, "patch_size"):
         return int((vision.image_size // vision.patch_size) ** 2)
@@ -95,22 +95,21 @@ def attach(
     text_keys: bool = True,
     seed: int = 0,
 ) -> AttachedDistillation:
-    """Predictors, queries and losses for ``model``, on its device, to be trained beside it.
+    """Builds predictors, queries and losses for ``model``, on its device, to be trained along with it.
 
     Args:
-        model: any vision-language model; it is not changed, but see ``task_token_ids``.
-        tasks: what to distil, by task.
+        model: any vision-language model. It is not modified, except for the hook described at ``task_token_ids``.
+        tasks: task name -> task.
         facts: default: ``ModelFacts.of(model)``.
-        task_token_ids: per task the vocabulary ids of its tokens, which the processor must put behind each image.
-            Their embeddings then come from the query matrices, through a hook on the model's input embedding; call
-            ``write_back`` before saving. None: no task tokens; at "task_tokens" each resampler with queries "matrix"
-            then reads a query matrix of its own that the LLM never sees, each with queries "states" the mean state of
-            the image's tokens.
+        task_token_ids: task -> vocabulary ids of its task tokens, which the processor must put after each image. A hook
+            on the model's input embedding then takes their embeddings from the query matrices; call ``write_back``
+            before saving. None: no task tokens. At "task_tokens", a resampler with queries "matrix" then has a query
+            matrix that the LLM never sees, and one with queries "states" uses the mean state of the image's tokens.
         init_logit_scale, text_keys: see ``EmbeddingDistillation``.
-        seed: of the queries.
+        seed: seed of the initial queries.
 
     Raises:
-        ValueError: a fact is missing, the model lacks a layer, or a task has no tokens while others have.
+        ValueError: a fact is missing, the model lacks a tapped layer, or only some of the tasks have task tokens.
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
@@ -120,10 +119,11 @@ def attach(
     without = [task for task in reads_tokens if task not in ids and (ids or tasks[task].head.kind != "resampler")]
     if without:
         raise ValueError(
-            f"tasks {without} have no task tokens, {list(ids)} have: give each its own, or set its 'at' to image_tokens"
+            f"tasks {without} have no task tokens, only {list(ids)} have: give every task its own, or set 'at' to "
+            "image_tokens"
         )
     if objective.reads_encoder and facts.projector is None:
-        raise ValueError("target 'encoder' is what enters the projector: pass facts=ModelFacts(..., projector=...)")
+        raise ValueError("target 'encoder' is the projector's input: pass facts=ModelFacts(..., projector=...)")
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     rows = {
@@ -148,8 +148,8 @@ class AttachedDistillation(nn.Module):
 
     Attributes:
         objective: the embedding losses.
-        task_tokens: the queries of a model with task tokens, else None.
-        queries: per task the queries of a model without.
+        task_tokens: the queries, if the model has task tokens; else None.
+        queries: task -> query matrix, if the model has no task tokens.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class AttachedDistillation(nn.Module):
 
     @contextmanager
     def tap(self) -> Iterator[Mapping[int, Tensor]]:
-        """``with distiller.tap() as hidden:`` captures the hidden states of the model's forward; use them inside."""
+        """``with distiller.tap() as hidden:`` captures hidden states of the model's forward pass; use them inside."""
         with ExitStack() as taps:
             self._encoded = taps.enter_context(self._tap_encoder()) if self._tap_encoder is not None else []
             yield taps.enter_context(self._tap())
@@ -192,23 +192,23 @@ class AttachedDistillation(nn.Module):
         samples: Tensor | None = None,
         places: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Every term, unweighted, such as "depth/20/smooth_l1" -> scalar.
+        """Computes the unweighted terms: name, such as "depth/20/smooth_l1", -> scalar.
 
         Args:
-            hidden: what the tap captured, per layer ``[B, L, D]``.
-            input_ids, attention_mask: ``[B, L]`` as the model got them; the mask may be None.
-            targets: per task the teacher's embeddings ``[S, N, E]`` of the images, in the order of ``image_rows``;
+            hidden: the states that the tap captured, layer -> ``[B, L, D]``.
+            input_ids, attention_mask: ``[B, L]`` as given to the model; the mask may be None.
+            targets: task -> the teacher's embeddings ``[S, N, E]`` of the images, in the order of ``image_rows``;
                 plain tensors are gathered over all ranks.
-            image_rows: ``[S]`` ascending, the row of each image to distil, a row with several images as often; default:
-                every row that holds an image token has one image. Rows may be left out.
-            num_images: what the terms are divided by, the images in the *global* batch; default: S, which is right in
+            image_rows: ``[S]`` ascending, the row of each image to distill; a row with n images appears n times, and
+                rows may be left out. Default: every row with image tokens has one image.
+            num_images: divisor of the terms, the number of images in the *global* batch; default: S, which is right in
                 one process without gradient accumulation.
-            image_tokens, samples, places: see ``TokenLayout.from_ids``: tokens of each image where a row has several;
-                the samples of a packed row; where tokens lie that are no square grid.
+            image_tokens, samples, places: see ``TokenLayout.from_ids``. Needed, in this order, for rows with several
+                images, for packed rows, and for images whose tokens are not a square grid.
 
         Raises:
-            ValueError: a row shows no image or another number of them, targets are not one an image, the decoder saw
-                another sequence than ``input_ids``, or a target is to be laid on tokens whose ``places`` are not known.
+            ValueError: a row has no image or an unexpected number of images, there is not one target per image, the
+                states are of other sequences than ``input_ids``, or targets need ``places`` that are not given.
         """
         ids = self.task_tokens.ids if self.task_tokens is not None else {}
         self._check(hidden, input_ids, image_rows)
@@ -234,18 +234,21 @@ class AttachedDistillation(nn.Module):
     def _check(self, hidden: Mapping[int, Tensor], input_ids: Tensor, image_rows: Tensor | None) -> None:
         for layer in self.objective.layers:
             if layer not in hidden:
-                raise ValueError(f"no states of layer {layer}: run the model, then this, inside `with distiller.tap()`")
+                raise ValueError(
+                    f"no states of layer {layer}: run the model, then the distiller, inside `with distiller.tap()`"
+                )
             seen = tuple(hidden[layer].shape[:2])
             if seen != tuple(input_ids.shape):
                 raise ValueError(
-                    f"layer {layer} saw rows x positions {seen}, input_ids are {tuple(input_ids.shape)}: give the ids "
-                    "that the model got, with one image token for each image feature (the model's own processor does)"
+                    f"layer {layer} has states of {seen} rows x positions, input_ids are {tuple(input_ids.shape)}: "
+                    "pass the ids given to the model, with one image token for each image feature (as the model's own "
+                    "processor makes them)"
                 )
         has_image = (input_ids == self.image_token_id).any(1)
         without = [row for row in ([] if image_rows is None else image_rows.tolist()) if not has_image[row]]
         if without:
             raise ValueError(
-                f"rows {without} hold no image token (id {self.image_token_id}): leave them out of image_rows"
+                f"rows {without} have no image token (id {self.image_token_id}): leave them out of image_rows"
             )
 
     def _require_places(self, layout: TokenLayout) -> None:
@@ -255,7 +258,7 @@ class AttachedDistillation(nn.Module):
         counts = set(layout.own_image_tokens().sum(1).tolist()) - {self.square_tokens}
         if counts:
             raise ValueError(
-                f"targets of {by_place} are laid on image tokens, and an image of {min(counts)} tokens may have any "
-                "shape: give 'places', the point of the image that each token shows, set head.kind to resampler, or, "
-                "where every image is one square, pass facts=ModelFacts(..., square_tokens=...)"
+                f"targets of {by_place} are mapped onto image tokens, but the grid of an image of {min(counts)} tokens "
+                "is unknown: give 'places', the point of the image that each token shows, set head.kind to resampler, "
+                "or, if every image is one square grid, pass facts=ModelFacts(..., square_tokens=...)"
             )

@@ -1,7 +1,7 @@
-"""Heads: from hidden states to a target's embedding. The recipe's ``head`` keys (``config.Head``) say which, and how.
+"""Heads: predict a target's embeddings from hidden states, as a recipe's ``head`` (``config.Head``) says.
 
-A ``TokenHead`` predicts one embedding from each state; ``ResamplerHead`` reads any number of states into as many
-embeddings as the target has. A kind is a class here and a line of ``config.kinds.HEADS``.
+A ``TokenHead`` predicts one embedding from each state; ``ResamplerHead`` turns any number of states into as many
+embeddings as the target has. A kind of head is a class here and an entry of ``config.kinds.HEADS``.
 
 Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width, N = teacher tokens, E = teacher width.
 """
@@ -22,9 +22,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "re
 
 
 class TokenHead(nn.Module):
-    """Base of heads that predict one embedding from each state: ``[..., D]`` -> ``[..., E]``.
+    """Base class of heads that predict one embedding from each state: ``[..., D]`` -> ``[..., E]``.
 
-    A subclass takes the LLM's width and the target's shape, then its options by name.
+    A subclass is built with the LLM's width, the target's shape and its options as keyword arguments.
     """
 
 
@@ -32,9 +32,10 @@ class MlpHead(TokenHead):
     """Linear layers with an activation between them.
 
     Args:
-        llm_width, target: of states and embeddings.
-        depth: linear layers.
-        width: between them.
+        llm_width: width of the hidden states.
+        target: shape of the target.
+        depth: number of linear layers.
+        width: width between them.
         activation: a key of ``ACTIVATIONS``.
     """
 
@@ -77,9 +78,9 @@ class ResamplerHead(nn.Module):
     Args:
         llm_width: width of the hidden states (D).
         target: shape of the teacher's embedding.
-        latents: queries of the resampler's own; 0: queries are given with the states.
+        latents: number of queries that the resampler owns; 0: queries are passed to ``forward``.
         inner, mlp, depth, heads, head_width, ff_mult: see ``config.Head``.
-        queries, num_queries: read by ``query_source`` and ``query_rows``.
+        queries, num_queries: used by ``query_source`` and ``query_rows``.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ResamplerHead(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, states_BKD: Tensor, queries_BQD: Tensor | None, key_mask_BK: Tensor | None = None) -> Tensor:
-        """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, queries fitted to the target's tokens."""
+        """Predictions ``[B, N, E]``; arguments as in ``PerceiverResampler``, with queries passed to ``fit_queries``."""
         queries = None if queries_BQD is None else fit_queries(queries_BQD, self.tokens)
         return self.mlp(self.resampler(states_BKD, queries, key_mask_BK))
 
@@ -115,10 +116,10 @@ class ResamplerHead(nn.Module):
 def build_head(
     spec: Head, llm_width: int, target: TargetSpec, at: Position = Position.TASK_TOKENS
 ) -> ResamplerHead | TokenHead:
-    """A head with initial weights. Away from task tokens a resampler has queries of its own.
+    """A head with initial weights. Except at task tokens, a resampler with queries "matrix" owns its queries.
 
     Raises:
-        ValueError: the kind cannot be built for the target, or a class of one's own is no ``TokenHead``.
+        ValueError: unknown kind or option, or a custom class that is not a ``TokenHead``.
     """
     module, name = head_place(spec.kind).split(":")
     kind = getattr(import_module(module), name)
@@ -127,7 +128,7 @@ def build_head(
         latents = (spec.options.get("num_queries") or target.tokens) if owns else 0
         return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
     if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
-        raise ValueError(f"head '{spec.kind}' is no subclass of visper.distillation.heads.TokenHead: derive from it")
+        raise ValueError(f"head '{spec.kind}' is not a subclass of visper.distillation.heads.TokenHead: make it one")
     accepted = list(signature(kind).parameters)[2:]
     unknown = [name for name in spec.options if name not in accepted]
     if unknown:
@@ -137,7 +138,7 @@ def build_head(
 
 
 def fit_queries(queries_BQD: Tensor, tokens: int) -> Tensor:
-    """``[B, tokens, D]``: as they are, tiled as a block where they divide ``tokens``, else averaged and repeated."""
+    """``[B, tokens, D]``: queries tiled as a block if their number divides ``tokens``, else averaged and repeated."""
     rows = queries_BQD.shape[1]
     if rows == tokens:
         return queries_BQD
@@ -147,13 +148,13 @@ def fit_queries(queries_BQD: Tensor, tokens: int) -> Tensor:
 
 
 def query_source(spec: Head, target: TargetSpec) -> Literal["matrix", "states"]:
-    """Where a resampler's queries come from: its option; by default "states" for a target of one token."""
+    """Option ``queries`` of a resampler; default: "states" for a target of one token, else "matrix"."""
     chosen: Literal["matrix", "states"] | None = spec.options.get("queries")
     return chosen or ("states" if target.tokens == 1 else "matrix")
 
 
 def query_rows(spec: Head, target: TargetSpec, per_task: int) -> int:
-    """Rows of the task's query matrix, ``per_task`` being its number of task tokens."""
+    """Number of rows of a task's query matrix; ``per_task`` is its number of task tokens."""
     if spec.kind != "resampler":
         return per_task
     rows: int | None = spec.options.get("num_queries")
@@ -165,21 +166,21 @@ def query_rows(spec: Head, target: TargetSpec, per_task: int) -> int:
 def check_head_fits(
     task: str, spec: Head, target: TargetSpec, at: Position = Position.TASK_TOKENS, per_task: int | None = None
 ) -> None:
-    """Raises ValueError if heads of ``spec`` cannot predict ``target`` from what is at ``at``.
+    """Raises ValueError if a head of ``spec`` cannot predict ``target`` from the states at ``at``.
 
-    ``per_task``, the number of task tokens, is None where it is not known.
+    ``per_task`` is the number of task tokens, None if it is not known.
     """
     if spec.kind == "resampler":
         if target.width == 1 and spec.options.get("inner", "target") == "target":
             raise ValueError(
-                f"task '{task}': a resampler of the target's width, one channel, normalizes away all that it reads: "
-                f"set 'distillation.tasks.{task}.head.inner' to llm"
+                f"task '{task}': a resampler whose inner width is the target's, one channel, normalizes away its "
+                f"input: set 'distillation.tasks.{task}.head.inner' to llm"
             )
         _check_queries(task, spec, target, per_task if at is Position.TASK_TOKENS else None)
     elif at is not Position.TASK_TOKENS and (target.grid is None or target.tokens == 1) and not target.own:
         raise ValueError(
-            f"task '{task}': a target of {target.tokens} x {target.width} has no grid to lay on image tokens: set "
-            f"'distillation.tasks.{task}.head.kind' to resampler, or take a teacher of patch features"
+            f"task '{task}': a target of {target.tokens} x {target.width} has no grid to map onto image tokens: set "
+            f"'distillation.tasks.{task}.head.kind' to resampler, or use a teacher with patch features"
         )
 
 
@@ -188,7 +189,7 @@ def _check_queries(task: str, spec: Head, target: TargetSpec, per_task: int | No
     if query_source(spec, target) == "states":
         if tokens > 1:
             raise ValueError(
-                f"task '{task}': queries 'states' predict one token, the teacher's target has {tokens}: "
+                f"task '{task}': queries 'states' predict one token, but the teacher's target has {tokens}: "
                 f"set '{key}.queries' to 'matrix'"
             )
         return
@@ -201,10 +202,10 @@ def _check_queries(task: str, spec: Head, target: TargetSpec, per_task: int | No
         remedy = (
             f"set '{key}.queries' to 'states'"
             if tokens == 1
-            else "set the teacher's 'size' so that its grid has a multiple (24 x 24 = 576 is one of 8), or "
+            else f"set the teacher's 'size' so that its number of tokens is a multiple of {per_task}, or "
             "'student.task_tokens.per_task' to a divisor"
         )
         raise ValueError(
-            f"task '{task}': {query_rows(spec, target, per_task)} queries for the teacher's {tokens} tokens do not "
-            f"divide among {per_task} task tokens: {remedy}"
+            f"task '{task}': {query_rows(spec, target, per_task)} queries for the teacher's {tokens} tokens cannot be "
+            f"divided evenly among {per_task} task tokens: {remedy}"
         )

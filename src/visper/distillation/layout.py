@@ -1,8 +1,8 @@
-"""Positions of images, their task tokens and text in each row, read from the ids.
+"""Positions of images, task tokens and text in each row, read from the token ids.
 
-The published code uses constants (38, 26 or 13 system tokens, 576 image tokens), so another prompt or resolution reads
-the wrong states. Here positions come from the ids: a row may hold any number of images, of any number of tokens, and
-several samples (packing).
+The published code uses constants (38, 26 or 13 system tokens, 576 image tokens), so with another prompt or resolution
+it reads the wrong states. Here a row may have any number of images, each of any number of tokens, and several samples
+(packing).
 
 Shape suffixes: B = rows, L = sequence, S = images, T = image tokens of all images, K = positions of one image.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of each image: ``index`` ``[S, K]`` into its row's sequence, ``mask`` ``[S, K]`` True where real.
+    """Positions selected for each image: its row, ``rows`` ``[S]``, and ``index`` ``[S, K]`` in the row's sequence.
 
-    ``mask`` is None where every image has K positions, so that attention needs none; else ``real`` lists its True
-    entries, ``[S, K]`` laid end to end.
+    ``mask`` ``[S, K]`` is False at padding, or None if every image has K positions, so that attention needs no mask.
+    With a mask, ``real`` has the indices of its True entries in the flattened ``[S * K]``.
     """
 
     rows: Tensor
@@ -36,10 +36,10 @@ class Positions:
 
     @classmethod
     def of(cls, rows: Tensor, chosen_SL: Tensor) -> Positions:
-        """The True positions of ``[S, L]``, in their order."""
+        """The True positions of ``[S, L]``, in order."""
         counts = chosen_SL.sum(1)
         longest, shortest = (int(n) for n in torch.stack((counts.max(), counts.min())).tolist())
-        # A stable sort moves the chosen positions to the front in their order.
+        # A stable sort moves the chosen positions to the front and keeps their order.
         index = chosen_SL.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
         mask = torch.arange(longest, device=index.device) < counts[:, None]
         if shortest == longest:
@@ -49,17 +49,17 @@ class Positions:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where everything is in a batch. Images are numbered by their rows and, within a row, by their tokens.
+    """Positions of images, task tokens and padding in a batch. Images are numbered in order of their tokens, by row.
 
     Attributes:
         image: ``[B, L]``, True at image tokens.
-        tasks: per task ``[B, L]``, True at the task's tokens.
+        tasks: task -> ``[B, L]``, True at the task's tokens.
         attended: ``[B, L]``, False at padding.
         rows: ``[S]`` row of each image.
         owner: ``[B, L]`` the last image that begins at or before a position; -1 before a row's first image.
         samples: ``[B, L]`` number of the sample within a packed row; None: a row is one sample.
-        places: ``[T, 2]`` for each image token the point (x, y) in 0..1 of the image that it shows, NaN for one that
-            shows none of it (padding, separators); None: an image's tokens are a square grid, row by row.
+        places: ``[T, 2]`` for each image token the point (x, y) in 0..1 of the image that it shows, NaN for a token
+            that shows none of it (padding, separators); None: each image's tokens are a square grid, row by row.
     """
 
     image: Tensor
@@ -86,10 +86,10 @@ class TokenLayout:
 
         Args:
             attention_mask: ``[B, L]``; None means no padding.
-            image_rows: ``[S]`` ascending, the row of each image; a row with several images stands there several times.
-                Default: every row with an image token has one image.
-            image_tokens: ``[S]`` how many tokens each image has. Default: a row's only image has all image tokens of
-                the row; of several images, each has one run of them.
+            image_rows: ``[S]`` ascending, the row of each image; a row with n images appears n times. Default: every
+                row with image tokens has one image.
+            image_tokens: ``[S]`` number of tokens of each image. Default: the only image of a row has all image tokens
+                of the row; several images have one contiguous run each.
             samples, places: see the attributes.
 
         Raises:
@@ -109,8 +109,8 @@ class TokenLayout:
         found = chosen.nonzero()
         if len(numbers) != len(found) or not torch.equal(rows[numbers], found[:, 0]):
             raise ValueError(
-                f"images in rows {rows.tolist()} are said to have {image_tokens.tolist()} tokens, but these rows hold "
-                f"{chosen.sum(1)[rows].tolist()} image tokens (id {image_token_id}): give the ids and counts of one "
+                f"image_tokens of the images in rows {rows.tolist()} are {image_tokens.tolist()}, but these rows have "
+                f"{chosen.sum(1)[rows].tolist()} image tokens (id {image_token_id}): take ids and counts from the same "
                 "processor, and never truncate an image's tokens"
             )
         owner = torch.full_like(input_ids, -1)
@@ -118,10 +118,10 @@ class TokenLayout:
         return cls(image, tasks, attended, rows, owner.cummax(1).values, samples, places)
 
     def keys(self, task: str, text: bool = True) -> Positions:
-        """The positions of each image that a resampler of ``task`` reads.
+        """The positions that a resampler of ``task`` reads for each image.
 
-        The image's own tokens, its task tokens of this task, and the text of its sample; no other image's tokens, no
-        other task's, no padding. ``text=False`` leaves out what follows the image and its task tokens.
+        These are the image's tokens, its tokens of this task and the text of its sample, without the tokens of other
+        images and other tasks. ``text=False`` leaves out everything after the image and its task tokens.
         """
         own = self._own()
         readable = self.attended[self.rows] & (~self.image[self.rows] | own)
@@ -130,7 +130,7 @@ class TokenLayout:
         for other, places in self.tasks.items():
             readable = readable & (~places[self.rows] | own) if other == task else readable & ~places[self.rows]
         if not text:
-            readable = readable & ~self._behind(own)
+            readable = readable & ~self._after(own)
         return Positions.of(self.rows, readable)
 
     def image_positions(self) -> Positions:
@@ -138,7 +138,7 @@ class TokenLayout:
         return Positions.of(self.rows, self.own_image_tokens())
 
     def sequence(self) -> Positions:
-        """The positions of everything in each image's sample, without padding."""
+        """All positions of each image's sample, without padding."""
         readable = self.attended[self.rows]
         return Positions.of(self.rows, readable if self.samples is None else readable & self._same_sample(self._own()))
 
@@ -147,7 +147,7 @@ class TokenLayout:
         return self.image[self.rows] & self._own()
 
     def own_tokens(self, task: str) -> Tensor:
-        """``[S, L]``, True at each image's tokens of ``task``; in a model without task tokens, at the image's own.
+        """``[S, L]``, True at each image's tokens of ``task``; in a model without task tokens, at its image tokens.
 
         Raises:
             ValueError: the model has task tokens but none of this task, or an image has none of them.
@@ -155,7 +155,7 @@ class TokenLayout:
         if not self.tasks:
             return self.own_image_tokens()
         if task not in self.tasks:
-            raise ValueError(f"task '{task}' has no task tokens, only {list(self.tasks)}: add it to the task tokens")
+            raise ValueError(f"task '{task}' has no task tokens, only {list(self.tasks)} have: add tokens for it")
         own = self.tasks[task][self.rows] & self._own()
         empty = (~own.any(1)).nonzero().flatten().tolist()
         if empty:
@@ -175,16 +175,16 @@ class TokenLayout:
         first_S1 = own_SL.int().argmax(1, keepdim=True)
         return samples_SL == samples_SL.gather(1, first_S1)
 
-    def _behind(self, own_SL: Tensor) -> Tensor:
+    def _after(self, own_SL: Tensor) -> Tensor:
         block = self.image[self.rows]
         for places in self.tasks.values():
             block = block | places[self.rows]
-        # Not yet ended = some token of the image's block lies here or further right.
+        # A position is not after the block if some token of the block is at it or to its right.
         return (block & own_SL).int().flip(1).cumsum(1).flip(1) == 0
 
 
 def _count_tokens(chosen_BL: Tensor, rows_S: Tensor) -> Tensor:
-    """``[S]`` tokens of each image: all of a row with one image; one run each in a row with several."""
+    """``[S]`` tokens per image: all image tokens of a row with one image, one contiguous run per image otherwise."""
     per_row = chosen_BL.sum(1)
     if len(rows_S.unique()) == len(rows_S):
         return per_row[rows_S]
@@ -198,8 +198,8 @@ def _count_tokens(chosen_BL: Tensor, rows_S: Tensor) -> Tensor:
             runs = per_row[row][None]
         elif len(runs) != images:
             raise ValueError(
-                f"row {row} has {images} images in {len(runs)} runs of image tokens: give 'image_tokens', the number "
-                "of tokens of each image"
+                f"row {row} has {images} images but {len(runs)} contiguous runs of image tokens: give 'image_tokens', "
+                "the number of tokens of each image"
             )
         counts.append(runs)
     return torch.cat(counts)

@@ -1,9 +1,9 @@
 """Losses between predicted and target embeddings.
 
 Each returns one number per sample, in float32; ``objective.py`` sums and weights them. Samples without a target are
-never passed in (in the published code a mask of shape (B, 1, 1) met losses of shape (B) and was broadcast over all
-pairs). A loss is a function ``(predicted, target, mask)`` here and a line of ``config.kinds.LOSSES``; ``info_nce``
-alone compares with other samples.
+never passed in (the published code broadcasts a mask of shape (B, 1, 1) against losses of shape (B), over all pairs).
+A loss is a function ``(predicted, target, mask)`` here and an entry of ``config.kinds.LOSSES``; only ``info_nce``
+compares with other samples.
 
 Sources: smooth-L1 and InfoNCE arXiv 2412.09585, section 3; cosine 2509.07979 and 2510.12276; Gram 2512.06281, after
 2508.10104.
@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, norm
 from visper.config.kinds import loss_place
 
 MAX_SCALE = 100.0
-"""Largest factor on the cosines, the cap of the trainable logit scale, as in CLIP."""
+"""Cap of the factor on the cosines, exp(logit scale), as in CLIP."""
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Predicted and target ``[B, N, E]``, mask ``[B, N]`` (True where a token counts; None: all do) -> ``[B]``."""
@@ -31,7 +31,7 @@ def loss_named(kind: str) -> Loss:
     """The function of a kind of loss.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the kind is unknown, or its function cannot be imported.
     """
     module, name = loss_place(kind).split(":")
     try:
@@ -52,7 +52,7 @@ def mse(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None
 
 
 def cosine(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-    """1 - cosine of each token's two embeddings, averaged over tokens."""
+    """1 - cosine similarity of each token's two embeddings, averaged over tokens."""
     similarity_BN = cosine_similarity(*_paired(predicted_BNE, target_BNE), dim=-1)
     return _averaged((1.0 - similarity_BN)[..., None], mask_BN)
 
@@ -60,7 +60,7 @@ def cosine(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = N
 def gram(predicted_BNE: Tensor, target_BNE: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     """Squared distance of the two Gram matrices (cosines between an image's own tokens), averaged over their pairs.
 
-    It asks which parts of an image are alike, not in what terms: the two may differ in width.
+    Only similarities between parts of an image are compared, so predicted and target may differ in width.
     """
     if predicted_BNE.shape[:2] != target_BNE.shape[:2]:
         _paired(predicted_BNE, target_BNE)
@@ -81,7 +81,7 @@ def info_nce(
     mask_BN: Tensor | None = None,
     same_BP: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE: cross-entropy of each sample's own target among all in the pool, also under autocast in float32.
+    """InfoNCE: cross-entropy of each sample's own target among all in the pool, in float32 even under autocast.
 
     Embeddings are flattened to one vector per sample; logits are cosines times ``min(exp(logit_scale), 100)``.
 
@@ -89,9 +89,9 @@ def info_nce(
         predicted_BNE: predictions.
         pool_PNE: targets of the whole global batch; they receive no gradient.
         labels_B: for each sample, the row of its own target in the pool.
-        logit_scale: trainable, a scalar or one element: the logarithm of the factor.
+        logit_scale: trainable logarithm of the factor; a scalar or one element.
         mask_BN: True where a token counts.
-        same_BP: True where the pool's target is of the sample's own image: other copies of it are no negatives.
+        same_BP: True where a pool target is of the sample's own image; other copies of it do not count as negatives.
 
     Raises:
         ValueError: pool and predictions differ in tokens or width, or there is not one label per sample.
@@ -99,7 +99,7 @@ def info_nce(
     if predicted_BNE.shape[1:] != pool_PNE.shape[1:] or labels_B.shape != predicted_BNE.shape[:1]:
         raise ValueError(
             f"predicted embeddings are {tuple(predicted_BNE.shape)}, the pool {tuple(pool_PNE.shape)}, the labels "
-            f"{tuple(labels_B.shape)}: expected the pool in their tokens and width, one label per sample"
+            f"{tuple(labels_B.shape)}: expected a pool of the same tokens and width, and one label per sample"
         )
     with torch.autocast(predicted_BNE.device.type, enabled=False):
         pool = pool_PNE.detach().flatten(1).float()
@@ -121,7 +121,7 @@ def info_nce(
 
 
 def _paired(predicted_BNE: Tensor, target_BNE: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32; the target gets no gradient.
+    """Both in float32, the target detached.
 
     Raises:
         ValueError: the shapes differ.

@@ -2,9 +2,9 @@
 
     sum over tasks t, layers l:  w_t * sum over losses k:  a_tk * (mean of loss k)
 
-The published method has smooth-L1 + 0.3 InfoNCE at task tokens. The losses are in ``losses.py``, what predicts in
-``heads.py``. Means are over the images of the *global* batch: each term here is a sum over local images divided by
-their number, so that splitting a batch over micro-batches or ranks changes no sum. Text-only samples contribute
+The published method uses smooth-L1 + 0.3 InfoNCE at task tokens. Losses are in ``losses.py``, heads in ``heads.py``.
+Means are over the images of the *global* batch: each term is a sum over the local images divided by the global number
+of images, so that its total does not depend on the split into micro-batches and ranks. Text-only samples contribute
 nothing. (The published code zeroes its masks in place before the losses, and divides by all samples.)
 
 Shape suffixes: B = rows, L = sequence, D = LLM width, S = images, K = positions read of an image, Q = queries, T =
@@ -35,22 +35,22 @@ from visper.distillation.teachers.base import TargetSpec
 class EmbeddingDistillation(nn.Module):
     """Predicts targets from hidden states and computes their losses.
 
-    Teachers are not part of it: their targets come with the batch.
+    Teachers are not part of this module: their targets come with the batch.
 
     Args:
-        tasks: what to distil.
+        tasks: task name -> task.
         llm_width: width of the student's hidden states.
         llm_layers: number of its decoder layers.
         init_logit_scale: initial value of each task's logit scale.
-        text_keys: resamplers at task tokens also read the text behind the image.
+        text_keys: whether resamplers at task tokens also read the text after the image.
 
     Attributes:
-        layers: every tapped layer, ascending; ``PROJECTED`` among them if a task reads the projector.
+        layers: every tapped layer, ascending; includes ``PROJECTED`` if a task reads the projector.
         predictors: one head per task and layer, named "depth_20", or one per task, named "depth_shared".
         logit_scales: ``[1]`` per task with InfoNCE.
 
     Raises:
-        ValueError: a layer beyond the model, or a target that the task's head cannot predict.
+        ValueError: the model lacks a tapped layer, or a task's head cannot predict its target.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class EmbeddingDistillation(nn.Module):
         self.llm_width = llm_width
         self.text_keys = text_keys
         self.recompute = False
-        """Whether heads are recomputed in the backward pass: their activations are as large as the LLM's."""
+        """Whether to recompute heads in the backward pass; their activations are as large as the LLM's."""
         self.predictors = nn.ModuleDict()
         for name, task in tasks.items():
             for layer in task.tapped:
@@ -95,13 +95,13 @@ class EmbeddingDistillation(nn.Module):
     def from_config(
         cls, config: Distillation, targets: Mapping[str, TargetSpec], llm_width: int, llm_layers: int
     ) -> EmbeddingDistillation:
-        """The objective of a run; ``targets`` are the shapes of its tasks' targets."""
+        """The objective of a run; ``targets`` has the shape of each task's target."""
         tasks = {name: DistilledTask.of(task, targets[name]) for name, task in config.tasks.items()}
         return cls(tasks, llm_width, llm_layers, config.init_logit_scale, config.text_keys)
 
     @property
     def reads_encoder(self) -> bool:
-        """Whether a target is what enters the student's projector."""
+        """Whether a task's target is the input of the student's projector."""
         return any(task.own == "encoder" for task in self.tasks.values())
 
     def forward(
@@ -116,16 +116,16 @@ class EmbeddingDistillation(nn.Module):
         """This micro-batch's share of every term.
 
         Args:
-            hidden: per tapped layer ``[B, L, D]``.
-            readings: what each task reads (``read``); none if there are no images.
-            queries: per task its query matrix ``[Q, D]``; read by heads with queries "matrix".
-            targets: per task with a teacher, targets of the images and the pool; not read if there are no images.
-            num_images: images in the global batch.
-            encoded_TE: what entered the projector, one row for each image token; for targets "encoder".
+            hidden: tapped layer -> ``[B, L, D]``.
+            readings: the result of ``read``; empty if there are no images.
+            queries: task -> query matrix ``[Q, D]``, for heads with queries "matrix".
+            targets: task with a teacher -> targets of the local images and the pool; unused if there are no images.
+            num_images: number of images in the global batch.
+            encoded_TE: input of the projector, one row per image token, for target "encoder".
 
         Returns:
-            Term, such as "depth/20/smooth_l1" -> unweighted scalar. Without images each is a zero that depends on every
-            parameter (DDP and ZeRO wait for their gradients) and whose gradient is exactly zero.
+            Term name, such as "depth/20/smooth_l1", -> unweighted scalar. Without images the terms are zeros that
+            depend on all parameters with gradients of exactly zero, because DDP and ZeRO wait for these gradients.
         """
         if not readings:
             return self._zero_terms(queries, hidden)
@@ -152,13 +152,13 @@ class EmbeddingDistillation(nn.Module):
         return terms
 
     def read(self, layout: TokenLayout) -> dict[str, Reading]:
-        """What each task reads of a batch: the ``readings`` of ``forward``."""
+        """The positions that each task reads in a batch: ``readings`` of ``forward``."""
         return readings_of(self.tasks, layout, self.text_keys)
 
     def predict(
         self, name: str, hidden: Mapping[int, Tensor], layout: TokenLayout, queries: Mapping[str, Tensor]
     ) -> dict[int, Tensor]:
-        """Per tapped layer of task ``name``, the images' predicted embeddings ``[S, N, E]``, on the target's grid."""
+        """Tapped layer of task ``name`` -> predicted embeddings ``[S, N, E]`` of the images, on the target's grid."""
         task, reading = self.tasks[name], reading_of(self.tasks[name], name, layout, self.text_keys)
         predicted = self._predicted(name, hidden, queries, reading)
         if reading.places is None or task.own is not None:
@@ -167,14 +167,14 @@ class EmbeddingDistillation(nn.Module):
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Of every term, such as ``depth/20/smooth_l1``."""
+        """The names of all terms, such as ``depth/20/smooth_l1``."""
         return tuple(self._factors)
 
     def total(self, terms: Mapping[str, Tensor], progress: float = 0.0) -> Tensor:
         """The weighted sum of the terms, to be added to the next-token loss.
 
         Args:
-            progress: share of the steps that are done, for tasks whose weight falls.
+            progress: share of the steps that are done, for tasks with a schedule.
         """
         weights = {name: task.weight_at(progress) for name, task in self.tasks.items()}
         parts = []
@@ -186,7 +186,7 @@ class EmbeddingDistillation(nn.Module):
     def _predicted(
         self, name: str, hidden: Mapping[int, Tensor], queries: Mapping[str, Tensor], reading: Reading
     ) -> dict[int, Tensor]:
-        """``[S, N, E]`` of a resampler, ``[S, K, E]`` of a token head, per layer."""
+        """Layer -> predictions, ``[S, N, E]`` from a resampler or ``[S, K, E]`` from a token head."""
         task = self.tasks[name]
         matrix = queries[name][None] if task.needs_matrix else None
 
@@ -199,7 +199,7 @@ class EmbeddingDistillation(nn.Module):
         return {layer: self._run(embedding, layer, hidden[layer]) for layer in task.tapped}
 
     def _fitted(self, task: DistilledTask, target_MNE: Tensor, reading: Reading, image: int | None = None) -> Tensor:
-        """Targets in the form of the predictions; ``image``: all in that of one image's."""
+        """Targets in the shape of the predictions; with ``image``, all in the shape of that image's prediction."""
         if task.head.kind == "resampler":
             return target_MNE
         if reading.places is not None:
@@ -207,13 +207,14 @@ class EmbeddingDistillation(nn.Module):
         return pooled(target_MNE, min(reading.positions.index.shape[1], task.target.tokens))
 
     def _common_pool(self, task: DistilledTask, given: Targets | None, reading: Reading) -> Tensor | None:
-        """The pool in the form of every image's prediction, once for all layers; None: they differ, or it is unused."""
+        """The pool in the shape of the predictions, computed once for all layers.
+
+        None if the pool is unused, or if images have different places, so that each needs its own form of the pool.
+        """
         alike = reading.places is None or reading.places.side is not None
-        return (
-            self._fitted(task, given.pool, reading, 0)
-            if alike and given is not None and CONTRASTIVE in task.loss
-            else None
-        )
+        if given is None or CONTRASTIVE not in task.loss or not alike:
+            return None
+        return self._fitted(task, given.pool, reading, 0)
 
     def _contrastive(
         self, name: str, predicted_SKE: Tensor, given: Targets, pool: Tensor | None, reading: Reading
@@ -221,7 +222,7 @@ class EmbeddingDistillation(nn.Module):
         task, scale, mask = self.tasks[name], self.logit_scales[name], _loss_mask(self.tasks[name], reading)
         if pool is not None:
             return info_nce(predicted_SKE, pool, given.labels, scale, mask, given.same)
-        # Images of several shapes: each is compared with the pool laid on its own tokens.
+        # The images' places differ: compare each image with the pool mapped onto its own tokens.
         values = []
         for at in range(len(predicted_SKE)):
             own_pool, own = self._fitted(task, given.pool, reading, at), slice(at, at + 1)
@@ -231,7 +232,7 @@ class EmbeddingDistillation(nn.Module):
         return torch.cat(values)
 
     def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """``embedding(*arguments)``; with ``recompute``, its activations are computed again for the gradient."""
+        """``embedding(*arguments)``; with ``recompute``, its activations are recomputed in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             again: Tensor = checkpoint(embedding, *arguments, use_reentrant=False, preserve_rng_state=False)
             return again
@@ -240,7 +241,7 @@ class EmbeddingDistillation(nn.Module):
     def _head(self, name: str, layer: int, states: Tensor, query: Tensor | None, mask: Tensor | None) -> Tensor:
         head = self.predictors[self.tasks[name].head_name(name, layer)]
         if not torch.is_autocast_enabled(states.device.type):
-            # A student in bfloat16 may have heads that train in float32.
+            # A student in bfloat16 may have heads that are trained in float32.
             dtype = next((parameter.dtype for parameter in head.parameters()), torch.float32)
             states, query = states.to(dtype), None if query is None else query.to(dtype)
         predicted: Tensor = head(states, query, mask) if isinstance(head, ResamplerHead) else head(states)
@@ -253,8 +254,8 @@ class EmbeddingDistillation(nn.Module):
             query: Tensor | None = queries[name][None] if name in queries else state
             if task.head.kind == "resampler" and task.at is not Position.TASK_TOKENS:
                 query = state if query_source(task.head, task.target) == "states" else None
-            # A forward pass over one state of zeros, in the order of a real one: ZeRO gathers weights when a module is
-            # called, and reduces gradients in the order they arrive.
+            # Run the heads on one state of zeros, in the order of a real forward pass: ZeRO gathers weights when a
+            # module is called, and reduces gradients in the order they arrive.
             predicted = {layer: self._run(self._head, name, layer, state, query, None) for layer in task.tapped}
             for layer in task.tapped:
                 for kind in task.loss:
@@ -268,7 +269,7 @@ def _term(name: str, layer: int, kind: str) -> str:
 
 
 def _check_value(kind: str, value: Tensor, images: int) -> None:
-    """A mean over the images would be divided by their number once more."""
+    """Requires one value per image: a mean over the images would be divided by their number once more."""
     if value.shape != (images,):
         raise ValueError(
             f"loss '{kind}' returned shape {tuple(value.shape)} for {images} images: return one number for each image"
@@ -289,16 +290,16 @@ def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Target
 def _own_target(
     task: DistilledTask, positions: Positions, hidden: Mapping[int, Tensor], encoded_TE: Tensor | None
 ) -> Tensor:
-    """``[S, K, E]``: what the student's own encoder or projector has at the positions of its image tokens."""
+    """``[S, K, E]``: features of the student's own encoder or projector at the image tokens."""
     if task.own == "projector":
         return positions.gather(hidden[PROJECTED]).detach()
-    assert encoded_TE is not None, "the caller taps what the objective reads"
+    assert encoded_TE is not None, "the caller must tap the projector's input"
     slots = positions.index.numel()
     tokens = slots if positions.real is None else len(positions.real)
     if len(encoded_TE) != tokens:
         raise ValueError(
-            f"the encoder gave {len(encoded_TE)} features for {tokens} image tokens: target 'encoder' needs "
-            "one for each; take target 'projector'"
+            f"the encoder gave {len(encoded_TE)} features for {tokens} image tokens: target 'encoder' needs one for "
+            "each; use target 'projector'"
         )
     target = encoded_TE.detach()
     if positions.real is not None:
@@ -312,7 +313,7 @@ def _loss_mask(task: DistilledTask, reading: Reading) -> Tensor | None:
 
 
 def _mean_state(states_BLD: Tensor, reading: Reading) -> Tensor:
-    """``[S, 1, D]``: the mean of the states that queries come from."""
+    """``[S, 1, D]``: the mean of each image's chosen states, used as its query."""
     chosen_SL = reading.chosen
     assert chosen_SL is not None
     weights = chosen_SL.to(states_BLD.dtype) / chosen_SL.sum(1, keepdim=True).to(states_BLD.dtype)

@@ -1,7 +1,7 @@
-"""What each task reads of a batch: positions of states, and where on the image these are.
+"""Readings: the positions in a batch that each task reads, and their places on the images.
 
-A reading follows from token ids alone. Found on a GPU it would make the host wait for numbers of positions, several
-times a micro-batch; so the loader's processes find it (``training.positions``), and it travels with the batch.
+A reading depends on the token ids alone. On a GPU, computing it would make the host wait for counts several times per
+micro-batch, so the data loader's workers compute it (``training.positions``) and it is part of the batch.
 
 Shape suffixes: S = images, L = sequence, K = positions read of an image.
 """
@@ -24,12 +24,12 @@ from visper.distillation.task import DistilledTask
 
 @dataclass(frozen=True)
 class Reading:
-    """What a task reads of a batch.
+    """The positions that a task reads in a batch.
 
     Attributes:
-        positions: of the states that its heads are given.
-        places: for token heads at image tokens, where on the image these are.
-        chosen: ``[S, L]``, True at the states whose mean is the query; None: queries come from elsewhere.
+        positions: positions of the states that the task's heads read.
+        places: for token heads at image tokens, the places of these tokens on the image.
+        chosen: ``[S, L]``, True at the states whose mean is the query; None: the query is not a mean of states.
     """
 
     positions: Positions
@@ -38,28 +38,28 @@ class Reading:
 
     @property
     def mask(self) -> Tensor | None:
-        """``[S, K]``, True at the tokens that predict something; None: all do."""
+        """``[S, K]``, True at tokens that make a prediction; None: all do."""
         return self.positions.mask if self.places is None else self.places.mask
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Reading:
-        """On ``device``; accelerate calls this for what a batch holds beside tensors."""
+        """A copy on ``device``; accelerate calls this for members of a batch that are not tensors."""
         moved: Reading = _changed(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return moved
 
     def pin_memory(self) -> Reading:
-        """In page-locked memory; torch's loader calls this."""
+        """A copy in page-locked memory; torch's DataLoader calls this."""
         pinned: Reading = _changed(self, Tensor.pin_memory)
         return pinned
 
 
 def readings_of(tasks: Mapping[str, DistilledTask], layout: TokenLayout, text_keys: bool = True) -> dict[str, Reading]:
-    """The reading of every task; none if there are no images.
+    """The reading of every task; empty if there are no images.
 
     Args:
-        text_keys: resamplers at task tokens also read the text behind the image.
+        text_keys: whether resamplers at task tokens also read the text after the image.
 
     Raises:
-        ValueError: an image has no task tokens of a task that reads them, or lies on no known places.
+        ValueError: an image has no tokens of a task that reads them, or the places of its tokens are unknown.
     """
     if not len(layout.rows):
         return {}
@@ -85,7 +85,7 @@ def reading_of(task: DistilledTask, name: str, layout: TokenLayout, text_keys: b
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in it changed."""
+    """``value`` with ``change`` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):

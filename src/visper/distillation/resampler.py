@@ -1,4 +1,4 @@
-"""The Perceiver resampler: reads any number of hidden states into a fixed number of embeddings (paper, section 3).
+"""Perceiver resampler: turns any number of hidden states into a fixed number of embeddings (paper, section 3).
 
 Shape suffixes: B = samples, K = keys (hidden states), Q = queries, D = LLM width, C = inner width, E = embedding width.
 """
@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 
 class ResamplerAttention(nn.Module):
-    """Queries attend to [keys ; queries], each behind its own LayerNorm."""
+    """Queries attend to [keys ; queries]; keys and queries have separate LayerNorms."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class ResamplerAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_width, width, bias=False)
 
     def forward(self, keys_BKC: Tensor, queries_BQC: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
-        """``[B, Q, C]``. Queries common to all samples may come as ``[1, Q, C]``: they are projected once."""
+        """Returns ``[B, Q, C]``. Queries shared by all samples may be ``[1, Q, C]``, which are projected once."""
         batch = len(keys_BKC)
         queries = self.norm_queries(queries_BQC)
         both = torch.cat(
@@ -32,7 +32,7 @@ class ResamplerAttention(nn.Module):
         mask = None
         if key_mask_BK is not None:
             mask = pad(key_mask_BK, (0, queries.shape[1]), value=True)[:, None, None, :]
-        # The published scaling, head_width^-1/4 on query and key each with a float32 softmax, is what SDPA computes.
+        # SDPA computes the published form: query and key both scaled by head_width^-1/4, and a float32 softmax.
         attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
@@ -42,7 +42,7 @@ class ResamplerAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, linear, exact GELU, linear; no biases in the linears."""
+    """LayerNorm, linear, exact GELU, linear; the linear layers have no bias."""
 
     def __init__(self, width: int, multiple: int) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class ResamplerLayer(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Reads any number of hidden states into a fixed number of embeddings.
+    """Turns any number of hidden states into a fixed number of embeddings.
 
     Args:
         width_in: width of hidden states and queries (D).
         width: inner width (C).
         width_out: width of the embeddings (E).
         depth, heads, head_width, ff_mult: see ``config.Head``.
-        num_latents: the resampler owns this many queries of the inner width, for use without task tokens (probes).
+        num_latents: number of queries of the inner width that the resampler owns, for use without task tokens (probes).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PerceiverResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, num_latents, width) / width**0.5) if num_latents else None
         self.project_in = nn.Linear(width_in, width)
         self.project_out = nn.Linear(width, width_out)
-        # One channel normalized is its bias, whatever was predicted.
+        # LayerNorm of a single channel returns its bias, whatever was predicted.
         self.norm_out = nn.LayerNorm(width_out) if width_out > 1 else nn.Identity()
         self.layers = nn.ModuleList(ResamplerLayer(width, heads, head_width, ff_mult) for _ in range(depth))
 
@@ -105,11 +105,10 @@ class PerceiverResampler(nn.Module):
 
         Args:
             states_BKD: hidden states.
-            queries_BQD: queries, or ``[1, Q, D]`` for all samples; None = the resampler's own latents.
-            key_mask_BK: True where a state may be read; None = everywhere.
+            queries_BQD: queries, or ``[1, Q, D]`` for all samples; None: the resampler's own latents.
+            key_mask_BK: True where a state may be read; None: everywhere.
         """
-        own = queries_BQD is None
-        if own and self.latents is None:
+        if queries_BQD is None and self.latents is None:
             raise ValueError("this resampler owns no latents: give queries, or build it with num_latents")
         queries = self.latents if queries_BQD is None else self.project_in(queries_BQD)
         keys = self.project_in(states_BKD)

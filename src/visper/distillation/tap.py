@@ -1,32 +1,31 @@
 """Hidden states of selected decoder layers, captured by forward hooks.
 
-``output_hidden_states`` keeps every layer's states and differs between transformers versions; hooks give the same
-values and gradients with and without (non-reentrant) gradient checkpointing.
+Hooks are used because ``output_hidden_states`` keeps the states of every layer and differs between transformers
+versions. They give the same values and gradients with and without (non-reentrant) gradient checkpointing.
 """
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f")
-"""Names of the norm after the last layer in decoders."""
+"""Attribute names that decoders use for the norm after the last layer."""
 
 
 class HiddenStateTap:
     """Captures hidden states while it is open: ``with HiddenStateTap(decoder, (8, 20)) as hidden: ...``.
 
-    Inside, ``hidden`` maps layer -> ``[B, L, D]`` of the latest forward; it is emptied on leaving, so use it there.
+    ``hidden`` maps each layer to its states ``[B, L, D]`` in the latest forward pass; leaving the block empties it.
 
     Args:
         decoder: the text model, with ``layers`` and a final norm (``model.get_decoder()``).
-        layers: decoder layers, counted from 1; 0 is what the first one is given. The state of the last one is taken
-            after the final norm, as published.
+        layers: decoder layers, counted from 1; 0 is the input of the first layer. The last layer's states are taken
+            after the final norm, as in the published code.
 
     Raises:
-        ValueError: a layer the decoder does not have, or a last layer without a final norm.
+        ValueError: the decoder has no such layer, or the last layer is tapped and no final norm is found.
     """
 
     def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
@@ -42,7 +41,7 @@ class HiddenStateTap:
             if not 1 <= layer <= len(stack):
                 raise ValueError(f"layer {layer} does not exist: the model has layers 1 to {len(stack)}")
             self._modules[layer] = stack[layer - 1] if layer < len(stack) else _final_norm(decoder, layer)
-        self._reads_input = 0 in set(layers)
+        self._reads_input = 0 in layers
         self._handles: list[RemovableHandle] = []
         self._caught: dict[int, Tensor] = {}
 
@@ -53,9 +52,7 @@ class HiddenStateTap:
             self._handles.append(module.register_forward_hook(self._catcher(layer)))
         return self._caught
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -77,13 +74,13 @@ def _final_norm(decoder: nn.Module, layer: int) -> nn.Module:
         if isinstance(norm, nn.Module):
             return norm
     raise ValueError(
-        f"layer {layer} is the last of {type(decoder).__name__}, whose final norm is under none of "
+        f"layer {layer} is the last of {type(decoder).__name__}, which has no final norm named "
         f"{', '.join(FINAL_NORMS)}: tap an earlier layer"
     )
 
 
 class InputTap:
-    """Captures what enters a module while it is open: ``with InputTap(projector) as inputs: ...``; one entry a call."""
+    """Captures a module's input while it is open: ``with InputTap(projector) as inputs: ...``; one entry per call."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -93,9 +90,7 @@ class InputTap:
         self._handle = self._module.register_forward_pre_hook(self._catch, with_kwargs=True)
         return self._caught
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._handle.remove()
         self._caught.clear()
 

@@ -19,7 +19,8 @@ class Targets:
         own: ``[B, N, E]`` targets of the samples with an image, in the order of their rows.
         pool: ``[P, N, E]`` targets of the whole global batch.
         labels: ``[B]`` row of each own target in the pool.
-        same: ``[B, P]``, True where the pool's target is of the same image, in this row or another; None: all differ.
+        same: ``[B, P]``, True where a pool target is of the same image, in this row or another; None: all images
+            differ.
     """
 
     own: Tensor
@@ -37,13 +38,13 @@ def gather_targets(
 ) -> Targets:
     """Gathers every rank's targets, in rank order, into one pool on all ranks. No gradient flows through it.
 
-    Ranks may hold different numbers of samples, none included; every rank of ``group`` (default: all) must call. The
-    targets travel as they come and are pooled in float32. In one process the pool is ``own``.
+    Ranks may have different numbers of samples, including zero, but every rank of ``group`` (default: all) must call
+    this. Targets are sent in the dtype given and pooled in float32. In one process the pool is ``own``.
 
     Args:
         own: ``[B, N, E]``, or encoded targets ``[B, ...]``.
-        group: of processes.
-        decode: makes targets ``[P, N, E]`` float32 of what was sent.
+        group: process group.
+        decode: turns the gathered rows into targets ``[P, N, E]`` in float32.
         counts: see ``gather_rows``.
     """
     own = own.detach()
@@ -56,15 +57,15 @@ def gather_targets(
 def gather_rows(
     own: Tensor, group: dist.ProcessGroup | None = None, counts: Sequence[int] | None = None
 ) -> tuple[Tensor, int]:
-    """The rows of every rank, in rank order, and the number of this rank's first. Every rank must call.
+    """The rows of all ranks, in rank order, and the index of this rank's first row. Every rank must call this.
 
     Args:
-        counts: rows of each rank; None: the ranks are asked, and the host waits for their answers.
+        counts: number of rows of each rank; None: gathered first, for which the host waits.
     """
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
         return own, 0
-    sizes = _asked(own, ranks, group) if counts is None else list(counts)
+    sizes = _row_counts(own, ranks, group) if counts is None else list(counts)
     # Collectives need equal shapes: pad to the longest, then cut. If no rank has samples, nothing is sent.
     padded = own.new_zeros(max(sizes), *own.shape[1:])
     padded[: len(own)] = own
@@ -75,8 +76,8 @@ def gather_rows(
     return pool, sum(sizes[: dist.get_rank(group)])
 
 
-def _asked(own: Tensor, ranks: int, group: dist.ProcessGroup | None) -> list[int]:
-    """The number of each rank's rows."""
+def _row_counts(own: Tensor, ranks: int, group: dist.ProcessGroup | None) -> list[int]:
+    """The number of rows on each rank."""
     count = torch.tensor([len(own)], device=own.device)
     counts = [torch.zeros_like(count) for _ in range(ranks)]
     dist.all_gather(counts, count, group=group)

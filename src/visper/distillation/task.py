@@ -1,4 +1,4 @@
-"""One task of the objective, and what it must fit before a model is trained with it."""
+"""A task of the distillation objective, and the check that it fits the model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from visper.distillation.heads import check_head_fits, query_source
 from visper.distillation.teachers.base import TargetSpec
 
 CONTRASTIVE = "info_nce"
-"""The one loss that compares with the targets of the global batch, by a trainable scale."""
+"""The only loss that compares with the targets of the whole global batch; its logit scale is trainable."""
 PROJECTED = 0
-"""Number of the layer in front of the first: what the decoder is given, at image tokens the projector's output."""
+"""Layer number of the decoder's input, which at image tokens is the projector's output."""
 
 
 @dataclass(frozen=True)
 class DistilledTask:
-    """One task of the objective, see ``config.Task``.
+    """A task of the objective. Attributes not listed here are those of ``config.Task``.
 
     Attributes:
-        target: shape of what is predicted.
-        layers: decoder layers, counted from 1; none at the projector.
-        own: the student's own part that makes the target, "encoder" or "projector"; None: a teacher does.
-        end: share of the steps at which the weight has fallen to zero; None: it stays.
+        target: shape of the target.
+        layers: decoder layers, counted from 1; empty at the projector.
+        own: the student's module whose features are the target, "encoder" or "projector"; None: a teacher's target.
+        end: share of the steps after which the weight has fallen to zero; None: the weight is constant.
     """
 
     target: TargetSpec
@@ -41,60 +41,60 @@ class DistilledTask:
 
     @classmethod
     def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
-        """A recipe's task, its target of the given shape."""
+        """The task of a recipe, with a target of the given shape."""
         own = config.target.kind if config.target.own else None
         end = None if config.schedule is None else config.schedule.end
         return cls(target, config.layers, config.head, config.weight, config.at, config.loss, own, end)
 
     @property
     def tapped(self) -> tuple[int, ...]:
-        """The layers whose states it reads; ``PROJECTED`` at the projector."""
+        """The layers whose states the task reads; ``PROJECTED`` at the projector."""
         return (PROJECTED,) if self.at is Position.PROJECTOR else self.layers
 
     @property
     def by_place(self) -> bool:
-        """Whether a teacher's target is laid on the image's tokens."""
+        """Whether a teacher's target is mapped onto the image tokens."""
         return self.own is None and self.head.kind != "resampler" and self.at is not Position.TASK_TOKENS
 
     @property
     def needs_matrix(self) -> bool:
-        """Whether its heads' queries are the rows of a query matrix outside of them."""
+        """Whether the heads take their queries from the task's query matrix, which is not part of them."""
         resamples = self.head.kind == "resampler" and self.at is Position.TASK_TOKENS
         return resamples and query_source(self.head, self.target) == "matrix"
 
     def head_name(self, name: str, layer: int) -> str:
-        """Where in ``predictors`` the head of a layer is, ``name`` being the task's."""
+        """Key in ``predictors`` of a layer's head; ``name`` is the task's."""
         return f"{name}_{'shared' if self.head.shared else layer}"
 
     def head_names(self, name: str) -> list[str]:
-        """Where in ``predictors`` all its heads are."""
+        """Keys in ``predictors`` of all heads of the task."""
         return list(dict.fromkeys(self.head_name(name, layer) for layer in self.tapped))
 
     def weight_at(self, progress: float) -> float:
-        """The weight after this share of the steps."""
+        """The task's weight when the share ``progress`` of the steps is done."""
         return self.weight if self.end is None else self.weight * max(0.0, 1.0 - progress / self.end)
 
 
 def check_task(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> None:
-    """Raises ValueError if the model lacks a layer, or the head cannot predict the target from what it reads."""
+    """Raises ValueError if the model lacks a tapped layer or the head cannot predict the target."""
     check_task_name(name)
     if hasattr(nn.ParameterDict, name):
-        raise ValueError(f"task '{name}': torch's modules use this name: choose another, such as '{name}_task'")
+        raise ValueError(f"task '{name}': torch modules reserve this name: choose another, such as '{name}_task'")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
     if beyond or len(set(task.layers)) != len(task.layers):
         raise ValueError(
-            f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, each to be "
-            f"tapped once: set 'distillation.tasks.{name}.layers' accordingly"
+            f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, and each may "
+            f"be tapped only once: change 'distillation.tasks.{name}.layers'"
         )
     check_head_fits(name, task.head, task.target, task.at)
     directions = [kind for kind in ("cosine", "gram") if kind in task.loss]
     if task.target.width == 1 and directions:
         raise ValueError(
-            f"task '{name}': loss '{directions[0]}' compares directions, of which a target of one channel has none: "
+            f"task '{name}': loss '{directions[0]}' compares directions, but a target of one channel has none: "
             f"set 'distillation.tasks.{name}.loss' to smooth_l1 or mse"
         )
     if task.head.kind == "none" and task.target.width != llm_width and set(task.loss) != {"gram"}:
         raise ValueError(
             f"task '{name}': head 'none' compares states of width {llm_width} with a target of width "
-            f"{task.target.width}, which the loss gram alone can do: set head.kind to linear"
+            f"{task.target.width}, which only the loss gram supports: set head.kind to linear"
         )

@@ -18,7 +18,7 @@ from visper.model.hub import remedy
 __all__ = ["TEACHERS", "SquashedImage", "TargetSpec", "Teacher", "build_teacher", "pca_images", "target_spec"]
 
 EXTRAS: Mapping[str, str] = {"onnxruntime": "onnx", "onnx": "onnx", "timm": "timm", "diffusers": "diffusion"}
-"""Package that may be missing -> the extra of this project that brings it."""
+"""Optional package -> the extra of visper-lm that installs it."""
 
 
 @without_loading_bars()
@@ -27,7 +27,7 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
 
     Args:
         kind: a key of ``TEACHERS``, or "module:Class" of a teacher of your own.
-        model: hub id, folder or file, depending on the kind. Never replaced by another one.
+        model: hub id, folder or file, depending on the kind. No other model is ever loaded in its place.
         **options: keyword arguments of the kind's class.
 
     Raises:
@@ -39,9 +39,9 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
 
 
 def target_spec(kind: str, model: str | Path, **options: Any) -> TargetSpec:
-    """The shape of a teacher's targets. The published kinds read it from a configuration, without weights.
+    """The shape of a teacher's targets. The published kinds read it from a configuration, without loading weights.
 
-    Arguments and errors are ``build_teacher``'s; ConfigError if a configuration cannot be loaded.
+    Arguments and errors as in ``build_teacher``; also ConfigError if a configuration cannot be loaded.
     """
     with _explained(kind, model):
         return _class_of(kind, options).planned_spec(model, **options)

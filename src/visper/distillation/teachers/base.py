@@ -1,7 +1,6 @@
-"""The base class of teachers: a frozen network, its preprocessing, the shape of its targets, how they are drawn.
+"""Base class of teachers: a frozen network, its preprocessing, the shape of its targets, and how to draw them.
 
-Teachers are kept beside the student, in a plain ``dict``, never inside it, so that no state dict, optimizer or
-gradient includes them.
+Teachers are kept outside the student, in a plain ``dict``, so that no state dict, optimizer or gradient includes them.
 
 Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 """
@@ -25,8 +24,8 @@ Self = TypeVar("Self", bound="Teacher")
 class TargetSpec:
     """The shape of one target: ``tokens`` x ``width``, and the ``grid`` (rows, columns) the tokens lie on, if any.
 
-    ``own``: the student makes it itself, one embedding for each of an image's tokens, of which ``tokens`` is the
-    number in an ordinary image.
+    ``own``: the student computes the target itself, one embedding per image token; ``tokens`` is then the number of
+    tokens of an ordinary image.
     """
 
     tokens: int
@@ -45,10 +44,11 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class SquashedImage:
-    """Image ``[3, H, W]`` -> ``[3, height, width]``, uint8, squashed to ``size``; the teacher normalizes it.
+    """Squashes an image ``[3, H, W]`` to ``size``, ``[3, height, width]`` uint8; the teacher normalizes it later.
 
-    A teacher sees all of the image, so the aspect ratio is not kept. Holds numbers only: loader workers get this, not
-    the teacher's weights. Channels stay in RGB order (the published depth teacher got them swapped).
+    A teacher sees all of the image, so the aspect ratio is not kept. The object holds numbers only, so that loader
+    workers need not hold the teacher's weights. Channels stay in RGB order (the published code swapped them for the
+    depth teacher).
     """
 
     size: tuple[int, int]
@@ -59,8 +59,8 @@ class SquashedImage:
         return squashed(image, self.size)
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """``(rgb / 255 - mean) / std`` in float32 of uint8 ``[B, 3, h, w]``, on their device."""
-        # By channel: numbers travel with a kernel, a tensor of three would have to be sent and waited for.
+        """``(rgb / 255 - mean) / std`` of uint8 pixels ``[B, 3, h, w]``, in float32 on their device."""
+        # Per channel: numbers are kernel arguments, while a tensor of three would be copied to the device first.
         channels = zip(pixels.unbind(1), self.mean, self.std, strict=True)
         return torch.stack([(channel / 255 - mean) / std for channel, mean, std in channels], 1)
 
@@ -73,8 +73,9 @@ class Teacher(nn.Module, ABC):
 
     Attributes:
         spec: the shape of its targets.
-        preprocess: picklable callable, image ``[3, H, W]`` uint8 -> ``[3, h, w]``, runs in loader workers. A
-            ``SquashedImage``, whose bytes ``see`` and ``forward`` normalize, or one that gives what ``encode`` reads.
+        preprocess: picklable callable, image ``[3, H, W]`` uint8 -> ``[3, h, w]``, run in loader workers. Either a
+            ``SquashedImage``, whose output ``see`` and ``forward`` normalize, or one that returns the input of
+            ``encode``.
     """
 
     spec: TargetSpec
@@ -82,7 +83,7 @@ class Teacher(nn.Module, ABC):
 
     @classmethod
     def planned_spec(cls, model: str | Path, **options: Any) -> TargetSpec:
-        """The ``spec`` that ``cls(model, **options)`` would have. A large teacher answers without loading itself."""
+        """The ``spec`` that ``cls(model, **options)`` would have. Large teachers override it to load no weights."""
         return cls(model, **options).spec
 
     @abstractmethod
@@ -91,43 +92,43 @@ class Teacher(nn.Module, ABC):
 
     @property
     def draws_images(self) -> bool:
-        """Whether ``decode`` draws an image. Not for a target of one token, which has no positions to draw."""
+        """Whether ``decode`` draws an image. False for a target of one token, which has no positions to draw."""
         return self.spec.grid is not None and self.spec.tokens > 1
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Images ``[B, 3, H, W]`` in 0..1 of embeddings ``[B, tokens, width]``, the teacher's or predicted.
+        """Draws embeddings ``[B, tokens, width]``, the teacher's or predicted, as images ``[B, 3, H, W]`` in 0..1.
 
         Args:
             embedding: what to draw.
             pixels: the same images, preprocessed, for a teacher that draws from more than the embedding.
-            reference: embeddings that give the colors, such as the teacher's own; default: ``embedding``.
+            reference: embeddings that determine the colors, such as the teacher's own; default: ``embedding``.
 
         Raises:
             ValueError: the teacher draws no images.
         """
         if self.spec.grid is None or not self.draws_images:
             raise ValueError(
-                f"{type(self).__name__} has a target of {self.spec.tokens} x {self.spec.width} without positions: it "
-                "cannot be drawn; show the images with the nearest targets instead"
+                f"{type(self).__name__} has a target of {self.spec.tokens} x {self.spec.width} without positions, "
+                "which cannot be drawn: show the images with the nearest targets instead"
             )
         return pca_images(embedding, self.spec.grid, reference)
 
     def see(self, images: Sequence[Image.Image]) -> Tensor:
-        """What ``encode`` and ``decode`` read of images, ``[B, 3, h, w]`` float32."""
+        """Preprocessed and normalized images ``[B, 3, h, w]`` float32, for ``encode`` and ``decode``."""
         return self._normalized(stacked([self.preprocess(rgb_bytes(image)) for image in images]))
 
     def _normalized(self, pixels: Tensor) -> Tensor:
-        preprocess = getattr(self, "preprocess", None)  # stored targets come as bytes and have none
+        preprocess = getattr(self, "preprocess", None)  # stored targets need none
         if isinstance(preprocess, SquashedImage) and pixels.dtype == torch.uint8:
             return preprocess.normalize(pixels)
         return pixels
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """``encode`` in the teacher's precision and without a graph, its shape checked against ``spec``.
+        """Runs ``encode`` in the teacher's precision without gradients, and checks the shape against ``spec``.
 
-        ``pixels``: preprocessed images, as ``preprocess`` or ``see`` gives them. The targets come back on their device,
-        where the objective wants them.
+        ``pixels`` are images from ``preprocess`` or ``see``. Targets are returned on their device, where the objective
+        needs them.
         """
         pixels = self._normalized(pixels)
         weight = next(self.parameters(), pixels)
@@ -135,13 +136,13 @@ class Teacher(nn.Module, ABC):
         found, expected = tuple(target_BNE.shape), (len(pixels), self.spec.tokens, self.spec.width)
         if found != expected:
             raise ValueError(
-                f"{type(self).__name__} gave targets of shape {found} where its spec says {expected}: "
+                f"{type(self).__name__} gave targets of shape {found}, but its spec says {expected}: "
                 "set the teacher's input size or grid so that they agree"
             )
         return target_BNE.to(pixels.device)
 
     def freeze(self: Self) -> Self:
-        """Puts the teacher in evaluation mode and turns every gradient off."""
+        """Puts the teacher in evaluation mode and turns off all gradients."""
         self.requires_grad_(False)
         return self.eval()
 
@@ -153,7 +154,7 @@ class Teacher(nn.Module, ABC):
 def pca_images(embedding: Tensor, grid: tuple[int, int], reference: Tensor | None = None) -> Tensor:
     """Three principal components of the tokens as red, green and blue, each stretched to 0..1.
 
-    ``reference`` (default: ``embedding`` itself) gives the components and their range, so that a prediction can be
+    ``reference`` (default: ``embedding`` itself) determines the components and their range, so that a prediction can be
     drawn in its teacher's colors.
 
     Args:

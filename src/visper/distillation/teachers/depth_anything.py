@@ -16,12 +16,12 @@ from visper.model.hub import sizes_of
 
 
 class DepthAnythingTeacher(Teacher):
-    """Target: the mean of the backbone levels that the depth head reads, or the last (336 px, Large: 576 x 1024).
+    """Target: the mean of the backbone levels that the depth head reads, or the last one (336 px, Large: 576 x 1024).
 
     Args:
         model: hub id or folder of a ``DepthAnythingForDepthEstimation`` (the published ``-hf`` weights).
-        size: pixels a side, a multiple of the patch size.
-        levels: "mean", as in pre-training, or "last", as the paper probes layers.
+        size: side of the image in pixels, a multiple of the patch size.
+        levels: "mean", as in the paper's pre-training, or "last", as in its probes.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
@@ -49,7 +49,7 @@ class DepthAnythingTeacher(Teacher):
         return _spec(sizes_of(str(model), "depth_anything teacher", revision=options.get("revision")), size)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """``[B, N, E]``: without class token."""
+        """``[B, N, E]``, without the class token."""
         levels = self.model.backbone(pixels).feature_maps
         if self.read == "last":
             last: Tensor = levels[-1][:, -self.spec.tokens :]
@@ -59,13 +59,13 @@ class DepthAnythingTeacher(Teacher):
 
     @torch.no_grad()
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Depth as brightness (near = bright): the head is fed ``embedding`` at each of its inputs.
+        """Depth as brightness (near = bright), from the head with ``embedding`` at each of its inputs.
 
-        Each image is stretched to 0..1, as relative depth has no unit.
+        Each image is scaled to 0..1, as relative depth has no unit.
         """
         weight = next(self.model.head.parameters())
         tokens = embedding.to(weight.device, weight.dtype)
-        # The head drops the first token of each level, where the class token stands.
+        # The head drops the first token of each level, the class token.
         level = torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
         assert self.spec.grid is not None
         depth = self.model.head(self.model.neck([level] * self.levels, *self.spec.grid), *self.spec.grid).float()

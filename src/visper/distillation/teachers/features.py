@@ -1,4 +1,4 @@
-"""Any image encoder of transformers as teacher: its patch tokens at a layer (DINOv2, DINOv3, SigLIP 2, CLIP, ...)."""
+"""Any image encoder of transformers (DINOv2, DINOv3, SigLIP 2, CLIP, ...) as teacher: its patch tokens at one layer."""
 
 from inspect import signature
 from pathlib import Path
@@ -18,15 +18,15 @@ class FeaturesTeacher(Teacher):
 
     Args:
         model: hub id or folder of an image encoder, or of a model that has one (CLIP, SigLIP).
-        size: pixels a side, a multiple of the patch size; default: the encoder's own. 576 tokens take 336 pixels in
-            patches of 14 (DINOv2) and 384 in patches of 16 (DINOv3, SigLIP 2).
-        layer: whose hidden state, as transformers counts them (0 = embeddings, -1 = last); default: the encoder's
-            output, which most encoders normalize once more.
-        trust_remote_code: run code that the model brings; read it first.
+        size: side of the image in pixels, a multiple of the patch size; default: the encoder's own. For 576 tokens it
+            is 336 with patches of 14 (DINOv2) and 384 with patches of 16 (DINOv3, SigLIP 2).
+        layer: index into transformers' ``hidden_states`` (0 = embeddings, -1 = last); default: the encoder's output,
+            which most encoders normalize once more.
+        trust_remote_code: run code from the model's repository; read it first.
         revision: commit, tag or branch of a hub id; default: its main branch.
 
     Raises:
-        ValueError: an encoder that takes no square images, a layer it does not have, a size that does not divide.
+        ValueError: the encoder takes no square images, has no such layer, or its patches do not divide ``size``.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class FeaturesTeacher(Teacher):
         takes = signature(self.encoder.forward).parameters
         if "spatial_shapes" in takes:
             raise ValueError(
-                f"'{model}' takes ragged patches (NaFlex), not square images: choose the checkpoint of one resolution, "
+                f"'{model}' takes ragged patches (NaFlex), not square images: choose a checkpoint of fixed resolution, "
                 "such as google/siglip2-large-patch16-384"
             )
         own = _side(getattr(config, "image_size", 224))
         size = size or own
         self.layer = layer
-        # SigLIP and CLIP fit their positions to another size only when told to; the DINOs always do.
+        # SigLIP and CLIP adapt their position embeddings to another size only on request; the DINO models always do.
         self.extras: dict[str, Any] = {}
         if size != own and "interpolate_pos_encoding" in takes:
             self.extras["interpolate_pos_encoding"] = True
         self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
-        # What an encoder puts before its patches is known by trying, and a layer that is not there shows at once.
+        # A trial run shows which tokens are patches, and whether the layer exists.
         with torch.no_grad():
             states = self._states(torch.zeros(1, 3, size, size, dtype=self.encoder.dtype))
         rows, columns = self._grid(states, size)
@@ -66,11 +66,11 @@ class FeaturesTeacher(Teacher):
 
     @classmethod
     def planned_spec(cls, model: str | Path, size: int | None = None, **options: Any) -> TargetSpec:
-        """Read from the configuration alone where all tokens are patches; else by loading."""
+        """Read from the configuration alone if the encoder is a plain ViT; otherwise by loading it."""
         trusted = bool(options.get("trust_remote_code", False))
         config = sizes_of(str(model), "features teacher", trust_remote_code=trusted, revision=options.get("revision"))
         config = getattr(config, "vision_config", config)
-        # Stages that merge patches have depths or widths of their own.
+        # Encoders whose stages merge patches list a depth or width for each stage.
         in_stages = hasattr(config, "depths") or hasattr(config, "hidden_sizes")
         if in_stages or not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
             return cls(model, size=size, **options).spec
@@ -80,7 +80,7 @@ class FeaturesTeacher(Teacher):
     def encode(self, pixels: Tensor) -> Tensor:
         """``[B, rows * columns, width]``, row by row."""
         states = self._states(pixels)
-        # Class token and registers come first.
+        # The class token and registers come before the patches.
         return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states[:, -self.spec.tokens :]
 
     def _states(self, pixels: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class FeaturesTeacher(Teacher):
         side = divided(size, _side(self.encoder.config.patch_size), "features")
         if states.shape[1] < side * side:
             raise ValueError(
-                f"{type(self.encoder).__name__} gives {states.shape[1]} tokens of a {size} pixel image, fewer than its "
-                f"{side} x {side} patches: it merges or drops some, so they lie on no grid; choose another encoder"
+                f"{type(self.encoder).__name__} gives {states.shape[1]} tokens for an image of {size} pixels, fewer "
+                f"than its {side} x {side} patches: it merges or drops some, and has no grid; choose another encoder"
             )
         return side, side
 

@@ -1,4 +1,4 @@
-"""OneFormer as teacher (arXiv 2211.06220): the last map of its backbone, drawn by its two decoders."""
+"""OneFormer as teacher (arXiv 2211.06220): the last feature map of its backbone, drawn by its two decoders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from visper.distillation.teachers.segment_maps import Segmentation, segment_imag
 from visper.model.hub import sizes_of
 
 DRAWN_SIZE = (384, 384)
-"""Height and width of what is drawn: half of 768, names still legible."""
+"""Height and width of drawn images: half of 768, with names still legible."""
 
 WORDS = 4
-"""Words of "the task is panoptic": a working tokenizer gives at least as many different ids."""
+"""Number of words in "the task is panoptic": a working tokenizer gives at least as many different ids."""
 
 
 class OneFormerTeacher(Teacher):
@@ -26,7 +26,7 @@ class OneFormerTeacher(Teacher):
 
     Args:
         model: hub id or folder of a ``OneFormerForUniversalSegmentation``.
-        size: pixels a side, a multiple of the last stage's stride.
+        size: side of the image in pixels, a multiple of the last stage's stride.
         draw: what ``decode`` draws. Needs the model's tokenizer, as OneFormer reads its task as text.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
@@ -41,7 +41,7 @@ class OneFormerTeacher(Teacher):
         super().__init__()
         if draw not in ("panoptic", "semantic"):
             raise ValueError(f"'draw' is {draw!r}: set it to panoptic or semantic")
-        # Not the segmentation model around it: its loss needs scipy, and its outputs are all available here. The text
+        # Not OneFormerForUniversalSegmentation, whose loss needs scipy; its outputs are all available here. The text
         # branch is for training only.
         self.model = load_complete(OneFormerModel, model, is_training=False, revision=revision)
         self.spec = _spec(self.model.config, size)
@@ -60,9 +60,9 @@ class OneFormerTeacher(Teacher):
         return last.flatten(2).transpose(1, 2)
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Segments in their classes' colors with their names ``[B, 3, 384, 384]``; without pixels, components.
+        """Segments in their classes' colors, with names, ``[B, 3, 384, 384]``; components if ``pixels`` is None.
 
-        The decoders read three finer levels of the backbone beside the embedding, which only ``pixels`` give.
+        Beside the embedding, the decoders read three finer levels of the backbone, which are computed from ``pixels``.
         """
         if pixels is None:
             return super().decode(embedding, reference=reference)
@@ -70,12 +70,12 @@ class OneFormerTeacher(Teacher):
 
     @torch.no_grad()
     def segment(self, embedding: Tensor, pixels: Tensor, task: str = "panoptic") -> list[Segmentation]:
-        """What the decoders see where ``embedding`` stands in for the last level of the backbone.
+        """The decoders' segmentation, with ``embedding`` in place of the backbone's last level.
 
         Args:
             embedding: ``[B, rows * columns, channels]``, the teacher's or predicted.
             pixels: the same images, preprocessed.
-            task: "panoptic" (things one by one) or "semantic" (every pixel has a class).
+            task: "panoptic" (each object by itself) or "semantic" (a class for every pixel).
         """
         output = self._decoded(embedding, pixels, task)
         logits = SimpleNamespace(
@@ -108,7 +108,7 @@ class OneFormerTeacher(Teacher):
             handle.remove()
 
     def _task_words(self, task: str) -> Tensor:
-        """``[1, words]`` ids, 0 where padded, as the model was trained."""
+        """Token ids of the task ``[1, length]``, 0 at padding, as the model was trained."""
         fault = ValueError(
             f"no tokenizer at '{self.place}': OneFormer's decoder reads its task as text; save the tokenizer beside "
             "the weights"
@@ -122,7 +122,7 @@ class OneFormerTeacher(Teacher):
             [f"the task is {task}"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         ids: Tensor = words.input_ids * words.attention_mask
-        # Without its files transformers makes up a tokenizer that maps every word to the unknown token.
+        # Without tokenizer files transformers creates a tokenizer that maps every word to the unknown token.
         if len(words.input_ids[words.attention_mask.bool()].unique()) < WORDS:
             raise fault
         return ids
@@ -135,7 +135,7 @@ def _semantic(classes: Tensor, names: dict[int, str]) -> Segmentation:
 
 def _panoptic(segments: Tensor, info: Sequence[dict[str, Any]], names: dict[int, str]) -> Segmentation:
     classes = {int(one["id"]): int(one["label_id"]) for one in info}
-    # Where nothing at all was found, the library says -1.
+    # transformers returns -1 everywhere if it finds no segment.
     return Segmentation(segments.long().clamp(min=0), classes, _known(list(classes.values()), names))
 
 

@@ -26,21 +26,21 @@ class OnnxTeacher(Teacher):
 
     Args:
         model: the ``.onnx`` file.
-        size: pixels a side, or [height, width]; default: what the model's input says.
+        size: side in pixels, or [height, width]; default: the size that the model's input declares.
         layout: channel order of the input, and of the output unless ``output_layout`` says otherwise.
         mean, std: pixels are ``(rgb / 255 - mean) / std``; 0.5 and 0.5 mean rgb / 127.5 - 1.
         input: name of the input; default: the first.
         output: name of an output, or of any tensor inside the graph (needs the package ``onnx``); default: the first
             output.
-        output_layout: channel order of a map that is the output.
-        grid: side, or [rows, columns], that a map is averaged down to; default: the map's own.
+        output_layout: channel order of the output, if it is a map.
+        grid: side, or [rows, columns], of the grid to which a map is averaged; default: the map's own.
         softmax: turn class logits into probabilities before they are averaged.
         draw: "classes" draws the strongest channel in its own color, "components" principal components; default:
             "classes" with softmax.
-        threads: the runtime's threads; default: torch's.
+        threads: number of threads of the runtime; default: torch's.
 
     Raises:
-        ValueError: the file, a name or a size does not fit.
+        ValueError: the file cannot be loaded, or a name or size does not fit the model.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class OnnxTeacher(Teacher):
         self.draw = draw or ("classes" if softmax else "components")
         height, width = _size(size, shape[1:3] if self.channels_last else shape[2:4])
         self.preprocess = SquashedImage((height, width), _triple(mean), _triple(std))
-        # The output's shape is found by running once; wrong names and sizes fail here, before the first step.
+        # One run gives the shape of the output; wrong names and sizes fail here, before the first step.
         tokens, embedding_width, self.grid = self._tokens(torch.zeros(1, 3, height, width))
         self.spec = TargetSpec(tokens.shape[1], embedding_width, self.grid)
         self.freeze()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """``[B, tokens, width]`` float32, in the model's own batches where its batch size is fixed."""
+        """``[B, tokens, width]`` float32, computed in batches of the model's size if that is fixed."""
         step = self.batch or len(pixels)
         parts = []
         for chunk in pixels.split(step):
@@ -121,8 +121,8 @@ class OnnxTeacher(Teacher):
             return np.asarray(self.session.run([self.output], {self.input: given})[0])
         except (Fail, InvalidArgument, RuntimeException, ValueError) as error:
             raise ValueError(
-                f"the ONNX model does not take '{self.input}' of shape {given.shape}: set 'size' and 'layout' to what "
-                f"it wants. It says: {error}"
+                f"the ONNX model rejects input '{self.input}' of shape {given.shape}: set 'size' and 'layout' to what "
+                f"it expects. Its error: {error}"
             ) from error
 
 
@@ -131,7 +131,7 @@ def _session(path: Path, output: str | None, threads: int | None) -> Any:
         raise ValueError(f"no ONNX model at '{path}': set the teacher's 'model' to an .onnx file")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3  # not warnings such as unused initializers
+    options.log_severity_level = 3  # errors only: models often have warnings, such as unused initializers
     providers = ["CPUExecutionProvider"]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)

@@ -1,4 +1,4 @@
-"""Shared by the teachers from transformers: complete weights, their color normalization, sizes that divide."""
+"""Helpers of teachers from transformers: load complete weights, read color normalization, check sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from visper.distillation.teachers.base import SquashedImage
 
 
 def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any) -> SquashedImage:
-    """Preprocessing with the mean and std that the model's image processor was saved with, squashed to ``size``.
+    """Preprocessing to ``size``, with mean and std from the model's saved image processor.
 
     Args:
         model: hub id or folder.
@@ -20,7 +20,7 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
         ValueError: the model comes without an image processor.
     """
     try:
-        # Read, not built: OneFormer's processor would fetch the names of its classes from another place on the hub.
+        # Only read: building OneFormer's processor would download its class names from another repository of the hub.
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, **options)
         mean, std = processor["image_mean"], processor["image_std"]
     except (OSError, KeyError) as error:
@@ -30,24 +30,24 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
             "colors are normalized; save it beside the weights"
         ) from error
     red, green, blue = mean
-    wide_red, wide_green, wide_blue = std
-    return SquashedImage(size, (red, green, blue), (wide_red, wide_green, wide_blue))
+    std_red, std_green, std_blue = std
+    return SquashedImage(size, (red, green, blue), (std_red, std_green, std_blue))
 
 
 def load_complete(kind: Any, model: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained(model)``, refused if weights are missing: no part of a teacher may be random."""
+    """``kind.from_pretrained(model)``. Raises ValueError if weights are missing: no part of a teacher may be random."""
     found, info = kind.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"'{model}' lacks {len(missing)} weights of {kind.__name__}, such as '{missing[0]}': is it another kind of "
-            "model than the teacher's 'kind' says?"
+            f"'{model}' lacks {len(missing)} weights of {kind.__name__}, such as '{missing[0]}': give a model of the "
+            "teacher's 'kind'"
         )
     return found
 
 
 def divided(size: int, stride: int, kind: str) -> int:
-    """Cells a side of a ``size`` pixel image; raises ValueError where the stride does not divide it."""
+    """Cells per side of an image of ``size`` pixels; raises ValueError if ``stride`` does not divide it."""
     if size % stride:
         raise ValueError(
             f"teacher '{kind}' divides its image into cells of {stride} pixels, which do not divide {size}: "

@@ -1,4 +1,4 @@
-"""Maps of segments, drawn as images: a color and a name for each class.
+"""Draws segmentations as images, with a color and a name for each class.
 
 Shapes: B = images, H, W = pixels.
 """
@@ -28,9 +28,9 @@ class Segmentation:
     """One image's segments.
 
     Attributes:
-        segments: ``[H, W]`` long, the segment at each pixel; 0 where there is none.
-        classes: the class of each segment, by its number in ``segments``.
-        names: the names of these classes, by class.
+        segments: ``[H, W]`` long, the number of the segment at each pixel; 0 for no segment.
+        classes: number of a segment -> its class.
+        names: class -> its name.
     """
 
     segments: Tensor
@@ -39,11 +39,11 @@ class Segmentation:
 
 
 def segment_images(found: Sequence[Segmentation], borders: bool) -> Tensor:
-    """``[B, 3, H, W]`` in 0..1: a color for each class, its name on its larger segments.
+    """``[B, 3, H, W]`` in 0..1: a color for each class, and its name on its larger segments.
 
     Args:
-        found: segmentations of one size.
-        borders: draw a dark line where two segments meet (two of one class have the same color).
+        found: segmentations of the same size.
+        borders: draw a dark line where two segments meet (segments of one class have the same color).
     """
     return torch.stack([_draw(one, borders) for one in found])
 

@@ -1,4 +1,4 @@
-"""The teachers of a run's tasks: loaded, or only the shapes of their targets."""
+"""Loads the teachers of a run's tasks, or only the shapes of their targets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def teacher_dtype(distillation: Distillation, precision: str) -> str:
-    """A key of ``DTYPES``: the precision of the teachers on this machine.
+    """The precision of the teachers on this machine, a key of ``DTYPES``.
 
     Args:
-        distillation: its ``teacher_dtype`` decides if it is set.
-        precision: of the run's training, which teachers follow on a GPU.
+        distillation: its ``teacher_dtype`` is used if it is set.
+        precision: the run's training precision, the default on a GPU.
     """
-    # ONNX models and towers have no half precision on the CPU: they keep the precision of their weights.
+    # ONNX models and the quickstart's towers do not support half precision on the CPU.
     return distillation.teacher_dtype or (precision if torch.cuda.is_available() else "float32")
 
 
@@ -63,7 +63,7 @@ def build_teachers(
 
 
 class HasSpec(Protocol):
-    """All that the objective needs of a teacher: the shape of its targets."""
+    """The part of a teacher that the objective needs: the shape of its targets."""
 
     @property
     def spec(self) -> TargetSpec: ...
@@ -77,7 +77,7 @@ class PlannedTeacher:
 
 
 def planned_teachers(distillation: Distillation | None) -> dict[str, PlannedTeacher]:
-    """The shapes of the targets by task, read from configurations where the kind of teacher allows it.
+    """The shape of each task's target, read from a configuration if the kind of teacher supports it.
 
     Raises:
         ConfigError: a teacher's configuration cannot be loaded; the message names task, kind and model.

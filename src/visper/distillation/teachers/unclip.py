@@ -17,17 +17,17 @@ from visper.model.hub import sizes_of
 class UnClipTeacher(Teacher):
     """Target: one token, the projected image embedding (224 px, CLIP-H: 1 x 1024).
 
-    Only the encoder is loaded. To draw an image from an embedding takes the rest of the pipeline (UNet, scheduler,
-    decoder), which is loaded from ``model`` when the first image is drawn, and only with ``draw: diffusion``.
+    Only the encoder is loaded. With ``draw: diffusion``, the rest of the pipeline (UNet, scheduler, decoder) is loaded
+    from ``model`` when the first image is drawn.
 
     Args:
         model: hub id or folder of a ``CLIPVisionModelWithProjection``, or of a pipeline that holds one.
-        subfolder: where in it the encoder lies ("image_encoder" in a pipeline).
-        processor_subfolder: where its image processor lies; default: "feature_extractor", where pipelines keep it, if
-            ``subfolder`` is given, else beside the encoder.
+        subfolder: subfolder of the encoder ("image_encoder" in a pipeline).
+        processor_subfolder: subfolder of the image processor; default: "feature_extractor", as in pipelines, if
+            ``subfolder`` is given, else the top folder.
         draw: "diffusion" draws an image with the pipeline (extra `diffusion`); "neighbors" draws none: the images with
             the nearest embeddings are shown instead.
-        steps: the diffusion's steps.
+        steps: number of diffusion steps.
         revision: commit, tag or branch of a hub id; default: its main branch.
     """
 
@@ -57,7 +57,7 @@ class UnClipTeacher(Teacher):
 
     @property
     def draws_images(self) -> bool:
-        """Whether the diffusion pipeline draws."""
+        """Whether the diffusion pipeline draws images."""
         return self.draw == "diffusion"
 
     @classmethod
