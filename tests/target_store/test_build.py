@@ -154,7 +154,7 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
     save_run(run, tmp_path / "run.yaml")
     arguments = [str(tmp_path / "run.yaml"), "--out", str(tmp_path / "store")]
     sized = CliRunner().invoke(app, ["targets", "build", *arguments, "--size", "--dtype", "int8"])
-    assert "6 of 6 images to compute; 16 x 8 int8, 160 bytes an image: 1.0 kB" in sized.output
+    assert "6 of 6 images to compute; 16 x 8 int8, 160 bytes per image: 1.0 kB" in sized.output
     assert "free at" in sized.output and not (tmp_path / "store").exists()
     assert CliRunner().invoke(app, ["targets", "build", *arguments]).exit_code == 0
     checked = CliRunner().invoke(app, ["targets", "check", *arguments])
@@ -165,7 +165,7 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(make, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_free_bytes", lambda out: 1000)
-    with pytest.raises(ConfigError, match=r"take 2\.8 kB, '.*' has 1\.0 kB free: .*--dtype int8"):
+    with pytest.raises(ConfigError, match=r"take 2\.8 kB, but '.*' has 1\.0 kB free: .*--dtype int8"):
         build_targets(make("build"), tmp_path / "store", quiet=True)
     assert not [part for part in (tmp_path / "store").iterdir() if part.is_dir()]
 
@@ -187,13 +187,13 @@ def test_a_store_of_other_teachers_is_refused_with_what_differs(make, tmp_path, 
 
 def test_other_dtypes_precisions_and_folders_are_refused(make, tmp_path, rows):
     build_targets(make("build"), tmp_path / "store", "float16", quiet=True)
-    with pytest.raises(ConfigError, match="as float16, asked for int8"):
+    with pytest.raises(ConfigError, match="in float16, not int8"):
         build_targets(make("build"), tmp_path / "store", "int8", quiet=True)
     run = make("precise", tmp_path / "store")
     distillation = run.distillation.model_copy(update={"teacher_dtype": "bfloat16"})
-    with pytest.raises(ConfigError, match=r"computed in float32, distillation\.teacher_dtype is bfloat16"):
+    with pytest.raises(ConfigError, match=r"computed in float32, but distillation\.teacher_dtype is bfloat16"):
         run_stage(run.model_copy(update={"distillation": distillation}))
-    with pytest.raises(ConfigError, match="no target store: name a new folder"):
+    with pytest.raises(ConfigError, match="no target store: choose a new folder"):
         build_targets(make("build"), rows, quiet=True)
     with pytest.raises(ConfigError, match=r"no target store at .*`visper targets build .*run\.yaml --out "):
         run_stage(make("nowhere", tmp_path / "nowhere"))

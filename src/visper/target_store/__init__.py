@@ -1,1 +1,1 @@
-"""Teachers' targets computed once, stored and read back."""
+"""Target store: teachers' targets, computed once and read by training."""

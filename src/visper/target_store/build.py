@@ -1,4 +1,4 @@
-"""Computes the targets of a run's images into a store. Safe to kill and repeat, with any number of processes."""
+"""Computes a run's targets into a store. A build can be killed and repeated, with any number of processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build_targets(
     """Computes the targets that the store lacks for the run's images and teachers.
 
     Args:
-        run: its data, geometry and teachers count.
+        run: the run whose data, geometry and teachers are used.
         out: the store's folder; created if it does not exist.
         dtype: a key of ``quantize.DTYPES``; default: the store's, float16 for a new one.
         batch: images per forward pass of a teacher.
@@ -62,7 +62,7 @@ def build_targets(
         DataError: a source is missing, or an image changes while it is read.
     """
     if run.distillation is None or not run.distillation.taught:
-        raise ConfigError(f"no task of '{run.name}' has a teacher, so there is nothing to store: give a run with one")
+        raise ConfigError(f"no task of '{run.name}' has a teacher, so there is nothing to store: choose a run with one")
     row_files(run.data)  # missing sources are an error before anything is loaded
     require_nccl()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
@@ -94,7 +94,7 @@ def build_targets(
 
 def _open_rows(data: Data, quiet: bool) -> Records:
     agreed = (drop for file in data.drop_list for drop in DropList.read(Path(file)))
-    with first_goes_first():  # the others read what it has cached
+    with first_goes_first():  # the others read its cache
         return open_records(row_files(data), DropList(agreed=agreed), quiet=quiet)
 
 
@@ -103,14 +103,14 @@ def _require_revisions(made_by: Mapping[str, Fingerprint], distillation: Distill
         if fingerprint.revision is None:
             model = distillation.tasks[task].target.place
             raise ConfigError(
-                f"task '{task}': '{model}' is not a folder, and the hub cannot be asked for its commit: "
-                f"`hf download {model}` first"
+                f"task '{task}': '{model}' is not a folder, and its commit cannot be read from the hub: "
+                f"run `hf download {model}` first"
             )
 
 
 @contextmanager
 def _locked(out: Path, dtype: str, state: PartialState, console: Console) -> Iterator[None]:
-    """The store locked and claimed by the first process, without leftovers of a build that was killed."""
+    """Locks the store, claims it in the first process, and removes the leftovers of a killed build."""
     with locked_by_first(out, console):
         first_decides(lambda: claim_store(out, dtype))
         if state.is_main_process:
@@ -125,7 +125,7 @@ def _shared_plan(
     codecs: Mapping[str, TargetCodec],
     console: Console,
 ) -> BuildPlan:
-    """The plan of the first process, on every process; printed."""
+    """The plan, made and printed by the first process and shared with all."""
     plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet))
     announce_plan(plan, codecs, out, console)
     return plan
@@ -153,7 +153,9 @@ def _open_outputs(
     for task, teacher in build_teachers(distillation, precision).items():
         folder, spec = folder_of(out, made_by[task]), codecs[task].spec
         if teacher.spec != spec:
-            raise ConfigError(f"task '{task}': the teacher has targets {teacher.spec}, its configuration says {spec}")
+            raise ConfigError(
+                f"task '{task}': the teacher has targets {teacher.spec}, but its configuration says {spec}"
+            )
         outputs[task] = _Output(teacher.to(state.device), folder, codecs[task])
         described = StoredTeacher(
             made_by[task],
@@ -174,8 +176,8 @@ def _describe(task: str, folder: Path, teacher: StoredTeacher) -> None:
     begun = StoredTeacher.read(folder).precision
     if begun != teacher.precision:
         raise ConfigError(
-            f"task '{task}': the targets in '{folder}' were computed in {begun}, the teacher is now in "
-            f"{teacher.precision}: set distillation.teacher_dtype={begun}, or name another store"
+            f"task '{task}': the targets in '{folder}' were computed in {begun}, but the teacher now runs in "
+            f"{teacher.precision}: set distillation.teacher_dtype={begun}, or choose another store"
         )
 
 
@@ -188,7 +190,7 @@ def _compute(
     device: torch.device,
     console: Console,
 ) -> None:
-    """Reads the images of each part in batches, encodes them by each teacher; a thread writes the parts."""
+    """Reads the images of each part in batches and computes their targets; a thread writes finished parts."""
     steps = [(part, start) for part in parts for start in range(0, len(part.places), batch)]
     order = [
         [(place, own, part.tasks) for place, own in zip(part.places, part.digests, strict=True)][start : start + batch]
@@ -210,11 +212,18 @@ def _compute(
             for task in part.tasks:
                 computed[task] += _targets(outputs[task], pixels.get(task), readable, device)
             if start + batch >= len(part.places):
-                for write in written:  # at most one part waits, and an error ends the build
+                for write in written:  # at most one part is pending, and an error ends the build
                     write.result()
                 written = [
-                    writer.submit(write_part, out.folder, out.codec, part.digests, computed.pop(task), part.name)
-                    for task, out in ((task, outputs[task]) for task in part.tasks)
+                    writer.submit(
+                        write_part,
+                        outputs[task].folder,
+                        outputs[task].codec,
+                        part.digests,
+                        computed.pop(task),
+                        part.name,
+                    )
+                    for task in part.tasks
                 ]
         for write in written:
             write.result()
@@ -225,13 +234,13 @@ def _targets(
 ) -> Iterator[Tensor | None]:
     """A packed target on the CPU for every image that could be decoded, None for the others, in order."""
     found: Iterator[Tensor] = iter(())
-    if pixels is not None:  # packed on the device: what is copied is as small as what is stored
+    if pixels is not None:  # packed on the device, so that only the stored bytes are copied
         found = iter(output.codec.pack(output.teacher(pixels.to(device, non_blocking=True))))
     return (next(found) if good else None for good in readable)
 
 
 class _Images(Dataset[Any]):
-    """((row, number in it), digest, tasks) -> per task the teacher's input ``[3, h, w]``; None: not decodable."""
+    """((row, number in the row), digest, tasks) -> task -> its teacher's input ``[3, h, w]``; None if not decodable."""
 
     def __init__(
         self, records: Records, geometry: str, background: tuple[int, int, int], preprocess: Mapping[str, Preprocess]

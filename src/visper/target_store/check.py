@@ -31,7 +31,7 @@ def damaged_parts(
     """
     dtype = read_dtype(store)
     if dtype is None:
-        raise ConfigError(f"there is no target store at '{store}': {remedy}")
+        raise ConfigError(f"there is no target store at '{store}': run {remedy}")
     parts = []
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
         folder = find_folder(store, task, fingerprint, distillation.tasks[task].target.place, remedy)

@@ -1,4 +1,4 @@
-"""Fingerprints: everything a target follows from besides the image. Targets of another one are never read."""
+"""Fingerprints: everything besides the image that determines a target. Targets of other fingerprints are not read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
 COMPUTATION = 3
-"""Increase it when visper's own code (``open_image``, ``arrange``, ``squashed``, a teacher's ``encode``) computes
-another target of the same image: targets stored before are then not found. A test compares the pixels."""
+"""Increase this when a change to visper's own code (``open_image``, ``arrange``, ``squashed``, a teacher's ``encode``)
+changes the target of an image: targets stored before are then not found. A test compares the pixels."""
 
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 """Options of the kinds in ``TEACHERS`` that change how a target is drawn or how fast it is computed, not its values."""
@@ -25,14 +25,15 @@ WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that a target follows from besides the image.
+    """Everything besides the image that determines a target.
 
     Attributes:
-        kind: of the teacher.
-        revision: of its weights; None: a hub model whose commit neither the hub nor the local cache gave.
-        options: of the kind, if targets depend on them.
-        geometry: in which the teacher sees the image; ``background`` (RGB) with ``pad`` only.
-        code: of a class that is not in ``TEACHERS``, a hash of its module.
+        kind: kind of the teacher.
+        revision: revision of its weights; None: a hub model whose commit neither the hub nor the local cache gave.
+        options: the teacher's options that affect targets.
+        geometry: geometry in which the teacher sees the image.
+        background: RGB color around the image, only for the geometry ``pad``.
+        code: hash of the module of a class that is not in ``TEACHERS``.
         computation: ``COMPUTATION``.
     """
 
@@ -46,14 +47,14 @@ class Fingerprint:
 
     @classmethod
     def of(cls, teacher: Target, geometry: str, background: tuple[int, int, int]) -> Fingerprint:
-        """Of a recipe's teacher.
+        """The fingerprint of a recipe's teacher.
 
         Args:
-            teacher: the task's, in the recipe.
-            geometry: of the run's data.
+            teacher: the task's target in the recipe.
+            geometry: geometry of the run's data.
             background: the RGB color that ``pad`` puts around an image.
         """
-        options = json.loads(json.dumps(teacher.options))  # as JSON reads them back: tuples become lists
+        options = json.loads(json.dumps(teacher.options))  # as read back from JSON: tuples become lists
         wanted = options.pop("revision", None)
         if teacher.kind in TEACHERS:
             options = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
@@ -68,11 +69,11 @@ class Fingerprint:
 
     @property
     def key(self) -> str:
-        """Sixteen characters that differ wherever a field does."""
+        """A hash of all fields, 16 characters."""
         return key(json.dumps(asdict(self), sort_keys=True))
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Where ``other`` differs, such as "geometry 'squash' instead of 'pad'"."""
+        """The differences of ``other``, such as "geometry 'squash' instead of 'pad'"."""
         own, found = asdict(self), asdict(other)
         return [f"{name} {found[name]!r} instead of {own[name]!r}" for name in own if own[name] != found[name]]
 
@@ -89,8 +90,8 @@ def fingerprints(tasks: Mapping[str, Task], geometry: str, background: tuple[int
 def revision_of(model: str, wanted: str | None = None) -> str | None:
     """A string that changes when a teacher's weights do.
 
-    A file or folder: a hash of its content, not of its place. A hub id: its commit, from the hub or, if that cannot be
-    reached, from the local cache. Any other name: the name.
+    A file or folder: a hash of its content, not of its path. A hub id: its commit, from the hub or, if that cannot be
+    reached, from the local cache; None if neither has it. Any other name: the name.
     """
     place = Path(model)
     if place.exists():

@@ -1,4 +1,4 @@
-"""Opens a run's stored targets for training: found and complete for the run's images, or refused before step 1."""
+"""Opens a run's stored targets for training, and checks before the first step that no image lacks one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folde
 
 
 class DecodedTargets(Teacher):
-    """Takes the place of a teacher in training: maps joined targets ``[B, target_bytes]`` to targets ``[B, N, E]``."""
+    """Replaces a teacher in training: decodes packed targets ``[B, target_bytes]`` to targets ``[B, N, E]``."""
 
     def __init__(self, codec: TargetCodec) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class TargetStore:
     """The stored targets of a run's tasks.
 
     Args:
-        tasks: task -> its teacher's targets.
+        tasks: task -> the stored targets of its teacher.
         remedy: the command that computes missing targets, for messages.
     """
 
@@ -50,30 +50,30 @@ class TargetStore:
         self.remedy = remedy
 
     def teachers(self) -> dict[str, Teacher]:
-        """By task, the modules that training uses in place of teachers."""
+        """Task -> the module that training uses in place of its teacher."""
         return {task: DecodedTargets(targets.codec) for task, targets in self.tasks.items()}
 
     def lookup(self, content: bytes) -> dict[str, Tensor]:
-        """By task, the joined target ``[target_bytes]`` uint8 of the image whose file has these bytes.
+        """Task -> the packed target ``[target_bytes]`` uint8 of the image whose file has this content.
 
         Raises:
-            DataError: there is none (the image is new or was changed), or it is damaged.
+            DataError: the target is damaged, or not in the store (the image is new or was changed).
         """
         own = digest(content)
         found = {}
         for task, targets in self.tasks.items():
-            joined = targets.read(own)
-            if joined is None:
+            packed = targets.read(own)
+            if packed is None:
                 raise DataError(
                     "no stored target",
-                    f"task '{task}': an image of this content (sha256 {own.hex()}...) is not in "
-                    f"'{targets.folder}'; it is new or was changed: {self.remedy}",
+                    f"task '{task}': '{targets.folder}' has no target for an image of this content (sha256 "
+                    f"{own.hex()}...), which is new or was changed: run {self.remedy}",
                 )
-            found[task] = joined
+            found[task] = packed
         return found
 
     def missing(self, digests: Iterable[bytes]) -> dict[str, list[bytes]]:
-        """Per task, those of these images that were not computed; complete tasks are left out."""
+        """Task -> those of these images that the store lacks; tasks that lack none are left out."""
         wanted = list(dict.fromkeys(digests))
         missing = {}
         for task, targets in self.tasks.items():
@@ -90,17 +90,17 @@ def open_targets(
     recipe: str | Path,
     store: Path | None = None,
 ) -> TargetStore | None:
-    """The store that the run names (``distillation.targets``), or ``store``; None: the run uses its teachers.
+    """Opens the store that the run names (``distillation.targets``), or ``store``; None if the run uses its teachers.
 
     Args:
         distillation: the run's section.
-        geometry: of the run's data.
+        geometry: geometry of the run's data.
         background: the RGB color that ``pad`` puts around an image.
-        recipe: a file or name of the run, for the command in messages.
-        store: read this one instead.
+        recipe: file or name of the recipe, for the command in messages.
+        store: open this store instead.
 
     Raises:
-        ConfigError: it is not a store, or has no targets of one of the run's teachers.
+        ConfigError: the folder is not a store, or it lacks the targets of one of the run's teachers.
     """
     place = store or (Path(distillation.targets) if distillation and distillation.targets else None)
     if distillation is None or place is None:
@@ -108,7 +108,7 @@ def open_targets(
     remedy = f"`visper targets build {recipe} --out {place}`"
     dtype = read_dtype(place)
     if dtype is None:
-        raise ConfigError(f"distillation.targets: there is no target store at '{place}': {remedy}")
+        raise ConfigError(f"distillation.targets: there is no target store at '{place}': run {remedy}")
     found = {}
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
         folder = find_folder(place, task, fingerprint, distillation.tasks[task].target.place, remedy)
@@ -116,24 +116,24 @@ def open_targets(
         wanted, has = distillation.teacher_dtype, found[task].teacher.precision
         if wanted not in (None, has):
             raise ConfigError(
-                f"task '{task}': the targets in '{folder}' were computed in {has}, distillation.teacher_dtype "
+                f"task '{task}': the targets in '{folder}' were computed in {has}, but distillation.teacher_dtype "
                 f"is {wanted}: leave it out, or build another store"
             )
     return TargetStore(found, remedy)
 
 
 def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, remedy: str) -> Path:
-    """The folder of the targets that this teacher computed.
+    """The folder of a teacher's targets.
 
     Args:
         store: the store's folder.
-        task: for messages.
-        fingerprint: of the teacher; if its revision is unknown, the only one of ``model`` in the store is taken.
-        model: the recipe's.
-        remedy: the command that builds what is missing.
+        task: name of the task, for messages.
+        fingerprint: the teacher's; if its revision is unknown, the store's only targets of ``model`` are used.
+        model: the teacher's ``model`` in the recipe.
+        remedy: the command that builds missing targets, for messages.
 
     Raises:
-        ConfigError: there is none; the message says what the store has instead.
+        ConfigError: the store has no such targets; the message says what it has instead.
     """
     folder = folder_of(store, fingerprint)
     if (folder / TEACHER).is_file():
@@ -146,21 +146,19 @@ def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, re
         if fitting:
             found = [others[place].fingerprint.revision for place in fitting]
             raise ConfigError(
-                f"task '{task}': the hub cannot be asked for the revision of '{model}', and '{store}' holds {found}: "
-                "set the teacher's 'revision' to one of these commits"
+                f"task '{task}': the revision of '{model}' cannot be read from the hub, and '{store}' has targets of "
+                f"{found}: set the teacher's 'revision' to one of these commits"
             )
     same_kind = [other for other in others.values() if other.fingerprint.kind == fingerprint.kind]
     near = min(same_kind, key=lambda other: len(fingerprint.differences(other.fingerprint)), default=None)
     if near is not None:
         differences = "; ".join(fingerprint.differences(near.fingerprint))
-        has = f"targets of another {fingerprint.kind} teacher ('{near.model}'): {differences}"
+        has = f", but targets of another {fingerprint.kind} teacher ('{near.model}'): {differences}"
     elif others:
-        has = f"targets of {sorted(other.fingerprint.kind for other in others.values())} teachers"
+        has = f", but targets of {sorted(other.fingerprint.kind for other in others.values())} teachers"
     else:
-        has = "no targets"
-    raise ConfigError(
-        f"task '{task}': '{store}' has no targets of the teacher '{model}', but {has}. To add them: {remedy}"
-    )
+        has = ""
+    raise ConfigError(f"task '{task}': '{store}' has no targets of the teacher '{model}'{has}. To add them: {remedy}")
 
 
 def _same_but_revision(other: StoredTeacher, fingerprint: Fingerprint) -> bool:
@@ -168,13 +166,11 @@ def _same_but_revision(other: StoredTeacher, fingerprint: Fingerprint) -> bool:
 
 
 def require_targets(store: TargetStore, records: Sequence[Record], quiet: bool = True) -> None:
-    """Refuses, on every rank, rows whose images have no stored targets.
+    """Raises DataError, on every rank, if images of the rows have no stored targets.
 
-    The first process compares a hash of each file, which is cached until the file changes. Images inside Parquet files
-    are not compared: a missing target drops its row when it is read, and ``data.drop_limit`` counts it.
-
-    Raises:
-        DataError: the message counts them, names the first, and the command that computes them.
+    The first process looks up the hash of each image file; hashes are cached until a file changes. Images in Parquet
+    files are not checked: a missing target drops its row when it is read, and ``data.drop_limit`` counts it. The
+    message has the number of these images, the first one, and the command that computes their targets.
     """
     if isinstance(records, Records):
         first_decides(lambda: _require_images(store, records, quiet))
@@ -193,6 +189,6 @@ def _require_images(store: TargetStore, records: Records, quiet: bool) -> None:
     counts = ", ".join(f"{len(own)} images of task '{name}'" for name, own in missing.items())
     raise DataError(
         "no stored target",
-        f"{counts} are not in '{store.tasks[task].folder.parent}', the first is '{first}': it is new or was changed "
-        f"since; {store.remedy}",
+        f"{counts} are not in '{store.tasks[task].folder.parent}', the first is '{first}', which is new or was "
+        f"changed: run {store.remedy}",
     )

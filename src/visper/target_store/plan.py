@@ -1,4 +1,4 @@
-"""What a build would do: which targets are missing, in which parts, how large they are.
+"""Plans a build: which targets are missing, how they are divided into parts, and how large they are.
 
 Images are identified by content. The images of a part depend on what is missing and never on the number of processes,
 so that a build that is killed and repeated, with any number of processes, ends with the same files.
@@ -22,14 +22,14 @@ from visper.target_store.quantize import TargetCodec
 from visper.target_store.store import TEACHER, TaskTargets, folder_of
 
 PART_BYTES = 512 << 20
-"""Largest part: what is computed again after a kill, and what a process holds in memory a few times."""
+"""Largest part. A process computes at most one again after a kill, and has a few in memory."""
 MAX_IMAGES = 4096
-"""Most images of a part, for small targets."""
+"""Largest number of images in a part; applies to small targets."""
 
 
 @dataclass(frozen=True)
 class TargetPart:
-    """Images whose targets go into one file per task: where each is shown (row, number in it), and their digests."""
+    """Images whose targets go into one file per task: the place of each (row, number in the row) and its digest."""
 
     tasks: tuple[str, ...]
     places: tuple[tuple[int, int], ...]
@@ -37,7 +37,7 @@ class TargetPart:
 
     @property
     def name(self) -> str:
-        """Of its files; follows from the images."""
+        """Name of its files, which depends on the images alone."""
         return key(*self.digests)
 
 
@@ -67,8 +67,8 @@ def plan_build(
     Args:
         records: the run's rows.
         store: its folder; need not exist.
-        made_by: fingerprint of each task's teacher.
-        codecs: of each task's targets.
+        made_by: task -> fingerprint of its teacher.
+        codecs: task -> codec of its targets.
         quiet: show no progress.
     """
     first_place: dict[bytes, tuple[int, int]] = {}
@@ -104,10 +104,10 @@ def _missing(digests: list[bytes], folder: Path, dtype: str) -> list[bytes]:
 
 
 def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Path, console: Console) -> None:
-    """Prints, per task, what is missing and its size; then the size of all and the free disk."""
+    """Prints the missing images and their size per task, then the total size and the free disk space."""
     for task, codec in codecs.items():
         missing = plan.sizes[task] // codec.target_bytes
-        shape = f"{codec.spec.tokens} x {codec.spec.width} {codec.dtype}, {codec.target_bytes:,} bytes an image"
+        shape = f"{codec.spec.tokens} x {codec.spec.width} {codec.dtype}, {codec.target_bytes:,} bytes per image"
         announce(
             console,
             "targets",
@@ -122,15 +122,15 @@ def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
     """Raises ConfigError if the disk cannot hold what the plan writes."""
     need, free = int(plan.total * 1.01), _free_bytes(store)  # files also have headers, digests and checksums
     if need > free:
-        smaller = "" if dtype in ("int8", "fp8") else "; --dtype int8 halves float16"
+        smaller = "" if dtype in ("int8", "fp8") else ", or --dtype int8, half the size of float16"
         raise ConfigError(
-            f"the targets still to be computed take {format_bytes(need)}, '{store}' has {format_bytes(free)} free: "
+            f"the targets to be computed take {format_bytes(need)}, but '{store}' has {format_bytes(free)} free: "
             f"choose another disk{smaller}"
         )
 
 
 def format_bytes(count: int) -> str:
-    """Such as "1.50 GB", in powers of ten as disks are sold."""
+    """A size such as "1.50 GB", in powers of ten."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"

@@ -1,7 +1,7 @@
-"""Targets as bytes and back: float32, float16, or eight bits with scales.
+"""Encodes targets as float32, float16 or eight bits with scales, and decodes them.
 
-Eight bits have one scale per channel (over the tokens of a target), because backbones have a few channels that are
-always large: a scale per token would spend its range on these. Targets of few tokens have a scale per token instead:
+Eight-bit targets have one scale per channel (over the tokens of a target), because backbones have a few channels that
+are always large: a scale per token would spend its range on these. Targets of few tokens have a scale per token, as
 scales per channel would take more space than the values. Both are measured in docs/targets.md.
 
 Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
@@ -63,13 +63,13 @@ class TargetCodec:
         """
         targets_BNE = targets_BNE.detach().float()
         if not torch.isfinite(targets_BNE).all():
-            raise ValueError("the teacher gave a target that is not finite: try distillation.teacher_dtype=float32")
+            raise ValueError("the teacher returned a target that is not finite: try distillation.teacher_dtype=float32")
         if self.dtype not in LARGEST:
             values = targets_BNE.to(DTYPES[self.dtype])
             if not torch.isfinite(values).all():
                 largest = float(targets_BNE.abs().max())
                 raise ValueError(
-                    f"a target of {largest:.3g} is beyond float16's 65504: store targets as float32 or fp8"
+                    f"a target value of {largest:.3g} is beyond float16's 65504: store targets as float32 or fp8"
                 )
             return values, None
         over = 2 if self.scales[1] == 1 else 1
@@ -79,27 +79,31 @@ class TargetCodec:
         return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]), scale
 
     def pack(self, targets_BNE: Tensor) -> Tensor:
-        """Targets encoded and joined on their device, ``[B, target_bytes]`` uint8 on the CPU; raises as ``encode``."""
+        """Encodes targets and packs them with their scales: ``[B, target_bytes]`` uint8 on the CPU.
+
+        Raises:
+            ValueError: see ``encode``.
+        """
         values, scales = self.encode(targets_BNE)
         parts = [values] if scales is None else [scales, values]
         return torch.cat([part.contiguous().view(torch.uint8).flatten(1) for part in parts], 1).cpu()
 
-    def unpack(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What ``encode`` gave, of joined targets ``[B, target_bytes]``."""
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The values and scales, as from ``encode``, of packed targets ``[B, target_bytes]``."""
         # A slice may start at any byte; its copy is aligned for every type.
-        values = joined[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype])
-        values = values.view(len(joined), self.spec.tokens, self.spec.width)
+        values = packed[:, self._scale_bytes :].flatten().clone().view(DTYPES[self.dtype])
+        values = values.view(len(packed), self.spec.tokens, self.spec.width)
         if not self._scale_bytes:
             return values, None
-        scales = joined[:, : self._scale_bytes].flatten().clone().view(torch.float32)
-        return values, scales.view(len(joined), *self.scales)
+        scales = packed[:, : self._scale_bytes].flatten().clone().view(torch.float32)
+        return values, scales.view(len(packed), *self.scales)
 
     def join(self, values: Tensor, scales: Tensor | None) -> Tensor:
-        """One encoded target ``[N, E]`` and its scales as ``[target_bytes]`` uint8: its form in a batch."""
+        """Packs an encoded target ``[N, E]`` with its scales, ``[target_bytes]`` uint8: its form in a batch."""
         content = values.reshape(-1).view(torch.uint8)
         return content if scales is None else torch.cat((scales.reshape(-1).view(torch.uint8), content))
 
-    def decode(self, joined: Tensor) -> Tensor:
-        """Targets ``[B, N, E]`` float32 of joined ones ``[B, target_bytes]``, on their device."""
-        values, scales = self.unpack(joined)
+    def decode(self, packed: Tensor) -> Tensor:
+        """Decodes packed targets ``[B, target_bytes]`` to ``[B, N, E]`` float32, on their device."""
+        values, scales = self.unpack(packed)
         return values.float() if scales is None else values.float() * scales

@@ -8,8 +8,8 @@ Layout::
         5b2e....safetensors          a part, named after the images it covers: targets [n, N, E], their scales and
                                      checksums [n]; digests [n, 16] of the images, and of images that cannot be decoded
 
-A part is complete or absent. The key of a target is the digest of the bytes that were decoded, in the folder of exactly
-this teacher: a changed image or teacher is not found, whatever its name.
+A part is complete or absent. A target is looked up by the digest of the image's encoded bytes, in the folder of its
+teacher's fingerprint: for a changed image or teacher none is found, whatever its name.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def write_part(
     """Writes one part, completely or not at all.
 
     Args:
-        folder: of the teacher.
-        codec: of its targets.
-        digests: of the images.
-        packed: of each image its target, ``[target_bytes]`` (``TargetCodec.pack``); None: it cannot be decoded.
-        name: of the part.
+        folder: folder of the teacher.
+        codec: codec of its targets.
+        digests: digests of the images.
+        packed: each image's target ``[target_bytes]`` (``TargetCodec.pack``); None: the image cannot be decoded.
+        name: name of the part.
     """
     good = [(own, target) for own, target in zip(digests, packed, strict=True) if target is not None]
-    joined = [target for _, target in good]
+    stored = [target for _, target in good]
     empty = torch.empty(0, codec.target_bytes, dtype=torch.uint8)
-    values, scales = codec.unpack(torch.stack(joined) if joined else empty)
+    values, scales = codec.unpack(torch.stack(stored) if stored else empty)
     tensors = {
         "targets": values,
-        "checksums": torch.tensor([_checksum(one) for one in joined], dtype=torch.int64),
+        "checksums": torch.tensor([_checksum(one) for one in stored], dtype=torch.int64),
         "digests": _as_tensor([own for own, _ in good]),
         "unreadable": _as_tensor([own for own, target in zip(digests, packed, strict=True) if target is None]),
     }
@@ -66,7 +66,7 @@ def write_part(
         tensors["scales"] = scales
     with atomic_path(folder / f"{name}.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": FORMAT})
-        # safetensors writes files that only their owner can read; others share a store as they share its JSON files.
+        # safetensors makes files that only their owner can read: give them the JSON files' mode, for shared stores.
         partial.chmod((folder / TEACHER).stat().st_mode & 0o777)
 
 
@@ -75,13 +75,13 @@ def _as_tensor(digests: list[bytes]) -> Tensor:
     return torch.from_numpy(flat).view(-1, DIGEST_BYTES)
 
 
-def _checksum(joined: Tensor) -> int:
-    return zlib.crc32(joined.numpy().data)
+def _checksum(packed: Tensor) -> int:
+    return zlib.crc32(packed.numpy().data)
 
 
 @dataclass(frozen=True)
 class StoredTeacher:
-    """Content of a teacher's ``teacher.json``; ``model`` and ``versions`` are information for people."""
+    """Content of a teacher's ``teacher.json``; ``model`` and ``versions`` are for information only."""
 
     fingerprint: Fingerprint
     spec: TargetSpec
@@ -132,7 +132,7 @@ class TaskTargets:
                 rows = np.arange(len(own)) if name == "digests" else np.full(len(own), _UNREADABLE)
                 digests.append(own)
                 places.append(np.stack((np.full(len(own), number), rows), 1).astype(np.int32))
-            self._open.pop(number)  # most processes need few of thousands of parts
+            self._open.pop(number)  # a process may need only a few of thousands of parts
         everything = np.concatenate(digests)
         order = np.argsort(everything, kind="stable")
         self._digests, self._places = everything[order], np.concatenate(places)[order]
@@ -148,7 +148,7 @@ class TaskTargets:
         return np.asarray(self._rows(np.asarray(digests, dtype=self._digests.dtype)) >= 0)
 
     def read(self, image: bytes) -> Tensor | None:
-        """The joined target ``[target_bytes]`` uint8 of the image with this digest; None: there is none.
+        """The packed target ``[target_bytes]`` uint8 of the image with this digest; None if there is none.
 
         Raises:
             DataError: its bytes do not match their checksum.
@@ -158,14 +158,14 @@ class TaskTargets:
             return None
         number, at = self._places[row].tolist()
         part = self._part(number)
-        joined = _read_row(part, self.codec, at)
-        if _checksum(joined) != int(part.get_slice("checksums")[at]):
+        packed = _read_row(part, self.codec, at)
+        if _checksum(packed) != int(part.get_slice("checksums")[at]):
             raise DataError(
                 "damaged target",
                 f"target {at} in '{self.parts[number]}' does not match its checksum: remove the file and build the "
                 "targets again; `visper targets check` lists all damaged files",
             )
-        return joined
+        return packed
 
     def _rows(self, digests: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
         if not len(self._digests):
@@ -230,12 +230,12 @@ def read_dtype(store: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{store / STORE}' cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"'{store}' is not a target store of the format {FORMAT!r}: name another folder")
+        raise ConfigError(f"'{store}' is not a target store of the format {FORMAT!r}: choose another folder")
     return str(found["dtype"])
 
 
 def claim_store(store: Path, dtype: str) -> None:
-    """Makes ``store`` a store of ``dtype``; does nothing if it is one.
+    """Creates a store of ``dtype``; does nothing if ``store`` is one already.
 
     Raises:
         ConfigError: it has another dtype, or the folder holds something else.
@@ -244,12 +244,10 @@ def claim_store(store: Path, dtype: str) -> None:
     if found is None:
         others = [file.name for file in store.iterdir() if not file.name.startswith(".")] if store.exists() else []
         if others:
-            raise ConfigError(f"'{store}' holds {others[:3]} and no target store: name a new folder")
+            raise ConfigError(f"'{store}' has files such as {others[:3]} and no target store: choose a new folder")
         write_text(store / STORE, json.dumps({"format": FORMAT, "dtype": dtype}) + "\n")
     elif found != dtype:
-        raise ConfigError(
-            f"'{store}' holds targets as {found}, asked for {dtype}: name another folder, or --dtype {found}"
-        )
+        raise ConfigError(f"'{store}' has targets in {found}, not {dtype}: choose another folder, or --dtype {found}")
 
 
 def folder_of(store: Path, fingerprint: Fingerprint) -> Path:
