@@ -129,7 +129,7 @@ def test_nothing_is_given_memory(monkeypatch):
 
 def test_a_later_stage_is_followed_back_to_the_students_recipe():
     assert first_stage(load_run("phi3-mini-vit-l/ift-after-vpt")).name == "phi3-mini-vit-l-pt"
-    with pytest.raises(ConfigError, match=r"starts from 'elsewhere', which is not there.*recipe of its first stage"):
+    with pytest.raises(ConfigError, match=r"starts from 'elsewhere', which does not exist.*recipe of its first stage"):
         first_stage(load_run("phi3-mini-vit-l/ift", ["start_from=elsewhere"]))
 
 

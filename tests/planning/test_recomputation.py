@@ -63,7 +63,7 @@ def test_without_an_estimate_everything_is_recomputed(run, monkeypatch):
     gpu(monkeypatch, 80e9)
     lost = run.model_copy(update={"student": run.student.model_copy(update={"llm": "/nowhere/llm"})})
     share, why = least_recomputation(lost, 1)
-    assert share == 1.0 and "no estimate" in why and "/nowhere/llm" in why
+    assert share == 1.0 and "memory cannot be estimated" in why and "/nowhere/llm" in why
 
 
 def test_a_plan_decides_as_training_does(run):

@@ -1,1 +1,1 @@
-"""What a run will need, before it starts."""
+"""Estimates of a run's memory, time and disk, made before it starts."""

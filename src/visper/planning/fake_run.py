@@ -1,4 +1,4 @@
-"""The training model of a run on tensors without values, and the micro-batches that it is asked about."""
+"""The training model of a run on fake tensors, and the micro-batches it is traced with."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import PartCount, count_parts
 
 FUSED = ("flash_attention_2", "flash_attention_3", "flex_attention")
-"""Attention that may not be installed where a run is planned; it holds what torch's own fused kernel holds."""
+"""Attention kernels that may be missing on the planning machine. They hold as much memory as torch's fused kernel."""
 NF4 = (4 + 0.127) / 8
-"""Bytes of a weight that ``lora.quantize: 4bit`` quantizes twice (arXiv 2305.14314, section 3)."""
+"""Bytes per weight under ``lora.quantize: 4bit``: NF4 with double quantization (arXiv 2305.14314, section 3)."""
 
 
 class FakeRun:
-    """The training model of a run, built once and traced once for each question.
+    """The training model of a run, built once and traced once for each kind of step.
 
     Args:
-        run: what trains.
-        start: where its student comes from (``parameters.starting_point``).
+        run: the run to plan.
+        start: the run that provides its student (``parameters.starting_point``).
         teachers: the shapes of the targets by task.
 
     Attributes:
-        parts: parameters by part.
+        parts: parameter counts by part.
         weights, gradients, moments: bytes of parameters and buffers, of all gradients, of AdamW's state.
-        saved: bytes of the weights in a checkpoint, which holds ``moments`` too.
+        saved: bytes of the weights in a checkpoint, which also holds ``moments``.
         read: bytes of the weights as a process reads them, before frozen parts are cast.
         layers: bytes of the LLM's decoder layers.
-        num_layers, layer_parameters: how many they are; parameters of one of them.
-        fake: made all tensors.
+        num_layers, layer_parameters: the number of decoder layers, and the parameters of one.
+        fake: the mode that made all fake tensors.
 
     Raises:
         ConfigError: a configuration cannot be found, or the run's parts do not fit together.
@@ -76,7 +76,7 @@ class FakeRun:
         optimization = run.optimization.model_copy(update={"attention": attention})
         self.run = run.model_copy(update={"optimization": optimization})
         self.student: Student = student_skeleton(start)
-        # Configurations name the precision that weights are stored in; all but a frozen LLM are read in float32.
+        # A configuration names the precision of the stored weights; all but a frozen LLM are read in float32.
         self.student.model.float()
         llm: Any = self.student.model.get_decoder()
         choose_attention(self.run, self.student)
@@ -112,8 +112,8 @@ class FakeRun:
     def activations(self, rows: Rows, micro_batch: int, checkpointing: float, accumulates: bool) -> float:
         """Bytes that the largest micro-batch of ``rows`` holds beyond weights, gradients, moments and targets.
 
-        Traced with all layers recomputed and with none; between the two it is a straight line, which was 0.6 and 0.7 %
-        above the traced half of ``llama3-8b-vit-l``'s IFT and PT.
+        Traced with all layers recomputed and with none, and interpolated linearly. With half of the layers recomputed,
+        this was 0.6 % above the traced value for ``llama3-8b-vit-l``'s IFT and 0.7 % for its PT.
         """
         every, none = (
             self._traced(rows, micro_batch, recomputed, accumulates) if share else 0.0
@@ -141,7 +141,7 @@ class FakeRun:
         return FewLayers(self._decoder, self._kept, gradient)
 
     def row_flops(self, rows: Rows) -> float:
-        """Model FLOPs of an average row: forward and backward once, teachers apart."""
+        """Model FLOPs of an average row: one forward and one backward pass, without teachers."""
         batch, sizes = fake_batch(rows.average_micro_batch(16), self.student, self.model, self.run, self.fake)
         if self._meter.costs is None:  # no step has been traced yet
             with KnownPositions(self.fake), autocast(self.run), self._watch(batch, sizes)():
@@ -156,9 +156,9 @@ class FakeRun:
 def fake_batch(
     rows: Sequence[RowLength], student: Student, model: TrainingModel, run: Run, fake: FakeTensorMode
 ) -> tuple[dict[str, Any], Sizes]:
-    """What ``TrainingModel.forward`` takes, and its sizes, of rows of these lengths, padded or packed as ``run`` says.
+    """A micro-batch of rows of these lengths, as ``TrainingModel.forward`` takes it, and its sizes.
 
-    The pool of targets holds a global batch.
+    It is padded or packed as ``run`` says. Its pool of targets holds a global batch.
     """
     task_tokens = [token for ids in student.task_token_ids.values() for token in ids]
     samples = []
@@ -188,7 +188,7 @@ def fake_batch(
 def _images(
     student: Student, count: int, fake: FakeTensorMode
 ) -> tuple[list[list[int]], torch.Tensor | None, tuple[Image.Image, ...]]:
-    """Tokens and pixels of a row's images; of a model with its own processor, which makes pixels, blank images."""
+    """Tokens and pixels of a row's images; for a model whose processor makes the pixels, tokens and blank images."""
     if not student.is_llava:
         blank = [NOMINAL_SIZE] * count
         texts = image_blocks(student.processor, blank) if count else []

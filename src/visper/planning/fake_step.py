@@ -1,13 +1,13 @@
-"""One training step of the real training model without memory or arithmetic: what it holds, what it computes.
+"""One step of the real training model on fake tensors, to measure its memory and FLOPs without allocating or computing.
 
 Floating-point tensors are torch's ``FakeTensor``: they have a shape, a type and a device, but no values. Token ids,
-labels and whatever follows from them are ordinary tensors, because the model's own code reads them (where the image
-lies, which positions are supervised). Forward, backward, recomputation and AdamW are the trainer's, so nothing here
-knows how a model is built.
+labels and whatever follows from them are ordinary tensors, because the model's own code reads their values (the
+positions of the image, the supervised positions). Forward, backward, recomputation and AdamW are the trainer's own, so
+nothing here depends on how a model is built.
 
-``torch.distributed._tools.mem_tracker.MemTracker`` would report memory too, but tried on torch 2.15 (the only version
-tried) it does not take frozen parameters: it registers a gradient hook on every parameter, which fails with "cannot
-register a hook on a tensor that doesn't require gradient". ``LiveBytes`` below is what is needed of it.
+``torch.distributed._tools.mem_tracker.MemTracker`` also reports memory, but does not accept frozen parameters (torch
+2.15, the only version tried): it registers a gradient hook on every parameter, which fails with "cannot register a hook
+on a tensor that doesn't require gradient". ``LiveBytes`` below does what is needed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from visper.config import Run
 from visper.planning.fewer_layers import FewLayers
 
 DEVICE = torch.ops.prim.device.default
-"""Asked of fake tensors by two of three calls, which need not pass torch's modes: a tenth of a trace's time."""
+"""Two of three operations on fake tensors only read the device. Answering here saves a tenth of a trace's time."""
 INDEX = torch.ops.aten.index.Tensor
 
 __all__ = [
@@ -45,18 +45,18 @@ __all__ = [
 
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):
-    """torch's, which asks for GPUs once and not at every operation: a fifth of a trace's time where there is none."""
+    """torch's mode, but it looks for GPUs once, not at every operation: a fifth of a trace's time on a CPU machine."""
 
     @cached_property
     def avoid_device_init(self) -> bool:
-        """Whether there is no GPU."""
+        """True on a machine without a GPU."""
         return super().avoid_device_init
 
 
 class KnownPositions(TorchDispatchMode):
-    """Lets a fake tensor be indexed by a real boolean mask: the result's size is the number of True entries.
+    """Lets a real boolean mask index a fake tensor: the result's size is the number of True entries.
 
-    FakeTensor itself takes no values into account and refuses.
+    ``FakeTensor`` itself never reads values and refuses such an index.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
@@ -69,11 +69,11 @@ class KnownPositions(TorchDispatchMode):
         if func is INDEX and isinstance(args[0], FakeTensor):
             args = (args[0], [place for index in args[1] for place in self._positions(index)])
         result = func(*args, **(kwargs or {}))
-        self.look_at(result)
+        self.on_result(result)
         return result
 
-    def look_at(self, result: Any) -> None:
-        """For subclasses: what an operation returned."""
+    def on_result(self, result: Any) -> None:
+        """Called with the result of every operation. Does nothing here; for subclasses to override."""
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         if index is None or isinstance(index, FakeTensor) or index.dtype is not torch.bool:
@@ -84,11 +84,11 @@ class KnownPositions(TorchDispatchMode):
 
 
 class LiveBytes(KnownPositions):
-    """Bytes of all storages made inside and not yet freed: ``now``, and the ``most`` there were.
+    """Counts the bytes of all storages made while it is active and not yet freed: ``now``, and the peak, ``most``.
 
     Args:
-        fake: made the tensors.
-        known: tensors made before; their storages are not counted.
+        fake: the mode that makes the tensors.
+        known: earlier tensors, whose storages are not counted.
     """
 
     def __init__(self, fake: FakeTensorMode, known: Sequence[Tensor]) -> None:
@@ -97,8 +97,8 @@ class LiveBytes(KnownPositions):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, Any] = {}
 
-    def look_at(self, result: Any) -> None:
-        """Counts the storages of the tensors in ``result`` that were not there before."""
+    def on_result(self, result: Any) -> None:
+        """Counts the new storages of the tensors in ``result``."""
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -168,19 +168,19 @@ def step_activations(
     watch: Callable[[], AbstractContextManager[Any]] = nullcontext,
     few: FewLayers | None = None,
 ) -> float:
-    """Bytes beyond weights, gradients, optimizer state and targets when most is held.
+    """Peak bytes of a training step beyond weights, gradients, optimizer state and targets.
 
-    One micro-batch goes forward and backward; gradients are clipped and AdamW steps.
+    The step is a forward and a backward pass of one micro-batch, gradient clipping and an AdamW step.
 
     Args:
-        model: of fake parameters, in training mode.
-        optimizer: of ``adamw``.
-        batch: what the model's forward takes; its floats are fake.
+        model: has fake parameters and is in training mode.
+        optimizer: from ``adamw``.
+        batch: arguments of the model's forward pass; floating-point tensors are fake.
         run: gives precision and clipping.
-        fake: made all of these.
-        accumulates: an earlier micro-batch of the same step has left its gradients.
+        fake: the mode that made all of these.
+        accumulates: gradients of an earlier micro-batch of the same step are already there.
         watch: entered around the forward pass.
-        few: only some layers run, the figure is that of all; default: all run.
+        few: runs some layers and adds what the others would hold; default: all layers run.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [torch.empty_like(parameter) for parameter in trainable]
@@ -194,7 +194,7 @@ def step_activations(
         with autocast(run), watch():
             loss = model(**batch)["loss"]
         if few:
-            few.turn()
+            few.forward_done()
         loss.backward()
         if run.optimization.max_grad_norm:
             nn.utils.clip_grad_norm_(trainable, run.optimization.max_grad_norm)

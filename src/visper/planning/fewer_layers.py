@@ -1,7 +1,7 @@
-"""A step of a deep decoder, traced with a few of its equal layers; what the others would hold is added exactly.
+"""Traces a step of a deep decoder with a few of its identical layers, and adds what the others would hold, exactly.
 
-Each layer left out would hold from its forward pass on what its likes were seen to hold, and leave its gradients behind
-its backward pass. Between two traced layers, memory therefore moves on a straight line, and both ends are looked at.
+A skipped layer would hold as much as the identical traced layers: activations from its forward pass on, gradients after
+its backward pass. So between two traced layers memory changes linearly, and its maximum lies at one of the two ends.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 EDGE = 3
-"""Layers at each end that are traced: the middle one of the three shows what one of them holds."""
+"""Layers traced at each end. The middle one of the three shows how much a single layer holds."""
 
 
 class Held(Protocol):
-    """Bytes that are held, and the most that were (``fake_step.LiveBytes``)."""
+    """Bytes held now, and their peak (``fake_step.LiveBytes``)."""
 
     now: float
     most: float
 
 
 def layers_to_trace(layers: Sequence[nn.Module], tapped: Collection[int]) -> list[int]:
-    """Indices of the layers that say everything about ``layers``: of both ends, and those that are tapped.
+    """Indices of the layers that represent all of ``layers``: those at both ends, and the tapped ones.
 
-    All of them where they are not equal, where taps are too near to an end, or where little would be left out.
+    All indices if the layers differ, if one next to an end is tapped, or if few layers would be skipped.
 
     Args:
-        layers: of a decoder.
-        tapped: those whose hidden states are read, counted from 1 (0: what the first one is given).
+        layers: a decoder's layers.
+        tapped: layers whose hidden states are read, counted from 1 (0: the input of the first layer).
     """
     count = len(layers)
     everything = list(range(count))
@@ -43,7 +43,7 @@ def layers_to_trace(layers: Sequence[nn.Module], tapped: Collection[int]) -> lis
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What tells one layer from another: its parameters, and the settings of its parts except the layer's number."""
+    """Equal for identical layers: the parameters, and the settings of all submodules except the layer index."""
     parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
     settings = tuple(
         (name, type(part), key, repr(value))
@@ -55,7 +55,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 class LeftOut(nn.Module):
-    """Stands where a layer was; gives what it is given, in the form in which ``like`` gives it."""
+    """Replaces a skipped layer: returns its input, in the form in which ``like`` returns its output."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ class LeftOut(nn.Module):
         self.gives_tuple = False
 
     def __getattr__(self, name: str) -> Any:
-        """Settings that a decoder asks its layers for."""
+        """Settings that the decoder reads from its layers."""
         return getattr(self.__dict__["like"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``hidden_states``."""
+        """Returns ``hidden_states`` unchanged."""
         return (hidden_states,) if self.gives_tuple else hidden_states
 
 
 class FewLayers:
-    """A decoder while only some of its layers run, and the most that was held with all of them.
+    """Runs only some layers of a decoder, and calculates the peak memory with all of them.
 
     Args:
-        decoder: with ``layers``.
+        decoder: a decoder with ``layers``.
         kept: indices of the layers that run (``layers_to_trace``).
-        gradient: bytes of the gradients that a layer leaves, none where they are there before.
+        gradient: bytes of the gradients that a layer's backward pass makes; 0 if they exist before it.
     """
 
     def __init__(self, decoder: Any, kept: Sequence[int], gradient: float) -> None:
@@ -86,13 +86,13 @@ class FewLayers:
         self._missing = self._count - len(kept)
         self._before: dict[int, float] = {}
         self._behind: dict[int, float] = {}
-        # Layers left out by what they hold: of a forward pass that goes on, for the backward pass, their gradients.
+        # Numbers of skipped layers that hold: activations during the forward pass; activations after it; gradients.
         self._now = (0, 0, 0)
         self._segments: list[tuple[tuple[int, int, int], float]] = []
 
     @contextlib.contextmanager
     def run(self, live: Held) -> Iterator[None]:
-        """While it is entered, the other layers are left out, and ``live`` is read as the pass goes on."""
+        """Skips the other layers inside the context, and reads ``live`` at each layer."""
         layers, self._live = self._decoder.layers, live
         others = {place: LeftOut(layers[0]) for place in range(self._count) if place not in self._kept}
         handles = [
@@ -112,14 +112,14 @@ class FewLayers:
             for handle in handles:
                 handle.remove()
 
-    def turn(self) -> None:
-        """The forward pass is over, autocast's copies of weights are gone."""
+    def forward_done(self) -> None:
+        """To be called after the forward pass, when autocast's copies of weights are freed."""
         self._mark(0, self._missing, 0)
 
     def most(self) -> float | None:
-        """Bytes with all layers at the moment when most is held; None: layers that look alike hold unlike amounts."""
+        """Peak bytes with all layers; None if layers that look identical hold different amounts."""
         places = (1, self._count - 2)
-        if len(self._behind) < len(self._kept):  # no gradient came by
+        if len(self._behind) < len(self._kept):  # no gradient reached some layers
             return None
         forward = {self._before[place + 1] - self._before[place] for place in places}
         held = {self._gradient + self._behind[place] - self._behind[place - 1] for place in places}

@@ -1,4 +1,4 @@
-"""Whether a run fits a machine: its training model without values, its rows and teachers, and what they hold."""
+"""Decides whether a run fits a machine, from its rows, its teachers and a trace of its training model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from visper.planning.teachers import measure_teachers
 
 
 class Fit:
-    """What ``run`` holds on ``machine``.
+    """The memory that ``run`` needs on ``machine``.
 
     Attributes:
-        run, machine: what was asked about.
+        run, machine: the run and the machine it is planned on.
         specs, teachers: shapes of the targets and sizes of the teachers, by task.
-        model: the run's training model, without values.
-        rows: how many, how long.
-        settings: those that decide memory, ``gradient_checkpointing: auto`` decided.
-        memory: of one device, by what holds it.
-        host: host memory by moment.
-        sent: bytes that one process sends in an optimizer step; None: not known.
+        model: the run's training model on fake tensors.
+        rows: the number of rows and their lengths.
+        settings: the settings that determine memory, with ``gradient_checkpointing: auto`` resolved.
+        memory: peak memory of one device, by what holds it.
+        host: host memory, by moment.
+        sent: bytes that one process sends per optimizer step; None if not known.
 
     Raises:
         ConfigError: a configuration cannot be found, or the rows cannot be counted.
@@ -49,7 +49,7 @@ class Fit:
         self._model_of = model_of
         self.model = model_of(run.lora is not None)
         self.rows = row_statistics(run, start, self.model.student)
-        # Loaded teachers are still here: on a CPU they are part of a training process.
+        # Loaded teachers are still in memory: on a CPU they are part of the training process.
         process = CUDA_CONTEXT if machine.gpus else _resident()
         self._held = MemoryModel(run, machine, self.rows, self.specs, self.teachers, process)
         del loaded
@@ -60,16 +60,16 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough, as far as it is known."""
+        """True if the run fits, or if the machine's memory is not known."""
         return self.machine.usable is None or self.memory.total <= self.machine.usable
 
     def lever(self) -> Lever | None:
-        """The first change that makes the run fit; None where it fits, or nothing makes it."""
+        """The first change that makes the run fit; None if it fits already or no change makes it fit."""
         return None if self.fits else first_lever(self._held, self.settings, self._model_of)
 
 
 def _resident() -> float:
-    """Bytes of this process in memory now, its libraries included."""
+    """Resident bytes of this process, including its libraries."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:  # not Linux

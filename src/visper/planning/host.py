@@ -1,8 +1,8 @@
 """Host memory of a run on GPUs: while it starts or resumes, and while a checkpoint is written.
 
-Calculated from what ``training.run`` and ``training.checkpoint_writer`` do. Weights pass through the host once, before
-they lie on the GPUs. A resumed run reads them as a new one does, then each process its shards of the checkpoint, tensor
-by tensor. What the loader's processes hold is left out.
+Calculated from what ``training.run`` and ``training.checkpoint_writer`` do. Weights pass through host memory once, on
+their way to the GPUs. A resumed run reads them like a new one; then each process reads its shards of the checkpoint,
+tensor by tensor. The memory of the data loader's processes is left out.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from visper.planning.fake_run import FakeRun
 from visper.planning.memory import MemoryModel, Settings
 
 LIBRARIES = 0.7e9
-"""Bytes of a process's own memory before it reads a model. Assumed; on CPUs it was 0.6."""
+"""Bytes of a process before it reads a model. Assumed; 0.6e9 was measured on CPUs."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory at one moment: of the ``first`` process, of any ``other`` one; ``processes`` of a node."""
+    """Bytes of host memory at one moment, of the ``first`` process and of any ``other``; ``processes`` per node."""
 
     first: float
     other: float
@@ -27,19 +27,19 @@ class HostMemory:
 
     @property
     def node(self) -> float:
-        """Bytes of the first process's node, which holds the most."""
+        """Bytes of the node that runs the first process, which is the largest of all nodes."""
         return self.first + (self.processes - 1) * self.other
 
 
 def host_memory(memory: MemoryModel, settings: Settings, model: FakeRun) -> dict[str, HostMemory]:
-    """By moment; nothing on a CPU, where ``memory`` is the host's."""
+    """Host memory by moment; empty on a CPU, where ``memory`` already is host memory."""
     machine, engine = memory.machine, settings.engine
     if not machine.gpus:
         return {}
     teachers = 0.0 if settings.stored_targets else sum(teacher.weights for teacher in memory.teachers.values())
-    shares = engine is Engine.FSDP and machine.gpus > 1  # the first process alone reads
+    shares = engine is Engine.FSDP and machine.gpus > 1  # only the first process reads the weights
     starting = {"first": teachers + model.read, "other": teachers + (0.0 if shares else model.read)}
-    if engine in (Engine.ZERO2, Engine.ZERO3) and machine.gpus > 1:  # DeepSpeed writes its own from the GPU
+    if engine in (Engine.ZERO2, Engine.ZERO3) and machine.gpus > 1:  # DeepSpeed writes its shards from the GPU
         writing = {"first": 2 * model.saved, "other": 0.0}  # the gathered weights and their copy
     else:
         copied = (model.saved + model.moments) / memory.ways(settings)

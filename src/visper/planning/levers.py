@@ -1,4 +1,4 @@
-"""What to change so that a run fits its machine: the change that costs the least time, as settings."""
+"""Finds the change of settings that makes a run fit its machine at the least cost in time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visper.planning.memory import Memory, MemoryModel, Settings
 
 @dataclass(frozen=True)
 class Lever:
-    """Other settings that fit: the memory they need, and the changes in words."""
+    """Settings that fit, the memory they need, and the changes as text."""
 
     settings: Settings
     memory: Memory
@@ -22,12 +22,12 @@ class Lever:
 
 
 def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], FakeRun]) -> Lever | None:
-    """The change with the least slowdown that makes the run fit; None where nothing does, or the limit is unknown.
+    """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown.
 
     Args:
-        memory: of the run and its machine.
+        memory: the memory model of the run on its machine.
         now: the run's own settings.
-        model_of: the run's model, with or without LoRA.
+        model_of: returns the run's model, with LoRA if True.
     """
     limit = memory.machine.usable
     if limit is None:
@@ -35,7 +35,7 @@ def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], F
     for other in sorted(_alternatives(memory, now), key=lambda other: _cost(now, other)):
         model = model_of(other.lora)
         if sum(memory.standing(other, model).values()) > limit:
-            continue  # whatever the activations
+            continue  # does not fit even without activations
         found = memory.memory(other, model)
         if found.total <= limit:
             return Lever(other, found, describe(now, other))
@@ -57,7 +57,7 @@ def _alternatives(memory: MemoryModel, now: Settings) -> Iterator[Settings]:
 
 
 def _cost(now: Settings, other: Settings) -> float:
-    """Rough slowdown, to put alternatives in order. LoRA trains something else, so it comes last."""
+    """Rough slowdown, used to order the alternatives. LoRA changes what is trained, so it comes last."""
     return (
         0.03 * math.log2(now.micro_batch / other.micro_batch)
         + 0.33 * (other.checkpointing - now.checkpointing)
@@ -68,7 +68,7 @@ def _cost(now: Settings, other: Settings) -> float:
 
 
 def describe(now: Settings, other: Settings) -> str:
-    """The changes from ``now`` to ``other`` as settings."""
+    """The changes from ``now`` to ``other``, written as a user sets them."""
     parts = []
     if other.micro_batch != now.micro_batch:
         parts.append(f"optimization.micro_batch={other.micro_batch}")
@@ -78,7 +78,7 @@ def describe(now: Settings, other: Settings) -> str:
     if other.engine != now.engine:
         parts.append(f"launch.engine={other.engine}")
     if other.stored_targets and not now.stored_targets:
-        parts.append("distillation.targets=STORE (made by `visper targets build`; no teacher in memory)")
+        parts.append("distillation.targets=STORE (from `visper targets build`; no teacher in memory)")
     if other.lora and not now.lora:
-        parts.append("'lora: {rank: 64}' (trains low-rank updates of the LLM only)")
+        parts.append("'lora: {rank: 64}' (trains only low-rank updates of the LLM)")
     return ", ".join(parts)

@@ -1,6 +1,6 @@
-"""Memory of one device (on a CPU: of the training process) at the moment when most is held, by what holds it.
+"""Peak memory of one device (on a CPU: of the training process), by what holds it.
 
-What a step holds in one process is traced (``fake_run``); what the engines share out is arithmetic on it.
+The memory of a step in one process is traced (``fake_run``); how the engines shard it is arithmetic.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from visper.planning.teachers import TeacherSize
 CUDA_CONTEXT = 700e6
 """Bytes of the driver and its libraries on each GPU. Assumed."""
 CPU_CACHES = 0.10
-"""What a CPU process keeps beyond what is alive (the allocator's holes, kernels' buffers). One figure for every
-run, fitted to four runs of an earlier planner; ``benchmarks/results/plan_memory.md`` says what it stands for."""
+"""Memory of a CPU process beyond live tensors (allocator fragmentation, kernel buffers), as a share of them. Fitted to
+four runs of an earlier planner and used for every run; details in ``benchmarks/results/plan_memory.md``."""
 USABLE = 0.95
-"""Share of a GPU's nominal memory that a plan may fill: the allocator leaves holes."""
+"""Share of a GPU's nominal memory that a plan may fill, because of the allocator's fragmentation."""
 SHARES = tuple(tenths / 10 for tenths in range(11))
 """Shares of the layers that ``gradient_checkpointing: auto`` chooses from."""
 SHARDED_WEIGHTS = (Engine.FSDP, Engine.ZERO3)
 ZERO_BUFFER = 5e8 * 4
-"""Bytes that DeepSpeed gathers gradients in: its ``reduce_bucket_size``, in float32."""
+"""Bytes of DeepSpeed's gradient bucket: its ``reduce_bucket_size`` in float32."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``gpus`` 0: the CPU. ``memory``: bytes of one device, ``peak``: its FLOPs per second; None where unknown.
-    ``per_node``: GPUs of a node, if there are so many."""
+    """The machine a run is planned on.
+
+    Attributes:
+        gpus: the number of GPUs on all nodes; 0: the CPU.
+        memory: bytes of one device; None if unknown.
+        peak: FLOPs per second of one device; None if unknown.
+        per_node: GPUs per node, at most.
+    """
 
     gpus: int
     memory: float | None
@@ -40,7 +46,7 @@ class Machine:
 
     @property
     def processes(self) -> int:
-        """How many processes train."""
+        """The number of training processes."""
         return max(1, self.gpus)
 
     @property
@@ -51,7 +57,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide memory. ``checkpointing``: share of the layers whose activations are recomputed."""
+    """The settings that determine memory. ``checkpointing``: share of the layers whose activations are recomputed."""
 
     micro_batch: int
     checkpointing: float
@@ -61,7 +67,7 @@ class Settings:
 
     @classmethod
     def of(cls, run: Run) -> Settings:
-        """Those of ``run``."""
+        """The settings of ``run``."""
         opt, lora = run.optimization, run.lora is not None
         stored = run.distillation is not None and run.distillation.targets is not None
         return cls(opt.micro_batch, opt.recomputation, run.launch.engine, stored, lora)
@@ -81,10 +87,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What the settings of a run do to its memory on one machine.
+    """Calculates the memory of a run on one machine for any ``Settings``.
 
     Attributes:
-        run, machine, rows: what is planned.
+        run, machine, rows: the run, the machine, and the run's rows.
         specs, teachers: shapes of the targets and sizes of the teachers, by task.
         process: bytes of a process before it holds a model.
     """
@@ -97,8 +103,10 @@ class MemoryModel:
     process: float
 
     def decided(self, model: FakeRun) -> Settings:
-        """The run's settings. ``gradient_checkpointing: auto`` becomes the least share that fits: nothing on a CPU;
-        everything where nothing fits or the memory is not known."""
+        """The run's settings, with ``gradient_checkpointing: auto`` resolved to the smallest share that fits.
+
+        That is 0 on a CPU, and 1 if no share fits or the memory is not known.
+        """
         settings = Settings.of(self.run)
         if self.run.optimization.gradient_checkpointing != "auto":
             return settings
@@ -109,14 +117,14 @@ class MemoryModel:
         return next((other for other in tried if self.memory(other, model).total <= limit), settings)
 
     def memory(self, settings: Settings, model: FakeRun) -> Memory:
-        """With ``settings``, of which ``model`` has the LoRA setting."""
+        """Peak memory with ``settings``. ``model`` must have been built with their LoRA setting."""
         held, ways = self.standing(settings, model), self.ways(settings)
         accumulates = self.run.optimization.global_batch > settings.micro_batch * self.machine.processes or ways > 1
         step = model.activations(self.rows, settings.micro_batch, settings.checkpointing, accumulates)
         teaching = max((teacher.activations for teacher in self.teachers.values()), default=0.0)
         share = settings.micro_batch / self.run.optimization.micro_batch * max(1, self.rows.longest.images)
         teaching *= 0.0 if settings.stored_targets else share
-        # Teachers run before the step; gradients of the step before are gone then.
+        # Teachers run before the step, when the gradients of the previous step are freed.
         if teaching > step + held["gradients"]:
             held |= {"gradients": 0.0, "teachers' activations": teaching}
         else:
@@ -126,7 +134,7 @@ class MemoryModel:
         return Memory({name: size for name, size in held.items() if size})
 
     def standing(self, settings: Settings, model: FakeRun) -> dict[str, float]:
-        """Bytes by part that are held whatever the micro-batch."""
+        """Bytes by part, without the activations of the student and its teachers."""
         engine, ways, gpus = settings.engine, self.ways(settings), self.machine.gpus
         sharded = engine in SHARDED_WEIGHTS
         held = {"CUDA context" if gpus else "process": self.process}
@@ -139,25 +147,25 @@ class MemoryModel:
         if not gpus:
             held["copy of a checkpoint that is being written"] = model.saved + model.moments
         if engine in (Engine.ZERO2, Engine.ZERO3) and ways > 1:
-            # DeepSpeed steps a flat copy of its own, and gathers gradients in a buffer of fixed size.
+            # DeepSpeed's optimizer updates a flat copy, and gradients are gathered in a buffer of fixed size.
             held["DeepSpeed's copy and buffer"] = model.gradients / ways + ZERO_BUFFER
         if not settings.stored_targets:
             held["teachers"] = sum(teacher.weights for teacher in self.teachers.values())
         floats = sum(spec.tokens * spec.width for spec in self.specs.values())
         pool = self.run.optimization.global_batch * self.rows.images * floats * 4
-        held["targets"] = pool * (2 if gpus > 1 else 1)  # gathered: the parts and the pool
+        held["targets"] = pool * (2 if gpus > 1 else 1)  # gathering holds both the parts and the pool
         buckets = model.gradients if gpus > 1 and engine is Engine.DDP else 0.0
         held["gradients"] = model.gradients / ways + buckets
-        if engine is Engine.FSDP and self._micro_batches(settings) > 1:  # sums that are reduced at the step's end
+        if engine is Engine.FSDP and self._micro_batches(settings) > 1:  # sums reduced at the end of the step
             once, copies = self.run.launch.reduce_once, self.run.launch.replicas > 1
             held["gradients of the step"] = model.gradients if once else model.gradients / ways if copies else 0.0
         return held
 
     def sent(self, settings: Settings, model: FakeRun) -> float | None:
-        """Bytes that one process sends in an optimizer step by ring collectives, gathered targets left out; None where
-        the engine is DeepSpeed's.
+        """Bytes that one process sends per optimizer step by ring collectives, without gathered targets.
 
-        FSDP gathers layers in the forward and in the backward pass and everything else once.
+        None for DeepSpeed's engines. FSDP gathers layers in the forward and in the backward pass, and everything else
+        once.
         """
         engine, ways, launch = settings.engine, self.ways(settings), self.run.launch
         if engine in (Engine.ZERO2, Engine.ZERO3):
@@ -174,7 +182,7 @@ class MemoryModel:
         return max(1, self.run.optimization.global_batch // (settings.micro_batch * self.machine.processes))
 
     def ways(self, settings: Settings) -> int:
-        """In how many shards the model lies."""
+        """The number of shards that the model is split into."""
         if settings.engine is Engine.DDP:
             return 1
         replicas = self.run.launch.replicas if settings.engine is Engine.FSDP else 1

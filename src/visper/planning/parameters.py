@@ -1,4 +1,4 @@
-"""A run's student and training model at full size without weights (on the meta device), and its parameters by part."""
+"""A run's student at full size without weights (on the meta device), and its parameter counts by part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from visper.training.stages import count_parts
 
 @dataclass(frozen=True)
 class PartSize:
-    """Parameters of one part: all of them, and how many are trainable in each stage."""
+    """The number of parameters of one part, and how many are trainable in each stage."""
 
     part: str
     total: int
@@ -29,10 +29,10 @@ class PartSize:
 
 
 def part_sizes(run: Run) -> list[PartSize]:
-    """Every part of the model that ``run`` belongs to, at full size, by the table of ``training.stages``.
+    """Parameter counts of every part of ``run``'s model, at full size, by the table in ``training.stages``.
 
-    A later stage's run is followed back to the one that assembles the student. What ``run`` says of its optimization
-    and embedding losses counts in its own stage; if it says nothing of losses, the first stage's count in PT.
+    The run of a later stage is followed back to the run that assembles the student. The optimization settings and
+    embedding losses of ``run`` apply to its own stage only; if it has no losses, those of the first stage apply to PT.
 
     Raises:
         ConfigError: the first stage or a part's configuration cannot be found, or a task fits no head.
@@ -42,7 +42,7 @@ def part_sizes(run: Run) -> list[PartSize]:
     teachers = planned_teachers(supervised.distillation)
     totals: dict[str, int] = {}
     trainable: dict[str, dict[Stage, int]] = {}
-    for stage in Stage:  # pt first: it has the predictors and the full query matrices
+    for stage in Stage:  # PT comes first: it has the predictors and the full query matrices
         others: dict[str, Any] = {} if stage is run.stage else {"freeze": (), "train": (), "lr_overrides": {}}
         distillation = supervised.distillation if stage is supervised.stage else None
         with torch.device("meta"):
@@ -56,7 +56,7 @@ def part_sizes(run: Run) -> list[PartSize]:
 
 
 def first_stage(run: Run) -> Run:
-    """The earliest run on the way to ``run``: the one with a 'student', or one that starts from a plain LLaVA folder.
+    """The first run of the chain that leads to ``run``: it has a 'student', or starts from a plain LLaVA folder.
 
     Raises:
         ConfigError: a folder that a run starts from does not exist yet and no shipped recipe makes it.
@@ -71,24 +71,24 @@ def first_stage(run: Run) -> Run:
         makers = [recipe for recipe in map(load_run, recipe_names()) if recipe.output == run.start_from]
         if not makers:
             raise ConfigError(
-                f"'{run.name}' starts from '{run.start_from}', which is not there and which no shipped recipe makes: "
-                "ask for the recipe of its first stage, the one with a 'student'"
+                f"'{run.name}' starts from '{run.start_from}', which does not exist and which no shipped recipe makes: "
+                "give the recipe of its first stage instead, the one with a 'student'"
             )
         run = makers[0]
     return run
 
 
 def starting_point(run: Run) -> Run:
-    """The run to take the student of ``run`` from: itself where that student exists, else the first stage's.
+    """The run that provides the student of ``run``: itself if that student exists, else the first stage.
 
     Raises:
-        ConfigError: as ``first_stage``.
+        ConfigError: see ``first_stage``.
     """
     return run if _has_model(run) else first_stage(run)
 
 
 def student_skeleton(start: Run) -> Student:
-    """The student that ``start`` begins with, without weights: from configurations, or from the folder it starts from.
+    """The student that ``start`` begins with, without weights: built from configurations or from its start folder.
 
     Raises:
         ConfigError: a configuration cannot be found.

@@ -1,7 +1,7 @@
-"""What a run will need on a machine, before anything is loaded: parameters, memory, FLOPs, time, disk.
+"""The plan of a run on a machine, made without loading weights: parameters, memory, FLOPs, time, disk.
 
-Steps are run without values (``fake_run``); the rest is arithmetic on configurations, and what is assumed is said in
-the plan.
+A step is traced on fake tensors (``fake_run``); the rest is arithmetic on configurations. The plan names its
+assumptions.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from visper.planning.row_statistics import Rows
 from visper.training.stages import PartCount
 
 ASSUMED_MFU = 0.4
-"""Share of a GPU's peak that a run reaches. Assumed: 0.35 to 0.5 is usual for models of this size."""
+"""Share of a GPU's peak FLOPs that a run reaches. Assumed: 0.35 to 0.5 is usual for models of this size."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer for one run and machine.
+    """The plan of one run on one machine.
 
     Attributes:
-        run, machine: what was asked about.
-        settings: those of the run that decide memory, ``gradient_checkpointing: auto`` decided.
-        parts: parameters by part, all and trainable.
-        rows: how many rows, how long.
-        memory: of one device, by what holds it.
-        host: host memory by moment; nothing on a CPU, where ``memory`` is the host's.
-        lever: the first change that makes it fit; None where the run fits, or nothing makes it.
-        row_flops, teacher_flops: model FLOPs of an average row (forward and backward once), and its teachers'.
-        sent: bytes that one process sends in an optimizer step; None where that is not known.
+        run, machine: the run and the machine it is planned on.
+        settings: the settings that determine memory, with ``gradient_checkpointing: auto`` resolved.
+        parts: parameter counts by part, all and trainable.
+        rows: the number of rows and their lengths.
+        memory: peak memory of one device, by what holds it.
+        host: host memory by moment; empty on a CPU, where ``memory`` already is host memory.
+        lever: the first change that makes the run fit; None if it fits already or no change makes it fit.
+        row_flops, teacher_flops: model FLOPs of an average row (one forward and one backward pass), and its teachers'.
+        sent: bytes that one process sends per optimizer step; None if not known.
         disk: bytes by what is stored.
     """
 
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory is enough, as far as it is known."""
+        """True if the run fits, or if the machine's memory is not known."""
         return self.machine.usable is None or self.memory.total <= self.machine.usable
 
     @property
@@ -68,12 +68,12 @@ class Plan:
 
     @property
     def step_flops(self) -> float:
-        """FLOPs of one optimizer step, teachers included, nothing recomputed."""
+        """FLOPs of one optimizer step, including teachers, without recomputation."""
         return (self.row_flops + self.teacher_flops) * self.run.optimization.global_batch
 
     @property
     def seconds(self) -> float | None:
-        """Of the run as it stands at ``ASSUMED_MFU``; None where the device's peak is not known."""
+        """Duration of the run at ``ASSUMED_MFU``; None if the device's peak is not known."""
         if self.machine.peak is None:
             return None
         recomputed = self.row_flops * self.settings.checkpointing / 3
@@ -82,7 +82,7 @@ class Plan:
 
 
 def plan(run: Run, machine: Machine) -> Plan:
-    """Plans ``run`` on ``machine``. Where it does not fit, the alternatives are tried until one does.
+    """Plans ``run`` on ``machine``. If it does not fit, alternatives are tried until one does.
 
     Raises:
         ConfigError: a configuration cannot be found, or the rows cannot be counted.
@@ -118,7 +118,7 @@ def _disk(run: Run, rows: Rows, specs: Mapping[str, TargetSpec], model: FakeRun)
     if floats:
         disk["targets, if stored in fp16"] = rows.count * rows.images * floats * 2
     weights, moments = model.saved, model.moments
-    if run.launch.engine is Engine.ZERO2:  # the module's weights and the optimizer's float32 copy of them
+    if run.launch.engine is Engine.ZERO2:  # adds the module's weights and the optimizer's float32 copy
         weights *= 3
     elif run.launch.engine is Engine.ZERO3:
         weights *= 2

@@ -1,4 +1,4 @@
-"""Whether a run fits the GPU at hand, and how much it recomputes where ``gradient_checkpointing: auto`` asks."""
+"""Checks before training that a run fits the GPU, and resolves ``gradient_checkpointing: auto``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 def least_recomputation(run: Run, processes: int) -> tuple[float, str]:
-    """The least share of the layers with which ``run`` fits the GPU at hand, or the share that it sets, and why, in
-    words for the log.
+    """The share of the layers to recompute, and the reason as text for the log.
 
-    The training step is traced without values, once or twice (``fake_run``), before any weights are loaded. Where
-    nothing fits, or no estimate can be made, it is every layer. A run that does not fit is a warning too, which names
-    the first change with which it does.
+    For ``gradient_checkpointing: auto`` it is the smallest share with which ``run`` fits the current GPU, otherwise the
+    share that the run sets; 1 if no share fits or memory cannot be estimated. The training step is traced on fake
+    tensors, once or twice (``fake_run``), before any weights are loaded. If the run does not fit, a warning names the
+    first change that makes it fit.
 
     Args:
-        run: what trains.
-        processes: how many train it, one a GPU; the GPUs are taken to be alike.
+        run: the run to train.
+        processes: the number of training processes, one per GPU; all GPUs are assumed to be the same.
     """
-    from visper.planning.fit import Fit  # not at the top: only GPUs need it, and every training imports this file
+    from visper.planning.fit import Fit  # not at the top: only GPUs need it, and every training run imports this file
     from visper.planning.memory import Machine
 
     began, asked = time.process_time(), run.optimization.gradient_checkpointing == "auto"
@@ -34,7 +34,7 @@ def least_recomputation(run: Run, processes: int) -> tuple[float, str]:
     try:
         fit = Fit(run, machine)
     except (VisperError, ValueError, OSError) as error:
-        return 1.0, f"{'all layers: ' if asked else ''}no estimate of the memory can be made ({error})"
+        return 1.0, f"{'all layers: ' if asked else ''}memory cannot be estimated ({error})"
     share = fit.settings.checkpointing
     assert machine.memory is not None
     peak = f"estimated peak {fit.memory.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB"

@@ -1,4 +1,4 @@
-"""How many rows a run has and how long they are: measured on a sample of the rows, else published or assumed."""
+"""The number of a run's rows and their lengths: measured on a sample, or published and assumed values."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from visper.model import Student
 from visper.model.start import starting_processor
 
 SAMPLED = 1000
-"""Rows that are tokenized to learn lengths."""
+"""Rows that are tokenized to estimate lengths."""
 LONGEST = 50
-"""Rows with the most characters and images, tokenized too: they decide a padded micro-batch's memory."""
+"""Rows with the most characters and images, also tokenized: they determine the memory of a padded micro-batch."""
 MICRO_BATCHES = 10_000
-"""Micro-batches drawn to find the largest packed one; the run's own number where that is smaller."""
+"""Micro-batches drawn to find the largest packed one, or as many as an epoch has, if fewer."""
 CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
 class RowLength:
-    """One row: its tokens (image and task tokens included), how many are supervised, its images."""
+    """One row: the number of its tokens (image and task tokens included), of its supervised tokens, of its images."""
 
     tokens: int
     supervised: int
@@ -45,14 +45,14 @@ class Rows:
     """The rows of one epoch.
 
     Attributes:
-        count: rows in all.
-        sample: the rows that were measured; where lengths are assumed, none.
+        count: the number of rows.
+        sample: the measured rows; empty if lengths are assumed.
         average: the average row.
         longest: the most tokens, supervised tokens and images of any row.
-        images: of a row, on average.
-        source: where the figures come from.
+        images: images per row, on average.
+        source: where the figures come from, as text.
         branches: share of rows that are joined to another row's image (``data.join_conversations``).
-        most_images: images of the joined micro-batch that shows most, by row.
+        most_images: images per row in the joined micro-batch that has the most images.
         block: tokens of an image with its task tokens, which joined rows lack.
     """
 
@@ -69,9 +69,9 @@ class Rows:
     def largest_micro_batch(self, rows: int, packed: bool, seed: int = 0) -> list[RowLength]:
         """The micro-batch of ``rows`` rows that needs the most memory.
 
-        Padded: every row as long as the longest. Packed: the one with the most tokens of as many random micro-batches
-        as an epoch has (at most ``MICRO_BATCHES``), with no more images than the joined micro-batch that shows most;
-        where lengths are assumed, every row as long as the longest, which is an upper bound.
+        Padded: every row is as long as the longest. Packed: of as many random micro-batches as an epoch has (at most
+        ``MICRO_BATCHES``), the one with the most tokens, with no more images than the joined micro-batch that has the
+        most. If lengths are assumed, every row is as long as the longest, which is an upper bound.
         """
         if packed and self.sample:
             drawn = random.Random(seed)
@@ -80,7 +80,7 @@ class Rows:
         return self._uniform(self.longest, rows, self.longest.images if self.longest.images > 1 else self.images)
 
     def average_micro_batch(self, rows: int) -> list[RowLength]:
-        """``rows`` average rows with the usual number of images, the usual share of them joined to another's image."""
+        """``rows`` average rows, with the average number of images and the average share of joined rows."""
         found = self._uniform(self.average, rows, self.images)
         branches = round(rows * self.branches)
         return [self._behind_another(row) for row in found[:branches]] + found[branches:]
@@ -105,20 +105,20 @@ PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
     "allava-laion": (489_044, 320, 1500, 230, 1200, 1.0),
     "allava-vflan": (202_552, 320, 1500, 230, 1200, 1.0),
 }
-"""Set -> rows as published; then, all assumed: text tokens on average and at most, supervised tokens on average and at
-most, share of rows with an image. A run cuts rows at ``data.max_tokens``."""
+"""Set -> published number of rows; then assumed values: mean and most text tokens, mean and most supervised tokens,
+share of rows with an image. A run cuts rows at ``data.max_tokens``."""
 
 
 def row_statistics(run: Run, start: Run, student: Student) -> Rows:
-    """The rows of ``run``.
+    """Counts and measures the rows of ``run``.
 
     Args:
-        run: whose rows are counted.
-        start: the run whose student ``run`` begins with (``parameters.starting_point``): its processor encodes them.
+        run: the run whose rows are counted.
+        start: the run that provides its student (``parameters.starting_point``); its processor encodes the rows.
         student: that student, with or without weights.
 
     Raises:
-        ConfigError: the rows are not on this machine and not all of the data sets are published ones.
+        ConfigError: the rows are not on this machine, and at least one data set is not in ``PUBLISHED``.
     """
     block = student.num_image_tokens + sum(map(len, student.task_token_ids.values()))
     try:
@@ -151,7 +151,7 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
         lengths, longest = (
             [_estimated(record, block, run.data.max_tokens) for record in each] for each in (sample, long)
         )
-        how = f"{len(lengths)} of {len(records)} rows estimated by their characters"
+        how = f"{len(lengths)} of {len(records)} rows estimated from their characters"
     if not lengths:
         raise DataError("no rows", f"none of {len(sample)} sampled rows can be encoded")
     mixture = mixture_of(records)

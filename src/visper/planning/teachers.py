@@ -1,4 +1,4 @@
-"""What a run's teachers take: their weights, what they hold while they run, and their FLOPs."""
+"""The cost of a run's teachers: bytes of their weights and activations, and FLOPs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ PUBLISHED: Mapping[str, tuple[str, str, int]] = {
     "features": ("AutoModel", "", 0),
     "dinov2": ("AutoModel", "", 0),
 }
-"""Kind -> transformers class that its configuration describes, the part of it that runs, pixels a side unless the
-options say (0: the encoder's own). They are measured without their weights; other kinds are loaded and run."""
-
-
+"""Kind -> transformers class of its configuration, the submodule that runs, default image side in pixels (0: the
+encoder's own). These kinds are measured without their weights; other kinds are loaded and run."""
 FEATURES = ("features", "dinov2")
-"""Kinds that run at sizes other than their own."""
+"""Kinds that accept image sizes other than the one they were trained with."""
 
 
 @dataclass(frozen=True)
 class TeacherSize:
-    """Bytes of a teacher's weights, bytes that a micro-batch of images holds while it runs, FLOPs of one image."""
+    """Bytes of a teacher's weights, peak bytes of its activations for a micro-batch of images, FLOPs of one image."""
 
     weights: float
     activations: float
@@ -42,9 +40,9 @@ class TeacherSize:
 
 
 def measure_teachers(run: Run, on_gpu: bool) -> tuple[dict[str, TeacherSize], list[Teacher]]:
-    """Every teacher of the run by task, and those that had to be loaded for it. With stored targets none runs.
+    """The sizes of the run's teachers by task (empty with stored targets), and the teachers that had to be loaded.
 
-    A loaded teacher's memory is in this process's own while it lives, so on a CPU it counts as zero here.
+    The memory of a loaded teacher is part of this process while it is alive, so on a CPU it counts as zero here.
 
     Raises:
         ConfigError: a configuration cannot be found.
@@ -102,6 +100,6 @@ def _loaded(teacher: Teacher, images: int, on_gpu: bool) -> TeacherSize:
     height, width = getattr(teacher.preprocess, "size", (224, 224))
     products = Products("image")
     with around_operations(products.count):
-        teacher(torch.zeros(images, 3, height, width))  # what it holds while it runs stays with the process
+        teacher(torch.zeros(images, 3, height, width))  # on a CPU, the process keeps the memory of its activations
     weights = sum(t.nbytes for t in teacher.parameters()) if on_gpu else 0
     return TeacherSize(float(weights), 0.0, products.counts["image"] / images)

@@ -1,4 +1,4 @@
-"""Reads published VisPer-LM and OLA-VLM checkpoints: conversion to visper's folders."""
+"""Converts published VisPer-LM and OLA-VLM checkpoints to visper's folders."""
 
 from visper.published.names import Report
 from visper.published.probes import Probe, load_probes

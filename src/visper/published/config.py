@@ -1,4 +1,4 @@
-"""Reads a published checkpoint's ``config.json`` into visper's terms."""
+"""Translates a published checkpoint's ``config.json`` into visper's settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visper.config import Student as StudentConfig
 from visper.distillation import TargetSpec
 
 SECTIONS = {"depth": ("image_depth", "depth"), "seg": ("image_seg", "seg"), "gen": ("image_gen", "img")}
-"""Per task, the section of the published configuration and the prefix of keys in it. There are no other tasks."""
+"""Task -> its section of the published configuration, and the prefix of the keys in it. These are all tasks."""
 
 SUPPORTED = {
     "mm_projector_type": ("mlp2x_gelu",),
@@ -26,14 +26,14 @@ SUPPORTED = {
     "sample_tokens": (False,),
     "use_contrastive": (True,),
 }
-"""Keys that may be absent; a checkpoint with another value cannot be converted."""
+"""Optional key -> supported values. A checkpoint with another value cannot be converted."""
 
 PER_TASK = 8
-"""Task tokens per task, if the configuration has task tokens but not their number."""
+"""Task tokens per task, if the checkpoint has task tokens but its configuration does not give their number."""
 
 
 class Kind(str, Enum):
-    """What was trained."""
+    """The kind of checkpoint, by what was trained."""
 
     PT = "pt"
     IFT = "ift"
@@ -49,7 +49,7 @@ _MODEL_TYPE = re.compile(r"(ola|llava|probe)(?:_\w+)?_(llama|phi3)")
 
 @dataclass(frozen=True)
 class Head:
-    """One task's predictors (PT) or probes: the target's shape, tapped layers counted from 1, sizes inside."""
+    """One task's predictors (PT) or probes: the target's shape, tapped layers counted from 1, the resampler's sizes."""
 
     target: TargetSpec
     layers: tuple[int, ...]
@@ -73,10 +73,10 @@ class Published:
     Attributes:
         config: its config.json.
         llm: "llama" or "phi3".
-        tasks: those with task tokens, in sequence order; none without task tokens.
-        per_task: tokens a task.
-        query_rows: per task, rows of its query matrix.
-        heads: per task, its predictors or probes.
+        tasks: tasks that have task tokens, in sequence order.
+        per_task: tokens per task.
+        query_rows: number of rows of each task's query matrix.
+        heads: predictors or probes, by task.
     """
 
     folder: Path
@@ -90,16 +90,16 @@ class Published:
 
     @property
     def own_latents(self) -> bool:
-        """Whether heads have latents of their own instead of task tokens: probes, and PT without task tokens."""
+        """True if heads have their own latents instead of task tokens: probes, and PT without task tokens."""
         return bool(self.heads) and not self.tasks
 
     @property
     def geometry(self) -> Geometry:
-        """How images were made square: IFT pads; PT leaves it to CLIP's own processor, which crops."""
+        """How images were made square: IFT pads them; PT uses CLIP's own processor, which crops them."""
         return Geometry.PAD if self.config.get("image_aspect_ratio") == "pad" else Geometry.CROP
 
     def student(self, encoder: str, system_prompt: str | None) -> StudentConfig:
-        """Its student, as a visper run describes it."""
+        """Its student, as the ``student`` section of a visper run."""
         resolution = re.search(r"-res(\d+)", str(self.config["mm_vision_tower"]))
         return StudentConfig(
             llm=str(self.folder),
@@ -114,7 +114,11 @@ class Published:
 
 
 def read_published(folder: Path, parameters: Iterable[str]) -> Published:
-    """Reads the configuration of the checkpoint whose parameters have these names.
+    """Reads the configuration of a checkpoint.
+
+    Args:
+        folder: the checkpoint's folder.
+        parameters: the names of its parameters.
 
     Raises:
         ConfigError: no config.json, another architecture, or a variant that visper's student does not support.
@@ -158,11 +162,11 @@ def _check(config: Mapping[str, Any], file: Path, kind: Kind) -> None:
                 "as the published ones are"
             )
     form = config.get("task_token_format", "expand_emb")
-    # In PT the published code takes the means of groups whatever this key says, in IFT only with "expand_emb".
+    # In PT the published code always takes the means of groups; in IFT only if this key is "expand_emb".
     if form != "expand_emb" and not (form == "emb" and kind is not Kind.IFT):
         raise ConfigError(
-            f"{file}: task_token_format is '{form}': expected 'expand_emb' (a few tokens a task). If the checkpoint "
-            "was trained so, correct the key in a copy of the folder"
+            f"{file}: task_token_format is '{form}': expected 'expand_emb' (a few tokens per task). If the checkpoint "
+            "was trained with that format, correct the key in a copy of the folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Maps published parameter names to visper's, and checks that none is left over on either side."""
+"""Maps visper's parameter names to the published ones, and checks that none is left over on either side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INPUT_TABLE, OUTPUT_TABLE = "language_model.model.embed_tokens.weight", "languag
 TOWER = "vision_tower."
 PUBLISHED_TOWER = "model.vision_tower.vision_tower."
 QUERIES = "task_tokens.queries."
-"""Prefix of the tasks' query matrices in visper."""
+"""Name prefix of the tasks' query matrices in visper."""
 
 MODEL_PREFIXES = (
     ("language_model.model.", "model."),
@@ -31,7 +31,7 @@ MODEL_PREFIXES = (
     ("vision_tower.backbone.", PUBLISHED_TOWER),
     (TOWER, PUBLISHED_TOWER),
 )
-"""Prefix of a parameter's name in a visper model folder -> in a published checkpoint. The first match applies."""
+"""Name prefix in a visper model folder -> in a published checkpoint. The first match applies."""
 
 HEAD_NAMES = (
     ("resampler.", "projector."),
@@ -54,13 +54,13 @@ NEVER_USED = {
     "teachers (kept outside the student)": r"(da_v2_head|dav2_backbone|oneformer|gen_encoder)\..*",
     "buffers (computed from the configuration)": r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)",
 }
-"""What is left out of a conversion, by reason: patterns of published names. Everything else must find its place."""
+"""Reason -> pattern of the published names that a conversion leaves out. All other parameters must be converted."""
 
 _SHOWN = 30
 
 
 class Slot(NamedTuple):
-    """Where a published parameter goes: folder (None: read but not saved), name there, and its published shape."""
+    """Where a published parameter is saved: the folder (None: not saved), its name there, and its published shape."""
 
     folder: str | None
     name: str
@@ -69,7 +69,7 @@ class Slot(NamedTuple):
 
 @dataclass
 class Report:
-    """What a conversion wrote, by folder, and left out, by reason; in parameters (tensors). And what to know."""
+    """The result of a conversion: parameters (tensors) written by folder and left out by reason, and notes."""
 
     output: Path
     written: dict[str, int] = field(default_factory=dict)
@@ -82,11 +82,11 @@ def published_model_name(name: str) -> str:
     for ours, theirs in MODEL_PREFIXES:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    raise ConfigError(f"parameter '{name}' has no published name: only a LLaVA model with an MLP projector has")
+    raise ConfigError(f"parameter '{name}' has no published name: expected a LLaVA model with an MLP projector")
 
 
 def published_head_name(name: str, layers: Mapping[str, Iterable[int]]) -> str:
-    """The published name of a parameter of a distillation or probes folder; ``layers``: those tapped, by task."""
+    """The published name of a parameter of a distillation or probes folder; ``layers``: tapped layers by task."""
     if name.startswith(QUERIES):
         return f"model.special_{name.removeprefix(QUERIES)}_tokens"
     part, _, rest = name.removeprefix("objective.").partition(".")
@@ -96,7 +96,7 @@ def published_head_name(name: str, layers: Mapping[str, Iterable[int]]) -> str:
     key, _, inner = rest.partition(".")
     task, _, layer = key.rpartition("_")
     for ours, theirs in HEAD_NAMES:
-        # Only from the start of a part: "mlp." must not match inside another word.
+        # Match only whole components of the name: "mlp." must not match inside another word.
         inner = re.sub(r"(?<![^.])" + re.escape(ours).replace(r"\#", r"(\d+)"), theirs.replace("#", r"\1"), inner)
     return f"image_{task}_heads.{list(layers[task]).index(int(layer))}.{inner}"
 
@@ -104,11 +104,12 @@ def published_head_name(name: str, layers: Mapping[str, Iterable[int]]) -> str:
 def account(
     found: Mapping[str, tuple[int, ...]], slots: Mapping[str, Slot], source: Path, tower_elsewhere: bool = False
 ) -> dict[str, list[str]]:
-    """Checks that every parameter of a checkpoint has its slot, and every slot its parameter, of the same shape.
+    """Checks that parameters and slots correspond one to one and have the same shapes.
 
     Args:
-        found: shapes by published name.
-        slots: by published name. Of the vocabulary tables the slot may have more rows.
+        found: shapes of the checkpoint's parameters, by published name.
+        slots: the expected parameters, by published name. A vocabulary table may have fewer rows than its slot.
+        source: the checkpoint, for errors.
         tower_elsewhere: the image encoder comes from its own checkpoint.
 
     Returns:
@@ -136,8 +137,8 @@ def account(
     if any(faults.values()):
         listed = "\n".join(f"{len(names)} {what}:\n{_listed(names)}" for what, names in faults.items() if names)
         raise ConfigError(
-            f"the parameters in '{source}' are not those that its config.json describes. {listed}\nCheck "
-            "that all files are of one checkpoint. For another encoder than the one in mm_vision_tower, give --encoder"
+            f"the parameters in '{source}' are not those that its config.json describes. {listed}\nCheck that all "
+            "files belong to one checkpoint. If its encoder is not the one in mm_vision_tower, give --encoder"
         )
     return unused
 

@@ -1,4 +1,4 @@
-"""Published probes: one resampler a layer, with latents of its own, that reads a frozen student's hidden states."""
+"""Published probes: for each layer, a resampler with its own latents that reads a frozen student's hidden states."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class Probe(nn.Module):
-    """Predicts a teacher's embedding from one layer's hidden states, by latents of its own.
+    """Predicts a teacher's embedding from one layer's hidden states, with its own latents.
 
     Args:
         width_in: width of the hidden states (D).
         tokens, width: the embedding's tokens (N) and width (E).
-        mlp: a Linear-ReLU-Linear behind the resampler.
+        mlp: adds a Linear-ReLU-Linear after the resampler.
         depth, heads, head_width, ff_mult: the resampler's sizes; see ``config.Head``.
     """
 
@@ -35,13 +35,13 @@ class Probe(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, states_BKD: Tensor, key_mask_BK: Tensor | None = None) -> Tensor:
-        """``[B, N, E]`` from hidden states ``[B, K, D]``; the mask is True where a state may be read."""
+        """Returns ``[B, N, E]`` from hidden states ``[B, K, D]``; the mask is True where a state may be read."""
         predicted: Tensor = self.mlp(self.resampler(states_BKD, None, key_mask_BK))
         return predicted
 
 
 def probe_settings(width_in: int, heads: Mapping[str, Head]) -> dict[str, dict[str, Any]]:
-    """The arguments of each ``Probe``, by name ("depth_20"; layers count from 1): what ``probes.json`` holds."""
+    """The content of ``probes.json``: arguments of each ``Probe``, by name ("depth_20"; layers count from 1)."""
     return {
         f"{task}_{layer}": {
             "width_in": width_in,
@@ -56,7 +56,7 @@ def probe_settings(width_in: int, heads: Mapping[str, Head]) -> dict[str, dict[s
 
 
 def build_probes(settings: Mapping[str, Mapping[str, Any]]) -> nn.ModuleDict:
-    """Untrained probes, by name."""
+    """Builds untrained probes, by name."""
     return nn.ModuleDict({name: Probe(**arguments) for name, arguments in settings.items()})
 
 
@@ -64,11 +64,11 @@ def load_probes(folder: str | Path) -> nn.ModuleDict:
     """The probes of a converted checkpoint, by task and layer ("depth_20").
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the folder has no probes.
     """
     place = Path(folder) / "probes"
     if not (place / PROBES_FILE).is_file():
-        raise ConfigError(f"'{folder}' holds no probes: expected {place / PROBES_FILE}; convert a probe checkpoint")
+        raise ConfigError(f"'{folder}' has no probes: expected {place / PROBES_FILE}; convert a probe checkpoint")
     probes = build_probes(json.loads((place / PROBES_FILE).read_text(encoding="utf-8")))
     weights = {name: value for name, value in load_file(place / WEIGHTS_FILE).items() if name.startswith("predictors.")}
     probes.load_state_dict({name.removeprefix("predictors."): value for name, value in weights.items()})

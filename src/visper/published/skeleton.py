@@ -1,6 +1,6 @@
 """A converted checkpoint without its weights: student, objective and probes on the meta device.
 
-Names and shapes come from the code that trains and saves, not from a list.
+Names and shapes come from the code that builds and saves models, not from a list.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ from visper.published.names import (
 from visper.published.probes import build_probes, probe_settings
 
 PROMPT_RECIPE = "llama3-8b-vit-l/pt"
-"""Every published model was trained with one system prompt; this recipe holds it."""
+"""The recipe that holds the system prompt with which every published model was trained."""
 
 PT_RECIPE = "_parts/_pt.yaml"
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Everything of a converted checkpoint but its weights.
+    """A converted checkpoint without its weights.
 
     Attributes:
-        student: with parameters on the meta device, the encoder's real where the checkpoint lacks them.
+        student: its parameters are on the meta device; the encoder's are loaded if the checkpoint lacks them.
         state: the student's parameters by their names on disk.
-        run: of a PT checkpoint, the run that describes its predictors.
+        run: the run that describes the predictors of a PT checkpoint.
         probes: settings of its probes, by name.
         heads: shapes of predictors, logit scales and query matrices, by folder and name there; under None the query
-            matrices of a checkpoint without predictors, which are read for the task tokens' embeddings only.
-        layers: those tapped, by task, in the checkpoint's order.
+            matrices of a checkpoint without predictors, which are only read for the task tokens' embeddings.
+        layers: tapped layers by task, in the checkpoint's order.
     """
 
     student: Student
@@ -76,7 +76,7 @@ class Skeleton:
         found = {published_model_name(n): Slot(MODEL, n, tuple(t.shape)) for n, t in self.state.items()}
         for folder, shapes in self.heads.items():
             for name, shape in shapes.items():
-                theirs = () if "logit_scales." in name else shape  # published as scalars
+                theirs = () if "logit_scales." in name else shape  # scalars in published checkpoints
                 found[published_head_name(name, self.layers)] = Slot(folder, name, theirs)
         return found
 
@@ -85,9 +85,10 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     """Builds the converted checkpoint without its weights.
 
     Args:
-        output: where the converted checkpoint will lie, for its run.
-        encoder: hub id or folder in place of the one in ``mm_vision_tower``.
-        encoder_inside: the checkpoint holds the encoder's weights, so that its configuration is enough.
+        published: the checkpoint's configuration.
+        output: the converted checkpoint's folder, for its run.
+        encoder: hub id or folder that replaces the one in ``mm_vision_tower``.
+        encoder_inside: the checkpoint has the encoder's weights, so that only its configuration is loaded.
 
     Raises:
         ConfigError: tokenizer or encoder cannot be loaded.
@@ -128,13 +129,13 @@ def _encoder(name: str, layer: int, size: int | None, inside: bool) -> Encoder:
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         return load_encoder(name, layer, size)
-    # CLIP's layout follows from its configuration: weights that the checkpoint has are not downloaded.
+    # CLIP's layout follows from its configuration, so weights that the checkpoint has are not downloaded.
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     except OSError:
-        pass  # a folder with the configuration alone: CLIP's colors are known
+        pass  # a folder with only the configuration: use CLIP's published mean and standard deviation
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     config.architectures = [type(model).__name__]
@@ -143,7 +144,7 @@ def _encoder(name: str, layer: int, size: int | None, inside: bool) -> Encoder:
 
 
 def _llm_config(published: Published) -> PreTrainedConfig:
-    """The LLM's own part of the configuration, whose other keys are LLaVA's and the heads'."""
+    """The LLM's part of the configuration. Its other keys belong to LLaVA and to the heads."""
     known = set(AutoConfig.for_model(published.llm).to_dict()) | {"rope_theta", "rope_scaling"}
     known -= {"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"}
     return AutoConfig.for_model(published.llm, **{k: v for k, v in published.config.items() if k in known})
@@ -156,7 +157,7 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 def _tokenizer(published: Published, llm_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     try:
-        # With the LLM's configuration: the folder's own names a model type that transformers does not know.
+        # Pass the LLM's configuration: the model type in the folder's own is unknown to transformers.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             published.folder, config=llm_config, trust_remote_code=False
         )
@@ -167,14 +168,14 @@ def _tokenizer(published: Published, llm_config: PreTrainedConfig) -> PreTrained
         ) from error
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer in '{published.folder}' has no chat template: put the base LLM's there as "
-            "chat_template.jinja (Llama-3 and Phi-3 bring one in tokenizer_config.json, Vicuna has none)"
+            f"the tokenizer in '{published.folder}' has no chat template: add the base LLM's there as "
+            "chat_template.jinja (Llama-3 and Phi-3 have one in tokenizer_config.json, Vicuna has none)"
         )
     return tokenizer
 
 
 def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
-    """PT as published, with this checkpoint's student, layers and sizes; its teachers are the recipe's.
+    """The published PT run, with this checkpoint's student, layers and sizes, and the teachers of visper's recipe.
 
     The checkpoint names its own teachers by a .pth file and by repositories that no longer exist.
     """

@@ -2,9 +2,9 @@
 
 Layout of the output::
 
-    model/          a plain LLaVA folder, as a stage writes it: loads in transformers without this package
-    distillation/   of a PT checkpoint: predictors, logit scales, query matrices and their run, as PT writes them
-    probes/         of a probe checkpoint, or of PT without task tokens: heads with latents of their own
+    model/          a plain LLaVA folder, as a stage writes it; transformers loads it without this package
+    distillation/   (PT checkpoints) predictors, logit scales, query matrices and their run, as PT writes them
+    probes/         (probe checkpoints, and PT without task tokens) heads with their own latents
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ from visper.published.weights import ShardWriter, Weights, fetch
 
 
 def convert_published(source: str, output: str | Path, encoder: str | None = None) -> Report:
-    """Converts the published checkpoint ``source`` (folder or hub id) into the new folder ``output``.
+    """Converts a published checkpoint to a visper folder.
 
     Args:
+        source: the checkpoint's folder or hub id.
+        output: the folder to write.
         encoder: hub id or folder of the image encoder, in place of the id in the checkpoint's ``mm_vision_tower``. Its
-            weights are read only where the checkpoint has none of its own.
+            weights are read only if the checkpoint has no encoder weights.
 
     Raises:
-        ConfigError: ``output`` exists; the checkpoint cannot be reached or read; it is of another architecture; its
+        ConfigError: ``output`` exists; the checkpoint cannot be reached or read, or has another architecture; its
             parameters are not exactly those that its configuration describes.
     """
     out = Path(output)
@@ -81,12 +83,10 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
 def _write_model(
     folder: Path, weights: Weights, slots: Mapping[str, Slot], skeleton: Skeleton, inside: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """Writes the model's shards, one for each file that was read, and returns everything else, by folder."""
+    """Writes the model's shards, one per source file, and returns all other tensors, by folder and name."""
     folder.mkdir()
-    shared = [
-        file for file in weights.files if any(_goes(slots, n, MODEL) for n, f in weights.where.items() if f == file)
-    ]
-    writer = ShardWriter(folder, len(shared) + (not inside))
+    sources = {file for name, file in weights.where.items() if name in slots and slots[name].folder == MODEL}
+    writer = ShardWriter(folder, len(sources) + (not inside))
     heads: dict[str, dict[str, Tensor]] = {}
     tokens = _task_tokens(weights, slots, skeleton)
     for file in weights.files:
@@ -112,10 +112,6 @@ def _write_model(
     return heads
 
 
-def _goes(slots: Mapping[str, Slot], name: str, folder: str) -> bool:
-    return name in slots and slots[name].folder == folder
-
-
 def _task_tokens(weights: Weights, slots: Mapping[str, Slot], skeleton: Skeleton) -> TaskTokens | None:
     names = {slot.name.removeprefix(QUERIES): name for name, slot in slots.items() if slot.name.startswith(QUERIES)}
     if not names:
@@ -125,13 +121,13 @@ def _task_tokens(weights: Weights, slots: Mapping[str, Slot], skeleton: Skeleton
 
 
 def _grown(table: Tensor, rows: int) -> Tensor:
-    """A copy with ``rows`` rows; the new ones are the mean of the old ones, as in a student that is assembled."""
+    """A copy with ``rows`` rows. The new rows are the mean of the old ones, as when a student is assembled."""
     mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
     return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
 def _write_settings(partial: Path, skeleton: Skeleton) -> None:
-    """Everything that is not weights."""
+    """Writes all files except weights."""
     model = skeleton.student.model
     model.config.save_pretrained(partial / MODEL)
     assert model.generation_config is not None

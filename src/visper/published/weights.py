@@ -1,4 +1,4 @@
-"""Weight files on disk, read and written one at a time, so that a checkpoint is never in memory as a whole."""
+"""Reads and writes weight files one at a time, so that a full checkpoint is never in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, first_line
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
@@ -24,9 +24,9 @@ BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def fetch(source: str) -> Path:
-    """The folder of a checkpoint: ``source`` itself, or the hub's repository of that id, downloaded.
+    """The folder of a checkpoint: ``source`` itself, or a download of the hub repository with that id.
 
-    Of a repository only weights, configuration and tokenizer are taken, pickled weights only if there are no others.
+    Only weights, configuration and tokenizer are downloaded; pickled weights only if there are no safetensors.
 
     Raises:
         ConfigError: ``source`` is neither a folder nor an id that can be reached.
@@ -38,17 +38,16 @@ def fetch(source: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source, allow_patterns=["*.bin"])
     except (OSError, HFValidationError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"'{source}' is not a folder, and as a hub id it cannot be reached: {reason} Check the spelling and the "
-            f"network, or run `hf download {source}` where there is one and give the folder it made"
+            f"'{source}' is not a folder, and as a hub id it cannot be reached: {first_line(error)} Check the spelling "
+            f"and the network, or run `hf download {source}` on a machine with a network and give the downloaded folder"
         ) from error
     return folder
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of a folder and what they hold."""
+    """The weight files of a folder, and the shape and file of each tensor."""
 
     files: tuple[Path, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -56,10 +55,10 @@ class Weights:
 
     @classmethod
     def of(cls, folder: Path) -> Weights:
-        """Reads names and shapes only; safetensors where there are both kinds.
+        """Reads names and shapes only. Safetensors are preferred to pickled weights.
 
         Raises:
-            ConfigError: no weights, a shard that is missing, a file that cannot be read.
+            ConfigError: there are no weights, a shard is missing, or a file cannot be read.
         """
         files = _files(folder)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -71,7 +70,7 @@ class Weights:
         return cls(files, shapes, where)
 
     def tensors(self, file: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The ``wanted`` tensors of one file, mapped from disk where its format allows."""
+        """The ``wanted`` tensors of one file, memory-mapped if its format allows it."""
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 for name in wanted:
@@ -82,7 +81,7 @@ class Weights:
                 yield name, state[name]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Chosen tensors, wherever they lie; those that are not there are left out."""
+        """The tensors with these names, from all files; missing ones are left out."""
         wanted = [name for name in names if name in self.where]
         found: dict[str, Tensor] = {}
         for file in {self.where[name]: None for name in wanted}:
@@ -105,7 +104,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if (folder / name).is_file():
             return (folder / name,)
     raise ConfigError(
-        f"'{folder}' holds no weights: expected {SAFETENSORS} or {PICKLED}, whole or as shards with their {INDEX} file"
+        f"'{folder}' has no weights: expected {SAFETENSORS} or {PICKLED}, or shards of one of them with an {INDEX} file"
     )
 
 
@@ -123,13 +122,13 @@ def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        # Only the zip format can be mapped; weights_only refuses code in the file.
+        # Only the zip format can be memory-mapped; weights_only refuses code in the file.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # Without torch's own text: it advises to load the file with weights_only=False, which runs the code in it.
+        # torch's own message is left out: it suggests weights_only=False, which would run code in the file.
         raise ConfigError(
             f"'{file}' cannot be read as plain tensors ({type(error).__name__}): it may be cut short, or contain code, "
-            "which is never run. Download it again, or take the checkpoint's safetensors"
+            "which is never run. Download it again, or use the checkpoint's safetensors"
         ) from None
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
@@ -138,7 +137,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 class ShardWriter:
-    """Writes ``model.safetensors``, or ``total`` shards of it and their index, as transformers reads them."""
+    """Writes ``model.safetensors``, or ``total`` shards and their index, in the layout that transformers reads."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self.folder = folder
@@ -158,7 +157,7 @@ class ShardWriter:
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def finish(self) -> None:
-        """Writes the index, where there is more than one shard."""
+        """Writes the index, if there is more than one shard."""
         assert self._written == self.total, f"{self._written} of {self.total} shards written"
         if self.total > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
