@@ -161,7 +161,7 @@ def test_a_model_of_other_layers_is_refused(trained):
 
 
 def test_a_conversation_longer_than_the_context_is_refused(session, image):
-    with pytest.raises(DataError, match="fills the model's 1024 positions: begin a new one"):
+    with pytest.raises(DataError, match="fills the model's 1024 positions: start a new one"):
         list(session.reply(["many " * 1100], image, 0.0, 4))
 
 
@@ -202,7 +202,7 @@ def test_a_port_in_use_is_said(session):
 def test_a_model_without_predictors_chats_and_says_what_to_give(trained, image):
     plain = Session(str(trained / "ift"))
     assert plain.predictors is None and "--look" in plain.note
-    with pytest.raises(ConfigError, match="keeps no predictors"):
+    with pytest.raises(ConfigError, match="has no predictors"):
         plain.draw(image)
     with pytest.raises(ConfigError, match="give the output of the PT before it"):
         Session(str(trained / "ift"), trained / "ift")

@@ -1,1 +1,1 @@
-"""A page in the browser: chat with a model about an image, and see what its layers predict."""
+"""A browser page to chat with a model about an image and to see what its layers predict."""

@@ -1,4 +1,4 @@
-"""The page, in Gradio: an image and settings to the left, the conversation to the right, drawings below."""
+"""The Gradio page: image and settings on the left, the conversation on the right, drawings below."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAY = 24 * 60 * 60
 
 
 class Events:
-    """What happens when a visitor does something; faults are shown on the page."""
+    """Handlers of the page's events. Errors are shown on the page."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -34,12 +34,12 @@ class Events:
     def answer(
         self, asked: str, before: list[str], file: str | None, temperature: float, length: float
     ) -> Iterator[tuple[Any, ...]]:
-        """Chat, conversation and question box, again for each piece of the answer."""
+        """Yields chat, conversation and question box, again for each piece of the answer."""
         if not asked.strip():
             gr.Warning("Type a question first.")
             yield gr.skip(), gr.skip(), gr.skip()
             return
-        yield _messages([*before, asked]), gr.skip(), ""  # later the visitor may be typing the next question
+        yield _messages([*before, asked]), gr.skip(), ""  # cleared only now: the visitor may type the next question
         said = ""
         try:
             for said in self.session.reply([*before, asked], file, float(temperature), int(length)):
@@ -51,7 +51,7 @@ class Events:
         yield _messages([*before, asked, said or "(an empty answer)"]), [*before, asked, said], gr.skip()
 
     def begin(self, file: str | None) -> tuple[Image.Image | None, Messages, list[str], None]:
-        """The new image, an empty conversation, no drawing."""
+        """Returns the new image, an empty conversation and no drawing."""
         shown = None
         if file is not None:
             try:
@@ -61,11 +61,11 @@ class Events:
         return shown, [], [], None
 
     def chosen(self, event: gr.SelectData) -> str:
-        """The file of an example."""
+        """The file of the chosen example."""
         return str(self.session.examples[event.index])
 
     def draw(self, file: str | None, asked: str) -> Image.Image | None:
-        """The layers beside their teachers."""
+        """Draws the layers' predictions beside the teachers' output."""
         try:
             return self.session.draw(file, asked.strip())
         except (VisperError, ValueError, OSError) as error:
@@ -74,12 +74,12 @@ class Events:
 
 
 def warn(error: Exception) -> None:
-    """Shows an error on the page. Gradio reads messages as HTML, where ``<image>`` would vanish."""
+    """Shows an error on the page. Gradio renders messages as HTML, so an unescaped ``<image>`` would vanish."""
     gr.Warning(html.escape(str(error)))
 
 
 def build_page(session: Session) -> gr.Blocks:
-    """The page over one loaded model; each visitor has a conversation of his own."""
+    """Builds the page for one loaded model. Each visitor has a separate conversation."""
     with gr.Blocks(title="VisPer", analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(f"## VisPer\n{session.name}")
         texts, events, examples = gr.State([]), Events(session), session.examples
@@ -99,9 +99,11 @@ def build_page(session: Session) -> gr.Blocks:
                         buttons=[],
                     )
                 temperature = gr.Slider(
-                    0, 1.5, 0.2, step=0.05, label="Temperature (0: always the likeliest token)", elem_id="temperature"
+                    0, 1.5, 0.2, step=0.05, label="Temperature (0: greedy decoding)", elem_id="temperature"
                 )
-                length = gr.Slider(1, 1024, 256, step=1, label="Longest answer, in tokens", elem_id="length")
+                length = gr.Slider(
+                    1, 1024, 256, step=1, label="Maximum length of the answer, in tokens", elem_id="length"
+                )
             with gr.Column(scale=2):
                 chat = gr.Chatbot(label="Chat", height=430, render_markdown=False, elem_id="chat", buttons=[])
                 question = gr.Textbox(label="Question", placeholder="Ask about the image", elem_id="question")
@@ -118,7 +120,7 @@ def build_page(session: Session) -> gr.Blocks:
         wanted, result = [question, texts, image, temperature, length], [chat, texts, question]
         asking = gr.on([question.submit, send.click], events.answer, wanted, result, concurrency_limit=8)
         drawing = see.click(events.draw, [image, question], sheet)
-        # What still runs belongs to the image and the conversation before.
+        # Running events belong to the previous image and conversation.
         image.change(events.begin, image, [shown, chat, texts, sheet], cancels=[asking, drawing])
         if examples:
             shelf.select(events.chosen, None, image)
@@ -127,10 +129,15 @@ def build_page(session: Session) -> gr.Blocks:
 
 
 def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
-    """Serves the page until it is stopped; never shared by itself.
+    """Serves the page until it is stopped. It never opens a public link.
+
+    Args:
+        session: the loaded model.
+        host, port: the address to listen on.
+        wait: block until interrupted.
 
     Returns:
-        Its address.
+        The page's address.
 
     Raises:
         ConfigError: the port is in use.
@@ -152,14 +159,14 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
             footer_links=[],
         )
     except OSError as error:
-        raise ConfigError(f"port {port} of {host} is in use or not allowed: choose another with --port") from error
+        raise ConfigError(f"port {port} of {host} is in use or not permitted: choose another with --port") from error
     if wait:
-        print(f"serving {session.name} at {address} (Ctrl-C ends it)", flush=True)
+        print(f"serving {session.name} at {address} (Ctrl-C to stop)", flush=True)
         page.block_thread()
     return str(address)
 
 
 def _messages(texts: list[str]) -> Messages:
-    """As the chat shows them: text, although Gradio takes it for HTML."""
+    """The chat's messages. Texts are escaped, because Gradio renders them as HTML."""
     roles = ("user", "assistant")
     return [{"role": roles[number % 2], "content": html.escape(text)} for number, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""What the page asks of a model: streamed answers, and drawings of its layers. Users wait for one another's turn."""
+"""The model behind the page: streamed answers and drawings of its layers, for one user at a time."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from visper.evaluation.predictions import PreTrained, load_pre_trained, other_we
 from visper.evaluation.visualize import PROMPT, first_images, look, needs_gallery
 
 EXAMPLES = 3
-"""Images offered to visitors."""
+"""Number of example images on the page."""
 
 
 class Session:
-    """A loaded model, and the predictors that PT left, if any.
+    """A loaded model and, if there are any, the predictors that PT saved.
 
     Args:
         model: a stage's output, a LLaVA folder or a hub id.
-        predictors: the output of the PT that kept them; default: ``model`` where it keeps its own.
-        overrides: changes to PT's run, such as a teacher's place.
+        predictors: the output of the PT that saved them; default: ``model``, if it has predictors.
+        overrides: changes to PT's run, such as the path of a teacher.
 
     Attributes:
-        predictors: None where there are none to draw.
-        examples: files of PT's first images; none where these are not here any more.
-        warning: stands beside drawings where the predictors were trained with other weights than the model's.
+        predictors: None if there are no predictors.
+        examples: files of PT's first images; empty if those no longer exist.
+        warning: shown beside drawings if the predictors were trained with other weights than the model's.
     """
 
     def __init__(self, model: str, predictors: Path | None = None, overrides: Sequence[str] = ()) -> None:
@@ -62,18 +62,19 @@ class Session:
 
     @property
     def note(self) -> str:
-        """What has to be known of the drawings: whose predictors they come from."""
+        """A note on which predictors the drawings come from."""
         if self.predictors is None:
-            return "This model keeps no predictors: start with `--look` and the output of its PT to draw its layers."
-        return self.warning or f"Predictors of {self.predictors}, over the weights they were trained with."
+            return "This model has no predictors: to draw its layers, start with `--look` and the output of its PT."
+        return self.warning or f"Predictors of {self.predictors}, on the weights they were trained with."
 
     def reply(self, texts: Sequence[str], image: str | None, temperature: float, length: int) -> Iterator[str]:
-        """The answer to the last of ``texts`` (questions and answers in turn), growing.
+        """Yields the growing answer to the last of ``texts``.
 
         Args:
+            texts: questions and answers in turn, ending with a question.
             image: a file, shown before the first question.
-            temperature: 0 is greedy.
-            length: tokens at most.
+            temperature: 0 for greedy decoding.
+            length: maximum length of the answer in tokens.
 
         Raises:
             DataError: the image cannot be read, or the text does not fit it or the model's context.
@@ -85,7 +86,7 @@ class Session:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         room = length if positions is None else positions - inputs["input_ids"].shape[1]
         if room < 1:
-            raise DataError("too long", f"the conversation fills the model's {positions} positions: begin a new one")
+            raise DataError("too long", f"the conversation fills the model's {positions} positions: start a new one")
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -106,7 +107,7 @@ class Session:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([stop]),
                     )
-            except Exception as error:  # noqa: BLE001 - raised again where the text is read
+            except Exception as error:  # noqa: BLE001 - raised again below, in the thread that reads the text
                 failed.append(error)
                 streamer.end()
 
@@ -118,17 +119,17 @@ class Session:
                 said += piece
                 yield said.strip()
         finally:
-            left.set()  # the visitor may have gone
+            left.set()  # stop generating if the visitor has left
         thread.join()
         if failed:
             raise failed[0]
 
     def draw(self, image: str | None, question: str = "") -> Image.Image:
-        """Every tapped layer's prediction beside its teacher's own; teachers are loaded at the first call.
+        """Draws every tapped layer's prediction beside its teacher's output. Teachers are loaded on the first call.
 
         Raises:
-            ConfigError: there are no predictors, or a teacher cannot be loaded.
-            DataError: no image, or one that cannot be read.
+            ConfigError: there are no predictors or no image, or a teacher cannot be loaded.
+            DataError: the image cannot be read.
         """
         if self.predictors is None:
             raise ConfigError(self.note)

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 BASES = Path(__file__).parent / "bases"
-"""The small base models that ship with the package; ``tools/quickstart_bases`` builds them."""
+"""Folder of the small base models that ship with the package, built by ``tools/quickstart_bases``."""

@@ -1,7 +1,9 @@
-"""What the predictions are worth: every figure beside its controls, on held-out scenes.
+"""Measures the layers' predictions on held-out scenes, each figure beside its controls.
 
-The held-out scenes are halved: the first half gives the controls (mean target, mean depth map, most frequent class at
-each pixel), the second half is judged. Shape suffixes: S = scenes, N = tokens, E = width, H, W = pixels.
+The held-out scenes are halved: the controls (mean target, mean depth map, most frequent class at each pixel) come from
+the first half, and predictions are judged on the second.
+
+Shape suffixes: S = scenes, N = tokens, E = width, H, W = pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from visper.quickstart.tower import TowerTeacher
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out scenes: images and exact maps (depth in meters, classes), in one order."""
+    """Held-out scenes: images and exact maps (depth in meters, classes), in the same order."""
 
     images: list[Image.Image]
     depth: Tensor  # [S, H, W] meters
@@ -46,7 +48,7 @@ class HeldOut:
         return cls(images, depth, classes, objects)
 
     def part(self, start: int, stop: int) -> HeldOut:
-        """Scenes ``start`` up to ``stop``."""
+        """The scenes from ``start`` up to, not including, ``stop``."""
         cut = slice(start, stop)
         return HeldOut(self.images[cut], self.depth[cut], self.classes[cut], self.objects[cut])
 
@@ -58,13 +60,13 @@ def findings(
     fit: HeldOut,
     judged: HeldOut,
 ) -> list[Finding]:
-    """Every tapped layer's findings.
+    """The findings of every tapped layer.
 
     Args:
-        predicted: of the judged scenes, in their order, by "task/layer".
-        sources: by task, what gives the targets.
-        teachers: by task, those that draw them.
-        fit, judged: see above.
+        predicted: predictions for the judged scenes, in their order, by "task/layer".
+        sources: functions that give the targets, by task.
+        teachers: teachers that decode targets, by task.
+        fit, judged: the two halves of the held-out scenes, see the top of this module.
     """
     found = []
     tasks = dict.fromkeys(name.split("/")[0] for name in predicted)
@@ -86,7 +88,7 @@ def findings(
 def _drawn(
     name: str, teacher: TowerTeacher, values: Tensor, target: Tensor, fit: HeldOut, judged: HeldOut
 ) -> list[Finding]:
-    """The decoded prediction against the exact maps, where the teacher's output is a map."""
+    """Compares decoded predictions with the exact maps; empty if the teacher's output is not a map."""
     head = teacher.model.config.head
     ours, ceiling = teacher.decode_values(values), teacher.decode_values(target)
     on = judged.objects
@@ -101,7 +103,7 @@ def _drawn(
     if head == "classes":
         counts = F.one_hot(fit.classes).sum(0)
         by_position = counts.argmax(-1).expand_as(judged.classes)
-        # On object pixels the guess by position is the most frequent *object* class there, the strongest blind one.
+        # On object pixels, guess the most frequent *object* class at each position: the strongest blind guess.
         object_counts = (F.one_hot(fit.classes) * fit.objects[..., None]).sum(0)
         on_objects = object_counts.argmax(-1).expand_as(judged.classes)
         result = []

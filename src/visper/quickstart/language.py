@@ -1,8 +1,8 @@
 """The world's language: names, places, captions and look-ups.
 
 Every named object is one token ("red sphere"). A place is three words, the object's patch column, patch row and
-depth step: "x3 y4 z5". Captions and look-ups ("red sphere ?" -> "x3 y4 z5") are what teaches a model to find a
-named thing in an image; questions alone never did (80,000 of them, answered at chance).
+depth step: "x3 y4 z5". A model learns to find a named object in an image from captions and look-ups ("red sphere ?" ->
+"x3 y4 z5"). Questions alone do not teach it: after 80,000 of them, answers were at chance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from visper.quickstart.scenes import GRID, SceneObject
 
 DEPTH_STEPS = 12
 NEAREST, FARTHEST = 3.0, 10.0
-"""Meters where the first depth step begins and the last one ends; a step is a factor of 1.105."""
+"""Meters at which the first depth step begins and the last one ends; each step is a factor of 1.105."""
 
 COLUMNS = tuple(f"x{i}" for i in range(GRID))
 ROWS = tuple(f"y{i}" for i in range(GRID))
@@ -25,27 +25,26 @@ CAPTION_PROMPTS = ("Describe the picture .", "What is in the picture ?", "What i
 
 
 def depth_step(depth: float) -> float:
-    """Depth in meters on the scale of the depth words, 0..``DEPTH_STEPS`` - 1 at the words' centers, clipped to
-    their range."""
+    """Converts meters to the scale of the depth words: 0 to ``DEPTH_STEPS`` - 1 at the words' centers, clipped."""
     step = np.log(max(depth, 1e-6) / NEAREST) / np.log(FARTHEST / NEAREST) * DEPTH_STEPS - 0.5
     return float(np.clip(step, 0, DEPTH_STEPS - 1))
 
 
 def place_words(thing: SceneObject, depth: bool = True) -> str:
-    """Column, row and, unless left out, depth of an object, such as ``x3 y4 z5``."""
+    """Column, row and, if ``depth``, depth of an object, such as ``x3 y4 z5``."""
     column, row = thing.place
     words = (COLUMNS[column], ROWS[row], DEPTHS[round(depth_step(thing.depth))])
     return " ".join(words if depth else words[:2])
 
 
 def caption(objects: Objects, depth: bool = True) -> str:
-    """All objects with their places, from left to right."""
+    """A sentence with all objects and their places, from left to right."""
     listed = [f"a {o.name} at {place_words(o, depth)}" for o in sorted(objects, key=lambda o: o.column)]
     return " , ".join(listed[:-1]) + f" and {listed[-1]} ."
 
 
 def look_up(objects: Sequence[SceneObject], depth: bool = True) -> tuple[str, str]:
-    """One or more names -> their places: the question and its answer."""
+    """A question that gives one or more names, and its answer, their places."""
     if len(objects) == 1:
         return f"{objects[0].name} ?", place_words(objects[0], depth)
     asked = " , ".join(o.name for o in objects)
@@ -53,6 +52,6 @@ def look_up(objects: Sequence[SceneObject], depth: bool = True) -> tuple[str, st
 
 
 def look_back(thing: SceneObject) -> tuple[str, str]:
-    """A place -> the name of what is there."""
+    """A question that gives a place, and its answer, the name of the object there."""
     column, row = thing.place
     return f"What is at {COLUMNS[column]} {ROWS[row]} ?", thing.name

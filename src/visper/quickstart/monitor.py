@@ -1,4 +1,4 @@
-"""Watches what the tapped layers predict while PT runs, on held-out scenes the student never trains on."""
+"""Saves the tapped layers' predictions for held-out scenes during PT."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from visper.quickstart.language import CAPTION_PROMPTS
 from visper.training import TrainingModel
 
 PROMPT = CAPTION_PROMPTS[0]
-"""Asked without an answer: the predictors read the text too, and a caption would tell them what is there."""
+"""Used without an answer: the predictors also read the text, and a caption would tell them what is in the image."""
 
 
 class PredictionMonitor(TrainerCallback):
     """Saves predictions at chosen steps as ``step_000100.npz``: an array ``[S, N, E]`` for every ``task/layer``.
 
     Args:
-        folder: where to.
+        folder: the folder of these files.
         images: held-out images.
-        steps: optimizer steps after which to look; 0 is before the first.
+        steps: optimizer steps after which to predict; 0 is before the first.
     """
 
     def __init__(self, folder: Path, images: Sequence[Image.Image], steps: Sequence[int]) -> None:
@@ -35,14 +35,14 @@ class PredictionMonitor(TrainerCallback):
         self.steps = set(steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks before the first step."""
-        self._look(state, kwargs["model"])
+        """Saves predictions before the first step, if chosen."""
+        self._save(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks after the chosen steps."""
-        self._look(state, kwargs["model"])
+        """Saves predictions after a chosen step."""
+        self._save(state, kwargs["model"])
 
-    def _look(self, state: Any, model: TrainingModel) -> None:
+    def _save(self, state: Any, model: TrainingModel) -> None:
         if state.global_step not in self.steps or not state.is_world_process_zero:
             return
         mode = model.training
@@ -55,7 +55,7 @@ class PredictionMonitor(TrainerCallback):
 
 
 def read_predictions(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """What was saved, by step: ``{100: {"depth/3": [S, N, E]}}``."""
+    """Reads the saved predictions by step: ``{100: {"depth/3": [S, N, E]}}``."""
     found = {}
     for file in sorted(folder.glob("step_*.npz")):
         with np.load(file) as arrays:

@@ -1,7 +1,6 @@
-"""Any recipe's objective on the quickstart's student: the same positions, heads, losses, weights and schedule.
+"""Applies any recipe's objective to the quickstart's student: same positions, heads, losses, weights and schedule.
 
-What cannot be the same is scaled and said: layers and widths in proportion to the LLM, teachers by those that the
-offline world has.
+Layers and widths are scaled in proportion to the LLM, and teachers are replaced by those of the offline world.
 """
 
 from __future__ import annotations
@@ -29,16 +28,18 @@ from visper.planning.parameters import first_stage
 from visper.quickstart.tower import TowerTeacher
 
 GRID_TEACHERS = ("depth", "seg")
-"""Teachers of the offline world with a map, in the order in which a recipe's tasks get them; "gen" has one token."""
+"""The offline world's teachers with a map, in the order in which they are assigned to a recipe's tasks. "gen" has none:
+it has one token."""
 Source = Callable[[Sequence[Image.Image]], Tensor]
 """Images -> targets ``[S, N, E]``."""
 
 
 def scaled_objective(recipe: str | Path, bases: Path) -> tuple[Stage, dict[str, Any], dict[str, Any] | None]:
-    """The stage of a recipe, its section 'distillation' for the quickstart's bases, and its task tokens.
+    """The stage of a recipe, its section 'distillation' scaled to the quickstart's bases, and its task tokens.
 
     Raises:
-        ConfigError: the recipe has no objective, or supervises a stage that the quickstart lacks.
+        ConfigError: the recipe has no objective, supervises a stage that the quickstart lacks, or has no student of LLM
+            and encoder to scale from.
     """
     run = load_run(recipe)
     if run.distillation is None or run.stage not in (Stage.PT, Stage.IFT):
@@ -49,7 +50,7 @@ def scaled_objective(recipe: str | Path, bases: Path) -> tuple[Stage, dict[str, 
     student = first_stage(run).student
     if not isinstance(student, StudentConfig):
         raise ConfigError(
-            f"--objective {recipe}: its layers are those of '{run.start_from}', expected a student of llm and encoder"
+            f"--objective {recipe}: its layers are those of '{run.start_from}', expected a student with llm and encoder"
         )
     theirs: Any = sizes_of(student.llm, "student.llm", revision=student.llm_revision).get_text_config()
     ours = AutoConfig.from_pretrained(bases / "llm")
@@ -77,7 +78,7 @@ def _scaled(task: Task, at: int, depth: float, width: float, bases: Path) -> dic
 
 
 def sources_of(run: Run, student: Student | None, teachers: Mapping[str, TowerTeacher]) -> dict[str, Source]:
-    """Where each task's targets come from: ``teachers``, or of its own parts ``student``."""
+    """A source of targets for each task: its teacher, or the features of ``student`` for targets of its own parts."""
     assert run.distillation is not None
     sources: dict[str, Source] = {}
     for name, task in run.distillation.tasks.items():
@@ -90,12 +91,14 @@ def sources_of(run: Run, student: Student | None, teachers: Mapping[str, TowerTe
 
 
 def drawing_teachers(run: Run) -> Mapping[str, TowerTeacher]:
-    """The teachers of a run's tasks, which can draw their maps."""
+    """The teachers of a run, by task; they can draw their maps."""
     assert run.distillation is not None
     return {name: TowerTeacher(Path(task.target.place)) for name, task in run.distillation.taught.items()}
 
 
 class _OwnFeatures:
+    """Features of the student's own encoder or projector, as targets."""
+
     def __init__(self, student: Student, kind: str) -> None:
         self.student, self.kind = student, kind
 

@@ -1,4 +1,4 @@
-"""Scores of probes by what `visper probe --score` names, the offline world's exact maps among them."""
+"""Scores probes on the sets that `visper probe --score` accepts, including the offline world's exact maps."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ from visper.training import is_finished, run_stage
 
 SETS = {DA2K: da2k_findings, COCO: coco_findings}
 JUDGED = 300
-"""Held-out scenes that are judged; as many others give the controls."""
+"""Number of held-out scenes that are judged; the same number of others gives the controls."""
 
 PROBED = ("depth", "seg")
 TRAINING = ("optimization.global_batch=16", "optimization.lr=3e-3", "optimization.precision=float32")
-"""Of the probes of a world, as batch and learning rate of the quickstart's own heads."""
+"""Settings for the probes of a world: batch and learning rate of the quickstart's own heads."""
 
 
 def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str, out: Path) -> list[Finding]:
     """Probes every layer of a model for depth and classes: trained on a world's scenes, scored on held-out ones.
 
     Args:
-        bases: holds the teachers.
-        length: of the training, such as ``optimization.epochs=2``.
-        out: the probes' folder; what is finished there is read.
+        model: the model's folder.
+        world: the world's folder.
+        bases: the folder of the teachers.
+        judged: number of held-out scenes that are judged.
+        length: an override that sets the length of the training, such as ``optimization.epochs=2``.
+        out: the probes' folder; finished results there are read.
     """
     if not (out / SCORES).exists():
         rows = rows_file(out)
@@ -53,15 +56,15 @@ def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str,
 
 
 def require_scorable(run: Run, what: str, root: Path) -> None:
-    """Refuses what ``score_on`` could not score, before the probes of ``run`` are trained.
+    """Checks that ``score_on`` can score on ``what``, before the probes of ``run`` are trained.
 
     Raises:
-        ConfigError: ``what`` is neither a set nor a folder; or see ``require_set``.
+        ConfigError: ``what`` is neither a set nor a folder, or the set is not usable (see ``require_set``).
     """
     if what in SETS:
         require_set(run, what, root)
     elif not Path(what).is_dir():
-        raise ConfigError(f"--score {what}: neither {', '.join(SETS)} nor a folder")
+        raise ConfigError(f"--score {what}: expected {', '.join(SETS)} or a folder of images")
 
 
 def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None) -> list[Finding]:
@@ -80,7 +83,7 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
 
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:
-    """Depth error and pixels right against the exact maps of held-out scenes, and centered cosines."""
+    """Depth error and pixel accuracy against the exact maps of held-out scenes, and centered cosines."""
     scenes = HeldOut.read(world, 2 * judged)
     half = len(scenes.images) // 2
     fit, rest = scenes.part(0, half), scenes.part(half, 2 * half)

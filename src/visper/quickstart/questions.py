@@ -1,9 +1,8 @@
-"""Questions of CV-Bench's four kinds about scenes, balanced so that neither a blind model nor a cheap cue can
-answer them.
+"""Questions of CV-Bench's four kinds about scenes, balanced against blind models and cheap cues.
 
-Every candidate question falls into a cell: which of the cheap cues would answer it rightly. Drawing equally from
-the cells puts each cue, and any combination of those in the cell, at chance. The order of the two named objects is
-balanced inside each cell.
+Candidate questions are grouped into cells by which cheap cues would answer them correctly. Drawing the same number from
+each cell puts each of these cues, and any combination of them, at chance. The order of the two named objects is
+balanced within each cell.
 """
 
 from __future__ import annotations
@@ -28,8 +27,13 @@ DISTANCE_RATIO = 1.5
 
 @dataclass(frozen=True)
 class Question:
-    """``objects`` index the scene's objects in the order of the text; ``detail`` is the shape counted or the
-    relation's axis."""
+    """A question about one scene.
+
+    Attributes:
+        scene: the scene's index.
+        objects: indices of the named objects, in the order of the text.
+        detail: the counted shape or the relation's axis; otherwise empty.
+    """
 
     scene: int
     kind: str
@@ -38,7 +42,7 @@ class Question:
     answer: str
 
     def text(self, objects: Objects) -> str:
-        """The question in words, for the scene's ``objects`` (which may have been recolored)."""
+        """The question's text, for the scene's ``objects`` (which may have been recolored)."""
         return _TEXTS[self.kind](self, [objects[i].name for i in self.objects])
 
 
@@ -48,8 +52,8 @@ def _relation_text(question: Question, names: list[str]) -> str:
 
 
 _TEXTS = {
-    # What is asked for stands last, right before the answer, as in the other kinds: with the plural in front, counts
-    # stayed at 25 % of laid-out scenes after every other kind was above 85 %.
+    # The counted shape comes last, right before the answer, like the objects of the other kinds. With the plural first,
+    # the LLM's accuracy on counts stayed at 25 % when every other kind was above 85 %.
     "count": lambda q, names: f"How many are there , 0 , 1 , 2 or 3 : the {PLURALS[q.detail]} ?",
     "relation": _relation_text,
     "depth": lambda q, names: f"Which is closer to the camera : A {names[0]} or B {names[1]} ?",
@@ -58,7 +62,7 @@ _TEXTS = {
 
 
 def count_turns(objects: Objects, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """The count question about every shape that there are at most three of, with its answer; not balanced."""
+    """Unbalanced count questions with answers, one for every shape that occurs at most three times."""
     turns = []
     for i in rng.permutation(len(SHAPES)):
         number = sum(o.shape == SHAPES[i] for o in objects)
@@ -69,7 +73,7 @@ def count_turns(objects: Objects, rng: np.random.Generator) -> list[tuple[str, s
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A question with its objects in the order that makes the *first* answer right, and the cell it belongs to."""
+    """A possible question, with its objects in the order that makes the *first* answer correct, and its cell."""
 
     scene: int
     objects: tuple[int, ...]
@@ -78,12 +82,12 @@ class _Candidate:
 
 
 def apart(one: SceneObject, two: SceneObject) -> float:
-    """Distance of two centers in meters."""
+    """Distance between two centers in meters."""
     return float(np.linalg.norm(np.subtract(one.position, two.position)))
 
 
 def apart_in_image(one: SceneObject, two: SceneObject) -> float:
-    """Distance of two centers in pixels."""
+    """Distance between two centers in pixels."""
     return float(np.hypot(one.column - two.column, one.row - two.row))
 
 
@@ -126,7 +130,7 @@ _CANDIDATES = {"count": _counts, "relation": _relations, "depth": _depths, "dist
 
 
 def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator) -> list[_Candidate]:
-    """Equally many from every cell; for counts, equally many of each answer among scenes of as many objects."""
+    """Draws equally from all cells; for counts, from all answers among scenes with the same number of objects."""
     cells: dict[tuple[object, ...], list[_Candidate]] = defaultdict(list)
     for one in candidates:
         cells[one.cell].append(one)
@@ -149,10 +153,14 @@ def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator)
 
 
 def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = None) -> list[Question]:
-    """Balanced questions of all four kinds about ``scenes``, in the order of the scenes; at most about ``per_kind``
-    of each.
+    """Balanced questions of all four kinds about ``scenes``, in the order of the scenes.
 
-    The more scenes, the more questions survive the balancing: about 1.5 of each kind per scene.
+    Balancing leaves about 1.5 questions of each kind per scene.
+
+    Args:
+        scenes: the objects of each scene.
+        seed: seed of the drawing.
+        per_kind: questions of each kind, at most; default: as many as the kind with the fewest has.
     """
     rng = np.random.default_rng([seed, 77])
     questions: list[Question] = []
@@ -160,11 +168,11 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     for kind in KINDS:
         every = [c for scene, objects in enumerate(scenes) for c in _CANDIDATES[kind](scene, objects)]
         balanced[kind] = _balanced(every, kind, rng)
-    # Relations are ten times as many as distances, which are learned slowest: left so, a model learns little else.
+    # There are ten times as many relations as distances, which are learned slowest: a model would learn little else.
     most = min(map(len, balanced.values())) if per_kind is None else per_kind
     for kind, chosen in balanced.items():
         if len(chosen) > most:
-            # Cells lie one after another: an even stride thins them equally.
+            # Candidates are sorted by cell, so an even stride thins all cells equally.
             chosen = [chosen[int(i)] for i in np.linspace(0, len(chosen) - 1, most)]
         for turn, one in enumerate(chosen):
             questions.append(_ask(kind, one, turn % 2 == 1))
@@ -208,10 +216,10 @@ _COUNT_CUES = {
 
 
 def cheap_cues(scenes: Sequence[Objects], questions: Sequence[Question]) -> dict[str, dict[str, float]]:
-    """Accuracy that each cheap cue alone would score, ``{kind: {cue: accuracy}}``.
+    """Accuracy of each cheap cue alone, ``{kind: {cue: accuracy}}``.
 
-    Two-way kinds: the better of the cue and its opposite. Counts: the most frequent answer in each eighth of the
-    cue's range, found on every second question and scored on the others.
+    Two-way kinds: the better of the cue and its opposite. Counts: the most frequent answer in each octile of the cue's
+    values, found on every second question and scored on the others.
     """
     result: dict[str, dict[str, float]] = {}
     for kind in KINDS:
@@ -228,7 +236,7 @@ def cheap_cues(scenes: Sequence[Objects], questions: Sequence[Question]) -> dict
         for cue, read in _PAIR_CUES[kind].items():
             things = [[scenes[q.scene][i] for i in q.objects] for q in mine]
             says_first = np.array([read(t[0], t[1], t[-1]) for t in things]) > 0
-            # Left against right and above against below are two questions: a cue may point differently in each.
+            # Left/right and above/below are scored separately: a cue may point in opposite directions in them.
             parts = [np.array([q.detail == d for q in mine]) for d in sorted({q.detail for q in mine})]
             right = [float((says_first == first)[part].mean()) for part in parts]
             result[kind][cue] = float(np.mean([max(share, 1 - share) for share in right]))

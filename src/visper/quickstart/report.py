@@ -1,6 +1,6 @@
 """The quickstart's HTML report: scores, what the layers predict during PT, loss curves, sample answers.
 
-The page is ``report.html.jinja``; this file gathers what stands on it. It holds no script and fetches nothing.
+This file collects the content of the template ``report.html.jinja``. The page has no scripts and loads nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from visper.quickstart.questions import CHANCE
 from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result, read_log
 
 SHOWN = 5
-"""Scenes drawn in the report."""
+"""Number of scenes drawn in the report."""
 NOT_DRAWN = {"step", "epoch", "learning_rate", "grad_norm"}
-"""Logged values that get no curve."""
+"""Logged values without a curve."""
 
 Grid = tuple[list[str], list[list[Image.Image]]]
 """Captions of the columns, and rows of images."""
@@ -39,7 +39,7 @@ Grid = tuple[list[str], list[list[Image.Image]]]
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text, and the CSS classes it is shown with."""
+    """A table cell: its text and CSS classes."""
 
     text: str
     classes: str = ""
@@ -47,7 +47,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged value as an SVG line; nothing is smoothed."""
+    """One logged value as an SVG line, without smoothing."""
 
     name: str
     range: str
@@ -57,10 +57,10 @@ class Curve:
 
 
 def write_report(result: Result, budget: Budget) -> Path:
-    """Writes ``report.html`` and ``predictions.png`` (the grid of images alone) and returns the page's path."""
+    """Writes ``report.html`` and ``predictions.png`` (only the grid of images) and returns the page's path."""
     out = result.out
     grids = prediction_grids(result, budget)
-    if grids:  # the README's image: the last layer of each task, at the end of the supervised stage
+    if grids:  # the image in the README: the last layer of each task, at the end of the supervised stage
         with atomic_path(out / "predictions.png") as partial:
             overview(grids).save(partial, "PNG", optimize=True)
     page = render(
@@ -77,7 +77,7 @@ def write_report(result: Result, budget: Budget) -> Path:
 
 
 def render(**content: Any) -> str:
-    """The page. Texts are escaped; a value that the page lacks is an error, never a blank."""
+    """Renders the page. Texts are escaped; a missing value is an error, never a blank."""
     environment = Environment(
         loader=PackageLoader("visper.quickstart", "."), autoescape=True, undefined=StrictUndefined
     )
@@ -85,7 +85,7 @@ def render(**content: Any) -> str:
 
 
 def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
-    """Per tapped layer of tasks with a teacher: the image, the teacher's output, the prediction at monitored steps."""
+    """For each tapped layer of tasks with a teacher: image, teacher's output and predictions at monitored steps."""
     if result.supervised is None:
         return {}
     teachers = drawing_teachers(result.runs[result.supervised])
@@ -120,7 +120,7 @@ def overview(grids: Mapping[str, Grid]) -> Image.Image:
 
 
 def scores_table(result: Result) -> dict[str, Any]:
-    """Accuracy by kind beside the blind model, the untrained one, chance, and the best cheap cue."""
+    """Accuracy by kind beside the blind model, the untrained model, chance, and the cheap cues."""
     blind = {row.kind: row for row in result.scores[BLIND]}
     before = {row.kind: row for row in result.scores[UNTRAINED]}
     rows = []
@@ -138,12 +138,12 @@ def scores_table(result: Result) -> dict[str, Any]:
                 Cell(cues),
             ]
         )
-    header = ["kind", "trained", "blind: another's image", "before training", "chance", "what a cheap cue alone scores"]
+    header = ["kind", "trained", "blind: another image", "before training", "chance", "each cheap cue alone"]
     return {"header": header, "rows": rows}
 
 
 def findings_table(result: Result) -> dict[str, Any]:
-    """Every measure of every tapped layer; green where it beats all of its controls."""
+    """Every measure of every tapped layer; green if it beats all of its controls."""
     rows = []
     for finding in result.findings:
         controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
@@ -160,7 +160,7 @@ def findings_table(result: Result) -> dict[str, Any]:
 
 
 def sample_answers(result: Result) -> list[dict[str, Any]]:
-    """A few questions of every kind with the answers given, right and wrong as they come."""
+    """A few questions of every kind with the model's answers, not selected by correctness."""
     by_kind: dict[str, list[Answered]] = {}
     for row in result.answered:
         by_kind.setdefault(row.kind, []).append(row)
@@ -183,7 +183,7 @@ def run_lines(result: Result) -> tuple[str, ...]:
 
 
 def curves(logs: Sequence[Mapping[str, float]]) -> list[Curve]:
-    """A curve for every logged value with more than one point."""
+    """The curves of all logged values that have more than one point."""
     names = sorted({name for entry in logs for name in entry} - NOT_DRAWN)
     points = {name: [(entry["step"], entry[name]) for entry in logs if name in entry] for name in names}
     return [_curve(name, own) for name, own in points.items() if len(own) > 1]
@@ -202,7 +202,7 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> Curve:
 
 
 def data_uri(image: Image.Image, scale: int = 2) -> str:
-    """An enlarged image as a ``data:`` address, so that the page is one file."""
+    """An enlarged image as a ``data:`` URI, so that the page is a single file."""
     enlarged = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     enlarged.save(buffer, "PNG", optimize=True)

@@ -1,6 +1,6 @@
-"""The whole story on two cores: a rendered world, PT with embedding losses, IFT, questions, images.
+"""The quickstart, on two cores: a rendered world, PT with embedding losses, IFT, questions, images.
 
-Exactly the code of a real run: two recipes through ``run_stage``; only the bases and the data are small.
+It runs the code of a real run, two recipes through ``run_stage``; only the bases and the data are small.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 from visper.common.console import Console, announce
+from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import atomic_path, write_text
 from visper.config import Run, Stage, load_run
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
@@ -38,12 +39,12 @@ BLIND, UNTRAINED, TRAINED = "blind", "untrained", "trained"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything; ``judged`` held-out scenes measure the predictions, as many others are their controls."""
+    """The sizes of a quickstart. ``judged`` held-out scenes measure predictions; as many others give the controls."""
 
     scenes: int
     held_out: int
     per_kind: int
-    pt_steps: int | None  # None: the recipe's
+    pt_steps: int | None  # None: the recipe's own number
     ift_steps: int | None
     judged: int
 
@@ -54,7 +55,7 @@ FAST = Budget(scenes=200, held_out=80, per_kind=16, pt_steps=45, ift_steps=20, j
 
 @dataclass(frozen=True)
 class Result:
-    """What a quickstart found, and where it lies."""
+    """The results of a quickstart, and its folders."""
 
     out: Path
     world: Path
@@ -80,12 +81,13 @@ def quickstart(
     console: Console | None = None,
     objective: str | None = None,
 ) -> Result:
-    """Makes the world, trains, asks and draws. Finished parts are kept: safe to repeat and to interrupt.
+    """Makes the world, trains, and evaluates. Finished parts are kept, so it is safe to repeat and to interrupt.
 
     Args:
-        out: everything goes there: ``world/``, ``bases/``, ``pt/``, ``ift/``, ``report.html``.
-        seed: of the world, the projector, the order of the rows.
+        out: the folder of all results: ``world/``, ``bases/``, ``pt/``, ``ift/``.
+        seed: seed of the world, the projector and the order of the rows.
         budget: ``FULL`` or ``FAST``.
+        console: where progress and results are printed.
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()
@@ -123,22 +125,26 @@ def quickstart(
 
 
 def prepare_world(world: Path, seed: int, budget: Budget, console: Console) -> Path:
-    """Renders the world once; a world of another seed or size in its place is an error."""
+    """Renders the world, unless it exists.
+
+    Raises:
+        ConfigError: the existing world has another seed or size.
+    """
     wanted = {"seed": seed, "scenes": budget.scenes, "held_out": budget.held_out, "per_kind": budget.per_kind}
     if world.exists():
         there = json.loads((world / "world.json").read_text(encoding="utf-8"))
         if any(there[key] != value for key, value in wanted.items()):
-            raise ValueError(f"'{world}' holds a world of other seed or size: choose another --out, or remove it")
+            raise ConfigError(f"'{world}' holds a world of another seed or size: choose another --out, or remove it")
         announce(console, "finished", f"world: {world}")
         return world
     world.parent.mkdir(parents=True, exist_ok=True)
-    announce(console, "world", f"{budget.scenes} scenes to learn from, {budget.held_out} held out, into {world}")
+    announce(console, "world", f"{budget.scenes} training scenes and {budget.held_out} held-out ones, into {world}")
     write_world(world, **wanted)
     return world
 
 
 def copy_bases(folder: Path) -> None:
-    """Puts the shipped bases where the recipes look: they are ordinary model folders, for people to see and use."""
+    """Copies the shipped bases to where the recipes expect them, as ordinary model folders that users can inspect."""
     if not folder.exists():
         with atomic_path(folder) as partial:
             shutil.copytree(BASES, partial)
@@ -152,7 +158,7 @@ def stage_runs(
     pt_changes: Mapping[str, Any] | None = None,
     objective: str | None = None,
 ) -> dict[str, Run]:
-    """The two recipes, with their paths under ``out``; ``objective``: another recipe's losses, see ``quickstart``."""
+    """The two recipes, with their paths under ``out``. ``objective``: see ``quickstart``."""
     bases = out / "bases"
     tasks = {task: {"target": {"model": str(bases / f"teacher_{task}")}} for task in TASKS}
     pt: dict[str, Any] = {
@@ -189,18 +195,18 @@ def supervised_stage(runs: Mapping[str, Run]) -> str | None:
 
 
 def monitored_steps(run: Run) -> list[int]:
-    """When to look: before the first step, after an eighth, half and all of them."""
+    """The steps at which predictions are saved: before the first, and after an eighth, half and all of them."""
     total = run.optimization.max_steps
     assert total is not None
     return sorted({0, max(1, total // 8), total // 2, total})
 
 
 def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str, list[Answered]]:
-    """The trained model with its own and with another's images, and the untrained one; raw answers are kept."""
+    """Answers of the trained model, of the same model shown other images, and of the untrained one; all are saved."""
     questions = read_questions(world / "questions.json")
     images = world / "images"
     trained = load_student(out / "ift")
-    torch.manual_seed(runs["pt"].seed)  # the projector that PT began with
+    torch.manual_seed(runs["pt"].seed)  # gives the projector that PT began with
     untrained = starting_student(runs["pt"])
     asked = ((TRAINED, trained, False), (BLIND, trained, True), (UNTRAINED, untrained, False))
     answered = {
@@ -213,16 +219,16 @@ def ask_everything(out: Path, runs: Mapping[str, Run], world: Path) -> dict[str,
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The entries of a stage's log that hold a loss."""
+    """The entries of a stage's log that have a loss."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
 def check_learning(result: Result) -> None:
-    """Refuses a run whose losses did not fall: every term of PT, and IFT's next-token loss.
+    """Checks that every loss term of each stage fell.
 
     Raises:
-        RuntimeError: names the terms that are no lower in the last third of the logs than in the first.
+        TrainingError: some terms are not lower in the last third of the log than in the first; it names them.
     """
     stuck = []
     for stage in result.runs:
@@ -235,11 +241,11 @@ def check_learning(result: Result) -> None:
 
         stuck += [f"{stage}: {name}" for name in terms if not mean(name, logs[-third:]) < mean(name, logs[:third])]
     if stuck:
-        raise RuntimeError(f"these losses did not fall, so nothing was learned from them: {', '.join(stuck)}")
+        raise TrainingError(f"these losses did not fall, so nothing was learned from them: {', '.join(stuck)}")
 
 
 def save_result(result: Result) -> None:
-    """``result.json``: every figure of the run."""
+    """Writes all figures of the run to ``result.json``."""
     rows = {
         "seed": result.seed,
         "scores": {
@@ -258,7 +264,7 @@ def save_result(result: Result) -> None:
 
 
 def show_result(result: Result, console: Console) -> None:
-    """The table of accuracies, and the predictions beside their controls."""
+    """Prints the table of accuracies, and the predictions beside their controls."""
     table = Table("kind", "trained", "95 % interval", "blind", "untrained", "chance", "best cheap cue")
     blind = {row.kind: row for row in result.scores[BLIND]}
     before = {row.kind: row for row in result.scores[UNTRAINED]}
@@ -283,8 +289,7 @@ def show_result(result: Result, console: Console) -> None:
 
 
 class Stopwatch:
-    """Seconds each part took, by the clock and of the processors, kept on disk so that a repeated command still knows
-    them."""
+    """Wall-clock and CPU seconds of each part, saved so that a repeated command still has those of finished parts."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -296,13 +301,13 @@ class Stopwatch:
     def __call__(self, part: str) -> Iterator[None]:
         wall, cpu = time.perf_counter(), _cpu_seconds()
         yield
-        # A part that was finished before takes no time now: its first time stands.
+        # A part that was finished before takes no time now, so its first time is kept.
         self.wall.setdefault(part, time.perf_counter() - wall)
         self.cpu.setdefault(part, _cpu_seconds() - cpu)
         write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu}))
 
 
 def _cpu_seconds() -> float:
-    """Processor seconds of this process and of the loader workers that have ended."""
+    """CPU seconds of this process and of its loader workers that have ended."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system

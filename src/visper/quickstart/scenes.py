@@ -1,13 +1,13 @@
 """Procedural 3-D scenes, ray-cast with numpy: an image, its exact depth and its exact segmentation.
 
-Geometry (meters, y up): the ground is y = 0, the camera stands above it and looks down. Rays are scaled so that
-their component along the optical axis is 1; the ray parameter is then the z-depth that the depth map holds. Light
-falls straight down, so an object's shadow lies at its ground point: with floating objects this, and not the image
-row, tells the depth. Nothing fades with distance.
+Geometry (meters, y up): the ground is y = 0; the camera stands above it and looks down. Rays are scaled so that
+their component along the optical axis is 1, so the ray parameter equals the z-depth in the depth map. Light falls
+straight down, so an object's shadow lies at its ground point. Because objects may float, the shadow, not the image row,
+shows their depth. There is no fog.
 
-Objects are drawn in *screen space* (place, depth and apparent radius independently), because drawing them on the
-ground plane makes "lower in the image" the same as "nearer" (99 % of depth questions in a first trial) and
-"bigger" a good second.
+Objects are sampled in *screen space* (place, depth and apparent radius independently). If they were sampled on the
+ground plane, "lower in the image" would mean "nearer" (it answered 99 % of depth questions in a first trial), and
+"bigger" would be a good second cue.
 """
 
 from __future__ import annotations
@@ -41,19 +41,22 @@ NEAR, FAR = 2.0, 30.0
 MIN_VISIBLE_PIXELS = 50
 MIN_VISIBLE_SHARE = 0.55
 BAND, BAND_CONTRAST = 0.28, 0.3
-"""Every named object is painted with level bands this many meters high, this much darker: a near object shows few broad
-bands, a far one many narrow ones, however big it is. With feet and shadows alone a small encoder's depth was 12 % off
-(22 % standard deviation) and bounded the depth questions at 81 %, the distance questions at 72 %."""
+"""Every named object has horizontal bands this many meters high and this much darker: whatever its size, a near object
+shows few broad bands and a far one many narrow ones. With only feet and shadows, a small encoder's depth was off by
+12 % (22 % standard deviation), which limited depth questions to 81 % and distance questions to 72 %."""
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One named object as it appears: ``column``/``row`` in pixels (center of its visible part), the rest in meters.
+    """One named object as it appears in the image.
 
-    ``position`` is the center in camera coordinates (right, up, forward); ``position[2]`` is its z-depth.
-    ``pixels`` counts its visible pixels, ``brightness`` is their mean gray value in 0..1.
+    Attributes:
+        column, row: center of its visible part, in pixels.
+        position: its center in camera coordinates (right, up, forward), in meters; ``position[2]`` is its z-depth.
+        pixels: number of its visible pixels.
+        brightness: their mean gray value in 0..1.
     """
 
     color: str
@@ -74,14 +77,20 @@ class SceneObject:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Patch (column, row) on the ``GRID`` x ``GRID`` grid that holds the object's center."""
+        """The patch (column, row) of the ``GRID`` x ``GRID`` grid that contains the object's center."""
         return int(self.column) // PATCH, int(self.row) // PATCH
 
 
 @dataclass(frozen=True)
 class Scene:
-    """``image`` [96,96,3] uint8; ``depth`` [96,96] float32 meters; ``classes`` and ``instances`` [96,96] uint8 (0 =
-    no object, i+1 = objects[i])."""
+    """A rendered scene.
+
+    Attributes:
+        image: [96,96,3] uint8.
+        depth: [96,96] float32, in meters.
+        classes: [96,96] uint8, indices into ``CLASSES``.
+        instances: [96,96] uint8; 0 is no object, i+1 is ``objects[i]``.
+    """
 
     image: npt.NDArray[np.uint8]
     depth: Array
@@ -92,7 +101,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Camera:
-    """Pinhole camera at ``(0, height, 0)``: rows of ``axes`` are right, up and forward in world coordinates."""
+    """Pinhole camera at ``(0, height, 0)``. The rows of ``axes`` are right, up and forward in world coordinates."""
 
     height: float
     axes: Array
@@ -104,7 +113,7 @@ class Camera:
         return SIZE / 2 / self.half_width
 
     def ray(self, x: float, y: float) -> Array:
-        """World direction through normalized image point ``x, y`` in -1..1 (y up), with forward component 1."""
+        """World direction through the image point ``x, y`` in -1..1 (y up), with forward component 1."""
         local = np.array([x * self.half_width, y * self.half_width, 1.0], dtype=np.float32)
         return local @ self.axes
 
@@ -124,7 +133,7 @@ def _pixel_grid() -> Array:
 
 
 class _Placed(NamedTuple):
-    """An object before it is drawn, with the pedestals that carry it and the ground circle both occupy."""
+    """An object before rendering, its pedestals, and the radius of the ground circle that both occupy."""
 
     color: str
     solid: Solid
@@ -143,7 +152,8 @@ def draw_camera(rng: np.random.Generator) -> Camera:
 
 
 def _draw_object(rng: np.random.Generator, camera: Camera, color: str, shape: str) -> _Placed | None:
-    """Draw place, depth and apparent radius independently; None when that would be under the ground."""
+    """Samples place, depth and apparent radius independently; None if the object would be too far, too near, under the
+    ground, or without its ground point in sight."""
     x, y = rng.uniform(-0.84, 0.84), rng.uniform(-0.80, 0.80)
     ray = camera.ray(x, y)
     per_depth = rng.uniform(7.0, 13.0) / camera.focal
@@ -179,7 +189,7 @@ def _draw_object(rng: np.random.Generator, camera: Camera, color: str, shape: st
 
 
 def _foot_in_sight(camera: Camera, center: Array) -> bool:
-    """Whether the ground point under an object is in the image: without it nobody could tell where it stands."""
+    """True if the ground point under an object is in the image; without it, its depth could not be seen."""
     foot = camera.to_camera(center * np.array([1, 0, 1], np.float32))
     return bool(foot[2] > 0.5 and SIZE / 2 - camera.focal * foot[1] / foot[2] < SIZE + 2)
 
@@ -209,7 +219,7 @@ def _collide(camera: Camera, one: _Placed, two: _Placed) -> bool:
 
 
 def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
-    """Checker of 1 m cells and value noise in world coordinates. ``points`` [P,3] -> colors [P,3]."""
+    """A checkerboard of 1 m cells with value noise, in world coordinates. ``points`` [P,3] -> colors [P,3]."""
     turn = rng.uniform(0, np.pi)
     shift = rng.uniform(0, 50, 2)
     base = rng.uniform(0.38, 0.62) + rng.uniform(-0.07, 0.07, 3)
@@ -217,7 +227,7 @@ def _ground(rng: np.random.Generator, points: Array, depth: Array) -> Array:
     a = np.cos(turn) * points[:, 0] + np.sin(turn) * points[:, 2] + shift[0]
     b = np.cos(turn) * points[:, 2] - np.sin(turn) * points[:, 0] + shift[1]
     checker = ((np.floor(a).astype(np.int32) + np.floor(b).astype(np.int32)) & 1) * 2.0 - 1.0
-    # Far cells are smaller than a pixel: fading their contrast only replaces aliasing.
+    # Far cells are smaller than a pixel; fading their contrast only avoids aliasing.
     fade = np.clip(1.6 - depth / 16, 0, 1)
     table = rng.uniform(-1, 1, (64, 64)).astype(np.float32)
     noise = table[(a * 4).astype(np.int32) & 63, (b * 4).astype(np.int32) & 63]
@@ -259,8 +269,7 @@ def _paint(
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """The ``index``-th scene of the series ``seed``: the same arguments always give the same bits (for one numpy
-    version)."""
+    """Renders scene ``index`` of series ``seed``. The same arguments give the same bits (with one numpy version)."""
     for attempt in range(100):
         rng = np.random.default_rng([seed, index, attempt])
         camera = draw_camera(rng)
@@ -275,7 +284,8 @@ def draw_scene(seed: int, index: int) -> Scene:
 
 
 def _visible(placed: list[_Placed], rays: Array, camera: Camera) -> list[_Placed]:
-    """Drop hidden objects and those that share a patch with another's center, until all that remain are visible."""
+    """Drops hidden objects, and objects whose center is in the same patch as another's, until all that remain are
+    visible."""
     while len(placed) >= 2:
         solids = [p.solid for p in placed] + [s for p in placed for s in p.supports]
         owner = cast(rays, camera.height, camera.axes, camera.focal, solids, FAR).owner

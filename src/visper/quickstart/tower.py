@@ -1,5 +1,4 @@
-"""Small convolutional teachers: a ``transformers`` model folder that encodes a image into tokens and decodes
-tokens into an image.
+"""Small convolutional teachers, saved as ``transformers`` models, that encode an image into tokens and decode tokens.
 
 Three heads share one design: ``depth`` (a map of log depths), ``classes`` (logits of a segmentation) and ``image``
 (an autoencoder that encodes the image as one token). The tokens are standardized per channel, so that the same loss
@@ -39,11 +38,16 @@ CLASS_COLORS = (
 
 
 class TowerConfig(PretrainedConfig):
-    """``head`` one of ``HEADS``; ``image_size`` pixels a side, ``grid`` tokens a side (1 = one token for the
-    image).
+    """Configuration of a tower.
 
-    ``outputs`` is the number of decoded channels (1 depth, the classes, or 3 colors); ``near`` and ``far``
-    (meters) the range of a decoded depth.
+    Args:
+        head: one of ``HEADS``.
+        image_size: side of the image in pixels.
+        grid: side of the grid of tokens; 1: a single token.
+        width: width of a token.
+        inner: width of the first stage of the trunk, half that of the second.
+        outputs: decoded channels: 1 for depth, the number of classes, or 3 for colors.
+        near, far: range of a decoded depth in meters.
     """
 
     model_type = "visper_tower"
@@ -66,7 +70,7 @@ class TowerConfig(PretrainedConfig):
 
 
 def _trunk(inner: int) -> nn.Sequential:
-    """Image ``[B,3,S,S]`` -> features ``[B,2*inner,S/12,S/12]``; each of them sees about 100 pixels around."""
+    """Image ``[B,3,S,S]`` -> features ``[B,2*inner,S/12,S/12]``, with a receptive field of about 100 pixels."""
     wide = 2 * inner
     return nn.Sequential(
         nn.Conv2d(3, inner // 2, 5, stride=3, padding=1),
@@ -135,7 +139,7 @@ class TowerModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initial weights suit a convolutional net; those of transformers are for linear layers."""
+        """Keeps PyTorch's own initialization: that of transformers is meant for linear layers."""
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         tokens = self.standard(self.to_token(self.trunk(pixel_values)))
@@ -146,12 +150,12 @@ class TowerModel(PreTrainedModel):
         return self.painter(self.from_token(tokens))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """What training compares with the exact map: the decoded values of the encoded image."""
+        """The decoded values of the encoded image, which training compares with the exact map."""
         return self.decode(self.encode(pixel_values))
 
 
 class TowerTeacher(Teacher):
-    """A saved ``TowerModel`` as a teacher. ``model``: its folder."""
+    """A saved ``TowerModel`` as a teacher; ``model`` is its folder."""
 
     @without_loading_bars()
     def __init__(self, model: str | Path) -> None:
@@ -167,8 +171,8 @@ class TowerTeacher(Teacher):
         return self.model.encode(pixels)
 
     def decode_values(self, embedding: Tensor) -> Tensor:
-        """Depth in meters ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, by the
-        model's head."""
+        """Depth in meters ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, depending on
+        the head."""
         config = self.model.config
         values = self.model.decode(embedding.float())
         if config.head == "depth":
@@ -177,11 +181,11 @@ class TowerTeacher(Teacher):
 
     @property
     def draws_images(self) -> bool:
-        """True: each head has a decoder that draws an image, also from one token."""
+        """True: every head has a decoder that draws an image, even from one token."""
         return True
 
     def decode(self, embedding: Tensor, pixels: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
-        """Nearness, classes or colors; ``pixels`` and ``reference`` are not needed."""
+        """Draws nearness, classes or colors; ``pixels`` and ``reference`` are not used."""
         values = self.decode_values(embedding)
         if self.model.config.head == "depth":
             return nearness_images(values, self.model.config.near, self.model.config.far)
@@ -189,7 +193,7 @@ class TowerTeacher(Teacher):
 
 
 def nearness_images(depths: Tensor, near: float, far: float) -> Tensor:
-    """Depths in meters ``[B,1,H,W]`` -> gray images ``[B,3,H,W]``, near = white, on a logarithmic scale."""
+    """Depths in meters ``[B,1,H,W]`` -> gray images ``[B,3,H,W]`` on a logarithmic scale, where near is white."""
     span = torch.log(torch.tensor(far / near))
     gray = 1 - torch.log(depths.clamp(near, far) / near) / span
     return gray.clamp(0, 1).expand(-1, 3, -1, -1)

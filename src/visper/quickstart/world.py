@@ -2,13 +2,11 @@
 
 world/
   images/            train_000000.png ..., held_out_000000.png ...
-  pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` before or after the
-  prompt)
+  pretrain.json      captions and look-ups in LLaVA-Pretrain's format (two turns, ``<image>`` first or last in a prompt)
   instruct.json      several questions about each image in LLaVA-Instruct's format
   questions.json     held-out questions: a list of {image, question, answer, kind}
-  held_out.npz       depth [S,96,96] float16 meters, classes and instances [S,96,96] uint8, images [S] names; in
-  this order
-  world.json         seed, sizes and what the cheap cues alone would score
+  held_out.npz       depth [S,96,96] float16 in meters, classes and instances [S,96,96] uint8, images [S] file names
+  world.json         seed, sizes and the accuracy of each cheap cue alone
 """
 
 from __future__ import annotations
@@ -29,30 +27,31 @@ from visper.quickstart.questions import Objects, Question, cheap_cues, count_tur
 from visper.quickstart.scenes import Scene, draw_scene
 
 HELD_OUT_SERIES = 1_000_003
-"""Added to a world's seed for its held-out scenes, so that no training series of a sensible seed meets them."""
+"""Added to a world's seed for its held-out scenes, so that no training series with a usual seed contains them."""
 IMAGE = "<image>"
 
 
 def write_world(
     folder: Path, *, seed: int, scenes: int = 4000, held_out: int = 600, turns: int = 6, per_kind: int | None = 400
 ) -> dict[str, dict[str, float]]:
-    """Write a world of ``scenes`` training scenes and ``held_out`` scenes for questions; the same arguments give
-    the same files.
+    """Writes a world to a folder. The same arguments give the same files.
 
     Args:
-        folder: where; complete or absent (written beside it and renamed). An existing folder is refused.
-        seed: of scenes, questions and wording.
-        turns: most questions about one image in one conversation of ``instruct.json``.
-        per_kind: about how many held-out questions of each kind at most; None for all the balancing leaves.
+        folder: a new folder, complete or absent (it is written next to its place and renamed).
+        seed: seed of scenes, questions and wording.
+        scenes: number of training scenes.
+        held_out: number of held-out scenes, for questions.
+        turns: questions per conversation of ``instruct.json``, at most.
+        per_kind: held-out questions of each kind, at most; None: see ``draw_questions``.
 
     Returns:
-        What each cheap cue alone would score on the held-out questions, ``{kind: {cue: accuracy}}``.
+        Accuracy of each cheap cue alone on the held-out questions, ``{kind: {cue: accuracy}}``.
 
     Raises:
-        FileExistsError: the folder is there already.
+        FileExistsError: the folder exists.
     """
     if folder.exists():
-        raise FileExistsError(f"{folder} exists: give the new world another folder, or remove that one")
+        raise FileExistsError(f"'{folder}' exists: give the new world another folder, or remove it")
     with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
         known = write_split(beside, "train", seed, scenes)
@@ -75,7 +74,7 @@ def image_name(split: str, index: int) -> str:
 def write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects]:
     objects: list[Objects] = []
     maps: list[Scene] = []
-    bar = track(range(count), f"drawing {split} scenes", quiet=not sys.stderr.isatty())
+    bar = track(range(count), f"rendering {split} scenes", quiet=not sys.stderr.isatty())
     for index in bar:
         scene = draw_scene(seed, index)
         Image.fromarray(scene.image).save(folder / "images" / image_name(split, index), compress_level=1)
@@ -94,8 +93,8 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Per scene a caption, two look-ups of all its objects in different orders, and one look-up from a place back
-    to a name."""
+    """Records for each scene: a caption, two look-ups of all objects in different orders, and a look-up from a place to
+    a name."""
     for index, objects in enumerate(scenes):
         orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
         pairs = [
@@ -112,10 +111,10 @@ def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Ite
 def instruct_records(
     scenes: Sequence[Objects], questions: Sequence[Question], rng: np.random.Generator, turns: int
 ) -> Iterator[dict[str, Any]]:
-    """The questions about a scene and the count of its every shape, shuffled, in conversations of at most ``turns``.
+    """For each scene, its questions and the counts of all its shapes, shuffled, in conversations of at most ``turns``.
 
-    The counts are not balanced; they are there because counting is learned slowest: with the balanced counts alone
-    (20 % of the turns) one seed of three answered them at chance, with these (30 %) none.
+    The added counts are not balanced. They are needed because counting is learned slowest: with balanced counts alone
+    (20 % of the turns) one seed of three answered them at chance, with these (30 %) none did.
     """
     by_scene: dict[int, dict[str, str]] = {}
     for question in questions:
@@ -130,7 +129,7 @@ def instruct_records(
 
 
 def evaluation_records(scenes: Sequence[Objects], questions: Sequence[Question]) -> list[dict[str, str]]:
-    """``{image, question, answer, kind}`` of held-out questions."""
+    """The held-out questions as ``{image, question, answer, kind}``."""
     return [
         {
             "image": image_name("held_out", q.scene),

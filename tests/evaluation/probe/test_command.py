@@ -69,7 +69,7 @@ def test_a_probe_resumes_bit_for_bit_and_does_not_depend_on_the_split(probed, tm
     ("options", "message"),
     [
         (["--score", "da-2k", "--root", "nowhere"], "visper data prepare da-2k --root nowhere"),
-        (["--score", "da2k"], "--score da2k: neither da-2k"),
+        (["--score", "da2k"], "--score da2k: expected da-2k"),
         (["--beside", "nowhere"], "no scores of a probe"),
         (["--plot", "curves.doc"], r"curves\.doc'"),
     ],
