@@ -1,6 +1,6 @@
 """VisPer: visual supervision for multimodal LLMs.
 
-The public names are imported when first asked for: ``import visper`` alone loads neither torch nor transformers.
+The public names are imported on first use: ``import visper`` alone loads neither torch nor transformers.
 """
 
 from importlib import import_module
@@ -38,11 +38,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # a sixth of the time of `visper --help`
+    from importlib.metadata import PackageNotFoundError, version  # takes a sixth of the time of `visper --help`
 
     try:
         return version("visper-lm")
-    except PackageNotFoundError:  # the sources alone, not installed
+    except PackageNotFoundError:  # the package is not installed
         return "0+unknown"
 
 

@@ -126,7 +126,7 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
             ["evaluate", "/nowhere", "--benchmark", "mmstar", "--root", "/none"],
             "visper data prepare mmstar --root /none",
         ),
-        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--answers", "a"], "--answers is for --questions"),
+        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--answers", "a"], "--answers: only for --questions"),
         (["evaluate", "/nowhere", "--benchmark", "mmstar", "--protocol", "own"], "no protocol 'own': choose paper"),
     ],
 )

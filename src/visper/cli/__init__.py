@@ -1,4 +1,4 @@
-"""The command line: one file per verb. Each parses, calls one function and gives an exit code."""
+"""The command line, one file per command: each parses its arguments, calls the package and sets the exit code."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from visper.common.console import Console, printable
 from visper.common.errors import StoppedError, VisperError
 
 DEBUG = "VISPER_DEBUG"
-"""Environment variable that `--debug` sets, so that started processes show their tracebacks too."""
+"""Environment variable that `--debug` sets, so that child processes show their tracebacks too."""
 
 app = typer.Typer(
     name="visper",
-    help="Train multimodal LLMs that see: visual supervision of their hidden states, in recipes.",
+    help="Train multimodal LLMs that see: visual supervision of their hidden states, defined by recipes.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -52,7 +52,7 @@ app.add_typer(targets.app, name=targets.NAME)
 
 
 def show_version(wanted: bool) -> None:
-    """Prints the version and ends."""
+    """Prints the version and exits."""
     if wanted:
         print(f"visper {visper.__version__}")
         raise typer.Exit
@@ -61,17 +61,19 @@ def show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of every error")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="and end")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version and exit")
+    ] = False,
 ) -> None:
-    """Train multimodal LLMs that see: visual supervision of their hidden states, in recipes."""
+    """Train multimodal LLMs that see: visual supervision of their hidden states, defined by recipes."""
     if debug:
         os.environ[DEBUG] = "1"
 
 
 def _leave_group() -> None:
-    """Ends the threads of the process group, which otherwise sometimes abort the process when Python ends.
+    """Ends the threads of the process group, which otherwise sometimes abort the process when Python exits.
 
-    Only where every process leaves: one that others wait for would hang in it.
+    Call it only if every process leaves: a process that others wait for would hang here.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -79,10 +81,10 @@ def _leave_group() -> None:
 
 
 def main() -> None:
-    """Entry point: an expected error is one message; anything else is a bug, shown with its traceback."""
+    """Entry point. An expected error prints one message; anything else is a bug and prints its traceback."""
     try:
         app()
-    except (VisperError, OSError) as error:  # OSError: a full disk, a missing file, a hub that does not answer
+    except (VisperError, OSError) as error:  # OSError: a full disk, a missing file, an unreachable hub
         if os.environ.get(DEBUG):
             traceback.print_exc()
         shared = isinstance(error, VisperError) and error.shared
@@ -93,7 +95,7 @@ def main() -> None:
         if shared:
             _leave_group()
         sys.exit(error.exit_code if isinstance(error, VisperError) else VisperError.exit_code)
-    except Exception as error:  # noqa: BLE001 - nothing is swallowed: shown, with what to do about it
+    except Exception as error:  # noqa: BLE001 - the traceback is printed, with a request to report it
         print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)
         print(
             f"\nThis is a bug in visper {visper.__version__} ({type(error).__name__}): please report it with the "

@@ -1,4 +1,4 @@
-"""Types that the verbs' arguments share."""
+"""Argument parsing shared by the commands."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import typer
 
 
 def parse_path(text: str) -> Path:
-    """A path argument with ``~`` and ``$VARIABLES`` expanded, also where the shell leaves them (``--images=~/x``)."""
-    from visper.config.paths import expand_path  # not at the top: `visper --help` needs no run's schema
+    """A path with ``~`` and ``$VARIABLES`` expanded, also where the shell does not expand them (``--images=~/x``)."""
+    from visper.config.paths import expand_path  # not at the top: `visper --help` does not need the schema
 
     try:
         return Path(expand_path(text))

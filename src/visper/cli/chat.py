@@ -16,12 +16,12 @@ def run(
     images: Annotated[
         list[Path] | None,
         typer.Option(
-            "--image", help="an image; with several, each stands at a tag `<image>` of the question", parser=parse_path
+            "--image", help="an image; several go to the `<image>` tags of the question in order", parser=parse_path
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum length of the answer")] = 256,
 ) -> None:
-    """Ask a model about an image, or several.
+    """Ask a model about one or several images.
 
     Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
     """
@@ -31,6 +31,6 @@ def run(
     from visper.evaluation.ask import as_row
 
     shown = [open_image(image) for image in images or []]
-    as_row(prompt, [image.name for image in images or []])  # refused before the model is loaded
+    as_row(prompt, [image.name for image in images or []])  # raises errors before the model is loaded
     said = answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0]
     Console(soft_wrap=True).print(said, highlight=False)

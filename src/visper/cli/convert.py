@@ -1,4 +1,4 @@
-"""``visper convert``: published checkpoints to visper's folders."""
+"""``visper convert``: converts published checkpoints to visper's folders."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""``visper data``: what data sets there are, and how they come under one folder."""
+"""``visper data``: lists data sets and downloads them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from visper.cli.arguments import parse_path
 from visper.common.console import Console
 
 NAME = "data"
-app = typer.Typer(help="Data sets: list them, bring them under one folder.", no_args_is_help=True)
+app = typer.Typer(help="Data sets: list, download and check them.", no_args_is_help=True)
 
 Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'data.root' of a run", parser=parse_path)]
 
@@ -19,11 +19,11 @@ Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'da
 def list_sets(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="only these: names, or YAML files of your own", metavar="[NAME|FILE.yaml]"),
+        typer.Argument(help="list only these sets: names or your own YAML files", metavar="[NAME|FILE.yaml]"),
     ] = None,
     root: Root = Path("data"),
 ) -> None:
-    """List data sets: what for, how large, and what of them is under the root; named ones with license.
+    """List data sets: their use, their size, and their state under the root. Named sets also show their license.
 
     Example: `visper data list --root data`
     """
@@ -36,8 +36,8 @@ def list_sets(
         table.add_row(entry.name, entry.use, entry.size, entry.disk, entry.state)
     console.print(table)
     console.print(
-        "disk: at most, archives and images together; --drop-archives frees the archives' part. "
-        "'+': and what has no published size."
+        "disk: at most, for archives and images together; --drop-archives frees the archives' part. "
+        "'+': plus files without a published size."
     )
     for entry in entries if names else ():
         console.print(f"{entry.name}: {entry.title}. License: {entry.license}")
@@ -45,13 +45,13 @@ def list_sets(
 
 @app.command("prepare")
 def prepare_sets(
-    names: Annotated[list[str], typer.Argument(help="sets, or YAML files of your own", metavar="NAME|FILE.yaml ...")],
+    names: Annotated[list[str], typer.Argument(help="sets, or your own YAML files", metavar="NAME|FILE.yaml ...")],
     root: Root = Path("data"),
     everything: Annotated[bool, typer.Option("--all", help="unpack all files, not only those the rows name")] = False,
     drop_archives: Annotated[bool, typer.Option("--drop-archives", help="delete archives once unpacked")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="downloads at once")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="simultaneous downloads")] = 4,
 ) -> None:
-    """Download, verify and unpack data sets, with all they need. Safe to interrupt and to repeat.
+    """Download, verify and unpack data sets and the sets they need. Safe to interrupt and to repeat.
 
     Example: `visper data prepare llava-pretrain llava-665k --root data --drop-archives`
     """

@@ -1,4 +1,4 @@
-"""``visper data check`` and ``visper data shard``: what a data set holds, and the same in a few large files."""
+"""``visper data check`` and ``visper data shard``: check a data set, and write it as a few large files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 What = Annotated[
     str,
     typer.Argument(
-        help="conversations (.json, .jsonl), or a set: a name of the catalogue, a YAML file of your own",
+        help="conversations (.json, .jsonl), or a data set: a name in the catalogue or your own YAML file",
         metavar="FILE.json|NAME|FILE.yaml",
         show_default=False,
     ),
 ]
 Images = Annotated[
-    Path | None, typer.Option("--images", help="of a conversation file: where its image paths start", parser=parse_path)
+    Path | None, typer.Option("--images", help="folder of a conversation file's image paths", parser=parse_path)
 ]
 Root = Annotated[Path, typer.Option("--root", help="folder of all data sets", parser=parse_path)]
 DropLists = Annotated[
-    list[Path] | None, typer.Option("--drop-list", help="rows to leave out; repeat as needed", parser=parse_path)
+    list[Path] | None, typer.Option("--drop-list", help="file of rows to leave out; repeatable", parser=parse_path)
 ]
 
 
@@ -33,26 +33,23 @@ def check(
     what: What,
     images: Images = None,
     root: Root = Path("data"),
-    run: Annotated[
-        str | None,
-        typer.Option("--run", help="a recipe, whose tokenizer and limits hold for the rows"),
-    ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeat")] = None,
-    report: Annotated[Path | None, typer.Option(help="write the counts here, as JSON", parser=parse_path)] = None,
+    run: Annotated[str | None, typer.Option("--run", help="a recipe whose tokenizer and limits apply")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeatable")] = None,
+    report: Annotated[Path | None, typer.Option(help="write the counts to this JSON file", parser=parse_path)] = None,
     drop: Annotated[
-        Path | None, typer.Option(help="write the unusable rows here, for a run's data.drop_list", parser=parse_path)
+        Path | None, typer.Option(help="write unusable rows to this file, for data.drop_list", parser=parse_path)
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="re-encode images of another format than their name; of a set, fetch lost ones"),
+        typer.Option("--repair", help="re-encode images whose name has another format; fetch a data set's lost ones"),
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="processes; default: one a core")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one per core")] = None,
 ) -> None:
-    """Count what is there, missing, broken and odd, per source. Exit code 1: rows that training would leave out.
+    """Count usable, missing, broken and odd rows and images of each source. Exit code 1: training would drop rows.
 
-    With --run, words that its tokenizer does not know are counted too; past data.unknown_limit they are an error.
+    With --run, words that its tokenizer does not know are counted too; more than data.unknown_limit is an error.
 
-    Safe to interrupt and repeat: files looked at before are not looked at again.
+    Safe to interrupt and repeat: files that were checked before are not checked again.
 
     Example: `visper data check llava-665k --root data --report report.json --drop dropped.jsonl`
     """
@@ -106,10 +103,10 @@ def shard(
     images: Images = None,
     root: Root = Path("data"),
     drop_list: DropLists = None,
-    file_mb: Annotated[int, typer.Option(min=1, help="images in a file, MiB, about")] = 256,
-    seed: Annotated[int, typer.Option(help="of the order in which rows are written")] = 0,
+    file_mb: Annotated[int, typer.Option(min=1, help="approximate size of the images in a file, in MiB")] = 256,
+    seed: Annotated[int, typer.Option(help="seed of the order of the rows")] = 0,
 ) -> None:
-    """Write a data set as a few Parquet files, shuffled; train by `data.sources=[{parquet: FOLDER/*.parquet}]`.
+    """Write a data set as a few shuffled Parquet files; train with `data.sources=[{parquet: FOLDER/*.parquet}]`.
 
     Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
@@ -125,7 +122,7 @@ def shard(
 
 
 def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:
-    """What brings files under ``root`` anew, as `visper data prepare` brings them."""
+    """A function that downloads files under ``root`` again, as `visper data prepare` does."""
     from visper.data.sets.prepare import prepare
 
     def fetch(files: list[Path]) -> None:

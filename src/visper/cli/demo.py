@@ -1,4 +1,4 @@
-"""``visper demo``: a page in the browser to chat with a model and look into it."""
+"""``visper demo``: a browser page to chat with a model and see what its layers predict."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,12 @@ def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     look: Annotated[
         Path | None,
-        typer.Option(help="output of the PT whose predictors draw the layers; default: MODEL's own", parser=parse_path),
+        typer.Option(help="output of the PT whose predictors are drawn; default: MODEL's own", parser=parse_path),
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="a change to PT's run, such as a teacher's place; repeat")
+        list[str] | None, typer.Option("--set", help="a change to PT's run, such as a teacher's path; repeatable")
     ] = None,
 ) -> None:
     """Serve a page to chat with a model about images and to see what its layers predict.

@@ -1,4 +1,4 @@
-"""``visper evaluate``: accuracy on questions or on public benchmarks."""
+"""``visper evaluate``: accuracy on questions or public benchmarks."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from visper.common.console import Console
 from visper.common.errors import ConfigError
 
 NAME = "evaluate"
-REMEDY = "the same command goes on: answers so far are kept"
+REMEDY = "repeat the command to continue: answers so far are kept"
 
 
 def run(
@@ -21,32 +21,33 @@ def run(
         typer.Option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]", parser=parse_path),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="folder of the image paths; none for embedded images", parser=parse_path)
+        Path | None, typer.Option(help="folder of the image paths; not needed for embedded images", parser=parse_path)
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="cv-bench, mmstar, realworldqa, ok-vqa or all")] = None,
     root: Annotated[Path, typer.Option(help="folder of all data sets, for benchmarks", parser=parse_path)] = Path(
         "data"
     ),
-    protocol: Annotated[str, typer.Option(help="prompts, readers and formulas of benchmarks: paper")] = "paper",
-    limit: Annotated[int | None, typer.Option(min=1, help="questions at most, evenly spaced over all")] = None,
+    protocol: Annotated[str, typer.Option(help="prompts, parsing and metrics of benchmarks: paper")] = "paper",
+    limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions, evenly spaced")] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="raw answers, JSONL; default: in MODEL/answers", parser=parse_path)
+        Path | None, typer.Option(help="JSONL file of the raw answers; default: in MODEL/answers", parser=parse_path)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="questions asked at once")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions per batch")] = 32,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="length of an answer, default 32; benchmarks have theirs")
+        int | None, typer.Option(min=1, help="maximum length of an answer, default 32; benchmarks set their own")
     ] = None,
     blind: Annotated[
         bool | None,
         typer.Option(
-            "--blind/--no-blind", help="ask once more, with other questions' images; default: for --questions"
+            "--blind/--no-blind",
+            help="also evaluate with the images of other questions; default: only with --questions",
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="on this machine, each with its share, one a GPU")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="processes that share the questions, one per GPU")] = 1,
 ) -> None:
     """Score a model on questions, beside the best constant answer and the blind control, or on public benchmarks.
 
-    Raw answers are kept as they come: the same command goes on where it was interrupted.
+    Raw answers are saved as they are generated: repeat the command to continue after an interruption.
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
@@ -58,13 +59,13 @@ def run(
     command += [] if blind is None else ["--blind" if blind else "--no-blind"]
 
     def start() -> tuple[int, int]:
-        """Starts the processes, if several are asked for, and waits; this one's share afterwards."""
+        """Starts the processes and waits for them, if there are several. Returns this process's share."""
         from visper.config import Launch
         from visper.evaluation.asking import own_share
         from visper.training import start_processes
 
         started = start_processes(Launch(processes=processes), ["evaluate", model, *command], REMEDY)
-        return (0, 1) if started else own_share()  # started ones ask; what is left to this one is to score
+        return (0, 1) if started else own_share()  # the started processes have answered; this one scores
 
     if questions is not None:
         _questions(
@@ -83,7 +84,7 @@ def _check_options(
         raise ConfigError(f"no protocol '{protocol}': choose paper; lmms-eval's is in docs/evaluation.md")
     given = [name for name, value in of_questions.items() if value is not None] if benchmark else []
     if given:
-        raise ConfigError(f"{', '.join(given)} is for --questions: a benchmark has its own")
+        raise ConfigError(f"{', '.join(given)}: only for --questions, because a benchmark sets its own; remove it")
 
 
 def _questions(

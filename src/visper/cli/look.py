@@ -1,4 +1,4 @@
-"""``visper look``: what the layers of a pre-trained student see in an image."""
+"""``visper look``: draws what the layers of a pre-trained student predict for an image."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ def run(
     model: Annotated[
         Path,
         typer.Argument(
-            help="the output of a finished PT, or with --predictors of a later stage",
+            help="the output of a finished PT or, with --predictors, of a later stage",
             metavar="MODEL",
             parser=parse_path,
         ),
@@ -23,16 +23,16 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_path)],
     predictors: Annotated[
         Path | None,
-        typer.Option(help="draw MODEL, a later stage, by the predictors of this PT", parser=parse_path),
+        typer.Option(help="draw MODEL, a later stage, with the predictors of this PT", parser=parse_path),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="asked beside the image")] = None,
+    prompt: Annotated[str | None, typer.Option(help="text that goes with the image")] = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(help="to show the nearest of, where a teacher draws none; default: the run's own"),
+        typer.Option(help="images to show the nearest of if a teacher cannot draw; default: images of the run"),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="a change to its run, such as a teacher's place; repeat as needed"),
+        typer.Option("--set", help="a change to PT's run, such as a teacher's path; repeatable"),
     ] = None,
 ) -> None:
     """Draw every tapped layer's prediction beside the teacher's own output.

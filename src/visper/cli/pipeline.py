@@ -1,4 +1,4 @@
-"""``visper pipeline``: stages in order."""
+"""``visper pipeline``: trains several stages in order."""
 
 from typing import Annotated
 
@@ -8,12 +8,12 @@ NAME = "pipeline"
 
 
 def run(
-    recipes: Annotated[list[str], typer.Argument(help="stages in their order", metavar="RUN.yaml ...")],
+    recipes: Annotated[list[str], typer.Argument(help="the stages, in order", metavar="RUN.yaml ...")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="a change for every stage, such as seed=1; repeat as needed")
+        list[str] | None, typer.Option("--set", help="a change to every stage, such as seed=1; repeatable")
     ] = None,
 ) -> None:
-    """Train stages in order. Finished ones are skipped and interrupted ones continued: safe to repeat.
+    """Train stages in order. Finished stages are skipped and interrupted ones continued, so it is safe to repeat.
 
     Example: `visper pipeline llama3-8b-vit-l/pt llama3-8b-vit-l/ift --set seed=1`
     """
@@ -27,7 +27,7 @@ def run(
     from visper.training import run_pipeline, start_processes
 
     if len({settings.launch.processes for settings in runs}) > 1:
-        raise ConfigError("stages of one pipeline ask for different launch.processes: --set launch.processes=N")
+        raise ConfigError("stages of a pipeline have different launch.processes: give --set launch.processes=N")
     if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):
         return
     run_pipeline(runs, evaluator_of, least_recomputation)

@@ -1,4 +1,4 @@
-"""``visper plan``: what a run needs, before anything is loaded."""
+"""``visper plan``: estimates what a run needs, without loading weights."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 NAME = "plan"
 NETWORK = 50e9
-"""Bytes per second of a 400 Gb/s adapter for each GPU, usual between nodes of H100s."""
+"""Bytes per second of one 400 Gb/s adapter per GPU, usual between nodes of H100s."""
 
 
 def run(
     recipe: Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimization.micro_batch=4")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs, of all nodes together; 0: the CPU")] = 1,
-    gpu: Annotated[str, typer.Option(help="GPU by name, for its peak and memory")] = "H100",
+    gpus: Annotated[int, typer.Option(min=0, help="number of GPUs on all nodes together; 0: the CPU")] = 1,
+    gpu: Annotated[str, typer.Option(help="name of the GPU, for its peak FLOPs and memory")] = "H100",
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="GB (10^9 bytes) of one; default: the GPU's own")
+        float | None, typer.Option(min=1, help="memory of one GPU in GB (10^9 bytes); default: by the GPU's name")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, for its host memory")] = 8,
-    hourly_price: Annotated[float | None, typer.Option(min=0, help="price of one GPU for an hour")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node, for the host memory of a node")] = 8,
+    hourly_price: Annotated[float | None, typer.Option(min=0, help="price of one GPU hour")] = None,
 ) -> None:
-    """Say what a run needs: parameters, memory, FLOPs, time, cost, disk; and what to change where it does not fit.
+    """Estimate what a run needs: parameters, memory, FLOPs, time, cost, disk; and what to change if it does not fit.
 
-    Nothing is loaded: sizes come from configurations, a step is traced without values. Where the run does not fit, the
-    last line is an error that names the estimate and the first change that fits.
+    No weights are loaded: sizes come from configurations, and a step is traced without values. If the run does not fit,
+    the last line is an error that names the estimate and the first change that fits.
 
     Example: `visper plan llama3-8b-vit-l/ift launch.engine=fsdp --gpus 8 --gpu H100 --hourly-price 2.5`
     """
@@ -54,35 +54,35 @@ def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None
     rows, machine, opt = plan.rows, plan.machine, plan.run.optimization
     console.print(_parts(plan))
     console.print(
-        f"rows: {rows.count:,}; tokens a row {rows.average.tokens} on average, {rows.longest.tokens} at most "
+        f"rows: {rows.count:,}; tokens per row: {rows.average.tokens} on average, {rows.longest.tokens} at most "
         f"({rows.source})",
         markup=False,
     )
     place = f"{machine.gpus} x {gpu}, {plan.run.launch.engine}" if machine.gpus else "CPU, the training process"
-    console.print(_memory(plan.memory, f"memory of each: {place}; micro-batch {opt.micro_batch}"))
+    console.print(_memory(plan.memory, f"memory per device: {place}; micro-batch {opt.micro_batch}"))
     if plan.host:
         console.print(_host(plan))
     if opt.gradient_checkpointing == "auto":
-        console.print(f"recomputation, chosen (auto): {plan.settings.checkpointing:g} of the layers")
+        console.print(f"recomputation (auto): {plan.settings.checkpointing:g} of the layers")
     if plan.run.packed:
-        measured = "the most tokens of a packed micro-batch in an epoch"
-        bound = "an upper bound: every row is taken to be as long as the longest, because no row lengths are known"
-        console.print(f"packed rows: memory is for {measured if rows.sample else bound}")
+        measured = "for the packed micro-batch with the most tokens in an epoch"
+        bound = "an upper bound: every row is assumed to be as long as the longest, because row lengths are not known"
+        console.print(f"packed rows: memory is {measured if rows.sample else bound}")
     if machine.usable is not None and machine.memory is not None:
         console.print(
-            f"{plan.memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({machine.usable / 1e9:.1f} GB may be "
-            f"filled): {'fits' if plan.fits else 'does NOT fit'}"
+            f"{plan.memory.total / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB ({machine.usable / 1e9:.1f} GB "
+            f"usable): {'fits' if plan.fits else 'does NOT fit'}"
         )
     step, teachers = plan.step_flops, plan.teacher_flops / (plan.row_flops + plan.teacher_flops)
     console.print(
-        f"FLOPs: {step:.3g} a step, {step * plan.steps:.3g} in {plan.steps:,} steps; teachers {teachers:.0%} of them "
-        "(of onnx teachers nothing is counted, of your own what torch computes)"
+        f"FLOPs: {step:.3g} per step, {step * plan.steps:.3g} in {plan.steps:,} steps; teachers: {teachers:.0%} of "
+        "them (onnx teachers are not counted; of custom teachers, only torch operations are)"
     )
     console.print(_time(plan, price))
     if machine.gpus > 1 and plan.sent is not None:
         console.print(
-            f"network: each process sends {plan.sent / 1e9:.2f} GB a step, {plan.sent / NETWORK:.2f} s at 400 Gb/s a "
-            "GPU if nothing overlaps"
+            f"network: each process sends {plan.sent / 1e9:.2f} GB per step, {plan.sent / NETWORK:.2f} s at 400 Gb/s "
+            "per GPU without overlap"
         )
     for what, size in plan.disk.items():
         console.print(f"disk: {what}: {size / 1e9:,.2f} GB")
@@ -92,11 +92,9 @@ def _time(plan: "Plan", price: float | None) -> str:
     from visper.planning.plan import ASSUMED_MFU
 
     if plan.seconds is None:
-        return (
-            "time: not estimated, as the FLOPs per second of the device are not known; a few steps of the run tell it"
-        )
+        return "time: not estimated, because the device's FLOPs per second are not known; run a few steps to measure it"
     hours, gpus = plan.seconds / 3600, plan.machine.gpus
-    cost = f"; cost {hours * gpus * price:,.0f} at {price:g} a GPU hour" if price else ""
+    cost = f"; cost {hours * gpus * price:,.0f} at {price:g} per GPU hour" if price else ""
     return f"time: {hours:.1f} h, {hours * gpus:.0f} GPU hours, assuming MFU {ASSUMED_MFU:.0%}{cost}"
 
 
@@ -112,8 +110,8 @@ def _require_fit(plan: "Plan") -> None:
         else "no setting makes it fit: use more or larger GPUs, or a smaller LLM"
     )
     raise ConfigError(
-        f"'{plan.run.name}' needs an estimated {plan.memory.total / 1e9:.1f} GB on each device, where "
-        f"{plan.machine.usable / 1e9:.1f} GB may be filled; {lever}"
+        f"'{plan.run.name}' needs an estimated {plan.memory.total / 1e9:.1f} GB on each device, but only "
+        f"{plan.machine.usable / 1e9:.1f} GB are usable; {lever}"
     )
 
 

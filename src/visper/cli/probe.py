@@ -1,4 +1,4 @@
-"""``visper probe``: what each layer of a model holds of what a teacher sees."""
+"""``visper probe``: measures how well each layer of a model predicts a teacher's output."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,39 +12,43 @@ if TYPE_CHECKING:
     from visper.config import Run
 
 NAME = "probe"
-REMEDY = "the same command goes on from the last checkpoint"
+REMEDY = "repeat the command to continue from the last checkpoint"
 
 
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a model's folder or a hub id", metavar="MODEL")],
-    tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe that names the teachers; repeat")],
+    tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe of --teachers; repeatable")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
     images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],
     teachers: Annotated[
         str | None, typer.Option(help="recipe or run.yaml whose tasks name the teachers; default: the model's own")
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="rows in JSON: only the images that they name", parser=parse_path)
+        Path | None, typer.Option(help="JSON rows; train only on the images that they name", parser=parse_path)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="train on the first so many images only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="train only on this many images, the first")] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="da-2k, coco-panoptic-val2017, a folder of held-out images, or a quickstart's world; repeat"),
+        typer.Option(
+            help="da-2k, coco-panoptic-val2017, a folder of held-out images, or a quickstart's world; repeatable"
+        ),
     ] = None,
-    score_limit: Annotated[int | None, typer.Option(min=1, help="score on the first so many images only")] = None,
+    score_limit: Annotated[int | None, typer.Option(min=1, help="score only on this many images, the first")] = None,
     root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
         "data"
     ),
-    beside: Annotated[list[Path] | None, typer.Option(help="other probes' folders to draw curves with")] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_path),
+        typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_path),
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the probe's run; repeat")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="a change to the probe's run; repeatable")
+    ] = None,
 ) -> None:
     """Train one probe for each layer of a frozen model, then score them and draw the curve over layers.
 
-    Repeat the command to go on after an interruption; finished training is kept.
+    Repeat the command to continue after an interruption; finished training is kept.
 
     Example: `visper probe runs/llama3-8b-vit-l/ift --teachers llama3-8b-vit-l/pt --task depth -o probes/ift
     --images data/coco/train2017 --score da-2k`
@@ -75,7 +79,7 @@ def _settings(
 
 
 def _check(settings: "Run", score: list[str], root: Path, beside: list[Path], plot: Path | None) -> None:
-    """Hours of training come before the first score: what it could not do is refused now."""
+    """Checks everything that scoring and drawing need, because training takes hours before they start."""
     from visper.evaluation.probe.curves import read_findings, require_drawable
     from visper.quickstart.probed import require_scorable
 

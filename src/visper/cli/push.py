@@ -1,4 +1,4 @@
-"""``visper push``: a finished model to the hub."""
+"""``visper push``: uploads a finished model to the hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +16,10 @@ def run(
     repo: Annotated[str, typer.Argument(help="owner/name on the hub", metavar="REPO")],
     license: Annotated[str, typer.Option(help="the hub's name of the license, for the model card")] = "other",
     base: Annotated[str | None, typer.Option(help="hub id of an adapter's base model")] = None,
-    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be uploaded, and upload nothing")] = False,
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files without uploading them")] = False,
 ) -> None:
-    """Upload a finished model with its model card, without what tells about this machine.
+    """Upload a finished model with its model card, without information about this machine.
 
     Log in first: `hf auth login`.
 
@@ -32,6 +32,6 @@ def run(
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             console.print(f"{file.stat().st_size / 1e6:10.1f} MB  {file.relative_to(folder)}")
         if dry_run:
-            console.print(f"nothing was uploaded: without --dry-run these go to {repo}")
+            console.print(f"nothing was uploaded: run without --dry-run to upload these files to {repo}")
             return
         console.print(f"uploaded: {upload(folder, repo, private)}")

@@ -1,4 +1,4 @@
-"""``visper quickstart``: the whole story on a laptop, without network or GPU."""
+"""``visper quickstart``: all stages on a laptop, without network or GPU."""
 
 import os
 from pathlib import Path
@@ -12,21 +12,19 @@ NAME = "quickstart"
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for everything it makes", parser=parse_path)] = Path(
-        "visper-quickstart"
-    ),
-    seed: Annotated[int, typer.Option(help="of the world, the projector and the order of rows")] = 0,
-    fast: Annotated[bool, typer.Option("--fast", help="two minutes: everything runs, little is learned")] = False,
+    out: Annotated[Path, typer.Option(help="folder for all results", parser=parse_path)] = Path("visper-quickstart"),
+    seed: Annotated[int, typer.Option(help="seed of the world, the projector and the order of rows")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs, in two minutes")] = False,
     objective: Annotated[
         str | None, typer.Option(help="a recipe whose embedding losses replace the quickstart's, e.g. visual/viral")
     ] = None,
 ) -> None:
-    """Render a world, pre-train with distillation, fine-tune, ask, and draw a report. No network, no GPU.
+    """Render a world, pre-train with distillation, fine-tune, evaluate, and write a report. No network, no GPU.
 
     Example: `visper quickstart --seed 1 --out my-quickstart`
     """
-    # Read when torch is loaded. Models this small gain little from a second thread on an idle machine, and on a busy
-    # one it makes a step take tens of times as long.
+    # torch reads it on import. With models this small, a second thread helps little on an idle machine, and makes a
+    # step tens of times slower on a busy one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from visper.common.console import Console

@@ -1,4 +1,4 @@
-"""``visper recipes``: what is shipped."""
+"""``visper recipes``: lists and shows the shipped recipes."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +17,9 @@ def run(
     name: Annotated[str | None, typer.Argument(help="show this recipe, resolved", metavar="[NAME]")] = None,
     parameters: Annotated[bool, typer.Option("--parameters", help="count NAME's parameters")] = False,
 ) -> None:
-    """List the shipped recipes, or show one with everything it extends, or the size of its model.
+    """List the shipped recipes, or show one resolved, or count the parameters of its model.
 
-    Sizes need no weights; bases other than the published ones are looked up by their id.
+    Counting needs no weights; configurations of other than the published bases are downloaded.
 
     Example: `visper recipes llama3-8b-vit-l/pt --parameters`
     """
@@ -28,7 +28,7 @@ def run(
 
     if name is None:
         if parameters:
-            raise ConfigError("--parameters counts one recipe's: name it, as in visper recipes NAME --parameters")
+            raise ConfigError("--parameters needs a recipe: name it, as in visper recipes NAME --parameters")
         Console().print(_listed({recipe: load_run(recipe) for recipe in recipe_names()}))
     elif parameters:
         Console().print(_sizes(name, load_run(name)))

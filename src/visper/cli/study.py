@@ -12,13 +12,14 @@ NAME = "study"
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for everything it makes", parser=parse_path)] = Path("visper-study"),
-    seeds: Annotated[int, typer.Option(min=1, help="how many; a claim needs five")] = 5,
-    arms: Annotated[list[str] | None, typer.Option("--arm", help="one of the arms; repeat. Default: all")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="everything runs, nothing is learned")] = False,
+    out: Annotated[Path, typer.Option(help="folder for all results", parser=parse_path)] = Path("visper-study"),
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds; a claim needs five")] = 5,
+    arms: Annotated[list[str] | None, typer.Option("--arm", help="an arm; repeatable. Default: all arms")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs")] = False,
 ) -> None:
-    """Compare ways to supervise, on equal seeds, data and labels. Repeat the command to go on after an interruption;
-    started several times, on several cores, it shares the work.
+    """Compare ways to supervise, on the same seeds, data and labels.
+
+    Repeat the command to continue after an interruption. Started several times, the processes share the work.
 
     Example: `visper study --seeds 2 --arm nothing --arm published`
     """
@@ -32,7 +33,7 @@ def run(
     from visper.study.run import study
 
     console, size = Console(), FAST if fast else FULL
-    require_drawable(out / "curves.svg")  # hours before it is drawn
+    require_drawable(out / "curves.svg")  # checked now, because it is drawn hours later
     results, probes = study(out, range(1, seeds + 1), size, console, tuple(arms or ARMS))
     report(results, probes, list(size.labels), out, console)
     console.print(f"report: {out / 'report.json'}, curves: {out / 'curves.svg'}, probes: {out / 'probes.svg'}")

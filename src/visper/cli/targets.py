@@ -1,4 +1,4 @@
-"""``visper targets``: the teachers' targets of a run, computed once."""
+"""``visper targets``: computes and checks a store of a run's targets."""
 
 from enum import Enum
 from pathlib import Path
@@ -10,7 +10,7 @@ from visper.cli.arguments import parse_path
 from visper.common.console import Console
 
 NAME = "targets"
-app = typer.Typer(help="Teachers' targets, computed once into a store that PT reads.", no_args_is_help=True)
+app = typer.Typer(help="Teachers' targets, computed once into a store that training reads.", no_args_is_help=True)
 
 Recipe = Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes, such as data.geometry=pad")]
@@ -18,7 +18,7 @@ Store = Annotated[Path, typer.Option("--out", help="the store's folder", parser=
 
 
 class Dtype(str, Enum):
-    """How targets are kept."""
+    """The storage type of targets."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -31,11 +31,13 @@ def build(
     recipe: Recipe,
     out: Store,
     overrides: Overrides = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="default: the store's own, float16 for a new one")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images a teacher is given at once")] = 32,
-    size: Annotated[bool, typer.Option("--size", help="only say how large the store becomes")] = False,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="storage type; default: the store's own, float16 for a new one")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images per batch of a teacher")] = 32,
+    size: Annotated[bool, typer.Option("--size", help="only print how large the store will be")] = False,
 ) -> None:
-    """Compute the targets of a run's images. Safe to kill and repeat; `torchrun` shares the work among processes.
+    """Compute the targets of a run's images. Safe to kill and repeat; `torchrun` splits the work among processes.
 
     Example: `visper targets build llama3-8b-vit-l/pt --out targets/llava-558k --dtype int8`
     """
@@ -53,10 +55,11 @@ def check(
     recipe: Recipe,
     out: Store,
     overrides: Overrides = None,
-    quick: Annotated[bool, typer.Option("--quick", help="do not read the targets to verify their checksums")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="do not verify the targets' checksums")] = False,
 ) -> None:
-    """Say whether the store has all targets of a run, undamaged. Exit code 1: some are missing or damaged; 2: it is of
-    other teachers.
+    """Check that the store has all targets of a run, undamaged.
+
+    Exit code 1: some are missing or damaged; 2: they were made by other teachers.
 
     Example: `visper targets check llama3-8b-vit-l/pt --out targets/llava-558k`
     """
@@ -79,7 +82,7 @@ def check(
         for part in damaged:
             console.print(f"damaged: {part}")
         if damaged:
-            console.print(f"remove {len(damaged)} damaged files, then {remedy} computes their targets again")
+            console.print(f"remove the {len(damaged)} damaged files, then run {remedy} to compute their targets again")
             raise typer.Exit(1)
     open_targets(settings.distillation, geometry, background, recipe, out)
     plan = build_targets(settings, out, size_only=True)
