@@ -1,7 +1,7 @@
-"""What `visper targets build` costs its main process: images a CPU-second, by dtype.
+"""The throughput of the main process of `visper targets build`: images per CPU second, by dtype.
 
-Targets of the published depth teacher's shape (576 x 1024) from a teacher that computes nothing, over small images that
-a loader process decodes: left are packing, checksums and writing. A GPU would do the packing; here the CPU does.
+The teacher computes nothing and gives targets of the published depth teacher's shape (576 x 1024); the images are small
+and decoded by a loader process. What remains is packing, checksums and writing. The CPU packs here, where a GPU would.
 
     python benchmarks/build_targets.py --folder /tmp/build --out benchmarks/results/build-targets.json
 """
@@ -53,7 +53,7 @@ class FreeTeacher(Teacher):
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """Captioned images that all differ."""
+    """Writes captioned images that all differ."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -66,7 +66,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, dtype: str, images: int) -> float:
-    """Images a CPU-second of this process, all its threads together, beyond what a build of few images costs."""
+    """Images per CPU second of this process with all its threads, after subtracting a build of few images."""
     taken = []
     for count in (FEW, FEW, images):  # the first build also imports
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,9 +96,9 @@ def own_seconds() -> float:
 
 
 def main() -> None:
-    """Prints a line for each dtype, and writes them with command, machine, versions and date."""
+    """Prints one line per dtype, and writes the results with command, machine, versions and date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="takes 1.2 MB an image while it runs")
+    parser.add_argument("--folder", type=Path, required=True, help="needs 1.2 MB per image while it runs")
     parser.add_argument("--images", type=int, default=544)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
     found = {}
     for dtype in DTYPES:
         found[dtype] = round(measure(options.folder / "build", dtype, options.images), 1)
-        print(f"{dtype}: {found[dtype]} images a CPU-second of the main process", flush=True)
+        print(f"{dtype}: {found[dtype]} images per CPU second of the main process", flush=True)
     shutil.rmtree(options.folder / "build")
     if options.out:
         packages = ("torch", "safetensors", "numpy", "pillow")

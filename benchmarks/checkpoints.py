@@ -1,10 +1,10 @@
-"""What a checkpoint costs: how long training stands still, host memory to write one and to resume, bytes read.
+"""The cost of a checkpoint: the pause in training, host memory for writing and resuming, bytes read.
 
     python benchmarks/checkpoints.py --processes 2 4 --out benchmarks/results/checkpoints.json
 
-A stack of linear layers with AdamW, sharded over gloo processes (``fsdp``) or held by each (``ddp``), trains a few
-steps, writes a checkpoint as training does, and trains on while it is written; other processes resume it. Memory is the
-kernel's figure (VmHWM, reset before) above what the process held then. One line of JSON is printed, then a table.
+A stack of linear layers with AdamW, sharded over gloo processes (``fsdp``) or replicated (``ddp``), trains a few steps,
+writes a checkpoint as training does, and continues training while it is written; other processes resume it. Memory is
+the kernel's peak (VmHWM, reset before) minus what the process held at the reset. Prints one line of JSON and a table.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from visper.training.checkpoint_writer import CheckpointWriter
 
 NAME = "checkpoint-1"
 USUAL = 3
-"""Steps before the checkpoint, and beside it."""
+"""Number of steps before the checkpoint, and while it is written."""
 
 
 class CountingReader(HuggingFaceStorageReader):
-    """Counts the bytes that this process takes from the shards."""
+    """Counts the bytes that this process reads from the shards."""
 
     taken = 0
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """torch's, counted."""
+        """Counts the bytes of ``plan`` and reads them."""
         CountingReader.taken += sum(planner.resolve_tensor(item).nbytes for item in plan.items)
         return super().read_data(plan, planner)
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: now (``VmRSS``), or at most since ``forget_peak`` (``VmHWM``)."""
+    """Resident bytes of this process: now (``VmRSS``), or the peak since ``forget_peak`` (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
 def forget_peak() -> int:
-    """Makes the peak what this process holds now, and returns it."""
+    """Resets the peak to the current resident bytes, and returns them."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return resident("VmRSS")
 
@@ -76,7 +76,7 @@ def build(layers: int, width: int, engine: str) -> tuple[nn.Module, torch.optim.
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int) -> float:
-    """One step on eight rows; its seconds."""
+    """Takes one step on eight rows and returns its seconds."""
     began = time.perf_counter()
     model(torch.ones(8, width)).square().mean().backward()
     optimizer.step()
@@ -85,7 +85,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, width: int) -> floa
 
 
 def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, width: int) -> dict[str, float]:
-    """Trains, and on while a checkpoint is written."""
+    """Trains, writes a checkpoint, and continues training while it is written."""
     step(model, optimizer, width)
     usual = [step(model, optimizer, width) for _ in range(USUAL)]
     writer = CheckpointWriter(folder, 1, dist.get_rank() == 0, timedelta(minutes=30))
@@ -105,7 +105,7 @@ def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, widt
 
 
 def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, width: int) -> dict[str, float]:
-    """Each process reads its own shards."""
+    """Resumes the checkpoint; each process reads its own shards."""
     checkpoint.HuggingFaceStorageReader = CountingReader  # type: ignore[misc]
     held, began, cpu = forget_peak(), time.perf_counter(), time.process_time()
     checkpoint.load_weights(model, folder / checkpoint.FOLDER / NAME)
@@ -117,7 +117,7 @@ def resume(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, wid
 
 
 def worker(rank: int, folder: Path, processes: int, work: str, engine: str, layers: int, width: int) -> None:
-    """One process of one measurement, which it writes into a file."""
+    """Runs one process of one measurement and writes its result to a file."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous-{work}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
@@ -128,7 +128,7 @@ def worker(rank: int, folder: Path, processes: int, work: str, engine: str, laye
 
 
 def measure(processes: int, engine: str, layers: int, width: int, parent: Path | None) -> dict[str, Any]:
-    """Both measurements of one engine on so many processes: of each key the largest, and the sum of what is read."""
+    """Both measurements of one engine: each key's values for all processes, and the size on disk."""
     folder = Path(tempfile.mkdtemp(dir=parent))
     result: dict[str, Any] = {"engine": engine, "processes": processes}
     for work in ("write", "resume"):
@@ -142,7 +142,7 @@ def measure(processes: int, engine: str, layers: int, width: int, parent: Path |
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """The figures of the slowest or largest process, in Markdown."""
+    """A Markdown table with the figures of the slowest or largest process."""
     lines = [
         "| engine, processes | MB | step s | pause s | CPU s | step beside s | + MB, write | + MB, resume | MB read |"
     ]
@@ -157,13 +157,13 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Prints one line of JSON and a table; writes the JSON where asked."""
+    """Prints one line of JSON and a table; writes the JSON to ``--out``."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--engines", nargs="+", default=["fsdp", "ddp"], choices=["fsdp", "ddp"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--folder", type=Path, help="where checkpoints are written; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoints; default: a temporary folder")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = [

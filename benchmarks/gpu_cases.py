@@ -1,4 +1,4 @@
-"""The parts of ``gpu_check.py`` that time steps of Llama-3-8B's geometry, and what the planner expects of them."""
+"""The parts of ``gpu_check.py`` that time steps with Llama-3-8B's geometry, and the planner's estimates for them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pathlib import Path
 from typing import Any
 
 Case = Callable[[int], dict[str, Any]]
-"""A micro-batch -> what was found."""
+"""A micro-batch -> measurements."""
 SHARES = (1.0, 0.5, 0.0)
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
-    """JSON, in place."""
+    """Writes a JSON file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def device_of(options: argparse.Namespace) -> str:
-    """``cuda``, or ``cpu`` where the check is tiny or there is no GPU."""
+    """``cuda``, or ``cpu`` if the check is tiny or there is no GPU."""
     import torch
 
     return "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
 
 
 def setting_of(options: argparse.Namespace, micro_batch: int, device: str | None = None, **changes: Any) -> Any:
-    """The step's setting: Llama-3-8B's geometry, or the tiny one."""
+    """The settings of a step: Llama-3-8B's geometry, or the tiny one."""
     import torch
     from gpu_steps import Setting
     from pretraining_step import GEOMETRIES
@@ -46,10 +46,10 @@ def setting_of(options: argparse.Namespace, micro_batch: int, device: str | None
 
 
 def cases(options: argparse.Namespace, table: dict[str, Case]) -> dict[str, Any]:
-    """Each case with its peak memory; written after each.
+    """Runs each case and records its peak memory; results are written after each.
 
-    One that fails does not stop the next. One that needs more memory than there is runs again with half the
-    micro-batch; one that would end after the part's time is left out, by the longest so far.
+    A failed case does not stop the next. A case that runs out of memory runs again with half the micro-batch. A case is
+    skipped if it would exceed the part's time, judging by the longest so far.
     """
     found: dict[str, Any] = {}
     began, longest = time.monotonic(), 0.0
@@ -67,7 +67,7 @@ def cases(options: argparse.Namespace, table: dict[str, Case]) -> dict[str, Any]
 
 
 def measured(options: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """What a case finds at the largest of two micro-batches that fits."""
+    """The measurements of a case at the larger of two micro-batches that fits."""
     import torch
     from pretraining_step import peak_gib
 
@@ -93,7 +93,7 @@ def measured(options: argparse.Namespace, case: Case) -> dict[str, Any]:
 
 
 def pt(options: argparse.Namespace) -> dict[str, Any]:
-    """Pre-training with stored targets, then with live teachers of published size."""
+    """Times pre-training with stored targets, then with live teachers of published size."""
     from gpu_steps import pre_training
 
     def case(live: bool, share: float) -> Case:
@@ -108,7 +108,7 @@ def pt(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ift(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tuning on as many layers as fit, packed and once padded."""
+    """Times fine-tuning with as many layers as fit, packed and once padded."""
     from gpu_steps import fine_tuning
 
     def case(packed: bool, share: float) -> Case:
@@ -120,12 +120,12 @@ def ift(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def layers_of(options: argparse.Namespace) -> int | None:
-    """Decoder layers in fine-tuning."""
+    """The number of decoder layers in fine-tuning."""
     return None if options.tiny else int(options.layers)
 
 
 def lora(options: argparse.Namespace) -> dict[str, Any]:
-    """Low-rank updates of the LLM at full depth."""
+    """Times low-rank updates of the LLM at full depth."""
     from gpu_steps import fine_tuning
 
     if importlib.util.find_spec("peft") is None:
@@ -138,7 +138,7 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def variants(options: argparse.Namespace) -> dict[str, Any]:
-    """Fine-tuning under each attention, compiled or not, and with fused losses; pre-training compiled."""
+    """Times fine-tuning with each attention, compiled or not, and with fused losses; and pre-training, compiled."""
     import torch.nn.functional as F
     from gpu_steps import fine_tuning, pre_training
 
@@ -164,7 +164,7 @@ def variants(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
-    """The peaks that the planner expects of PT's, IFT's and LoRA's cases, in bytes."""
+    """The planner's peaks for the cases of PT, IFT and LoRA, in bytes."""
     from gpu_plan import planned_fine_tuning, planned_pre_training
 
     found: dict[str, Any] = {"pt": {}, "ift": {}, "lora": {}}
@@ -185,7 +185,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(folder: Path, parts: list[str]) -> list[str]:
-    """A line for each case of these parts: seconds, MFU, share of waiting for data, peak and planned peak."""
+    """One line per case of these parts: seconds, MFU, share of waiting for data, peak and planned peak."""
     planned = _read(folder / "plan.json")
     lines = []
     for part in parts:

@@ -1,12 +1,12 @@
-"""One call for one GPU, at most nine minutes: what this library does there, and what that costs.
+"""Checks and times this library on one GPU, in one command of at most nine minutes.
 
-    make wheels                                     # where a network is; carry the folder wheels/ along
+    make wheels                                     # on a machine with a network; copy the folder wheels/ along
     python benchmarks/gpu_check.py                  # one 80 GB GPU: torch, transformers, accelerate, no network
     python benchmarks/gpu_check.py --tiny           # every path on the CPU, in minutes
 
-Each part is a process with a time budget and writes ``OUT/PART.json`` as soon as it is done; one that fails, or runs
-out of time, leaves its traceback there and does not stop the next. What does not fit in the time is skipped, which is
-said. At the end a line is printed for each case, the planner's peak beside the measured one. The exit code is the
+Each part is a process with a time budget and writes ``OUT/PART.json`` when it is done. A part that fails or runs out of
+time leaves its traceback there and does not stop the next. Parts that do not fit in the time are skipped, and a message
+says so. At the end one line is printed per case, with the planner's peak beside the measured one. The exit code is the
 number of failed parts.
 """
 
@@ -35,21 +35,21 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_check"
 WHEELS = ROOT / "wheels"
 BUDGETS = {"tests": 40, "quickstart": 80, "pt": 115, "waits": 25, "resume": 45, "ift": 60, "lora": 45, "variants": 125}
-"""Seconds of each part, in this order: the most telling first."""
+"""Seconds of each part, in the order in which they run: the most important first."""
 ALL = 535
-"""Seconds of all parts, in which nothing but the parts takes time."""
+"""Seconds of all parts together."""
 PLANNING = "plan"
-"""The part that needs no GPU: it runs beside the others from the start."""
+"""The part that needs no GPU. It runs in parallel to the others from the start."""
 NEEDED = "accelerate filelock jinja2 PIL pyarrow pydantic requests rich scipy tokenizers torch torchvision transformers"
 NEEDED += " typer xxhash yaml"
-"""What is imported; without ``datasets``, which training does not need."""
+"""Packages that are imported, without ``datasets``, which training does not need."""
 GPU_TESTS = ("tests/training/test_compilation.py", "tests/training/test_lora.py")
 STEPS = 50
 Part = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def tests(options: argparse.Namespace) -> dict[str, Any]:
-    """The tests that need a GPU; on a CPU they are collected and skipped."""
+    """Runs the tests that need a GPU; on a CPU they are collected and skipped."""
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "pytest is not installed: carry its wheel in wheels/"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *GPU_TESTS]
@@ -60,7 +60,7 @@ def tests(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def quickstart_runs(folder: Path, options: argparse.Namespace, precision: str, steps: int, name: str) -> dict[str, Any]:
-    """The quickstart's PT and IFT under ``folder/name``, in this precision."""
+    """The runs of the quickstart's PT and IFT under ``folder/name``, in this precision."""
     from visper.common.console import Console
     from visper.quickstart.run import FAST, copy_bases, prepare_world, stage_runs
 
@@ -76,13 +76,13 @@ def quickstart_runs(folder: Path, options: argparse.Namespace, precision: str, s
 
 
 def logged(output: str) -> list[dict[str, float]]:
-    """The lines of a run's log that hold a loss."""
+    """The lines of a run's log that have a loss."""
     lines = (Path(output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
 def quickstart(options: argparse.Namespace) -> dict[str, Any]:
-    """PT and IFT through the real trainer, in bfloat16 on the GPU and in float32 on its host's CPU."""
+    """Trains PT and IFT with the real trainer, in bfloat16 on the GPU and in float32 on the host's CPU."""
     from visper.training import run_stage
 
     steps = 3 if options.tiny else STEPS
@@ -117,7 +117,7 @@ def quickstart(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def waits(options: argparse.Namespace) -> dict[str, Any]:
-    """How often a step of the real trainer makes the host wait for the device, by place in the code."""
+    """Counts how often a step of the real trainer makes the host wait for the device, by place in the code."""
     import warnings
 
     import torch
@@ -130,16 +130,16 @@ def waits(options: argparse.Namespace) -> dict[str, Any]:
     kept: dict[str, int] = {}
 
     class Steady(TrainerCallback):
-        """Counts from the third step on, checkpoints left out."""
+        """Counts from the third step on, without checkpoints."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """The third step is the first that counts."""
+            """Forgets the first two steps."""
             if state.global_step == 2:
                 counter.places.clear()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """The last step's checkpoint comes later."""
-            kept.clear()  # also of what was counted before the third step
+            """Copies the counts now: the last step's checkpoint comes later."""
+            kept.clear()  # removes what was counted before the third step
             kept.update(counter.places)
 
     def shown(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
@@ -172,7 +172,7 @@ def waits(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def resume(options: argparse.Namespace) -> dict[str, Any]:
-    """A run that is killed after its checkpoint and resumed, beside one that is not."""
+    """Compares a run that is killed after its checkpoint and resumed with one that is not."""
     from visper.config import save_run
     from visper.training import run_stage
 
@@ -217,7 +217,7 @@ def head() -> dict[str, Any]:
 
 
 def run_part(options: argparse.Namespace) -> int:
-    """One part in this process."""
+    """Runs one part in this process."""
     if device_of(options) == "cpu":
         import torch
 
@@ -226,7 +226,7 @@ def run_part(options: argparse.Namespace) -> int:
     try:
         found, failed = PARTS[options.part](options), False
         failed = any(isinstance(case, dict) and "failed" in case for case in found.values())
-    except Exception:  # noqa: BLE001  written down; the next part goes on
+    except Exception:  # noqa: BLE001  recorded; the next part still runs
         found, failed = {"failed": traceback.format_exc()}, True
         traceback.print_exc()
     if options.on_cpu:
@@ -237,7 +237,7 @@ def run_part(options: argparse.Namespace) -> int:
 
 
 def install_wheels() -> None:
-    """Puts the wheels of ``wheels/`` that are not installed into a folder that only this check reads."""
+    """Installs missing packages from ``wheels/`` into a folder that only this check uses."""
 
     def installed(wheel: Path) -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -254,11 +254,11 @@ def install_wheels() -> None:
     importlib.invalidate_caches()
     missing = [name for name in NEEDED.split() if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"not installed, and not in {WHEELS}: {', '.join(missing)}: carry their wheels along")
+        sys.exit(f"not installed, and not in {WHEELS}: {', '.join(missing)}: copy their wheels there")
 
 
 def started(options: argparse.Namespace, part: str, seconds: float) -> subprocess.Popen[bytes]:
-    """The process of a part, which has so many seconds."""
+    """Starts a part in a process that has this many seconds."""
     file = options.out / f"{part}.json"
     file.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", part, "--out", str(file), "--layers", str(options.layers)]
@@ -268,7 +268,7 @@ def started(options: argparse.Namespace, part: str, seconds: float) -> subproces
 
 
 def ended(options: argparse.Namespace, part: str, process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Waits for a part at most so many seconds, then ends it and what it started; whether it did well."""
+    """Waits for a part at most this many seconds, then kills it and its children. Returns whether it succeeded."""
     file = options.out / f"{part}.json"
     try:
         return process.wait(seconds) == 0
@@ -281,8 +281,8 @@ def ended(options: argparse.Namespace, part: str, process: subprocess.Popen[byte
 
 
 def run_parts(options: argparse.Namespace) -> int:
-    """All parts, each in its process, and the planner beside them; prints a line for each part and each case."""
-    slower = 10 if options.tiny else 1  # on two cores that others use
+    """Runs all parts, each in its process and the planner in parallel; prints one line per part and per case."""
+    slower = 10 if options.tiny else 1  # two shared CPU cores
     began, failures = time.monotonic(), 0
 
     def left() -> float:
@@ -307,13 +307,13 @@ def run_parts(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Runs all parts, or one in this process."""
+    """Runs all parts, or only one, in this process."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="small models, on the CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*BUDGETS, PLANNING])
     parser.add_argument("--micro-batch", type=int, default=0, help="default: 16; 2 with --tiny")
-    parser.add_argument("--layers", type=int, default=8, help="of the LLM in fine-tuning")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder; with --part a file")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the LLM in fine-tuning")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder; with --part, a file")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help=argparse.SUPPRESS)
     parser.add_argument("--on-cpu", action="store_true", help=argparse.SUPPRESS)

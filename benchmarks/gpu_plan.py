@@ -1,7 +1,7 @@
-"""What ``visper plan`` expects of the steps that ``gpu_check.py`` measures: the same model and batch, without values.
+"""The planner's estimates for the steps that ``gpu_check.py`` measures, with the same model and batch.
 
-The planner's own trace (``planning.fake_step``) and sizes of teachers, but the rows are those that are timed. So what
-differs from the measured peak is the planner's fault, not that of other rows.
+They use the planner's own trace (``planning.fake_step``) and teacher sizes, but the rows of the timed steps. So any
+difference from the measured peak is an error of the planner and not due to different rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECIPE = "llama3-8b-vit-l/pt"
 
 
 def planned_pre_training(setting: Setting, live: bool) -> dict[str, float]:
-    """Bytes by what holds them in a PT step, ``peak`` their sum, without the driver's."""
+    """Bytes of a PT step by what holds them, and their sum as ``peak``, without the driver's."""
     run = planned_run(setting)
     model = build_model(setting.geometry, "meta", setting.dtype, setting.recomputed)
     batch, fake = random_batch(setting.geometry, model, setting.micro_batch, "cpu"), new_fake()
@@ -37,14 +37,14 @@ def planned_pre_training(setting: Setting, live: bool) -> dict[str, float]:
     held = traced(model, batch, run, fake)
     held["targets"] = float(sum(target.nbytes for target in made.values()))
     held["teachers"] = sum(teacher.weights for teacher in teachers)
-    # Teachers run before the step, when there are no gradients.
+    # Teachers run before the step, when no gradients exist.
     teaching = max((teacher.activations for teacher in teachers), default=0.0) - held["gradients"]
     held["activations"] = max(held["activations"], teaching)
     return {**held, "peak": sum(held.values())}
 
 
 def planned_fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> dict[str, float]:
-    """The same of an IFT step over the largest of the batches that are timed."""
+    """Bytes of an IFT step in the same form, for the largest of the timed batches."""
     model = tuned_with_updates(setting, lora)
     batches = tuning_batches(setting, model, packed)
     largest = max(batches, key=lambda batch: batch["labels"].numel())
@@ -54,14 +54,14 @@ def planned_fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> dict[s
 
 
 def planned_run(setting: Setting) -> Run:
-    """The run whose precision and teachers these are; gradients are not clipped in the steps that are timed."""
+    """A run with this precision and these teachers, without gradient clipping, as in the timed steps."""
     precision = "bfloat16" if setting.half else "float32"
     changes = ["optimization.max_grad_norm=0", f"optimization.micro_batch={setting.micro_batch}"]
     return load_run(RECIPE, [*changes, f"optimization.precision={precision}"])
 
 
 def new_fake() -> FakeTensorMode:
-    """Makes tensors without values."""
+    """The mode that makes tensors without values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

@@ -1,8 +1,8 @@
-"""The steps that ``gpu_check.py`` times: pre-training, live or stored targets; fine-tuning, padded or packed.
+"""The steps that ``gpu_check.py`` times: pre-training, with live or stored targets; fine-tuning, padded or packed.
 
-Random weights. PT's rows are of one length (see pretraining_step.py), fine-tuning's of mixed length (see packing.py).
-Fine-tuning holds weights, gradients and AdamW's two moments of every LLM parameter in float32, 16 bytes each: the LLM
-is cut to ``layers`` so that this fits; a layer's cost does not depend on their number.
+Weights are random. PT's rows have the same length (see pretraining_step.py), fine-tuning's have mixed lengths (see
+packing.py). Fine-tuning holds weights, gradients and AdamW's two moments of every LLM parameter in float32, 16 bytes
+per parameter. The LLM is cut to ``layers`` so that this fits; the cost of a layer does not depend on their number.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
 Case = dict[str, Any]
 WARMING = 3
-"""Steps before those that are timed: in one FLOPs are counted, operation by operation, and two may compile."""
+"""Untimed steps at the start: one counts FLOPs operation by operation, and two may compile."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a step is taken.
+    """The settings of a step.
 
     Attributes:
-        geometry: of ``pretraining_step.GEOMETRIES``.
-        micro_batch, steps: rows of a step; steps that are timed.
-        device: "cuda", "cpu", or "meta" where a step is planned.
-        half: whether what is frozen is in bfloat16, under autocast.
-        layers: of the LLM in fine-tuning; None: all.
-        recomputed: share of layers whose activations are computed again.
-        peak: the device's FLOPs per second; None: unknown.
-        attention: of the LLM in fine-tuning.
-        compiled: whether decoder layers and predictors are compiled (``optimization.compile``).
-        fused: of ``FUSED``, the loss of the answers in one kernel; None: as in training.
+        geometry: one of ``pretraining_step.GEOMETRIES``.
+        micro_batch, steps: rows per step; number of timed steps.
+        device: "cuda", "cpu", or "meta" for planning.
+        half: frozen weights are in bfloat16, under autocast.
+        layers: layers of the LLM in fine-tuning; None: all.
+        recomputed: share of layers whose activations are recomputed.
+        peak: the device's FLOPs per second; None if unknown.
+        attention: the LLM's attention in fine-tuning.
+        compiled: decoder layers and predictors are compiled (``optimization.compile``).
+        fused: one of ``FUSED``, a fused kernel for the loss of the answers; None: the loss of training.
     """
 
     geometry: Geometry
@@ -73,11 +73,11 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is frozen."""
+        """The precision of frozen weights."""
         return torch.bfloat16 if self.half else torch.float32
 
     def mfu(self, flops: float, seconds: float) -> float | None:
-        """Model FLOPs over what the peak allows; None where that is unknown."""
+        """Model FLOPs as a share of the peak; None if the peak is unknown."""
         return None if self.peak is None else flops / seconds / self.peak
 
 
@@ -90,7 +90,7 @@ def teachers_of(device: str, dtype: torch.dtype) -> dict[str, Teacher]:
 
 @contextlib.contextmanager
 def loaded_batches(setting: Setting, configuration: str) -> Iterator[Callable[[], object]]:
-    """A function that waits for the next batch of training's loader: JPEGs that its processes decode and resize."""
+    """A function that waits for the next batch of training's loader, whose processes decode and resize JPEGs."""
     images, size = 32, setting.micro_batch
     with tempfile.TemporaryDirectory() as folder:
         loader.write_rows(Path(folder), images)
@@ -101,7 +101,7 @@ def loaded_batches(setting: Setting, configuration: str) -> Iterator[Callable[[]
 
 
 def pre_training(setting: Setting, live: bool) -> Case:
-    """A PT step: its parts in seconds, MFU, the teachers' share, and the share of waiting for the loader."""
+    """Times a PT step: its parts in seconds, MFU, the teachers' share, and the share of waiting for the loader."""
     geometry, device, size = setting.geometry, setting.device, setting.micro_batch
     teachers = teachers_of(device, setting.dtype) if live else {}
     model = build_model(geometry, device, setting.dtype, setting.recomputed)
@@ -140,7 +140,7 @@ def tuned_model(setting: Setting) -> TrainingModel:
 
 
 def rows_of(geometry: Geometry, count: int) -> list[Sample]:
-    """Rows of mixed length with this geometry's pictures and words."""
+    """Rows of mixed length, with image tokens and vocabulary of this geometry."""
     sizes, has_image = packing.lengths(count, 0)
     side, image_id = geometry.vision["image_size"], geometry.llm["vocab_size"] - 1
     found = []
@@ -155,11 +155,11 @@ def rows_of(geometry: Geometry, count: int) -> list[Sample]:
 
 
 FUSED = ("linear_cross_entropy", "liger")
-"""torch's own (2.15), and Liger's kernel, which needs a GPU."""
+"""torch's own fused loss (2.15), and Liger's kernel, which needs a GPU."""
 
 
 def fused_loss(model: TrainingModel, kind: str) -> Callable[..., Tensor]:
-    """In place of ``next_token_loss``: one that never holds the logits of all answers."""
+    """A replacement for ``next_token_loss`` that never holds the logits of all answers."""
     weight_VD = model.student.get_output_embeddings().weight
     bias_V = weight_VD.new_zeros(len(weight_VD)).index_fill_(0, model.silent_ids, float("-inf"))
 
@@ -180,7 +180,7 @@ def fused_loss(model: TrainingModel, kind: str) -> Callable[..., Tensor]:
 
 
 def tuning_batches(setting: Setting, model: TrainingModel, packed: bool) -> list[Any]:
-    """Micro-batches of mixed lengths: ``WARMING`` that are not timed, then ``steps``."""
+    """Micro-batches of mixed lengths: ``WARMING`` untimed ones, then ``steps``."""
     padded = Collator(0)
     if packed:
         separate_samples(model.student.get_decoder())
@@ -191,7 +191,7 @@ def tuning_batches(setting: Setting, model: TrainingModel, packed: bool) -> list
 
 
 def tuned_with_updates(setting: Setting, lora: int) -> TrainingModel:
-    """A student whose frozen LLM has updates of rank ``lora``; 0: a student that is trained itself."""
+    """A student whose frozen LLM has updates of rank ``lora``; 0: a student with a trainable LLM."""
     model = tuned_model(setting)
     if lora:
         model.student.get_decoder().to(setting.dtype)
@@ -204,7 +204,7 @@ def tuned_with_updates(setting: Setting, lora: int) -> TrainingModel:
 
 
 def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
-    """An IFT step over rows of mixed length; ``lora``: rank of the updates of a frozen LLM in half precision."""
+    """Times an IFT step over rows of mixed length; ``lora``: rank of the updates of a frozen half-precision LLM."""
     device, half = setting.device, setting.half
     model = tuned_with_updates(setting, lora)
     if setting.fused is not None:
@@ -245,7 +245,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
 
 
 def placed(batch: Any, device: str, half: bool) -> dict[str, Any]:
-    """What the model is given, on the device."""
+    """The model's inputs, on the device."""
     given = {key: batch[key] for key in FORWARD_KEYS if key in batch}
     given = send_to_device(given, device, non_blocking=True)
     if half and "pixel_values" in given:

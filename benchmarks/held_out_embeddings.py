@@ -1,8 +1,8 @@
-"""How well a pre-trained student's tapped layers predict its teachers on images that it never saw.
+"""Measures how well a pre-trained student's tapped layers predict its teachers on held-out images.
 
-For every task and layer: the cosine of predicted and true embeddings over held-out images, both with their mean over
-the images taken away (what all images share earns nothing), beside the same with the images swapped. The caption
-is absent: the predictors read the prompt's text only.
+For every task and layer: the cosine of predicted and true embeddings over held-out images, after subtracting their
+means over the images (so that what all images share does not count), beside the same with the images swapped. There is
+no caption: the predictors read only the prompt's text.
 
     python benchmarks/held_out_embeddings.py runs/photographs/pt --images photos/coco --prompt "What is in the photo?"
 """
@@ -18,7 +18,7 @@ from visper.evaluation.predictions import load_pre_trained, predict_images, teac
 
 
 def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor) -> Tensor:
-    """``[S]``: cosine over tokens and channels after each side's mean over the images is taken away."""
+    """``[S]``: cosine over tokens and channels after subtracting each side's mean over the images."""
     predicted, target = ((values - values.mean(0)).flatten(1) for values in (predicted_SNE, target_SNE))
     return torch.cosine_similarity(predicted, target, dim=1)
 
@@ -31,10 +31,10 @@ def interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints one line for every task and layer."""
+    """Prints one line per task and layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="a finished PT run's folder")
-    parser.add_argument("--images", type=Path, required=True, help="folder of held-out images, searched through")
+    parser.add_argument("--images", type=Path, required=True, help="folder of held-out images, searched recursively")
     parser.add_argument("--prompt", default="What is in the photo?")
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Where a training step would make the host wait for its GPU, found on a CPU: shared by a test and ``gpu_check.py``.
+"""Finds, on a CPU, where a training step would make the host wait for a GPU. Used by a test and by ``gpu_check.py``.
 
-A GPU tells its own waits (``torch.cuda.set_sync_debug_mode``). A CPU never waits, but runs the same operations: those
-whose result, or its size, the host must know are counted here by their place in the code.
+On a GPU, ``torch.cuda.set_sync_debug_mode`` reports waits. A CPU never waits, but runs the same operations. This module
+counts the operations whose result, or its size, the host must know, by their place in the code.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ WAITING = frozenset(
         "masked_scatter_backward",
     )
 )
-"""Operations whose result, or the size of it, the host must know."""
+"""Operations whose result, or its size, the host must know."""
 COPIED = (Tensor.tolist, Tensor.numpy, Tensor.cpu)
-"""Ways to the host that reach no operation where the tensor is there already."""
+"""Tensor methods that copy to the host. They call no operation if the tensor is on the host already."""
 THIS = Path(__file__).name
 
 
 class HostWaits:
-    """``places``: how often each place made the host wait, as "file:line operation"; the innermost that counts.
+    """Counts how often each place would make the host wait.
 
     Args:
-        packages: whose lines are named; of a wait outside of them only the operation is.
+        packages: packages whose lines are reported; outside of them, only the operation is.
+
+    Attributes:
+        places: counts by place, as "file:line operation", of the innermost line in ``packages``.
     """
 
     def __init__(self, packages: tuple[str, ...] = ("visper", "transformers", "accelerate", "torch/optim")) -> None:
@@ -50,7 +53,7 @@ class HostWaits:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts what happens inside, in this thread."""
+        """Counts the operations of this thread inside the context."""
         with around_operations(self._operation), _Copies(self):
             yield
 
@@ -62,7 +65,7 @@ class HostWaits:
         return operation(*args, **kwargs)
 
     def add(self, name: str) -> None:
-        """A wait of the operation ``name``, here."""
+        """Adds a wait of the operation ``name`` at the current line."""
         frames = [f for f in traceback.extract_stack() if any(package in f.filename for package in self._packages)]
         frames = [f for f in frames if not f.filename.endswith("common/compat.py")]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} " if frames else ""
@@ -83,7 +86,7 @@ class _Copies(TorchFunctionMode):
 
 
 def _masked(name: str, args: Any) -> bool:
-    """Whether an index is a mask, whose True entries must be counted."""
+    """True if an index is a mask, whose True entries must be counted."""
     if name not in ("index", "index_put", "index_put_"):
         return False
     return any(isinstance(index, Tensor) and index.dtype is torch.bool for index in args[1])

@@ -1,13 +1,13 @@
-"""What joining the conversations about one image gains: images and tokens of an epoch, seconds of a conversation.
+"""The gain from joining conversations about the same image: images and tokens per epoch, seconds per conversation.
 
     python benchmarks/joined_rows.py --out benchmarks/results/joined-rows.json
 
-The rows are generated: 665,298 of them, 624,610 about 349,034 images, as LLaVA-665K has. Rows by directory are as
-published; that GQA, OCR-VQA and TextVQA show each image once, and that COCO's rows are spread at random over all its
-118,287 images, is assumed. Lengths are those that ``packing.py`` assumes.
+The rows are generated: 665,298 of them, 624,610 about 349,034 images, as in LLaVA-665K. Rows by directory are as
+published. It is assumed that GQA, OCR-VQA and TextVQA show each image once, and that COCO's rows are spread at random
+over all of its 118,287 images. Lengths are those that ``packing.py`` assumes.
 
-The seconds are CPU seconds of one thread, forward and backward of a small Llama with random weights. Its encoder is
-tiny: what a large one saves comes on top. Every variant takes the same micro-batches of the same conversations.
+Seconds are CPU seconds of one thread, for forward and backward of a small Llama with random weights. Its encoder is
+tiny, so a large one would save more. Every variant uses the same micro-batches of the same conversations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PREFIX = 1 + IMAGE_TOKENS + TASK_TOKENS
 
 
 def generated(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row its group, its tokens of text, and whether it shows an image."""
+    """For each row: its group, its number of text tokens, and whether it shows an image."""
     drawn = np.random.default_rng(seed)
     found, first = [], 0
     for name, rows in ROWS.items():
@@ -70,8 +70,8 @@ def sample(row: int, text: int, group: int, image: bool) -> Sample:
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128, help="conversations of a step")
-    parser.add_argument("--micro-batch", type=int, default=16, help="of the measured steps")
+    parser.add_argument("--batch", type=int, default=128, help="conversations per step")
+    parser.add_argument("--micro-batch", type=int, default=16, help="micro-batch of the measured steps")
     parser.add_argument("--micro-batches", type=int, default=4, help="measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)

@@ -1,10 +1,11 @@
-"""What the loader of PT costs: images a CPU-second, by what is made of each image.
+"""The throughput of PT's loader: images per CPU second, by what is made of each image.
 
-640 x 480 JPEGs (generated, about 66 KB) through the dataset, the collator and one loader process; counted is the CPU
-time of that process and of the one that receives the batches, up to the pixels as the networks read them. Teachers are
-of the published sizes: depth 336, seg 768, gen 224 pixels; the image of the student has 336. Other jobs on the machine
-make a CPU-second do less: compare figures of one day only, beside Pillow's rate of decoding the same files. Last come
-20 small tensors, about what a batch of PT holds beside pixels, sent as they are and as ``SentBatch``.
+640 x 480 JPEGs (generated, about 66 KB) pass through the dataset, the collator and one loader process. Measured is the
+CPU time of that process and of the one that receives the batches, up to the pixels that the networks read. Teachers
+have the published sizes: depth 336, seg 768, gen 224 pixels; the student's image has 336. With other jobs on the
+machine a CPU second does less work, so compare only figures of the same day, relative to Pillow's rate of decoding the
+same files. The last measurement sends 20 small tensors, about what a batch of PT has besides pixels, as they are and
+as ``SentBatch``.
 
     python benchmarks/loader.py --out benchmarks/results/loader.json
 """
@@ -59,7 +60,7 @@ CONFIGURATIONS: dict[str, tuple[str, ...]] = {
 
 
 def write_rows(folder: Path, count: int) -> None:
-    """Captioned images with as much detail as photographs have."""
+    """Writes captioned images with as much detail as photographs."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(count):
@@ -73,19 +74,19 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU seconds of this process and of the ones it has waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 class Loading:
-    """The rows of ``write_rows`` as PT reads them.
+    """The rows of ``write_rows``, as PT reads them.
 
     Args:
-        folder: of the rows.
+        folder: folder of the rows.
         configuration: a key of ``CONFIGURATIONS``.
-        geometry: of the images.
-        count: rows in all.
+        geometry: geometry of the images.
+        count: number of rows.
     """
 
     def __init__(self, folder: Path, configuration: str, geometry: str, count: int) -> None:
@@ -107,14 +108,14 @@ class Loading:
         )
 
     def receive(self, made: Any) -> None:
-        """What training does on the device with the pixels of a batch costs no CPU: only their sizes are looked at."""
+        """Reads only the sizes of a batch's pixels: training processes them on the device, which costs no CPU time."""
         for task, look in self.squashed.items():
             assert made["teacher_images"][task].shape[1:] == (3, *look.size)
         assert made["pixel_values"].shape[1:] == (3, 336, 336)
 
 
 def measure(loading: Loading, batch: int, epochs: int) -> float:
-    """Images a CPU-second over ``epochs`` epochs, beyond what an epoch of one batch costs to start."""
+    """Images per CPU second over ``epochs`` epochs, after subtracting the start-up, an epoch of one batch."""
 
     def run(rows: list[int]) -> float:
         before = cpu_seconds()
@@ -130,7 +131,7 @@ def measure(loading: Loading, batch: int, epochs: int) -> float:
 
 
 def decoding_rate(folder: Path) -> float:
-    """Images a CPU-second that Pillow only decodes, in this process: the yardstick; the best of five rounds."""
+    """Images per CPU second that Pillow decodes in this process, for comparison; the best of five rounds."""
     contents = [file.read_bytes() for file in sorted(folder.glob("*.jpg"))]
     taken = []
     for _ in range(5):
@@ -142,7 +143,7 @@ def decoding_rate(folder: Path) -> float:
 
 
 def sending_cost(collate: Callable[[Any], Any], batches: int = 150) -> float:
-    """CPU milliseconds of a batch from a loader's process to this one, beyond the start."""
+    """CPU milliseconds to send a batch from a loader process to this one, without start-up."""
 
     def run(count: int) -> float:
         before = cpu_seconds()
@@ -155,7 +156,7 @@ def sending_cost(collate: Callable[[Any], Any], batches: int = 150) -> float:
 
 
 def small_tensors(_: Any) -> dict[str, torch.Tensor]:
-    """20 of 16 x 60 token ids."""
+    """20 tensors of 16 x 60 token ids."""
     return {str(number): torch.zeros(16, 60, dtype=torch.long) for number in range(20)}
 
 
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--geometry", nargs="+", default=["squash", "pad"])
-    parser.add_argument("--label", default="now", help="the name of these figures in --out")
+    parser.add_argument("--label", default="now", help="the name of these results in --out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

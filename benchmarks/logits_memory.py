@@ -1,10 +1,11 @@
-"""What the next-token loss costs in memory: logits at every position, or where labels are.
+"""The memory of the next-token loss, with logits at every position or only at labels.
 
     python benchmarks/logits_memory.py --out benchmarks/results/logits-memory.json
 
-128k words, 650 positions a row of which 20 are supervised. ``full`` is what a causal LM of transformers does when it is
-given labels; ``ours`` is ``TrainingModel.next_token_loss``. Each runs in a process of its own, forward and backward to
-the hidden states; counted is how far its resident memory climbs above what it held before (head and states included).
+A vocabulary of 128k, 650 positions per row of which 20 are supervised. ``full`` is what a causal LM of transformers
+does with labels; ``ours`` is ``TrainingModel.next_token_loss``. Each runs in its own process, forward and backward to
+the hidden states. Measured is the peak of resident memory above what the process held before (including head and
+states).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ POSITIONS, SUPERVISED = 650, 20
 
 
 def resident(field: str) -> float:
-    """MiB of this process, now (``VmRSS``) or at most so far (``VmHWM``)."""
+    """Resident MiB of this process, now (``VmRSS``) or at the peak so far (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
@@ -58,7 +59,7 @@ def measure(kind: str, rows: int, words: int, width: int) -> dict[str, float]:
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--kind", choices=("full", "ours"), help="measure one, in this process")
+    parser.add_argument("--kind", choices=("full", "ours"), help="measure one variant, in this process")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--words", type=int, default=128_256)
     parser.add_argument("--width", type=int, default=256)

@@ -1,6 +1,6 @@
-"""What monitoring costs a step: seconds of everything the monitor does, beside the step it watches.
+"""The cost of monitoring: seconds per step of everything the monitor does, beside the step itself.
 
-python benchmarks/monitoring.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds a step
+python benchmarks/monitoring.py RUN_OUTPUT/log.jsonl     # a log of the quickstart, for its seconds per step
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What an objective in fine-tuning costs: processor seconds a step and peak memory beside plain IFT.
+"""The cost of an objective in fine-tuning: CPU seconds per step and peak memory, compared with plain IFT.
 
-The quickstart's student, data and batch; each arm in a process of its own, one thread, float32, a live teacher where
-the target has one. Two runs of an arm of 15 and 55 steps: their difference is 40 steps without start-up.
+Uses the quickstart's student, data and batch. Each arm runs in its own process, with one thread, in float32, with a
+live teacher if the target has one. An arm runs twice, for 15 and 55 steps: the difference is 40 steps without
+start-up.
 
     visper quickstart --fast --out /tmp/quickstart          # the world, the bases and a PT to start from
     python benchmarks/objectives.py /tmp/quickstart
@@ -39,7 +40,7 @@ SHORT, LONG = 15, 55
 
 
 def train(quickstart: Path, arm: str, steps: int) -> None:
-    """One run, in this process; prints its processor seconds and peak memory as JSON."""
+    """Runs once, in this process, and prints CPU seconds and peak memory as JSON."""
     from visper.config import load_run
     from visper.training import run_stage
 

@@ -1,11 +1,11 @@
-"""What packing gains in IFT: the same steps over rows of mixed length, padded, grouped by length, packed.
+"""The gain from packing in IFT: the same steps over rows of mixed length, padded, grouped by length, and packed.
 
     python benchmarks/packing.py --out benchmarks/results/packing.json
 
-Random weights and rows. Lengths: 94 % of the rows show an image (600 tokens with the task tokens) and add text of
-lognormal length (median 120 tokens, sigma 0.8); 6 % are text alone (median 900, sigma 0.8); none above 2,048. That is
-the shape of LLaVA-665K as we assume it, not a measurement of it. Each variant takes the same rows in steps of
-``--batch``; times are CPU seconds of one thread, variants in turn, several times over.
+Weights and rows are random. Lengths: 94 % of the rows show an image (600 tokens with the task tokens) and have text of
+lognormal length (median 120 tokens, sigma 0.8); 6 % are only text (median 900, sigma 0.8); none is above 2,048. This
+is an assumption about LLaVA-665K, not a measurement. Each variant uses the same rows in steps of ``--batch``; times
+are CPU seconds of one thread; the variants run in turn, several times.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMAGE_ID = 999
 
 
 def lengths(rows: int, seed: int) -> tuple[list[int], list[bool]]:
-    """Tokens of each row, and whether it shows an image."""
+    """For each row: its number of tokens, and whether it shows an image."""
     generator = torch.Generator().manual_seed(seed)
     has_image = torch.rand(rows, generator=generator) < 0.94
     spread = torch.exp(0.8 * torch.randn(rows, generator=generator))
@@ -60,7 +60,7 @@ def sample(number: int, length: int, image: bool) -> Sample:
 
 
 def build(width: int, layers: int, attention: str) -> TrainingModel:
-    """A Llama-like student in which what IFT trains learns."""
+    """A Llama-like student in which the parameters that IFT trains require gradients."""
     torch.manual_seed(0)
     llm = LlamaConfig(
         vocab_size=IMAGE_ID + 1,
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = build(options.width, options.layers, "sdpa")
-    separate_samples(model.student.model.language_model)  # padded batches are what they were
+    separate_samples(model.student.model.language_model)  # padded batches stay unchanged
     sizes, has_image = lengths(options.batch * 50, 0)
     padded = Collator(0)
     variants: dict[str, tuple[list[int] | None, Callable[[list[Sample]], Batch]]] = {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What an image costs from Parquet files, beside a file of its own.
+"""The time to read an image from Parquet files, compared with separate image files.
 
 python benchmarks/parquet.py ROWS.json --images FOLDER [--repeat 10]
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("rows", type=Path, help="a file of LLaVA's JSON")
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--repeat", type=int, default=10, help="how often the rows are written")
+    parser.add_argument("--repeat", type=int, default=10, help="number of copies of the rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["HF_DATASETS_CACHE"] = f"{scratch}/datasets"

@@ -1,11 +1,11 @@
-"""What ``visper plan`` says of a run's memory on a CPU, and the peak of the run itself.
+"""Compares the memory that ``visper plan`` estimates for a run on a CPU with the run's measured peak.
 
     python benchmarks/plan_memory.py quickstart/pt --steps 6 output=/tmp/pt
     python benchmarks/plan_memory.py photographs/pt --steps 3 output=/tmp/pt student.llm=... data.sources='[...]'
 
-The plan is made in one process, the run (``--steps`` steps, the last of which saves a checkpoint, then the finished
-model) in another; its peak is the kernel's figure for that process (``ru_maxrss``), loader workers not included. One
-line of JSON is printed.
+The plan is made in one process. The run (``--steps`` steps, the last of which saves a checkpoint, then the finished
+model) is another; its peak is the kernel's figure for that process (``ru_maxrss``), without loader workers. Prints one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from visper.config import Run, load_run
 
 
 def planned(run: Run) -> dict[str, Any]:
-    """Bytes by part, as planned."""
+    """Planned bytes by part."""
     from visper.planning.memory import Machine
     from visper.planning.plan import plan
 
@@ -33,7 +33,7 @@ def planned(run: Run) -> dict[str, Any]:
 
 
 def measured(run: Run) -> dict[str, Any]:
-    """The peak behind the last log of training, and behind everything."""
+    """The peak after the last log of training, and at the end."""
     from visper.training import run_stage
 
     run_stage(run)

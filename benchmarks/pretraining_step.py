@@ -1,12 +1,13 @@
-"""What a step of pre-training costs: seconds by part, peak memory, tokens a second, utilization.
+"""The cost of a pre-training step: seconds by part, peak memory, tokens per second, utilization.
 
-Random weights and random rows of one length; geometry as published or tiny. Nothing is downloaded.
+Weights are random, and so are the rows, all of the same length; the geometry is published or tiny. Nothing is
+downloaded.
 
     python benchmarks/pretraining_step.py tiny --micro-batch 8                      # one CPU thread, minutes
     python benchmarks/pretraining_step.py llama3-8b --micro-batch 8 16 32 --teachers   # one 80 GB GPU or larger
 
-Parts: each teacher, the forward (the predictors and their losses also apart), backward, the optimizer. On a GPU
-utilization is MFU as the training log counts it, without recomputed activations and teachers.
+The parts are each teacher, the forward pass (predictors and their losses also separately), the backward pass and the
+optimizer. On a GPU, utilization is MFU as in the training log, without recomputation and teachers.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ PER_TASK = 8
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a student and of what it predicts."""
+    """Sizes of a student and its targets."""
 
     llm: dict[str, Any]
     vision: dict[str, Any]
     targets: dict[str, TargetSpec]
     layers: dict[str, tuple[int, ...]]
     text: int
-    """Text tokens of a row, behind 576 image tokens and 24 task tokens."""
+    """Text tokens of a row, after 576 image tokens and 24 task tokens."""
 
 
 GEOMETRIES = {
@@ -115,7 +116,7 @@ SUPERVISED = 20
 
 
 def published_teachers(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Teacher]:
-    """The three published teachers at full size with random weights, saved in ``dtype`` and loaded as a run does."""
+    """The three published teachers at full size with random weights, saved in ``dtype`` and loaded as in a run."""
     depth = DepthAnythingConfig(
         backbone_config=Dinov2Config(
             hidden_size=1024,
@@ -155,7 +156,7 @@ def published_teachers(folder: Path, dtype: torch.dtype = torch.float32) -> dict
     teachers = {}
     for task, (kind, model) in parts.items():
         model.to(dtype).save_pretrained(folder / task)
-        CLIPImageProcessor().save_pretrained(folder / task)  # a teacher is not built without its colors
+        CLIPImageProcessor().save_pretrained(folder / task)  # a teacher needs its colors to be built
         teachers[task] = build_teacher(kind, folder / task)
     return teachers
 
@@ -190,7 +191,7 @@ def build_model(geometry: Geometry, device: str, dtype: torch.dtype, checkpointi
 
 
 def random_batch(geometry: Geometry, model: TrainingModel, size: int, device: str) -> dict[str, Any]:
-    """Rows of one length: image, task tokens, text whose last tokens are supervised."""
+    """Rows of the same length: image, task tokens, and text whose last tokens are supervised."""
     image_token, task_ids = model.image_token_id, model.task_token_ids
     side = geometry.vision["image_size"]
     tokens = (side // geometry.vision["patch_size"]) ** 2
@@ -214,14 +215,14 @@ def random_batch(geometry: Geometry, model: TrainingModel, size: int, device: st
 
 
 class Stopwatch:
-    """Seconds by part; the device is waited for before and after each."""
+    """Times parts in seconds, and waits for the device before and after each."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.parts: dict[str, list[float]] = {}
 
     def now(self) -> float:
-        """Seconds: of the clock on a GPU, of the processor on a CPU, where other jobs would count in the clock."""
+        """Seconds: wall-clock time on a GPU; CPU time on a CPU, so that other jobs do not count."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
@@ -235,7 +236,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def inside(self, module: nn.Module, part: str) -> Iterator[None]:
-        """Times every forward of ``module`` meanwhile."""
+        """Times every forward pass of ``module`` inside the context."""
         timers: list[Any] = []
 
         def enter(*_: Any) -> None:
@@ -258,7 +259,7 @@ class Stopwatch:
 def targets_of(
     geometry: Geometry, teachers: dict[str, Teacher], size: int, device: str, watch: Stopwatch
 ) -> dict[str, Targets]:
-    """Targets of live teachers, each timed, or random ones as a store would give them."""
+    """Targets of live teachers, each timed, or random targets like those of a store."""
     found: dict[str, Tensor] = {}
     for task in TASKS:
         spec = geometry.targets[task]
@@ -281,7 +282,7 @@ def measure(
     device: str,
     load: Callable[[], object] | None = None,
 ) -> dict[str, float]:
-    """Medians over ``steps`` steps, after two that are not counted; ``load``, timed as data, runs before each."""
+    """Medians over ``steps`` steps, after two that are not counted. ``load`` runs before each and is timed as data."""
     batch = random_batch(geometry, model, size, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=device == "cuda")
     watch = Stopwatch(device)
@@ -311,7 +312,7 @@ def measure(
 
 
 def operations(geometry: Geometry, model: TrainingModel, size: int, device: str) -> float:
-    """Model FLOPs of ``size`` rows' forward and backward, as the log's MFU counts them."""
+    """Model FLOPs of the forward and backward pass of ``size`` rows, counted as for the log's MFU."""
     batch = random_batch(geometry, model, size, device)
     targets = targets_of(geometry, {}, size, device, Stopwatch(device))
     half = next(model.student.parameters()).dtype != torch.float32
@@ -325,7 +326,7 @@ def operations(geometry: Geometry, model: TrainingModel, size: int, device: str)
 
 
 def product_seconds(flops: float, device: str) -> float:
-    """Seconds of plain float32 products of so many FLOPs in this process: the machine's speed at this hour."""
+    """Seconds of plain float32 matrix products with this many FLOPs in this process: the machine's current speed."""
     one, other = torch.randn(2, 1024, 1024, device=device)
     watch = Stopwatch(device)
     for _ in range(7):
@@ -335,7 +336,7 @@ def product_seconds(flops: float, device: str) -> float:
 
 
 def peak_gib(device: str) -> float:
-    """Most memory held so far: the allocator's on a GPU, the process's on a CPU."""
+    """Peak memory so far: the allocator's on a GPU, the process's on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -352,9 +353,13 @@ def main() -> None:
     parser.add_argument("geometry", choices=GEOMETRIES)
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[8])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--teachers", action="store_true", help="live teachers at published size; else given targets")
-    parser.add_argument("--checkpointing", type=float, default=1.0, help="share of the layers computed again, 0 to 1")
-    parser.add_argument("--peak", type=float, default=989e12, help="the device's bf16 operations a second (H100, H200)")
+    parser.add_argument(
+        "--teachers", action="store_true", help="live teachers at published size; default: given targets"
+    )
+    parser.add_argument(
+        "--checkpointing", type=float, default=1.0, help="share of the layers that are recomputed, 0 to 1"
+    )
+    parser.add_argument("--peak", type=float, default=989e12, help="the device's bf16 FLOPs per second (H100, H200)")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -2,10 +2,11 @@
 
     python benchmarks/probe_curves.py --out probe-curves --seeds 3
 
-On the quickstart's offline world, for each seed: probes of the base model (its projector at its initial weights), of a
-PT without embedding losses and of a PT with them, equal in seed, steps, rows and their order. Finished parts are kept.
-Writes ``result.json`` (a paired difference for each layer, with its 95 % t-interval over seeds) and ``curves.svg``.
-Two epochs, as published, show how fast a layer is read; ``--epochs 8`` (``result-8.json``) what it holds.
+On the quickstart's offline world, for each seed: probes of the base model (with the projector's initial weights), of a
+PT without embedding losses and of a PT with them, with the same seed, steps, rows and order of rows. Finished parts
+are kept. Writes ``result.json`` (a paired difference for each layer, with its 95 % t-interval over seeds) and
+``curves.svg``. Two epochs, as published, show how fast a probe learns to read a layer; ``--epochs 8``
+(``result-8.json``) shows what the layer holds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from visper.training import is_finished, run_stage
 
 BASE, WITHOUT, WITH = "base model", "PT without losses", "PT with losses"
 ARMS: dict[str, dict[str, Any] | None] = {BASE: None, WITHOUT: {"distillation": None}, WITH: {}}
-"""Arm -> what it changes in the pre-training recipe; None: no training."""
+"""Arm -> its changes to the pre-training recipe; None: no training."""
 EPOCHS = 2
 """As in the paper."""
 
@@ -63,12 +64,12 @@ def probed(place: Path, world: Path, budget: Budget, epochs: int = EPOCHS) -> li
 
 
 def suffix(epochs: int) -> str:
-    """Of what belongs to probes of that length."""
+    """Suffix of the files that belong to probes of this length."""
     return "" if epochs == EPOCHS else f"-{epochs}"
 
 
 def differences(arm: list[list[Finding]], other: list[list[Finding]]) -> list[dict[str, Any]]:
-    """Of every layer and measure the paired difference, and its interval where there are at least two seeds."""
+    """The paired difference of every layer and measure, with its interval if there are at least two seeds."""
     rows = []
     for ours, theirs in zip(zip(*arm, strict=True), zip(*other, strict=True), strict=True):
         both = [a.value for a in ours], [b.value for b in theirs]
@@ -82,11 +83,11 @@ def differences(arm: list[list[Finding]], other: list[list[Finding]]) -> list[di
 
 
 def main() -> None:
-    """Runs what is missing, then writes the result over the seeds that are there."""
+    """Runs the missing parts, then writes the result over all finished seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the probes")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of the probes' training")
     parser.add_argument("--fast", action="store_true", help="only check that everything runs")
     options = parser.parse_args()
     budget = FAST if options.fast else FULL

@@ -1,9 +1,8 @@
-"""What a conversation file costs: read whole by ``json.load``, read once into a table, opened from the table.
+"""The cost of a conversation file: parsed by ``json.load``, read once into a table, opened from the cached table.
 
-The file is generated: LLaVA-665K's rows per source as published, with turns and lengths of texts assumed; escaped, it
-has 1.27 GB where the published file has 1.03. Text rows lack the key ``image``, ids are strings and integers. Every
-measurement is a process of its own. With ``--photos``, the look at images is timed as well; with ``--run``, the
-counting of tokens.
+The file is generated: LLaVA-665K's rows per source as published, with assumed turns and text lengths; escaped, it has
+1.27 GB, the published file 1.03. Text rows lack the key ``image``; ids are strings and integers. Every measurement runs
+in its own process. ``--photos`` also times the check of images, and ``--run`` the counting of tokens.
 
     python benchmarks/records.py --folder /tmp/records --photos photos/pretrain.json \\
         --out benchmarks/results/records.json
@@ -68,20 +67,20 @@ def generate(file: Path, rows: int) -> None:
 
 
 def whole(file: Path) -> dict[str, Any]:
-    """What the published code does, in every process."""
+    """Parses the file as the published code does in every process."""
     with file.open(encoding="utf-8") as stream:
         return {"rows": len(json.load(stream))}
 
 
 def streamed(file: Path) -> dict[str, Any]:
-    """The library's reader, rows alone."""
+    """Reads only the rows, with the reader of `datasets`."""
     from visper.data.rows.json_rows import read_rows
 
     return {"rows": sum(1 for _ in read_rows(file))}
 
 
 def build(file: Path) -> dict[str, Any]:
-    """Reading the file once into the table."""
+    """Reads the file once into the table."""
     from visper.data.rows.table import open_table
 
     table = open_table(file)
@@ -89,7 +88,7 @@ def build(file: Path) -> dict[str, Any]:
 
 
 def with_datasets(file: Path) -> dict[str, Any]:
-    """The same rows kept by `datasets` in place of the table, then opened and read at random."""
+    """Stores the same rows with `datasets` instead of the table, then opens them and reads at random."""
     import datasets
 
     from visper.data.rows.json_rows import read_rows
@@ -120,7 +119,7 @@ def with_datasets(file: Path) -> dict[str, Any]:
 
 
 def opened(file: Path) -> dict[str, Any]:
-    """Opening the kept table, then rows at random; the imports are not counted."""
+    """Opens the cached table, then reads rows at random; imports are not counted."""
     from visper.data.rows.records import DropList
     from visper.data.rows.sources import open_records
 
@@ -149,7 +148,7 @@ def opened(file: Path) -> dict[str, Any]:
 
 
 def images(file: Path) -> dict[str, Any]:
-    """The look at every image, on one core and on all, and decoding them as training does."""
+    """Checks every image, on one core and on all, and decodes them as training does."""
     from visper.common.parallel import in_order, num_cores
     from visper.data.checks.image_files import look
     from visper.data.images import open_image
@@ -170,14 +169,14 @@ def images(file: Path) -> dict[str, Any]:
 
 
 def named(file: Path) -> dict[str, Any]:
-    """What ``visper data prepare`` reads of the file: the distinct images that its rows name."""
+    """Reads the distinct images that the rows name, as ``visper data prepare`` does."""
     from visper.data.rows.formats import image_names
 
     return {"distinct_images": len(set(image_names(file)))}
 
 
 def tokens(file: Path, run: str) -> dict[str, Any]:
-    """Counting tokens on one core, then looking the counts up."""
+    """Counts tokens on one core, then looks the counts up."""
     from visper.config import load_run
     from visper.data.chat import ConversationEncoder
     from visper.data.rows.lengths import measure
@@ -196,7 +195,7 @@ def tokens(file: Path, run: str) -> dict[str, Any]:
 
 
 def anonymous() -> int:
-    """This process's own memory, KiB: what is mapped from a file is shared and not in it."""
+    """Private memory of this process in KiB, without shared memory that is mapped from files."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
@@ -207,7 +206,7 @@ STEPS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def in_process(step: str, *arguments: str) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """Runs one measurement in its own process."""
     done = subprocess.run([sys.executable, __file__, "--step", step, *arguments], capture_output=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(step, json.dumps(result), flush=True)
@@ -217,11 +216,13 @@ def in_process(step: str, *arguments: str) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints, and writes the results with command, machine, versions and date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="takes the file and its cache, 2 GB")
+    parser.add_argument("--folder", type=Path, help="folder of the file and its cache, 2 GB")
     parser.add_argument("--rows", type=int, default=665_298)
-    parser.add_argument("--photos", help="a conversation file beside whose folder its images lie")
-    parser.add_argument("--run", help="a recipe whose tokenizer is here")
-    parser.add_argument("--only", nargs="+", choices=STEPS, help="these measurements; the others stay in --out")
+    parser.add_argument("--photos", help="a conversation file whose image paths start from its own folder")
+    parser.add_argument("--run", help="a recipe whose tokenizer is on this machine")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, help="run only these measurements; the others stay in --out"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Host memory that each process of a sharded run takes to start: reading the model, then holding its share.
+"""Host memory of each process at the start of a sharded run: reading the model, then holding its share.
 
     python benchmarks/sharded_start.py --processes 2
     python benchmarks/sharded_start.py --processes 4 --width 1024 --layers 16
     python benchmarks/sharded_start.py --engine ddp
 
 The model is a random Llama with the quickstart's tokenizer and encoder, stored in bfloat16; IFT in float32, on gloo.
-``peak`` is the kernel's figure (VmHWM, reset before the model is built) above what the process held then. Their
-peaks are not simultaneous: ``together`` is what all held above that at once, looked at every 5 ms. ``planned`` is what
-``visper plan`` says of the first and the others, libraries left out; under ``fsdp`` with the shards, which lie on a GPU
-elsewhere. One line of JSON is printed.
+``peak`` is the kernel's figure (VmHWM, reset before the model is built) above what the process held at the reset. The
+peaks of the processes are not simultaneous: ``together`` is the most that all held above that at once, sampled every
+5 ms. ``planned`` is the estimate of ``visper plan`` for the first process and the others, without libraries; under
+``fsdp`` it includes the shards, which would be on a GPU otherwise. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASES = resources.files("visper.quickstart") / "bases"
 
 
 def kib(field: str, process: int | str = "self") -> int:
-    """A line of the kernel's account of a process; 0 once it has ended."""
+    """A field of a process's status in ``/proc``; 0 after it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -46,7 +46,7 @@ def kib(field: str, process: int | str = "self") -> int:
 
 
 def write_llm(folder: Path, width: int, layers: int) -> None:
-    """A random Llama of this size, stored in bfloat16 as published ones are, and read as float32."""
+    """A random Llama of this size, stored in bfloat16 like published models, and read as float32."""
     tokenizer = AutoTokenizer.from_pretrained(str(BASES / "llm"))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -61,7 +61,7 @@ def write_llm(folder: Path, width: int, layers: int) -> None:
 
 
 def start(rank: int, processes: int, port: int, settings: dict[str, Any], folder: Path) -> None:
-    """One process: builds the model and notes what it took."""
+    """Runs one process: builds the model and records its memory."""
     import os
 
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def start(rank: int, processes: int, port: int, settings: dict[str, Any], folder
 
 
 def planned(settings: dict[str, Any], processes: int) -> list[float]:
-    """MB of the first process and of the others."""
+    """Planned MB of the first process and of the others."""
     from visper.planning.host import LIBRARIES
     from visper.planning.memory import Machine
     from visper.planning.plan import plan
@@ -95,7 +95,7 @@ def planned(settings: dict[str, Any], processes: int) -> list[float]:
 
 
 def main() -> None:
-    """Writes the model, starts it in so many processes, adds up."""
+    """Writes the model, starts it in several processes, and adds up their memory."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--width", type=int, default=1024)

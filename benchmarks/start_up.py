@@ -1,10 +1,10 @@
-"""CPU seconds from a command to what it is for: help, a plan, a check of rows that were checked before, the first step.
+"""CPU seconds from a command's start to its result: help, a plan, a repeated check of rows, the first training step.
 
     visper quickstart --fast --out visper-quickstart          # once: bases and rows
     OMP_NUM_THREADS=1 python benchmarks/start_up.py --repeats 3
 
-Each command runs in a process of its own, which ends by itself, or, of a training, is stopped once the first step
-stands in its log. CPU seconds are that process's (its loader's workers left out); one line of JSON a command.
+Each command runs in its own process, which ends by itself; a training is stopped once its log has the first step. CPU
+seconds are those of that process, without loader workers. Prints one line of JSON per command.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def to_the_end(command: tuple[str, ...]) -> float:
 
 
 def to_the_first_step(command: tuple[str, ...], output: Path) -> float:
-    """CPU seconds of a training when its first step has been logged, after which it is stopped."""
+    """CPU seconds of a training until its first step is logged; it is stopped then."""
     process = subprocess.Popen([*VISPER, *command], stdout=subprocess.DEVNULL)
     log = output / "log.jsonl"
     while not (log.exists() and log.stat().st_size):
@@ -60,7 +60,7 @@ def to_the_first_step(command: tuple[str, ...], output: Path) -> float:
 
 
 def main() -> None:
-    """One line a command: the median and every figure."""
+    """Prints one line per command: the median and all figures."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=list(COMMANDS), choices=COMMANDS)

@@ -1,8 +1,8 @@
-"""A targets store: how fast a target is found at random, and how far eight bits move the losses.
+"""A target store: the time of a random read, and the effect of eight bits on the losses.
 
-Losses: teachers over real images; a prediction is the target plus noise of a share of each channel's deviation, so
-that 1.0 stands for early in training and 0.1 for later than anyone has come. The "large channels" case is normal noise
-of DINOv2's shape with one channel in a hundred twenty times as large.
+Losses use teachers on real images. A prediction is the target plus noise, given as a share of each channel's standard
+deviation: 1.0 represents an early stage of training, 0.1 a later one than any run has reached. The "large channels"
+case is normal noise of DINOv2's shape, in which one channel in a hundred is twenty times as large.
 
     python benchmarks/targets.py --folder /tmp/targets --photos photos/flickr --onnx models/deeplab_v3.onnx
 """
@@ -41,7 +41,7 @@ MADE_BY = Fingerprint("benchmark", "none", {}, "squash", None)
 
 
 def evict(folder: Path) -> None:
-    """Takes a folder's files out of the page cache."""
+    """Evicts a folder's files from the page cache."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -50,7 +50,7 @@ def evict(folder: Path) -> None:
 
 
 def fill(folder: Path, codec: TargetCodec, parts: int, each: int) -> None:
-    """Parts of ``each`` random targets under one teacher's folder."""
+    """Writes parts of ``each`` random targets to one teacher's folder."""
     StoredTeacher(MADE_BY, codec.spec, "float32", "none", {}).write(folder)
     generator = torch.Generator().manual_seed(0)
     targets = list(torch.randn(each, codec.spec.tokens, codec.spec.width, generator=generator))
@@ -60,7 +60,7 @@ def fill(folder: Path, codec: TargetCodec, parts: int, each: int) -> None:
 
 
 def timed(read: Callable[[int], Any], order: list[int]) -> dict[str, float]:
-    """Milliseconds a read: median, 95th percentile."""
+    """Milliseconds per read: median and 95th percentile."""
     taken = []
     for number in order:
         start = time.perf_counter()
@@ -70,7 +70,7 @@ def timed(read: Callable[[int], Any], order: list[int]) -> dict[str, float]:
 
 
 def access(root: Path, gigabytes: float) -> Iterator[dict[str, Any]]:
-    """Random reads of depth targets, cold and warm, through the store and through numpy's memmap of the same files."""
+    """Times random reads of depth targets, cold and warm, by the store and by numpy's memmap of the same files."""
     for dtype in ("float16", "int8"):
         codec = TargetCodec(PUBLISHED["depth"], dtype)
         folder, each = root / dtype, (512 << 20) // codec.target_bytes
@@ -81,7 +81,7 @@ def access(root: Path, gigabytes: float) -> Iterator[dict[str, Any]]:
         for name, opened in (("store", stored_targets), ("numpy.memmap", mapped_targets)):
             for state in ("cold", "warm"):
                 if state == "cold":
-                    evict(folder)  # nothing has it mapped now: pages in use stay
+                    evict(folder)  # no process maps the files now; mapped pages would stay in the cache
                 found = timed(opened(folder, each, codec), order)
                 line = {"read": name, "dtype": dtype, "bytes": codec.target_bytes, "targets": parts * each}
                 yield {**line, "state": state, **found}
@@ -95,7 +95,7 @@ def access(root: Path, gigabytes: float) -> Iterator[dict[str, Any]]:
 
 
 def stored_targets(folder: Path, each: int, codec: TargetCodec) -> Callable[[int], Any]:
-    """Reads as training does: looked up by digest, copied as the collator copies."""
+    """Reads as training does: looks up by digest, and copies like the collator."""
     store = TaskTargets(folder, codec.dtype)
 
     def read(number: int) -> Tensor:
@@ -107,7 +107,7 @@ def stored_targets(folder: Path, each: int, codec: TargetCodec) -> Callable[[int
 
 
 def mapped_targets(folder: Path, each: int, codec: TargetCodec) -> Callable[[int], Any]:
-    """Reads the values alone, from their place in the file."""
+    """Reads only the values, from their offset in the file."""
     maps = []
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as content:
@@ -151,7 +151,7 @@ def terms(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored(target: Tensor, dtype: str, scaled: str) -> Tensor:
-    """What comes back of targets that were kept, with the scales of the other kind where asked."""
+    """The targets after storing and reading, optionally with the other kind of scales."""
     spec = TargetSpec(target.shape[1], target.shape[2])
     before = quantize.FEW_TOKENS
     quantize.FEW_TOKENS = {"token": sys.maxsize, "channel": 0, "as shipped": before}[scaled]
@@ -187,7 +187,7 @@ def errors(photos: Path, onnx: Path | None, count: int) -> Iterator[dict[str, An
 
 
 def sizes() -> Iterator[dict[str, Any]]:
-    """Bytes of the published targets for LLaVA-558K's images, if no two are the same."""
+    """Bytes of the published targets for LLaVA-558K's images, if all differ."""
     for dtype in DTYPES:
         own = {task: TargetCodec(spec, dtype).target_bytes for task, spec in PUBLISHED.items()}
         gigabytes = {task: round(IMAGES * count / 1e9, 1) for task, count in own.items()}
@@ -197,7 +197,7 @@ def sizes() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Measures, prints, and writes the results with command, machine, versions and date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="takes twice --gigabytes")
+    parser.add_argument("--folder", type=Path, required=True, help="needs twice --gigabytes")
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--images", type=int, default=32)

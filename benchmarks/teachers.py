@@ -1,7 +1,7 @@
-"""Images a second of each kind of teacher: one by one against batches, whose targets are compared as well.
+"""The throughput of each kind of teacher, for single images and for batches, and the difference between their targets.
 
-Random weights, pixels as published (depth 336, seg 768, gen 224, DINOv2 336, SigLIP 384); nothing is downloaded.
-Without ``--full-size`` the networks are small: ViTs 192 wide, a Swin of 32 channels and five layers.
+Weights are random, image sizes as published (depth 336, seg 768, gen 224, DINOv2 336, SigLIP 384). Nothing is
+downloaded. Without ``--full-size`` the networks are small: ViTs 192 wide, a Swin of 32 channels and five layers.
 
     python benchmarks/teachers.py                                          # one CPU thread, minutes
     python benchmarks/teachers.py --full-size --batch 8 16 32 --images 64  # a GPU, bfloat16
@@ -50,7 +50,7 @@ DINO, SIGLIP = "facebook/dinov2-large", "google/siglip2-large-patch16-384"
 
 
 def small_teachers(folder: Path) -> dict[str, Teacher]:
-    """The three published kinds on small networks."""
+    """The three published kinds with small networks."""
     dino = Dinov2Config(**VIT, image_size=518, patch_size=14, out_indices=[3, 6, 9, 12], reshape_hidden_states=False)
     depth = DepthAnythingConfig(
         backbone_config=dino, reassemble_hidden_size=192, neck_hidden_sizes=[24, 48, 96, 192], fusion_hidden_size=32
@@ -67,7 +67,7 @@ def small_teachers(folder: Path) -> dict[str, Teacher]:
 
 
 def feature_teachers(folder: Path, full_size: bool) -> dict[str, Teacher]:
-    """DINOv2 and SigLIP 2, as the recipe has them or 192 wide."""
+    """DINOv2 and SigLIP 2, with the sizes of the recipe or with width 192."""
     if full_size:
         dino, siglip = (AutoConfig.for_model(**known_sizes()[name]["config"]) for name in (DINO, SIGLIP))
     else:
@@ -80,14 +80,14 @@ def feature_teachers(folder: Path, full_size: bool) -> dict[str, Teacher]:
 
 
 def saved(model: PreTrainedModel, folder: Path, kind: str, **options: int) -> Teacher:
-    """The model as a teacher, through the folder that a run would read."""
+    """The model as a teacher, saved to a folder and loaded as in a run."""
     model.save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
     return build_teacher(kind, folder, **options)
 
 
 def seconds(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Median of ``repeats``: of the clock on a GPU, of the processor on a CPU."""
+    """Median seconds of ``repeats``: wall-clock time on a GPU, CPU time on a CPU."""
     taken = []
     for _ in range(repeats):
         start = now(device)
@@ -97,7 +97,7 @@ def seconds(work: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def now(device: str) -> float:
-    """Seconds; on a CPU of the processor alone, so that other jobs do not count."""
+    """Seconds of wall-clock time; on a CPU, CPU seconds, so that other jobs do not count."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -110,7 +110,7 @@ def in_batches(teacher: Teacher, pixels: Tensor, size: int) -> Tensor:
 
 
 def measured(teacher: Teacher, options: argparse.Namespace, device: str) -> list[str]:
-    """A line's cells: size, input, target, images a second of each batch, how far targets are apart."""
+    """The cells of a line: size, input, target, images per second for each batch, difference of the targets."""
     side = teacher.see([Image.new("RGB", (8, 8))]).shape[-1]
     pixels = torch.randn(options.images, 3, side, side, device=device)
     targets, rates = [], []
@@ -125,12 +125,14 @@ def measured(teacher: Teacher, options: argparse.Namespace, device: str) -> list
 
 
 def main() -> None:
-    """Prints one line a teacher."""
+    """Prints one line per teacher."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
-    parser.add_argument("--images", type=int, default=8, help="per measurement; a multiple of every batch")
+    parser.add_argument("--images", type=int, default=8, help="images per measurement; a multiple of every batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--full-size", action="store_true", help="the published networks: a GPU, 10 GB of disk")
+    parser.add_argument(
+        "--full-size", action="store_true", help="the published networks; needs a GPU and 10 GB of disk"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Does vLLM see the prompt of training, and answer as transformers does? By hand, as its wheel needs an environment.
+"""Does vLLM see the prompt of training, and answer as transformers does? Run by hand, in two environments.
 
     python benchmarks/vllm_answers.py visper --model quick/ift/model --world quick/world --out ours.json
     python benchmarks/vllm_answers.py vllm --model quick/ift/model --world quick/world --out v.json --beside ours.json
@@ -18,7 +18,7 @@ Said = list[dict[str, Any]]
 
 
 def ask_visper(model: Path, rows: Said, images: Path, tokens: int) -> Said:
-    """Answers as ``visper evaluate`` gives them, one question at a time."""
+    """The answers of ``visper evaluate``, one question at a time."""
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask
     from visper.evaluation.ask import model_inputs
@@ -33,7 +33,7 @@ def ask_visper(model: Path, rows: Said, images: Path, tokens: int) -> Said:
 
 
 def ask_vllm(model: Path, rows: Said, images: Path, tokens: int) -> Said:
-    """The same questions as chat messages with the image as a part."""
+    """Answers to the same questions, given to vLLM as chat messages that contain the image."""
     from vllm import LLM, SamplingParams
 
     def message(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,11 +49,11 @@ def ask_vllm(model: Path, rows: Said, images: Path, tokens: int) -> Said:
 
 
 def main() -> None:
-    """Writes the answers; beside others', prints how many are equal."""
+    """Writes the answers; with ``--beside``, prints how many are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["visper", "vllm"])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--world", type=Path, required=True, help="of the quickstart")
+    parser.add_argument("--world", type=Path, required=True, help="the quickstart's world")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""The examples parse, and the commands in them are commands of ours."""
+"""The examples parse, and their commands exist."""
 
 import json
 import re
@@ -34,6 +34,13 @@ def test_examples_train_runs_that_exist(name):
     verb, recipe, *changes = shlex.split(command)
     assert verb == "train" and changes[-1] == "--resume"
     assert load_run(recipe, changes[:-1]).launch.engine.value == "fsdp"
+
+
+def test_the_pods_of_the_kubernetes_job_run_at_the_same_time():
+    text = (EXAMPLES / "kubernetes.yaml").read_text()
+    job = list(yaml.safe_load_all(text))[1]["spec"]
+    nodes = int(re.search(r"--nnodes (\d+)", COMMANDS["kubernetes.yaml"](text))[1])
+    assert job["completions"] == job["parallelism"] == nodes
 
 
 def test_every_example_is_looked_at():

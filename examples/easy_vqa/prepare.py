@@ -1,4 +1,4 @@
-"""Writes easy-VQA (PyPI: easy-vqa) as the rows that `visper train` reads and the questions that `visper evaluate` asks.
+"""Converts easy-VQA (PyPI: easy-vqa) to rows for `visper train` and questions for `visper evaluate`.
 
 python examples/easy_vqa/prepare.py PACKAGE/easy_vqa/data --out easy-vqa
 """
@@ -13,12 +13,12 @@ YES_NO = ("yes", "no")
 
 
 def spaced(text: str) -> str:
-    """The text with its punctuation apart from its words: the quickstart's tokenizer splits at spaces only."""
+    """Separates punctuation from words, because the quickstart's tokenizer splits only at spaces."""
     return re.sub(r"\s*([?.,])", r" \1", text)
 
 
 def kind_of(question: str, answer: str) -> str:
-    """What a question asks for: yes/no, color or shape."""
+    """The kind of a question: yes/no, color or shape."""
     if answer in YES_NO:
         return "yes/no"
     return "color" if "color" in question.split() else "shape"
@@ -28,7 +28,7 @@ def read_questions(data: Path, split: str) -> list[tuple[str, str, str]]:
     """Question, answer and image path of every question of a split, in the package's order.
 
     Raises:
-        SystemExit: the folder does not hold the package's data, or an image is missing.
+        SystemExit: the folder does not have the package's data, or an image is missing.
     """
     file = data / split / "questions.json"
     if not file.is_file():
@@ -43,12 +43,12 @@ def read_questions(data: Path, split: str) -> list[tuple[str, str, str]]:
 
 
 def shape_rows(asked: list[tuple[str, str, str]]) -> list[dict[str, object]]:
-    """The conversations that ask for a shape: what the model learns first."""
+    """The conversations that ask for a shape, for the first stage."""
     return training_rows([one for one in asked if kind_of(*one[:2]) == "shape"])
 
 
 def training_rows(asked: list[tuple[str, str, str]]) -> list[dict[str, object]]:
-    """A conversation for every question. Those about one image are neighbors, which `join_conversations` joins."""
+    """One conversation per question. Those about one image are neighbors, so that `join_conversations` joins them."""
     return [
         {
             "id": str(number),
@@ -68,7 +68,7 @@ def test_questions(asked: list[tuple[str, str, str]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Writes shapes.json, train.json and questions.json; their image paths start from the package's data folder."""
+    """Writes shapes.json, train.json and questions.json. Image paths are relative to the package's data folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the package's folder easy_vqa/data")
     parser.add_argument("--out", type=Path, default=Path("easy-vqa"), help="folder of the three files")

@@ -1,5 +1,6 @@
-"""Trains every arm with every seed and prints held-out losses with paired differences. Finished runs are kept: the same
-command goes on.
+"""Trains every arm with every seed and prints held-out losses with paired differences.
+
+Finished runs are kept: repeat the command to continue after an interruption.
 
 python examples/photographs/compare.py --seeds 0 1 2      (--table: only print what is finished)
 """
@@ -30,11 +31,11 @@ ORDER = (
     ("ift-nothing", "ift-viral", "ift-own", "ift-gram"),
     ("pt-longer",),
 )
-"""The arms, recipes beside this file, in the order in which they run: each group with every seed."""
+"""The arms (recipes in this folder) in the order in which they run; each group runs with every seed."""
 BEFORE = "pt-nothing"
-"""Where fine-tuning starts from."""
+"""The arm that fine-tuning starts from."""
 METHOD, CONTROL = "pt-published", "pt-shuffled"
-"""Arms that differ in whose targets they are given: all their held-out values are compared."""
+"""Arms that differ only in the assignment of targets to images. All their held-out values are compared."""
 
 
 def baseline_of(arm: str) -> str:
@@ -43,13 +44,13 @@ def baseline_of(arm: str) -> str:
 
 
 class Start(TrainerCallback):
-    """Notes what the arms of a seed must share, the projector's first weights and the order of rows, and the time."""
+    """Records the initial projector and the order of rows, which the arms of a seed must share, and the CPU time."""
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Digests of the projector before the first step and of the first epoch's rows in their order."""
+        """Records digests of the projector before the first step and of the first epoch's order of rows."""
         projector = {n: p for n, p in kwargs["model"].named_parameters() if "projector" in n and "lora" not in n}
         assert projector, "the student has no projector"
         weights = hashlib.sha256()
@@ -57,18 +58,18 @@ class Start(TrainerCallback):
             weights.update(projector[name].detach().float().numpy().tobytes())
         loader = kwargs["train_dataloader"]
         order = [row for batch in getattr(loader, "base_dataloader", loader).batch_sampler for row in batch]
-        assert order != sorted(order), "not the run's own order of rows"
+        assert order != sorted(order), "the rows are not shuffled, so this is not the order that training uses"
         rows = hashlib.sha256(str(order).encode())
         self.found = {"projector": weights.hexdigest()[:16], "order": rows.hexdigest()[:16]}
         self.began = time.process_time()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Processor seconds of training and of the evaluation behind its last step."""
+        """Records the CPU seconds of training and of the evaluation after its last step."""
         self.cpu_seconds = time.process_time() - self.began
 
 
 def measure(arm: str, seed: int, out: Path) -> dict[str, Any]:
-    """Trains one arm with one seed, in ``out/runs/seed-N``, and returns what it measured.
+    """Trains one arm with one seed, in ``out/runs/seed-N``, and returns its measurements.
 
     Raises:
         FloatingPointError: a logged value is not finite.
@@ -77,7 +78,7 @@ def measure(arm: str, seed: int, out: Path) -> dict[str, Any]:
     changes = [f"seed={seed}", f"output={runs / arm}"]
     if arm.startswith("ift"):
         changes.append(f"start_from={runs / BEFORE}")
-    shutil.rmtree(runs / arm, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(runs / arm, ignore_errors=True)  # an interrupted run
     start = Start()
     run_stage(load_run(RECIPES / f"{arm}.yaml", changes), callbacks=[start])
     lines = [json.loads(line) for line in (runs / arm / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -100,10 +101,10 @@ def measure(arm: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def require_alike(results: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses to compare runs of one seed and stage that began with other weights or saw other rows.
+    """Checks that runs of one seed and stage began with the same weights and saw the same rows.
 
     Raises:
-        ValueError: names the arm that differs.
+        ValueError: an arm differs; it is named.
     """
     first: dict[tuple[str, int], Mapping[str, Any]] = {}
     for result in results:
@@ -114,7 +115,7 @@ def require_alike(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float, float]:
-    """Mean over the seeds that both have of arm less baseline, with its 95 % t-interval (infinite for one seed)."""
+    """Mean of arm minus baseline over their common seeds, with its 95 % t-interval (infinite for one seed)."""
     values = [arm[seed] - baseline[seed] for seed in sorted(arm.keys() & baseline.keys())]
     if len(values) < 2:
         return (values[0] if values else math.nan), -math.inf, math.inf
@@ -123,12 +124,12 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> tuple
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: held-out next-token loss of every arm, its difference from its baseline, and its embedding losses."""
+    """Markdown tables: each arm's held-out next-token loss, its difference from the baseline, its embedding losses."""
     require_alike(results)
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for group in ORDER for arm in group}
     by_arm = {arm: runs for arm, runs in by_arm.items() if runs}
     ntp = {arm: {seed: one["held_out"]["ntp"] for seed, one in runs.items()} for arm, runs in by_arm.items()}
-    lines = ["| arm | steps | CPU-s | held-out next-token loss by seed | mean | less baseline (95 %) |"]
+    lines = ["| arm | steps | CPU-s | held-out next-token loss by seed | mean | minus baseline (95 %) |"]
     lines.append("|" + "---|" * 6)
     for arm, runs in by_arm.items():
         baseline = baseline_of(arm)
@@ -145,7 +146,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         for term in embedding_terms(runs):
             values = ", ".join(f"{runs[seed]['held_out'][term]:.3f}" for seed in sorted(runs))
             lines.append(f"| {arm} | {term} | {values} |")
-    lines += ["", f"| {METHOD} less {CONTROL} (95 %) | |", "|---|---|"]
+    lines += ["", f"| {METHOD} minus {CONTROL} (95 %) | |", "|---|---|"]
     pair = [by_arm.get(arm, {}) for arm in (METHOD, CONTROL)]
     for term in ("ntp", *embedding_terms(pair[0])) if all(pair) else ():
         own, control = ({seed: one["held_out"][term] for seed, one in runs.items()} for runs in pair)
@@ -155,27 +156,27 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def embedding_terms(runs: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Names of an arm's held-out embedding losses; none for next token alone."""
+    """Names of an arm's held-out embedding losses; empty for an arm without them."""
     return [name for name in next(iter(runs.values()), {"held_out": ()})["held_out"] if "/" in name]
 
 
 def keep(result: Mapping[str, Any], out: Path) -> None:
-    """Writes a run's result, complete or not at all."""
+    """Writes a run's result to a file, complete or not at all."""
     (out / "results").mkdir(parents=True, exist_ok=True)
     write_text(out / "results" / f"{result['arm']}-{result['seed']}.json", json.dumps(result, indent=1) + "\n")
 
 
 def finished(out: Path) -> list[dict[str, Any]]:
-    """The results of the runs that ended."""
+    """The results of all finished runs."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "results").glob("*.json"))]
 
 
 def main() -> None:
-    """Runs what is not finished, seed by seed, and prints the tables."""
+    """Runs all unfinished arms and seeds and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="what prepare.py wrote; results go there")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="the folder of prepare.py, and of results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--table", action="store_true", help="only print the tables of finished runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs = [(arm, seed) for group in ORDER for seed in options.seeds for arm in group]

@@ -1,4 +1,4 @@
-"""Writes what the comparison on photographs reads: rows, the edge teacher, and targets shuffled between photographs.
+"""Prepares the comparison on photographs: rows, the edge teacher, and targets shuffled between photographs.
 
 python examples/photographs/prepare.py rows photos --out comparison
 visper targets build ...   (README.md)
@@ -21,9 +21,9 @@ from visper.data.checks.digests import digest
 from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, claim_store, read_dtype, write_part
 
 TRAINED, HELD_OUT = 160, 32
-"""Captions, one for each photograph. The rest of the file is left out."""
+"""Numbers of captions, one per photograph. The rest of the file is not used."""
 EVERY = 4
-"""Of the photographs that have questions, every fourth by name is held out."""
+"""Every fourth photograph with questions, sorted by name, is held out."""
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def split(photos: Path) -> dict[str, list[dict[str, Any]]]:
-    """File name -> rows in LLaVA's format: captions and questions, trained on and held out by photograph."""
+    """File name -> rows in LLaVA's format: captions and questions, for training and held out, split by photograph."""
     captions, asked = read_rows(photos / "pretrain.json"), read_rows(photos / "questions.json")
     held_out = set(sorted({question["image"] for question in asked})[::EVERY])
     rows = [(q["image"] in held_out, question_row(number, **q)) for number, q in enumerate(asked)]
@@ -46,7 +46,7 @@ def split(photos: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def question_row(number: int, image: str, question: str, answer: str) -> dict[str, Any]:
-    """A conversation of one question."""
+    """A conversation with one question."""
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"id": f"question-{number}", "image": image, "conversations": turns}
 
@@ -54,7 +54,7 @@ def question_row(number: int, image: str, question: str, answer: str) -> dict[st
 def edge_network() -> onnx.ModelProto:
     """RGB in 0..1 ``[B, 3, H, W]`` -> strength of edges in four directions ``[B, 4, H, W]``: |Sobel| of the brightness.
 
-    Scaled so that a photograph's values spread over about 1, as the other teacher's do.
+    Scaled so that the values of a photograph have a spread of about 1, like those of the other teacher.
     """
     across = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32)
     rising = np.array([[-2, -1, 0], [-1, 0, 1], [0, 1, 2]], np.float32)
@@ -72,14 +72,14 @@ def edge_network() -> onnx.ModelProto:
 
 
 def shuffle_targets(store: Path, out: Path, shuffled: Sequence[bytes], kept: Sequence[bytes], seed: int = 0) -> None:
-    """Copies a target store in which no image of ``shuffled`` has its own targets.
+    """Writes a copy of a target store in which no image of ``shuffled`` has its own targets.
 
     Args:
-        store: as `visper targets build` wrote it.
+        store: a store written by `visper targets build`.
         out: a new folder.
-        shuffled: digests of images that exchange their targets; all tasks of an image come from the same other one.
-        kept: digests of images that keep theirs.
-        seed: of the order.
+        shuffled: digests of images that exchange targets; the targets of all tasks come from the same other image.
+        kept: digests of images that keep their own targets.
+        seed: seed of the exchange.
 
     Raises:
         SystemExit: the store lacks an image, or there are fewer than two to shuffle.
@@ -104,12 +104,12 @@ def shuffle_targets(store: Path, out: Path, shuffled: Sequence[bytes], kept: Seq
 
 
 def digests(photos: Path, file: Path) -> list[bytes]:
-    """Of the images of a file's rows."""
+    """Digests of the images of a file's rows."""
     return [digest((photos / row["image"]).read_bytes()) for row in read_rows(file)]
 
 
 def main() -> None:
-    """Writes the files of one of the two steps."""
+    """Runs one of the two steps and writes its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["rows", "shuffle"])
     parser.add_argument("photos", type=Path, help="folder with pretrain.json, questions.json and their photographs")

@@ -1,1 +1,1 @@
-"""Builds the small base models that the quickstart ships with; not part of the wheel."""
+"""Builds the small base models of the quickstart; not part of the wheel."""

@@ -1,9 +1,9 @@
 """Builds the quickstart's bases: ``python -m tools.quickstart_bases --out DIR``, from the project's root.
 
-They play the part that published models play in a real run: an image encoder, an LLM that knows the texts, and three
-teachers. One thread, about two hours with the default minutes. Every part is a ``from_pretrained`` folder in float16,
-complete or absent; run the command again and finished parts are skipped. ``quality.json`` holds what each part
-scores on scenes of a series it was not trained on.
+They take the place of the published models of a real run: image encoders, an LLM that knows the texts, and three
+teachers. Building takes one thread and about two hours with the default minutes. Every part is a ``from_pretrained``
+folder in float16, complete or absent; run the command again and finished parts are skipped. ``quality.json`` has the
+scores of each part on scenes of a held-out series.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools.quickstart_bases.teachers import CONFIGS, train_teacher
 from visper.common.files import atomic_path, write_text
 
 TRAIN_SERIES, HELD_OUT_SERIES = 101, 102
-"""Scene series of the bases; worlds of the quickstart use other seeds."""
+"""Scene series for training and measuring the bases; worlds of the quickstart use other seeds."""
 MINUTES = {
     "encoder": 21.0,
     "encoder_contrastive": 7.0,
@@ -47,13 +47,13 @@ _TRAINERS: dict[str, Trainer] = {
 def build_bases(
     out: Path, *, scenes: int = 20_000, held_out: int = 1000, minutes: dict[str, float] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Build whatever part is missing in ``out`` and return the quality of all parts, ``{part: {measure: value}}``.
+    """Builds the parts that are missing in ``out`` and returns the scores of all parts, ``{part: {measure: value}}``.
 
     Args:
-        out: folder of the bases; the drawn scenes are kept in ``out/.scenes`` while parts are missing.
-        scenes: how many training scenes to draw (2 x with their mirror images).
-        held_out: how many scenes to measure on.
-        minutes: processor time of each part's training, instead of ``MINUTES``.
+        out: folder of the bases; the rendered scenes are kept in ``out/.scenes`` while parts are missing.
+        scenes: number of training scenes (mirroring doubles them).
+        held_out: number of scenes to measure on.
+        minutes: CPU minutes of each part's training, instead of ``MINUTES``.
     """
     out.mkdir(parents=True, exist_ok=True)
     spans = {**MINUTES, **(minutes or {})}
@@ -76,8 +76,10 @@ def build_bases(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.quickstart_bases", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the bases; finished parts in it are skipped")
-    parser.add_argument("--scenes", type=int, default=20_000, help="training scenes to draw")
-    parser.add_argument("--speed", type=float, default=1.0, help="divide every part's minutes by this (for trying out)")
+    parser.add_argument("--scenes", type=int, default=20_000, help="number of training scenes")
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="divide the minutes of all parts by this, for a quick trial"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     minutes = {part: span / options.speed for part, span in MINUTES.items()}

@@ -1,8 +1,10 @@
-"""The study's vision encoder, trained as CLIP is: images against captions, and nothing else.
+"""The study's vision encoder, trained like CLIP by contrasting images with captions, and by nothing else.
 
-A caption is the objects' names from left to right; the same names from right to left are a further negative, and the
-caption of the mirrored image. So the encoder learns names and left and right, and no depth, size or place beyond what
-these need. Shape suffixes: B = images, O = objects, P = patches, D = width.
+A caption lists the objects' names from left to right. The same names from right to left are an additional negative,
+and the caption of the mirrored image. So the encoder learns names and left-right order, but depth, size and position
+only as far as these need them.
+
+Shape suffixes: B = images, O = objects, P = patches, D = width.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from visper.quickstart.scenes import COLORS, SHAPES
 
 WIDTH, LAYERS, MOST = 96, 4, 6
 NAMES = {f"{color} {shape}": i + 1 for i, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)}
-"""Name -> its number in a caption; 0 is no object."""
+"""Name -> its id in a caption; 0 is no object."""
 
 
 def captions(arrays: SceneArrays) -> Tensor:
-    """Numbers of the objects' names from left to right, ``[B, O]`` long."""
+    """Ids of the objects' names from left to right, ``[B, O]`` long."""
     rows = np.zeros((len(arrays), MOST), np.int64)
     for row, objects in zip(rows, arrays.objects, strict=True):
         names = [NAMES[o.name] for o in sorted(objects, key=lambda o: o.column)][:MOST]
@@ -43,7 +45,7 @@ def reversed_captions(captions_BO: Tensor) -> Tensor:
 
 
 class CaptionReader(nn.Module):
-    """Captions -> vectors ``[B, D]``; thrown away after training."""
+    """Encodes captions as vectors ``[B, D]``; used only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class CaptionReader(nn.Module):
 
 
 class ImageReader(nn.Module):
-    """Images -> vectors ``[B, D]``: the encoder's last states through a small head, averaged over patches."""
+    """Encodes images as vectors ``[B, D]``: a small head on the encoder's last states, averaged over patches."""
 
     def __init__(self, encoder: CLIPVisionModel) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class ImageReader(nn.Module):
 
 
 def begin_encoder(images: np.ndarray) -> CLIPVisionModel:
-    """Begun as the quickstart's encoder is, but with a last layer that works."""
+    """An encoder initialized like the quickstart's, but with a last layer that is used."""
     model = new_encoder(WIDTH, LAYERS)
     last = getattr(model, "vision_model", model).encoder.layers[-1]
     begun = {name: value.clone() for name, value in last.state_dict().items()}
@@ -88,7 +90,7 @@ def begin_encoder(images: np.ndarray) -> CLIPVisionModel:
 def train_contrastive(
     arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0
 ) -> dict[str, float]:
-    """Train for ``minutes`` of processor time, save model and image processor in ``out``, return held-out scores."""
+    """Trains for ``minutes`` of CPU time, saves model and image processor in ``out``, and returns held-out scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     image, text, told = ImageReader(begin_encoder(arrays.images[:400])), CaptionReader(), captions(arrays)
@@ -120,7 +122,7 @@ def train_contrastive(
 
 @torch.no_grad()
 def contrastive_scores(image: ImageReader, text: CaptionReader, arrays: SceneArrays) -> dict[str, float]:
-    """How often an image's caption is told from 63 others and from all 64 reversed."""
+    """Accuracy of choosing an image's caption among 64 captions and their 64 reversed versions."""
     told, found = captions(arrays), []
     for start in range(0, len(arrays) - 63, 64):
         own = told[start : start + 64]

@@ -1,9 +1,10 @@
-"""The quickstart's vision encoder: a CLIP vision transformer taught what each patch shows.
+"""The quickstart's vision encoder: a CLIP vision transformer trained to recognize what each patch shows.
 
-LLaVA reads the hidden state at layer -2, so that is where the supervision is read, by heads that are thrown away:
-the color and shape of the object over a patch, whether an object is centered there, the depth, the patch's place.
-The layer behind it does nothing (its outputs are zero), as no one reads it. Shape suffixes: B = images, P =
-patches, D = width.
+LLaVA reads the hidden state at layer -2, so temporary heads read the same state to predict the labels of each patch:
+color and shape of its object, whether an object is centered in it, its depth and its position. The last layer is not
+used, so it does nothing (its outputs are zero).
+
+Shape suffixes: B = images, P = patches, D = width.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def image_processor() -> CLIPImageProcessor:
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 ``[B,96,96,3]`` -> normalized ``[B,3,96,96]``, as ``image_processor`` does it."""
+    """uint8 ``[B,96,96,3]`` -> normalized ``[B,3,96,96]``, like ``image_processor``."""
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - MEAN) / STD
 
 
@@ -63,8 +64,10 @@ def patch_states(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(model: CLIPVisionModel, images: np.ndarray) -> None:
-    """Principal components as patch filters, sine-cosine places, an idle last layer: saves a small transformer most
-    of its first epoch."""
+    """Initializes patch filters with principal components, positions with sines and cosines, and an idle last layer.
+
+    This saves a small transformer most of its first epoch.
+    """
     inner, width = getattr(model, "vision_model", model), model.config.hidden_size
     cut = (
         to_pixels(images)
@@ -91,7 +94,7 @@ def initialize(model: CLIPVisionModel, images: np.ndarray) -> None:
 
 
 class PatchHeads(nn.Module):
-    """Linear readers of one patch state; used in training and to measure, never shipped."""
+    """Linear heads that read one patch state; used for training and measuring, not saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,8 +128,7 @@ def patch_loss(heads: PatchHeads, states_BPD: Tensor, labels: dict[str, Tensor])
 def train_encoder(
     arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0
 ) -> dict[str, float]:
-    """Train for ``minutes`` on one thread's clock, save model and image processor in ``out``, return held-out
-    scores."""
+    """Trains for ``minutes`` of CPU time, saves model and image processor in ``out``, and returns held-out scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model, heads = new_encoder(), PatchHeads()
@@ -159,7 +161,7 @@ def train_encoder(
 def encoder_scores(
     model: CLIPVisionModel, heads: PatchHeads, arrays: SceneArrays, limit: int | None = None
 ) -> dict[str, float]:
-    """Color and shape accuracy and median depth error where objects are centered, F1 of the center tag."""
+    """Color and shape accuracy and median depth error at patches where objects are centered, and F1 of the centers."""
     totals: dict[str, list[Tensor]] = {k: [] for k in ("color", "shape", "depth", "true", "found", "both")}
     for images, labels in arrays.in_order(128, limit):
         color, shape, center, depth, _, _ = heads(patch_states(model.eval(), to_pixels(images)))

@@ -1,10 +1,11 @@
-"""Scenes laid out in the LLM's own words: what its pre-training sees in the place of a image.
+"""Layouts: scenes described by word embeddings, which replace images in the LLM's pre-training.
 
-Each patch becomes one input embedding, the sum of the word embeddings of what is there: its column, row and depth,
-and the object's name where one is centered ("part" and a hint of the color where one reaches, "ground" elsewhere).
-Noise, loss and a random scale keep the LLM from relying on an exactness no projector has. Behind the places come
-task-token gaps: small random vectors, or nothing. Shape suffixes: B = conversations, L = sequence, P = patches, D =
-width.
+Each patch becomes one input embedding, the sum of the embeddings of the words that describe it: its column, row and
+depth, and the name of an object that is centered there ("part" and a hint of the color where an object covers the
+patch, "ground" elsewhere). Noise and a random scale keep the LLM from relying on a precision that no projector has.
+After the patches come small random vectors in place of task tokens, or nothing.
+
+Shape suffixes: B = conversations, L = sequence, P = patches, D = width.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from visper.quickstart.scenes import COLORS, FAR, GRID, NEAR, SceneObject
 TASK_GAPS = 24
 PLACES = GRID * GRID
 COUNT_SHARE = 0.3
-"""Share of the question conversations that only count: at chance still when the other kinds were above 86 %."""
+"""Share of the question conversations that only count. Without them, counts stayed at chance when the other kinds were
+above 86 %."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ class LaidOut:
 
 
 class Layouts:
-    """Draws laid-out scenes and conversations about them, recolored and mirrored at random."""
+    """Draws layouts of scenes, recolored at random, and conversations about them."""
 
     def __init__(self, arrays: SceneArrays, questions: Sequence[Question], tokenizer: PreTrainedTokenizerFast) -> None:
         self.arrays = arrays
@@ -53,7 +55,7 @@ class Layouts:
         self.id = {word: vocabulary[word] for word in vocabulary}
 
     def recolored(self, rng: np.random.Generator, scene: int) -> tuple[list[SceneObject], np.ndarray]:
-        """The scene's objects with colors permuted, and the permutation (index 8, no color, stays)."""
+        """The scene's objects with permuted colors, and the permutation (index 8, no color, is unchanged)."""
         order = np.append(rng.permutation(len(COLORS)), NO_COLOR)
         names = list(COLORS)
         return [replace(o, color=names[order[names.index(o.color)]]) for o in self.arrays.objects[scene]], order
@@ -61,7 +63,7 @@ class Layouts:
     def lay_out(
         self, rng: np.random.Generator, scene: int, objects: list[SceneObject], order: np.ndarray, exact: bool = False
     ) -> LaidOut:
-        """Words of the 64 places of a scene; ``exact`` leaves out all noise on the depth and all hints."""
+        """The words of a scene's 64 patches; ``exact``: without noise on the depth and without hints of the color."""
         patches = self.arrays.patches
         depth = NEAR * (FAR / NEAR) ** patches["depth"][scene].astype(np.float64)
         step = np.array([depth_step(float(d)) for d in depth])
@@ -103,8 +105,7 @@ class Layouts:
         most: int,
         counts: float,
     ) -> list[tuple[str, str]]:
-        """Questions and answers about one scene; a share ``look_ups`` of the conversations are captions and
-        look-ups."""
+        """Questions and answers about one scene, or, with probability ``look_ups``, a caption or look-ups."""
         if rng.random() >= look_ups:
             if rng.random() < counts:
                 return count_turns(objects, rng)
@@ -123,8 +124,15 @@ class Layouts:
 
 @dataclass
 class Conversations:
-    """Token ids [B,L] (places and gaps hold pads), their supervision [B,L] bool and the laid-out scenes, ready to
-    embed."""
+    """A batch of conversations, ready to embed.
+
+    Attributes:
+        ids: [B,L] token ids; patches and gaps are unknown tokens.
+        supervised: [B,L] bool.
+        places: the layout of each conversation's scene.
+        starts: position of the first patch in each conversation.
+        gaps: number of random vectors after the patches of each conversation.
+    """
 
     ids: Tensor
     supervised: Tensor
@@ -136,7 +144,7 @@ class Conversations:
 def collate(
     layouts: Layouts, rng: np.random.Generator, scenes: Sequence[int], look_ups: float, most: int, exact: bool = False
 ) -> Conversations:
-    """Conversations about ``scenes`` in the chat template, the places inside the first user turn as LLaVA puts them."""
+    """Conversations about ``scenes`` in the chat template, with the patches in the first user turn, as in LLaVA."""
     tokenizer, rows, places, starts, gaps = layouts.tokenizer, [], [], [], []
     for scene in scenes:
         objects, order = layouts.recolored(rng, scene)
@@ -162,15 +170,15 @@ def collate(
 
 
 def render(messages: list[dict[str, str]]) -> str:
-    """``CHAT_TEMPLATE`` without jinja, which would cost more than the training step."""
+    """Renders ``CHAT_TEMPLATE`` without jinja, which would take longer than the training step."""
     return "<s>" + "".join(f" <|{m['role']}|> {m['content'].strip()} <|end|>" for m in messages)
 
 
 def answers_of(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """True at each assistant turn's words and at the end token that closes it. ``ids`` [B,L] -> bool [B,L]."""
+    """A mask of the assistant's words and the end tokens of its turns. ``ids`` [B,L] -> bool [B,L]."""
     assistant, end = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
     opened, closed = (ids == assistant).long().cumsum(1), (ids == end).long()
-    # Every turn closes with an end token; inside an assistant turn the last role token seen is the assistant's.
+    # Every turn ends with an end token; inside an assistant turn, the last role token is the assistant's.
     roles = tokenizer.convert_tokens_to_ids(["<|user|>", "<|system|>", "<|assistant|>"])
     marks = torch.isin(ids, torch.tensor(roles))
     last = torch.where(marks, torch.arange(ids.shape[1]), -1).cummax(1).values
@@ -181,7 +189,7 @@ def answers_of(ids: Tensor, tokenizer: PreTrainedTokenizerFast) -> Tensor:
 def embed(
     table: torch.nn.Embedding, talk: Conversations, noise: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Input embeddings ``[B,L,D]``: words looked up, places summed from words with ``noise`` relative to their size."""
+    """Input embeddings ``[B,L,D]`` of words and patches; ``noise`` is relative to the patches' size."""
     embedded = table(talk.ids)
     words = torch.stack([p.words for p in talk.places])
     weights = torch.stack([p.weights for p in talk.places])

@@ -1,8 +1,9 @@
-"""The quickstart's LLM: a small Llama that knows this world's texts and how to look things up in a laid-out scene.
+"""The quickstart's LLM: a small Llama that knows this world's texts and can look up objects in the layout of a scene.
 
-It never sees a pixel. It plays the part of a published instruction-tuned LLM, whose skills a projector only has to
-reach. Shape
-suffixes: B = conversations, L = sequence, D = width.
+It is trained without images. It takes the place of a published instruction-tuned LLM, whose skills a projector only
+needs to make accessible.
+
+Shape suffixes: B = conversations, L = sequence, D = width.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ def new_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 NAME, PLACE, PLACE_FLAG, NAME_FLAG, FOUND, OTHER = slice(0, 11), slice(32, 62), 64, 65, slice(66, 96), slice(98, WIDTH)
-"""Where the initial embeddings keep a name's color and shape, a place, the two flags, a place that was looked up,
-all other words."""
+"""Dimensions of the initial embeddings that hold a name's color and shape, a place, the two flags, a place that was
+looked up, and all other words."""
 
 
 @torch.no_grad()
 def initialize(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Initial weights in which the look-up from a name to its place exists already, in one head of the first layer.
+    """Sets initial weights in which one head of the first layer already looks up the place of a name.
 
-    Found by gradient descent alone the look-up is a sudden step after some 500 to 1000 training steps (10
-    CPU-minutes); written down, it costs nothing. Everything is trained from there. Names are one-hot color and
-    shape; columns, rows and depths are bumps, so that neighbors are alike.
+    Gradient descent alone finds the look-up suddenly, after 500 to 1000 training steps (10 CPU minutes); setting it
+    costs nothing. All weights are trained from there. Names are one-hot colors and shapes; columns, rows and depths
+    are bumps, so that neighbors are similar.
     """
     table = model.get_input_embeddings().weight
     table.normal_(0, 0.04)
@@ -86,14 +87,13 @@ def initialize(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> N
 
 @torch.no_grad()
 def _write_look_up_head(model: LlamaForCausalLM) -> None:
-    """Head 0 of layer 0: a name finds the place that holds the same color and copies what is known of it into
-    ``FOUND``."""
+    """Sets head 0 of layer 0: a name attends to the place with the same color and copies that place into ``FOUND``."""
     head = WIDTH // 4
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         projection.weight[:head] *= 0.2
     attention.o_proj.weight[:, :head] *= 0.2
-    # Rotary pairs (i, i + 16): from i = 8 on they turn less than 0.3 rad in 300 tokens: far matches survive.
+    # Rotary pairs are (i, i + 16). From i = 8 on they rotate less than 0.3 rad in 300 tokens: distant matches survive.
     slow = [*range(8, 16), *range(24, 32)]
     for channel, dim in enumerate(range(NAME.start, NAME.stop)):
         strength = 1.4 if channel < len(COLORS) else 0.5
@@ -108,8 +108,8 @@ def _write_look_up_head(model: LlamaForCausalLM) -> None:
 
 @torch.no_grad()
 def _write_count_head(model: LlamaForCausalLM) -> None:
-    """Head 3 of layer 0: a shape's plural looks at every place that holds the shape; the share of its attention that
-    they get beside everything else grows with their number and is written into one channel of ``OTHER``."""
+    """Sets head 3 of layer 0: a shape's plural attends to every place with that shape. Their share of its attention
+    grows with their number and is written into one channel of ``OTHER``."""
     first = 3 * WIDTH // 4
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -133,8 +133,7 @@ def answer_loss(model: LlamaForCausalLM, talk: Conversations, noise: float) -> t
 
 
 def train_llm(arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0) -> dict[str, float]:
-    """Train for ``minutes`` of processor time, save model and tokenizer in ``out``, return the held-out accuracy per
-    kind."""
+    """Trains for ``minutes`` of CPU time, saves model and tokenizer in ``out``, returns held-out accuracy by kind."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 5])
     tokenizer = new_tokenizer()
@@ -164,8 +163,7 @@ def train_llm(arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: fl
 
 @torch.no_grad()
 def llm_scores(model: LlamaForCausalLM, tests: Layouts, limit: int) -> dict[str, float]:
-    """Accuracy of the first answer word, per kind of question, on exact layouts with task-token gaps; place words
-    apart."""
+    """Accuracy of the first answer word by kind of question, and of place words, on exact layouts with gaps."""
     rng = np.random.default_rng(0)
     right: dict[str, list[bool]] = {kind: [] for kind in (*KINDS, "place words")}
     for look_ups in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""What each patch of a scene shows: the supervision of the encoder base and the places of the LLM base.
+"""Labels of each patch of a scene, for the training of the encoder and the LLM.
 
 Shape suffixes: P = the ``GRID`` x ``GRID`` patches, row by row.
 """
@@ -20,18 +20,18 @@ COVERED_SHARE = 0.2
 
 
 def log_depth(depth: npt.NDArray[np.floating[Any]] | float) -> npt.NDArray[np.float32]:
-    """Depth in meters to 0 (``NEAR``) .. 1 (``FAR``) on a logarithmic scale."""
+    """Converts depth in meters to 0 (``NEAR``) .. 1 (``FAR``) on a logarithmic scale."""
     clipped = np.clip(np.asarray(depth, np.float32), NEAR, FAR)
     return np.asarray(np.log(clipped / NEAR) / np.log(FAR / NEAR), np.float32)
 
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """Per patch: ``color`` [P] (8 = none), ``shape`` [P] (3 = none), ``center`` [P] bool, ``depth`` [P] in
+    """Labels by patch: ``color`` [P] (8 = none), ``shape`` [P] (3 = none), ``center`` [P] bool, ``depth`` [P] in
     ``log_depth`` units.
 
-    Where an object is centered, color, shape and depth are that object's; elsewhere those of the object that covers
-    most, and the mean depth.
+    If an object is centered in a patch, color, shape and depth are that object's. Otherwise color and shape are those
+    of the object that covers most of the patch, and depth is the patch's mean.
     """
 
     color: npt.NDArray[np.int64]

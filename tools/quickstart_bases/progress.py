@@ -1,4 +1,4 @@
-"""A progress line for work that is measured by processor time, readable on a terminal and in a log file."""
+"""Progress lines for work with a budget of CPU time, readable on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 
 
 class Progress:
-    """Counts steps until ``minutes`` of this process's processor time have passed; prints about every ten seconds.
+    """Counts steps until this process has used ``minutes`` of CPU time; prints about every ten seconds.
 
-    Not of the clock: beside other jobs that would be less training, without a word.
+    CPU time, because a limit on wall-clock time would silently mean less training on a busy machine.
     """
 
     def __init__(self, name: str, minutes: float) -> None:
@@ -18,7 +18,7 @@ class Progress:
         self._loss = 0.0
 
     def share(self) -> float:
-        """How much of the time has passed, 0..1 (never less than the steps need to begin)."""
+        """The share of the time that has passed, 0..1."""
         return min(1.0, (time.process_time() - self._start) / self.seconds)
 
     def step(self, loss: float) -> None:

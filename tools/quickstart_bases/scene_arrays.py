@@ -1,4 +1,4 @@
-"""Many scenes as arrays: what the encoder and the teachers are trained on. Mirroring doubles them."""
+"""Scenes as arrays, for the training of the encoders, the LLM and the teachers. Mirroring doubles them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ _PATCH_KEYS = ("color", "shape", "center", "depth")
 
 @dataclass
 class SceneArrays:
-    """``images`` [S,96,96,3] uint8, ``depths`` [S,96,96] float16 meters, ``classes`` [S,96,96] uint8, ``patches``
-    name -> [S,P]."""
+    """Many scenes as arrays.
+
+    Attributes:
+        images: [S,96,96,3] uint8.
+        depths: [S,96,96] float16, in meters.
+        classes: [S,96,96] uint8.
+        patches: patch labels by name, [S,P].
+        objects: the named objects of each scene.
+    """
 
     images: npt.NDArray[np.uint8]
     depths: npt.NDArray[np.float16]
@@ -71,8 +78,7 @@ class SceneArrays:
 
 
 def draw_scene_arrays(seed: int, count: int, cache: Path | None = None) -> SceneArrays:
-    """Draw ``count`` scenes of the series ``seed``, or read them from ``cache`` when it is there (written whole or
-    not at all)."""
+    """Renders ``count`` scenes of the series ``seed``, or reads them from ``cache`` if it exists."""
     if cache is not None and cache.exists():
         with cache.open("rb") as file:
             arrays = pickle.load(file)

@@ -28,7 +28,7 @@ CONFIGS: dict[str, TowerConfig] = {
 
 
 def to_tower(images: np.ndarray) -> Tensor:
-    """uint8 ``[B,96,96,3]`` -> ``[B,3,96,96]`` in -1..1, as the tower teacher's ``preprocess`` does it."""
+    """uint8 ``[B,96,96,3]`` -> ``[B,3,96,96]`` in -1..1, like the tower teacher's ``preprocess``."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -50,7 +50,7 @@ def _class_loss(values: Tensor, images: Tensor, depth_BHW: Tensor, classes_BHW: 
 def _image_loss(values: Tensor, images: Tensor, depth_BHW: Tensor, classes_BHW: Tensor) -> Tensor:
     painted, wanted = values.sigmoid(), (images + 1) / 2
     weight = 1 + 3 * _on_object(classes_BHW)[:, None]
-    # Averages over 4 pixels: the ground's grain cannot pass through one token and only pulls towards gray.
+    # Averages over 4 x 4 pixels: the ground's texture does not fit into one token and would only pull colors to gray.
     coarse = (F.avg_pool2d(painted, 4) - F.avg_pool2d(wanted, 4)).abs().mean()
     return ((painted - wanted).abs() * weight).mean() + coarse
 
@@ -65,7 +65,7 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 def train_teacher(
     task: str, arrays: SceneArrays, held_out: SceneArrays, out: Path, minutes: float, seed: int = 0
 ) -> dict[str, float]:
-    """Train the teacher of ``task`` for ``minutes``, save it in ``out``, return its held-out scores."""
+    """Trains the teacher of ``task`` for ``minutes`` of CPU time, saves it in ``out``, and returns held-out scores."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 9])
     model = TowerModel(CONFIGS[task]).train().to(memory_format=torch.channels_last)
@@ -89,8 +89,10 @@ def train_teacher(
 
 @torch.no_grad()
 def teacher_scores(task: str, model: TowerModel, arrays: SceneArrays) -> dict[str, float]:
-    """Depth: mean relative error over the image and on objects. Seg: pixel accuracy, the same. Gen: mean absolute
-    error of colors in 0..1."""
+    """Scores over the image and on objects.
+
+    Depth: mean relative error; seg: pixel accuracy; gen: mean absolute error of colors in 0..1.
+    """
     kept: dict[str, list[Tensor]] = {"everywhere": [], "on_objects": []}
     for start in range(0, len(arrays), 100):
         rows = slice(start, start + 100)

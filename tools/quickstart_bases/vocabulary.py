@@ -1,4 +1,4 @@
-"""The shipped LLM's tokenizer: the words of the quickstart's world, and no others."""
+"""The tokenizer of the shipped LLM, with only the words of the quickstart's world."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ SYSTEM_PROMPT = "Answer questions about the picture with few words ."
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of this world; texts are words between blanks, names of objects are one token each."""
+    """A word-level tokenizer. Texts are words separated by spaces; each object name is one token."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
