@@ -210,7 +210,7 @@ def _said(case: dict[str, Any], planned: dict[str, float] | None) -> str:
             return f"{word}: {str(case[word]).splitlines()[-1]}"
     said = []
     if "seconds" in case:
-        said.append(f"{case['seconds']['step']:.3f} s a step of {case['micro_batch']} rows")
+        said.append(f"{case['seconds']['step']:.3f} s per step of {case['micro_batch']} rows")
     if case.get("mfu"):
         said.append(f"MFU {case['mfu']:.1%}")
     waited = case.get("data_wait", case.get("last step", {}).get("data_wait"))

@@ -47,7 +47,7 @@ def main() -> None:
             watch.report({"ntp": float(number)}, 10, number)
         seconds.append(time.perf_counter() - start)
     mean = statistics.mean(seconds[20:])
-    print(f"monitoring {mean * 1e3:.3f} ms of a step of {step * 1e3:.0f} ms: {mean / step:.2%}")
+    print(f"monitoring {mean * 1e3:.3f} ms per step of {step * 1e3:.0f} ms: {mean / step:.2%}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         train(quickstart, sys.argv[2], int(sys.argv[3]))
         return
-    print("| objective in IFT | CPU-s a step | of plain | peak GiB |\n|---|---|---|---|")
+    print("| objective in IFT | CPU s per step | relative to plain | peak GiB |\n|---|---|---|---|")
     plain = 0.0
     for arm in ARMS:
         found = []

@@ -35,7 +35,7 @@ def part_sizes(run: Run) -> list[PartSize]:
     embedding losses of ``run`` apply to its own stage only; if it has no losses, those of the first stage apply to PT.
 
     Raises:
-        ConfigError: the first stage or a part's configuration cannot be found, or a task fits no head.
+        ConfigError: the first stage or a part's configuration cannot be found, or a target does not fit its head.
     """
     first = first_stage(run)
     supervised = run if run.distillation is not None else first
