@@ -43,6 +43,7 @@ def test_teachers_take_the_precision_of_the_recipe(places):
     [
         (["distillation.tasks.depth.target.size=70"], "25 queries for the teacher's 25 tokens cannot be divided"),
         (["distillation.tasks.depth.head={num_queries: 100}"], "100 queries cannot give the teacher's 576 tokens"),
+        (["distillation.tasks.depth.head={num_queries: 36}"], "head.num_queries' to a multiple of 8"),
         (["distillation.tasks.seg.head={queries: states}"], "'distillation.tasks.seg.head.queries' to 'mat"),
         (["distillation.tasks.gen.head={queries: matrix}"], "head.queries' to 'states'"),
         (["distillation.tasks.seg.target.size=100"], "task 'seg'.*cells of 32 pixels"),

@@ -199,12 +199,15 @@ def _check_queries(task: str, spec: Head, target: TargetSpec, per_task: int | No
             f"{tokens} or a divisor of it"
         )
     if per_task is not None and query_rows(spec, target, per_task) % per_task:
-        remedy = (
-            f"set '{key}.queries' to 'states'"
-            if tokens == 1
-            else f"set the teacher's 'size' so that its number of tokens is a multiple of {per_task}, or "
-            "'student.task_tokens.per_task' to a divisor"
-        )
+        if tokens == 1:
+            remedy = f"set '{key}.queries' to 'states'"
+        elif rows is not None:
+            remedy = f"set '{key}.num_queries' to a multiple of {per_task}, or remove it"
+        else:
+            remedy = (
+                f"set the teacher's 'size' so that its number of tokens is a multiple of {per_task}, or "
+                "'student.task_tokens.per_task' to a divisor"
+            )
         raise ValueError(
             f"task '{task}': {query_rows(spec, target, per_task)} queries for the teacher's {tokens} tokens cannot be "
             f"divided evenly among {per_task} task tokens: {remedy}"
