@@ -178,7 +178,7 @@ def test_a_model_of_other_tokens_is_refused(trained, tmp_path):
         update={"output": str(tmp_path / "plain"), "student": run.student.model_copy(update={"task_tokens": None})}
     )
     run_stage(plain)
-    with pytest.raises(ConfigError, match="give the PT that it was fine-tuned from"):
+    with pytest.raises(ConfigError, match="give the PT run that it was fine-tuned from"):
         load_pre_trained(trained / "pt", student=load_to_ask(tmp_path / "plain"))
 
 
@@ -204,7 +204,7 @@ def test_a_model_without_predictors_chats_and_says_what_to_give(trained, image):
     assert plain.predictors is None and "--look" in plain.note
     with pytest.raises(ConfigError, match="has no predictors"):
         plain.draw(image)
-    with pytest.raises(ConfigError, match="give the output of the PT before it"):
+    with pytest.raises(ConfigError, match="give the output of the PT run before it"):
         Session(str(trained / "ift"), trained / "ift")
 
 

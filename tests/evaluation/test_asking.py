@@ -131,7 +131,7 @@ def test_told_to_stop_it_says_what_is_kept(student, images, tmp_path, monkeypatc
             return super().on_signals()
 
     monkeypatch.setattr(asking, "StopRequest", Told)
-    with pytest.raises(StoppedError, match="16 questions were open, 0 are answered; the same command asks the others"):
+    with pytest.raises(StoppedError, match="0 of 16 questions were answered; run the same command again"):
         ask_all(lambda: student, PROMPTS, images, Answers(tmp_path / "a.jsonl", "m", 2))
 
 
@@ -145,7 +145,7 @@ def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, t
     with caplog.at_level(logging.WARNING):
         own, blind = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
     assert [row.said is None for row in own] == [True, False] and [row.said is None for row in blind] == [False, True]
-    assert "their questions count as not answered" in caplog.text
+    assert "their questions count as unanswered" in caplog.text
     file.write_bytes(content)
     own, _ = ask_questions(asker, questions, images, tmp_path / "a.jsonl", 2)
     assert all(row.said is not None for row in own)
@@ -169,5 +169,5 @@ def test_no_image_of_a_question_is_in_its_blind_control():
 
 
 def test_absent_images_are_named_before_a_model_is_loaded(images):
-    with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'no\.png'"):
+    with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'no\.png'"):
         ask_all(no_student, [Prompt("", "what?", ("no.png",))], images, Answers(None))

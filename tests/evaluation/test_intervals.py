@@ -17,7 +17,7 @@ def test_stays_inside_the_unit_interval():
 
 @pytest.mark.parametrize(("correct", "total"), [(1, 0), (3, 2), (-1, 4)])
 def test_impossible_shares_are_refused(correct, total):
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         wilson(correct, total)
 
 
@@ -37,7 +37,7 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     # 2 and 4: mean 3, standard error 1, t(1 degree of freedom) = 12.7062047
     mean, interval = paired([2, 4], [0, 0])
     assert (mean, *interval) == pytest.approx((3, 3 - 12.7062047, 3 + 12.7062047))
-    with pytest.raises(ValueError, match="1 seeds give no interval: expected 2 at least"):
+    with pytest.raises(ValueError, match="1 seeds give no interval: expected at least 2"):
         paired([1], [0])
 
 

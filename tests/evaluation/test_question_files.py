@@ -43,7 +43,7 @@ def test_every_form_gives_the_same_questions_and_images(form, folder):
     questions, images = open_questions(write(folder, form), folder)
     assert questions == EXPECTED
     assert images.open("a.png").getpixel((0, 0)) == (255, 0, 0) and images.absent(["a.png", "c.png"]) == ["c.png"]
-    with pytest.raises(ConfigError, match="say with --images where they start"):
+    with pytest.raises(ConfigError, match="pass their folder with --images"):
         open_questions(write(folder, form), None)
 
 
@@ -84,8 +84,8 @@ def test_a_parquet_file_without_a_column_is_named(folder):
         (2, ["1", "2", "3"], ("B", "2")),
         ("A", ["A", "B"], ("A", "A")),
         ("A", ["B", "A"], "which means A and B"),
-        ("green", ["red", "blue"], "which is none of them: expected one option's letter (A to B) or text"),
-        ("C", ["red", "blue"], "which is none of them"),
+        ("green", ["red", "blue"], "which is not an option: expected one option's letter (A to B) or text"),
+        ("C", ["red", "blue"], "which is not an option"),
         ("A", ["red"], "'options' is \"['red']\": expected 2 to 26 different texts"),
         ("A", ["red", "Red."], "expected 2 to 26 different texts"),
         ("A", "red, blue", "expected 2 to 26 different texts"),

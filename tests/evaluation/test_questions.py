@@ -91,7 +91,7 @@ def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path)
 
 
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):
-    with pytest.raises(DataError, match=r"1 images of the questions are not there, the first 'nowhere\.png'"):
+    with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'nowhere\.png'"):
         evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
 
 

@@ -38,7 +38,7 @@ def test_a_model_that_answers_by_the_words_alone_is_called_so(capsys):
     said = ["yes"] * 4 + ["2"] * 4
     text = shown(capsys, said, answered(said, "other.png"))
     assert re.search(r"yes/no +│ 75.0% +│ .* │ 75.0% \(yes\) +│ 75.0% +│ 3 / 4", text)
-    assert "not above what needs no image (within the interval): yes/no, count, all" in text
+    assert "not above a control that needs no image (within the interval): yes/no, count, all" in text
 
 
 def test_a_model_that_looks_is_not_doubted(capsys):

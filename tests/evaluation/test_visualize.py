@@ -161,7 +161,7 @@ def test_an_ift_folder_has_nothing_to_look_at(trained, tmp_path):
     (tmp_path / "ift" / "run.yaml").write_text(
         f"extends: {trained / 'run.yaml'}\nstage: ift\nstart_from: runs/a/pt\nstudent: null\ndistillation: null\n"
     )
-    with pytest.raises(ConfigError, match=r"holds no embedding predictors: stage 'ift' keeps none.*'runs/a/pt'"):
+    with pytest.raises(ConfigError, match=r"has no embedding predictors: stage 'ift' keeps none.*'runs/a/pt'"):
         load_pre_trained(tmp_path / "ift")
     with pytest.raises(ConfigError, match=r"no folder '.*nowhere.*': give the output"):
         load_pre_trained(tmp_path / "nowhere" / "at" / "all")

@@ -280,7 +280,7 @@ def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
 
 
 def test_faults_show_before_training(make, held_out):
-    with pytest.raises(ConfigError, match="no benchmark 'mmstat', there are"):
+    with pytest.raises(ConfigError, match="no benchmark 'mmstat': choose one of"):
         evaluator_of(make("run", {"benchmark": "mmstat"}))
     with pytest.raises(ConfigError, match="visper data prepare mmstar"):
         evaluator_of(make("run", {"benchmark": "mmstar"}))

@@ -1,4 +1,4 @@
-"""Weights become scores."""
+"""Evaluation of trained models: answers, scores, probes and drawings."""
 
 from visper.evaluation.ask import answer, load_to_ask
 from visper.evaluation.intervals import wilson

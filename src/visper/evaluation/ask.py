@@ -1,4 +1,4 @@
-"""Asks a student: questions with their images in, greedy answers out."""
+"""A student's greedy answers to questions with images."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from visper.model import Student, load_student
 
 
 def as_row(question: str, images: Sequence[str]) -> Record:
-    """A question as a row of training data without its answer, so that the rules of training rows are its own.
+    """A question as a row of training data without an answer, so that the rules of training rows apply to it.
 
-    Text is text: a control token or an ``<image>`` spelled out in it changes nothing. Beside images, each tag is the
-    place of one; a single image needs none.
+    Control tokens in the text are plain text, and so is ``<image>`` if there are no images. Otherwise each ``<image>``
+    tag is the place of one image; a single image needs no tag.
 
     Raises:
-        DataError: it could not be such a row: not as many image tags as images, or text that no tokenizer can read.
+        DataError: there are not as many image tags as images, or no tokenizer can read the text.
     """
     return as_conversation([question], images)
 
 
 def as_conversation(texts: Sequence[str], images: Sequence[str]) -> Record:
-    """Questions and answers in turn, ending with a question, as ``as_row`` does with one."""
+    """Like ``as_row``, for alternating questions and answers that end with a question."""
     if not images and len(texts) == 1:
         return Record("question", read_turn({"from": "human", "value": texts[0]})[:1])
     who = ("human", "gpt")
@@ -44,17 +44,17 @@ def as_conversation(texts: Sequence[str], images: Sequence[str]) -> Record:
 
 
 def model_inputs(processor: Any, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
-    """Ids, mask and images of one-turn conversations, padded on the left; the ids that training would give them.
+    """Token ids, mask and images of one-turn conversations, padded on the left. The ids are those of training.
 
     Args:
-        images: of each prompt, in the order of its tags.
+        images: images of each prompt, in the order of its tags.
     """
     rows = [as_row(prompt, ["image"] * len(own)) for prompt, own in zip(prompts, images, strict=True)]
     return row_inputs(processor, rows, images)
 
 
 def row_inputs(processor: Any, records: Sequence[Record], images: Sequence[Sequence[Image.Image]]) -> BatchFeature:
-    """``model_inputs`` of conversations of any length, up to where the next answer begins."""
+    """Like ``model_inputs``, for conversations of any length, up to the start of the next answer."""
     encoder = encoder_for(processor)
     sizes = ([image.size for image in own] for own in images)
     rows = [torch.tensor(encoder.prompt(row, own)) for row, own in zip(records, sizes, strict=True)]
@@ -74,7 +74,7 @@ def row_inputs(processor: Any, records: Sequence[Record], images: Sequence[Seque
 
 
 def load_to_ask(folder: str | Path) -> Student:
-    """A student ready to answer: on this process's GPU in bfloat16 where there is one, else on the CPU in float32."""
+    """Loads a student for inference: in bfloat16 on this process's GPU, or in float32 on the CPU if there is none."""
     if not torch.cuda.is_available():
         return load_student(folder)
     student = load_student(folder, torch.bfloat16)
@@ -90,12 +90,12 @@ def answer(
     max_new_tokens: int = 64,
     generate: Callable[..., Tensor] | None = None,
 ) -> list[str]:
-    """Greedy answers of one batch.
+    """Greedy answers to a batch of questions.
 
     Args:
         prompts: one question each.
-        images: of each question, in the order of its tags; may be empty.
-        generate: in place of the model's own method.
+        images: images of each question, in the order of its tags; may be empty.
+        generate: used in place of the model's own method.
 
     Returns:
         The answers' texts, without special tokens, stripped.

@@ -1,4 +1,4 @@
-"""Asks each question once: answers are kept as they come, and what was interrupted goes on where it was."""
+"""Asks each question once. Answers are saved as they come, so that an interrupted evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a student is shown: a text and its images, if any. ``id`` is the question's, where it has one."""
+    """The text and the images, if any, that a student is shown. ``id`` is the question's id, if it has one."""
 
     id: str
     text: str
@@ -37,15 +37,16 @@ class Prompt:
 
 
 class Answers:
-    """The answers given so far, by what was asked; with a file they outlive this process.
+    """The answers so far; with a file they are kept beyond this process.
 
-    A key covers the model's files, the prompt, the images and the longest answer allowed: neither the order of the
-    questions nor their number is part of it, and answers of another model are never met.
+    The key of an answer covers the model's files, the prompt, its images and the maximum length of an answer, but not
+    the number and order of the questions. Answers of another model are never found.
 
     Args:
-        file: where all answers are in the end. What comes meanwhile is appended to ``FILE.part-PROCESS`` beside it.
+        file: file of all answers, written at the end. Until then, answers are appended to ``FILE.part-PROCESS``.
         model: identity of the model, see ``model_key``.
-        process: number of this process among those that answer.
+        max_new_tokens: maximum length of an answer.
+        process: index of this process among those that ask.
     """
 
     def __init__(self, file: Path | None, model: str = "", max_new_tokens: int = 32, process: int = 0) -> None:
@@ -58,26 +59,26 @@ class Answers:
             self._said.update(_read(place))
 
     def key(self, prompt: Prompt) -> str:
-        """Under which the answer to a prompt is kept."""
+        """The key of a prompt's answer."""
         return key(self._model, prompt.id, prompt.text, "\n".join(prompt.images), self.max_new_tokens)
 
     def get(self, prompt: Prompt) -> str | None:
-        """What was said, or None."""
+        """The answer to a prompt; None if it has none yet."""
         return self._said.get(self.key(prompt))
 
     def add(self, prompts: Sequence[Prompt], said: Sequence[str]) -> None:
-        """Keeps the answers of a batch."""
+        """Saves the answers of a batch."""
         rows = [{"key": self.key(p), "question": p.text, "said": s} for p, s in zip(prompts, said, strict=True)]
         self._said.update({row["key"]: row["said"] for row in rows})
         if self.file is None:
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._part(self._process).open("a", encoding="utf-8") as part:
-            # A line that a killed process left unfinished must not swallow the next one.
+            # Start on a new line, because a killed process may have left an unfinished one.
             part.write(("\n" if part.tell() else "") + lines(rows))
 
     def finish(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Writes the complete file, a JSON object a line, in place of the parts."""
+        """Writes the complete file, one JSON object per line, and removes the parts."""
         assert self.file is not None
         write_text(self.file, lines(rows))
         for part in self._parts():
@@ -95,12 +96,12 @@ class Answers:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> str:
-    """A JSON object a line."""
+    """Rows as text, one JSON object per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _read(file: Path) -> Iterator[tuple[str, str]]:
-    """Key and answer of each line; lines cut short, or of another kind, hold none."""
+    """Key and answer of each line; truncated lines and lines of another form are skipped."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -113,7 +114,7 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def model_key(model: str) -> str:
-    """Identity of a model's files as they are now, or the commit of one that came from the hub."""
+    """Identity of the current files of a local model, or of the cached commit of a hub model."""
     place = Path(model)
     if not place.is_dir():
         return key(model, str(try_to_load_from_cache(model, "config.json")))
@@ -129,19 +130,19 @@ def ask_all(
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Asks, greedily and in batches, the prompts that have no answer yet; those with an unreadable image get none.
+    """Asks the prompts that have no answer yet, greedily and in batches. Prompts with an unreadable image get none.
 
     Args:
-        student: gives the student; called only if something is to be asked.
-        share: number of this process and of all that ask; each asks its own part of the prompts.
+        student: returns the student; called only if there is something to ask.
+        share: index of this process and number of processes; each asks its own share of the prompts.
 
     Raises:
-        DataError: before the first question, for images that are not there and for prompts that cannot be asked.
-        StoppedError: SIGTERM or Ctrl-C; the answers so far are kept.
+        DataError: an image is missing, or a prompt is invalid; raised before the first question.
+        StoppedError: SIGTERM or Ctrl-C; the answers so far are saved.
     """
     require_askable(prompts, images)
-    # By length, so that a batch pads little. The order depends on all prompts, not on which have an answer: processes
-    # that start while others answer must agree on their shares.
+    # Sorted by length, so that batches have little padding. The order depends on all prompts, not only on open ones:
+    # processes that start while others answer must agree on their shares.
     order = sorted(dict.fromkeys(prompts), key=lambda prompt: (-len(prompt.images), len(prompt.text)))
     todo = [prompt for prompt in order[share[0] :: share[1]] if answers.get(prompt) is None]
     stop = StopRequest()
@@ -153,8 +154,8 @@ def ask_all(
         bar = progress.add_task("asking", total=len(todo))
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
             if stop.asked:
-                raise StoppedError(f"{len(todo)} questions were open, {progress.tasks[0].completed:.0f} are answered; "
-                                   "the same command asks the others")  # fmt: skip
+                raise StoppedError(f"{progress.tasks[0].completed:.0f} of {len(todo)} questions were answered; run the "
+                                   "same command again to ask the others")  # fmt: skip
             shown = {prompt: opened for prompt in batch if (opened := open_images(images, prompt.images)) is not None}
             if shown:
                 texts = [prompt.text for prompt in shown]
@@ -163,11 +164,11 @@ def ask_all(
 
 
 def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
-    """Raises DataError for images that are not there, and for prompts that cannot be asked."""
+    """Raises DataError if an image is missing or a prompt is invalid."""
     absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
     if absent:
         raise DataError(
-            "missing images", f"{len(absent)} images of the questions are not there, the first '{absent[0]}'"
+            "missing images", f"{len(absent)} images of the questions do not exist, the first is '{absent[0]}'"
         )
     for number, prompt in enumerate(prompts):
         try:
@@ -177,20 +178,20 @@ def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
 
 
 def open_images(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
-    """The images of a question; None, with a warning, where one cannot be read."""
+    """The images of a question; None, with a warning, if one cannot be read."""
     try:
         return [images.open(name) for name in names]
     except DataError as error:
-        logger.warning("%s", printable(f"{', '.join(names)}: {error}; their questions count as not answered"))
+        logger.warning("%s", printable(f"{', '.join(names)}: {error}; their questions count as unanswered"))
         return None
 
 
 class Asker:
-    """A model that this process asks, loaded at the first question that has no answer yet.
+    """Asks a model, which is loaded at the first question that has no answer yet.
 
     Args:
         model: a stage's output, a LLaVA folder or a hub id.
-        share: number of this process and of all that ask.
+        share: index of this process and number of processes.
     """
 
     def __init__(self, model: str, batch_size: int = 32, share: tuple[int, int] = (0, 1)) -> None:
@@ -199,7 +200,7 @@ class Asker:
         self.share = share
         self._student: Student | None = None
         if not Path(model).is_dir():
-            self.student()  # which commit of the hub it is, is known once it is here
+            self.student()  # the commit of a hub model is known after its download
         self._key = model_key(model)
 
     def student(self) -> Student:
@@ -209,24 +210,24 @@ class Asker:
         return self._student
 
     def ask(self, prompts: Sequence[Prompt], images: ImageSource, file: Path | None, max_new_tokens: int) -> Answers:
-        """Asks this process's share of the prompts, see ``ask_all``; the answers of all that have asked so far."""
+        """Asks this process's share of the prompts, see ``ask_all``. Returns the answers of all processes so far."""
         answers = Answers(file, self._key, max_new_tokens, self.share[0])
         different = set(prompts)
         todo = sum(answers.get(prompt) is None for prompt in different)
         process, processes = self.share
         if process == 0 and todo:
             shared = f", in {processes} processes" if processes > 1 else ""
-            announce(Console(), "asking", f"{todo} questions, {len(different) - todo} are answered{shared}")
+            announce(Console(), "asking", f"{todo} questions, {len(different) - todo} already answered{shared}")
         ask_all(self.student, prompts, images, answers, self.batch_size, self.share)
         return answers
 
 
 def other_images(shown: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]] | None:
-    """For every question images that are not its own: the distinct images, moved round by half their number or the
-    next number that shows none of its own.
+    """Other images for every question: the list of distinct images is rotated by half its length, or further until
+    none is the question's own.
 
     Returns:
-        The images' names in the questions' order; None where there are not enough for a question.
+        Names of images, in the order of the questions; None if there are not enough different images.
     """
     distinct = sorted({name for names in shown for name in names})
     places = {name: i for i, name in enumerate(distinct)}
@@ -245,9 +246,9 @@ def other_images(shown: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]] | No
 
 
 def own_share() -> tuple[int, int]:
-    """Number of this process and of all that a launcher started, from the environment that it gave this one.
+    """Index of this process and number of processes, from the environment variables of a launcher.
 
-    Clusters set RANK and WORLD_SIZE in shells, too, where nothing was started: LOCAL_WORLD_SIZE only a launcher sets.
+    Clusters also set RANK and WORLD_SIZE in shells without a launcher; only launchers set LOCAL_WORLD_SIZE.
     """
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return 0, 1
@@ -255,7 +256,7 @@ def own_share() -> tuple[int, int]:
 
 
 def answers_file(model: str, name: str, limit: int | None = None) -> Path:
-    """Where raw answers go by default: ``MODEL/answers/NAME.jsonl``, of limited runs ``NAME-LIMIT.jsonl``; for a hub id
-    in a folder of its name here."""
+    """Default file of raw answers: ``MODEL/answers/NAME.jsonl``, or ``NAME-LIMIT.jsonl`` with a limit. For a hub id,
+    MODEL is a folder of its name in the current folder."""
     folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
     return folder / "answers" / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")

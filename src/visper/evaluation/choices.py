@@ -1,4 +1,4 @@
-"""Multiple choice: how options are asked for, and which of them an answer means."""
+"""Multiple choice: prompts with options, and reading the option that an answer means."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _LETTER_THEN_TEXT = re.compile(r"\W*([B-Z])\s|\W*(A)\s+(?=[A-Z\d])")
 
 
 def ask_with_options(question: str, options: Sequence[str]) -> str:
-    """The question with its options below, a letter each, and the request to answer with one."""
+    """The question, its options with letters, and the request to answer with a letter."""
     lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines, ASK_FOR_LETTER])
 
 
 def read_choice(said: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer means, or None where it names none, or several.
+    """The letter of the option that an answer means; None if it names none or several.
 
-    In this order: the text of an option and nothing else; "(B)" anywhere; a letter at the beginning with a sign or
-    nothing behind it ("b", "B.", "Option B:"); "the answer is B"; a capital letter and more text ("B the box", but not
-    "A box", whose A is an article); the one option whose text occurs in the answer.
+    These forms are tried in order: only the text of an option; "(B)" anywhere; a letter at the start, followed by
+    punctuation or nothing ("b", "B.", "Option B:"); "the answer is B"; a capital letter followed by text ("B the box",
+    but not "A box", whose A is an article); the text of exactly one option anywhere in the answer.
 
     Args:
         said: the answer.
-        options: letter -> text; empty texts where these are not known.
+        options: letter -> text, empty if it is not known.
     """
     texts = {letter: plain(text) for letter, text in options.items() if plain(text)}
     whole = plain(said)
@@ -48,6 +48,6 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
 
 
 def plain(text: str) -> str:
-    """Lower case, single spaces, no signs at the ends unless they are all there is. ``(A).`` equals ``a``."""
+    """Lower case, single spaces, no punctuation at the ends unless there is nothing else: ``(A).`` becomes ``a``."""
     spaced = re.sub(r"\s+", " ", text.lower()).strip()
     return spaced.strip(string.punctuation + " ") or spaced

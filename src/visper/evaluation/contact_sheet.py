@@ -1,4 +1,4 @@
-"""Images side by side, each with its caption."""
+"""Contact sheets: captioned images in rows."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP, CAPTION = 6, 24
-"""Pixels between tiles, and above a tile that has a caption."""
+"""Pixels between tiles, and height of a caption above its tile."""
 
 COARSE = 128
-"""Pixels up to which an image is a grid of cells: their edges are kept when it is made larger."""
+"""An image of at most this many pixels per side is a grid of cells, which keep hard edges when it is enlarged."""
 
 Tile = tuple[str, Image.Image]
 """A caption (may be empty) and an image."""
 
 
 def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Image:
-    """Rows of captioned images as one image; rows may differ in length, and one without captions is set closer.
+    """Rows of captioned images as one image. Rows may differ in length; rows without captions are set closer.
 
     Args:
         rows: tiles, row by row.
-        side: pixels a side of each tile; images are squashed to it.
+        side: side of each tile in pixels; images are squashed to it.
     """
     tops = [CAPTION if any(caption for caption, _ in row) else 0 for row in rows]
     width = max(len(row) for row in rows) * (side + GAP) + GAP
@@ -53,6 +53,6 @@ def with_note(sheet: Image.Image, note: str) -> Image.Image:
 
 
 def images_of(drawn: Tensor) -> list[Image.Image]:
-    """``[B, 3, H, W]`` in 0..1, as teachers draw them, as images."""
+    """Converts a teacher's drawings ``[B, 3, H, W]`` in 0..1 to images."""
     values = (drawn.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]

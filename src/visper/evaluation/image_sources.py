@@ -1,4 +1,4 @@
-"""Where the images of questions are: files in a folder, or bytes in Parquet files."""
+"""Sources of the images of questions: files in a folder, or bytes in Parquet files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from visper.data.images import open_image
 
 
 class ImageSource(Protocol):
-    """Opens images by the names that questions give them; images of different names differ."""
+    """Opens images by the names in the questions; different names are different images."""
 
     def open(self, name: str) -> Image.Image:
-        """The image, RGB. Raises DataError where it cannot be read."""
+        """The image in RGB. Raises DataError if it cannot be read."""
 
     def absent(self, names: Iterable[str]) -> list[str]:
-        """Those of the names that stand for no image."""
+        """The names without an image."""
 
 
 class ImageFolder:
@@ -33,19 +33,19 @@ class ImageFolder:
         self.folder = folder
 
     def open(self, name: str) -> Image.Image:
-        """The image, RGB. Raises DataError where it cannot be read."""
+        """The image in RGB. Raises DataError if it cannot be read."""
         return open_image(inside(self.folder, name))
 
     def absent(self, names: Iterable[str]) -> list[str]:
-        """Those of the names under which the folder has no file. Raises DataError for names that lead outside."""
+        """The names without a file in the folder. Raises DataError for names that lead outside it."""
         return [name for name in names if not inside(self.folder, name).is_file()]
 
 
 class TableImages:
-    """Images whose bytes are in a table, named by a digest of them, so that one in several rows has one name.
+    """Images embedded in a table, named by a digest of their bytes, so that an image in several rows has one name.
 
     Attributes:
-        names: of each row's images, in order.
+        names: names of each row's images, in order.
     """
 
     def __init__(self, table: Any, column: str) -> None:
@@ -61,24 +61,25 @@ class TableImages:
                 self._places.setdefault(name, (row, number))
 
     def open(self, name: str) -> Image.Image:
-        """The image, RGB. Raises DataError where it cannot be read."""
+        """The image in RGB. Raises DataError if it cannot be read."""
         row, number = self._places[name]
         return open_image(f"image {number + 1} of row {row}", self._content(row)[number])
 
     def absent(self, names: Iterable[str]) -> list[str]:
-        """None of them: the names are those of bytes at hand."""
+        """The names that are not in the table."""
         return [name for name in names if name not in self._places]
 
 
 def read_table(files: Sequence[Path], needed: Sequence[str], optional: Sequence[str], what: str) -> Any:
-    """Columns of Parquet files as one table of `datasets`.
+    """Reads columns of Parquet files as one table of `datasets`.
 
     Args:
-        needed: columns that every file has.
-        optional: columns that are read where every file has them.
+        needed: columns that every file must have.
+        optional: columns that are read if every file has them.
+        what: name of the data, at the beginning of error messages.
 
     Raises:
-        DataError: a file cannot be read, or lacks a needed column; the message begins with ``what``.
+        DataError: a file cannot be read, or lacks a needed column.
     """
     from visper.data.rows.hugging_face import load_parquet
 

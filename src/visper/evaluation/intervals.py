@@ -1,4 +1,4 @@
-"""How sure a share or a mean is: of a share, a weighted sum of shares, a mean over groups, a difference over seeds."""
+"""95 % intervals of a share, a weighted sum of shares, a mean over groups, and a difference over seeds."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 Z = 1.959963984540054
-"""Standard deviations that hold 95 % of a normal distribution."""
+"""Number of standard deviations around the mean that contain 95 % of a normal distribution."""
 
 
 def wilson(correct: float, total: int) -> tuple[float, float]:
     """The 95 % interval of a share of ``correct`` in ``total``, both ends in 0..1 (Wilson 1927).
 
-    Unlike the normal interval it stays inside 0..1 and keeps its coverage near the ends and for few samples. Where
-    answers score parts of a point (``correct`` is their sum), it is wider than necessary: no values in 0..1 of that
-    mean vary more than zeros and ones.
+    Unlike the normal interval it stays inside 0..1 and keeps its coverage near the ends and for few samples. If answers
+    score fractions of a point (``correct`` is their sum), it is wider than necessary, because zeros and ones have the
+    largest variance of all values in 0..1 with the same mean.
 
     Raises:
-        ValueError: the two numbers make no share.
+        ValueError: not 0 <= correct <= total, or no samples.
     """
     if total < 1 or not -1e-9 <= correct <= total + 1e-9:
-        raise ValueError(f"{correct} of {total} is no share: expected 0 <= correct <= total and at least one sample")
+        raise ValueError(f"{correct} of {total} is not a share: expected 0 <= correct <= total and at least one sample")
     share, spread = correct / total, Z * Z / total
     center = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(max(0.0, share * (1 - share)) / total + spread / (4 * total)) / (1 + spread)
@@ -29,12 +29,12 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 
 
 def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
-    """The mean of all values and its 95 % normal interval; None for one group.
+    """The mean of all values and its 95 % normal interval, which is None for a single group.
 
-    Groups are independent of each other, the values of one are not: such as the scores of an image's questions.
+    Groups are independent of each other, but the values of a group are not, such as the scores of an image's questions.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
     """
     count = sum(map(len, groups))
     if count == 0:
@@ -48,7 +48,7 @@ def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, floa
 
 
 def weighted(parts: Iterable[tuple[float, float, tuple[float, float]]]) -> tuple[float, tuple[float, float]]:
-    """A weighted sum of independent shares with its 95 % interval, from the shares' own (Newcombe 1998, method 10).
+    """A weighted sum of independent shares and its 95 % interval, from the shares' own (Newcombe 1998, method 10).
 
     Args:
         parts: weight, share and interval of each.
@@ -65,11 +65,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple
     """The mean difference of values of the same seeds, and its 95 % t-interval (Student 1908).
 
     Raises:
-        ValueError: fewer than two seeds, or not the same number of both.
+        ValueError: fewer than two seeds, or different numbers of values.
     """
     points = [own - other for own, other in zip(ours, theirs, strict=True)]
     if len(points) < 2:
-        raise ValueError(f"{len(points)} seeds give no interval: expected 2 at least, and 5 for a claim")
+        raise ValueError(f"{len(points)} seeds give no interval: expected at least 2, and 5 for a claim")
     half = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
     mean = statistics.fmean(points)
     return mean, (mean - half, mean + half)
@@ -77,6 +77,6 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple
 
 def t_quantile(freedom: int) -> float:
     """Student's t at 97.5 %, which bounds a two-sided 95 % interval, for ``freedom`` degrees of freedom."""
-    from scipy.stats import t  # a second to import: only comparisons over seeds pay for it
+    from scipy.stats import t  # takes a second to import, and only comparisons over seeds need it
 
     return float(t.ppf(0.975, freedom))

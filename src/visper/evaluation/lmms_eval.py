@@ -1,6 +1,7 @@
 """The model ``visper`` for lmms-eval, which finds it through the entry point of the group ``lmms_eval.models``.
 
-Nothing of this package imports this file: without lmms-eval the entry point does nothing. Written for lmms-eval 0.7.3.
+Nothing else in this package imports this file: without lmms-eval the entry point has no effect. Checked with lmms-eval
+0.7.3.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from visper.data.rows.formats import IMAGE_TAG
 from visper.evaluation.ask import answer, load_to_ask
 
 MAX_NEW_TOKENS = 1024
-"""Where a task names no length: lmms-eval's own default."""
+"""Used if a task sets no length; lmms-eval's own default."""
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers: ``--model visper --model_args pretrained=MODEL``."""
+    """The entry that lmms-eval registers, for ``--model visper --model_args pretrained=MODEL``."""
     return ModelManifest(model_id="visper", chat_class_path=f"{__name__}.VisperModel")
 
 
 class VisperModel(lmms):
-    """A student that answers greedily, in batches, what ``visper evaluate`` would be answered for the same prompts.
+    """A student that answers greedily and in batches, as it does in ``visper evaluate`` for the same prompts.
 
     Args:
         pretrained: a stage's output, a LLaVA folder or a hub id.
-        batch_size: questions asked at once.
-        device: ignored: a GPU is used where there is one. (lmms-eval always names one.)
+        batch_size: questions per batch.
+        device: ignored, as lmms-eval always passes one; a GPU is used if there is one.
     """
 
     is_simple = False
@@ -51,16 +52,16 @@ class VisperModel(lmms):
         self._world_size = self.accelerator.num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; each is cut before the first of its task's stop texts.
+        """Answers in the order of the requests, each cut before the first stop text of its task.
 
         Raises:
             ConfigError: a task asks for sampling or beams, or for a conversation of several turns.
-            DataError: a question has another number of image tags than of images.
+            DataError: a question does not have as many image tags as images.
         """
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[_settings(request.args[2])].append(number)
-        # By length, so that a batch pads little.
+        # Sorted by length, so that batches have little padding.
         batches = [
             (settings, members[start : start + self.batch_size])
             for settings, numbers in groups.items()
@@ -85,16 +86,16 @@ class VisperModel(lmms):
         return as_question(messages[0]["content"], task)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Not there: tasks of output type ``generate_until`` only."""
+        """Not supported: only tasks of output type ``generate_until`` are."""
         raise NotImplementedError("the model 'visper' answers tasks of output type generate_until, not loglikelihood")
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Not there: tasks of output type ``generate_until`` only."""
-        raise NotImplementedError("the model 'visper' answers tasks of output type generate_until, not of many rounds")
+        """Not supported: only tasks of output type ``generate_until`` are."""
+        raise NotImplementedError("the model 'visper' answers tasks of output type generate_until, not multi-round")
 
 
 def as_question(parts: Sequence[dict[str, Any]], task: str) -> tuple[str, list[Image.Image]]:
-    """Text and images of a user turn's parts; of several images a tag marks each one's place, unless the text does."""
+    """Text and images of a user turn. A tag marks the place of each of several images, unless the text has the tags."""
     other = {part["type"] for part in parts} - {"text", "image"}
     if other:
         raise ConfigError(f"task '{task}' sends {', '.join(sorted(other))}: the model 'visper' reads text and images")

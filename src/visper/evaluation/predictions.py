@@ -1,4 +1,4 @@
-"""What the layers of a pre-trained student predict of images.
+"""Predictions that the layers of a pre-trained student make for images.
 
 Shape suffixes: S = images, N = teacher tokens, E = teacher width.
 """
@@ -30,7 +30,7 @@ from visper.training.module import TrainingModel
 
 @dataclass(frozen=True)
 class PreTrained:
-    """What PT left: the run, its student with predictors and queries, and its teachers by task."""
+    """A finished PT run: its configuration, its student with predictors and queries, and its teachers by task."""
 
     run: Run
     model: TrainingModel
@@ -38,16 +38,16 @@ class PreTrained:
 
 
 def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student: Student | None = None) -> PreTrained:
-    """Reads a finished PT run's folder back, in evaluation mode, on the GPU where there is one.
+    """Loads a finished PT run in evaluation mode, on the GPU if there is one.
 
     Args:
         output: the folder with ``model/`` and ``distillation/``, or its ``model``.
         overrides: changes to its run, such as ``distillation.tasks.depth.target.model=elsewhere``.
-        student: of a later stage, whose states the predictors read in place of their own student's.
+        student: student of a later stage, whose states the predictors read in place of those of their own student.
 
     Raises:
-        ConfigError: the folder holds no predictors, a teacher cannot be loaded, it is not the one they learned from, or
-            the student is not built as theirs is.
+        ConfigError: the folder has no predictors, a teacher cannot be loaded or does not fit them, or ``student`` does
+            not have the architecture of their own student.
     """
     folder = predictors_folder(output)
     run = load_run(folder / "distillation" / "run.yaml", overrides)
@@ -60,9 +60,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
     try:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
-        raise ConfigError(
-            f"{error}\nif it lies elsewhere now: --set distillation.tasks.TASK.target.model=PLACE"
-        ) from error
+        raise ConfigError(f"{error}\nif it has moved: --set distillation.tasks.TASK.target.model=PLACE") from error
     model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
     model.read_vocabulary()  # a later stage may have trained its rows further than PT's queries
     require_undamaged(folder / "distillation")
@@ -71,8 +69,8 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
     if needed != set(weights):
         different = sorted(needed ^ set(weights))
         raise ConfigError(
-            f"'{folder / 'distillation'}' was saved with other tasks, layers or predictors than its run.yaml (with "
-            f"your changes) says: {len(different)} weights differ, such as '{different[0]}'"
+            f"'{folder / 'distillation'}' was saved with other tasks, layers or predictors than those of its run.yaml "
+            f"(with your changes): {len(different)} weights differ, such as '{different[0]}'"
         )
     try:
         model.load_state_dict(weights, strict=False)
@@ -87,9 +85,9 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
 def predict_images(
     model: TrainingModel, images: Sequence[Image.Image], prompt: str, batch: int = 50
 ) -> dict[str, Tensor]:
-    """Predictions ``{"depth/20": [S, N, E]}`` (float32, CPU) of every image beside one prompt, without an answer.
+    """Predictions ``{"depth/20": [S, N, E]}`` (float32, CPU) for every image, with the same prompt and no answer.
 
-    The predictors read the text too: a caption would tell them what is there.
+    Predictors also read the text, and a caption would tell them what the image shows.
     """
     processor = model.processor
     parts: dict[str, list[Tensor]] = {}
@@ -110,7 +108,7 @@ def predict_images(
 
 
 def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int = 100) -> Tensor:
-    """A teacher's targets ``[S, N, E]`` (float32, CPU) of images already in the run's geometry."""
+    """A teacher's targets ``[S, N, E]`` (float32, CPU) for images already in the run's geometry."""
     parts = []
     for start in range(0, len(images), batch):
         parts.append(teacher(teacher.see(images[start : start + batch])).float().cpu())
@@ -118,16 +116,16 @@ def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int 
 
 
 def other_weights_note(predictors: str | Path, model: str | Path) -> str | None:
-    """What must stand beside drawings of a model by predictors that were trained with other weights; None with its own.
+    """A warning for drawings by predictors that were trained with other weights than the model's; None for its own.
 
     Raises:
-        ConfigError: ``predictors`` holds none.
+        ConfigError: the folder ``predictors`` has none.
     """
     if predictors_folder(predictors).resolve() in (Path(model).resolve(), Path(model).resolve().parent):
         return None
     return (
-        f"Predictors of {predictors} over the weights of {model}, which they were not trained with: a worse drawing "
-        "may come from predictors that no longer fit, not from what the layers hold."
+        f"Predictors of {predictors} with the weights of {model}, which they were not trained with: a worse drawing "
+        "may come from predictors that no longer fit, not from the content of the layers."
     )
 
 
@@ -141,7 +139,7 @@ def _require_fit(student: Student, folder: Path) -> None:
     if found != read:
         raise ConfigError(
             f"the predictors in '{folder}' read an LLM of {_shape(*read)}; the model has {_shape(*found)}: give the PT "
-            "that it was fine-tuned from"
+            "run that it was fine-tuned from"
         )
 
 
@@ -151,10 +149,10 @@ def _shape(layers: int, width: int, task_tokens: Mapping[str, Sequence[str]]) ->
 
 
 def predictors_folder(output: str | Path) -> Path:
-    """The folder that holds predictors: a finished PT's output, given as such or as its ``model``.
+    """The folder with predictors: the output of a finished PT run, given directly or as its ``model`` folder.
 
     Raises:
-        ConfigError: it holds none; says where they may be.
+        ConfigError: it has none; the message says where they may be.
     """
     output = Path(output)
     for folder in (output, output.parent):
@@ -166,8 +164,8 @@ def predictors_folder(output: str | Path) -> Path:
     if (output / "run.yaml").is_file():
         run = load_run(output / "run.yaml")
         if run.stage is not Stage.PT:
-            before = f", here perhaps '{run.start_from}'" if run.start_from else ""
-            hint = f"stage '{run.stage}' keeps none, give the output of the PT before it{before}"
+            before = f", perhaps '{run.start_from}'" if run.start_from else ""
+            hint = f"stage '{run.stage}' keeps none, give the output of the PT run before it{before}"
         elif run.distillation is None:
             hint = "this PT ran without 'distillation'"
-    raise ConfigError(f"'{output}' holds no embedding predictors: {hint}")
+    raise ConfigError(f"'{output}' has no embedding predictors: {hint}")

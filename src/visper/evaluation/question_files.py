@@ -1,4 +1,4 @@
-"""Files of questions: JSON, JSONL or Parquet."""
+"""Reads files of questions: JSON, JSONL or Parquet."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OPTIONAL = ("image", "kind", "options", "id")
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions of a JSON or JSONL file: rows of ``{question, answer}``, optionally ``image``, ``kind``, ``options``,
-    ``id``.
+    """Reads a JSON or JSONL file. Rows have ``question`` and ``answer``, optionally ``image``, ``kind``, ``options``
+    and ``id``.
 
-    ``answer`` is a text, a number, or a list of accepted ones; ``image`` a path, a list of them, or missing. Several
-    images stand where the question has tags ``<image>``. With ``options``, a list of texts, ``answer`` is the letter of
-    one of them ("B") or its text.
+    ``answer`` is a text, a number, or a list of accepted ones; ``image`` is a path or a list of paths. Several images
+    take the places of the question's ``<image>`` tags. With ``options``, a list of texts, ``answer`` is the letter
+    ("B") or the text of one of them.
 
     Raises:
         DataError: the file or a question is not of this form; the message names the question.
@@ -32,15 +32,15 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def open_questions(path: Path, images: Path | None) -> tuple[list[Question], ImageSource]:
-    """Questions of any file that ``visper evaluate`` takes, and where their images are.
+    """Reads any file of questions that ``visper evaluate`` takes, and opens the source of their images.
 
     Args:
         path: JSON or JSONL, see ``read_questions``, or Parquet with the same columns; its images may be embedded.
-        images: folder that image paths start from.
+        images: folder of the image paths.
 
     Raises:
         ConfigError: images are paths, and ``images`` is not given.
-        DataError: the file or a question is not of the form expected; the message names the question.
+        DataError: the file or a question is not of the expected form; the message names the question.
     """
     if path.suffix != ".parquet":
         questions = read_questions(path)
@@ -54,7 +54,7 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
             named = ({**row, "image": list(names)} for row, names in zip(rows, source.names, strict=True))
             return _questions(path, named), source
     if images is None and any(question.images for question in questions):
-        raise ConfigError(f"the images of '{path}' are paths: say with --images where they start")
+        raise ConfigError(f"the images of '{path}' are paths: pass their folder with --images")
     return questions, ImageFolder(images or Path())
 
 
@@ -66,7 +66,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
     questions: list[Question] = []
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or any(name not in row for name in NEEDED):
-            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected image, question, answer")
+            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected question and answer")
         place = f"'{path}', question {number}"
         options = _options(row.get("options"), place)
         answers = _accepted(row["answer"], place)
@@ -81,7 +81,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
             )
         )
     if not questions:
-        raise DataError(f"{path} holds no questions")
+        raise DataError(f"{path} has no questions")
     if len({question.kind for question in questions}) == 1:
         return questions
     return [replace(question, kind="other") if question.kind == EVERYTHING else question for question in questions]
@@ -104,8 +104,7 @@ def _options(options: Any, place: str) -> tuple[str, ...]:
 
 
 def _right_option(answers: tuple[str, ...], options: tuple[str, ...], place: str) -> tuple[str, ...]:
-    """The right option's letter and text. An answer is a letter or a text; one that is both, of different options, is
-    refused."""
+    """The right option's letter and text. Each answer is an option's letter or text; all must mean the same option."""
     letters = LETTERS[: len(options)]
     found = {
         letter
@@ -114,7 +113,7 @@ def _right_option(answers: tuple[str, ...], options: tuple[str, ...], place: str
         if plain(answer) in (letter.lower(), plain(text))
     }
     if len(found) != 1:
-        means = f"means {' and '.join(sorted(found))}" if found else "is none of them"
+        means = f"means {' and '.join(sorted(found))}" if found else "is not an option"
         raise DataError(
             "bad answer", f"{place}: 'answer' is {', '.join(answers)[:80]!r}, which {means}: expected one option's "
             f"letter ({letters[0]} to {letters[-1]}) or text"

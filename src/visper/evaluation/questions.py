@@ -1,4 +1,4 @@
-"""Questions with known answers: what is asked, what counts as right, and the answers beside their blind control."""
+"""Questions with known answers: asking them, judging the answers, and the blind control."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EVERYTHING = "all"
 
 @dataclass(frozen=True)
 class Question:
-    """One question on its images, if any, with the answers accepted for it and, if given, its kind.
+    """A question, its images, if any, its accepted answers and its kind.
 
     Attributes:
-        options: of a multiple-choice question; ``answers`` are then the right one's letter and its text.
-        id: the question's own, where its file gives one.
+        options: options of a multiple-choice question; ``answers`` are then the letter and the text of the right one.
+        id: the question's id in its file, if it has one.
     """
 
     question: str
@@ -34,13 +34,13 @@ class Question:
     id: str = ""
 
     def prompt(self, images: tuple[str, ...]) -> Prompt:
-        """What is asked, on its own images or others."""
+        """The prompt, with the question's own images or others."""
         text = ask_with_options(self.question, self.options) if self.options else self.question
         return Prompt(self.id, text, images)
 
     def accepts(self, said: str) -> bool:
-        """Whether an answer is right: equal to an accepted one but for case and punctuation at the ends, or, of
-        multiple choice, one that means the right option (see ``read_choice``)."""
+        """Whether an answer is right: equal to an accepted one except for case and punctuation at the ends. For
+        multiple choice, it must mean the right option (see ``read_choice``)."""
         if self.options:
             return read_choice(said, dict(zip(LETTERS, self.options, strict=False))) == self.answers[0]
         return plain(said) in map(plain, self.answers)
@@ -48,9 +48,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question with the images that were shown and what the student said, as it said it.
+    """A question with the images that were shown and the student's raw answer.
 
-    ``said`` is None where an image could not be read: the question counts as asked and not answered.
+    ``said`` is None if an image could not be read: the question counts as asked, but not answered.
     """
 
     images: tuple[str, ...]
@@ -63,7 +63,7 @@ class Answered:
 
 
 def judge(question: Question, images: tuple[str, ...], said: str | None) -> Answered:
-    """A question with what was said to it, right or wrong."""
+    """Judges the answer ``said`` to a question."""
     correct = said is not None and question.accepts(said)
     return Answered(images, question.kind, question.question, question.answers, said, correct, question.id)
 
@@ -79,12 +79,12 @@ def evaluate(
     """Asks every question once, greedily.
 
     Args:
-        images: folder under which the questions' image paths lie.
-        shuffle_images: every question gets other questions' images: what a model scores that does not look.
+        images: folder of the questions' image paths.
+        shuffle_images: ask every question with other questions' images, the blind control.
 
     Raises:
-        DataError: before the first question, for images that are not there or not under their folder, and for
-            questions that cannot be asked; for a blind control of fewer than two different images.
+        DataError: an image is missing or outside the folder, a question is invalid, or the blind control has fewer than
+            two different images; raised before the first question.
     """
     items = list(questions)
     own = [question.images for question in items]
@@ -105,14 +105,14 @@ def ask_questions(
     max_new_tokens: int = 32,
     blind: bool = True,
 ) -> tuple[list[Answered], list[Answered] | None]:
-    """Asks this process's share of the questions, and answers what all processes have asked so far.
+    """Asks this process's share of the questions, and returns the answers of all processes so far.
 
     Args:
-        file: keeps raw answers; complete once one process asks alone.
-        blind: ask once more, each question on others' images.
+        file: file of raw answers; completed if there is only one process.
+        blind: also ask each question with other questions' images.
 
     Returns:
-        The answers, and those of the blind control; None where there is none: fewer than two images differ.
+        The answers, and those of the blind control, or None if ``blind`` is off or fewer than two images differ.
     """
     shown = [[question.images for question in questions]]
     others = other_images(shown[0]) if blind else None
@@ -132,6 +132,6 @@ def ask_questions(
 
 
 def save_answers(path: Path, answered: Iterable[Answered]) -> None:
-    """Every question with its raw answer, one JSON object a line; complete or not at all."""
+    """Writes every question with its raw answer, one JSON object per line; the file is complete or absent."""
     rows: list[dict[str, Any]] = [asdict(row) for row in answered]
     write_text(path, lines(rows))

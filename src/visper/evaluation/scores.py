@@ -1,4 +1,4 @@
-"""Accuracy by kind of question, beside what needs no image: the best constant answer and the blind control."""
+"""Accuracy by kind of question, beside two controls: the best constant answer and the blind control."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visper.evaluation.intervals import wilson
 from visper.evaluation.questions import EVERYTHING, Answered
 
 EMPTY_SHARE = 0.01
-"""Share of answers without text past which something is likely to be wrong with the model or its tokenizer."""
+"""Share of answers without text above which something is likely to be wrong with the model or its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Score:
     """Right answers of one kind, with the 95 % interval of their share.
 
     Attributes:
-        empty: answers without any text.
-        constant: right answers of the constant answer that is right most often; over all kinds, of each kind's own.
-        constant_answer: which that is; of several kinds, none.
+        empty: number of answers without any text.
+        constant: number of right answers of the best constant answer; over all kinds, of each kind's own.
+        constant_answer: the best constant answer; empty over several kinds.
     """
 
     kind: str
@@ -58,7 +58,7 @@ def scores(answered: Iterable[Answered]) -> list[Score]:
 
 
 def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
-    """The blind control's scores by kind, without those kinds none of whose questions has an image."""
+    """The blind control's scores by kind, without kinds whose questions have no images."""
     if control is None:
         return None
     shown = {row.kind for row in control if row.images} | {EVERYTHING}
@@ -76,10 +76,10 @@ def _counts(score: Score) -> tuple[int, int, int, int]:
 
 
 def show_scores(console: Console, rows: Sequence[Score], blind: Mapping[str, Score] | None = None) -> None:
-    """A table of accuracies with their intervals and controls, how many answers were empty, and what to doubt.
+    """Prints accuracies with intervals and controls, and warnings about doubtful scores and empty answers.
 
     Args:
-        blind: the blind control's scores by kind; None where it was not asked.
+        blind: the blind control's scores by kind; None without a blind control.
     """
     names = ("kind", "accuracy", "95 % interval", "constant", "blind", "right / asked", "empty")
     table = Table(*(Column(name, no_wrap="%" in name) for name in names if blind is not None or name != "blind"))
@@ -98,7 +98,7 @@ def show_scores(console: Console, rows: Sequence[Score], blind: Mapping[str, Sco
     console.print(table)
     if doubtful:
         said = f" (within the interval): {', '.join(doubtful)}"
-        console.print(Text.assemble(("not above what needs no image", "yellow"), said))
+        console.print(Text.assemble(("not above a control that needs no image", "yellow"), said))
     if rows and rows[-1].empty > rows[-1].total * EMPTY_SHARE:
         why = ": does the tokenizer know the words of the answers, and was the model trained to answer such questions?"
         console.print(Text.assemble((f"{rows[-1].empty} of {rows[-1].total} answers are empty", "yellow"), why))

@@ -1,4 +1,4 @@
-"""What each tapped layer predicts of one image, drawn beside what the teacher sees."""
+"""Draws each tapped layer's prediction for an image beside the teacher's target."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
 from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
 
 PROMPT = "Describe the image concisely."
-"""Asked beside the image, as in LLaVA-558K."""
+"""The prompt beside the image, as in LLaVA-558K."""
 
 GALLERY = 64
-"""Images among which the nearest are looked for, where an embedding draws no image of its own."""
+"""Number of images among which the nearest are searched, for embeddings that cannot be drawn."""
 
 SIDE = 384
 BLANK = Image.new("RGB", (1, 1), "white")
@@ -36,14 +36,14 @@ BLANK = Image.new("RGB", (1, 1), "white")
 def look(
     found: PreTrained, image: Image.Image, prompt: str = PROMPT, gallery: Sequence[Image.Image] = ()
 ) -> Image.Image:
-    """A row a task: the image as the student sees it, the teacher's own target drawn, each layer's prediction drawn.
+    """One row per task: the image as the student sees it, then drawings of the teacher's target and each prediction.
 
     Args:
         found: a pre-trained student with its teachers.
         image: RGB.
-        prompt: the question beside it, without an answer.
-        gallery: images to show the nearest of, if a teacher draws none (a target of one token has no positions);
-            without any, an empty tile says so.
+        prompt: the prompt beside the image.
+        gallery: images among which the nearest are shown if a teacher cannot draw (a target of one token has no
+            positions); without any, an empty tile says so.
     """
     predicted = predict_images(found.model, [image], prompt)
     seen, *others = (_arranged(found, one) for one in (image, *gallery))
@@ -71,12 +71,12 @@ def look(
 
 
 def needs_gallery(found: PreTrained) -> bool:
-    """Whether a teacher of the run draws no images."""
+    """Whether a teacher of the run cannot draw images."""
     return not all(teacher.draws_images for teacher in found.teachers.values())
 
 
 def first_images(data: Data, count: int = GALLERY) -> list[Image.Image]:
-    """The first ``count`` images of a run's rows; fewer, or none, where they are not here any more."""
+    """The first ``count`` images of a run's rows; fewer or none if they no longer exist."""
     try:
         records = open_records(row_files(data), DropList())
     except (ConfigError, DataError, OSError):
@@ -85,7 +85,7 @@ def first_images(data: Data, count: int = GALLERY) -> list[Image.Image]:
 
 
 def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
-    """The first ``count`` images of a folder, by name. Raises DataError where it has none."""
+    """The first ``count`` images of a folder, by name. Raises DataError if it has none."""
     images = _opened(((file, None) for file in sorted(folder.rglob("*")) if file.is_file()), count)
     if not images:
         raise DataError("no images", f"no image can be read in '{folder}': give a folder with images")
@@ -93,7 +93,7 @@ def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
 
 
 def _images_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
-    """Each image once, with its content; without those that lie outside their folder."""
+    """Each image once, with its content; skips images outside their folder."""
     seen: set[str] = set()
     for index, record in enumerate(records):
         new = [number for number, image in enumerate(record.images) if image.path not in seen]
@@ -123,7 +123,7 @@ def _arranged(found: PreTrained, image: Image.Image) -> Image.Image:
 
 
 def _drawn(teacher: Teacher, embeddings: Tensor, target: Tensor, seen: Image.Image) -> list[Image.Image]:
-    # One by one: a diffusion or a segmentation of each at once would need as many times the memory.
+    # One by one: a diffusion or segmentation of all at once would need several times the memory.
     pixels = teacher.see([seen])
     device = next(teacher.parameters(), embeddings).device
     return [images_of(teacher.decode(one[None].to(device), pixels, target))[0] for one in embeddings]

@@ -1,4 +1,4 @@
-"""Answers and drawings of a model that is being trained, for ``run.evaluation``; ``training.held_out`` decides when."""
+"""Answers and drawings during training, for ``run.evaluation``; ``training.held_out`` decides when."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from visper.training.module import TrainingModel
 
 BATCH = 16
 Scorer = Callable[[Sequence[str | None]], dict[str, float]]
-"""Answers in the questions' order, None where there is none -> accuracies by name."""
+"""Answers in the order of the questions, None for no answer -> accuracies by name."""
 
 
 class WhileTraining:
     """Asks the same questions each time, and scores them as ``visper evaluate`` does.
 
     Args:
-        prompts: what is asked.
-        images: where their images are.
-        max_new_tokens: of an answer.
-        score: of all answers.
-        blind: ask once more, each prompt with other prompts' images: their accuracy is the value ``blind``.
+        prompts: the prompts to ask.
+        images: source of their images.
+        max_new_tokens: maximum length of an answer.
+        score: scores all answers.
+        blind: also ask each prompt with other prompts' images; the accuracy is the value ``blind``.
 
     Raises:
-        DataError: prompts that cannot be asked; ``blind`` of fewer than two different images.
+        DataError: a prompt is invalid, an image is missing, or ``blind`` has fewer than two different images.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class WhileTraining:
         self._score = score
 
     def score(self, said: Sequence[str | None]) -> dict[str, float]:
-        """Accuracies of answers in the prompts' order."""
+        """Accuracies of answers in the order of the prompts."""
         own, control = said[: self._num_seen], said[self._num_seen :]
         return {**self._score(own), **({"blind": self._score(control)["accuracy"]} if control else {})}
 
     def __call__(
         self, student: Student, share: tuple[int, int], generate: Callable[..., Tensor]
     ) -> Mapping[str, float]:
-        """Accuracies over the questions, of which this process asks its share, the same on all processes."""
+        """Asks this process's share of the prompts. Returns the accuracies over all, the same on every process."""
         own = list(range(len(self.prompts)))[share[0] :: share[1]]
         said: list[tuple[int, str]] = []
         for batch in (own[start : start + BATCH] for start in range(0, len(own), BATCH)):
@@ -87,11 +87,11 @@ def _blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def evaluator_of(run: Run) -> Evaluator | None:
-    """What asks and draws for a run while it trains; None where it does neither. Faults show before training.
+    """Builds what asks and draws during a run; None if the run does neither. Errors are raised before training.
 
     Raises:
-        ConfigError: an unknown benchmark, or one that is not prepared.
-        DataError: questions or held-out rows that cannot be read, or whose images are not there.
+        ConfigError: the benchmark is unknown or not prepared.
+        DataError: questions or held-out rows cannot be read, or their images are missing.
     """
     if run.evaluation is None or not (run.evaluation.asks or run.evaluation.draw):
         return None
@@ -106,7 +106,7 @@ def _drawn(run: Run) -> Draw:
     held_out = run.data.model_copy(update={"sources": run.evaluation.loss_on, "drop_list": ()})
     gallery = first_images(held_out)
     if not gallery:
-        raise DataError("no images", "no image of evaluation.loss_on can be read, and evaluation.draw shows some")
+        raise DataError("no images", "no image of evaluation.loss_on can be read, but evaluation.draw needs one")
     count = run.evaluation.draw
 
     def draw(model: TrainingModel, teachers: Mapping[str, Teacher]) -> dict[str, Image.Image]:
@@ -117,11 +117,11 @@ def _drawn(run: Run) -> Draw:
 
 
 def _asked(run: Run) -> WhileTraining | None:
-    """What a run asks; reads the questions.
+    """Reads the questions of a run; None if it has none.
 
     Raises:
-        ConfigError: an unknown benchmark, or one that is not prepared.
-        DataError: questions that cannot be read, or whose images are not there.
+        ConfigError: the benchmark is unknown or not prepared.
+        DataError: questions cannot be read, or their images are missing.
     """
     settings = run.evaluation
     if settings is None or not settings.asks:
@@ -140,7 +140,7 @@ def _asked(run: Run) -> WhileTraining | None:
         return WhileTraining(prompts, images, settings.max_new_tokens, of_questions, settings.blind)
     if settings.benchmark not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
-        raise ConfigError(f"evaluation.benchmark: no benchmark '{settings.benchmark}', there are {known}")
+        raise ConfigError(f"evaluation.benchmark: no benchmark '{settings.benchmark}': choose one of {known}")
     benchmark = BENCHMARKS[settings.benchmark]
     rows, images = benchmark.rows(Path(run.data.root))
     items = spread(rows, settings.limit)

@@ -115,7 +115,7 @@ def test_a_limit_takes_rows_evenly_and_says_so(root, asker, capsys):
     assert (result.asked, result.of, result.answers.name) == (3, 5, "cv-bench-3.jsonl")
     assert [column.name for column in result.columns] == ["Count", "Depth", "3D"]  # rows 0, 1 and 3: no COCO, so no 2D
     show_results(Console(width=200), [result])
-    assert "3 of 5 (the scores are no benchmark results) asked" in capsys.readouterr().out
+    assert "3 of 5 (the scores are not benchmark results) asked" in capsys.readouterr().out
 
 
 def test_empty_answers_and_unreadable_images_are_counted_as_wrong(root, asker, capsys):

@@ -83,7 +83,7 @@ def test_what_could_not_be_scored_is_refused_before_training(probed, tmp_path, o
 def test_a_set_whose_teacher_is_not_probed_is_refused_before_training(probed, tmp_path):  # noqa: F811
     for place in ("annotations/panoptic_val2017.json", "panoptic_val2017", "val2017"):
         (tmp_path / "coco" / place).mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"needs a teacher of kind 'oneformer', the probe's tasks have"):
+    with pytest.raises(ConfigError, match=r"needs a teacher of kind 'oneformer', but the probe's tasks have"):
         probe(probed, tmp_path / "out", "--score", "coco-panoptic-val2017", "--root", tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -92,7 +92,7 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     images, out = probed / "rows" / "images", tmp_path / "out"
     probe(probed, out, "--score", images, "--score-limit", 3)
     first = read_findings(out)
-    with pytest.raises(ConfigError, match=r"trained on the images in .* these are others \(4\)"):
+    with pytest.raises(ConfigError, match=r"trained on the images in .* but these are others \(4\)"):
         probe(probed, out, "--limit", 4)
     assert len(json.loads((tmp_path / "out.probe-rows.json").read_text())) == 5
     shutil.copytree(images, tmp_path / "held-out")

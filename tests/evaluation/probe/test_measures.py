@@ -209,5 +209,5 @@ def test_findings_are_read_back_and_drawn(tmp_path):
 
 
 def test_tasks_without_a_teacher_are_refused():
-    with pytest.raises(ConfigError, match=r"quickstart/pt has no teacher of \['edges'\].*depth"):
+    with pytest.raises(ConfigError, match=r"quickstart/pt has no teacher for \['edges'\].*depth"):
         teacher_targets_of(load_run("quickstart/pt"), ["edges"], "quickstart/pt")

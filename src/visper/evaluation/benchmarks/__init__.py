@@ -1,4 +1,4 @@
-"""The paper's benchmarks: one file and one entry of the table each."""
+"""The paper's benchmarks: one file and one entry of ``BENCHMARKS`` each."""
 
 from visper.common.errors import ConfigError
 from visper.evaluation.benchmarks import cv_bench, mmstar, ok_vqa, realworldqa
@@ -13,7 +13,7 @@ BENCHMARKS = {
         Benchmark("ok-vqa", 32, ok_vqa.rows, ok_vqa.read, ok_vqa.score),
     )
 }
-"""By the name under which `visper data prepare` brings them."""
+"""Benchmarks by the name that `visper data prepare` takes."""
 ALL = "all"
 
 
@@ -21,7 +21,7 @@ def find_benchmarks(name: str) -> list[Benchmark]:
     """The benchmark of that name, or all.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: unknown name.
     """
     if name == ALL:
         return list(BENCHMARKS.values())

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: its rows, how an answer is read, and how readings are scored."""
+"""Types and helpers of benchmarks: rows, readings of answers, and scores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Item:
     """One row of a benchmark.
 
     Attributes:
-        prompt: exactly what is asked.
-        answers: the right one, or, in OK-VQA, one of each annotator.
-        images: their names among the benchmark's.
-        kind: the task it is counted under.
-        source: where its image comes from, if scores are counted by that.
-        options: of multiple choice, letter -> text (empty where the text is part of the prompt only).
+        prompt: the complete prompt.
+        answers: the right answer; in OK-VQA, the answer of each annotator.
+        images: names of its images in the benchmark's source of images.
+        kind: the task under which it is scored.
+        source: the data set of its image, if scores are computed by source.
+        options: options of multiple choice, letter -> text (empty if only the prompt has the text).
     """
 
     prompt: str
@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer means: read robustly, and as the published reader takes it. None: nothing that could be right."""
+    """What an answer means to our robust reader (``text``) and to the published one. None: it cannot be right."""
 
     text: str | None
     published: str | None
@@ -54,29 +54,29 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An entry of the table: three functions and what is asked with them."""
+    """A benchmark: its name, the maximum length of an answer, and three functions."""
 
     name: str
     max_new_tokens: int
     rows: Callable[[Path], tuple[list[Item], ImageSource]]
-    """Rows and images, from the root of all data sets."""
+    """Root folder of all data sets -> rows and images."""
     read: Callable[[Item, str], Reading]
-    """An answer's reading; not called for questions without an answer."""
+    """Reads an answer; not called for questions without an answer."""
     score: Callable[[Sequence[Item], Sequence[str | None]], list[Column]]
-    """Scores of readings, which stand in the order of the items."""
+    """Scores readings, given in the order of the items."""
 
 
 def require_prepared(name: str, root: Path) -> None:
     """Checks that a benchmark's files are under the root.
 
     Raises:
-        ConfigError: something is not; the message names the command that brings it.
+        ConfigError: a file is missing; the message names the command that downloads it.
     """
     absent = [place for data_set, _ in with_needs(name) for place in missing(data_set, root)]
     if absent:
         raise ConfigError(
-            f"benchmark '{name}' is not under '{root}': no {', '.join(absent)}. Run `visper data prepare {name} "
-            f"--root {root}`, or set --root to where it lies"
+            f"benchmark '{name}' is not complete under '{root}': no {', '.join(absent)}. Run `visper data prepare "
+            f"{name} --root {root}`, or set --root to the folder that has it"
         )
 
 
@@ -89,7 +89,7 @@ def read_parquet(name: str, root: Path, columns: Sequence[str]) -> tuple[list[di
     require_prepared(name, root)
     files = sorted((root / "eval" / name).rglob("*.parquet"))
     if not files:
-        raise DataError("no rows", f"'{root / 'eval' / name}' holds no Parquet files: `visper data prepare {name}`")
+        raise DataError("no rows", f"'{root / 'eval' / name}' has no Parquet files: `visper data prepare {name}`")
     table = read_table(files, [*columns, "image"], [], f"benchmark '{name}'")
     images = TableImages(table, "image")
     rows: list[dict] = table.remove_columns("image").to_list()
@@ -102,6 +102,6 @@ def share(name: str, marks: Sequence[float]) -> Column:
 
 
 def mean(name: str, parts: Sequence[Column]) -> Column:
-    """The unweighted mean of columns of different questions."""
+    """The unweighted mean of columns over different questions."""
     value, interval = weighted((1 / len(parts), part.value, part.interval) for part in parts)
     return Column(name, value, interval, sum(part.total for part in parts))

@@ -16,7 +16,7 @@ FLAT, DEEP = ("ADE20K", "COCO"), ("Omni3D",)
 
 
 def rows(root: Path) -> tuple[list[Item], ImageSource]:
-    """2,638 rows, those of 2D first."""
+    """2,638 rows, 2D first."""
     found, images = read_parquet("cv-bench", root, ("idx", "task", "prompt", "choices", "answer", "source"))
     items = [
         Item(
@@ -34,8 +34,8 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 
 
 def read(item: Item, said: str) -> Reading:
-    """The published reader takes the first "(B)", else the first character. Where an answer has a bracket but no "(B)",
-    it takes the row before's, and it fails on an empty one: both are nothing here."""
+    """The published reader takes the first "(B)", else the first character. For an answer with a bracket but no "(B)"
+    it reuses the reading of the row before, and it fails on an empty answer: both are None here."""
     if "(" in said:
         match = re.search(r"\(([A-Z])\)", said)
         published = match[1] if match else None
@@ -45,7 +45,8 @@ def read(item: Item, said: str) -> Reading:
 
 
 def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
-    """The four tasks; 2D = mean(ADE20K, COCO), 3D = Omni3D, CV-Bench = mean(2D, 3D). Without those of no question."""
+    """The four tasks; 2D = mean(ADE20K, COCO), 3D = Omni3D, CV-Bench = mean(2D, 3D). Scores without questions are left
+    out."""
     marks = [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)]
 
     def of(name: str, attribute: str) -> list[Column]:

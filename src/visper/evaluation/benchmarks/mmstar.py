@@ -12,7 +12,7 @@ from visper.evaluation.image_sources import ImageSource
 
 REQUEST = "\nAnswer with the option's letter from the given choices directly, such as answer letter 'A' only. \n"
 OPTIONS = dict.fromkeys("ABCD", "")
-"""Their texts stand in the question, separated by commas that may also stand in a text."""
+"""The texts are in the question, separated by commas, which may also occur in a text."""
 _PUBLISHED = re.compile(r"(?:\(|option |the answer is )?([a-d])")
 
 
@@ -34,7 +34,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 
 
 def read(item: Item, said: str) -> Reading:
-    """The published reader takes the character at the beginning, or after "(", "option " or "the answer is "."""
+    """The published reader takes the character at the start, or after "(", "option " or "the answer is "."""
     match = _PUBLISHED.match(said.lower().strip())
     return Reading(read_choice(said, item.options), match[1].upper() if match else None)
 

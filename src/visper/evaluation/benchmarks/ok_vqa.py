@@ -1,4 +1,4 @@
-"""OK-VQA (Marino et al. 2019): 5,046 questions of COCO val2014 that ask for outside knowledge; ten answers each."""
+"""OK-VQA (Marino et al. 2019): 5,046 questions on COCO val2014 that need outside knowledge; ten answers each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
     items = []
     for row in _entries(folder / QUESTIONS, "questions", ("question_id", "image_id", "question")):
         if row["question_id"] not in answers:
-            raise DataError("no answers", f"'{folder / ANNOTATIONS}' has none for question {row['question_id']}")
+            raise DataError("no answers", f"'{folder / ANNOTATIONS}' has no answers to question {row['question_id']}")
         image = f"COCO_val2014_{row['image_id']:012d}.jpg"
         items.append(Item(row["question"] + REQUEST, answers[row["question_id"]], (image,), id=str(row["question_id"])))
     return items, ImageFolder(root / "coco" / "val2014")
@@ -40,7 +40,7 @@ def _entries(file: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError("not JSON", f"'{file}': {error}; `visper data prepare ok-vqa` brings it again") from error
+        raise DataError("not JSON", f"'{file}': {error}; `visper data prepare ok-vqa` downloads it again") from error
     entries: Any = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError("missing column", f"'{file}' has no list '{key}'")
@@ -51,7 +51,7 @@ def _entries(file: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]
 
 
 def read(item: Item, said: str) -> Reading:
-    """VQA's normal form; the published reader's is the same."""
+    """VQA's normal form, the same as the published reader's."""
     text = normalize(said)
     return Reading(text, text)
 

@@ -1,9 +1,9 @@
-"""Scores of others, in percent, to stand beside one's own."""
+"""Published scores of other models, in percent."""
 
 from __future__ import annotations
 
 COLUMNS = ("Count", "Depth", "Relation", "Distance", "MMStar", "RWQA", "OK-VQA")
-"""Of the paper's table (arXiv 2412.09585), in its order; its average is their mean (but for one row, 0.7 off it)."""
+"""Columns of the paper's table (arXiv 2412.09585), in its order. Its average is their mean, in one row 0.7 off."""
 AVERAGE = "average"
 
 _PAPER = {

@@ -17,7 +17,7 @@ _SIGNS = str.maketrans("", "", string.punctuation)
 
 
 def rows(root: Path) -> tuple[list[Item], ImageSource]:
-    """765 rows; the question, asked as it is, names the options and how to answer."""
+    """765 rows; the question is the complete prompt and names the options and how to answer."""
     found, images = read_parquet("realworldqa", root, ("question", "answer"))
     items = []
     for row in found:
@@ -30,8 +30,8 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 def read(item: Item, said: str) -> Reading:
     """Options by letter or text; otherwise number words become digits, and case and punctuation do not count.
 
-    The published reader looks for an option's text, with its case and anywhere, also inside a word, in the answer
-    without punctuation; else it takes that answer.
+    The published reader searches the answer, without punctuation, for an option's text, case-sensitively and even
+    inside a word; if it finds none, it takes the answer itself.
     """
     said = NUMBERS.get(said.strip().lower(), said)
     cleaned = re.sub(r"[^\w\s]", "", said).strip()
@@ -43,7 +43,7 @@ def read(item: Item, said: str) -> Reading:
 
 
 def bare(text: str) -> str:
-    """Upper case, without punctuation: what is compared, and what an option's letter is."""
+    """Upper case, without punctuation: the form that is compared, which an option's letter already has."""
     return text.translate(_SIGNS).strip().upper()
 
 

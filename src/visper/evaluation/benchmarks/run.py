@@ -1,4 +1,4 @@
-"""Asks benchmarks, scores the answers, and shows the scores beside the paper's."""
+"""Runs benchmarks: asks, scores the answers, and shows the scores beside the paper's."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PROTOCOL = "paper"
 
 @dataclass(frozen=True)
 class Result:
-    """What a model scored on one benchmark.
+    """A model's scores on one benchmark.
 
     Attributes:
-        columns: scores of the answers, read robustly.
-        published: scores of the same answers as the published reader takes them.
-        blind: scores with other questions' images; none where they were not asked.
-        read_otherwise: answers that the published reader reads otherwise.
-        empty: answers without any text.
-        unanswered: questions whose image could not be read; they count as wrong.
+        columns: scores of the answers by our robust reader.
+        published: scores of the same answers by the published reader.
+        blind: scores with other questions' images; empty without a blind control.
+        read_otherwise: number of answers that the published reader reads differently.
+        empty: number of answers without any text.
+        unanswered: number of questions whose image could not be read; they count as wrong.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Result:
 def run_benchmark(
     asker: Asker, benchmark: Benchmark, root: Path, limit: int | None = None, blind: bool = False
 ) -> Result | None:
-    """Asks this process's share of a benchmark; the result, or None where other processes have theirs still to ask.
+    """Asks this process's share of a benchmark. Returns the result, or None if there are several processes.
 
     Args:
-        root: of all data sets.
-        limit: rows asked at most, see ``spread``.
-        blind: ask once more, each question on another's image.
+        root: root folder of all data sets.
+        limit: maximum number of rows, see ``spread``.
+        blind: also ask each question with another question's image.
     """
     rows, images = benchmark.rows(root)
     items = spread(rows, limit)
@@ -88,7 +88,7 @@ def run_benchmark(
 
 
 def reading_of(benchmark: Benchmark, item: Item, said: str | None) -> Reading:
-    """What an answer means; None: the question has none."""
+    """The reading of an answer; ``said`` is None if the question has none."""
     return Reading(None, None) if said is None else benchmark.read(item, said)
 
 
@@ -113,13 +113,13 @@ def _lines(
 
 
 def average(results: Sequence[Result]) -> Column | None:
-    """The paper's average: the mean of its seven columns; None unless all are there."""
+    """The paper's average, the mean of its seven columns; None unless all are present."""
     columns = {column.name: column for result in results for column in result.columns}
     return mean(AVERAGE, [columns[name] for name in COLUMNS]) if all(name in columns for name in COLUMNS) else None
 
 
 def show_results(console: Console, results: Sequence[Result]) -> None:
-    """All scores with their intervals, then beside the paper's and others', and how the answers were read."""
+    """Prints all scores with intervals, then a table with the published ones, then how the answers were read."""
     total = average(results)
     own = [*(column for result in results for column in result.columns), *([total] if total is not None else [])]
     published = {column.name: column.value for result in results for column in result.published}
@@ -144,10 +144,10 @@ def show_results(console: Console, results: Sequence[Result]) -> None:
             beside.add_row(label, *("" if value is None else f"{value:.1f}" for value in values))
     console.print(beside)
     for result in results:
-        part = "" if result.asked == result.of else f" of {result.of} (the scores are no benchmark results)"
+        part = "" if result.asked == result.of else f" of {result.of} (the scores are not benchmark results)"
         console.print(
             f"{result.name}: {result.asked}{part} asked, {result.empty} answers empty, {result.unanswered} images "
-            f"unreadable, {result.read_otherwise} answers that the published reader reads otherwise; raw answers: "
+            f"unreadable, {result.read_otherwise} answers that the published reader reads differently; raw answers: "
             f"{result.answers}"
         )
 
@@ -157,7 +157,7 @@ def _percent(shares: Mapping[str, float], name: str) -> str:
 
 
 def save_results(file: Path, results: Sequence[Result]) -> None:
-    """Every score with its interval, as JSON."""
+    """Writes every score with its interval, as JSON."""
     content = {
         result.name: {
             "protocol": PROTOCOL,

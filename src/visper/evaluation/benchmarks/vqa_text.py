@@ -23,12 +23,12 @@ _SIGNS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize(text: str) -> str:
-    """Lower case, without signs, articles and most periods; number words as digits; contractions with apostrophes."""
+    """Lower case, without articles and most punctuation; number words as digits; contractions with apostrophes."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     original = text
     for sign in _SIGNS:
-        # A sign beside a space goes; one between letters becomes a space.
+        # A sign beside a space is removed; one between letters becomes a space.
         text = text.replace(sign, "" if f"{sign} " in original or f" {sign}" in original else " ")
     words = re.sub(r"\.(?!\d)", "", text).split()
     words = [{**NUMBERS, "none": "0"}.get(word, word) for word in words]

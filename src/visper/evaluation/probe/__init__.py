@@ -1,1 +1,1 @@
-"""Probes: what each layer of a frozen model holds, read by one trained resampler a layer."""
+"""Probes: one resampler per layer, trained to read a teacher's target from the states of a frozen model."""

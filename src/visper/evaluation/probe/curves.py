@@ -1,4 +1,4 @@
-"""Scores of probes by layer: a JSON for programs, a table for people, curves of several models in one image."""
+"""Scores of probes by layer: as JSON, as a table, and as curves of several models in one figure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from visper.evaluation.probe.measures import OTHER, Finding
 
 FORMATS = (".svg", ".png", ".pdf")
 COLUMNS = 3
-"""Panels side by side."""
+"""Largest number of panels in a row."""
 SCORES = "probe.json"
-"""In the output folder of a probe."""
+"""File of scores in the output folder of a probe."""
 
 
 def save_findings(findings: Sequence[Finding], file: Path) -> None:
@@ -28,17 +28,17 @@ def save_findings(findings: Sequence[Finding], file: Path) -> None:
 
 
 def add_findings(findings: Sequence[Finding], file: Path) -> None:
-    """Saves them beside those already in ``file``, in place of the same measure of the same layer."""
+    """Adds findings to ``file``, replacing those of the same layer and measure."""
     before = read_findings(file) if file.is_file() else []
     kept = {(finding.name, finding.measure): finding for finding in (*before, *findings)}
     save_findings(list(kept.values()), file)
 
 
 def named_apart(places: Sequence[Path]) -> dict[str, Path]:
-    """The places of probes by their names in a drawing: the last parts of their paths that tell them apart.
+    """Name in a figure -> path of each probe. A name is the end of the path that tells the probes apart.
 
     Raises:
-        ConfigError: the same place twice.
+        ConfigError: a path is given twice.
     """
     parts = [place.absolute().parts for place in places]
     if len(set(parts)) < len(parts):
@@ -50,10 +50,10 @@ def named_apart(places: Sequence[Path]) -> dict[str, Path]:
 
 
 def read_findings(place: Path) -> list[Finding]:
-    """What ``save_findings`` wrote; ``place`` is the file or the probe's folder.
+    """Reads a file of ``save_findings``; ``place`` is the file or the probe's folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such file.
     """
     file = place / SCORES if place.is_dir() else place
     if not file.is_file():
@@ -63,7 +63,7 @@ def read_findings(place: Path) -> list[Finding]:
 
 
 def averaged(seeds: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Means over seeds of the values and of their controls, without intervals."""
+    """Means over seeds of values and controls, without intervals."""
     result = []
     for same in zip(*seeds, strict=True):
         controls = {name: statistics.fmean(f.controls[name] for f in same) for name in same[0].controls}
@@ -73,7 +73,7 @@ def averaged(seeds: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """A line a layer and measure, with the controls."""
+    """One line per layer and measure, with the controls."""
     table = Table("task/layer", "measure", "value (95 %)", "controls")
     for finding in findings:
         controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
@@ -85,10 +85,10 @@ def findings_table(findings: Sequence[Finding]) -> Table:
 
 
 def require_drawable(out: Path) -> None:
-    """Refuses what ``draw_curves`` could not draw.
+    """Checks that ``draw_curves`` can draw into a file.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file's ending is no format.
+        ConfigError: matplotlib is not installed, or the file's suffix is not a known format.
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("curves are drawn by matplotlib: pip install 'visper-lm[plots]'")
@@ -97,12 +97,12 @@ def require_drawable(out: Path) -> None:
 
 
 def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
-    """Draws a panel for each task and measure: layers to the right, a line for each model, 95 % intervals shaded,
-    controls gray and dotted.
+    """Draws a panel for each task and measure: layers on the x axis, a line for each model with its 95 % interval
+    shaded, and dotted lines for the controls.
 
     Args:
         probes: name of a model -> its findings.
-        out: a file whose ending says the format.
+        out: output file; its suffix determines the format.
 
     Raises:
         ConfigError: see ``require_drawable``.
@@ -110,7 +110,7 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     require_drawable(out)
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((f.name.split("/")[0], f.measure) for found in probes.values() for f in found))
+    panels = list(dict.fromkeys((f.task, f.measure) for found in probes.values() for f in found))
     across = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4.2 * across, 3.2 * down + 0.4), layout="constrained")
@@ -119,18 +119,17 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
         axis.remove()
     for axis, (task, measure) in zip(axes[: len(panels)], panels, strict=True):
         for model, found in probes.items():
-            own = [f for f in found if (f.name.split("/")[0], f.measure) == (task, measure)]
+            own = sorted((f for f in found if (f.task, f.measure) == (task, measure)), key=lambda f: f.layer)
             if not own:
                 axis.plot([], [], label=model)  # keeps the model's color and its place in the legend
                 continue
-            own.sort(key=lambda f: int(f.name.split("/")[1]))
-            layers = [int(f.name.split("/")[1]) for f in own]
+            layers = [f.layer for f in own]
             (line,) = axis.plot(layers, [f.value for f in own], marker="o", label=model)
             low, high = zip(*(f.interval or (f.value, f.value) for f in own), strict=True)
             axis.fill_between(layers, low, high, color=line.get_color(), alpha=0.2)
             for control in own[0].controls:
                 values = [f.controls[control] for f in own]
-                same = control != OTHER  # of all models, such as the teacher's score
+                same = control != OTHER  # the same for all models, such as the teacher's score
                 axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
                 if same and model == next(iter(probes)):
                     axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")

@@ -1,8 +1,8 @@
-"""What a layer's predictions are worth: every value beside its controls.
+"""Measures of a layer's predictions, each value with its controls.
 
-Three sets: any folder of images (cosines with the teacher's targets), DA-2K (which of two points is closer) and COCO's
-panoptic maps (classes of the pixels). FID of drawings is left out: it needs the weights of an image generator, and
-figures of few images are biased.
+There are measures for three sets: any folder of images (cosines with the teacher's targets), DA-2K (which of two points
+is closer) and COCO's panoptic maps (classes of the pixels). FID of drawings is left out: it needs the weights of an
+image generator, and is biased for few images.
 
 Shape suffixes: S = images, N = teacher tokens, E = teacher width, H, W = pixels.
 """
@@ -36,23 +36,23 @@ from visper.evaluation.visualize import PROMPT
 BATCH = 16
 TEACHER, OTHER, MEAN = "teacher", "other image's prediction", "mean target"
 MEAN_OF = 512
-"""Images that give the mean target whose map is scored as a control."""
+"""Number of images for the mean target whose map is scored as a control."""
 DA2K, COCO = "da-2k", "coco-panoptic-val2017"
 NEEDS = {
     DA2K: ("depth_anything", ("eval/DA-2K/annotations.json",)),
     COCO: ("oneformer", ("coco/annotations/panoptic_val2017.json", "coco/panoptic_val2017", "coco/val2017")),
 }
-"""Set of the catalogue -> the kind of teacher that turns predictions into its maps, and what lies below the root."""
+"""Data set -> the kind of teacher that decodes predictions into its maps, and the set's files below the root."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One measured quality of one layer, with what the controls score.
+    """One measure of one layer, with the values of its controls.
 
     Attributes:
         name: "task/layer".
-        higher: which way is better.
-        interval: of the value, 95 %, over images.
+        higher: whether higher is better.
+        interval: 95 % interval of the value, over images.
     """
 
     name: str
@@ -63,14 +63,24 @@ class Finding:
     interval: tuple[float, float] | None = None
 
     @property
+    def task(self) -> str:
+        """The task of ``name``."""
+        return self.name.split("/")[0]
+
+    @property
+    def layer(self) -> int:
+        """The layer of ``name``."""
+        return int(self.name.split("/")[1])
+
+    @property
     def beats_controls(self) -> bool:
-        """Better than every control but the teacher, which is the ceiling."""
+        """Whether the value is better than every control except the teacher, which is the upper bound."""
         others = [value for name, value in self.controls.items() if name != TEACHER]
         return all(self.value > other if self.higher else self.value < other for other in others)
 
 
 def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) -> Tensor:
-    """``[S]``: cosine of prediction and target, each less the mean target: what all images share does not count."""
+    """``[S]``: cosine of prediction and target, each minus the mean target, to leave out what all images share."""
     return F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1))
 
 
@@ -80,15 +90,15 @@ def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[F
     Args:
         found: a model with trained heads.
         files: images, at least two.
-        of: their name, in the measures'.
+        of: name of the images, for the names of the measures.
 
     Raises:
         DataError: fewer than two images.
     """
     if len(files) < 2:
-        raise DataError("no images", f"{len(files)} images to score with: give at least two, for the control")
+        raise DataError("no images", f"{len(files)} images to score on: give at least two, for the control")
     means = _mean_targets(found, files)
-    columns: dict[str, list[Tensor]] = {}
+    columns: dict[str, tuple[list[Tensor], ...]] = {}
     for _, predicted, targets in _batches(found, files, "cosines"):
         for name, values in predicted.items():
             target, mean = targets[name.split("/")[0]], means[name.split("/")[0]]
@@ -98,19 +108,18 @@ def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[F
                 F.cosine_similarity(values.flatten(1), target.flatten(1)),
                 F.cosine_similarity(mean.flatten()[None], target.flatten(1)),
             )
-            for number, row in enumerate(rows):
-                columns.setdefault(f"{name}/{number}", []).append(row)
-    estimates = {key: grouped([[value] for value in torch.cat(parts).tolist()]) for key, parts in columns.items()}
+            for column, row in zip(columns.setdefault(name, ([], [], [], [])), rows, strict=True):
+                column.append(row)
     result = []
-    for name in dict.fromkeys(key.rsplit("/", 1)[0] for key in estimates):
-        own, other, raw, constant = (estimates[f"{name}/{number}"] for number in range(4))
+    for name, parts in columns.items():
+        own, other, raw, constant = (grouped([[value] for value in torch.cat(part).tolist()]) for part in parts)
         result.append(Finding(name, f"centered cosine, {of}", own[0], {OTHER: other[0]}, interval=own[1]))
         result.append(Finding(name, f"cosine, {of}", raw[0], {MEAN: constant[0]}, interval=raw[1]))
     return result
 
 
 def _mean_targets(found: PreTrained, files: Sequence[Path]) -> dict[str, Tensor]:
-    """``[N, E]`` by task: what a prediction that does not look at the image could know at best."""
+    """Task -> mean target ``[N, E]``, the best that a prediction can be without looking at the image."""
     sums: dict[str, Tensor] = {}
     for _, _, targets in _batches(found, files, "mean targets", predict=False):
         for task, target in targets.items():
@@ -119,7 +128,7 @@ def _mean_targets(found: PreTrained, files: Sequence[Path]) -> dict[str, Tensor]
 
 
 def require_set(run: Run, name: str, root: Path) -> None:
-    """Refuses to score a probe's run on a set of ``NEEDS``; needs no trained heads.
+    """Checks that a probe's run can be scored on a set of ``NEEDS``; needs no trained heads.
 
     Raises:
         ConfigError: the set is not under ``root``, no task has its kind of teacher, or images are cropped or padded.
@@ -127,14 +136,14 @@ def require_set(run: Run, name: str, root: Path) -> None:
     kind, places = NEEDS[name]
     for place in places:
         if not (root / place).exists():
-            raise ConfigError(f"no '{root / place}': `visper data prepare {name} --root {root}` brings it")
+            raise ConfigError(f"no '{root / place}': `visper data prepare {name} --root {root}` downloads it")
     kinds = {task: own.target.kind for task, own in run.distillation.tasks.items()} if run.distillation else {}
     if kind not in kinds.values():
-        raise ConfigError(f"{name} needs a teacher of kind '{kind}', the probe's tasks have {kinds}")
+        raise ConfigError(f"{name} needs a teacher of kind '{kind}', but the probe's tasks have {kinds}")
     if run.data.geometry is not Geometry.SQUASH:
         raise ConfigError(
-            f"{name} compares places on the image, and this model sees images with geometry '{run.data.geometry}', "
-            "expected squash: score it on a folder of images"
+            f"{name} compares positions in the image, which needs geometry squash, but this model sees images with "
+            f"'{run.data.geometry}': score it on a folder of images"
         )
 
 
@@ -148,7 +157,7 @@ class Pair:
 
 
 def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
-    """DA-2K: share of pairs whose closer point the decoded depth puts closer; ties go to the first point.
+    """DA-2K: share of pairs that the decoded depth puts in the right order; ties go to the first point.
 
     Raises:
         ConfigError: see ``require_set``.
@@ -175,8 +184,8 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
 def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
     """COCO val2017: mean over images of the mean IoU over the classes in map or prediction; unlabeled pixels left out.
 
-    The prediction takes the place of OneFormer's last map; its finer maps come from the image itself, so that
-    even another image's prediction scores: compare with that control.
+    The prediction replaces OneFormer's last feature map. Its finer maps come from the image itself, so that even
+    another image's prediction has a score: compare with that control.
 
     Raises:
         ConfigError: see ``require_set``.
@@ -200,7 +209,7 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
 
 
 def mean_iou(predicted_HW: Tensor, exact_HW: Tensor, ignored: int = 255) -> float:
-    """Mean over the classes in either map of intersection over union; pixels that are ``ignored`` do not count."""
+    """Intersection over union, averaged over the classes in either map; ``ignored`` pixels do not count."""
     known = exact_HW != ignored
     ours, theirs = predicted_HW[known], exact_HW[known]
     shares = []
@@ -222,7 +231,7 @@ def _decoded(
     constant: Mapping[str, float],
     kind: type[Teacher],
 ) -> list[Finding]:
-    """Mean scores of the layers of tasks with this kind of teacher, beside its own, its mean's, another image's."""
+    """Mean scores of layers, for tasks with this kind of teacher; controls: its own, its mean, another image's."""
     tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
     means = _mean_targets(found, files[:MEAN_OF])
     scores: dict[str, list[list[float]]] = {}
@@ -258,7 +267,7 @@ Shown = list[tuple[Path, Image.Image]]
 def _batches(
     found: PreTrained, files: Sequence[Path], what: str, predict: bool = True
 ) -> Iterator[tuple[Shown, dict[str, Tensor], dict[str, Tensor]]]:
-    """Files with the images as the model sees them, predictions by layer, targets by task, a batch at a time."""
+    """Batches: files with the images as the model sees them, predictions by layer, targets by task."""
     processor = found.model.processor
     geometry, background = seen_geometry(processor), background_of(processor.image_processor)
     starts: Iterable[int] = track(range(0, len(files), BATCH), what)

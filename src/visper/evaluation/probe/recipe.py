@@ -1,8 +1,8 @@
-"""A probe as a run: the model frozen, one head for each layer, trained on a set of images.
+"""A probe as a run: a frozen model with one head per layer, trained on a set of images.
 
 The heads are the paper's (arXiv 2412.09585, section on probing): a one-layer Perceiver resampler with trainable queries
-reads everything that a layer puts out, under smooth-L1 alone. All layers train in one pass. It is an ordinary stage, so
-resuming, stored targets and several processes are those of training.
+reads a layer's whole output, with smooth-L1 as the only loss. All layers are trained in one pass. A probe is an
+ordinary stage, so resuming, stored targets and several processes work as in training.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from visper.model.student import student_place
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
 MAX_TOKENS = 4096
-"""Of a row: an image, its task tokens and a prompt."""
+"""Maximum length of a row: an image, its task tokens and a prompt."""
 
 PROBED_LEVELS = {"depth_anything": {"levels": "last"}}
-"""Kind of teacher -> options with which the paper probes: of Depth Anything the last level, not the mean of four."""
+"""Kind of teacher -> the paper's options for probing: the last level of Depth Anything, not the mean of four."""
 
 
 def rows_file(output: Path) -> Path:
-    """Where the rows lie that the heads of ``output`` are trained on: beside the folder, which its run claims."""
+    """The file of the rows that the heads are trained on, beside ``output``, which belongs to the run."""
     return output.parent / f"{output.name}.probe-rows.json"
 
 
 def run_of(model: str | Path) -> Run | None:
-    """The run that made a model; None where none is saved with it."""
+    """The run that made a model; None if none is saved with it."""
     for file in (Path(model) / "run.yaml", Path(model) / "model" / "run.yaml"):
         if file.is_file():
             return load_run(file)
@@ -43,7 +43,7 @@ def run_of(model: str | Path) -> Run | None:
 
 
 def teacher_targets_of(recipe: Run | None, tasks: Sequence[str], where: str) -> dict[str, Target]:
-    """Of each task to probe its teacher.
+    """Task to probe -> its teacher.
 
     Raises:
         ConfigError: the recipe has no such task, or its target is the student's own.
@@ -52,8 +52,8 @@ def teacher_targets_of(recipe: Run | None, tasks: Sequence[str], where: str) -> 
     missing = [task for task in tasks if task not in taught]
     if missing or not tasks:
         raise ConfigError(
-            f"{where} has no teacher of {missing or 'any task'}, its tasks with one are {list(taught)}: name tasks of "
-            "these, or another recipe with --teachers, such as quickstart/pt"
+            f"{where} has no teacher for {missing or 'any task'}; its tasks with a teacher are {list(taught)}: choose "
+            "among these, or name another recipe with --teachers, such as quickstart/pt"
         )
     return {task: taught[task].target for task in tasks}
 
@@ -69,7 +69,7 @@ def probe_run(
     """The run that trains the probes of ``model``; ``overrides`` change it, such as ``optimization.epochs=1``.
 
     Raises:
-        ConfigError: ``model`` is a probe's own output, whose heads would be trained further.
+        ConfigError: ``model`` is itself the output of a probe.
     """
     folder = student_place(model)
     llm = sizes_of(folder, "the model to probe").get_text_config()
@@ -107,34 +107,34 @@ def _probed(target: Target, layers: int) -> dict[str, Any]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files below a folder, by name.
+    """The image files below a folder, sorted by name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are none.
     """
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ConfigError(f"'{folder}' holds no image ({', '.join(IMAGE_SUFFIXES)}): give a folder with images")
+        raise ConfigError(f"'{folder}' has no images ({', '.join(IMAGE_SUFFIXES)}): give a folder with images")
     return found
 
 
 def write_rows(
     images: Path, file: Path, named_by: Path | None = None, limit: int | None = None, fixed: bool = False
 ) -> int:
-    """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell the heads).
+    """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell its content).
 
     Args:
-        images: searched through, in the order of the names.
-        file: where the rows go; equal content is left as it is.
-        named_by: only images that rows of this JSON name, in their order.
-        limit: the first so many.
-        fixed: heads have been trained on the rows in ``file``.
+        images: folder of the images, which are sorted by name.
+        file: file of the rows; not written again if it has the same content.
+        named_by: use only the images that the rows of this JSON file name, in their order.
+        limit: use only this many images, from the first.
+        fixed: whether heads have been trained on the rows in ``file``.
 
     Returns:
-        How many there are.
+        The number of rows.
 
     Raises:
-        ConfigError: there is none, or the rows are ``fixed`` and are others.
+        ConfigError: there are no images, or the rows are ``fixed`` and would change.
     """
     turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "."}]
     if named_by is None:
@@ -147,7 +147,7 @@ def write_rows(
     same = file.is_file() and file.read_text(encoding="utf-8") == text
     if fixed and not same:
         raise ConfigError(
-            f"the probe was trained on the images in '{file}', these are others ({len(names)}): give its --images, "
+            f"the probe was trained on the images in '{file}', but these are others ({len(names)}): give its --images, "
             "--rows and --limit again, or another --out"
         )
     if not same:
