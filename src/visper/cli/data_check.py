@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 What = Annotated[
     str,
     typer.Argument(
-        help="conversations (.json, .jsonl), or a data set: a name in the catalogue or your own YAML file",
+        help="conversations (.json, .jsonl), or a data set: a name of `visper data list` or your own YAML file",
         metavar="FILE.json|NAME|FILE.yaml",
         show_default=False,
     ),
@@ -41,7 +41,7 @@ def check(
     ] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="re-encode images whose name has another format; fetch a data set's lost ones"),
+        typer.Option("--repair", help="re-encode images whose extension is wrong; fetch a data set's missing images"),
     ] = False,
     workers: Annotated[int | None, typer.Option(help="processes; default: one per core")] = None,
 ) -> None:

@@ -17,7 +17,7 @@ REMEDY = "repeat the command to continue from the last checkpoint"
 
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a model's folder or a hub id", metavar="MODEL")],
-    tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe of --teachers; repeatable")],
+    tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe given by --teachers; repeatable")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
     images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],
     teachers: Annotated[
@@ -26,14 +26,16 @@ def run(
     rows: Annotated[
         Path | None, typer.Option(help="JSON rows; train only on the images that they name", parser=parse_path)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="train only on this many images, the first")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="train only on the first N images", metavar="N")] = None,
     score: Annotated[
         list[str] | None,
         typer.Option(
             help="da-2k, coco-panoptic-val2017, a folder of held-out images, or a quickstart's world; repeatable"
         ),
     ] = None,
-    score_limit: Annotated[int | None, typer.Option(min=1, help="score only on this many images, the first")] = None,
+    score_limit: Annotated[
+        int | None, typer.Option(min=1, help="score only on the first N images", metavar="N")
+    ] = None,
     root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
         "data"
     ),
