@@ -87,7 +87,7 @@ def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatc
         (("gqa",), "rows of 'llava-665k' name its images"),
         (("mmstar",), "has no rows to train on: it is for evaluation"),
         (("rows.json",), "say with --images where"),
-        (("llava-665k", "--images", "x"), "leave out --images"),
+        (("llava-665k", "--images", "x"), "omit --images"),
     ],
 )
 @pytest.mark.parametrize("verb", ["check", "shard"])
@@ -114,7 +114,7 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump({**described, "downloads": downloads}))
     code, said = call("data", "prepare", mine, "--root", root)
-    assert code == 0 and "929 of 929 files that rows name are there" in said
+    assert code == 0 and "929 of 929 files named by rows are present" in said
     assert "ready" in call("data", "list", mine, "--root", root)[1]
 
     report = tmp_path / "report.json"

@@ -1,4 +1,4 @@
-"""The garbage collector rests for a while, and then is as it was."""
+"""Python's garbage collector is paused in the block and restored afterwards."""
 
 import gc
 

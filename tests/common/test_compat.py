@@ -1,4 +1,4 @@
-"""What ``common/compat.py`` relies on exists in the installed versions, and nothing else reads private names."""
+"""Everything that ``common/compat.py`` uses exists in the installed versions; no other file uses private names."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Text that others wrote reaches the terminal as text: no control character, no markup."""
+"""Untrusted text is printed as plain text: no control characters, no markup."""
 
 import io
 import re

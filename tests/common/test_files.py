@@ -1,4 +1,4 @@
-"""Written files and folders are complete or absent, whoever is killed and whoever writes beside."""
+"""Written files and folders are complete or absent, even if writers are killed or write at the same time."""
 
 import os
 import signal

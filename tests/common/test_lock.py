@@ -1,4 +1,4 @@
-"""One process at a time holds a folder; a dead one holds nothing."""
+"""One process at a time holds a folder's lock; a dead process holds none."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Damage to a folder is found before it is loaded, and named."""
+"""Damage to a folder is detected and named before anything is loaded."""
 
 import json
 from pathlib import Path

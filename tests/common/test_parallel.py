@@ -1,4 +1,4 @@
-"""Results come in the items' order, and the work leaves no trace in what is random."""
+"""Results keep the items' order, and the work does not change the global random state."""
 
 import platform
 import resource

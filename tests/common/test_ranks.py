@@ -1,4 +1,4 @@
-"""Processes that cannot reach each other are one line, not a traceback and not a hang."""
+"""Processes that cannot reach each other fail with a one-line error, without a traceback or a hang."""
 
 import pytest
 import torch

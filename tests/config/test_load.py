@@ -1,4 +1,4 @@
-"""Recipes: everything is validated, every fault names file, key and remedy, and no torch is needed."""
+"""Recipes: everything is validated without torch, and every fault names file, key and remedy."""
 
 import subprocess
 import sys

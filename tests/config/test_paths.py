@@ -1,4 +1,4 @@
-"""Paths are expanded once, where they enter; an unset variable is an error and never a folder named '$DATA'."""
+"""Paths are expanded once, when they are read; an unset variable is an error, never a folder named '$DATA'."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Labels hold exactly the answers, whatever the texts; the image is shown exactly once, whatever is cut."""
+"""Labels contain exactly the answers, whatever the texts; images are kept, whatever is cut."""
 
 import hashlib
 import json
@@ -196,7 +196,7 @@ def test_a_system_turn_that_the_template_does_not_take_makes_the_row_bad(name: s
 
 
 def test_a_template_without_end_of_turn_is_refused() -> None:
-    with pytest.raises(ValueError, match="no special token behind an answer"):
+    with pytest.raises(ValueError, match="no special token after an answer"):
         end_of_turn_token(make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"))
 
 
@@ -273,7 +273,7 @@ def test_a_row_whose_labels_are_all_cut_away_is_bad() -> None:
 
 
 def test_an_image_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(DataError, match="exceed max_tokens = 20"):
+    with pytest.raises(DataError, match="max_tokens is 20"):
         ConversationEncoder(PROCESSORS["phi-3"], 20).encode(record("Q", "A"))
 
 
@@ -288,7 +288,7 @@ def test_a_shown_sample_marks_the_answers_and_collapses_the_image() -> None:
 
 
 def sentencepiece_tokenizer(prefix: str, rstrip: bool) -> PreTrainedTokenizerFast:
-    """Phi-3's kind: a space before the first or every piece, marker tokens that swallow the space behind them."""
+    """Phi-3's kind: a space before the first or every piece, marker tokens that swallow the space after them."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyzABC.?<|>_/0123456789", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *letters, "▁A", "▁c"])}
     core = Tokenizer(

@@ -1,4 +1,4 @@
-"""The student's chat template gives an image its task tokens, whoever renders it and however a message is written."""
+"""The student's chat template adds task tokens to an image for every renderer and every form of a message."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rows become batches; a bad one is left out, named, and never stops the run or shifts the others."""
+"""Rows become batches; a bad row is left out and named, and neither stops the run nor shifts other rows."""
 
 import json
 import pickle
@@ -182,5 +182,5 @@ def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
 
 def test_rows_without_any_image_are_refused_where_images_are_trained(records: list[Record]) -> None:
     require_images(records)
-    with pytest.raises(DataError, match="none of the 2 rows shows an image"):
+    with pytest.raises(DataError, match="none of the 2 rows has an image"):
         require_images([records[1], records[4]])

@@ -1,4 +1,4 @@
-"""Rows about one image meet in one micro-batch; an epoch still holds every row once, and the split changes no step."""
+"""Rows about one image share a micro-batch; an epoch has every row once, and the split changes no step."""
 
 import itertools
 import json

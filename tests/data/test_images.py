@@ -1,4 +1,4 @@
-"""Bad picture files are named, odd ones read, and student and teachers see the same pixels."""
+"""Bad image files are named, unusual ones are read, and student and teachers see the same pixels."""
 
 import io
 from pathlib import Path
@@ -58,7 +58,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
         (b"<html>404</html>", "not an image"),
     ],
 )
-def test_a_file_that_is_no_picture_says_why(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_a_file_that_is_no_image_says_why(tmp_path: Path, content: bytes | None, reason: str) -> None:
     file = tmp_path / "a.jpg"
     if content is not None:
         file.write_bytes(content)
@@ -89,13 +89,13 @@ def test_no_bytes_whatever_break_more_than_their_row(kind: str, changes: list[tu
 def test_a_missing_image_names_the_last_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "coco").mkdir(parents=True)
-    expected = rf"'{tmp_path}/data/coco/train/1.jpg' is not a file.*folder in which the command runs.*'{tmp_path}/data/coco' exists"  # noqa: E501
+    expected = rf"'{tmp_path}/data/coco/train/1.jpg' is not a file.*relative to the current folder.*existing folder is '{tmp_path}/data/coco'"  # noqa: E501
     for name in ("data/coco/train/1.jpg", "data/coco/train/1.jpg" + "x" * 300):
         with pytest.raises(DataError, match=expected if name.endswith("jpg") else "'images' folder of their source"):
             open_image(name)
 
 
-def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing image"):
         open_image(tmp_path)
 
@@ -219,7 +219,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path, orientation: int) -> Non
     assert open_image(tmp_path / "a.png").tobytes() == expected.tobytes()
 
 
-def test_broken_metadata_costs_no_picture(tmp_path: Path) -> None:
+def test_broken_metadata_costs_no_image(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     content = encoded(picture(), exif=exif)
@@ -229,7 +229,7 @@ def test_broken_metadata_costs_no_picture(tmp_path: Path) -> None:
     assert open_image(tmp_path / "a.jpg").size == (40, 30)
 
 
-def test_arranged_pictures_have_the_geometry() -> None:
+def test_arranged_images_have_the_geometry() -> None:
     image = picture(40, 30)
     assert arrange(image, "squash") is image
     assert arrange(image, "crop").tobytes() == image.crop((5, 0, 35, 30)).tobytes()
@@ -248,7 +248,7 @@ def test_teachers_see_the_pixels_that_the_student_sees(geometry: str, size: tupl
     student = student_pixels(processor, image)
     squashed = with_geometry(processor, "squash")
     shown_to_teachers = student_pixels(squashed, arrange(image, geometry, background_of(processor)))
-    # Squash and pad are the same computation. Crop scales before it cuts, to whole pixels: up to half an output pixel
+    # Squash and pad are the same computation. Crop resizes before it crops, to whole pixels: up to half an output pixel
     # apart. Measured on noise in cells of four pixels: 0.137 standard deviations; without the crop it is over 0.5.
     tolerance = 0.15 if geometry == "crop" else 0.0
     assert (student - shown_to_teachers).abs().mean() <= tolerance
@@ -268,7 +268,7 @@ def test_the_saved_processor_sees_what_training_saw(tmp_path: Path, geometry: st
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("size", [(1, 1), (40, 1), (40, 3), (3, 40), (200, 2)])
-def test_pictures_of_any_shape_become_the_square(geometry: str, size: tuple[int, int]) -> None:
+def test_images_of_any_shape_become_the_square(geometry: str, size: tuple[int, int]) -> None:
     processor = build_image_processor(geometry, 16, MEAN, STD)
     assert student_pixels(processor, picture(*size)).shape == (3, 16, 16)
 

@@ -1,4 +1,4 @@
-"""A picture becomes what its name says, the same by every decoder; a sound one keeps its bytes."""
+"""An image becomes what its name says, the same for every decoder; a valid one keeps its bytes."""
 
 import io
 from pathlib import Path
@@ -55,7 +55,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_every_odd_picture_becomes_an_upright_jpeg_of_the_same_look(tmp_path: Path, kind: str) -> None:
+def test_every_odd_image_becomes_an_upright_jpeg_of_the_same_look(tmp_path: Path, kind: str) -> None:
     content, fault = FAULTS[kind]
     file = tmp_path / "staged"
     file.write_bytes(content)
@@ -81,7 +81,7 @@ def test_every_odd_picture_becomes_an_upright_jpeg_of_the_same_look(tmp_path: Pa
         ("a", FAULTS["GIF"][0]),
     ],
 )
-def test_a_sound_picture_keeps_its_bytes(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_sound_image_keeps_its_bytes(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     assert make_canonical(tmp_path / "a", name) is None
     assert (tmp_path / "a").read_bytes() == content

@@ -1,4 +1,4 @@
-"""Nothing outside the images folder is read or written, wherever a row's name or a link under the folder leads."""
+"""Nothing outside the images folder is read or written, wherever a path in a row or a link leads."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packing: every sample once and whole, images in order, borders never supervised; a function of the batch alone."""
+"""Packing: every sample once and complete, images in order, boundaries never supervised."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The order of the rows depends on seed and epoch alone, and groups what is alike."""
+"""The order of rows depends on seed and epoch alone, and groups similar rows."""
 
 from collections import Counter
 

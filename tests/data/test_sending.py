@@ -1,4 +1,4 @@
-"""What a loader's process sends is what the main process gets."""
+"""The main process receives what a loader process sends."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler

@@ -1,4 +1,4 @@
-"""Rows of several images: each image where its tag stands, in every format, through to the batch."""
+"""Rows with several images: each image is at the place of its tag, in every format, up to the batch."""
 
 import json
 from dataclasses import replace

@@ -100,12 +100,12 @@ def test_prompts_are_those_of_the_plain_template(case: str, llm: Path, tiny_enco
 
 
 UNUSABLE = {
-    "none named default": (named(a=CHAT_TEMPLATE, b=OTHER), "has chat templates named a, b and none named default"),
-    "no template": (lambda llm: (llm / "chat_template.jinja").unlink(), "has no chat template: choose the LLM's"),
-    "a question would end": (adding(WITHOUT_FIRST, "$A </s>"), "adds '</s>' behind every text, so that a question"),
+    "none named default": (named(a=CHAT_TEMPLATE, b=OTHER), "has chat templates named a, b but none named default"),
+    "no template": (lambda llm: (llm / "chat_template.jinja").unlink(), "no chat template: use the instruct version"),
+    "a question would end": (adding(WITHOUT_FIRST, "$A </s>"), "adds '</s>' after every text, which would end"),
     "whitespace that is computed": (
         adding("{{ ' ' }}" + CHAT_TEMPLATE, "<s> $A"),
-        "writes whitespace before '<s>': begin it with {{- bos_token }}",
+        "writes whitespace before '<s>', so prompts would get two of them",
     ),
 }
 

@@ -5,7 +5,7 @@ Where we deviate, on purpose:
 - labels: the published mask begins one token early, at the header's "\n\n", in every answer;
 - an empty answer: the published prompt leaves its end-of-turn token out and drops the whole sample; ours writes
   the turn and supervises the others;
-- control tokens spelt out in a text (`<|eot_id|>`): published as real ones, and the sample dropped; ours as text;
+- control tokens written out in a text (`<|eot_id|>`): published as real ones, and the sample dropped; ours as text;
 - an image without a tag: published without image features; ours shows it before the first question;
 - two tags in one row: published with one image and a mangled text; ours is a bad row.
 """

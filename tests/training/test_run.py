@@ -508,7 +508,7 @@ def test_text_only_batches_train_in_pt(make, tmp_path):
 def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
     text = tiny.write_rows(tmp_path / "text", images=0, text_rows=6)
     source = {"json": str(text / "rows.json"), "images": str(text / "images")}
-    with pytest.raises(DataError, match="none of the 6 rows shows an image"):
+    with pytest.raises(DataError, match="none of the 6 rows has an image"):
         run_stage(make("pt", data={"sources": [source]}))
 
 

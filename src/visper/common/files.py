@@ -114,7 +114,7 @@ def inside(folder: str | Path, name: str) -> Path:
         raise DataError(
             OUTSIDE,
             f"{name[:200]!r} leads to '{found[:200]}', not under '{root}': copy or mount it there, or name the folder "
-            "that holds it as the images folder",
+            "that contains it as the images folder",
         )
     return Path(folder) / name
 

@@ -1,1 +1,1 @@
-"""Images and conversations become batches: records -> chat, images -> dataset -> collator, in the sampler's order."""
+"""From conversations and images to batches: records -> chat, images -> dataset -> collator, in the sampler's order."""

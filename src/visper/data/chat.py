@@ -1,7 +1,7 @@
-"""Conversations become input ids and labels, by the chat template that is saved with the processor.
+"""Encodes conversations as input ids and labels, with the chat template that is saved with the processor.
 
-Labels come from the character spans of one tokenization of the whole conversation. Re-tokenizing prefixes, the usual
-way, drifts by a token wherever a merge crosses a turn's border, and silently supervises the wrong tokens.
+The whole conversation is tokenized once, and labels are found by character spans. The usual way, tokenizing prefixes
+again, is off by a token wherever a merge crosses the border of a turn, and silently supervises the wrong tokens.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ _IMAGE, _TEXT = "i", "t"
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as tokens. ``labels`` repeat ``input_ids`` where supervised, else -100.
+    """One conversation as tokens. ``labels`` equal ``input_ids`` where supervised, else -100.
 
-    ``image_tokens`` counts the image tokens of each image. Of the supervised tokens, ``num_text`` are text (not the
-    ends of turns), and ``num_unknown`` of these the unknown token. Both are 0 for a tokenizer that knows every text.
+    ``image_tokens`` holds the number of image tokens of each image. ``num_text`` counts supervised tokens without
+    end-of-turn tokens, and ``num_unknown`` the unknown tokens among them. Both are 0 for a tokenizer without an unknown
+    token.
     """
 
     input_ids: list[int]
@@ -49,18 +50,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """The template rendered for conversations of one form, cut at the places where the texts go."""
+    """The template rendered for conversations of one form, split where the texts are inserted."""
 
     literals: list[str]
-    answer_ends: dict[int, int]  # index of a text -> characters of the next literal up to the end of the turn's token
+    answer_ends: dict[int, int]  # index of a text -> characters of the next literal up to and including end of turn
 
 
 class ConversationEncoder:
-    """Turns records into tokens with a LLaVA processor.
+    """Encodes records as tokens with a LLaVA processor.
 
     Args:
-        processor: a ``LlavaProcessor`` whose chat template shows images (see ``student_template``).
-        max_tokens: longest row; only text is cut, from the end, never an image and its task tokens.
+        processor: a ``LlavaProcessor`` whose chat template handles images (see ``student_template``).
+        max_tokens: longest row. Only text is cut, from the end; images and their task tokens are kept.
     """
 
     def __init__(self, processor: Any, max_tokens: int = sys.maxsize) -> None:
@@ -76,22 +77,22 @@ class ConversationEncoder:
 
     @property
     def image_text(self) -> str:
-        """What stands for an image in the text that is tokenized, where that is not the image token alone."""
+        """The text that replaces an image before tokenization; empty if that is the image token alone."""
         return ""
 
     def _read_image_tokens(self) -> tuple[int, int]:
-        """The id of the image token, and how many of it an image has."""
+        """The id of the image token, and the number of image tokens per image."""
         return int(self.processor.image_token_id), _num_image_tokens(self.processor)
 
     def encode(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
-        """The record's ids and labels, the images expanded.
+        """The record's ids and labels, with one image token per image feature.
 
         Args:
-            sizes: width and height of its images, for students that see images in their own resolution.
+            sizes: width and height of each image, for students that read images at their own resolution.
 
         Raises:
-            DataError: the template refuses the conversation, the images alone are too long, or nothing is left to
-                learn.
+            DataError: the template rejects the conversation, the images alone exceed ``max_tokens``, or no token is
+                supervised.
         """
         ids, labels, blocks = self._tokens(record, False, sizes)
         image_tokens = tuple(ids[start:end].count(self.image_token_id) for start, end in blocks)
@@ -111,10 +112,10 @@ class ConversationEncoder:
         return len(labels) - sum(map(not_text.__contains__, labels)), unknown
 
     def unknown_words(self, record: Record) -> list[str]:
-        """The words of the record's answers that hold an unknown token, in order; also those behind ``max_tokens``.
+        """The words of the record's answers that contain an unknown token, in order, also beyond ``max_tokens``.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         text, answers, cuts = self._fill(record, asks=False)
         ids, offsets = self._tokenize(text, cuts)
@@ -123,20 +124,20 @@ class ConversationEncoder:
         return [_word_around(text, *span) for span in spans]
 
     def prompt(self, record: Record, sizes: Sequence[tuple[int, int]] | None = None) -> list[int]:
-        """The ids of a conversation up to where its next answer begins, the images expanded; never cut.
+        """The ids of a conversation up to the start of its next answer; never cut.
 
-        They are the ids of training: a text that spells the image token or a control token out stays text, which it
-        would not in a prompt rendered by the processor.
+        They are the ids of training: the text of an image token or control token stays text, which it would not in a
+        prompt rendered by the processor.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         return self._tokens(record, True, sizes)[0]
 
     def _tokens(
         self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Ids, labels and each image's block ``[start, end)``; with ``asks`` the header of an answer comes behind."""
+        """Ids, labels and each image's block ``[start, end)``; ``asks`` appends the header of an answer."""
         text, answers, cuts = self._fill(record, asks)
         ids, offsets = self._tokenize(text, cuts)
         labels = supervise(ids, offsets, answers)
@@ -146,7 +147,7 @@ class ConversationEncoder:
         return self._expand_images(ids, labels)
 
     def _render(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
-        """The template's text around the texts of turns, each given by its role and form (see ``_texts``)."""
+        """The template's text around the texts of the turns, which are given by role and form (see ``_texts``)."""
         messages: list[dict[str, Any]] = []
         speakers: list[str] = []
         for role, form in turns:
@@ -178,9 +179,9 @@ class ConversationEncoder:
     def _fill(
         self, record: Record, asks: bool, blocks: Sequence[str] = ()
     ) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The whole text, the spans to supervise, and where to cut so that no text spells a control token.
+        """The conversation's text, the spans to supervise, and where to cut it so that texts contain no control tokens.
 
-        ``blocks`` take the places of the template's image tokens, if given.
+        ``blocks``, if given, replace the template's image tokens.
         """
         texts, turns = _texts(record)
         if (turns, asks) not in self._skeletons:
@@ -192,7 +193,7 @@ class ConversationEncoder:
         answers, cuts = [], []
         for place, text in enumerate(texts):
             literal = literals[place + 1]
-            # Cut behind the first character of each control token spelt out in a text, overlapping ones too.
+            # Cut after the first character of each control token that occurs in a text, including overlapping ones.
             found = self._special.search(text)
             while found is not None:
                 cuts.append(at + found.start() + 1)
@@ -207,7 +208,7 @@ class ConversationEncoder:
         """Ids and character spans ``(start, end)`` in ``text``."""
         ids, offsets = self._piece(text[: cuts[0]] if cuts else text, lacks_first_token(self.tokenizer, text))
         for start, end in pairwise([*cuts, len(text)]):
-            # Behind a newline, or SentencePiece would put a space before the piece; then without it.
+            # SentencePiece puts a space before a text: tokenize after a newline, then remove its tokens.
             more, spans = self._piece("\n" + text[start:end], False)
             own = [i for i, (first, last) in enumerate(spans) if last > max(first, 1)]
             ids += [more[i] for i in own]
@@ -221,7 +222,7 @@ class ConversationEncoder:
         return list(out["input_ids"]), list(out["offset_mapping"])
 
     def _expand_images(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Repeats each image's token, and gives its block ``[start, end)``: the image and the special tokens behind."""
+        """Repeats image tokens; also returns each image's block ``[start, end)``, with the special tokens after it."""
         blocks: list[tuple[int, int]] = []
         for _ in range(ids.count(self.image_token_id)):
             at = ids.index(self.image_token_id, blocks[-1][1] if blocks else 0)
@@ -236,7 +237,7 @@ class ConversationEncoder:
 
 
 def _with_blocks(literals: list[str], image_token: str, blocks: Sequence[str]) -> list[str]:
-    """The template's literals with an image's text in the place of each image token, in order."""
+    """The template's literals with each image token replaced by its block, in order."""
     pieces = [literal.split(image_token) for literal in literals]
     shown = sum(len(parts) - 1 for parts in pieces)
     if shown != len(blocks):
@@ -246,9 +247,9 @@ def _with_blocks(literals: list[str], image_token: str, blocks: Sequence[str]) -
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
-    """The id that the tokenizer's model gives what it does not know; None where it knows every text.
+    """The id of the unknown token; None if the tokenizer can encode every text.
 
-    Not ``tokenizer.unk_token_id``: byte-level tokenizers give that name to their end-of-text token.
+    Not ``tokenizer.unk_token_id``, which in byte-level tokenizers is the end-of-text token.
     """
     model = tokenizer.backend_tokenizer.model
     token = getattr(model, "unk_token", None if not isinstance(model, Unigram) else tokenizer.unk_token)
@@ -256,8 +257,8 @@ def _unknown_id(tokenizer: Any) -> int | None:
 
 
 def _word_around(text: str, start: int, end: int) -> str:
-    """``text[start:end]`` with the letters and digits on both sides of it."""
-    start = end - len(text[start:end].lstrip())  # SentencePiece counts the space before a word as its own
+    """``text[start:end]`` extended by the letters and digits on both sides."""
+    start = end - len(text[start:end].lstrip())  # SentencePiece counts the space before a word as part of it
     before = re.search(r"\w*$", text[:start])
     behind = re.match(r"\w*", text[end:])
     assert before is not None and behind is not None
@@ -265,14 +266,14 @@ def _word_around(text: str, start: int, end: int) -> str:
 
 
 def _num_image_tokens(processor: Any) -> int:
-    """Tokens the processor puts in place of one image (the count of ``LlavaProcessor``)."""
+    """The number of tokens per image, computed as in ``LlavaProcessor``."""
     side = output_size(processor.image_processor) // int(processor.patch_size)
     dropped = processor.vision_feature_select_strategy == "default"
     return side * side + int(processor.num_additional_image_tokens) - int(dropped)
 
 
 def supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
-    """Labels: the tokens that begin inside an answer's span. One that begins in the header belongs to the header."""
+    """Labels: supervises tokens that begin inside an answer's span; one that begins in the header is part of that."""
     labels = [IGNORED] * len(ids)
     token = 0
     for start, end in answers:
@@ -287,12 +288,12 @@ def supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tupl
 def _truncate(
     ids: list[int], labels: list[int], blocks: list[tuple[int, int]], max_tokens: int
 ) -> tuple[list[int], list[int]]:
-    """Cuts text from the end, and keeps the images' blocks ``[start, end)`` whole, also those behind the cut."""
+    """Cuts text from the end, but keeps all image blocks ``[start, end)``, even those after the cut."""
     in_blocks = sum(end - start for start, end in blocks)
     room = max_tokens - in_blocks
     if room < 0:
         raise DataError(
-            "images longer than a row", f"the {in_blocks} tokens of {len(blocks)} exceed max_tokens = {max_tokens}"
+            "images longer than a row", f"{len(blocks)} images have {in_blocks} tokens: max_tokens is {max_tokens}"
         )
     kept: list[int] = []
     behind = 0
@@ -305,9 +306,9 @@ def _truncate(
 
 
 def _texts(record: Record) -> tuple[list[str], tuple[tuple[str, str], ...]]:
-    """The texts of a conversation, cut where images stand, and each turn's role and form.
+    """The texts of a conversation, split at the images, and each turn's role and form.
 
-    A form has a letter for each text and image of a turn, in order. Beside images, empty texts are left out.
+    A form has one letter per text and image of a turn, in order. Empty texts next to images are left out.
     """
     texts: list[str] = []
     turns = []

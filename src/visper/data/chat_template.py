@@ -1,4 +1,4 @@
-"""Chat templates: the student's, made of its LLM's, and what an LLM's must be for that."""
+"""The student's chat template, built from its LLM's, and the checks that the LLM's template must pass."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from visper.common.errors import ConfigError
 
 SENTINEL = "\ue000{}\ue001"
-"""Stands for the text of the turn with that number in a rendered conversation."""
+"""Placeholder for the text with this number in a rendered conversation."""
 
 SENTINELS = re.compile("\ue000(\\d+)\ue001")
 
-# Each message's content becomes a string, then the LLM's own template goes on. The only image of a turn leads it, as in
-# the published prompt: image, task tokens, newline, text. Of several, each stands where its part or tag stands, and
-# nothing is added. An `<image>` written into a user's text is the place of an image, as in LLaVA's rows, and of one
-# more only where there are more tags than image parts. Servers that inspect a template's syntax tree (vLLM) take it
-# for one of content parts only if it has a plain loop over `message['content']`.
+# This preamble turns each message's content into a string, then the LLM's own template follows. If a turn has one
+# image, the image comes first, as in the published prompt: image, task tokens, newline, text. Several images stay where
+# their parts or tags are, and nothing is added. An `<image>` in a user's text marks the place of an image, as in
+# LLaVA's rows; it adds an image only if there are more tags than image parts. Servers that inspect a template's syntax
+# tree (vLLM) recognize support for content parts only by a plain loop over `message['content']`.
 _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 {%- set system_prompt = SYSTEM_PROMPT -%}
 {%- set fold_system = FOLD_SYSTEM -%}
@@ -67,19 +67,19 @@ _PREAMBLE = """{%- set turns = namespace(list=[]) -%}
 def student_template(
     llm_template: str, image_token: str, task_tokens: Sequence[str], system_prompt: str | None = None
 ) -> str:
-    """The student's chat template: images become the image token and the task tokens, then the LLM's template.
+    """The student's chat template: the LLM's, with each image shown as the image token and the task tokens.
 
-    A message's content may be a string, a list of ``image`` and ``text`` parts, None or missing. An image stands as a
-    part or as the image token in a user's text. A turn's only image leads it; several stay where they stand.
+    A message's content may be a string, a list of ``image`` and ``text`` parts, None or missing. An image is given as a
+    part or as the image token in a user's text. The only image of a turn moves to its start; several keep their places.
 
-    A system prompt goes first where a conversation has no system turn. An LLM whose template refuses or ignores system
-    turns gets it at the head of the first user turn.
+    The system prompt is used if a conversation has no system turn. If the LLM's template rejects or ignores system
+    turns, the prompt becomes the start of the first user turn.
 
     Args:
         llm_template: the LLM tokenizer's own chat template (jinja).
-        image_token: stands for the image; the processor repeats it once per image feature.
-        task_tokens: put behind the image token, in this order; may be empty.
-        system_prompt: None leaves the matter to the LLM's template.
+        image_token: marks an image; the processor repeats it once per image feature.
+        task_tokens: follow the image token, in this order; may be empty.
+        system_prompt: None: whatever the LLM's template does.
     """
     fold = system_prompt is not None and not _accepts_system(llm_template)
     values = {
@@ -93,14 +93,14 @@ def student_template(
 
 
 def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that an LLM's tokenizer brings, as ``student_template`` can take it.
+    """The chat template of an LLM's tokenizer, in the form that ``student_template`` needs.
 
-    Of several named templates it is the one named ``default``, or the only one. It writes the first token itself, with
-    nothing ahead of it: tools differ in whether they let the tokenizer add one to a rendered prompt (transformers'
-    processors do where the prompt does not begin with it, vLLM does not).
+    Of several named templates, the one named ``default`` is used, or the only one. If the tokenizer adds a BOS token,
+    the returned template writes it at the very start of a prompt, because tools differ in whether they add BOS to a
+    rendered prompt (transformers' processors do if the prompt does not begin with it, vLLM does not).
 
     Raises:
-        ConfigError: there is no such template, or prompts would begin or end otherwise than it says.
+        ConfigError: there is no such template, or prompts would begin or end with a wrong token.
     """
     name = f"the tokenizer '{tokenizer.name_or_path}'"
     template = _default_template(tokenizer, name)
@@ -108,8 +108,8 @@ def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
         template = template.lstrip()
         if lacks_first_token(tokenizer, _question(tokenizer, template)):
             raise ConfigError(
-                f"the chat template of {name} writes whitespace before '{tokenizer.bos_token}': begin it with "
-                "{{- bos_token }} in a copy of its folder, or prompts would get two of them"
+                f"the chat template of {name} writes whitespace before '{tokenizer.bos_token}', so prompts would get "
+                "two of them: begin the template with {{- bos_token }} in a copy of the tokenizer's folder"
             )
         return template
     plain = _ids(tokenizer, _question(tokenizer, template), add_special_tokens=False)
@@ -121,9 +121,9 @@ def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
             return written
     if added[len(added) - len(plain) :] != plain:
         raise ConfigError(
-            f"{name} adds '{tokenizer.convert_ids_to_tokens(added[-1])}' behind every text, so that a question would "
-            "end there: remove it from 'post_processor' in tokenizer.json ('add_eos_token' in tokenizer_config.json) "
-            "in a copy of its folder"
+            f"{name} adds '{tokenizer.convert_ids_to_tokens(added[-1])}' after every text, which would end a prompt "
+            "before its answer: remove it from 'post_processor' in tokenizer.json ('add_eos_token' in "
+            "tokenizer_config.json) in a copy of its folder"
         )
     return template
 
@@ -138,12 +138,12 @@ def _default_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
         chosen = next(iter(template)) if len(template) == 1 else "default"
         if chosen not in template:
             raise ConfigError(
-                f"{name} has chat templates named {', '.join(sorted(template))} and none named default: put the one to "
-                "use into chat_template.jinja in a copy of its folder, without the others"
+                f"{name} has chat templates named {', '.join(sorted(template))} but none named default: copy its "
+                "folder, and put only the template to use there, into chat_template.jinja"
             )
         template = template[chosen]
     if not template:
-        raise ConfigError(f"{name} has no chat template: choose the LLM's instruct version")
+        raise ConfigError(f"{name} has no chat template: use the instruct version of the LLM")
     return str(template)
 
 
@@ -171,10 +171,10 @@ def _accepts_system(llm_template: str) -> bool:
 
 
 def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special token that the tokenizer's chat template puts behind an answer.
+    """The special token that the tokenizer's chat template writes after an answer.
 
     Raises:
-        ValueError: the template puts none there.
+        ValueError: the template writes none there.
     """
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL.format(0)}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -183,7 +183,7 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds any of the tokenizer's special tokens in a text, the longest first."""
+    """A pattern that finds the tokenizer's special tokens in a text, longer ones first."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return _pattern(tuple(sorted({*tokens, *tokenizer.all_special_tokens}, key=len, reverse=True)))
 
@@ -194,26 +194,26 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_end_of_turn(tail: str, special: re.Pattern[str]) -> re.Match[str]:
-    """The first special token in what a template puts behind an answer. Raises ValueError where there is none."""
+    """The first special token in the text that a template writes after an answer. Raises ValueError if none."""
     found = special.search(tail)
     if found is None:
         raise ValueError(
-            f"the chat template puts no special token behind an answer (it goes on with {tail[:40]!r}), so the model "
-            "could not learn to stop: use an instruct version's template, or mark its end-of-turn token as special"
+            f"the chat template writes no special token after an answer (but {tail[:40]!r}), so the model could not "
+            "learn to stop: use the template of an instruct version, or mark its end-of-turn token as special"
         )
     return found
 
 
 def lacks_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the tokenizer is to add its first token to a rendered conversation: its template has not written it.
+    """Whether the tokenizer should add its special tokens: the rendered conversation does not begin with BOS.
 
-    As transformers' processors decide at inference; training must not differ.
+    transformers' processors use the same rule at inference, and training must match it.
     """
     return not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
 
 
 def behind_images(template: str, text: str) -> str:
-    """A model's chat template that shows ``text`` behind each image, as if the message had it there."""
+    """A model's chat template, extended to insert ``text`` after each image of a message."""
     return BEHIND_IMAGES.replace("TEXT", text) + template
 
 
@@ -235,4 +235,4 @@ BEHIND_IMAGES = (
     "{%- endfor -%}"
     "{%- set messages = shown.messages -%}"
 )
-"""In front of a template: the messages it is given, with a text part behind each image part."""
+"""Prefix for a template: adds a text part after each image part of its messages."""

@@ -1,4 +1,4 @@
-"""Samples become batches: right padding, and the pixels of the images that the rows show.
+"""Collates samples into batches: right padding, and the pixels of all images.
 
 Shapes: B = rows, L = tokens, S = images of all rows, in order; H and W = pixels.
 """
@@ -22,22 +22,22 @@ from visper.data.rows.records import Drop
 from visper.data.vlm import ModelInputs
 
 Preprocess = Callable[[Tensor], Tensor]
-"""A teacher's: an image ``[3, H, W]`` uint8 -> ``[3, h, w]``."""
+"""A teacher's preprocessing: an image ``[3, H, W]`` uint8 -> ``[3, h, w]``."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row ready to be batched.
+    """One encoded row.
 
     Attributes:
-        image_tokens: of each of its images, how many of ``input_ids`` are its image tokens.
-        pixel_values: ``[images, 3, H, W]`` uint8; None without images, or where a model's own processor makes them.
-        images: what the student sees of each, where it has a processor of its own.
-        seen: what teachers see of each, ``[3, h, w]`` uint8; or
-        stored: their stored targets by task, ``[images, bytes]``.
-        image_places: ``[image tokens, 2]``, what these show where part of the square is padding (see ``Batch``).
-        image_ids: of each image a number that its content alone decides (``image_id``).
-        source: number of the source that the row is from.
+        image_tokens: number of image tokens of each image in ``input_ids``.
+        pixel_values: ``[images, 3, H, W]`` uint8; None without images, or if the model's own processor makes them.
+        images: the images, for a model with its own processor.
+        seen: the images as teachers see them, ``[3, h, w]`` uint8; empty if ``stored`` is given.
+        stored: stored targets by task, ``[images, bytes]``.
+        image_places: ``[image tokens, 2]``, what each token shows if part of the square is padding (see ``Batch``).
+        image_ids: a number for each image that depends only on its content (``image_id``).
+        source: number of the row's source.
     """
 
     id: str
@@ -56,13 +56,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a batch, known to the host, so that nobody has to ask a GPU for them.
+    """Token counts of a batch, kept on the host so that they need not be read from a GPU.
 
     Attributes:
-        lengths: tokens of each sample, padding left out.
-        supervised: tokens that the loss counts.
+        lengths: tokens of each sample, without padding.
+        supervised: number of supervised tokens.
         image_tokens: tokens of all images.
-        pairs: pairs of tokens of one sample, that may see each other or may not.
+        pairs: pairs of tokens within a sample, including those that causal attention masks.
     """
 
     lengths: tuple[int, ...]
@@ -77,57 +77,57 @@ class Sizes:
 
     @classmethod
     def of(cls, lengths: Sequence[int], labels: Tensor, image_tokens: Tensor) -> Sizes:
-        """Of samples that share no tokens; ``labels`` are ``[B, L]``."""
+        """The sizes of samples that share no tokens; ``labels`` are ``[B, L]``."""
         supervised = int((labels[:, 1:] != IGNORED).sum())
         return cls(tuple(lengths), supervised, int(image_tokens.sum()), sum(length**2 for length in lengths))
 
 
 class Batch(TypedDict, total=False):
-    """What the model, the objective and the trainer are given."""
+    """The input of the model, the objective and the trainer. "Flat" positions are those of all rows concatenated."""
 
     input_ids: Required[Tensor]  # [B, L] long
     labels: Required[Tensor]  # [B, L] long, -100 where unsupervised
     attention_mask: Required[Tensor]  # [B, L] long
     # T = supervised tokens, in order. They are found here, because a GPU would make the host wait for their number.
-    supervised_at: Required[Tensor]  # [T] long: where the state that predicts each lies, in rows laid end to end
-    sources: Required[Tensor]  # [T] long: the source of the row of each
-    # Packed batches only, as transformers names them:
+    supervised_at: Required[Tensor]  # [T] long: flat position of the state that predicts each supervised token
+    sources: Required[Tensor]  # [T] long: the source of each supervised token's row
+    # Packed batches only, named as in transformers (here T = all tokens):
     position_ids: Tensor  # [1, T] long, from 0 in every sample
-    cu_seq_lens_q: Tensor  # [samples + 1] int32: where each sample begins, and T
+    cu_seq_lens_q: Tensor  # [samples + 1] int32: start of each sample, then T
     cu_seq_lens_k: Tensor  # the same
     max_length_q: int  # tokens of the longest sample
     max_length_k: int  # the same
     lengths: tuple[int, ...]  # tokens of each sample
     prefixes: tuple[int, ...]  # joined batches only: tokens of each sample that all its conversations share
-    branches: Tensor  # [1, T] long, joined batches only: 0 in what all conversations of a sample share, else which one
+    branches: Tensor  # [1, T] long, joined batches only: number of the token's conversation, 0 for shared tokens
     pixel_values: Tensor  # [S, 3, H, W] uint8, normalized by the model; absent if no row has an image
-    # Of a model with its own processor, in place of pixel_values: what its forward reads, by its own names.
+    # Instead of pixel_values for a model with its own processor: keyword arguments of its forward.
     model_inputs: dict[str, Tensor]
-    image_rows: Required[Tensor]  # [S] long, ascending: the row that shows each image
-    image_tokens: Required[Tensor]  # [S] long: how many image tokens each has in its row
+    image_rows: Required[Tensor]  # [S] long, ascending: the row of each image
+    image_tokens: Required[Tensor]  # [S] long: number of image tokens of each image
     image_ids: Required[Tensor]  # [S] long: equal for equal images
-    # Found from the ids by ``training.positions``:
-    image_at: Tensor  # [image tokens] long: where they lie, in rows laid end to end
-    readings: dict[str, Any]  # task -> ``distillation.reading.Reading``; none in a batch without images
-    # Where tokens are no square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
+    # Computed from the ids by ``training.positions``:
+    image_at: Tensor  # [image tokens] long: their flat positions
+    readings: dict[str, Any]  # task -> ``distillation.reading.Reading``; absent in a batch without images
+    # If tokens are not a square grid: [image tokens, 2] float32, the point (x, y) in 0..1 that each shows, or NaN.
     image_places: Tensor
-    # task -> images [S, 3, h, w] for its teacher, which normalizes uint8, or stored targets [S, bytes] uint8
+    # task -> uint8 images [S, 3, h, w], which its teacher normalizes, or stored targets [S, bytes] uint8
     teacher_images: dict[str, Tensor]
     sample_ids: Required[list[str]]  # B names
-    dropped: Required[list[Drop]]  # rows found bad while loading; they are in no tensor
+    dropped: Required[list[Drop]]  # rows found bad while loading; not in any tensor
     num_truncated: Required[int]  # rows whose text was cut
     sizes: Required[Sizes]
 
 
 @dataclass
 class Collator:
-    """Builds a ``Batch``; picklable, so that loader processes can hold it.
+    """Builds a ``Batch``; picklable for loader processes.
 
     Args:
-        pad_token_id: fills rows on the right, never attended.
-        teachers: task -> that teacher's preprocessing of an image.
-        as_student: tasks whose teacher is given the very bytes that the student is: they are made and sent once.
-        model_inputs: of a model with its own processor, what makes its inputs.
+        pad_token_id: pads rows on the right, never attended to.
+        teachers: task -> its teacher's preprocessing.
+        model_inputs: makes the inputs of a model with its own processor.
+        as_student: tasks whose teacher gets the same bytes as the student, which are then made and sent once.
     """
 
     pad_token_id: int
@@ -136,9 +136,9 @@ class Collator:
     as_student: frozenset[str] = frozenset()
 
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
-        """Batches the good rows and passes on the bad ones' names.
+        """Batches the good rows and lists the bad ones in ``dropped``.
 
-        A batch of nothing but bad rows is one unsupervised padding token: every rank still takes its step.
+        If all rows are bad, the batch is one unsupervised padding token, so that every rank still takes its step.
         """
         dropped = [item for item in items if isinstance(item, Drop)]
         samples = [item for item in items if isinstance(item, Sample)]
@@ -188,7 +188,7 @@ class Collator:
 
 
 def supervised_places(labels: Tensor) -> Tensor:
-    """``[T]``: where the states that predict supervised tokens lie, with the rows of ``[B, L]`` laid end to end."""
+    """``[T]``: positions of the states that predict supervised tokens, in the flattened ``[B, L]``."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().ne(IGNORED).nonzero().squeeze(1)
 
 

@@ -1,7 +1,7 @@
-"""Records as a map-style dataset, and the look at every row before the first step.
+"""Records as a map-style dataset, and the check of every row before the first step.
 
-A row that turns out bad when it is read becomes a ``Drop`` in its place: indices never shift, so the order, resuming
-and the ranks' step stay what they were.
+A row that turns out to be bad when it is read is replaced by a ``Drop``, so indices never shift: the order of rows, the
+position after a resume and the number of steps per rank do not change.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
 from visper.data.vlm import VlmEncoder, seen_geometry
 
-THREADS = 32  # that wait for the file system, mostly
+THREADS = 32  # they mostly wait for the file system
 StoredTargets = Callable[[bytes], Mapping[str, Tensor]]
 
 
 class ConversationDataset(Dataset[Sample | Drop]):
-    """Encodes row i when it is asked for.
+    """Encodes each row on access.
 
     Args:
         records: the rows.
-        encoder: makes their tokens; its processor's image processor makes the pixels, in its geometry.
-        stored: the bytes of an image file -> its stored targets, by task, in place of an image for the teachers; raises
-            DataError where there are none.
-        max_pixels: of an image; a row with a larger one becomes a ``Drop``.
+        encoder: encodes texts; its processor's image processor makes the pixels, in the processor's geometry.
+        stored: the bytes of an image file -> its stored targets by task, used instead of images for the teachers;
+            raises DataError if there are none.
+        max_pixels: largest image; a row with a larger one becomes a ``Drop``.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
         self.max_pixels = max_pixels
         self.encoder = encoder
         self.image_processor = encoder.processor.image_processor
-        self.own_processor = isinstance(encoder, VlmEncoder)  # which makes a micro-batch's pixels in the collator
+        self.own_processor = isinstance(encoder, VlmEncoder)  # it is called in the collator, for a micro-batch
         self.geometry = seen_geometry(encoder.processor)
         self.background = background_of(self.image_processor)
 
@@ -76,7 +76,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
     def __getitem__(self, index: int) -> Sample | Drop:
         record = self.records[index]
         try:
-            contents = contents_of(self.records, index) if record.images else []  # read once: looked up and decoded
+            contents = contents_of(self.records, index) if record.images else []  # read once, hashed and decoded
             pairs = zip(record.images, contents, strict=True)
             images = [open_image(shown.path, held, max_pixels=self.max_pixels) for shown, held in pairs]
             encoded = self.encoder.encode(record, [image.size for image in images])
@@ -105,7 +105,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """Of the sources that rows are numbered by; none where all rows are from one, or the caller's own."""
+        """The names of the sources, by source number; empty for a single source or for records given by the caller."""
         parts = self.records.parts if isinstance(self.records, Records) else ()
         return tuple(part.name for part in parts) if len(parts) > 1 else ()
 
@@ -119,9 +119,9 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at every row found: the good rows, their lengths in tokens, and how many had text cut.
+    """The result of checking every row: the good rows, their lengths in tokens, and the number of truncated ones.
 
-    ``num_text`` and ``num_unknown`` count each good row's supervised tokens, see ``chat.Encoded``.
+    ``num_text`` and ``num_unknown`` count the supervised tokens of each good row, see ``chat.Encoded``.
     """
 
     records: Sequence[Record]
@@ -134,7 +134,12 @@ class Survey:
 def keep_good(
     records: Sequence[Record], found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
 ) -> Survey:
-    """The rows without a fault, by ``lengths.measure`` (``found``) and ``lost_images``; the others go to ``drops``."""
+    """The rows without a fault; the others are added to ``drops``.
+
+    Args:
+        found: result of ``lengths.measure``.
+        lost: result of ``lost_images``.
+    """
     bad = {**lost, **found.problems}
     for index in sorted(bad):
         drops.add(records[index].id, *bad[index])
@@ -146,7 +151,7 @@ def keep_good(
 
 
 def require_images(records: Sequence[Record]) -> None:
-    """Refuses rows of which none shows an image: the projector would be trained by nothing.
+    """Refuses data without any image, which would not train the projector.
 
     Raises:
         DataError: no row has an image.
@@ -155,16 +160,16 @@ def require_images(records: Sequence[Record]) -> None:
     if not shown:
         raise DataError(
             "no images",
-            f"none of the {len(records)} rows shows an image, but stage 'pt' trains what reads images: rows name "
-            "theirs by 'image' or 'images' (docs/data.md), or map your own key by 'columns'",
+            f"none of the {len(records)} rows has an image, but stage 'pt' trains the parts that read images: give "
+            "each row an 'image' or 'images' (docs/data.md), or map your own key with 'columns'",
         )
 
 
 def lost_images(records: Sequence[Record], found: Lengths) -> dict[int, tuple[str, str]]:
-    """The rows that can be encoded but of whose image files one is missing or empty: index -> reason, detail.
+    """The rows that can be encoded but have a missing or empty image file: index -> reason, detail.
 
-    Every file is checked once, however many rows show it; images inside Parquet files were when they were written.
-    Nothing is decoded: a broken image is found, and skipped, when its turn comes.
+    Each file is checked once, however many rows show it; images in Parquet files were checked when these were written.
+    Nothing is decoded: a broken image is found, and its row skipped, when the row is read.
     """
     rows: dict[tuple[Path, str], list[int]] = {}
     for index, _, folder, name in records.image_files() if isinstance(records, Records) else _own_files(records):
@@ -184,7 +189,7 @@ def lost_images(records: Sequence[Record], found: Lengths) -> dict[int, tuple[st
 
 
 def _own_files(records: Sequence[Record]) -> Iterator[tuple[int, int, Path, str]]:
-    """Of records that come without a folder: their caller's word is taken."""
+    """``Records.image_files`` for records without an images folder, whose paths the caller has chosen."""
     for index, record in enumerate(records):
         paths = (Path(image.path) for image in record.images)
         yield from ((index, number, path.parent, path.name) for number, path in enumerate(paths))
@@ -192,7 +197,7 @@ def _own_files(records: Sequence[Record]) -> Iterator[tuple[int, int, Path, str]
 
 def _has_content(place: tuple[Path, str]) -> bool:
     try:
-        found = os.stat(inside(*place))  # noqa: PTH116 (a third of the time, for 350,000 files)
+        found = os.stat(inside(*place))  # noqa: PTH116 (takes a third of the time; there may be 350,000 files)
     except (OSError, DataError):
         return False
     return stat.S_ISREG(found.st_mode) and found.st_size > 0

@@ -1,4 +1,4 @@
-"""Image files decoded: upright RGB, whatever their mode, orientation tag or name say. Needs no torch."""
+"""Decodes image files to upright RGB, whatever their mode, orientation tag or file name. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from visper.common.errors import DataError
 from visper.config.schema import MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's names of what is opened, whatever the file is called; a camera's MPO is a JPEG to it. No vector format is
-among them: Pillow starts Ghostscript for EPS."""
+"""Pillow's names of the formats that are opened, by content; Pillow opens a camera's MPO as JPEG. Vector formats are
+excluded: for EPS, Pillow starts Ghostscript."""
 WHITE = (255, 255, 255)
 _REFUSED = {
     b"%!PS": "EPS",
@@ -30,7 +30,7 @@ _REFUSED = {
     b"8BPS": "PSD",
 }
 _RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-# EXIF's orientation tag -> what makes the image upright.
+# EXIF orientation tag -> the operation that makes the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,23 +48,24 @@ def open_image(
     ground: tuple[int, int, int] | None = WHITE,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Opens and decodes an image: upright RGB, whatever its mode, orientation tag or file name say.
+    """Opens and decodes an image as upright RGB, whatever its mode, orientation tag or file name.
 
-    The content decides about the format (GIF under .jpg occurs; its first frame is taken).
+    The format is recognized by content (a GIF may be named .jpg); of an animation the first frame is used.
 
-    Gray values of 16 or 32 bits and floats keep their scale where they use it: that of the smallest of 8, 10, 12, 14
-    and 16 bits that holds them all (floats: 0 to 1 before these). Where the brightest is below a quarter of it, or
-    values are negative or larger than 16 bits, the darkest becomes black and the brightest white.
+    Gray images of 16 or 32 bits or floats are scaled to 8 bits. Zero is black, and white is the maximum of the smallest
+    depth of 8, 10, 12, 14 and 16 bits that holds all values (for floats, 1.0 is tried first). If the brightest value is
+    below a quarter of white, or values are negative or exceed 16 bits, the darkest value becomes black and the
+    brightest white.
 
     Args:
-        path: the file, or the name of an image whose ``content`` is at hand.
-        content: of an image that a source holds.
-        ground: what transparent images are laid upon, RGB, 0 to 255; None: their transparency is dropped.
-        max_pixels: of the largest image that is decoded.
+        path: the file, or the name of the image if ``content`` is given.
+        content: the bytes of an image file embedded in a source.
+        ground: background for transparent images, RGB, 0 to 255; None: transparency is dropped.
+        max_pixels: largest image that is decoded.
 
     Raises:
-        DataError: the file is missing, empty, truncated, too large, of a format not allowed or no image; ``reason``
-            tells which.
+        DataError: the file is missing, empty, truncated, too large, of a format that is not allowed, or not an image;
+            ``reason`` tells which.
     """
     with opened(path, content, max_pixels) as image:
         image.seek(0)
@@ -75,11 +76,11 @@ def open_image(
 
 @contextmanager
 def opened(path: str | Path, content: bytes | None = None, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The image, not yet decoded; what goes wrong with it inside becomes a ``DataError``; see ``open_image``."""
+    """Yields the image, not yet decoded. Errors of Pillow in the block become a ``DataError``; see ``open_image``."""
     path = Path(path)
     try:
         there = content is not None or path.is_file()
-    except OSError:  # a name that is too long, a folder that may not be entered
+    except OSError:  # a name that is too long, a folder without permission
         there = False
     if not there:
         raise DataError("missing image", _where_it_ends(path))
@@ -94,7 +95,7 @@ def opened(path: str | Path, content: bytes | None = None, max_pixels: int = MAX
         refused = _refused_format(path, content)
         if refused is not None:
             raise DataError("format not allowed", f"'{path}' is {refused}: expected {', '.join(FORMATS)}") from error
-        raise DataError("not an image", f"'{path}': its content is none of {', '.join(FORMATS)}") from error
+        raise DataError("not an image", f"'{path}': expected the content of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
             "huge image",
@@ -103,25 +104,25 @@ def opened(path: str | Path, content: bytes | None = None, max_pixels: int = MAX
     except MemoryError:
         raise
     except Exception as error:
-        if "MAX_TEXT_" in str(error):  # Pillow's limits on a PNG's text, which have no error type of their own
+        if "MAX_TEXT_" in str(error):  # Pillow's limits for text in a PNG do not have an error type of their own
             raise DataError("huge metadata", f"'{path}': {error}; save it without its text chunks") from error
-        # Given odd bytes, Pillow's many decoders raise anything: RuntimeError, TypeError ...
+        # For damaged bytes, Pillow's decoders raise many types: RuntimeError, TypeError ...
         raise DataError("broken image", f"'{path}': {error or type(error).__name__}; fetch it again") from error
 
 
 def _where_it_ends(path: Path) -> str:
-    """What of a path is there, for whoever gave the wrong folder or has not unpacked an archive."""
+    """A message that tells which part of a path exists, to find a wrong folder or a missing archive."""
     full = path.absolute()
     there = next(folder for folder in full.parents if os.path.isdir(folder))  # noqa: PTH112 - never raises
-    start = f" ('{path}' starts from the folder in which the command runs)" if full != path else ""
+    start = f" ('{path}' is relative to the current folder)" if full != path else ""
     return (
-        f"'{full}' is not a file{start}; of its folders '{there}' exists. Rows name images relative to the 'images' "
-        "folder of their source: is that the right one, and are all archives unpacked under it?"
+        f"'{full}' is not a file{start}; its last existing folder is '{there}'. Image paths are relative to the "
+        "'images' folder of their source: is it the right one, and are all archives unpacked there?"
     )
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, by its EXIF tag; None: it is, or its metadata are broken."""
+    """The operation that makes the image upright, by its EXIF tag; None if it is upright or its metadata is broken."""
     try:
         return _TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
@@ -130,7 +131,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of ``FORMATS`` that this build of Pillow has."""
+    """The entries of ``FORMATS`` that this build of Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -156,11 +157,11 @@ def _to_rgb(image: Image.Image, ground: tuple[int, int, int] | None) -> Image.Im
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 or 32 bits or floats in 8 bits; see ``open_image`` for the rule."""
+    """A gray image of 16 or 32 bits or floats, scaled to 8 bits by the rule in ``open_image``."""
     values = np.asarray(image if image.mode == "F" else image.convert("I"), dtype=np.float64)
     finite = np.isfinite(values)
     if not finite.any():
-        raise ValueError("not one of its values is a finite number")
+        raise ValueError("none of its values is finite")
     low, high = float(values[finite].min()), float(values[finite].max())
     top = next((top for top in _RANGES[image.mode != "F" :] if high <= top), None)
     if low >= 0 and top is not None and high >= top / 4:

@@ -1,4 +1,4 @@
-"""An order in which rows about one image meet in one micro-batch, where ``data.joining`` joins them."""
+"""Orders rows so that those about one image share a micro-batch, where ``data.joining`` joins them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from visper.data.rows.table import Records
 
 
 def image_groups(records: Sequence[Record]) -> npt.NDArray[np.int64]:
-    """A number for each row, ``[rows]``: the same for rows of one source that name the same images, else its own."""
+    """A group number for each row, ``[rows]``: equal for rows of one source with the same images, else unique."""
     if isinstance(records, Records):
         names = [(own, i) for i, part in enumerate(records.parts) for own in part.table.image_names()]
         named = [names[row] for row in records.rows.tolist()]
@@ -26,9 +26,9 @@ def image_groups(records: Sequence[Record]) -> npt.NDArray[np.int64]:
 
 
 def side_by_side(order: Tensor, groups: Tensor) -> Tensor:
-    """``order`` with the rows of each group behind each other, where the lowest row of the group stood.
+    """``order`` with the rows of each group side by side, at the place of the group's lowest row.
 
-    A row that stands in ``order`` twice (mixtures) goes to two groups: an image's conversations, each once.
+    The second occurrences of rows (in mixtures) form a group of their own, so a group has each conversation once.
     """
     rows = order.numpy()
     by_row = np.argsort(rows, kind="stable")
@@ -43,9 +43,9 @@ def side_by_side(order: Tensor, groups: Tensor) -> Tensor:
 
 
 def fill_micro_batches(step: Sequence[int], groups: Sequence[int], micro_batch: int) -> list[int]:
-    """The rows of one global batch, reordered so that few neighbors of one group fall into two micro-batches.
+    """The rows of one global batch, reordered so that few groups are split between micro-batches.
 
-    The largest groups go first, each to the micro-batch with the most room, so that all get alike many.
+    The largest groups are placed first, each in the emptiest micro-batch, until all micro-batches are full.
     """
     runs: list[list[int]] = []
     for row in step:
@@ -64,17 +64,17 @@ def fill_micro_batches(step: Sequence[int], groups: Sequence[int], micro_batch: 
 
 
 def mean_lengths(lengths: Tensor, groups: Tensor) -> Tensor:
-    """The mean length of each row's group, ``[rows]``: sorting by it keeps a group's rows side by side."""
+    """The mean length of each row's group, ``[rows]``; sorting by it keeps the rows of a group side by side."""
     sums = torch.bincount(groups, weights=lengths.double())
     return (sums / torch.bincount(groups).clamp(min=1))[groups]
 
 
 def count_images(groups: Tensor, shown: Tensor, micro_batch: int) -> Tensor:
-    """Images that rows in this order show, by micro-batch: ``[rows / micro_batch]``.
+    """The number of different images in each micro-batch, ``[rows / micro_batch]``.
 
     Args:
-        groups: ``[rows]``, ``rows`` a multiple of ``micro_batch``.
-        shown: ``[rows]`` whether the row shows an image.
+        groups: group number of each row, ``[rows]``; ``rows`` is a multiple of ``micro_batch``.
+        shown: whether each row has an image, ``[rows]``.
     """
     seen = torch.where(shown, groups, -1).view(-1, micro_batch).sort(1).values
     return (seen.diff(dim=1, prepend=seen.new_full((len(seen), 1), -1)) != 0).sum(1)

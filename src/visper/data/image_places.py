@@ -1,6 +1,6 @@
-"""Where on an image each of its tokens lies, for models that cut images into patches, tiles and views of their own.
+"""The place of each image token on its image, for models that split images into patches, tiles and views.
 
-A place is a point (x, y) in 0..1 of the image, NaN for a token that shows nothing of it (the end of a row of patches).
+A place is a point (x, y) in 0..1, or NaN for a token that shows no part of the image (the end of a line of patches).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from visper.data.images import visible_places
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as its model's processor has seen it.
+    """An image as seen by the model's processor.
 
     Attributes:
-        size: width and height, pixels.
-        tokens: how many it has.
+        size: width and height in pixels.
+        tokens: number of image tokens.
         alone: whether it is the only image of its row.
-        grid: its ``image_grid_thw`` ``[3]``, of processors that make one.
+        grid: its ``image_grid_thw`` ``[3]``, if the processor makes one.
     """
 
     size: tuple[int, int]
@@ -37,15 +37,15 @@ class Shown:
 
 
 def knows_places(processor: Any) -> bool:
-    """Whether ``places_of`` can tell where this processor's image tokens lie."""
+    """Whether ``places_of`` supports this processor."""
     return _rule(processor) is not None
 
 
 def places_of(processor: Any, shown: Shown) -> Tensor | None:
-    """The places of an image's tokens, ``[tokens, 2]``; None where the model is not known to it.
+    """The places of an image's tokens, ``[tokens, 2]``; None if the processor is not supported.
 
     Raises:
-        ConfigError: the processor has made another number of tokens than it is known to make.
+        ConfigError: the processor has made another number of tokens than expected.
     """
     rule = _rule(processor)
     if rule is None:
@@ -53,7 +53,7 @@ def places_of(processor: Any, shown: Shown) -> Tensor | None:
     places = rule(processor, shown)
     if len(places) != shown.tokens:
         raise ConfigError(
-            f"{type(processor).__name__} made {shown.tokens} tokens of an image of {shown.size[0]} x {shown.size[1]} "
+            f"{type(processor).__name__} made {shown.tokens} tokens for an image of {shown.size[0]} x {shown.size[1]} "
             f"pixels, expected {len(places)}: this version of transformers is not supported for targets at image "
             "tokens; set head.kind to resampler"
         )
@@ -72,21 +72,21 @@ def _grid(rows: int, columns: int) -> Tensor:
 
 
 def _tiles(rows: int, columns: int, tokens: int) -> Tensor:
-    """Tiles that cover the image, row by row, each a square of ``tokens``."""
+    """Centers of the cells of tiles that cover the image, row by row; each tile is a square of ``tokens`` cells."""
     corners = [(column, row) for row in range(rows) for column in range(columns)]
     cells = _grid(isqrt(tokens), isqrt(tokens))
     return torch.cat([(cells + torch.tensor(corner)) / torch.tensor((columns, rows)) for corner in corners])
 
 
 def _merged_patches(processor: Any, shown: Shown) -> Tensor:
-    """Qwen: squares of patches in one grid."""
+    """Qwen: one grid, each token a square of merged patches."""
     assert shown.grid is not None
     merge = processor.image_processor.merge_size
     return _grid(int(shown.grid[1]) // merge, int(shown.grid[2]) // merge)
 
 
 def _tiles_and_view(processor: Any, shown: Shown) -> Tensor:
-    """InternVL: tiles, then all of the image if there are several."""
+    """InternVL: tiles, then a view of the full image if there are several tiles."""
     images, tokens = processor.image_processor, processor.image_seq_length
     tile = (images.size["height"], images.size["width"])
     size = (shown.size[1], shown.size[0])
@@ -96,7 +96,7 @@ def _tiles_and_view(processor: Any, shown: Shown) -> Tensor:
 
 
 def _split_and_view(processor: Any, shown: Shown) -> Tensor:
-    """SmolVLM: tiles, if the image is split, then all of it."""
+    """SmolVLM: tiles if the image is split, then a view of the full image."""
     _, rows, columns = processor.image_processor.get_number_of_image_patches(shown.size[1], shown.size[0], {})
     view = _tiles(1, 1, processor.image_seq_len)
     split = shown.tokens > processor.image_seq_len
@@ -104,17 +104,17 @@ def _split_and_view(processor: Any, shown: Shown) -> Tensor:
 
 
 def _view_and_lines(processor: Any, shown: Shown) -> Tensor:
-    """LLaVA-OneVision: all of the image, then it again in finer lines, each with a token at its end.
+    """LLaVA-OneVision: a view of the full image, then the image in finer lines, each followed by an end token.
 
-    The lines cover the image to within half a token: the model drops padding by whole ones. Of several images in a row
-    each is padded to a square.
+    The lines cover the image to within half a token, since the model drops padding in whole tokens. If a row has
+    several images, each is padded to a square instead.
     """
     side = isqrt(processor.num_image_tokens)
     end = torch.full((1, 2), float("nan"))
     if not shown.alone:
         seen = visible_places(shown.size, side * side)
         assert seen is not None
-        # From the square to the image in it, which is what a teacher sees.
+        # From coordinates of the square to those of the image, which is what a teacher sees.
         in_image = (seen - 0.5) * max(shown.size) / torch.tensor(shown.size) + 0.5
         return torch.cat((in_image, end))
     width, height = shown.size
@@ -134,7 +134,7 @@ def _view_and_lines(processor: Any, shown: Shown) -> Tensor:
 
 
 def _views(processor: Any, shown: Shown) -> Tensor:
-    """Gemma 3: all of the image; crops of it, if there are any, are left out."""
+    """Gemma 3: a view of the full image; the tokens of crops, if any, have no place."""
     view = _tiles(1, 1, processor.image_seq_length)
     return torch.cat((view, torch.full((shown.tokens - len(view), 2), float("nan"))))
 
@@ -146,4 +146,4 @@ _RULES: dict[str, Callable[[Any, Shown], Tensor]] = {
     "max_image_size": _split_and_view,
     "do_pan_and_scan": _views,
 }
-"""Attribute that tells how an image processor cuts images -> where the tokens lie."""
+"""An attribute that identifies a kind of image processor -> the places of its tokens."""

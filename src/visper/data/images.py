@@ -1,9 +1,9 @@
-"""The one geometry in which student and teachers see images.
+"""The image geometry that student and teachers share.
 
 ``squash`` scales both sides to the square, ``pad`` puts the image on a square of the encoder's mean color, ``crop``
-keeps the central square. The student sees what the saved image processor makes, in training as at inference; teachers
-see ``arrange``'s square image, which covers the same pixels. Images so long that a square would cost gigabytes are
-``bounded`` first, for both.
+keeps the central square. The student sees the output of the saved image processor, in training and at inference;
+teachers see the output of ``arrange``, which covers the same pixels. For both, images with an extreme aspect ratio,
+whose square would take gigabytes, are first reduced by ``bounded``.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from torchvision.transforms.v2.functional import resize
 from transformers import LlavaImageProcessor
 
 from visper.config.schema import MAX_PIXELS
-from visper.data.decoding import open_image as open_image  # whoever looks at images needs both
+from visper.data.decoding import open_image as open_image  # re-exported: callers need both
 
 GEOMETRIES = ("squash", "pad", "crop")
 MAX_RATIO = 16
-"""Of the sides. Images within it are arranged pixel for pixel as the published code does, unless their square is too
-large to decode."""
+"""Aspect ratio up to which images are arranged pixel for pixel as in the published code, unless their square has more
+than ``MAX_PIXELS``."""
 LONG_SIDE = 2048
-"""To which longer ones are scaled before they are padded, pixels; no encoder or teacher sees finer detail."""
+"""Longer side, in pixels, to which images with a larger aspect ratio are scaled before padding; encoders and teachers
+do not see finer detail."""
 
 
 def bounded(image: Image.Image, geometry: str) -> Image.Image:
-    """The image, or one that looks the same in this geometry and whose square costs little memory.
+    """The image, or one that looks the same in this geometry and whose square takes little memory.
 
-    ``pad`` would make 30,000 x 10 pixels a square of 2.7 GB, and ``crop`` enlarge 5,000 x 4 a hundredfold. Past
-    ``MAX_RATIO``, or where the square would have over ``MAX_PIXELS``, ``pad`` scales the image to ``LONG_SIDE`` first
-    and ``crop`` keeps ``MAX_RATIO`` times the shorter side first. No array then has more than ``MAX_RATIO`` times the
-    pixels of the image, of ``LONG_SIDE`` squared or of the target squared.
+    Without it, ``pad`` would turn 30,000 x 10 pixels into a square of 2.7 GB, and ``crop`` would enlarge 5,000 x 4 a
+    hundredfold. Beyond ``MAX_RATIO``, ``crop`` first keeps ``MAX_RATIO`` times the shorter side; beyond it, or if the
+    square would have more than ``MAX_PIXELS``, ``pad`` first scales the image to ``LONG_SIDE``. No array then has more
+    than ``MAX_RATIO`` times the pixels of the image, of ``LONG_SIDE`` squared or of the target squared.
     """
     width, height = image.size
     short, long = min(width, height), max(width, height)
@@ -52,12 +53,12 @@ def bounded(image: Image.Image, geometry: str) -> Image.Image:
 
 
 def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0, 0)) -> Image.Image:
-    """The part of the image that the student sees, as an image whose sides become equal when it is resized.
+    """The part of the image that the student sees, to be resized to a square.
 
     Args:
         image: RGB.
-        geometry: ``squash`` returns it unchanged (whoever resizes it to a square squashes it), ``pad`` a square
-            with ``background`` around it, ``crop`` its central square.
+        geometry: ``squash`` returns the image unchanged (resizing it to a square squashes it), ``pad`` a square with
+            ``background`` around it, ``crop`` its central square.
         background: RGB, 0 to 255, see ``background_of``.
     """
     _known(geometry)
@@ -76,7 +77,7 @@ def arrange(image: Image.Image, geometry: str, background: Sequence[int] = (0, 0
 
 
 def background_of(image_processor: Any) -> tuple[int, int, int]:
-    """The encoder's mean color as the image processor pads with it: RGB, 0 to 255, fractions cut."""
+    """The encoder's mean color, with which the image processor pads: RGB, 0 to 255, rounded down."""
     red, green, blue = (int(channel * 255) for channel in image_processor.image_mean)
     return red, green, blue
 
@@ -84,36 +85,36 @@ def background_of(image_processor: Any) -> tuple[int, int, int]:
 def build_image_processor(
     geometry: str, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> LlavaImageProcessor:
-    """A stock image processor that turns any image into ``[3, image_size, image_size]`` by ``geometry``.
+    """A stock image processor that turns any image into ``[3, image_size, image_size]`` in a geometry.
 
-    It is saved with the model, so inference sees what training saw. On torch's bicubic resize it differs from the
-    published PIL code by at most one gray level, at less than one pixel in a hundred.
+    It is saved with the model, so inference sees the same images as training. With torch's bicubic resize it differs
+    from the published PIL code by at most one gray level, in less than one pixel in a hundred.
 
     Args:
         geometry: ``squash``, ``pad`` or ``crop``.
         image_size: side of the square, pixels.
-        mean: the encoder's mean, per channel, of values in 0..1.
-        std: the encoder's standard deviation, likewise.
+        mean: the encoder's mean per channel, for values in 0..1.
+        std: the encoder's standard deviation per channel, for values in 0..1.
     """
     _known(geometry)
     return LlavaImageProcessor(image_mean=list(mean), image_std=list(std), **_geometry_options(geometry, image_size))
 
 
 def with_geometry(image_processor: Any, geometry: str) -> LlavaImageProcessor:
-    """The same size and colors as ``image_processor`` in another geometry."""
+    """An image processor with the size and normalization of ``image_processor`` and another geometry."""
     size = output_size(image_processor)
     return build_image_processor(geometry, size, image_processor.image_mean, image_processor.image_std)
 
 
 def geometry_of(image_processor: Any) -> str:
-    """The geometry that an image processor carries out."""
+    """The geometry of an image processor."""
     if getattr(image_processor, "do_pad", False):
         return "pad"
     return "crop" if image_processor.do_center_crop else "squash"
 
 
 def output_size(image_processor: Any) -> int:
-    """Side of the square that an image processor makes, pixels."""
+    """The side of an image processor's output, in pixels."""
     size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
     height = _entry(size, "height") or _entry(size, "shortest_edge")
     width = _entry(size, "width") or height
@@ -123,9 +124,9 @@ def output_size(image_processor: Any) -> int:
 
 
 def student_pixels(image_processor: Any, image: Image.Image) -> torch.Tensor:
-    """What the student sees of an image, ``[3, H, W]`` float32, by the processor that is saved with it."""
-    # Given as a tensor whose channels are named first: an image 1 or 3 pixels high would be misread otherwise, and
-    # transformers 5.17 turns an image's axes twice when told they come last.
+    """An image as the student sees it, ``[3, H, W]`` float32, made by the saved image processor."""
+    # Passed as a channels-first tensor: otherwise an image 1 or 3 pixels high would be misread, and transformers 5.17
+    # permutes the axes twice if told that channels come last.
     pixels: torch.Tensor = image_processor(
         rgb_bytes(bounded(image, geometry_of(image_processor))),
         return_tensors="pt",
@@ -135,16 +136,16 @@ def student_pixels(image_processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def student_bytes(image_processor: Any, image: Image.Image, arranged: torch.Tensor) -> torch.Tensor:
-    """The same before its colors are normalized, ``[3, H, W]`` uint8, for the loader: a quarter of the bytes to send.
+    """``student_pixels`` before normalization, ``[3, H, W]`` uint8, so that loaders send a quarter of the bytes.
 
     Args:
         image: RGB.
-        arranged: the bytes of the same image as ``arrange`` makes it, of which a resize is left.
+        arranged: the same image after ``arrange``, as a tensor; unless the geometry is ``crop``, it is only resized.
     """
     if geometry_of(image_processor) != "crop":
         side = output_size(image_processor)
         return squashed(arranged, (side, side))
-    # The processor scales before it cuts.
+    # The processor resizes before it crops.
     pixels: torch.Tensor = image_processor(
         rgb_bytes(bounded(image, "crop")),
         return_tensors="pt",
@@ -156,13 +157,13 @@ def student_bytes(image_processor: Any, image: Image.Image, arranged: torch.Tens
 
 
 def normalized_pixels(image_processor: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels ``[..., 3, H, W]`` as the processor normalizes them, float32, on their device."""
+    """uint8 pixels ``[..., 3, H, W]`` normalized as by the processor, float32, on their device."""
     made: torch.Tensor = image_processor.rescale_and_normalize(
         pixels,
         image_processor.do_rescale,
         image_processor.rescale_factor,
         image_processor.do_normalize,
-        tuple(image_processor.image_mean),  # it keeps them as tensors on the device, by value
+        tuple(image_processor.image_mean),  # hashable: the processor caches the tensors by these values
         tuple(image_processor.image_std),
     )
     return made
@@ -170,21 +171,21 @@ def normalized_pixels(image_processor: Any, pixels: torch.Tensor) -> torch.Tenso
 
 def rgb_bytes(image: Image.Image) -> torch.Tensor:
     """An image as ``[3, height, width]`` uint8, channels last in memory."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert always copies
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def squashed(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """``[3, H, W]`` uint8 at ``size`` (height, width): bicubic, with antialiasing.
+    """``[3, H, W]`` uint8 resized to ``size`` (height, width): bicubic, with antialiasing.
 
-    By torch, as the saved image processor does it: four to seven times as fast as Pillow, from which it differs by one
-    gray level in at most one value of a hundred, by two in one of a million.
+    It uses torch, as the saved image processor does: four to seven times as fast as Pillow, from which it differs by
+    one gray level in at most one value in a hundred, by two in one in a million.
     """
     return resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)
 
 
 def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Images ``[3, h, w]`` as one ``[B, 3, h, w]`` in the first one's memory order: a resize leaves channels last."""
+    """Images ``[3, h, w]`` stacked to ``[B, 3, h, w]`` in the memory format of the first: a resize is channels last."""
     if images[0].stride(0) != 1:
         return torch.stack(list(images))
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
@@ -212,13 +213,13 @@ def _known(geometry: str) -> None:
 
 
 def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
-    """What the tokens of an image show that was padded to a square: ``[tokens, 2]``, the point (x, y) in 0..1, or NaN.
+    """The points (x, y) in 0..1 that the tokens of a padded image show, ``[tokens, 2]``; NaN for a token of padding.
 
-    None where the tokens are no square grid.
+    None if the tokens are not a square grid.
 
     Args:
         size: width and height before padding.
-        tokens: how many.
+        tokens: number of tokens.
     """
     if math.isqrt(tokens) ** 2 != tokens:
         return None
@@ -231,8 +232,8 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
 
 
 def places_seen(geometry: str, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> torch.Tensor | None:
-    """``visible_places`` of all images, where geometry ``pad`` makes some tokens show nothing; None in the others, and
-    where an image's tokens are no square grid."""
+    """``visible_places`` of all images for geometry ``pad``; None for other geometries, or if an image's tokens are not
+    a square grid."""
     if geometry != "pad":
         return None
     places = [visible_places(size, count) for size, count in zip(sizes, tokens, strict=True)]

@@ -1,11 +1,11 @@
-"""Conversations about one image, joined behind it: the same losses from fewer tokens.
+"""Joining: conversations about one image share it in one sample, which gives the same losses from fewer tokens.
 
-Such rows begin alike: system prompt, image, task tokens. The joined sample holds this prefix once, followed by the rest
-of each conversation, a branch. A branch attends to the prefix and to itself (``training.attention``), and its positions
-continue where the prefix ends: every token sees what it sees in its own row.
+Such rows begin alike: system prompt, image, task tokens. A joined sample contains this prefix once, followed by the
+rest of each conversation, a branch. A branch attends to the prefix and to itself (``training.attention``), and its
+positions continue where the prefix ends, so every token sees what it would see in its own row.
 
-Joining rearranges one micro-batch, as packing does. A row of the data, of the global batch and of an epoch remains one
-conversation. ``data.image_order`` puts those about one image side by side.
+Joining, like packing, only rearranges a micro-batch: a row of the data, of the global batch and of an epoch is still
+one conversation. ``data.image_order`` puts conversations about one image side by side.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from visper.data.rows.records import Drop
 
 @dataclass(frozen=True)
 class JoinedSample:
-    """Conversations that share their first ``prefix`` tokens; one alone is all prefix."""
+    """Conversations that share their first ``prefix`` tokens; a single one consists of its prefix."""
 
     members: tuple[Sample, ...]
     prefix: int
@@ -34,7 +34,7 @@ class JoinedSample:
         return [len(member.input_ids) - self.prefix for member in self.members] if len(self.members) > 1 else []
 
     def sample(self) -> Sample:
-        """The prefix and all branches as one sample, with the image of the first."""
+        """The prefix and all branches as one sample, with the image of the first conversation."""
         first = self.members[0]
         ids, labels = first.input_ids[: self.prefix], first.labels[: self.prefix]
         if len(self.members) > 1:
@@ -44,12 +44,12 @@ class JoinedSample:
 
 
 def join(samples: Iterable[Sample], image_token_id: int, max_tokens: int) -> list[JoinedSample]:
-    """Joins neighbors that show the same pixels and begin alike up to and including their image tokens.
+    """Joins neighbors with equal pixels and equal tokens up to and including their image tokens.
 
     Args:
-        samples: of one micro-batch.
-        image_token_id: of which a prefix must hold all that its members have.
-        max_tokens: a joined sample that would be longer is split.
+        samples: one micro-batch.
+        image_token_id: all tokens with this id must lie in the prefix.
+        max_tokens: longest joined sample; a longer one is split.
     """
     joined: list[JoinedSample] = []
     for sample in samples:
@@ -76,9 +76,9 @@ def _with(joined: JoinedSample, sample: Sample, image_token_id: int, max_tokens:
 
 
 def _shared(one: Sample, other: Sample) -> int:
-    """Tokens at the start that are the same in both, and before those that predict a supervised one.
+    """The number of equal tokens at the start of both, ending before the first that predicts a supervised token.
 
-    The last token of the prefix predicts the first one of every branch: these are left unsupervised, like the prefix.
+    The last token of the prefix predicts the first token of every branch, so that one is unsupervised, too.
     """
     most = min(_before_predictions(one), _before_predictions(other))
     pairs = zip(one.input_ids[:most], other.input_ids[:most], strict=True)
@@ -92,11 +92,12 @@ def _before_predictions(sample: Sample) -> int:
 
 @dataclass
 class JoiningCollator:
-    """A ``Collator`` whose batches are packed, with conversations about one image joined; picklable like it.
+    """A collator of packed batches in which conversations about one image are joined; picklable.
 
     Args:
         collator: makes the tensors.
-        image_token_id, max_tokens: see ``join``.
+        image_token_id: see ``join``.
+        max_tokens: see ``join``.
     """
 
     collator: Collator
@@ -106,8 +107,8 @@ class JoiningCollator:
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
         """One row ``[1, T]``, T = tokens of all joined samples.
 
-        Beside what ``PackingCollator`` gives: ``branches``, and ``position_ids`` that go on from the prefix in every
-        branch. ``sample_ids`` names all members.
+        Differs from a batch of ``PackingCollator`` by ``branches``, ``prefixes``, and ``position_ids`` that continue
+        from the prefix in every branch. ``sample_ids`` names all conversations.
         """
         samples = [item for item in items if isinstance(item, Sample)]
         joined = join(samples, self.image_token_id, self.max_tokens)

@@ -1,6 +1,7 @@
-"""Images become what their name says. Under .jpg: upright, 8-bit, RGB or gray JPEG. Sound ones keep their bytes.
+"""Re-encodes images named .jpg that are not upright 8-bit RGB or gray JPEGs. Other files keep their bytes.
 
-OCR-VQA holds GIF and PNG content under .jpg names; phone cameras turn by a tag; CMYK and 16-bit files trip decoders.
+OCR-VQA contains GIF and PNG files named .jpg, phone cameras store rotation as a tag, and some decoders fail on CMYK and
+16-bit files.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ from PIL import Image
 from visper.data.decoding import open_image, opened, turn_of
 
 QUALITY = 95
-"""Of re-encoded images, without chroma subsampling; the same Pillow gives the same bytes."""
-_SAME = {"MPO": "JPEG"}  # a camera's JPEG with more images behind it
+"""JPEG quality of re-encoded images, without chroma subsampling; the same Pillow version gives the same bytes."""
+_SAME = {"MPO": "JPEG"}  # a camera's JPEG, followed by further images
 
 
 def mislabeled(content: str, name: str) -> bool:
-    """Whether an image of the format ``content`` (Pillow's name) has a name that promises another one."""
+    """Whether an image of the format ``content`` (Pillow's name) has the extension of another format."""
     promised = _promised(name)
     return promised is not None and _SAME.get(content, content) != promised
 
 
 def make_canonical(path: Path, name: str) -> str | None:
-    """Rewrites the image at ``path`` if ``name`` promises a JPEG and it is none that every decoder reads alike.
+    """Re-encodes the image at ``path`` if ``name`` is a JPEG's but the content is not an upright RGB or gray JPEG.
 
     Returns:
         What was wrong, or None.
 
     Raises:
-        DataError: the content is no image that can be decoded; ``path`` is left as it is.
+        DataError: the image cannot be decoded; ``path`` is left unchanged.
     """
     if _promised(name) != "JPEG":
         return None
@@ -41,10 +42,10 @@ def make_canonical(path: Path, name: str) -> str | None:
 
 
 def reencode(source: Path, name: str, target: Path) -> None:
-    """Writes the image in ``source`` to ``target`` in the format that ``name`` promises: first frame, upright RGB.
+    """Writes the first frame of ``source`` to ``target`` as upright RGB, in the format of ``name``'s extension.
 
     Raises:
-        DataError: ``source`` is no image; nothing is written.
+        DataError: ``source`` is not an image; nothing is written.
     """
     promised = _promised(name) or "JPEG"
     options = {"quality": QUALITY, "subsampling": 0} if promised == "JPEG" else {}
@@ -52,7 +53,7 @@ def reencode(source: Path, name: str, target: Path) -> None:
 
 
 def _promised(name: str) -> str | None:
-    """The format that a name's extension stands for; None: for none."""
+    """The format of a name's extension; None for an unknown extension."""
     found = Image.registered_extensions().get(Path(name).suffix.lower())
     return None if found is None else _SAME.get(found, found)
 

@@ -1,7 +1,7 @@
-"""Packing: all samples of a micro-batch in one row, without padding: the same losses from fewer tokens.
+"""Packing: all samples of a micro-batch in one row without padding, which gives the same losses from fewer tokens.
 
-Packing rearranges one micro-batch. Which samples meet in a step, and what the loss is divided by, do not change. The
-layout is that of transformers' ``DataCollatorWithFlattening``.
+Packing only rearranges a micro-batch. The samples of a step and the normalization of the loss do not change. The layout
+is that of transformers' ``DataCollatorWithFlattening``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from visper.data.rows.records import Drop
 
 @dataclass
 class PackingCollator:
-    """A ``Collator`` whose batches are packed; picklable like it."""
+    """A collator of packed batches; picklable."""
 
     collator: Collator
 
     def __call__(self, items: Sequence[Sample | Drop]) -> Batch:
-        """One row ``[1, T]`` instead of ``[B, L]``, T = tokens of all samples, with the borders of the samples.
+        """One row ``[1, T]`` instead of ``[B, L]``, T = tokens of all samples, with the boundaries of the samples.
 
-        Samples and images keep their order. The first token of a sample is unsupervised: the token before it belongs to
-        another sample.
+        Samples and images keep their order. The first token of a sample is unsupervised, since the token before it
+        belongs to another sample.
         """
         from transformers import DataCollatorWithFlattening
 

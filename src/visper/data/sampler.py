@@ -1,7 +1,7 @@
-"""Which rows an epoch has and in which order: a function of (seed, epoch) alone, in groups of similar length if asked.
+"""The rows of an epoch and their order, a function of (seed, epoch) alone; optionally in groups of similar length.
 
-Every process builds the same global order and takes its share of the batches (accelerate does), so that neither the
-number of workers nor a restart changes which rows meet in a batch.
+Every process builds the same global order, and accelerate gives each its share of the batches, so neither the number of
+workers nor a restart changes which rows form a batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.data import Sampler
 from visper.common.errors import DataError
 from visper.data.image_order import count_images, fill_micro_batches, mean_lengths, side_by_side
 
-POOL_BATCHES = 50  # rows are sorted by length within pools of so many batches: similar lengths, still random
+POOL_BATCHES = 50  # rows are sorted by length within pools of this many batches, to keep the order random
 T = TypeVar("T")
 
 
 def spread(rows: Sequence[T], limit: int | None) -> list[T]:
-    """At most ``limit`` rows, evenly spaced over all, so that every kind is among them."""
+    """At most ``limit`` rows, evenly spaced over all, so that every part of the data is represented."""
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
@@ -30,17 +30,17 @@ def spread(rows: Sequence[T], limit: int | None) -> list[T]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often the rows of each source are seen in an epoch.
+    """How often the rows of each source occur in an epoch.
 
-    With weight 2.25, every row is seen twice, and a quarter of them, another one in each epoch, a third time: four
-    epochs see each row nine times.
+    With weight 2.25, every row occurs twice, and a quarter of the rows, another one in each epoch, a third time: four
+    epochs have each row nine times.
 
     Args:
         sources: the source of each row, ``[rows]``.
-        weights: of each source, above 0.
+        weights: the weight of each source, above 0.
 
     Raises:
-        DataError: a weight so small that an epoch would have none of its source's rows.
+        DataError: a weight is so small that an epoch would have no row of its source.
     """
 
     sources: Tensor
@@ -62,34 +62,35 @@ class Mixture:
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each source in an epoch, repeated ones counted again."""
+        """Rows of each source in an epoch, counting repetitions."""
         return [round(weight * size) for weight, size in zip(self.weights, self.sizes, strict=True)]
 
     def rows(self, seed: int, epoch: int) -> Tensor:
-        """The rows of an epoch, repeated ones repeatedly, source by source."""
+        """The rows of an epoch with repetitions, source by source."""
         chosen = []
         for source, count in enumerate(self.counts):
             own = torch.nonzero(self.sources == source).flatten()
             generator = torch.Generator().manual_seed(seed * 1_000_003 - 1 - source)
-            # One endless round through a fixed shuffle: each epoch goes on where the one before ended.
+            # Cycle through a fixed shuffle: each epoch continues where the previous one ended.
             places = torch.arange(epoch * count, (epoch + 1) * count) % max(1, len(own))
             chosen.append(own[torch.randperm(len(own), generator=generator)][places])
         return torch.cat(chosen)
 
 
 class RowSampler(Sampler[int]):
-    """Shuffled row indices, new in every epoch.
+    """Shuffled row indices, another order in every epoch.
 
     Args:
         num_rows: rows of the dataset.
-        seed: of the run.
+        seed: the run's seed.
         lengths: tokens of each row, to put rows of similar length side by side; None: a plain shuffle.
-        has_image: which rows show an image; with ``lengths``, groups hold one modality.
+        has_image: which rows have an image; with ``lengths``, each group has one modality.
         global_batch: size of the groups. An epoch is filled up to a multiple of it with rows from its start, so that
             its last step, too, is the same however the batch is split, and no process runs out of rows.
-        mixture: how often rows are seen in an epoch; None: once.
-        groups: a number for each row; rows of one number lie side by side (``data.image_order``). None: rows have none.
-        micro_batch: rows of one number are kept within one, where they fit. It moves rows within a global batch only.
+        mixture: how often rows occur in an epoch; None: once.
+        groups: a group number for each row; rows of one group are put side by side (``data.image_order``).
+        micro_batch: rows of one group are kept in one micro-batch if they fit; this moves rows only within a global
+            batch.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class RowSampler(Sampler[int]):
     ) -> None:
         for name, values in (("lengths", lengths), ("has_image", has_image), ("groups", groups)):
             if values is not None and len(values) != num_rows:
-                raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one a row")
+                raise ValueError(f"{name} has {len(values)} entries for {num_rows} rows: give one per row")
         self.num_rows = num_rows
         self.mixture = mixture
         self.epoch_rows = num_rows if mixture is None else sum(mixture.counts)
@@ -120,7 +121,7 @@ class RowSampler(Sampler[int]):
             self.lengths = mean_lengths(self.lengths, self.groups)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of epoch ``epoch``."""
+        """Selects the epoch whose order ``__iter__`` gives."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -143,16 +144,16 @@ class RowSampler(Sampler[int]):
         return iter(rows)
 
     def images_read(self, has_image: Sequence[bool]) -> tuple[int, Tensor]:
-        """Rows of this epoch that show an image, and how many images each micro-batch shows."""
+        """The number of rows with an image in this epoch, and the number of images in each micro-batch."""
         rows = list(self)
         shown = torch.tensor(has_image)[rows]
         numbers = torch.arange(self.num_rows) if self.groups is None else self.groups
         return int(shown.sum()), count_images(numbers[rows], shown, self.micro_batch)
 
     def _grouped(self, order: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
-        """``order`` in groups of a global batch, alike in modality and length; the groups are shuffled.
+        """``order`` in shuffled groups of a global batch, each of one modality and similar length.
 
-        Rows that fill no group come last, so that the groups before them stay complete.
+        Rows left over from complete groups come last.
         """
         size = self.global_batch
         groups: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Batches on their way from a loader's process to the main one."""
+"""Sending batches from a loader process to the main process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALL = 1 << 16  # bytes of a tensor that is copied faster than it is shared
-_DTYPES = (torch.int64, torch.int32, torch.bool, torch.float32)  # of what follows from token ids
+SMALL = 1 << 16  # bytes; smaller tensors are copied faster than they are shared
+_DTYPES = (torch.int64, torch.int32, torch.bool, torch.float32)  # of the tensors derived from token ids
 
 
 class SentBatch(dict[str, Any]):
-    """A batch that becomes a plain dict in the process that receives it; its small tensors travel in the message.
+    """A batch that is unpickled as a plain dict; its small tensors are copied into the message.
 
-    torch shares each tensor by a file of its own, whose descriptor a socket of its own hands over: 0.3 ms of CPU time
-    for a few numbers, and a batch of pre-training has about 20 such tensors. Pixels stay in shared memory.
+    torch shares each tensor through its own file, whose descriptor is passed through its own socket: 0.3 ms of CPU time
+    even for a few numbers, and a pre-training batch has about 20 such tensors. Pixels stay in shared memory.
     """
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""One sample, decoded, with what is supervised in color: the last look before a run."""
+"""Shows one sample as decoded text with the supervised tokens in color, to check before a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SUPERVISED_STYLE = "bold green"
 def show_sample(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], image_token_id: int
 ) -> Text:
-    """The sample as text for a rich console: supervised tokens bold green, image tokens as ``<image> x 576``.
+    """The sample as text for a rich console: supervised tokens in bold green, image tokens as ``<image> x 576``.
 
     Args:
-        tokenizer: of the run.
+        tokenizer: the run's tokenizer.
         input_ids: one row.
         labels: one row of the same length; -100 where unsupervised.
-        image_token_id: whose repetitions are collapsed.
+        image_token_id: the token whose repetitions are collapsed.
     """
     text = Text()
     tokens = list(zip(input_ids, labels, strict=True))

@@ -1,7 +1,7 @@
-"""Rows for image-text-to-text models that bring their own processor: it makes the tokens of an image and the tensors.
+"""Encoding for image-text-to-text models with their own processor, which makes the image tokens and the tensors.
 
-An image's tokens depend on its size, so a row is encoded with the sizes of its images. Counts made without them (the
-look at every row, grouping by length) take each image for one of ``NOMINAL_SIZE``.
+The number of tokens of an image depends on its size, so a row is encoded with the sizes of its images. Counts made
+without them (the check of every row, grouping by length) assume ``NOMINAL_SIZE`` for every image.
 """
 
 from __future__ import annotations
@@ -25,58 +25,58 @@ from visper.data.images import geometry_of
 from visper.data.rows.records import Record
 
 NOMINAL_SIZE = (640, 480)
-"""Width and height of an image that has not been looked at."""
+"""Assumed width and height of an image that has not been opened."""
 CACHED_ROWS = 4096
 _BETWEEN = SENTINEL.format(0)
-"""Between the images of a row whose texts are asked for."""
+"""Separates the images of a row in ``image_blocks``."""
 
 
 def encoder_for(processor: Any, max_tokens: int = sys.maxsize) -> ConversationEncoder:
-    """The encoder of rows for a student with this processor."""
+    """The encoder for a student with this processor."""
     kind = ConversationEncoder if isinstance(processor, LlavaProcessor) else VlmEncoder
     return kind(processor, max_tokens)
 
 
 def seen_geometry(processor: Any) -> str:
-    """The geometry in which teachers see an image: a LLaVA's; beside a model's own processor, all of the image."""
+    """The geometry in which teachers see an image: the LLaVA processor's; "squash" for a model's own processor."""
     return geometry_of(processor.image_processor) if isinstance(processor, LlavaProcessor) else "squash"
 
 
 class VlmEncoder(ConversationEncoder):
-    """Turns records into the tokens that a model's own processor and chat template make, with supervised answers.
+    """Encodes records with a model's own processor and chat template, and supervises the answers.
 
     Args:
-        processor: of an image-text-to-text model of transformers.
-        max_tokens: longest row; only text is cut, from the end, never an image.
+        processor: the processor of an image-text-to-text model from transformers.
+        max_tokens: longest row. Only text is cut, from the end; images are kept.
 
     Raises:
-        ConfigError: the processor has no chat template or no image token, or makes a text of images that its tokenizer
-            does not read back.
+        ConfigError: the processor has no chat template or no image token, or writes images as a text from which its
+            tokenizer makes other tokens.
     """
 
     def _read_image_tokens(self) -> tuple[int, int]:
-        """The id of the token that holds features, and how many an image of ``NOMINAL_SIZE`` has."""
+        """The id of the token that image features replace, and its number for an image of ``NOMINAL_SIZE``."""
         if not getattr(self.processor, "chat_template", None) or not getattr(self.processor, "image_token", None):
             raise ConfigError(
                 f"{type(self.processor).__name__} of '{self.tokenizer.name_or_path}' has no chat template or no image "
-                "token: choose the model's instruct version"
+                "token: use the instruct version of the model"
             )
         self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
         found = Counter(token for token in self._ids(self.image_text) if token in self._special_ids).most_common(1)
         if not found:
             raise ConfigError(
-                f"the tokenizer '{self.tokenizer.name_or_path}' has no special token for an image's features: this "
-                "model is not supported"
+                f"the tokenizer '{self.tokenizer.name_or_path}' has no special token for image features: this model "
+                "is not supported"
             )
         return found[0]
 
     @property
     def image_text(self) -> str:
-        """What stands for an image of ``NOMINAL_SIZE``."""
+        """The text that replaces an image of ``NOMINAL_SIZE``."""
         return self._blocks((NOMINAL_SIZE,))[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the cache, which cannot be copied to loader processes."""
+        """The state without the cache, which cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_blocks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class VlmEncoder(ConversationEncoder):
         return ids, labels, self._spans(ids, labels, blocks)
 
     def _spans(self, ids: list[int], labels: list[int], blocks: Sequence[str]) -> list[tuple[int, int]]:
-        """Of each image, from its first token to its last, the special tokens on both sides included."""
+        """The span of each image, from its first token to its last, including the special tokens on both sides."""
         counts = [block.count(self._image_text) for block in blocks]
         tails = [len(self._ids(block.rpartition(self._image_text)[2])) for block in blocks]
         places = [at for at, token in enumerate(ids) if token == self.image_token_id]
@@ -121,29 +121,29 @@ class VlmEncoder(ConversationEncoder):
 
     @cached_property
     def _tail(self) -> list[int]:
-        """The tokens that the template puts between an image and the text behind it, task tokens among them."""
+        """The tokens that the template writes between an image and the text after it, including task tokens."""
         content = [{"type": "image"}, {"type": "text", "text": SENTINEL.format(0)}]
         shown = self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         return self._ids(shown.split(SENTINEL.format(0))[0].rpartition(self.processor.image_token)[2])
 
     @cached_property
     def _image_text(self) -> str:
-        """The text of the token that holds features."""
+        """The text of the token that image features replace."""
         return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
 
 def image_blocks(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """The texts in the places of a row's images, of these widths and heights.
+    """The texts that replace a row's images of the given widths and heights.
 
     Raises:
-        DataError: the processor refuses such images.
-        ConfigError: its tokenizer does not read them back.
+        DataError: the processor rejects images of these sizes.
+        ConfigError: the tokenizer makes other tokens from these texts.
     """
     tokenizer = processor.tokenizer
     blank = [[Image.new("RGB", size) for size in sizes]]
     asked = _BETWEEN.join([processor.image_token] * len(sizes))
     try:
-        with torch.device("cpu"):  # also while a model without weights is built on the meta device
+        with torch.device("cpu"):  # the caller may be building a model on the meta device
             made = processor(text=[asked], images=blank, add_special_tokens=False)
     except ValueError as error:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes)
@@ -153,18 +153,18 @@ def image_blocks(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[str]:
     blocks: list[str] = text.split(_BETWEEN)
     if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids or len(blocks) != len(sizes):
         raise ConfigError(
-            f"{type(processor).__name__} of '{tokenizer.name_or_path}' writes an image as tokens that its tokenizer "
-            f"does not read back from their text {text[:60]!r}: this model is not supported"
+            f"{type(processor).__name__} of '{tokenizer.name_or_path}' makes image tokens that its tokenizer does not "
+            f"make from their text {text[:60]!r}: this model is not supported"
         )
     return blocks
 
 
 class ModelInputs:
-    """What a model's forward is given beside ids and mask, made by its own processor of a micro-batch; picklable.
+    """Makes the inputs of a model besides ids and mask, for a micro-batch, with the model's own processor; picklable.
 
     Args:
-        processor: of an image-text-to-text model of transformers.
-        image_token_id: the token that holds features.
+        processor: the processor of an image-text-to-text model from transformers.
+        image_token_id: the token that image features replace.
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
@@ -173,27 +173,27 @@ class ModelInputs:
         self._types = self._token_types()
 
     def __call__(self, input_ids: Tensor, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """Tensors under the names of the model's forward.
+        """Keyword arguments of the model's forward.
 
         Args:
             input_ids: ``[B, L]``.
-            images: of each row that shows any.
+            images: the images of each row that has any.
         """
         return (self.images(images) if images else {}) | self.token_types(input_ids)
 
     def token_types(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Which tokens are an image's, under the names by which the model reads it, like ``input_ids`` in shape."""
+        """Masks of the image tokens, shaped like ``input_ids``, under the names that the model's forward uses."""
         return dict.fromkeys(self._types, (input_ids == self.image_token_id).long())
 
     def places(
         self, images: Sequence[Sequence[Image.Image]], counts: Sequence[int], made: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """What each image token shows, ``[image tokens, 2]``, see ``collator.Batch``; None: it is not known.
+        """The point that each image token shows, ``[image tokens, 2]``, see ``collator.Batch``; None if unknown.
 
         Args:
-            images: of each row that shows any.
+            images: the images of each row that has any.
             counts: the tokens of each image.
-            made: what a call made of them.
+            made: the result of ``__call__`` for these images.
         """
         grids = made.get("image_grid_thw", [None] * len(counts))
         alone = [len(row) == 1 for row in images for _ in row]
@@ -203,7 +203,7 @@ class ModelInputs:
         return torch.cat(known) if known and len(known) == len(found) else None
 
     def images(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """The tensors of the images alone."""
+        """The tensors that depend only on the images."""
         return {name: value for name, value in self._made(images).items() if not _is_of_tokens(name)}
 
     def _made(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class ModelInputs:
         return {name: torch.as_tensor(value) for name, value in made.items()}
 
     def _token_types(self) -> list[str]:
-        """The names under which the model reads which tokens are an image's."""
+        """The names under which the model's forward takes masks of the image tokens."""
         made = self._made([[Image.new("RGB", NOMINAL_SIZE)]])
         is_image = made["input_ids"] == self.image_token_id
         return [name for name, value in made.items() if "type_ids" in name and torch.equal(value == 1, is_image)]

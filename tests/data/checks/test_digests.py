@@ -1,4 +1,4 @@
-"""Pictures by content: the same bytes are the same picture; a changed file is another."""
+"""Images are identified by content: equal bytes are the same image, a changed file is another one."""
 
 import os
 
@@ -19,7 +19,7 @@ def records(tmp_path, monkeypatch):
     return open_records([(rows / "rows.json", rows / "images")], DropList())
 
 
-def test_a_digest_is_of_the_bytes_and_rows_without_a_picture_have_none(records):
+def test_a_digest_is_of_the_bytes_and_rows_without_a_image_have_none(records):
     found = digests_of(records)
     assert found == {(i, 0): digest(*contents_of(records, i)) for i in range(4)} and contents_of(records, 4) == []
     assert len(set(found.values())) == 4 and all(len(own) == 16 for own in found.values())

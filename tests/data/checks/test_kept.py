@@ -1,4 +1,4 @@
-"""Values of files, kept until a file changes."""
+"""Results of file checks are kept until the file changes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every fault that is put into a data set is counted under its name, and nothing else."""
+"""Every fault put into a data set is counted under its name, and nothing else is counted."""
 
 import io
 import json
@@ -156,7 +156,7 @@ def test_a_quick_look_finds_what_full_decoding_finds(tmp_path: Path, progressive
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (1, 500), (8, 8)])
-def test_the_smallest_pictures_are_looked_at(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_the_smallest_images_are_looked_at(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "a.jpg")
     assert look(str(tmp_path / "a.jpg")) == verdicts.Verdict("JPEG")
 

@@ -1,4 +1,4 @@
-"""Words that the tokenizer does not know: counted exactly, warned of, refused, allowed; other tokenizers count none."""
+"""Words that the tokenizer does not know are counted exactly; the limit warns or refuses."""
 
 import json
 from pathlib import Path

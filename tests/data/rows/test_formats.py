@@ -1,4 +1,4 @@
-"""Every format of a row becomes the same record, and what cannot be trained on as it was meant is a counted drop."""
+"""All formats of a row give the same record; a row that cannot be trained on as meant is a counted drop."""
 
 import json
 from pathlib import Path

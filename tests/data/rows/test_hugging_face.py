@@ -1,4 +1,4 @@
-"""Rows of hub data sets, folders on disk and Parquet files give what the same rows in JSON give."""
+"""Hub data sets, folders on disk and Parquet files give the same rows as JSON."""
 
 import io
 import pickle
@@ -144,7 +144,7 @@ def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
 
 def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path, "saved", {"messages": [MESSAGES], "image": ["a.png"]})
-    with pytest.raises(DataError, match="its column 'image' holds paths: give 'images'"):
+    with pytest.raises(DataError, match="its column 'image' contains paths: give 'images'"):
         opened(source)
 
 

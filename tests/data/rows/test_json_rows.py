@@ -1,4 +1,4 @@
-"""Rows come back whatever the encoding, compression and layout of their file; other formats are named."""
+"""Rows are read in every encoding, compression and layout of their file; other formats are named."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ ROWS = [row("Qué?", "😀 A cat."), row("B?", "b", image="b.jpg"), row("C?", "c
 LAYOUTS = {
     "list": json.dumps(ROWS, ensure_ascii=False),
     "indented list": json.dumps(ROWS, ensure_ascii=False, indent=2),
-    "list, a row a line": "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n]\n",
+    "list, one row per line": "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n]\n",
     "lines": "\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS) + "\n",
     "lines of Windows": "\r\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS),
     "indented objects": "\n".join(json.dumps(r, ensure_ascii=False, indent=2) for r in ROWS),

@@ -1,4 +1,4 @@
-"""A row from a Parquet file is the row it was, for this library and for any other reader."""
+"""A row read from a Parquet file equals the row that was written, in this library and other readers."""
 
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monke
 
 
 def test_a_folder_that_exists_is_never_written_into(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="already there"):
+    with pytest.raises(DataError, match="exists: remove it"):
         write_parquet(from_files(rows), rows, DropList())
 
 

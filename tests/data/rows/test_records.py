@@ -1,4 +1,4 @@
-"""Every trap of the published conversation files."""
+"""Peculiarities of published conversation files."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cached table gives the very records that reading the file gives, and never those of another file."""
+"""The cached table gives the same records as the file, and is never used for another file."""
 
 import errno
 import json

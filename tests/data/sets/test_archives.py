@@ -1,4 +1,4 @@
-"""No archive writes outside its folder, whatever its members are called; what is refused says why."""
+"""No archive writes outside its folder, whatever its members' names; a refusal gives the reason."""
 
 import io
 import stat
@@ -116,7 +116,7 @@ def test_a_missing_inner_archive_lists_those_there_are(tmp_path):
 
 def test_a_cut_archive_is_named(tmp_path):
     for content in (zipped({"a": b"x" * 999})[:-30], tarred({"a": b"x" * 9999}, "w:gz")[:60]):
-        with pytest.raises(DataError, match=r"no zip or tar|broken archive"):
+        with pytest.raises(DataError, match=r"not a zip or tar|broken archive"):
             unpack(tmp_path, content)
     assert not list(tmp_path.rglob("in/it/*"))
 

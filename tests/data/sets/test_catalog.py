@@ -1,4 +1,4 @@
-"""The catalogue is sound, recipes name its entries, and what is missing is said with the command that brings it."""
+"""The catalogue is valid, recipes name its entries, and an error about a missing set gives the command for it."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_a_set_that_is_there_gives_its_rows_and_their_folder(tmp_path):
     rows = tmp_path / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json"
     rows.write_text("[]")
     data = load_run("llama3-8b-vit-l/pt", [f"data.root={tmp_path}"]).data
-    with pytest.raises(ConfigError, match="no LLaVA-Pretrain/images"):
+    with pytest.raises(ConfigError, match="missing LLaVA-Pretrain/images"):
         row_files(data)
     (tmp_path / "LLaVA-Pretrain" / "images" / "00000").mkdir()
     assert row_files(data) == [RowSource(str(rows), str(tmp_path / "LLaVA-Pretrain" / "images"))]

@@ -1,4 +1,4 @@
-"""Every fault of a server ends in the right bytes or in a message with a remedy; nothing half is left in place."""
+"""Every fault of a server ends in the right bytes or in a message with a remedy; no partial file is left."""
 
 import hashlib
 import random
@@ -109,22 +109,22 @@ def test_without_a_published_hash_a_fault_is_survived_too(shelf, here, name):
 
 
 REFUSED = {
-    "always compressed and half": ([at.encoded(0.5)] * 9, "the compressed body is cut"),
+    "always compressed and half": ([at.encoded(0.5)] * 9, "the compressed body is truncated"),
     "always compressed in an unknown way": ([at.encoded(how="br")] * 9, "encoded as 'br'"),
-    "no length, ends with the connection": ([at.endless()], "does not tell its length"),
-    "sends more than it announced": ([at.drop(1000), *[at.more()] * 9], "more than the 5002 bytes announced"),
+    "no length, ends with the connection": ([at.endless()], "sends no length"),
+    "sends more than it announced": ([at.drop(1000), *[at.more()] * 9], "more than the announced 5002 bytes"),
     "always an error message": ([at.instead(b'{"error": "quota exceeded"}')] * 9, "an error message"),
-    "headers that never end": ([at.trickle()] * 9, "nothing came for"),
+    "headers that never end": ([at.trickle()] * 9, "received nothing for"),
     "gone": ([at.status(404)], "HTTP 404"),
     "gone for good": ([at.status(410)], "HTTP 410"),
     "forbidden": ([at.status(403)], "not allowed"),
     "gated": ([at.status(401)], "hf auth login"),
-    "never well": ([at.status(503)] * 9, "gave up after 3 fruitless attempts: HTTP 503"),
+    "never well": ([at.status(503)] * 9, "gave up after 3 failed attempts: HTTP 503"),
     "dropped at the same byte for ever": ([at.drop(10), *[at.drop(0)] * 9], "gave up after 3"),
     "stalled for ever": ([at.stall(0, 0.4)] * 5, "gave up after 3"),
     "always promises too much": ([at.promise(len(CONTENT) + 10)] * 20, "gave up after"),
-    "always cut short": ([at.promise(1000)] * 9, "no JSON .cut short or damaged"),
-    "always corrupt": ([at.corrupt()] * 9, "its sha256 is .*, published is"),
+    "always cut short": ([at.promise(1000)] * 9, "not JSON .truncated or damaged"),
+    "always corrupt": ([at.corrupt()] * 9, "its sha256 is .*, but the published one is"),
     "always an error page": ([at.instead(PAGE)] * 9, "a web page"),
     "always a pointer": ([at.instead(POINTER)] * 9, "git-LFS pointer"),
 }
@@ -145,7 +145,7 @@ def test_half_a_compressed_file_is_never_taken_for_a_whole_one(shelf, here):
     here.place, text = here.root / "notes.txt", CONTENT.hex().encode()
     url = shelf.put("/notes.txt", text, *[at.encoded(0.5)] * 9)
     remote = Remote("notes.txt", url, url)
-    with pytest.raises(SourceError, match="the compressed body is cut"):
+    with pytest.raises(SourceError, match="the compressed body is truncated"):
         here.get(url, remote=remote)
     shelf.faults["/notes.txt"].clear()
     here.get(url, remote=remote)
@@ -158,7 +158,7 @@ def test_a_server_that_is_not_there_is_named(here):
 
 
 def test_a_size_other_than_the_published_is_refused_before_the_bytes(shelf, here):
-    with pytest.raises(SourceError, match="offers 5002 bytes, published are 17"):
+    with pytest.raises(SourceError, match="offers 5002 bytes, but the published size is 17"):
         here.get(shelf.put("/rows.json", CONTENT), bytes=17)
     assert not here.part.exists()
 

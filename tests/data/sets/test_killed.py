@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at any moment and repeated, a preparation leaves the same bytes."""
+"""A preparation that is killed with SIGKILL at any moment and repeated gives the same bytes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From published archives to the layout that rows expect, once for each trap and each error of the published steps."""
+"""From published archives to the layout that rows expect, with every mistake of the published instructions."""
 
 import json
 import socket
@@ -204,11 +204,11 @@ def test_an_archive_damaged_for_good_is_named_and_leaves_nothing_half(shelf, roo
 def test_an_archive_laid_out_otherwise_is_named(shelf, root):
     published.put_others(shelf)
     shelf.put(COCO + "/zips/val2017.zip", zipped({"val/000000000139.jpg": image(1)}))
-    with pytest.raises(DataError, match=r"no 'val2017/' inside; there is \['val'\]"):
+    with pytest.raises(DataError, match=r"no 'val2017/' inside; found \['val'\]"):
         bring("coco-val2017", root)
     pretrain = HUB.format("liuhaotian/LLaVA-Pretrain") + "images.zip"
     shelf.put(pretrain, zipped({"images/00453/004539375.jpg": image(1)}))
-    with pytest.raises(DataError, match="holds none of the files that the rows name under 'LLaVA-Pretrain/images/'"):
+    with pytest.raises(DataError, match="contains none of the files that rows name under 'LLaVA-Pretrain/images/'"):
         bring("llava-pretrain", root)
 
 

@@ -1,1 +1,1 @@
-"""What a data set holds, before a run pays for it."""
+"""Checks of a data set before a run."""

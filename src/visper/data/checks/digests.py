@@ -1,6 +1,6 @@
-"""Images by their content: the same bytes are the same image, whatever the file's name, place or date.
+"""Digests that identify images by content, whatever the file's name, place or date.
 
-What was hashed is kept (``kept``): a file is hashed again where it has changed since.
+Digests of files are kept on disk (``kept``); a file is hashed again only if it has changed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def digest(content: bytes) -> bytes:
 
 
 def image_id(content: bytes) -> int:
-    """A number of 64 bits that equal contents share and, but for a chance of about 1e-13 in a batch, no others."""
+    """A 64-bit number from the content's digest; two contents in a batch collide with a probability of about 1e-13."""
     return int.from_bytes(digest(content)[:8], "little", signed=True)
 
 
 def contents_of(records: Sequence[Record], index: int) -> list[bytes | None]:
-    """The bytes of a row's images, from its source or their files; None for one that has no such file.
+    """The bytes of a row's images, embedded or read from files; None for a file that does not exist.
 
     Raises:
-        DataError: a file does not lie in its source's folder of images, or the source does not hold every image.
+        DataError: a file is not inside its source's images folder, or an image is not embedded in its source.
     """
     if not isinstance(records, Records):
         return [_read_file(Path(image.path)) for image in records[index].images]
@@ -47,7 +47,7 @@ def contents_of(records: Sequence[Record], index: int) -> list[bytes | None]:
         return [_read_file(inside(part.images, image.path)) for image in images]
     held = part.embedded(row) if part.embedded is not None and images else []
     if len(held) != len(images):
-        raise DataError("image not embedded", f"the source holds {len(held)} of the row's {len(images)} images")
+        raise DataError("image not embedded", f"the source contains {len(held)} of the row's {len(images)} images")
     return list(held)
 
 
@@ -59,20 +59,20 @@ def _read_file(path: Path) -> bytes | None:
 
 
 def digests_of(records: Records, quiet: bool = True) -> dict[tuple[int, int], bytes | None]:
-    """The digest of every image by its row and its number there, in this order; None where there is no such file."""
+    """The digest of every image by row index and number in the row, sorted; None if the file does not exist."""
     files = {(index, number): (folder, name) for index, number, folder, name in records.image_files()}
     lockfile = records.parts[0].table.path.parent / LOCKFILE
     kept, _ = of_files(list(dict.fromkeys(files.values())), lockfile, partial(_hashes, quiet=quiet))
     of_file = {path: bytes.fromhex(own) for path, (own,) in kept.items()}
     found = {place: of_file.get(str(folder / name)) for place, (folder, name) in files.items()}
     embedded = [i for i, has in enumerate(records.has_image.tolist()) if has and (i, 0) not in files]
-    # In the order of the files, which read rows in groups.
+    # In the order of the files, which are read in groups of rows.
     order = sorted(embedded, key=lambda index: int(records.rows[index]))
     for index in track(order, description="hashing embedded images", quiet=quiet or not order):
         try:
             contents = contents_of(records, index)
         except DataError:
-            continue  # training leaves the row out
+            continue  # training leaves such a row out
         found |= {(index, number): digest(held) for number, held in enumerate(contents) if held is not None}
     return dict(sorted(found.items()))
 

@@ -1,4 +1,4 @@
-"""Is this file an image, and the one its name says: every file of a data set, decoded on all cores."""
+"""Checks every image file of a data set on all cores: can it be decoded, and does its format match its name?"""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from visper.data.normalize import mislabeled
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a file is: its content's format, or why it is no image."""
+    """The result of checking a file: the format of its content, or why it is not an image."""
 
     format: str | None = None
     reason: str | None = None
     detail: str = ""
 
     def mislabeled(self, path: str) -> bool:
-        """Whether the content is a sound image of another format than the name says."""
+        """Whether the content is a valid image of another format than the name's."""
         return self.format is not None and mislabeled(self.format, path)
 
 
 def look(path: str, max_pixels: int = MAX_PIXELS) -> Verdict:
-    """Decodes a file whole. A JPEG's compressed data is read to its end, its pixels made at an eighth of the size."""
+    """Decodes a complete file. A JPEG's compressed data is read to its end, but decoded at an eighth of the size."""
     try:
         with opened(path, max_pixels=max_pixels) as image:
             image.seek(0)
@@ -51,15 +51,15 @@ def look_at_all(
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Verdict]:
-    """A verdict on every file by its path, those looked at before from ``kept``. Outside the folder nothing is opened.
+    """The verdict on every file by its path; earlier ones are read from ``kept``. Files outside the folder stay closed.
 
     Args:
-        folder: of the images.
-        names: the files under it, each once.
+        folder: the images folder.
+        names: files in it, each once.
         kept: file of verdicts, see ``kept.of_files``.
         quiet: no progress bar.
-        workers: processes; default: one a core, or none for a few files.
-        max_pixels: of an image that is not called huge.
+        workers: processes; default: one per core, or none for few files.
+        max_pixels: a larger image counts as huge.
     """
     new = partial(_verdicts, max_pixels=max_pixels, quiet=quiet, workers=workers)
     found, outside = of_files([(folder, name) for name in names], kept, new)
@@ -73,5 +73,5 @@ def _verdicts(paths: list[str], max_pixels: int, quiet: bool, workers: int | Non
 
 
 def verdicts_file(folder: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Path:
-    """Where verdicts on the files under ``root`` are kept; others for another version of the look, or another limit."""
+    """The file for verdicts on the images under ``root``; it differs by version of the decoding code and by limit."""
     return folder / f"images-{key(str(root.resolve()), max_pixels, code_key(decoding))}.jsonl"

@@ -1,5 +1,5 @@
-"""What was found out about files, kept line by line: an interrupted look goes on where it stopped, a second one takes
-seconds. A file that has changed since is looked at again."""
+"""Results of file checks, appended line by line, so that an interrupted check resumes where it stopped and a repeated
+one takes seconds. A file that has changed is checked again."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from visper.common.files import inside
 
 _THREADS, _WRITE_EVERY = 32, 256
 Values = list[Any]
-"""What is known of a file, as JSON."""
+"""The result for one file, as JSON values."""
 
 
 def of_files(
     places: Sequence[tuple[Path, str]], kept: Path, look: Callable[[list[str]], Iterable[Values | None]]
 ) -> tuple[dict[str, Values], dict[str, DataError]]:
-    """What is known of every file by its path, and of those outside their folder, which are not opened, the error.
+    """The results of all files by path, and the errors of files outside their folder, which are not opened.
 
     Args:
-        places: folder and name in it of each file, each once.
-        kept: JSONL file of path, stamp and values; the newest line of a file counts.
-        look: gives the values of files that have none, in order; None: nothing is to be known of one.
+        places: folder of each file and its name there, each once.
+        kept: JSONL file of path, stamp and values; the last line about a file counts.
+        look: gives the values of files without a kept result, in order; None for a file without a result.
     """
     before = _read(kept)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -39,7 +39,7 @@ def of_files(
         return found, outside
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a", encoding="utf-8") as lines:
-        lines.write("\n")  # behind a line that an earlier look left half written
+        lines.write("\n")  # ends a line that an earlier check may have left half written
         for number, (path, values) in enumerate(zip(new, look(new), strict=True), 1):
             if values is not None:
                 found[path] = values
@@ -51,9 +51,9 @@ def of_files(
 
 
 def _stamp(place: tuple[Path, str]) -> str | DataError:
-    """What changes when the file does; empty where there is no file, of which nothing is kept."""
+    """A text that changes when the file does; empty if the file does not exist, whose result is not kept."""
     try:
-        found = os.stat(inside(*place))  # noqa: PTH116 (a third of the time, for 350,000 files)
+        found = os.stat(inside(*place))  # noqa: PTH116 (takes a third of the time; there may be 350,000 files)
     except DataError as error:
         return error
     except OSError:
@@ -70,5 +70,5 @@ def _read(kept: Path) -> dict[str, tuple[str, Values]]:
             path, stamp, *values = json.loads(line)
             found[path] = (stamp, values)
         except (ValueError, TypeError):
-            continue  # empty, or half written when the machine stopped
+            continue  # empty, or half written when an earlier check was killed
     return found

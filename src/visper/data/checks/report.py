@@ -1,8 +1,8 @@
-"""What a conversation file and its images hold, counted per source, before a run pays for it.
+"""``visper data check``: a report on a conversation file and its images, counted per source.
 
-A row is *unusable* where training would leave it out: it is no conversation, its image is missing, empty or cannot be
-decoded, or nothing of it would be supervised. Everything else found (a GIF named .jpg, a tag without an image, an empty
-answer, a duplicate) is counted and trained on.
+A row is *unusable* if training would leave it out: it is not a conversation, an image is missing, empty or cannot be
+decoded, or none of its tokens would be supervised. Other findings (a GIF named .jpg, a tag without an image, an empty
+answer, a duplicate) are only counted.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Fetch = Callable[[list[Path]], None]
 
 @dataclass
 class Report:
-    """What ``check`` found: counts per source of images, the unusable rows, the verdicts on the images."""
+    """The result of ``check``: counts per source, unusable rows, verdicts on images."""
 
     file: Path
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -75,7 +75,7 @@ class Report:
     unknown: UnknownWords = field(default_factory=UnknownWords)
 
     def note(self, source: str, what: str, sample: str = "", count: int = 1) -> None:
-        """Counts something of a source; the first few are kept as examples."""
+        """Counts a finding in a source; the first few samples are kept as examples."""
         self.counts[source][what] += count
         self.counts[TOTAL][what] += count
         if sample and len(self.examples[what]) < EXAMPLES:
@@ -94,7 +94,7 @@ class Report:
         }
 
     def table(self) -> Table:
-        """The counts for a console; columns without a single row are left out."""
+        """The counts as a table for the console; columns of zeros are left out."""
         reasons = [name for name in self.counts[TOTAL] if name not in COLUMNS]
         shown = [name for name in (*COLUMNS, *reasons) if self.counts[TOTAL][name] or name in ("rows", "unusable")]
         table = Table("source", title=self.file.name)
@@ -106,7 +106,7 @@ class Report:
 
 
 def source_of(image: str | None) -> str:
-    """Where a row comes from, by its first image's folder; numbered folders (LLaVA-Pretrain's) are one source."""
+    """The source of a row: the top folder of its first image; numbered folders (LLaVA-Pretrain's) are one source."""
     if image is None:
         return TEXT_ONLY
     folders = PurePath(image).parts[:-1]
@@ -122,16 +122,16 @@ def check(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Report:
-    """Looks at every row and every image of one conversation file.
+    """Checks every row and every image of one conversation file.
 
     Args:
         file: ``.json`` or ``.jsonl``.
-        images: folder under which its image paths lie.
-        encoder: of a run; None: supervision is not checked.
+        images: folder that its image paths are relative to.
+        encoder: a run's encoder; None: supervision is not checked.
         quiet: no progress bar.
-        workers: processes; default: one a core.
-        name: of the source in drop lists; default: the file's, as in a run that reads this file alone.
-        max_pixels: of an image that is not called huge.
+        workers: processes; default: one per core.
+        name: the source's name in drop lists; default: the file's, as in a run that reads only this file.
+        max_pixels: a larger image counts as huge.
 
     Raises:
         DataError: the file is missing or is not a list of rows.
@@ -176,7 +176,7 @@ def check(
 
 
 def _measure(records: Records, encoder: ConversationEncoder, quiet: bool) -> Lengths:
-    from visper.data.rows.lengths import measure  # imports torch and transformers, which rows and images do not need
+    from visper.data.rows.lengths import measure  # imports torch and transformers, not needed to check rows and images
 
     return measure(records, encoder, quiet)
 
@@ -192,7 +192,7 @@ def _note_images(report: Report, named: Mapping[str, str]) -> None:
 
 
 def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str]) -> Iterator[str]:
-    """What is special about a row and no reason to leave it out."""
+    """Findings about a row that are no reason to leave it out."""
     roles, texts = table.value("roles", row), table.value("texts", row)
     if len(images) > 1:
         yield "several images"
@@ -209,7 +209,7 @@ def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str
 
 
 def _faults(index: int, problems: dict[int, tuple[str, str]], verdicts: Sequence[Verdict]) -> dict[str, str]:
-    """Why training would leave a row out: reason -> detail."""
+    """The reasons for which training would leave a row out: reason -> detail."""
     faults = dict([problems[index]] if index in problems else [])
     for verdict in verdicts:
         if verdict.reason is not None:
@@ -218,18 +218,18 @@ def _faults(index: int, problems: dict[int, tuple[str, str]], verdicts: Sequence
 
 
 def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, list[Drop]]:
-    """Re-encodes images whose content is another format than their name says, and fetches lost ones anew.
+    """Re-encodes images whose format does not match their name, and fetches missing and broken ones again.
 
     Args:
-        reports: of ``check``; check again afterwards.
-        fetch: given the files of which another copy may be sound, puts such there as far as it can. Not given are
-            those outside their folder and those that are as they were published: too large, of a refused format.
+        reports: results of ``check``; check again afterwards.
+        fetch: replaces files by fresh copies as far as it can. It is called with files of which another copy may be
+            valid, not with those outside their folder, too large, or of a format that is not allowed.
 
     Returns:
-        How many files were mended, and those that could not be.
+        The number of repaired files, and the files that could not be repaired.
 
     Raises:
-        DataError: of ``fetch``; what could be re-encoded is.
+        DataError: raised by ``fetch``, after all re-encoding.
     """
     mended, lost = 0, []
     verdicts = {path: verdict for report in reports for path, verdict in report.verdicts.items()}
@@ -252,7 +252,7 @@ def repair(reports: Sequence[Report], fetch: Fetch | None = None) -> tuple[int, 
 
 
 def write_report(reports: Sequence[Report], place: Path) -> None:
-    """Writes what was found as JSON, an entry a conversation file; whole or not at all."""
+    """Writes the reports as JSON, one entry per conversation file, atomically."""
     content = {
         "rows": sum(report.counts[TOTAL]["rows"] for report in reports),
         "unusable": sum(len(report.drops) for report in reports),
@@ -262,7 +262,7 @@ def write_report(reports: Sequence[Report], place: Path) -> None:
 
 
 def summary(report: Report) -> str:
-    """One line: how many rows training would leave out, and why."""
+    """One line: the number of rows that training would leave out, and why."""
     counts: Sequence[Any] = [f"{reason} {count}" for reason, count in report.drops.counts().items()]
     rows = report.counts[TOTAL]["rows"]
     return f"{len(report.drops)} of {rows} rows are unusable" + (f": {', '.join(counts)}" if counts else "")

@@ -1,4 +1,4 @@
-"""Words of the supervised text that the tokenizer does not know: a model can only be taught to answer ``<unk>``."""
+"""Unknown words in the supervised text, which would teach the model to answer ``<unk>``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Counts = npt.NDArray[np.int32]
 WARN_PAST = 0.01
-"""Share of unknown tokens past which a run says so."""
+"""Share of unknown tokens above which a run warns."""
 EXAMPLES = 8
 ROWS_FOR_EXAMPLES = 200
 REMEDY = (
@@ -30,7 +30,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class UnknownWords:
-    """Tokens of supervised text, how many of them are unknown, and unknown words, the most frequent first."""
+    """The number of tokens in the supervised text, the unknown ones among them, and unknown words by frequency."""
 
     num_text: int = 0
     num_unknown: int = 0
@@ -38,7 +38,7 @@ class UnknownWords:
 
     @property
     def share(self) -> float:
-        """Unknown tokens among the tokens of supervised text."""
+        """The share of unknown tokens in the supervised text."""
         return self.num_unknown / max(1, self.num_text)
 
     def __str__(self) -> str:
@@ -49,10 +49,10 @@ class UnknownWords:
         )
 
     def check(self, limit: float) -> str | None:
-        """What to warn of, if anything.
+        """A warning, or None.
 
         Raises:
-            DataError: the share is past ``limit``.
+            DataError: the share is above ``limit``.
         """
         if self.share > limit:
             raise DataError(
@@ -68,10 +68,13 @@ def unknown_words(
     encoder: ConversationEncoder,
     look_up: int | None = ROWS_FOR_EXAMPLES,
 ) -> UnknownWords:
-    """Adds up what ``measure`` found in ``records``.
+    """Adds up the token counts of ``records``, and finds their unknown words.
 
     Args:
-        look_up: the first so many rows with unknown tokens are read again for their words; None: all of them.
+        num_text: supervised tokens of each row, from ``lengths.measure``.
+        num_unknown: unknown ones among them.
+        encoder: the run's encoder.
+        look_up: number of rows with unknown tokens to read again for their words; None: all of them.
     """
     rows = np.flatnonzero(num_unknown)[:look_up].tolist()
     words = Counter(word for row in rows for word in encoder.unknown_words(records[row]))
@@ -79,7 +82,7 @@ def unknown_words(
 
 
 def total_of(parts: Sequence[UnknownWords]) -> UnknownWords:
-    """The counts of several files together."""
+    """The sum over several files; words are merged by rank."""
     ranks = zip_longest(*(part.words for part in parts))
     words = dict.fromkeys(word for same_rank in ranks for word in same_rank if word is not None)
     return UnknownWords(sum(p.num_text for p in parts), sum(p.num_unknown for p in parts), tuple(words))

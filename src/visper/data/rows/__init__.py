@@ -1,1 +1,1 @@
-"""Rows of conversation files: parsed, kept as tables, joined into sources."""
+"""Rows of conversation files: parsing, Arrow tables, sources."""

@@ -1,14 +1,14 @@
-"""The formats of a row, and how each becomes a record.
+"""Parses rows into records. A row has one of three formats:
 
     LLaVA     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}
     messages  {"images": ["a.jpg"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
     caption   {"image": "a.jpg", "text": "A cat on a mat."}
 
-Each may have ``image`` or ``images``, with a path or a list of them, and ``system``, the system turn of a conversation
-without one (as in LLaMA-Factory's files). A message's content is text or a list of parts. An image stands where its tag
-or part stands. Published files hold string and integer ids that repeat, first turns of the model, text rows that
-mention the tag, rows of one image without a tag. What cannot be trained on as it was meant is a ``DataError``, counted
-by its reason.
+Each may have ``image`` or ``images``, with a path or a list of paths, and ``system``, the system turn of a conversation
+without one (as in LLaMA-Factory's files). The content of a message is a text or a list of parts. A tag or an image part
+marks the place of an image. Published files contain repeated ids, strings and integers, conversations that begin with
+the model, text rows that mention the tag, and rows with one image but no tag. A row that cannot be trained on as it was
+meant raises a ``DataError``, counted by its reason.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
 }
 FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text")
-"""What a row's keys may be called, or are mapped to by a source's ``columns``."""
+"""The keys of a row that are read, under these names or mapped by a source's ``columns``."""
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 CAPTION_QUESTION = "Describe the image concisely."
-"""The user's turn of a caption row."""
+"""The user's turn for a caption row."""
 Part = tuple[int, Any]
-"""An image part: how many characters of its turn's text stand before it, and the image it names, if any."""
+"""An image part: number of characters of the turn's text before it, and the image that it names, if any."""
 _MEDIA_TAG = "(?:<image>|<video>|<audio>)"
 _SHOWS_MEDIA = re.compile(rf"\s*{_MEDIA_TAG}|.*{_MEDIA_TAG}\s*\Z", re.DOTALL)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -47,31 +47,31 @@ _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 class NotEmbedded(str):
-    """The path of an image that a data set names without holding it."""
+    """The path of an image that a data set names but does not contain."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row's conversation and its images, named as the row does."""
+    """A row's conversation and its images, with paths as in the row."""
 
     turns: tuple[Turn, ...]
     images: tuple[ShownImage, ...]
-    image_tags: int  # tags and image parts in the user's turns
+    image_tags: int  # number of tags and image parts in the user's turns
 
 
 def parse_row(row: Any, sample_id: str, images: Path) -> Record:
-    """A row as a record whose images lie under the folder ``images``.
+    """Parses a row into a record whose images are in the folder ``images``.
 
     Raises:
-        DataError: the row is not a conversation of alternating turns, has not as many images as tags, or shows
-            something else than images.
+        DataError: the row is not a conversation of alternating turns, its numbers of images and tags differ, or it has
+            other media than images.
     """
     parsed = parse(row)
     return Record(sample_id, parsed.turns, tuple(replace(one, path=str(images / one.path)) for one in parsed.images))
 
 
 def parse(row: Any) -> Parsed:
-    """See ``parse_row``. Tags are taken out of the text.
+    """Parses a row and removes its tags from the text; see ``parse_row``.
 
     Raises:
         DataError: see ``parse_row``.
@@ -97,8 +97,8 @@ def parse(row: Any) -> Parsed:
         images = len(listed) + len(places) - nameless
         raise DataError(
             "images and tags differ",
-            f"images: {images}, tags '{IMAGE_TAG}' and image parts: {len(places)}; the user's turns need one of these "
-            "for each image, where it stands",
+            f"images: {images}, tags '{IMAGE_TAG}' and image parts: {len(places)}; the user's turns need one tag or "
+            "part per image, at its place",
         )
     names = iter(listed)
     shown = (ShownImage(_file_name(next(names) if name is None else name), i, at) for i, at, name in places)
@@ -106,9 +106,9 @@ def parse(row: Any) -> Parsed:
 
 
 def _place_images(turn: Turn, parts: list[Part]) -> tuple[Turn, list[Part]]:
-    """The turn without its tags, and each of its images, tags and parts alike, with its place in that text.
+    """The turn without its tags, and its images (tags and parts alike) with their places in that text.
 
-    The only image of a turn leads it, wherever its tag stood, as in the code of LLaVA and LLaVA-NeXT.
+    The only image of a turn is moved to its start, wherever the tag was, as in the code of LLaVA and LLaVA-NeXT.
     """
     if turn.role != "user" or not (parts or IMAGE_TAG in turn.text):
         return turn, []
@@ -129,13 +129,13 @@ def _place_images(turn: Turn, parts: list[Part]) -> tuple[Turn, list[Part]]:
 
 
 def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]:
-    """The turns, and the image parts of each."""
+    """The turns, and the image parts of each turn."""
     said = row.get("conversations")
     if said is None:
         said = row.get("messages")
     if said is None and isinstance(row.get("text"), str):
         if not (row.get("image") or row.get("images")):
-            raise DataError("no image", "a caption without an image")
+            raise DataError("no image", "the row is a caption ('text') without an image")
         question = [{"type": "image"}, {"type": "text", "text": CAPTION_QUESTION}]
         said = [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
     if not isinstance(said, list) or not said:
@@ -152,15 +152,15 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
         found = ", ".join(turn.role for turn in turns[:6]) or "nothing"
         raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}")
     if len(speakers) == 1:
-        raise DataError("no answer", "the conversation has no turn of the model")
+        raise DataError("no answer", "the conversation has no turn by the model")
     return turns, [parts for _, parts in read]
 
 
 def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
-    """A turn and its image parts.
+    """Parses a turn and its image parts.
 
     Raises:
-        DataError: it has no role or text, shows something else than images, or holds text that no tokenizer can read.
+        DataError: it has no role or text, has other media than images, or contains text that cannot be tokenized.
     """
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
@@ -184,14 +184,14 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
             )
     text = "".join(texts)
     if _HALF_PAIR.search(text):
-        raise DataError("bad text", "half of a surrogate pair, or bytes that are not UTF-8: no tokenizer can read it")
+        raise DataError("bad text", "half of a surrogate pair, or bytes that are not UTF-8: it cannot be tokenized")
     return Turn(role, text), images
 
 
 def _refuse_unseen_media(turns: list[Turn], parts: int) -> None:
-    """Text may mention a tag; a turn that begins or ends with one, or has an image part, shows something."""
+    """Refuses an image part, or a tag at the start or end of a turn; elsewhere in a text, a tag is just text."""
     if parts:
-        raise DataError("media without a file", "a message shows an image, but the row names none")
+        raise DataError("media without a file", "a message has an image part, but the row names no image")
     for turn in turns:
         if turn.role == "user" and _SHOWS_MEDIA.match(turn.text):
             raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}")
@@ -203,23 +203,23 @@ def _listed(named: Any) -> list[Any]:
 
 def _file_name(image: Any) -> str:
     if isinstance(image, NotEmbedded):
-        raise DataError("image not embedded", f"{str(image)!r} comes without its bytes: give 'images', its folder")
+        raise DataError("image not embedded", f"{str(image)!r} is given without its bytes: give 'images', its folder")
     if isinstance(image, dict):
         image = image.get("path") or image.get("url")
     if not isinstance(image, str):
         raise DataError("bad image path", f"expected a path, found {type(image).__name__}")
     if "://" in image or image.startswith("data:"):
-        raise DataError("bad image path", f"expected a file, found the address {image[:80]!r}: download it first")
+        raise DataError("bad image path", f"expected a file, found the URL {image[:80]!r}: download it first")
     longest = max(len(part.encode("utf-8", "replace")) for part in image.split("/"))
     if _HALF_PAIR.search(image) or "\0" in image or longest > _LONGEST_NAME:
-        raise DataError("bad image path", f"no file can have the name {image[:80]!r}")
+        raise DataError("bad image path", f"{image[:80]!r} cannot be the name of a file")
     if posixpath.isabs(image) or posixpath.normpath(image).split("/")[0] == "..":
-        raise DataError(OUTSIDE, f"{image[:200]!r}: paths start from the images folder and stay there")
+        raise DataError(OUTSIDE, f"{image[:200]!r}: paths must be relative to the images folder and stay inside it")
     return image
 
 
 def image_names(file: Path) -> Iterator[str]:
-    """The image paths that a file's rows name, as they stand there; bad rows are left to ``open_records``.
+    """The image paths in a file's rows, unchanged. Bad rows are not reported; ``open_records`` does that.
 
     Raises:
         DataError: the file is missing or is not a list of rows.
@@ -238,5 +238,5 @@ def _names_in_parts(row: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _name_in(part: Mapping[str, Any]) -> Any:
-    """What names the image of an image part; None where the part only marks its place."""
+    """The image that an image part names; None if the part only marks its place."""
     return next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)

@@ -1,7 +1,7 @@
-"""Rows of the `datasets` library: data sets of the hub, folders of them on disk, and Parquet files.
+"""Rows read with the `datasets` library: data sets on the hub or in a folder, and Parquet files.
 
-`datasets` downloads, converts and maps them; their texts become a table like a JSON file's (see ``table``), once, and
-images stay where they are, in the Arrow files of `datasets`, whether they are embedded there or named by path.
+`datasets` downloads, converts and memory-maps them. Their texts are copied once into a table like a JSON file's (see
+``table``); embedded images stay in the Arrow files of `datasets`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _AT_ONCE = 1000
 
 
 def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
-    """A data set of the hub, a folder of data files, or one that ``Dataset.save_to_disk`` wrote.
+    """Opens a data set on the hub, a folder of data files, or a folder written by ``Dataset.save_to_disk``.
 
     Args:
-        source: of kind ``hf``.
-        name: of the source in the names of its rows.
+        source: a source of kind ``hf``.
+        name: the source's name in the ids of its rows.
         quiet: no progress bar.
 
     Raises:
-        DataError: it cannot be loaded, or its columns fit no format; the message says what to write.
+        DataError: it cannot be loaded, or its columns do not fit a format; the message says how to map them.
     """
     import datasets
 
@@ -45,7 +45,7 @@ def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
     revision, remedy = None, ""
     if not folder.exists():
         revision, download = source.revision, f"`hf download --repo-type dataset {source.place} --local-dir FOLDER`"
-        remedy = f". Without a network, fetch it where there is one ({download}) and give {{hf: FOLDER}}"
+        remedy = f". Without a network, download it on another machine ({download}) and give {{hf: FOLDER}}"
     with _loading(f"data set '{source.place}', split '{split}'", remedy, quiet):
         if (saved / "state.json").is_file():
             found = datasets.load_from_disk(str(saved))
@@ -55,7 +55,7 @@ def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
 
 
 def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
-    """Parquet files, by path or pattern, in the order of their names; see ``open_hub``."""
+    """Opens Parquet files given by a path or pattern, in the order of their names; see ``open_hub``."""
     files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
     if not files:
         raise DataError("no such file", f"'{source.place}': expected Parquet files; check 'data.sources'")
@@ -63,7 +63,7 @@ def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
 
 
 def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[str] | None = None) -> Any:
-    """Parquet files as one table of `datasets`, mapped into memory; all columns, or those named.
+    """Parquet files as one memory-mapped ``datasets.Dataset`` with all columns, or the given ones.
 
     Raises:
         DataError: they cannot be loaded; the message begins with ``what``.
@@ -76,7 +76,7 @@ def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[
 
 @contextmanager
 def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
-    """Faults of `datasets` as ``DataError``, and its progress bars on a terminal only."""
+    """Turns errors of `datasets` into ``DataError``, and shows its progress bars only on a terminal."""
     import datasets
 
     before = datasets.are_progress_bars_disabled()
@@ -98,7 +98,7 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     embedded = source.images is None
     paths = [own for own in shown if embedded and _holds_text(found.features.arrow_schema.field(own).type)]
     if paths:
-        why = f"its column '{paths[0]}' holds paths: give 'images', the folder that they start from"
+        why = f"its column '{paths[0]}' contains paths: give 'images', the folder that they are relative to"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
     key = table_key(used, f"{source.split} {len(found)} {embedded}", *map(identity, files))
@@ -111,10 +111,10 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
 
 
 def _columns_of(found: Any, source: RowSource) -> dict[str, str]:
-    """Field -> column, of the columns that are read.
+    """Field -> column for the columns that are read.
 
     Raises:
-        DataError: ``columns`` names one that is not there, or none of the formats' are.
+        DataError: ``columns`` names a missing column, or the columns do not fit a format.
     """
     columns = source.columns
     absent = [own for own in columns.values() if own not in found.column_names]
@@ -122,11 +122,11 @@ def _columns_of(found: Any, source: RowSource) -> dict[str, str]:
     used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
     captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
     if absent or not (captions or "conversations" in used or "messages" in used):
-        lacking = f"'columns' names {absent}, but" if absent else "no column fits a format of rows:"
+        lacking = f"'columns' names {absent}, but" if absent else "its columns do not fit a format of rows:"
         raise DataError(
             "unknown columns",
             f"'{source.place}': {lacking} it has {list(found.column_names)}; expected 'conversations', or 'messages', "
-            "or 'image' and 'text'. Say which are meant, for example columns: {messages: YOUR_COLUMN, image: YOURS}",
+            "or 'image' and 'text'. Map them, for example with columns: {messages: YOUR_COLUMN, image: YOUR_COLUMN}",
         )
     return used
 
@@ -145,7 +145,7 @@ def _rows(found: Any, used: Mapping[str, str], embedded: bool) -> Iterator[dict[
 
 
 def _image_names(column: Any, embedded: bool, start: int) -> list[Any]:
-    """Names in place of images, whose bytes are not copied: one of its own for an image without a path."""
+    """The names of images, without copying their bytes; images without a path get a name from their row."""
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
@@ -181,17 +181,17 @@ def _is_image(kind: Any) -> bool:
 
 
 class EmbeddedImages:
-    """Row -> the bytes of its images. Can be sent to another process, which maps the same files.
+    """Row -> the bytes of its images. Picklable: another process maps the same files.
 
     Args:
-        columns: a data set of the columns with images, in Arrow's format.
+        columns: a data set of the image columns, in Arrow format.
     """
 
     def __init__(self, columns: Any) -> None:
         self.columns = columns
 
     def __call__(self, row: int) -> list[bytes]:
-        """The contents of the row's image files, in order."""
+        """The bytes of the row's images, in order."""
         values = [column[0].as_py() for column in self.columns[row].columns]
         images = [image for value in values for image in (value if isinstance(value, list) else [value])]
         contents = (image["bytes"] if isinstance(image, dict) else image for image in images)

@@ -1,8 +1,8 @@
-"""The one reader of JSON that people bring: UTF-8, UTF-16 or UTF-32, with or without a BOM, gzipped or not.
+"""Reads rows from JSON files in UTF-8, UTF-16 or UTF-32, with or without a BOM, gzipped or not.
 
-A file holds a list of rows, or a row a line; its content decides which, not its name. Lines are read one at a time. A
-list is decoded from the text of the file, row by row: memory holds that text and one row, a fifth of what ``json.load``
-takes. Bytes that are not UTF-8 spoil the row they stand in, not the file.
+A file contains a list of rows, or one row per line; this is decided by content, not by name. Lines are read one at a
+time. A list is decoded row by row from the file's text, so memory holds that text and one row: a fifth of what
+``json.load`` takes. Bytes that are not UTF-8 make their row bad, not the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
     b"<": "an HTML or XML page: download the file again",
 }
 _space = re.compile(r"[ \t\n\r]*").match
-_LONGEST_NUMBER = 4000  # digits; Python itself refuses to read integers of more than 4300
+_LONGEST_NUMBER = 4000  # digits; Python refuses to parse integers of more than 4300
 
 
 def _integer(digits: str) -> int | str:
@@ -42,15 +42,15 @@ _decode = json.JSONDecoder(parse_int=_integer).raw_decode
 
 
 def is_json_name(name: str) -> bool:
-    """Whether a file's name is one of JSON: ``.json`` or ``.jsonl``, optionally ``.gz``."""
+    """Whether a file name ends with ``.json`` or ``.jsonl``, optionally followed by ``.gz``."""
     return name.removesuffix(".gz").endswith((".json", ".jsonl"))
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """The values of a JSON list, or of the lines of a file; a line that is not JSON is given as text.
+    """The values of a JSON list or of a file's lines; a line that is not JSON is returned as text.
 
     Raises:
-        DataError: the file is missing, of another format, damaged, or not a list; the message says what it is.
+        DataError: the file is missing, of another format, damaged, or not a list; the message says which.
     """
     try:
         yield from _rows(file)
@@ -92,7 +92,7 @@ def _rows(file: Path) -> Iterator[Any]:
 
 
 def _is_row_a_line(first: str, second: str, by_line: bool) -> bool:
-    """Judges by the first two lines; ``by_line`` is what the name says."""
+    """Decides by the first two lines; ``by_line``: whether the name ends with .jsonl."""
     if re.match(r"\[\s*(\{|$)", first):  # a list, on one line or several
         return False
     try:
@@ -110,7 +110,7 @@ def _line(line: str) -> Any:
 
 
 def _list(text: str, at: int) -> Iterator[Any]:
-    """The entries of the list whose bracket stands before ``at``."""
+    """The entries of the list whose opening bracket is just before ``at``."""
     mark = "]" if text.startswith("]", _skip(text, at)) else ","
     at = _skip(text, at) + (mark == "]")
     while mark == ",":
@@ -122,15 +122,17 @@ def _list(text: str, at: int) -> Iterator[Any]:
             raise ValueError(f"expected ',' or ']' at character {at}, found {mark or 'the end of the file'!r}")
         at += 1
     if _skip(text, at) < len(text):
-        raise ValueError(f"text goes on behind the list, at character {_skip(text, at)}")
+        raise ValueError(f"found text after the list, at character {_skip(text, at)}")
 
 
 def _objects(text: str, at: int, file: Path) -> Iterator[Any]:
-    """Objects that stand one behind the other; a single one is refused."""
+    """Concatenated objects; a single object is refused."""
     value, at = _decode(text, at)
     if _skip(text, at) == len(text):
         found = f"one object with the keys {list(value)[:8]}" if isinstance(value, dict) else type(value).__name__
-        raise DataError("not a list of rows", f"'{file}' holds {found}: expected a list of rows, or a row a line")
+        raise DataError(
+            "not a list of rows", f"'{file}' contains {found}: expected a list of rows, or one row per line"
+        )
     yield value
     while (at := _skip(text, at)) < len(text):
         value, at = _decode(text, at)
@@ -146,7 +148,7 @@ def _skip(text: str, at: int) -> int:
 def _whole(content: Any, encoding: str) -> str:
     if isinstance(content, gzip.GzipFile):
         return _text(content.read(), encoding)
-    with mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # not a second copy beside the text
+    with mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # avoids a second copy in memory
         return _text(mapped, encoding)
 
 
@@ -159,7 +161,7 @@ def _lines(content: Any, encoding: str) -> Iterator[str]:
 
 
 def _text(content: Any, encoding: str) -> str:
-    """``content`` decoded. Bytes that are not UTF-8 become halves of surrogate pairs, which spoil their row alone."""
+    """``content`` decoded. Bytes that are not UTF-8 become lone surrogates, which make only their row bad."""
     try:
         return str(content, encoding, "surrogatepass")
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
-"""Tokens of every row, counted once for a tokenizer, its template and ``max_tokens``, on all cores.
+"""Token counts of all rows, computed on all cores and cached per tokenizer, template and ``max_tokens``.
 
-The counts are exact: they come from the encoder that training uses, the cut and the image's tokens included.
+The counts are exact: they come from the encoder that training uses, including truncation and image tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Measured = tuple[int, bool, int, int, str | None, str | None]
 
 @dataclass(frozen=True)
 class Lengths:
-    """What encoding found, an entry a row: tokens (0: the row cannot be encoded), whether text was cut.
+    """The result of encoding, one entry per row: tokens (0: the row cannot be encoded), and whether text was cut.
 
     ``num_text`` and ``num_unknown`` count supervised tokens, see ``chat.Encoded``.
     """
@@ -54,7 +54,7 @@ class Lengths:
 
     @classmethod
     def of(cls, table: pa.Table) -> Lengths:
-        """From a table of ``SCHEMA``."""
+        """Converts a table of ``SCHEMA``."""
         bad = np.flatnonzero(np.asarray(table.column("reason").is_valid().to_numpy(), dtype=np.bool_)).tolist()
         return cls(
             table.column("length").to_numpy(),
@@ -66,7 +66,7 @@ class Lengths:
 
 
 def measure(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
-    """Encodes every row. Rows of conversation files are looked up where an earlier run has kept them."""
+    """Encodes every row. Results for ``Records`` are cached for later runs."""
     if not isinstance(records, Records):
         return Lengths.of(_measured(records, encoder, quiet))
     whole = pa.concat_tables([_kept(part, encoder, quiet) for part in records.parts])
@@ -74,9 +74,9 @@ def measure(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool
 
 
 def encoder_key(encoder: ConversationEncoder) -> str:
-    """A key of everything that a row's tokens follow from."""
+    """A key of everything that a row's tokens depend on."""
     tokenizer = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    # Padding and cutting of the last call stay in the tokenizer: ours asks for neither.
+    # The tokenizer keeps the padding and truncation of its last call; the encoder uses neither.
     tokenizer.pop("padding", None), tokenizer.pop("truncation", None)
     return key(
         json.dumps(tokenizer, sort_keys=True),
@@ -94,7 +94,7 @@ def encoder_key(encoder: ConversationEncoder) -> str:
 
 
 def _kept(part: Part, encoder: ConversationEncoder, quiet: bool) -> pa.Table:
-    """The measurements of every row of a source, the bad ones' empty."""
+    """The measurements of all rows of a source; null for bad rows."""
     rows: Path = part.table.path
     place = rows.with_name(f"{rows.stem}.{encoder_key(encoder)}.lengths")
     if not place.is_file():
@@ -102,7 +102,7 @@ def _kept(part: Part, encoder: ConversationEncoder, quiet: bool) -> pa.Table:
         measured = _measured(good, encoder, quiet)
         at = np.full(len(part.table), -1)
         at[good.rows] = np.arange(len(good))
-        whole = measured.take(pa.array(at, mask=at < 0))  # a null row in a bad one's place
+        whole = measured.take(pa.array(at, mask=at < 0))  # null for bad rows
         with (
             atomic_path(place) as partial,
             pa.OSFile(str(partial), "wb") as sink,

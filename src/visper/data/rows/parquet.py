@@ -1,8 +1,8 @@
-"""Rows and their images in a few Parquet files, for file systems that suffer from many small ones.
+"""Writes rows and their images into a few Parquet files, for file systems that are slow with many small files.
 
-The layout is the hub's own for images (a struct of bytes and path), so that `datasets`, the hub's viewer and any other
-reader open it; training reads it as ``{parquet: FOLDER/*.parquet}``. `datasets` maps the files' rows into memory, so a
-row has a number and any process reads any row: the order, and continuing in it, are those of every other source.
+Images are stored in the hub's layout (a struct of bytes and path), which `datasets`, the hub's viewer and other readers
+open; training reads the files as ``{parquet: FOLDER/*.parquet}``. `datasets` memory-maps them, so any process can read
+any row by its number, and the order of rows and resuming work as for every other source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from visper.data.rows.table import Records
 
 FILE_BYTES = 256 << 20
 GROUP_ROWS = 100
-"""Rows of a row group, which readers load at once: the hub's choice for images."""
+"""Rows per row group, the unit that readers load; the hub uses this number for images."""
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 _THREADS = 16
 
@@ -39,21 +39,21 @@ def write_parquet(
     """Writes records and their images into the folder ``out``, in an order shuffled by ``seed``.
 
     Args:
-        records: the good rows. Each keeps its id; an image that several rows show is written with each of them. The
-            images lie in a column ``image``, or ``images`` (lists) where a row has several.
-        out: a new folder; it appears only once everything is in it.
-        drops: takes the rows of which an image file is missing or empty.
-        file_bytes: of images in a file, about.
+        records: the good rows. Rows keep their ids; an image of several rows is written with each of them. Images are
+            written to a column ``image``, or ``images`` (lists) if any row has several.
+        out: a new folder; it appears only when it is complete.
+        drops: rows with a missing or empty image file are added to it.
+        file_bytes: approximate bytes of images per file.
         quiet: no progress bar.
 
     Returns:
-        The rows of each file.
+        The number of rows in each file.
 
     Raises:
-        DataError: ``out`` exists, or not one row can be written.
+        DataError: ``out`` exists, or no row can be written.
     """
     if out.exists():
-        raise DataError("folder exists", f"'{out}' is already there: remove it, or name another folder")
+        raise DataError("folder exists", f"'{out}' exists: remove it, or choose another folder")
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     counts: list[int] = []
     column = "images" if (records.num_images > 1).any() else "image"
@@ -78,9 +78,9 @@ def _schema(column: str) -> pa.Schema:
 def _write_file(
     file: Path, schema: pa.Schema, group: list[dict[str, Any]], rows: Iterator[dict[str, Any]], file_bytes: int
 ) -> int:
-    """Writes ``group`` and further groups from ``rows`` until the file is large enough; returns its rows."""
+    """Writes ``group`` and further groups from ``rows`` until the file is large enough; returns its number of rows."""
     count, size = 0, 0
-    # Images are compressed already, and a dictionary of them would hold each twice.
+    # Images are already compressed, and dictionary encoding would keep each of them twice in memory.
     with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         while group:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
@@ -98,7 +98,7 @@ def _image_bytes(row: dict[str, Any]) -> int:
 def _good_rows(
     threads: ThreadPoolExecutor, records: Records, order: Iterable[int], drops: DropList, column: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows in order, read some at a time, so that memory holds few images; the others go to ``drops``."""
+    """The good rows in order, read in small batches to keep few images in memory; others are added to ``drops``."""
     indices = iter(order)
     while some := list(islice(indices, 4 * _THREADS)):
         for row in threads.map(lambda index: _row(records, index, column), some):
@@ -120,7 +120,7 @@ def _row(records: Records, index: int, column: str) -> dict[str, Any] | Drop:
             return Drop(record.id, "missing image", f"'{image.path}': expected a file")
         if not content:
             return Drop(record.id, "empty image file", f"'{image.path}' has no bytes: fetch it again")
-    # Where the row had no tag, its text stays untouched.
+    # The text of a row without tags is left unchanged.
     texts = _tagged(record) if part.table.value("image_tags", place) else [turn.text for turn in record.turns]
     names = (image.path for image in part.table.images(place))
     images = [{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)]
@@ -134,7 +134,7 @@ def _row(records: Records, index: int, column: str) -> dict[str, Any] | Drop:
 
 
 def _tagged(record: Record) -> list[str]:
-    """The turns' texts with a tag for each image, where it stands among others, else on a line before the text."""
+    """The turns' texts with image tags: a turn's only image on a line before its text, several at their places."""
     texts = [turn.text for turn in record.turns]
     counts = Counter(image.turn for image in record.images)
     for image in reversed(record.images):

@@ -1,4 +1,4 @@
-"""Records, conversations with the images that they show; and drops, the rows left out, counted by reason."""
+"""Records (conversations with their images) and drops (rows left out, counted by reason)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from visper.common.files import write_text
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where rows lie and how they are read, for ``sources.open_records``.
+    """A source of rows and how to read it, for ``sources.open_records``.
 
     Attributes:
         place: a JSON file, a hub data set or its folder, or a pattern of Parquet files.
-        images: folder under which the rows' image paths lie; None: the images lie in the source itself.
-        kind: which of these ``place`` is.
-        columns: field of ``formats.FIELDS`` -> the source's own name for it, where that differs.
-        weight: how often each row is expected in an epoch.
+        images: folder that image paths are relative to; None: the images are embedded in the source.
+        kind: the kind of ``place``.
+        columns: field of ``formats.FIELDS`` -> its name in the source, where that differs.
+        weight: expected number of times that each row occurs in an epoch.
     """
 
     place: str
@@ -46,8 +46,8 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ShownImage:
-    """An image of a conversation: its path, the index of the turn that shows it, and how many characters of that turn's
-    text stand before it. The only image of a turn leads it."""
+    """An image of a conversation: its path, the index of its turn, and the number of characters of the turn's text
+    before it. The only image of a turn comes first."""
 
     path: str
     turn: int
@@ -65,7 +65,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row left out, with the reason it is counted under and what was found."""
+    """A row that is left out, with the reason (used for counting) and what was found."""
 
     sample_id: str
     reason: str
@@ -73,9 +73,10 @@ class Drop:
 
 
 class DropList:
-    """The rows left out of a run, each counted once however often it is met.
+    """The rows left out of a run, each counted once.
 
-    Rows of a list that the run names (``data.drop_list``) are agreed: written with the others, counted by no limit.
+    ``agreed`` rows are those of the run's ``data.drop_list``: they are written with the others, but do not count toward
+    the limit.
     """
 
     def __init__(self, drops: Iterable[Drop] = (), agreed: Iterable[Drop] = ()) -> None:
@@ -93,11 +94,11 @@ class DropList:
         return sample_id in self._drops
 
     def add(self, sample_id: str, reason: str, detail: str = "") -> None:
-        """Notes a bad row; the first reason of a row stays. Control characters in ``detail`` are escaped."""
+        """Adds a bad row; the first reason of a row is kept. Control characters in ``detail`` are escaped."""
         self._drops.setdefault(sample_id, Drop(sample_id, reason, printable(detail)))
 
     def extend(self, drops: Iterable[Drop]) -> None:
-        """Notes the drops that a batch or another list brings."""
+        """Adds the drops of a batch or another list."""
         for drop in drops:
             self.add(drop.sample_id, drop.reason, drop.detail)
 
@@ -106,7 +107,7 @@ class DropList:
         return dict(Counter(drop.reason for drop in self).most_common())
 
     def write(self, path: Path) -> None:
-        """Writes one JSON object a line (``sample_id``, ``reason``, ``detail``), atomically."""
+        """Writes one JSON object per line (``sample_id``, ``reason``, ``detail``), atomically."""
         write_text(
             path,
             "".join(json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in [*self.agreed.values(), *self]),
@@ -114,7 +115,7 @@ class DropList:
 
     @staticmethod
     def read(path: Path) -> list[Drop]:
-        """The drops that ``write`` wrote.
+        """Reads a file written by ``write``.
 
         Raises:
             DataError: the file is missing or not a drop list.
@@ -129,11 +130,11 @@ class DropList:
             ) from error
 
     def check(self, total: int, limit: float) -> None:
-        """Refuses a run that would lose too much.
+        """Refuses a run that would lose too many rows.
 
         Args:
-            total: rows read, good and bad.
-            limit: share of bad rows that is still accepted, 0 to 1.
+            total: number of rows, good and bad.
+            limit: largest accepted share of bad rows, 0 to 1.
 
         Raises:
             DataError: the share of bad rows is above ``limit``, or no good row is left.
@@ -150,12 +151,12 @@ class DropList:
 
 
 def own_id(row: Any) -> str:
-    """The row's own id, control characters escaped; logs and drop lists name a row ``source/index/own id``."""
+    """The row's own id with control characters escaped; logs and drop lists name a row ``source/index/own id``."""
     found = row.get("id") if isinstance(row, dict) else None
     return "" if found is None else printable(str(found))
 
 
 def source_names(files: Sequence[Path]) -> list[str]:
-    """A name for each source: the file's, numbered where several have it."""
+    """A name for each source: the file's stem, numbered if several files share it."""
     stems = Counter(file.stem for file in files)
     return [file.stem if stems[file.stem] == 1 else f"{file.stem}-{i}" for i, file in enumerate(files)]

@@ -1,4 +1,4 @@
-"""A run's sources, whatever their kind, as one sequence of records."""
+"""Opens a run's sources of any kind as one sequence of records."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from visper.data.sampler import Mixture
 def open_records(
     sources: Sequence[RowSource | tuple[str | Path, str | Path]], drops: DropList, quiet: bool = True
 ) -> Records:
-    """The good rows of every source, in order; each is read when it is asked for.
+    """The good rows of all sources, in order; each is read on access.
 
     Args:
-        sources: or, for short, pairs of a JSON file and the folder of its images.
-        drops: takes the bad rows; those it has ``agreed`` on are left out silently.
-        quiet: no progress bar where a source is read for the first time.
+        sources: row sources, or pairs of a JSON file and its images folder.
+        drops: bad rows are added to it; rows that it has ``agreed`` on are left out without being added.
+        quiet: no progress bar when a source is read for the first time.
 
     Raises:
-        DataError: a source cannot be read, or an agreed drop names a row that is not there.
+        DataError: a source cannot be read, or an agreed drop names a row that does not exist.
     """
     given = [
         source if isinstance(source, RowSource) else RowSource(str(source[0]), str(source[1])) for source in sources
@@ -52,7 +52,7 @@ def _open(source: RowSource, name: str, quiet: bool) -> Part:
 
 
 def mixture_of(records: Sequence[Record]) -> Mixture | None:
-    """How often each source's rows are seen in an epoch; None where every row is seen once."""
+    """How often each source's rows occur in an epoch; None if every row occurs once."""
     if not isinstance(records, Records) or all(part.weight == 1 for part in records.parts):
         return None
     return Mixture(torch.from_numpy(records.part_numbers), tuple(part.weight for part in records.parts))
@@ -72,7 +72,7 @@ def _agreed_rows(records: Records, drops: DropList) -> npt.NDArray[np.int64]:
     if strange:
         raise DataError(
             "drop list of other data",
-            f"{len(strange)} of its {len(drops.agreed)} rows are not in the run's sources, the first is "
+            f"{len(strange)} of its {len(drops.agreed)} rows are not in the run's sources; the first is "
             f"'{strange[0]}': check the sources again (`visper data check FILE --images DIR --drop LIST`)",
         )
     return np.asarray(found, dtype=np.int64)

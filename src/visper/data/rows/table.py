@@ -1,7 +1,7 @@
-"""Conversation files as memory-mapped Arrow tables: read once, then opened in milliseconds by every process.
+"""Conversation files as memory-mapped Arrow tables: parsed once, then opened in milliseconds by every process.
 
-Row i of the table is row i of the file, the bad ones too, with their reason. The operating system shares the pages
-between all processes of a machine; what a process pays for itself is an index of eight bytes a row.
+Row i of the table is row i of the file; bad rows are kept with their reason. All processes of a machine share the
+memory pages; a process itself needs only an index of eight bytes per row.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _ROLE_OF = {letter: role for role, letter in ROLE_LETTERS.items()}
 BATCH_ROWS = 1024
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),  # the row's own, as text
-        ("image", pa.string()),  # the first one, relative to the images folder; null: text only
+        ("id", pa.string()),  # the row's own id, as text
+        ("image", pa.string()),  # the first image, relative to the images folder; null: text only
         ("image_turn", pa.int32()),
-        # Every image of a row with several, and of no other: rows of one image are not to pay for these.
+        # All images of a row with several, else null, so that rows with one image stay small.
         ("images", pa.list_(pa.struct([("path", pa.string()), ("turn", pa.int32()), ("at", pa.int32())]))),
-        ("image_tags", pa.int32()),  # in the user's turns as published, before the tag was taken out
-        ("roles", pa.string()),  # a letter a turn
+        ("image_tags", pa.int32()),  # number of tags and image parts in the user's turns of the file
+        ("roles", pa.string()),  # one letter per turn
         ("texts", pa.list_(pa.string())),
-        ("reason", pa.string()),  # why the row is no conversation; null: it is one
+        ("reason", pa.string()),  # why the row is not a conversation; null for good rows
         ("detail", pa.string()),
     ]
 )
 
 
 class RecordTable:
-    """The rows of one conversation file, memory-mapped; it can be sent to another process, which maps it again."""
+    """The rows of one conversation file, memory-mapped. Picklable: another process maps the same file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class RecordTable:
         return int(self._table.num_rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column, row by row of the file; see ``SCHEMA``."""
+        """One column of ``SCHEMA`` for all rows of the file."""
         return self._columns[name]
 
     def value(self, name: str, row: int) -> Any:
@@ -72,7 +72,7 @@ class RecordTable:
         return self._columns[name][row].as_py()
 
     def record(self, row: int, name: str, images: Path | None) -> Record:
-        """Row ``row`` as a record. Without a folder, its images' paths are the names in the file."""
+        """Row ``row`` as a record. ``images`` is the images folder; None: image paths are left as in the file."""
         roles = self.value("roles", row)
         turns = tuple(
             Turn(_ROLE_OF[role], text)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ class RecordTable:
         return Record(f"{name}/{row}/{self.value('id', row)}", turns, shown)
 
     def images(self, row: int) -> tuple[ShownImage, ...]:
-        """The images of a row, named as in the file."""
+        """The images of a row, with paths as in the file."""
         several = self.value("images", row) if self._has_several else None
         if several is not None:
             return tuple(ShownImage(**image) for image in several)
@@ -92,7 +92,7 @@ class RecordTable:
         return () if first is None else (ShownImage(first, self.value("image_turn", row)),)
 
     def image_names(self) -> list[tuple[str, ...]]:
-        """The names of every row's images."""
+        """The image paths of every row, as in the file."""
         names: list[tuple[str, ...]] = [() if first is None else (first,) for first in self.column("image").to_pylist()]
         if self._has_several:
             for row in np.flatnonzero(self._flags(pc.is_valid(self.column("images")))).tolist():
@@ -100,22 +100,22 @@ class RecordTable:
         return names
 
     def num_images(self) -> npt.NDArray[np.int32]:
-        """Images of each row, ``[rows]``."""
+        """Number of images of each row, ``[rows]``."""
         counts = self.has_image().astype(np.int32)
         if self._has_several:
             counts = np.maximum(counts, pc.list_value_length(self.column("images")).fill_null(0).to_numpy())
         return counts
 
     def good_rows(self) -> npt.NDArray[np.int64]:
-        """The rows that are conversations, ascending."""
+        """The numbers of the good rows, ascending."""
         return np.flatnonzero(self._flags(pc.is_null(self.column("reason"))))
 
     def has_image(self) -> npt.NDArray[np.bool_]:
-        """Which rows show an image, ``[rows]``."""
+        """Whether each row has an image, ``[rows]``."""
         return self._flags(pc.is_valid(self.column("image")))
 
     def characters(self) -> npt.NDArray[np.int64]:
-        """Characters of each row's conversation, ``[rows]``."""
+        """Number of characters in each row's conversation, ``[rows]``."""
         parts = []
         for chunk in self.column("texts").chunks:
             sizes = pc.utf8_length(chunk.flatten()).to_numpy(zero_copy_only=False)
@@ -124,7 +124,7 @@ class RecordTable:
         return np.concatenate([np.zeros(0), *parts]).astype(np.int64)
 
     def drops(self, name: str) -> Iterator[Drop]:
-        """The rows that are no conversation."""
+        """The bad rows. ``name`` is the name of the source."""
         for row in np.flatnonzero(self._flags(pc.is_valid(self.column("reason")))).tolist():
             own, reason, detail = (self.value(column, row) for column in ("id", "reason", "detail"))
             yield Drop(f"{name}/{row}/{own}", reason, detail)
@@ -135,13 +135,13 @@ class RecordTable:
 
 
 def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None = None) -> RecordTable:
-    """The table of a JSON file: from the cache if it holds this very file, else read and kept there.
+    """The table of a JSON file, from the cache if the file has not changed; otherwise it is parsed and cached.
 
     Args:
-        columns: field of ``formats.FIELDS`` -> the rows' own key for it, where that differs.
+        columns: field of ``formats.FIELDS`` -> its key in the rows, where that differs.
 
     Raises:
-        DataError: the file is missing, no list of rows, or changes while it is read.
+        DataError: the file is missing, is not a list of rows, or changes while it is read.
     """
     before = identity(file)
     columns = dict(columns or {})
@@ -155,12 +155,12 @@ def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None
 
 
 def table_key(*parts: str | Mapping[str, str]) -> str:
-    """A key of what a table's content follows from: ``parts``, and the code that reads rows."""
+    """A cache key of everything that a table's content depends on: ``parts``, and the code that reads rows."""
     return key(*(json.dumps(part, sort_keys=True) for part in parts), code_key(formats, json_rows), *map(str, SCHEMA))
 
 
 def rename(row: Any, columns: Mapping[str, str]) -> Any:
-    """The row with its own keys called as ``columns`` (field -> own key) says."""
+    """The row with its keys renamed by ``columns`` (field -> key in the row)."""
     if not columns or not isinstance(row, dict):
         return row
     taken = {own: row[own] for own in columns.values() if own in row}
@@ -170,7 +170,7 @@ def rename(row: Any, columns: Mapping[str, str]) -> Any:
 
 
 def write_table(rows: Iterable[dict[str, Any]], place: Path, last: Callable[[], None] = lambda: None) -> None:
-    """Writes rows of ``SCHEMA`` to ``place``, whole or not at all; ``last`` may still refuse the whole."""
+    """Writes rows of ``SCHEMA`` to ``place``, atomically; ``last`` is called at the end and may raise to discard it."""
     cells = iter(rows)
     with atomic_path(place) as partial:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -181,20 +181,20 @@ def write_table(rows: Iterable[dict[str, Any]], place: Path, last: Callable[[], 
 
 def _refuse_change(file: Path, before: str) -> None:
     if identity(file) != before:
-        raise DataError("changing file", f"'{file}' changed while it was read: wait until it is whole")
+        raise DataError("changing file", f"'{file}' changed while it was read: wait until it is complete")
 
 
 def _forget(kept: Path, name: str) -> None:
-    """Removes what was kept of the file as it was before. Whoever still has it mapped keeps it until it closes."""
+    """Removes cached tables of former versions of the file. Processes that still have one mapped keep its content."""
     if kept.parent.name != FOLDER:
-        return  # a cache that folders share may hold another file of the same name
+        return  # a cache for several folders may contain another file of the same name
     for old in kept.parent.iterdir():
         if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\..*", old.name) and not old.name.startswith(kept.stem):
             old.unlink(missing_ok=True)
 
 
 def cells(row: Any) -> dict[str, Any]:
-    """A row as ``SCHEMA`` keeps it, the bad ones with their reason."""
+    """A row as values of ``SCHEMA``; a bad row with its reason."""
     own = own_id(row)
     try:
         parsed = parse(row)
@@ -220,7 +220,7 @@ def _image_cells(images: Sequence[ShownImage]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a run. ``embedded``: row -> the bytes of its images, where the source holds them; None: files."""
+    """One source of a run. ``embedded``: row -> the bytes of its images; None if the images are files."""
 
     name: str
     table: RecordTable
@@ -230,11 +230,11 @@ class Part:
 
 
 class Records(Sequence[Record]):
-    """The good rows of a run's sources, each read when it is asked for.
+    """The good rows of a run's sources, each read on access.
 
     Args:
-        parts: the sources, in their order.
-        rows: places in the sources laid end to end; default: every row that is a conversation.
+        parts: the sources, in order.
+        rows: row numbers in the concatenated sources; default: all good rows.
     """
 
     def __init__(self, parts: Sequence[Part], rows: npt.NDArray[np.int64] | None = None) -> None:
@@ -253,19 +253,19 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
-        """Row ``index``, with the places of its images; or some of the rows."""
+        """The record ``index``, with full image paths; for a slice, the selected rows."""
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         part, row = self.place(index)
         return part.table.record(row, part.name, part.images)
 
     def place(self, index: int) -> tuple[Part, int]:
-        """The source that holds a row, and the row's number there."""
+        """The source of a row, and the row's number there."""
         number = self.source(index)
         return self.parts[number], int(self.rows[index] - self.starts[number])
 
     def source(self, index: int) -> int:
-        """The number of the source that holds a row, counted from 0."""
+        """The number of a row's source, counted from 0."""
         return int(np.searchsorted(self.starts, self.rows[index], side="right")) - 1
 
     @property
@@ -274,17 +274,17 @@ class Records(Sequence[Record]):
         return np.searchsorted(self.starts, self.rows, side="right") - 1
 
     def select(self, kept: npt.NDArray[Any]) -> Records:
-        """Some of these rows, by their indices or by a flag each."""
+        """Some of these rows, given by indices or by a mask."""
         return Records(self.parts, self.rows[kept])
 
     def gather(self, values: Callable[[Part], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """``values`` of every part, which has one entry a row of its table, for these rows: ``[len(self)]``."""
+        """The values of these rows, ``[len(self)]``; ``values(part)`` gives one value per row of the part's table."""
         return np.concatenate([values(part) for part in self.parts])[self.rows]
 
     def image_files(self) -> Iterator[tuple[int, int, Path, str]]:
-        """Every image that is a file: its row, its number there, the folder of images and its name in the row.
+        """All images that are files: index of the row, number in the row, images folder and path as in the row.
 
-        ``common.files.inside`` tells which may be opened. Costs no conversation.
+        Check with ``common.files.inside`` before opening one. Conversations are not read.
         """
         names = [own for part in self.parts for own in part.table.image_names()]
         for index, (row, part) in enumerate(zip(self.rows.tolist(), self.part_numbers.tolist(), strict=True)):
@@ -294,15 +294,15 @@ class Records(Sequence[Record]):
 
     @property
     def num_images(self) -> npt.NDArray[np.int32]:
-        """Images of each row, ``[len(self)]``."""
+        """Number of images of each row, ``[len(self)]``."""
         return self.gather(lambda part: part.table.num_images())
 
     @property
     def has_image(self) -> npt.NDArray[np.bool_]:
-        """Which rows show an image, ``[len(self)]``."""
+        """Whether each row has an image, ``[len(self)]``."""
         return self.gather(lambda part: part.table.has_image())
 
     @property
     def characters(self) -> npt.NDArray[np.int64]:
-        """Characters of each row's conversation, ``[len(self)]``."""
+        """Number of characters in each row's conversation, ``[len(self)]``."""
         return self.gather(lambda part: part.table.characters())

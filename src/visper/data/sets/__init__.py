@@ -1,1 +1,1 @@
-"""Data sets by name: where they come from, and how they get to disk."""
+"""Data sets by name: the catalogue, downloading and unpacking."""

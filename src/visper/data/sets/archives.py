@@ -1,7 +1,7 @@
-"""What lies in an archive and where it may go: names are checked before a byte is written.
+"""Reads archives, and checks their members' names and target paths before anything is written.
 
-Zip and tar files, a zip inside a zip, and plain folders are read alike. A name that leads outside, a link or a device
-refuses the whole archive: no published one has any.
+Zip and tar files, zips inside zips, and plain folders have one interface. An archive with a name that leads outside, a
+link or a device is refused as a whole: published ones contain none of these.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 CHUNK = 1 << 20
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, LZMAError, EOFError, struct.error,
            ValueError, NotImplementedError, RuntimeError, OverflowError)  # fmt: skip
-"""What zipfile, tarfile and the decompressors raise on damaged bytes, besides an OSError without a number."""
+"""What zipfile, tarfile and the decompressors raise for damaged bytes, besides an OSError without errno."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file of an archive: its name there, its bytes, and the inner archive that holds it ('' = none)."""
+    """A regular file of an archive: its name there, its size, and the inner archive that contains it ('' = none)."""
 
     name: str
     size: int
@@ -43,10 +43,10 @@ class Member:
 def relative_path(name: str) -> str:
     """A relative path in its shortest form ('' = the folder itself).
 
-    Judged by its letters, where no folder is known yet; ``common.files.inside`` decides where something is written.
+    Checks only the text, before the folder is known; ``common.files.inside`` checks the actual place.
 
     Raises:
-        DataError: it is absolute, leads outside, or no file system here would take it.
+        DataError: it is absolute, leads outside, or is not a valid name on common file systems.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if (
@@ -64,8 +64,8 @@ def relative_path(name: str) -> str:
 def list_members(path: Path, inner: Sequence[str] = ()) -> list[Member]:
     """The regular files of an archive or a folder, and of the archives ``inner`` inside it.
 
-    A damaged archive never yields fewer members silently: a tar is read to its end-of-archive blocks and to the
-    checked end of its compressed stream, each name in a zip's directory is compared with the member's own header.
+    A damaged archive never silently yields fewer members: a tar is read to its end-of-archive blocks and to the
+    verified end of its compressed stream, and each name in a zip's directory is compared with the member's own header.
 
     Raises:
         DataError: 'broken archive' if it cannot be read, 'unsafe archive' if a member is a link or a device.
@@ -88,11 +88,11 @@ def list_members(path: Path, inner: Sequence[str] = ()) -> list[Member]:
 
 
 def read_members(path: Path, wanted: Collection[Member]) -> Iterator[tuple[Member, IO[bytes]]]:
-    """Opens the wanted members one after the other, in the archive's own order: one pass over the disk.
+    """Opens the wanted members one after the other, in the archive's own order, to read the disk in one pass.
 
     Raises:
-        DataError: 'broken archive'. Damage shows while a member is read, a wrong checksum at its end: read the streams
-            with ``read_chunks``.
+        DataError: 'broken archive'. Damage is found while a member is read, a wrong checksum at its end, so read the
+            streams with ``read_chunks``.
     """
     if path.is_dir():
         for member in wanted:
@@ -140,15 +140,15 @@ def target_paths(
     extension: str | None = None,
     inner: str | None = None,
 ) -> dict[str, Member]:
-    """Where each member belongs, as paths under the root -> members; see ``sets.Unpack`` for the arguments.
+    """The members by their target paths under the root; see ``catalog.Unpack`` for the arguments.
 
     Raises:
-        DataError: a name leads outside, nothing lies where it should, or two members have one place.
+        DataError: a name leads outside, no member matches, or two members have the same target.
     """
     checked = [(relative_path(member.name), member) for member in members if member.inner == (inner or "")]
     nameless = next((member.name for name, member in checked if not name), None)
     if nameless is not None:
-        raise DataError("unsafe name", f"{nameless!r} names no file")
+        raise DataError("unsafe name", f"{nameless!r} is not the name of a file")
     found: dict[str, Member] = {}
     for name, member in checked:
         if inside and not name.startswith(f"{inside}/"):
@@ -166,7 +166,7 @@ def target_paths(
     if not found:
         folders = sorted({name.split("/")[0] for name, _ in checked})[:5]
         looked = f"'{inside}/'" if inside else "files"
-        raise DataError("unexpected layout", f"no {looked}{f' like {only}' if only else ''} inside; there is {folders}")
+        raise DataError("unexpected layout", f"no {looked}{f' like {only}' if only else ''} inside; found {folders}")
     clash = next((p for place in found for p in _parents(place) if p in found), None)
     if clash is not None:
         raise DataError("unsafe archive", f"'{clash}' would be a file and a folder")
@@ -185,7 +185,7 @@ def _is_junk(name: str) -> bool:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether the file begins as a zip does. Its end says nothing: a tar may end with a zip."""
+    """Whether the file begins like a zip. Its end is not a criterion: a tar may end with a zip."""
     with path.open("rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
 
@@ -194,16 +194,16 @@ def _is_tar(path: Path) -> bool:
     try:
         with _reading(path):
             return tarfile.is_tarfile(path)
-    except DataError:  # a compressed one that is cut
+    except DataError:  # a truncated compressed file
         return False
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Reads on behind the last member: tarfile takes a damaged header for the end of the archive.
+    """Reads the archive's end after the last member: tarfile takes a damaged header for the end.
 
     Raises:
-        ReadError: the two zero blocks of the end are not there, or something lies behind them.
-        EOFError, OSError: the compressed stream is cut, or its checksum is wrong.
+        ReadError: the two zero blocks at the end are missing, or data follows them.
+        EOFError, OSError: the compressed stream is truncated, or its checksum is wrong.
     """
     stream = tar.fileobj
     assert stream is not None
@@ -212,12 +212,12 @@ def _check_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"damaged after {len(tar.getmembers())} members: no end-of-archive blocks there")
     while chunk := stream.read(CHUNK):
         if chunk.strip(b"\0"):
-            raise tarfile.ReadError("more data lies behind its end-of-archive blocks")
+            raise tarfile.ReadError("more data follows its end-of-archive blocks")
 
 
 def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo]:
     for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
-        if not entry.filename:  # zipfile itself trips over it
+        if not entry.filename:  # zipfile fails on it
             raise DataError("unsafe archive", f"'{path}': a member has no name")
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if entry.is_dir():
@@ -229,8 +229,8 @@ def _zip_files(archive: zipfile.ZipFile, path: Path) -> Iterator[zipfile.ZipInfo
         if entry.flag_bits & 1:
             raise DataError("broken archive", f"'{path}': {entry.filename!r} is encrypted")
         if b"PK\x01\x02" in entry.comment + entry.extra:
-            raise DataError("broken archive", f"'{path}': the entry of {entry.filename!r} swallows the ones behind it")
-        archive.open(entry).close()  # compares the name in the directory with the one before the member
+            raise DataError("broken archive", f"'{path}': the entry of {entry.filename!r} contains further entries")
+        archive.open(entry).close()  # compares the name in the directory with that in the member's header
         yield entry
 
 
@@ -247,13 +247,13 @@ def _skipped_in_tar(entry: tarfile.TarInfo, path: Path) -> bool:
 def _open_inner(outer: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
     if name not in outer.NameToInfo:
         near = [entry for entry in outer.namelist() if entry.endswith(".zip")][:5]
-        raise DataError("unexpected layout", f"'{path}' holds no '{name}'; archives inside it: {near}")
+        raise DataError("unexpected layout", f"'{path}' does not contain '{name}'; archives inside it: {near}")
     return outer.open(name)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what is raised on damaged bytes into one DataError; errors of the disk keep their type."""
+    """Turns exceptions for damaged bytes into a DataError; errors of the disk keep their type."""
     try:
         yield
     except DataError:
@@ -261,33 +261,33 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):
             raise
-        # gzip and bz2 give no number; a wrong offset in a zip is an invalid argument.
+        # gzip and bz2 set no errno; a wrong offset in a zip gives EINVAL.
         raise DataError("broken archive", f"'{path}': {error}") from error
     except _DAMAGE as error:
         raise DataError("broken archive", f"'{path}': {error or type(error).__name__}") from error
 
 
 def content_fault(path: Path, archive: bool, name: str) -> str | None:
-    """Why a file that has just arrived cannot be what its name says; None if it may be.
+    """Why the content of a new file cannot match its name; None if it may.
 
-    Servers answer with an error page and status 200, and a repository cloned without git-lfs holds pointers.
+    Servers may send an error page with status 200, and a repository cloned without git-lfs contains pointers.
     """
     with path.open("rb") as file:
         head = file.read(512)
         file.seek(-min(64, path.stat().st_size), 2)
         tail = file.read().rstrip()
     if head.startswith(POINTER):
-        return "a git-LFS pointer, not the file it stands for (a clone needs `git lfs pull`)"
+        return "a git-LFS pointer, not the file itself (a clone needs `git lfs pull`)"
     if head.lstrip()[:1] == b"<" and Path(name).suffix in (".zip", ".tar", ".json", ".jsonl", ".gz", ".parquet"):
         return f"a web page, not {Path(name).suffix}: it starts with {head[:40]!r}"
     if Path(name).suffix == ".json" and not (head.lstrip()[:1] in (b"[", b"{") and tail[-1:] in (b"]", b"}")):
-        return f"no JSON (cut short or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
+        return f"not JSON (truncated or damaged): it starts with {head[:16]!r} and ends with {tail[-16:]!r}"
     if re.match(rb"\s*<(!doctype )?html", head, re.IGNORECASE) and Path(name).suffix not in (".html", ".htm"):
         return f"a web page: it starts with {head[:40]!r}"
     if Path(name).suffix == ".json" and re.match(rb'\s*\{\s*"(error|message)"', head) and path.stat().st_size < 4096:
         return f"an error message: {head[:80]!r}"
     if Path(name).suffix == ".parquet" and not (head[:4] == tail[-4:] == b"PAR1"):
-        return f"no Parquet (cut short or damaged): it starts with {head[:16]!r}"
+        return f"not Parquet (truncated or damaged): it starts with {head[:16]!r}"
     if archive and not (_is_zip(path) or _is_tar(path)):
-        return f"no zip or tar archive (cut short or damaged): it starts with {head[:16]!r}"
+        return f"not a zip or tar archive (truncated or damaged): it starts with {head[:16]!r}"
     return None

@@ -1,4 +1,4 @@
-"""Long work that a person sees and can stop: a progress bar, reading in a thread, a look at the disk."""
+"""Helpers for long downloads: a progress bar, iteration in a thread that Ctrl-C can stop, a check of disk space."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from visper.common.errors import DataError
 
 T = TypeVar("T")
 POLL = 0.2
-"""Seconds between two looks at whether the work should stop."""
+"""Seconds between checks of whether the work should stop."""
 
 
 class ProgressBar:
-    """One line of the progress display; also where a download learns that it should stop."""
+    """One line of the progress display; it also stops the work when ``stop`` is set."""
 
     def __init__(self, progress: Progress, stop: threading.Event, title: str) -> None:
         self.progress, self.stop, self.title = progress, stop, title
         self.task: TaskID | None = None
 
     def show(self, what: str, done: int, total: int | None) -> None:
-        """Shows a step at ``done`` of ``total`` bytes."""
+        """Shows the step ``what`` at ``done`` of ``total`` bytes."""
         if self.task is None:
             self.task = self.progress.add_task(self.title, total=total)
         self.progress.update(self.task, description=f"{what} {self.title}", completed=done, total=total)
 
     def advance(self, count: int) -> None:
-        """Adds bytes, or stops the work."""
+        """Adds bytes, or raises KeyboardInterrupt if the work should stop."""
         if self.stop.is_set():
             raise KeyboardInterrupt
         if self.task is not None:
             self.progress.advance(self.task, count)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays on the screen."""
         self.progress.console.print(f"{self.title}: {text}", highlight=False)
 
     def end(self) -> None:
-        """Takes the line away."""
+        """Removes the progress line."""
         if self.task is not None:
             self.progress.remove_task(self.task)
             self.task = None
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
-    """Refuses to begin what the disk cannot hold.
+    """Checks free disk space before a step that needs it.
 
     Raises:
         DataError: fewer than ``needed`` bytes are free.
@@ -60,12 +60,12 @@ def require_room(folder: Path, needed: int, what: str) -> None:
         raise DataError(
             "disk full",
             f"{what} needs {needed / 1e9:.2f} GB, '{folder}' has {free / 1e9:.2f} GB free: make room, choose "
-            "another --root, or drop archives once unpacked (--drop-archives); what is there stays, repeat to go on",
+            "another --root, or delete archives once unpacked (--drop-archives); then repeat the command to continue",
         )
 
 
 def in_background(work: Iterator[T], stop: threading.Event, limit: float) -> Generator[T, None, None]:
-    """Iterates in a thread of its own: a server that sends a byte at a time holds up neither Ctrl-C nor the limit.
+    """Iterates in a separate thread, so that a slow server can block neither Ctrl-C nor the time limit.
 
     Raises:
         TimeoutError: the next item took longer than ``limit`` seconds.
@@ -88,7 +88,7 @@ def in_background(work: Iterator[T], stop: threading.Event, limit: float) -> Gen
                 if left.is_set():
                     return
             put(None)
-        except Exception as error:  # noqa: BLE001 - raised again below, in the thread that waits
+        except Exception as error:  # noqa: BLE001 - raised again below, in the waiting thread
             put(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -102,7 +102,7 @@ def in_background(work: Iterator[T], stop: threading.Event, limit: float) -> Gen
             except queue.Empty:
                 waited += pause
                 if waited > limit:
-                    raise TimeoutError(f"nothing came for {limit:g} s") from None
+                    raise TimeoutError(f"received nothing for {limit:g} s") from None
                 continue
             waited = 0.0
             if item is None:

@@ -1,7 +1,7 @@
-"""What a data set is: where its files come from, what they hold, where each belongs under one root.
+"""Descriptions of data sets: where files come from, what they contain, where each belongs under the root.
 
-The catalogue is a folder of YAML files (``catalogue/``); a user's own set is one more such file. Nothing here touches
-the network: ``prepare`` brings what these pages describe, a run asks ``row_files`` where its rows lie.
+The catalogue is a folder of YAML files (``catalogue/``); a user's own set is another such file. This module does not
+use the network: ``prepare`` downloads what the files describe, and ``row_files`` tells a run where its rows are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from visper.data.sets.archives import relative_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 ARCHIVES = "archives"
-"""Folder under the root where archives lie until they are dropped; one that a person puts there is used."""
+"""Folder under the root for archives until they are deleted; an archive that a user puts there is used."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -57,16 +57,16 @@ Inside = Annotated[str, AfterValidator(_relative)]
 
 
 class Part(BaseModel):
-    """A part of a set's description: unknown keys are refused."""
+    """A part of a set's description; rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Origin(Part):
-    """One place a file comes from: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
+    """One source of a file: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
 
-    On the hub, ``path`` may be a pattern: for a download whose ``file`` is a folder, all that match are taken.
-    ``sha256`` holds for this origin alone.
+    On the hub, ``path`` may be a pattern: if the download's ``file`` is a folder, all matching files are taken.
+    ``sha256`` applies to this origin only.
     """
 
     url: str | None = Field(None, pattern="^https?://")
@@ -84,44 +84,44 @@ class Origin(Part):
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on this machine."""
+        """Whether it is on this machine."""
         return self.url is None and self.hub is None
 
 
 class Unpack(Part):
-    """Which members of an archive go where."""
+    """A rule for unpacking: which members of an archive go where."""
 
-    to: Inside = Field(description="folder under the root")
+    to: Inside = Field(description="target folder under the root")
     inside: Inside = Field("", description="folder of the archive whose content goes to 'to'")
-    flat: bool = Field(False, description="only the members' last names count")
-    only: tuple[str, ...] = Field((), description="patterns; members taken whether or not the rows name them")
-    extension: str | None = Field(None, pattern=r"^\.\w+$", description="every member gets this one")
-    inner: str | None = Field(None, description="an archive inside the archive: its members are meant")
+    flat: bool = Field(False, description="drop the members' folders")
+    only: tuple[str, ...] = Field((), description="patterns; members to unpack even if no row names them")
+    extension: str | None = Field(None, pattern=r"^\.\w+$", description="extension given to every member")
+    inner: str | None = Field(None, description="an archive inside the archive, whose members are unpacked")
 
     @property
     def targets(self) -> list[str]:
-        """Files, where they are known by name, or else the folder that it fills."""
+        """The files that it creates if their names are known, else the folder."""
         if self.only and not any(sign in pattern for pattern in self.only for sign in "*?["):
             return [f"{self.to}/{name}" if self.to else name for name in self.only]
         return [self.to]
 
 
 class Download(Part):
-    """One file, or several in a folder (``file`` ends with '/'). They lie there; with ``unpack`` in ``archives/``."""
+    """One file, or several in a folder (``file`` ends with '/'), put under the root, or in ``archives/`` to unpack."""
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
     sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
-    size: Annotated[str, AfterValidator(_size)] | None = Field(None, description="about, for people and disk checks")
+    size: Annotated[str, AfterValidator(_size)] | None = Field(None, description="approximate, for lists and checks")
     exact_bytes: PositiveInt | None = Field(None, alias="bytes", description="published size")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
     unpack: tuple[Unpack, ...] = ()
 
     def name_of(self, address: str) -> str:
-        """Name of one of its files, from the last part of the address it comes from.
+        """The name of one of its files: ``file``, or if that is a folder, a name from the last part of the address.
 
         Raises:
-            DataError: that part is no name of a file.
+            DataError: that part is not the name of a file.
         """
         if not self.file.endswith("/"):
             return self.file
@@ -132,7 +132,7 @@ class Download(Part):
 
     @property
     def labels(self) -> list[str]:
-        """The sources as people know them."""
+        """The sources as shown to users."""
         return [
             origin.url or (f"hub:{origin.hub}/{origin.path}" if origin.hub else str(origin.path))
             for origin in self.sources
@@ -140,16 +140,16 @@ class Download(Part):
 
     @property
     def estimate(self) -> int | None:
-        """Bytes, exactly or about; None where nobody published them."""
+        """The size in bytes, exact or approximate; None if unknown."""
         return self.exact_bytes or (_in_bytes(self.size) if self.size else None)
 
     def place(self, root: Path, name: str) -> Path:
-        """Where a file of this download lies under the root."""
+        """The path of one of its files."""
         return root / ARCHIVES / name if self.unpack else root / name
 
 
 class Rows(Part):
-    """A conversation file and the folder its image paths start from, both under the root."""
+    """A conversation file and its images folder, both under the root."""
 
     json_file: Inside = Field(alias="json")
     images: Inside = "."
@@ -165,26 +165,26 @@ class DataSet(Part):
     notes: str | None = None
     needs: tuple[str, ...] = Field((), description="sets whose files this one shares")
     rows: tuple[Rows, ...] = ()
-    needed_by: dict[str, int] = Field(default_factory=dict, description="set -> its rows that name files of this one")
+    needed_by: dict[str, int] = Field(default_factory=dict, description="set -> number of its rows that use this one")
     downloads: tuple[Download, ...] = ()
 
 
 def set_names() -> list[str]:
-    """Names of the catalogue's sets."""
+    """The names of the catalogue's sets."""
     return sorted(file.stem for file in _shipped().glob("*.yaml"))
 
 
 def read_set(name: str) -> tuple[DataSet, Path]:
-    """A set of the catalogue, or the one a YAML file describes; with the folder its local paths start from.
+    """A set of the catalogue or of a YAML file, and the folder that its local paths are relative to.
 
     Raises:
-        ConfigError: there is none, or its description is wrong; every fault with file and key.
+        ConfigError: the set does not exist, or its description is wrong; lists every fault with file and key.
     """
     shipped = _shipped() / f"{name}.yaml"
     file = shipped if shipped.is_file() else Path(name)
     if not file.is_file():
         near = difflib.get_close_matches(name, set_names(), n=1, cutoff=0.4)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         raise ConfigError(f"no data set '{name}': neither in the catalogue nor a YAML file{hint} "
                           "`visper data list` shows them")  # fmt: skip
     try:
@@ -192,7 +192,7 @@ def read_set(name: str) -> tuple[DataSet, Path]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: a data set is a mapping of keys, found {type(content).__name__}")
+        raise ConfigError(f"{file}: expected a mapping of keys, found {type(content).__name__}")
     try:
         return DataSet.model_validate(content), file.parent
     except ValidationError as error:
@@ -200,7 +200,7 @@ def read_set(name: str) -> tuple[DataSet, Path]:
 
 
 def with_needs(name: str) -> list[tuple[DataSet, Path]]:
-    """A set and all it needs, each once, the set itself first."""
+    """A set and all sets that it needs, each once, the set itself first."""
     found: dict[str, tuple[DataSet, Path]] = {}
     open_names = [name]
     while open_names:
@@ -212,7 +212,7 @@ def with_needs(name: str) -> list[tuple[DataSet, Path]]:
 
 
 def places_of(data_set: DataSet) -> list[str]:
-    """Files and folders under the root that a set's own downloads and rows fill, each once."""
+    """The files and folders under the root of a set's own downloads and rows, each once."""
     names = [rows.json_file for rows in data_set.rows]
     for download in data_set.downloads:
         names += [target for unpack in download.unpack for target in unpack.targets] or [download.file]
@@ -224,9 +224,9 @@ def _is_there(place: Path) -> bool:
 
 
 def missing(data_set: DataSet, root: Path) -> list[str]:
-    """What of a set's own files is not under the root, by name; a preparation that never ended counts too.
+    """The names of a set's own files and folders that are absent from the root, and an entry if it is half prepared.
 
-    Looks at files and folders, not into them: a tree put together by hand is as good as one that ``prepare`` made.
+    Only their existence is checked, so a folder assembled by hand is as good as one made by ``prepare``.
     """
     absent = [name for name in places_of(data_set) if not _is_there(root / name)]
     if not absent and data_set.name in Lockfile(root / LOCKFILE).unfinished():
@@ -236,7 +236,7 @@ def missing(data_set: DataSet, root: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A line of ``visper data list``: texts for people."""
+    """A line of ``visper data list``, as texts."""
 
     name: str
     use: str
@@ -248,14 +248,14 @@ class Listed:
 
 
 def listing(names: Sequence[str], root: Path) -> list[Listed]:
-    """Sets with their downloads and the disk that these and the unpacked files take at most, needs included ('+': some
-    sizes are unpublished), and what is under the root."""
+    """The lines of ``visper data list``. Download size and largest disk use include the sets that a set needs ('+':
+    some sizes are not published); the state tells what is under the root."""
     lines = []
     for name in names:
         sets = [data_set for data_set, _ in with_needs(name)]
         downloads = [download for data_set in sets for download in data_set.downloads]
         known = sum(download.estimate or 0 for download in downloads)
-        # Images do not shrink in an archive: unpacked they take its size once more.
+        # Images are not compressed further in an archive: unpacked files take its size once more.
         both = sum((download.estimate or 0) * (2 if download.unpack else 1) for download in downloads)
         more = " +" if any(download.estimate is None for download in downloads) else ""
         size, disk = (f"{total / 1e9:.1f} GB{more}" if total else "?" for total in (known, both))
@@ -267,7 +267,7 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
 
 
 def row_files(data: Data) -> list[RowSource]:
-    """Where the rows of ``data.sources`` lie, in their order; a set may have several files.
+    """The row sources of ``data.sources``, in order; a set may have several files.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
@@ -297,30 +297,30 @@ def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str |
         absent = [part.json_file for part in rows if not (root / part.json_file).is_file()]
     if absent:
         raise ConfigError(
-            f"data set '{name}' is not whole under '{root}': no {_some(absent)}. "
-            f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to where it lies"
+            f"data set '{name}' is not complete under '{root}': missing {_some(absent)}. "
+            f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to its folder"
         )
     return [(str(root / part.json_file), str(root / part.images)) for part in rows]
 
 
 def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
-    """The conversation files that a person means, each with the folder its image paths start from.
+    """The conversation files of a name given on the command line, each with its images folder.
 
     Args:
         name: a conversation file (.json or .jsonl), a set of the catalogue, or a YAML file like its entries.
-        images: folder of a conversation file's images; a set knows its own.
-        root: where sets lie.
-        whole: a set's images must be there, not only its rows.
+        images: images folder of a conversation file; must be None for a set.
+        root: folder of the sets.
+        whole: require a set's images, not only its rows.
 
     Raises:
-        ConfigError: a file without ``images``, or a set with them; the set is unknown or not there.
+        ConfigError: a file is given without ``images``, or a set with it; the set is unknown or not under the root.
     """
     if is_json_name(name):
         if images is None:
-            raise ConfigError(f"'{name}' is a conversation file: say with --images where its image paths start")
+            raise ConfigError(f"'{name}' is a conversation file: give the folder of its images with --images")
         return [(Path(name), images)]
     if images is not None:
-        raise ConfigError(f"'{name}' is a data set, which knows its images: leave out --images, or name a .json file")
+        raise ConfigError(f"'{name}' is a data set with its own images: omit --images, or give a .json file")
     return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
 
 

@@ -1,8 +1,8 @@
-"""One file over HTTP, whole and true: continued where it stopped, tried again, compared with what is known of it.
+"""Downloads one file over HTTP: continued after an interruption, retried, verified against known sizes and hashes.
 
-The hub's client names files, sizes and hashes; the bytes of hub and other servers come the same way, since that client
-(2.4) throws an interrupted file away. A part is continued only if the server says it is still the same file (If-Range
-with its strong ETag or date), or if a published hash will tell in the end.
+The hub's client is used only to list files, sizes and hashes; the files are downloaded here, since that client (2.4)
+discards interrupted downloads. A partial file is continued only if the server confirms that the file is the same
+(If-Range with its strong ETag or date), or if a published hash will verify the result.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from visper.data.sets.lockfile import Entry, Lockfile
 
 CHUNK = 1 << 20
 PIECE = 1 << 16
-"""Bytes read from a connection at once; when it breaks, up to so many that had come are lost."""
+"""Bytes read from a connection at once; when it breaks, up to this many received bytes are lost."""
 FOUND = "found in place"
-"""Recorded as the source of a file that a person put there."""
+"""The recorded source of a file that a user put in place."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a server is waited for. Seconds; a pause doubles with each fruitless attempt.
+    """How long to wait for a server, in seconds; the pause doubles with each attempt that gains no bytes.
 
-    ``timeout`` bounds the connection, all of the headers, and each piece of the body.
+    ``timeout`` limits the connection, all headers together, and each piece of the body.
     """
 
     attempts: int = 6
@@ -48,13 +48,13 @@ class RetryPolicy:
     longest_pause: float = 600.0
 
     def retries(self) -> Retry:
-        """The attempts that are left after the first one."""
+        """The attempts after the first one."""
         return Retry(self.attempts - 1, backoff_factor=self.pause, backoff_max=self.longest_pause)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file at an address, or on this machine (``local``), with what is published about it."""
+    """A file at a URL or on this machine (``local``), with its published size and hashes."""
 
     name: str
     source: str
@@ -67,12 +67,12 @@ class Remote:
 
     @property
     def hash_is_published(self) -> bool:
-        """Whether the end of a download can be told right from wrong without the first one."""
+        """Whether a published hash can verify the download."""
         return self.sha256 is not None or self.md5 is not None
 
 
 class SourceError(Exception):
-    """This source does not give the file; another one may."""
+    """This source does not provide the file; another one may."""
 
 
 class _PassingError(Exception):
@@ -84,7 +84,7 @@ class _PassingError(Exception):
 
 
 def without_queries(text: str) -> str:
-    """A message or an address without the query strings of addresses: those of presigned ones are secrets."""
+    """A text with the query strings of URLs removed, since those of presigned URLs are secrets."""
     return re.sub(r"\?[^\s'\")>]*=[^\s'\")>]*", "", text)
 
 
@@ -97,14 +97,15 @@ def obtain(
     meter: ProgressBar,
     patience: RetryPolicy,
 ) -> Entry:
-    """The file at ``place``, fetched if it is not there, equal to what is published and to what was recorded.
+    """Fetches a file to ``place`` if it is absent, and verifies it against its published and recorded identity.
 
     Args:
-        part: where an unfinished download lies and is continued from.
-        archive: it must open as zip or tar.
+        part: the partial download, which is continued.
+        archive: whether the file must be a zip or tar.
 
     Raises:
-        SourceError: the source does not give it, or gives something else.
+        SourceError: the source does not provide the file, or provides another one.
+        DataError: the file at ``place`` is another one, or the disk is full.
     """
     known = lockfile.entry(remote.name, remote.source)
     if place.is_file():
@@ -121,7 +122,7 @@ def obtain(
                 raise
             meter.say(f"{error}; fetching it again from the start")
             continue
-        # Recorded before it takes its place: after a kill in between, the finished part is compared and moved.
+        # Recorded before it is moved: after a kill in between, the finished part is verified and moved.
         lockfile.record(remote.name, remote.source, found)
         place.parent.mkdir(parents=True, exist_ok=True)
         part.replace(place)
@@ -131,7 +132,7 @@ def obtain(
 
 
 def _accept(remote: Remote, place: Path, archive: bool, lockfile: Lockfile, meter: ProgressBar) -> Entry:
-    """A file that is already in its place: its published hash decides, else the recorded size."""
+    """Accepts a file that is already in place by its published hash, or else by its recorded size."""
     known = lockfile.recorded(remote.name)
     size = place.stat().st_size
     try:
@@ -140,7 +141,7 @@ def _accept(remote: Remote, place: Path, archive: bool, lockfile: Lockfile, mete
                 if entry.bytes == size:
                     return entry
             if known:
-                raise SourceError(f"{size} bytes, {known[0].bytes} were recorded")
+                raise SourceError(f"it has {size} bytes, recorded were {known[0].bytes}")
         found = _verified(remote, place, archive, None, meter)
     except SourceError as error:
         raise DataError("unexpected file", f"'{place}': {error}. Move it away to have it fetched again") from error
@@ -152,7 +153,7 @@ def _accept(remote: Remote, place: Path, archive: bool, lockfile: Lockfile, mete
 def _verified(remote: Remote, path: Path, archive: bool, known: Entry | None, meter: ProgressBar) -> Entry:
     size = path.stat().st_size
     if remote.bytes is not None and size != remote.bytes:
-        raise SourceError(f"{size} bytes, expected {remote.bytes}")
+        raise SourceError(f"it has {size} bytes, expected {remote.bytes}")
     fault = content_fault(path, archive, remote.name)
     if fault is not None:
         raise SourceError(fault)
@@ -168,21 +169,21 @@ def _verified(remote: Remote, path: Path, archive: bool, known: Entry | None, me
     sha256 = hashes["sha256"].hexdigest()
     for kind, expected in (("sha256", remote.sha256), ("md5", remote.md5)):
         if expected is not None and hashes[kind].hexdigest() != expected:
-            raise SourceError(f"its {kind} is {hashes[kind].hexdigest()}, published is {expected}")
+            raise SourceError(f"its {kind} is {hashes[kind].hexdigest()}, but the published one is {expected}")
     if known is not None and known.sha256 != sha256:
         raise SourceError(
-            f"its sha256 is {sha256}, recorded at the first download {known.sha256}: the file behind the address has "
-            "changed. To trust the new one, remove its entry from visper-data.lock.json"
+            f"its sha256 is {sha256}, but {known.sha256} was recorded at the first download: the file at this address "
+            "has changed. To trust the new one, remove its entry from visper-data.lock.json"
         )
     return Entry(size, sha256)
 
 
 def fetch(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
-    """Brings the remote file to ``part``, however often the connection breaks, as long as bytes are gained.
+    """Downloads the remote file to ``part``, reconnecting as long as bytes are gained.
 
     Raises:
-        SourceError: the server refuses it, or nothing is gained for ``patience.attempts`` attempts.
-        DataError: the disk is too small.
+        SourceError: the server refuses, or ``patience.attempts`` attempts in a row gain no bytes.
+        DataError: the disk is full.
     """
     furthest, retries = _size(part), patience.retries()
     while True:
@@ -198,9 +199,9 @@ def fetch(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy)
         try:
             retries = patience.retries() if gained else retries.increment(error=passing)
         except MaxRetryError as error:
-            raise SourceError(f"gave up after {patience.attempts} fruitless attempts: {passing}") from error
+            raise SourceError(f"gave up after {patience.attempts} failed attempts: {passing}") from error
         wait = min(patience.longest_pause, passing.wait or max(patience.pause, retries.get_backoff_time()))
-        meter.say(f"{passing}; trying again in {wait:g} s, {_size(part)} bytes are kept")
+        meter.say(f"{passing}; retrying in {wait:g} s, {_size(part)} bytes are kept")
         if meter.stop.wait(wait):
             raise KeyboardInterrupt
 
@@ -213,20 +214,20 @@ def _answer(url: str, headers: Mapping[str, str], timeout: float) -> Iterator[re
 
 
 def _decoded(pieces: Iterator[bytes], encoding: str | None) -> Iterator[bytes]:
-    """A body that a server compressed unasked, read to its checked end: requests takes half of one for a whole."""
+    """The body, decompressed to its verified end if the server compressed it: requests accepts a truncated one."""
     if encoding is None:
         yield from pieces
         return
     if encoding != "gzip":
-        raise _PassingError(f"the body is encoded as {encoding!r}, which was not asked for")
+        raise _PassingError(f"the body is encoded as {encoding!r}, which was not requested")
     decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
     yield from map(decoder.decompress, pieces)
     if not decoder.eof or decoder.unused_data:
-        raise _PassingError("the compressed body is cut or has something behind its end")
+        raise _PassingError("the compressed body is truncated or has data after its end")
 
 
 def _continue(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPolicy) -> None:
-    """One request: what is missing of the part, or all of it."""
+    """One request, for the rest of the partial file or for the complete file."""
     state, offset = _read_state(part), _size(part)
     same = state.get("source") == remote.source
     validator = state.get("validator") if same else None
@@ -244,7 +245,7 @@ def _continue(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPol
         assert isinstance(reply, requests.Response)
         if reply.status_code == 416 and offset:
             _discard(part)
-            raise _PassingError(f"the server has no bytes from {offset} on: starting anew", 0.001)
+            raise _PassingError(f"the server has no bytes from {offset} on: starting again", 0.001)
         _refuse_bad(reply)
         if reply.status_code == 206:
             total = _check_range(reply, offset, state, remote, part)
@@ -253,7 +254,7 @@ def _continue(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPol
             _refuse_size(remote, total)
             _refuse_endless(remote, reply)
             part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(b"")  # before its state: a kill in between leaves nothing to continue wrongly
+            part.write_bytes(b"")  # emptied before its new state is written, in case of a kill in between
         _refuse_size(remote, total)
         new = {
             "source": remote.source,
@@ -267,18 +268,18 @@ def _continue(remote: Remote, part: Path, meter: ProgressBar, patience: RetryPol
         meter.show("fetching", offset, total)
         _write(received, part, total or remote.bytes, meter)
     if total is not None and _size(part) != total:
-        raise _PassingError(f"{_size(part)} of {total} bytes came")
+        raise _PassingError(f"received {_size(part)} of {total} bytes")
 
 
 def _write(received: Iterator[requests.Response | bytes], part: Path, most: int | None, meter: ProgressBar) -> None:
-    """Appends a body to the part, within the disk and the bytes announced."""
+    """Appends the body to the part; checks free disk space and the announced number of bytes."""
     with part.open("ab") as file:
         for chunk in received:
             assert isinstance(chunk, bytes)
             require_room(part.parent, len(chunk), part.name)
             if most is not None and file.tell() + len(chunk) > most:
                 _discard(part)
-                raise _PassingError(f"more than the {most} bytes announced came")
+                raise _PassingError(f"received more than the announced {most} bytes")
             file.write(chunk)
             meter.advance(len(chunk))
 
@@ -288,38 +289,38 @@ def _refuse_bad(reply: requests.Response) -> None:
     if status in _PASSING:
         raise _PassingError(f"HTTP {status} {reply.reason}", _retry_after(reply))
     if status in (401, 403):
-        raise SourceError(f"HTTP {status} {reply.reason}: not allowed; a hub data set may ask for `hf auth login`")
+        raise SourceError(f"HTTP {status} {reply.reason}: not allowed; a hub data set may need `hf auth login`")
     if status not in (200, 206):
         raise SourceError(f"HTTP {status} {reply.reason}")
 
 
 def _refuse_size(remote: Remote, total: int | None) -> None:
     if None not in (remote.bytes, total) and total != remote.bytes:
-        raise SourceError(f"the server offers {total} bytes, published are {remote.bytes}")
+        raise SourceError(f"the server offers {total} bytes, but the published size is {remote.bytes}")
 
 
 def _refuse_endless(remote: Remote, reply: requests.Response) -> None:
-    """A body that ends with the connection may have been cut: only a published size or hash can tell."""
+    """Refuses a body without a length unless a size or hash is published: it may be truncated unnoticed."""
     measured = _number(reply.headers.get("Content-Length")) is not None
     chunked = reply.headers.get("Transfer-Encoding", "").lower() == "chunked"
     if not measured and not chunked and remote.bytes is None and not remote.hash_is_published:
-        raise SourceError("the server does not tell its length: give its 'bytes' or 'sha256' in the set's description")
+        raise SourceError("the server sends no length: give 'bytes' or 'sha256' in the set's description")
 
 
 def _check_range(reply: requests.Response, offset: int, state: Mapping[str, Any], remote: Remote, part: Path) -> int:
-    """The file's length, if the piece sent reaches its end and continues the very file that the part is of."""
+    """The file's length; raises unless the response extends to the file's end and belongs to the partial file."""
     span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.headers.get("Content-Range", ""), re.ASCII)
     start, end, total = map(int, span.groups()) if span else (-1, -1, -1)
     found, etag = _validator(reply), reply.headers.get("ETag")
     same = state.get("source") == remote.source
     changed = same and (
         (found is not None and state.get("validator") not in (None, found))
-        or state.get("etag") not in (None, etag)  # a weak one too: no other file is continued
+        or state.get("etag") not in (None, etag)  # also a weak one
         or state.get("total") not in (None, total)
     )
     if start != offset or end != total - 1 or changed or "Content-Encoding" in reply.headers:
         _discard(part)
-        raise _PassingError("the server's file changed or it sent another piece than asked for: starting anew", 0.001)
+        raise _PassingError("the server's file changed or it sent another range than requested: starting again", 0.001)
     return total
 
 
@@ -339,7 +340,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _retry_after(reply: requests.Response) -> float | None:
-    """Seconds the server asks to wait; None where it says nothing that can be read."""
+    """The seconds that the server asks to wait; None without a valid header."""
     value = reply.headers.get("Retry-After", "")
     try:
         return Retry().parse_retry_after(value)

@@ -1,4 +1,4 @@
-"""From a download's description to the files behind it: at an address, on the hub, on this disk."""
+"""Resolves a download's description to files: at a URL, on the hub, or on the local disk."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from visper.data.sets.catalog import Download, Origin
 from visper.data.sets.fetch import Remote, SourceError, without_queries
 
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, RuntimeError)
-"""What asking the hub raises: the bases are its HTTP client's own error (httpx's or httpx2's, by version), OSError."""
+"""Exceptions of hub requests. The bases are the HTTP client's error (httpx or httpx2, by version) and OSError."""
 
 
 def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
-    """The files that one origin has for a download, with the sizes and hashes that it or the catalogue publishes.
+    """The files that one origin has for a download, with the sizes and hashes published there or in the catalogue.
 
     Raises:
-        SourceError: it has none, or cannot be asked.
+        SourceError: the origin has no such file or cannot be reached.
     """
     if origin.url is not None:
         return [_remote(download, origin, download.name_of(origin.url), without_queries(origin.url), url=origin.url)]
@@ -37,9 +37,7 @@ def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -
         listing = api.dataset_info(repository, revision=origin.revision, files_metadata=True)
         headers = build_hf_headers()
     except HUB_ERRORS as error:
-        raise SourceError(
-            f"the hub does not list it: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise SourceError(f"the hub cannot list it: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     found = []
     for file in sorted(listing.siblings or [], key=lambda file: file.rfilename):
         if not fnmatch.fnmatchcase(file.rfilename, pattern):
@@ -52,9 +50,9 @@ def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -
         source = f"hub:{repository}/{file.rfilename}"
         found.append(_remote(download, origin, name, source, address, None, headers, file.size, sha256))
     if not found:
-        raise SourceError(f"nothing on the hub's '{repository}' matches '{pattern}'")
+        raise SourceError(f"no file of '{repository}' on the hub matches '{pattern}'")
     if len({remote.name for remote in found}) != len(found):
-        raise SourceError(f"{len(found)} files match '{pattern}', and would have one name: '{found[0].name}'")
+        raise SourceError(f"{len(found)} files match '{pattern}' but would get the same name: '{found[0].name}'")
     return found
 
 

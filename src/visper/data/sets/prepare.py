@@ -1,8 +1,8 @@
-"""``visper data prepare``: from the catalogue's pages to files in their places, whole or absent, safe to repeat.
+"""``visper data prepare``: downloads and unpacks data sets; files are complete or absent, and it is safe to repeat.
 
-Under the root lie the files that rows name, ``archives/`` until they are dropped, ``visper-data.lock.json``, and
-``.visper/`` with what is unfinished: parts of downloads (continued by the next run), one staged file (thrown away), the
-lists of the archives' members (so that nothing is fetched again to learn that nothing is missing).
+The root contains the files that rows name, ``archives/`` until they are deleted, ``visper-data.lock.json``, and
+``.visper/`` with unfinished files: partial downloads (continued by the next run), one staged file (deleted by it), and
+lists of the archives' members (so that archives need not be fetched again to see that nothing is missing).
 """
 
 from __future__ import annotations
@@ -54,23 +54,25 @@ def prepare(
     patience: RetryPolicy | None = None,
     again: Collection[str] = (),
 ) -> Summary:
-    """Brings a set and what it needs under a root. Safe to kill at any moment and to repeat; a second run waits.
+    """Downloads and unpacks a set and the sets it needs. Safe to kill at any moment and to repeat; a second run waits.
 
     Args:
-        name: of the catalogue, or a YAML file like its entries.
+        name: a set of the catalogue, or a YAML file like its entries.
+        root: the folder of all data sets.
         everything: unpack all members, not only those that the rows name.
-        drop_archives: delete archives once nothing of them is missing.
-        workers: downloads at once.
-        again: places under the root to bring anew though something lies there; it stays until the new file is whole.
+        drop_archives: delete archives once all their members are unpacked.
+        workers: number of parallel downloads.
+        patience: how long to wait for servers.
+        again: paths under the root to fetch again; an existing file is kept until the new one is complete.
 
     Raises:
-        ConfigError: the name is unknown or a description wrong.
-        DataError: something could not be fetched or unpacked (the rest is there), or the disk is too small.
+        ConfigError: the name is unknown or a description is wrong.
+        DataError: something could not be fetched or unpacked (the rest was), or the disk is full.
     """
     sets = with_needs(name)
     console = console or Console()
     with locked(root / STATE, console, wait=True):
-        # Only what a preparation writes: a run may be writing its tables beside, into the same folder.
+        # Only files of a preparation: a run may be writing its tables into the same folder.
         own = ((root / STATE / folder).rglob(".*") for folder in (PARTS, MEMBERS))
         remove_leftovers(chain(root.glob(f".{LOCKFILE}.*"), *own))
         preparation = _Preparation(root, everything, drop_archives, workers, console, patience or RetryPolicy())
@@ -92,7 +94,7 @@ class _Preparation:
         self.unpacker = Unpacker(root, self.lockfile, self.outcome, self.progress, self.stop)
 
     def run(self, sets: list[tuple[DataSet, Path]], again: set[str]) -> Summary:
-        """The story: rows first, then what they name, then a look at what is still absent."""
+        """Fetches the rows, then the files that they name, then lists what is still absent."""
         self.unpacker.again = again
         set_names = [data_set.name for data_set, _ in sets]
         rows = [part for data_set, _ in sets for part in data_set.rows]
@@ -103,7 +105,7 @@ class _Preparation:
             files = [(self.root / part.json_file, part.images) for part in rows]
             unread = [part.json_file for part in rows if not (self.root / part.json_file).is_file()]
             if unread and not self.failures:
-                self.failures[unread[0]] = "no download of the set brings these rows: name them in 'file' or 'only'"
+                self.failures[unread[0]] = "no download of the set provides these rows: name them in 'file' or 'only'"
             if not unread and not any(part.json_file in self.failures for part in rows):
                 names = None if self.everything or not rows else self._named(files, [d for d, _ in downloads])
                 self._bring([Request(d, f, names) for d, f in downloads if _waits(d)])
@@ -118,7 +120,7 @@ class _Preparation:
         return self.outcome
 
     def _named(self, files: list[tuple[Path, str]], downloads: list[Download]) -> set[str]:
-        """Places under the root that rows name. Rows that cannot be read are not trusted any more."""
+        """The paths under the root that rows name. A download of rows that cannot be read is discarded."""
         found = set()
         for file, images in files:
             self.console.print(f"reading {file}")
@@ -137,7 +139,7 @@ class _Preparation:
         return found
 
     def _bring(self, wanted: list[Request]) -> None:
-        """Downloads side by side and unpacks each as it arrives; a failure lets the others go on."""
+        """Downloads in parallel and unpacks each download when it arrives; after a failure the others continue."""
         self.failures |= {
             item.download.file: fault for item in wanted if (fault := self._other_identity(item.download))
         }
@@ -154,7 +156,7 @@ class _Preparation:
                 try:
                     self._unpack(item, future.result())
                     self._drop_archives(item)
-                except Exception as error:  # noqa: BLE001 - of one file, whatever it is: the others go on
+                except Exception as error:  # noqa: BLE001 - any failure of one file: the others continue
                     text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
                     self.failures[item.download.file] = without_queries(text)
         except BaseException:
@@ -167,27 +169,27 @@ class _Preparation:
                 self._drop_archives(item)
 
     def _needs(self, item: Request) -> bool:
-        """Whether something of a download is missing, or a local file may have changed."""
+        """Whether files of a download are missing, or a local file may have changed."""
         if item.download.unpack:
             return self.unpacker.lacks(item)
         for name in self.unpacker.again & {*self.lockfile.parts(item.download.file), item.download.file}:
-            (self.root / name).unlink(missing_ok=True)  # of no archive: nothing would be fetched over it
+            (self.root / name).unlink(missing_ok=True)  # not from an archive: it is only fetched if it is absent
         return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
 
     def _other_identity(self, download: Download) -> str | None:
-        """How what was recorded differs from what the description publishes now; None: in nothing."""
+        """How the recorded identity differs from the one in the set's description; None if it does not."""
         for name, entry in self.lockfile.parts(download.file).items():
             found = {"sha256": entry.sha256, "bytes": entry.bytes}
             for key, published in (("sha256", download.sha256), ("bytes", download.exact_bytes)):
                 if published is not None and published != found[key]:
                     return (
-                        f"prepared from a file of {key} {found[key]}, the set's description now says {published}: "
+                        f"prepared from a file of {key} {found[key]}, but the set's description now says {published}: "
                         f"choose another --root, or remove '{name}' from {LOCKFILE} and its files under the root"
                     )
         return None
 
     def _at_hand(self, download: Download) -> list[Path]:
-        """The files of a download if all lie in their places with the recorded sizes; else none."""
+        """The files of a download if all exist with the recorded sizes; else an empty list."""
         parts = self.lockfile.parts(download.file)
         found = [download.place(self.root, name) for name in parts]
         sizes = [entry.bytes for entry in parts.values()]
@@ -204,7 +206,7 @@ class _Preparation:
         return self.root / STATE / PARTS / name
 
     def _obtain(self, item: Request) -> list[Path]:
-        """All files of a download, from the first source that gives them; runs in a thread of its own."""
+        """The files of a download, fetched from the first source that provides them; runs in a worker thread."""
         download = item.download
         hash_is_published = bool(download.sha256 or download.md5)
         if download.unpack and not hash_is_published and (found := self._at_hand(download)):
@@ -233,11 +235,11 @@ class _Preparation:
             return [download.place(self.root, name) for name in parts]
         raise DataError(
             "no source gave it",
-            f"{'; '.join(errors)}. What came is kept: repeat later, or put the file at '{place}' yourself",
+            f"{'; '.join(errors)}. Partial downloads are kept: repeat later, or put the file at '{place}' yourself",
         )
 
     def _remotes(self, download: Download, origin: Origin, folder: Path) -> list[Remote]:
-        """The files of an origin; the hub's client would wait for a silent server for ever, deaf to Ctrl-C."""
+        """The files of an origin, with a time limit: the hub's client would wait forever and ignore Ctrl-C."""
         asked = (remotes(download, origin, folder) for _ in range(1))
         with closing(in_background(asked, self.stop, 2 * self.patience.timeout)) as listed:
             try:
@@ -255,14 +257,14 @@ class _Preparation:
         return entry
 
     def _local(self, remote: Remote, local: Path, download: Download) -> Path:
-        """A file or folder of this machine: archives are read where they lie, other files copied when they differ."""
+        """A local file or folder: archives are read in place, other files are copied if they differ."""
         fault = content_fault(local, bool(download.unpack), remote.name) if local.is_file() else None
         if fault is not None:
             raise SourceError(fault)
         if download.unpack:
             return local
         if local.is_dir():
-            raise SourceError("it is a folder: say with 'unpack' where its files belong")
+            raise SourceError("it is a folder: give 'unpack' to say where its files belong")
         place, copy = download.place(self.root, remote.name), self._part(f"{remote.name}.copy")
         if not place.is_file() or not filecmp.cmp(local, place, shallow=False):
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +275,7 @@ class _Preparation:
         return place
 
     def _unpack(self, item: Request, paths: list[Path], retry: bool = True) -> None:
-        """Unpacks a download's archives. A broken one is not trusted any more, and fetched once more."""
+        """Unpacks a download's archives. A broken one is discarded and fetched once more."""
         if not item.download.unpack:
             return
         try:
@@ -286,7 +288,7 @@ class _Preparation:
             self._unpack(item, self._obtain(item), retry=False)
 
     def _distrust(self, download: Download) -> bool:
-        """Forgets a broken download and deletes it, unless a person put it there. Returns whether it is deleted."""
+        """Removes a broken download from the lock file, and deletes it unless a user put it there; returns whether."""
         names = list(self.lockfile.parts(download.file))
         ours = bool(names) and not any(self.lockfile.entry(name, FOUND) for name in names)
         self.lockfile.forget(download.file)
@@ -301,10 +303,10 @@ class _Preparation:
 
 
 def _first(download: Download) -> bool:
-    """Whether it may bring rows, or what is wanted whatever the rows name."""
+    """Whether it may contain rows, or members that are needed whatever the rows name."""
     return not download.unpack or any(unpack.only for unpack in download.unpack)
 
 
 def _waits(download: Download) -> bool:
-    """Whether rows say what is wanted of it."""
+    """Whether the rows decide which of its members are needed."""
     return any(not unpack.only for unpack in download.unpack)

@@ -1,4 +1,4 @@
-"""Members of archives to their places: only those that are wanted and absent, put right, each by one rename."""
+"""Unpacks archives: only members that are needed and absent, normalized, each moved to its place by one rename."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from visper.data.sets.catalog import ARCHIVES, Download, Unpack
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 STATE = ".visper"
-"""Folder under the root for what is unfinished, and for the lists of members."""
+"""Folder under the root for unfinished files and lists of archive members."""
 MEMBERS = "members"
 RESERVED = (ARCHIVES, STATE, LOCKFILE)
-"""Under the root, never written from an archive: another set would take what lies there for its own download."""
+"""Places under the root that archives may not write to: another set would take such a file for its own download."""
 
 
 @dataclass
 class Summary:
-    """What a preparation did. Names are places under the root."""
+    """The result of a preparation. Names are paths under the root."""
 
     fetched: list[str] = field(default_factory=list)
     unpacked: int = 0
@@ -41,11 +41,11 @@ class Summary:
 
     @property
     def nothing_done(self) -> bool:
-        """Whether everything was there already."""
+        """Whether everything was present before."""
         return not self.fetched and not self.unpacked
 
     def __str__(self) -> str:
-        """A line or a few for people."""
+        """A summary for the console."""
         lines = [f"{len(self.fetched)} files fetched, {self.unpacked} unpacked"]
         if self.nothing_done:
             lines = ["nothing to do"]
@@ -56,15 +56,19 @@ class Summary:
             if found:
                 lines.append(f"{len(found)} files {what}, first {found[:3]}")
         if self.named:
-            lines.append(f"{self.named - len(self.absent)} of {self.named} files that rows name are there")
+            lines.append(f"{self.named - len(self.absent)} of {self.named} files named by rows are present")
         return "; ".join(lines)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A download, the folder its local paths start from, and the places that are needed of it (None: all).
+    """A request to unpack a download.
 
-    ``last``: nothing else will be asked of its archives in this run.
+    Attributes:
+        download: the download.
+        folder: the folder that its local paths are relative to.
+        names: the needed paths under the root; None: all.
+        last: whether this is the last request for its archives in this run.
     """
 
     download: Download
@@ -74,7 +78,7 @@ class Request:
 
 
 class Unpacker:
-    """Unpacks under one root, one member at a time; ``staged`` is thrown away by the next run if this one dies."""
+    """Unpacks under one root, one member at a time. If the process dies, the next run deletes the ``staged`` file."""
 
     def __init__(
         self, root: Path, lockfile: Lockfile, outcome: Summary, progress: Progress, stop: threading.Event
@@ -84,10 +88,10 @@ class Unpacker:
         self.staged = root / STATE / "staged"
         self.staged.unlink(missing_ok=True)
         self.again: set[str] = set()
-        """Places that count as absent though something lies there, until they are written."""
+        """Paths that count as absent, although they exist, until they are written again."""
 
     def lacks(self, item: Request) -> bool:
-        """Whether something of a download's archives is absent, as far as can be told without them."""
+        """Whether needed members of a download may be absent, judged without opening its archives."""
         listed = self._listed(item.download)
         for unpack in item.download.unpack:
             if listed is not None:
@@ -102,10 +106,10 @@ class Unpacker:
         return False
 
     def unpack(self, item: Request, path: Path) -> None:
-        """Brings what is wanted of an archive or folder, and absent, to its places.
+        """Unpacks the needed and absent members of an archive or folder to their places.
 
         Raises:
-            DataError: the archive is unsafe, broken or laid out otherwise, or the disk is too small.
+            DataError: the archive is unsafe, broken or has an unexpected layout, or the disk is full.
         """
         download = item.download
         members = list_members(path, [unpack.inner for unpack in download.unpack if unpack.inner])
@@ -117,8 +121,8 @@ class Unpacker:
             if not needed and not several and item.names is not None and _under(item.names, unpack):
                 raise DataError(
                     "unexpected layout",
-                    f"'{path}' holds none of the files that the rows name under '{unpack.to}/'; "
-                    f"unpacked, its files would be, for example, {sorted(here)[:3]}",
+                    f"'{path}' contains none of the files that rows name under '{unpack.to}/'; it would unpack, for "
+                    f"example, {sorted(here)[:3]}",
                 )
             for place in needed:
                 if place.split("/")[0].casefold() in RESERVED:
@@ -148,10 +152,10 @@ class Unpacker:
             meter.end()
 
     def _put(self, name: str) -> None:
-        """The staged file, put right and moved to its place."""
+        """Normalizes the staged file and moves it to its place."""
         try:
             repaired = make_canonical(self.staged, name)
-        except DataError as error:  # kept as it came: what reads it later will name it
+        except DataError as error:  # kept unchanged: it is reported when it is read
             self.outcome.unreadable.append(f"{name}: {error.reason}")
             repaired = None
         if repaired is not None:
@@ -166,7 +170,7 @@ class Unpacker:
         return absent(self.root, names) | (names & self.again)
 
     def _list(self, download: Download, path: Path, members: list[Member]) -> None:
-        """Keeps an archive's list of members for the time when the archive is gone."""
+        """Saves an archive's list of members, for use after the archive is deleted."""
         for name, entry in self.lockfile.parts(download.file).items():
             if self.root / ARCHIVES / name == path:
                 listing = {"sha256": entry.sha256, "members": [(m.name, m.size, m.inner) for m in members]}
@@ -190,7 +194,7 @@ class Unpacker:
 
 
 def absent(root: Path, names: Iterable[str]) -> set[str]:
-    """Those of the names that are not under the root; a folder is listed once, however many of its files are named."""
+    """The names that do not exist under the root. Each folder is listed once, however many of its files are named."""
     folders: dict[str, set[str]] = {}
     for name in names:
         folder, _, last = name.rpartition("/")
@@ -198,7 +202,7 @@ def absent(root: Path, names: Iterable[str]) -> set[str]:
     found = set()
     for folder, lasts in folders.items():
         try:
-            there = set(os.listdir(root / folder))  # noqa: PTH208 - names are enough, and there are 100,000s
+            there = set(os.listdir(root / folder))  # noqa: PTH208 - faster, for hundreds of thousands of names
         except (FileNotFoundError, NotADirectoryError):
             there = set()
         found |= {f"{folder}/{last}" if folder else last for last in lasts - there}
