@@ -86,7 +86,7 @@ def test_what_cannot_be_fetched_leaves_what_is_there(shelf, tmp_path, monkeypatc
         (("llava-656k",), "did you mean 'llava-665k'"),
         (("gqa",), "rows of 'llava-665k' name its images"),
         (("mmstar",), "has no rows to train on: it is for evaluation"),
-        (("rows.json",), "say with --images where"),
+        (("rows.json",), "give the folder of its images with --images"),
         (("llava-665k", "--images", "x"), "omit --images"),
     ],
 )

@@ -17,7 +17,7 @@ from visper.config.kinds import (
     loss_place,
 )
 from visper.config.paths import PathText
-from visper.config.section import Choice, Section
+from visper.config.section import Choice, Section, without_nulls
 
 PUBLISHED_LOSS = {"smooth_l1": 1.0, "info_nce": 0.3}
 """The default losses of a task and their weights (paper, section 3)."""
@@ -51,8 +51,7 @@ class Target(Section):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for this kind of teacher; null restores the default."""
-        given = {**(self.model_extra or {}), "revision": self.revision}
-        return {name: value for name, value in given.items() if value is not None}
+        return without_nulls({**(self.model_extra or {}), "revision": self.revision})
 
     @model_validator(mode="after")
     def _known(self) -> Target:
@@ -91,7 +90,7 @@ class Head(Section):
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments for this kind of head; null restores the default."""
-        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return without_nulls(self.model_extra or {})
 
     @model_validator(mode="after")
     def _known(self) -> Head:
@@ -127,11 +126,7 @@ class Task(Section):
     weight: NonNegativeFloat = 0.5
     schedule: Schedule | None = None
 
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _without_removed(cls, loss: Any) -> Any:
-        """Null removes a loss of the extended recipe."""
-        return {k: v for k, v in loss.items() if v is not None} if isinstance(loss, dict) else loss
+    _without_removed = field_validator("loss", mode="before")(without_nulls)
 
     @field_validator("loss")
     @classmethod
@@ -183,11 +178,7 @@ class Distillation(Section):
         None, description="stored targets, written by `visper targets build`; no teacher is loaded"
     )
 
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _without_removed(cls, tasks: Any) -> Any:
-        """Null removes a task of the extended recipe."""
-        return {k: v for k, v in tasks.items() if v is not None} if isinstance(tasks, dict) else tasks
+    _without_removed = field_validator("tasks", mode="before")(without_nulls)
 
     @field_validator("tasks")
     @classmethod

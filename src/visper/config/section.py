@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +13,11 @@ class Choice(str, Enum):
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+def without_nulls(given: Any) -> Any:
+    """A mapping without its nulls, by which a recipe removes keys of an extended one; other values are unchanged."""
+    return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Section(BaseModel):

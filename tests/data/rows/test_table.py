@@ -133,7 +133,7 @@ def test_where_nothing_can_be_written_the_cache_is_moved_by_a_variable(tmp_path,
     monkeypatch.delenv("VISPER_CACHE")
     monkeypatch.setenv("VISPER_CACHE" if given else "XDG_CACHE_HOME", str(tmp_path / "file" / "x"))
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(DataError, match=r"file/x.*set the variable VISPER_CACHE to a folder"):
+    with pytest.raises(DataError, match=r"file/x.*set the variable VISPER_CACHE to a writable folder"):
         cache_folder(tmp_path)
     assert not (tmp_path / ".visper").exists()
 

@@ -110,7 +110,7 @@ def test_a_name_that_is_file_and_folder_is_refused(tmp_path):
 
 
 def test_a_missing_inner_archive_lists_those_there_are(tmp_path):
-    with pytest.raises(DataError, match=r"no 'x/val\.zip'; archives inside it: \['x/train\.zip'\]"):
+    with pytest.raises(DataError, match=r"does not contain 'x/val\.zip'; archives inside it: \['x/train\.zip'\]"):
         unpack(tmp_path, zipped({"x/train.zip": zipped({"a": b""})}), inner="x/val.zip")
 
 

@@ -227,7 +227,7 @@ def test_a_weak_etag_that_changes_is_another_file(shelf, here):
 def test_a_published_hash_is_checked_though_a_file_of_that_size_was_recorded(shelf, here):
     url = shelf.put("/rows.json", CONTENT)
     here.get(url)
-    with pytest.raises(DataError, match="published is"):
+    with pytest.raises(DataError, match="the published one is"):
         here.get(url, sha256=hashlib.sha256(OTHER).hexdigest())
 
 
@@ -268,14 +268,14 @@ def test_what_was_recorded_must_come_again(shelf, here):
 def test_a_file_in_place_is_never_overwritten(shelf, here):
     here.get(shelf.put("/rows.json", CONTENT))
     here.place.write_bytes(b"[1]")
-    with pytest.raises(DataError, match=r"3 bytes, 5002 were recorded\. Move it away"):
+    with pytest.raises(DataError, match=r"3 bytes, recorded were 5002\. Move it away"):
         here.get(shelf.address + "/rows.json")
     assert here.place.read_bytes() == b"[1]"
 
 
 def test_a_file_that_a_person_put_there_is_judged_and_used(shelf, here):
     here.place.write_bytes(OTHER)
-    with pytest.raises(DataError, match="published is"):
+    with pytest.raises(DataError, match="the published one is"):
         here.get("http://127.0.0.1:9/", sha256=hashlib.sha256(CONTENT).hexdigest())
     here.place.write_bytes(CONTENT)
     here.get("http://127.0.0.1:9/", sha256=hashlib.sha256(CONTENT).hexdigest())

@@ -87,9 +87,7 @@ def encoder_key(encoder: ConversationEncoder) -> str:
         encoder.image_text,
         tokenizers.__version__,
         transformers.__version__,
-        code_key(chat),
-        code_key(chat_template),
-        code_key(vlm),
+        code_key(chat, chat_template, vlm),
     )
 
 
