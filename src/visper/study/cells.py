@@ -244,7 +244,7 @@ def prepare_world(cell: Cell, console: Console) -> None:
     with locked(cell.world.parent, console, wait=True):
         if cell.world.exists():
             return
-        announce(console, "world", f"{size.more} scenes to learn from, {size.held_out} held out, into {cell.world}")
+        announce(console, "world", f"{size.more} training scenes and {size.held_out} held-out scenes into {cell.world}")
         write_study_world(
             cell.world,
             seed=cell.seed,
