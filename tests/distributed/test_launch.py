@@ -101,7 +101,7 @@ def test_a_process_that_could_not_save_is_named(start):
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=WAIT_S)
     assert run.returncode == 143
-    assert "told to stop (SIGTERM), but process 0 of 2 ended with exit code -15" in said and "did not save" in said
+    assert "stopped by SIGTERM, but process 0 of 2 ended with exit code -15" in said and "did not save" in said
 
 
 def test_a_second_ctrl_c_kills(start):

@@ -22,9 +22,9 @@ class Response:
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        (GatedRepoError, "student.llm: cannot load 'a/b': it is gated.*huggingface.co/a/b, then `hf auth login`"),
+        (GatedRepoError, "student.llm: cannot load 'a/b': it is gated.*huggingface.co/a/b, then run `hf auth login`"),
         (RepositoryNotFoundError, "cannot load 'a/b': the hub has no such model, or it is private"),
-        (ConnectionError, "cannot load 'a/b': who knows. Give a folder.*`hf download a/b`"),
+        (ConnectionError, "cannot load 'a/b': who knows. Use an existing folder.*`hf download a/b`"),
     ],
 )
 def test_what_cannot_be_had_says_what_to_do(cause, message):
@@ -50,7 +50,7 @@ def test_code_of_a_folder_is_run_only_where_the_recipe_says_so(tmp_path, tiny_en
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
     (folder / "mine.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(ConfigError, match=f"student.llm: '{folder}' brings code of its own"):
+    with pytest.raises(ConfigError, match=f"student.llm: '{folder}' contains its own code"):
         build_skeleton(StudentConfig(llm=str(folder), encoder=str(tiny_encoder)))
 
 

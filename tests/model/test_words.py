@@ -76,7 +76,7 @@ def test_byte_level_tokenizers_read_and_write_added_words():
 
 
 def test_a_word_that_the_tokenizer_would_not_write_as_it_was_read_is_refused():
-    with pytest.raises(ConfigError, match=r"'café café' as .* and writes '.*', so the word cannot be added"):
+    with pytest.raises(ConfigError, match=r"'café café' as .* and decodes it to '.*', so the word cannot be added"):
         add_words(tiny.byte_tokenizer(), ["café"])  # a byte-level decoder takes an added é for a byte
 
 

@@ -66,7 +66,7 @@ def test_with_none_left_the_error_says_what_to_do_each_time(tmp_path: Path) -> N
     save(tmp_path, 2)
     flip(weights(tmp_path, 2))
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"there are checkpoint-2\.damaged: put one back .* or remove the folder"):
+        with pytest.raises(ConfigError, match=r"is damaged \(checkpoint-2\.damaged\): restore one .* or remove"):
             newest_undamaged(tmp_path, Console(quiet=True))
 
 
@@ -83,7 +83,7 @@ def test_damaged_ones_do_not_count_as_kept(tmp_path: Path) -> None:
 def test_older_ones_stay_when_the_new_one_does_not_read_as_written(tmp_path: Path, monkeypatch) -> None:
     save(tmp_path, 2, 4)
     monkeypatch.setattr(checkpoint, "flush_names", lambda place: flip(weights(tmp_path, 6)))
-    with pytest.raises(TrainingError, match=r"checkpoint-6' is damaged right after it was written .* check the disk"):
+    with pytest.raises(TrainingError, match=r"checkpoint-6' is damaged right after writing .* check the disk"):
         save(tmp_path, 6, keep=1)
     assert newest_undamaged(tmp_path, Console(quiet=True)) == tmp_path / FOLDER / "checkpoint-4"
 

@@ -67,7 +67,7 @@ def test_whatever_changes_is_refused_by_name_alone(run: Run, tmp_path: Path, wha
     change, name = CHANGES[what]
     (tmp_path / CONTENT).write_text(json.dumps(content(run)))
     change(tmp_path)
-    with pytest.raises(ConfigError, match=rf"began: {name}\. Put it back, or .*--resume --accept-changes"):
+    with pytest.raises(ConfigError, match=rf"began: {name}\. Restore it, or .*--resume --accept-changes"):
         require_same_content(tmp_path, content(run))
 
 

@@ -1,8 +1,8 @@
-"""Assembles the student: a stock LLaVA made of an encoder, a projector and an LLM.
+"""Assembles the student: a stock LLaVA from an encoder, a projector and an LLM.
 
 Paper, section 3. The student is ``LlavaForConditionalGeneration`` with ``LlavaProcessor``; the task tokens are
-vocabulary entries that the processor's chat template puts behind the image. What is saved loads in transformers
-without this package, wherever the encoder is one that stock LLaVA can hold.
+vocabulary entries that the processor's chat template puts after the image. A saved student loads in transformers
+without this package if its encoder is one that stock LLaVA supports.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ def build_student(
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device_map: str | None = None,
 ) -> Student:
-    """Assembles a student from published parts. With dtype "auto" these stay in the precision they are stored in.
+    """Assembles a student from pretrained LLM and encoder, and a new projector (``mlp2x_gelu``: linear, GELU, linear).
 
-    With device_map "meta" it has everything but weights, which then take no memory and are not read.
+    New rows of the vocabulary are set to the mean of the existing rows; for added words, noise is added.
 
-    The projector is new (two linear layers with GELU between, ``mlp2x_gelu``); LLM and encoder bring their weights.
-    Rows that the vocabulary gains are set to the mean of the rows it had; those of added words lie around it.
+    Args:
+        dtype: precision of the student; "auto" keeps LLM and encoder as they are stored, with a float32 projector.
+        device_map: "meta" reads no weights and puts all parameters on the meta device.
 
     Raises:
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
@@ -80,10 +81,10 @@ def assemble_student(
     geometry: Geometry,
     projector_dtype: torch.dtype | None = None,
 ) -> Student:
-    """A student from loaded parts, or from parts on the meta device: then it has everything but weights.
+    """Assembles a student from loaded parts; if they are on the meta device, so are its parameters.
 
-    The tokenizer gains added words, the image token, the task tokens and, where it has none, a padding token. The
-    projector has the LLM's precision, unless another is given.
+    Adds to the tokenizer: the added words, the image token, the task tokens and, if it has none, a padding token. The
+    projector has the LLM's precision unless ``projector_dtype`` is given.
     """
     word_ids, task_names = _extend_vocabulary(tokenizer, config)
     processor = _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
@@ -127,10 +128,10 @@ def _tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase:
 
 
 def build_skeleton(config: StudentConfig) -> Student:
-    """The student that ``build_student`` would make, at full size but without weights: parameters on the meta device.
+    """The student that ``build_student`` would make, without weights (on the meta device) and without a processor.
 
-    Needs configurations only (``hub.sizes_of``), so a published base takes no download; with ``add_words`` also its
-    tokenizer. It has no processor.
+    Needs only configurations (``hub.sizes_of``), which for the published bases need no download, and with
+    ``add_words`` the tokenizer.
 
     Raises:
         ConfigError: a part's configuration cannot be loaded.
@@ -149,7 +150,7 @@ def build_skeleton(config: StudentConfig) -> Student:
     encoder = load_encoder(
         config.encoder, config.feature_layer, config.image_size, trust, False, config.encoder_revision
     )
-    # In the order of _extend_vocabulary: words, image, task tokens, padding.
+    # In the order of _extend_vocabulary: words, image token, task tokens, padding.
     image_id = vocabulary.size
     layout = config.task_tokens
     order, per_task = (layout.order, layout.per_task) if layout else ((), 0)
@@ -163,19 +164,19 @@ def build_skeleton(config: StudentConfig) -> Student:
 def _extend_vocabulary(
     tokenizer: PreTrainedTokenizerBase, config: StudentConfig
 ) -> tuple[list[int], dict[str, list[str]]]:
-    """Returns the ids of added words, and the task tokens by task."""
+    """Adds the student's tokens to the tokenizer; returns the ids of added words, and the task tokens by task."""
     layout = config.task_tokens
     names = {task: task_token_names(task, layout.per_task) for task in layout.order} if layout else {}
     new = [IMAGE_TOKEN, *(name for task in names.values() for name in task)]
     reserved = sorted({*new, PAD_TOKEN} & {*config.add_words})
     if reserved:
-        raise ConfigError(f"student.add_words names {reserved}, which the student uses itself: remove them")
+        raise ConfigError(f"student.add_words names {reserved}, which the student reserves: remove them")
     word_ids = add_words(tokenizer, config.add_words)
     tokenizer.add_tokens(new, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.padding_side = ANSWERING_SIDE
-    tokenizer.init_kwargs["padding_side"] = ANSWERING_SIDE  # or `save_pretrained` leaves it out where it was a default
+    tokenizer.init_kwargs["padding_side"] = ANSWERING_SIDE  # otherwise `save_pretrained` may omit it
     return word_ids, names
 
 
@@ -220,7 +221,7 @@ def _assemble(
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
         dtype=llm.dtype,
     )
-    # The skeleton costs nothing: its parts are built without memory and then replaced by the loaded ones.
+    # Built on the meta device, without memory; its parts are then replaced by the loaded ones.
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = encoder.model
@@ -233,7 +234,7 @@ def _assemble(
     old_size = model.get_input_embeddings().weight.shape[0]
     if vocabulary_size > old_size:
         model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
-    # Words may lie in rows that the LLM has beyond its tokenizer's entries.
+    # The LLM may have more rows than its tokenizer has entries; added words may take those rows.
     new_rows = sorted({*range(old_size, vocabulary_size), *word_ids})
     if new_rows:
         set_to_mean((model.get_input_embeddings(), model.lm_head), new_rows, old_size)

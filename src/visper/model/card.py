@@ -1,4 +1,4 @@
-"""The model card of a finished folder: what it was made of, how, what it scored, and what loading it needs."""
+"""The model card of a finished folder: base models, training, scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ print(answer(text=[{"role": "user", "content": content}], max_new_tokens=64, ret
 
 
 def write_card(folder: Path, license: str = "other") -> None:
-    """Writes ``README.md`` into a model folder that holds a config.json, from what lies there.
+    """Writes ``README.md`` into a model folder, from its config.json, its run.yaml and the scores found.
 
-    Without a run.yaml the base is not known, and the card says so. Scores are those that `visper evaluate` left in
-    ``answers/``, here or beside the folder.
+    Without a run.yaml, the card says that the base is not known. Scores are those that `visper evaluate` wrote into
+    ``answers/``, in the folder or beside it.
     """
     stages = list(_stages(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -69,13 +69,13 @@ def write_card(folder: Path, license: str = "other") -> None:
 
 
 def _stages(folder: Path) -> Iterator[Run]:
-    """The run of a model folder, then those before it, as far as their folders are here."""
+    """The run of a model folder, then the runs it started from, as long as their folders exist."""
     file, seen = folder / "run.yaml", set[Path]()
     while file.is_file() and file not in seen:
         seen.add(file)
         try:
             run = load_run(file)
-        except ConfigError:  # of another version: the card is shorter
+        except ConfigError:  # written by another version; the card is then shorter
             return
         yield run
         file = Path(run.start_from or "") / "run.yaml"
@@ -94,17 +94,17 @@ def _parts(stages: list[Run]) -> dict[str, str]:
 
 def _described(run: Run) -> str:
     sets = ", ".join(_shown(source.place) for source in run.data.sources)
-    said = f"{sets}; global batch {run.optimization.global_batch}, learning rate {run.optimization.lr:g}"
+    text = f"{sets}; global batch {run.optimization.global_batch}, learning rate {run.optimization.lr:g}"
     if run.optimization.max_steps:
-        said += f", {run.optimization.max_steps} steps"
+        text += f", {run.optimization.max_steps} steps"
     if run.lora is not None:
-        said += f"; LoRA of rank {run.lora.rank}, merged"
+        text += f"; LoRA of rank {run.lora.rank}, merged"
     if run.distillation is not None:
-        said += "; embedding losses: " + ", ".join(
+        text += "; embedding losses: " + ", ".join(
             f"{name} ({_shown(task.target.model or task.target.kind)}) at {task.at}"
             for name, task in run.distillation.tasks.items()
         )
-    return said
+    return text
 
 
 def _scores(folder: Path) -> list[str]:
@@ -134,5 +134,5 @@ def _on_hub(name: str) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A hub id or a set's name as it is; of a path only the last part, which tells nobody's folders."""
+    """A hub id or the name of a data set unchanged; only the last part of a path, to publish no local folders."""
     return name if _on_hub(name) else Path(name).name

@@ -1,9 +1,9 @@
-"""One interface to every image encoder: tokens in a row, behind one hidden layer.
+"""A common interface to image encoders: a sequence of tokens from one hidden layer.
 
 Stock LLaVA reads ``encoder(pixels).hidden_states[layer]`` and optionally drops the class token. ViTs of transformers
-(CLIP, SigLIP, DINOv2, DINOv3) give that; backbones that give a feature map (ConvNeXt) and all of timm's do not, so they
-are wrapped in a small registered tower that lays the map out in rows. A folder with such a tower needs this package
-to load (``import visper.model``) and says so in its README.md; every other folder needs only transformers.
+(CLIP, SigLIP, DINOv2, DINOv3) provide this. Backbones that output a feature map (ConvNeXt) and all timm models do not,
+so they are wrapped in a small registered tower that flattens the map. A folder with such a tower needs this package to
+load (``import visper.model``) and says so in its README.md; every other folder needs only transformers.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FeatureMapTowerConfig(PreTrainedConfig):
-    """A backbone whose output map is read as tokens, row by row.
+    """Configuration of a ``FeatureMapTower``.
 
     Args:
-        backbone_config: of a backbone that transformers knows, timm's included.
+        backbone_config: configuration of a backbone that transformers can load, including timm's.
         hidden_size: width of the tokens.
-        image_size, patch_size: pixels a side of the image and of one token's cell.
-        channels_last: the map comes as ``[B, H, W, C]`` (timm's Swin), not ``[B, C, H, W]``.
-        prefix_tokens: class and register tokens of a backbone that gives tokens (timm's ViTs); left out.
+        image_size, patch_size: side length in pixels of the image, and of the area that one token covers.
+        channels_last: the feature map is ``[B, H, W, C]`` (timm's Swin) instead of ``[B, C, H, W]``.
+        prefix_tokens: number of class and register tokens to drop, if the backbone outputs tokens (timm's ViTs).
     """
 
     model_type = "visper_feature_map_tower"
@@ -68,7 +68,7 @@ class FeatureMapTowerConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the backbone's configuration included."""
+        """The configuration as plain data, including the backbone's."""
         data = super().to_dict()
         if isinstance(self.backbone_config, PreTrainedConfig):
             data["backbone_config"] = self.backbone_config.to_dict()
@@ -76,7 +76,7 @@ class FeatureMapTowerConfig(PreTrainedConfig):
 
 
 class FeatureMapTower(PreTrainedModel):
-    """Lays a backbone's last feature map out as ``[B, H*W, C]``, as stock LLaVA wants it."""
+    """Flattens a backbone's last feature map to tokens ``[B, H*W, C]``, as stock LLaVA expects."""
 
     config: FeatureMapTowerConfig
     config_class = FeatureMapTowerConfig
@@ -91,13 +91,13 @@ class FeatureMapTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing of its own to initialize: the backbone brings its weights."""
+        """Does nothing: the tower has no weights besides the backbone's."""
 
     def train(self, mode: bool = True) -> FeatureMapTower:
-        """Keeps batch normalization in evaluation mode, with the backbone's own statistics, even while training.
+        """Keeps batch normalization in evaluation mode even while training, with the backbone's own statistics.
 
-        Otherwise the features of an image would depend on the rest of its batch, differ from those at inference, and
-        drift with buffers that no checkpoint of trainable weights holds.
+        Otherwise the features of an image would depend on the rest of its batch, would differ from those at inference,
+        and would drift with buffers that checkpoints of trainable weights do not hold.
         """
         super().train(mode)
         for module in self.modules():
@@ -106,7 +106,7 @@ class FeatureMapTower(PreTrainedModel):
         return self
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Tokens ``[B, N, C]`` of ``pixel_values`` ``[B, 3, H, W]``, as the only hidden state."""
+        """Tokens ``[B, N, C]`` for ``pixel_values`` ``[B, 3, H, W]``, returned as the only hidden state."""
         features = self.backbone(pixel_values).last_hidden_state
         if features.ndim == 3:
             tokens = features[:, self.config.prefix_tokens :]
@@ -121,15 +121,15 @@ AutoModel.register(FeatureMapTowerConfig, FeatureMapTower, exist_ok=True)
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder and what the student and its processor must know of it."""
+    """An encoder and what the student and its processor need to know about it."""
 
     model: PreTrainedModel
     feature_layer: int
-    select: str  # LLaVA's word for it: "default" drops the first token, "full" keeps all
+    select: str  # LLaVA's vision_feature_select_strategy: "default" drops the first token, "full" keeps all
     image_size: int
     patch_size: int
-    num_tokens: int  # as the projector receives them
-    extra_tokens: int  # beside the patches, before the class token is dropped (class, registers)
+    num_tokens: int  # tokens that the projector receives
+    extra_tokens: int  # tokens other than patches (class, registers), before the class token is dropped
     mean: Color
     std: Color
 
@@ -143,14 +143,15 @@ def load_encoder(
     revision: str | None = None,
     device_map: str | None = None,
 ) -> Encoder:
-    """Loads the image encoder ``name`` (hub id or folder, timm's included), wrapping it where it gives maps.
+    """Loads the image encoder ``name`` (hub id or folder, including timm's); wraps it if it outputs feature maps.
 
     Args:
-        feature_layer: hidden state the projector reads; a wrapped tower has one only, so it is ignored there.
-        image_size: pixels a side; default: the encoder's own.
-        weights: False = the sizes alone: parameters on the meta device, colors not looked up.
+        feature_layer: hidden state that the projector reads; ignored for a wrapped tower, which has only one.
+        image_size: side length in pixels; default: the encoder's own.
+        weights: False loads only the configuration: parameters are on the meta device, and the preprocessor
+            configuration is not read.
         revision: commit, tag or branch of a hub id; default: its main branch.
-        device_map: "meta": the encoder as it is loaded, but without its weights.
+        device_map: "meta" reads no weights, but everything else.
 
     Raises:
         ConfigError: the encoder cannot be loaded, the layer does not exist, or the image does not divide into patches.
@@ -170,25 +171,27 @@ def load_encoder(
         states, last = _shapes(model, size)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"encoder '{name}' takes no images of {size} px ({error}): set 'student.image_size' to another size, or "
-            f"leave it out for its own {own_size}"
+            f"encoder '{name}' does not accept images of {size} px ({error}): set 'student.image_size' to another "
+            f"size, or remove it to use the encoder's own {own_size}"
         ) from error
     if not states:
         return _wrap(model, last, size, mean, std)
     if not -len(states) <= feature_layer < len(states):
         layers = len(states) - 1
-        raise ConfigError(f"encoder '{name}' has {layers} layers, feature_layer is {feature_layer}: choose one of them")
+        raise ConfigError(
+            f"encoder '{name}' has {layers} layers, but feature_layer is {feature_layer}: choose an existing layer"
+        )
     tokens = states[feature_layer][1]
     patch = int(model.config.patch_size)
     if size % patch:
-        raise ConfigError(f"image_size {size} does not divide into the encoder's patches of {patch}: choose a multiple")
+        raise ConfigError(f"image_size {size} is not a multiple of the encoder's patch size {patch}: choose a multiple")
     extra = tokens - (size // patch) ** 2
     select = "default" if extra > 0 else "full"
     return Encoder(model, feature_layer, select, size, patch, tokens - (extra > 0), extra, mean, std)
 
 
 def _image_half(config: PreTrainedConfig) -> PreTrainedConfig:
-    half: PreTrainedConfig = getattr(config, "vision_config", config)  # of a CLIP or SigLIP with its text model
+    half: PreTrainedConfig = getattr(config, "vision_config", config)  # CLIP and SigLIP also have a text model
     return half
 
 
@@ -197,21 +200,21 @@ def _is_timm(model: PreTrainedModel) -> bool:
 
 
 def _shapes(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
-    """Shapes of the hidden states that stock LLaVA could read (none: it cannot) and of the last output."""
+    """Shapes of the hidden states that stock LLaVA can read (empty if there are none), and of the last output."""
     if model.device.type == "meta":
         return _probed(model, size)
     try:
-        # On the meta device: a forward of the real thing is slow where images are large (ConvNeXt-XXL, 768 px).
+        # On the meta device, because a real forward pass is slow with large images (ConvNeXt-XXL, 768 px).
         with torch.device("meta"):
             return _probed(type(model)(model.config), size)
-    except RuntimeError:  # it computes with values, of which there are none
+    except RuntimeError:  # the forward pass needs values, which meta tensors lack
         return _probed(model, size)
 
 
 @torch.no_grad()
 def _probed(model: PreTrainedModel, size: int) -> tuple[list[torch.Size], torch.Size]:
     pixels = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
-    if _is_timm(model):  # its hidden states are maps, where it has any
+    if _is_timm(model):  # hidden states of timm models, if any, are feature maps
         return [], model.eval()(pixels, do_pooling=False).last_hidden_state.shape
     output = model.eval()(pixels, output_hidden_states=True)
     states = output.hidden_states
@@ -231,18 +234,18 @@ def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Color, std
         width, cells = shape[2], shape[1] - prefix
     else:
         raise ConfigError(
-            f"encoder {type(model).__name__} gives {tuple(shape)} and no hidden states: "
-            "expected a feature map [B, C, H, W]; load it through its own transformers class instead"
+            f"encoder {type(model).__name__} outputs {tuple(shape)} and no hidden states: expected a feature map "
+            "[B, C, H, W]; load it through its own transformers class instead"
         )
     side = math.isqrt(cells)
     patch = size // max(side, 1)
     if not side or side * side != cells or size // patch != side:
         raise ConfigError(
-            f"encoder {type(model).__name__} makes {cells} tokens of an image of {size} px, no square of equal cells: "
-            "set 'student.image_size' to a multiple of its stride"
+            f"encoder {type(model).__name__} makes {cells} tokens from an image of {size} px, which do not form a "
+            "square grid of equal cells: set 'student.image_size' to a multiple of its stride"
         )
     if hasattr(model.config, "do_pooling"):
-        model.config.do_pooling = False  # timm's pooled output: computed for nobody
+        model.config.do_pooling = False  # skips timm's pooled output, which is not used
     config = FeatureMapTowerConfig(
         backbone_config=model.config,
         hidden_size=width,
@@ -256,7 +259,7 @@ def _wrap(model: PreTrainedModel, shape: torch.Size, size: int, mean: Color, std
 
 
 def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
-    """Mean, standard deviation and size that a configuration itself tells; ImageNet's colors where it is silent."""
+    """Mean, standard deviation and image size from the configuration; ImageNet's mean and std if it has none."""
     timm_config: dict[str, Any] = getattr(config, "pretrained_cfg", None) or {}
     if not timm_config and getattr(config, "model_type", "") == "timm_wrapper":
         import timm
@@ -269,7 +272,7 @@ def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
 
 
 def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[Color, Color, int]:
-    """Mean, standard deviation and size of the images the encoder was trained on."""
+    """Mean, standard deviation and size of the images on which the encoder was trained."""
     mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
@@ -277,7 +280,7 @@ def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[C
     try:
         processor = AutoImageProcessor.from_pretrained(name, **options)
     except OSError:
-        logger.warning("encoder '%s' has no preprocessor_config.json: its images get ImageNet's mean and std", name)
+        logger.warning("encoder '%s' has no preprocessor_config.json: normalizing with ImageNet's mean and std", name)
     return (
         tuple(getattr(processor, "image_mean", None) or mean),
         tuple(getattr(processor, "image_std", None) or std),

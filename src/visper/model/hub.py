@@ -1,4 +1,4 @@
-"""Parts from the hub, a folder, or their published sizes alone; and what to do when one cannot be loaded."""
+"""Loads configurations and vocabulary sizes from the hub, a folder or a shipped table, and explains loading errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from visper.common.errors import ConfigError, first_line
 
 @contextlib.contextmanager
 def loading(part: str, name: str) -> Iterator[None]:
-    """Around whatever loads ``name``: a failure becomes a ConfigError that names ``part``, the id and the remedy.
+    """Turns errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy.
 
-    Other ValueErrors (a layer that does not exist) say it all and pass.
+    ValueErrors that are not about ``trust_remote_code`` (such as a layer that does not exist) pass unchanged.
     """
     try:
         yield
@@ -35,13 +35,13 @@ def loading(part: str, name: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise ConfigError(
-            f"{part}: '{name}' brings code of its own, which is not run unasked: read it, then set "
+            f"{part}: '{name}' contains its own code, which is not run without permission: read it, then set "
             "'student.trust_remote_code: true' in the recipe"
         ) from error
 
 
 def remedy(name: str, error: OSError) -> str:
-    """Why ``name`` cannot be loaded, and what to do: it is gated, not there, or out of reach."""
+    """Why ``name`` cannot be loaded (gated, missing or unreachable), and what to do."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -50,38 +50,38 @@ def remedy(name: str, error: OSError) -> str:
     reason = first_line(error)
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
         return (
-            f"it is gated, and this machine's token (if any) may not read it: accept its license on "
-            f"https://huggingface.co/{name}, then `hf auth login`"
+            f"it is gated, and this machine's token (if any) has no access: accept its license on "
+            f"https://huggingface.co/{name}, then run `hf auth login`"
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return "the hub has no such model, or it is private: check the spelling, or `hf auth login`"
+        return "the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
     unwritable = "".join(hub_cache_remedy(e) for e in chain if isinstance(e, OSError))
     if unwritable:
         return reason.rstrip(".") + unwritable
     return (
-        f"{reason} Give a folder that exists or a hub id. Without network: `hf download {name}` where there is one, "
-        "then give the folder it made"
+        f"{reason} Use an existing folder or a hub id. Without network: run `hf download {name}` on a machine with "
+        "network, then use the folder it creates"
     )
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer holds before a student adds to it: its entries, and whether padding is one of them."""
+    """A tokenizer's number of entries before a student adds to it, and whether it has a padding token."""
 
     size: int
     has_pad: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """Read from a tokenizer."""
+        """The vocabulary of a tokenizer."""
         return cls(len(tokenizer), tokenizer.pad_token is not None)
 
 
 @lru_cache(maxsize=1)
 def known_sizes() -> dict[str, dict[str, Any]]:
-    """The published bases' configurations by hub id, so that sizes need neither network nor license.
+    """Configurations of the published bases by hub id, so that their sizes need no network access and no license.
 
-    Of each: ``config`` as in its config.json (what sizes depend on), of LLMs also ``vocabulary``.
+    Each has ``config``, the entries of its config.json that determine sizes; LLMs also have ``vocabulary``.
     """
     file = resources.files("visper.model") / "known_sizes.json"
     known: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
@@ -91,10 +91,10 @@ def known_sizes() -> dict[str, dict[str, Any]]:
 def sizes_of(
     name: str, part: str, subfolder: str = "", trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedConfig:
-    """The configuration of ``name``, for its sizes alone: from its folder, the shipped table, timm, or the hub.
+    """The configuration of ``name``, to be used for sizes only: from its folder, the shipped table, timm, or the hub.
 
     Raises:
-        ConfigError: none of these has it; the message names ``part`` and the id.
+        ConfigError: it is in none of these; the message names ``part`` and the id.
     """
     key = f"{name}/{subfolder}" if subfolder else name
     if not Path(name).is_dir():
@@ -120,7 +120,7 @@ def vocabulary_of(name: str, part: str, trust_remote_code: bool = False, revisio
 
 
 def _timm_config(name: str) -> PreTrainedConfig | None:
-    """timm keeps the configurations of its own hub ids."""
+    """The configuration of a ``timm/`` hub id from the timm package; None for other names or without timm."""
     if not name.startswith("timm/"):
         return None
     with contextlib.suppress(ImportError):

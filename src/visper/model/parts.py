@@ -1,4 +1,4 @@
-"""Where transformers' image-text-to-text models keep their parts: one table, for every model that can be trained."""
+"""The parts (vision, projector, LLM) of transformers' image-text-to-text models, by one table of name prefixes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PLACES: tuple[tuple[str, str], ...] = (
     ("model.text_model.", "llm."),
     ("lm_head.", "llm.lm_head."),
 )
-"""Start of a parameter's name -> start of its part name; the first that fits counts. A family of models whose names are
-not here takes one line."""
+"""Prefix of a parameter's name -> prefix of its part name; the first match counts. To support other names, add lines
+here."""
 
 
 def part_of(parameter: str) -> str | None:
-    """The part that a parameter belongs to, by its name in the model; None: its place is not known."""
+    """The part that a parameter belongs to, by its name in the model; None if no prefix in ``PLACES`` matches."""
     return next((own.split(".")[0] for start, own in PLACES if parameter.startswith(start)), None)
 
 
@@ -37,16 +37,17 @@ def parameters_of(model: nn.Module, part: str) -> Iterator[tuple[str, nn.Paramet
 
 
 def modules_of(model: nn.Module, part: str) -> list[str]:
-    """The names of the modules that make up one part of a model, without its output layer."""
+    """The names of the modules that make up one part of a model, without the output layer."""
     starts = [start.removesuffix(".") for start, own in PLACES if own.startswith(f"{part}.") and start != "lm_head."]
-    there = {name for name, _ in model.named_modules()}
-    return [start for start in starts if start in there]
+    existing = {name for name, _ in model.named_modules()}
+    return [start for start in starts if start in existing]
 
 
 class Encoded(NamedTuple):
-    """The module that is given what the encoder makes of each image token, in their order, and its width.
+    """A module whose input is the encoder's features in the order of the image tokens, and the width per token.
 
-    Consecutive rows of the input may belong to one token (Qwen's squares of patches); ``width`` is theirs together.
+    Several consecutive rows of the input may belong to one token (Qwen merges squares of patches); ``width`` is then
+    that of all its rows together.
     """
 
     module: str
@@ -61,5 +62,5 @@ ENCODED: Mapping[str, Encoded] = {
     "gemma3": Encoded("model.multi_modal_projector.mm_soft_emb_norm", lambda module: len(module.weight)),
     "qwen3_vl": Encoded("model.visual.merger", lambda module: int(module.hidden_size)),
 }
-"""Model type -> where its encoder's features stand in the order of its image tokens. Not here: LLaVA-OneVision, which
-drops, adds and merges tokens behind its projector, and Qwen2.5-VL, which sorts them by windows before."""
+"""Model type -> the module that reads encoder features in the order of the image tokens. LLaVA-OneVision and Qwen2.5-VL
+have none: the former drops, adds and merges tokens after its projector, the latter reorders them by windows before."""

@@ -1,4 +1,4 @@
-"""A finished folder as it is shared: weights, processor and model card; nothing that tells about this machine."""
+"""Uploads a finished folder to the hub: weights, processor and model card, without anything about this machine."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from visper.model.student import student_place
 
 ADAPTER_CONFIG = "adapter_config.json"
 KEPT_HERE = ("run.yaml", "answers", MANIFEST)
-"""They name local paths, or digest files that an upload changes."""
+"""Not uploaded: these contain local paths, or digests of files that the upload changes."""
 
 
 @contextmanager
 def prepare_upload(model: Path, license: str = "other", base: str | None = None) -> Iterator[Path]:
-    """A temporary folder of links to what is uploaded, with a fresh model card.
+    """A temporary folder of links to the files to upload, with a new model card.
 
     Args:
         model: a stage's output, a model folder, or a folder with a peft adapter.
-        license: for the card.
-        base: hub id of an adapter's base model; needed where the adapter names a folder of this machine.
+        license: the license named in the card.
+        base: hub id of an adapter's base model; needed if the adapter names a folder of this machine.
 
     Raises:
-        ConfigError: there is nothing to share, or an adapter's base is not on the hub.
+        ConfigError: there is no such folder, or an adapter's base is not on the hub.
         DataError: a file is damaged.
     """
     adapter = (model / ADAPTER_CONFIG).is_file()
     place = model if adapter else Path(student_place(model))
     if not place.is_dir():
-        raise ConfigError(f"no folder '{model}': give a stage's output, a model folder or an adapter's folder")
+        raise ConfigError(f"'{model}' is not a folder: use a stage's output, a model folder or an adapter's folder")
     require_undamaged(place)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -58,7 +58,7 @@ def _adapter_files(place: Path, folder: Path, license: str, base: str | None) ->
     named = base or str(config["base_model_name_or_path"])
     if Path(named).exists() or Path(named).is_absolute():
         raise ConfigError(
-            f"the adapter's base is '{named}', a folder of this machine: push that, then give its id as --base"
+            f"the adapter's base is '{named}', a folder of this machine: push that first, then pass its id as --base"
         )
     (folder / ADAPTER_CONFIG).unlink()
     write_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": named}, indent=2))
@@ -68,10 +68,10 @@ def _adapter_files(place: Path, folder: Path, license: str, base: str | None) ->
 
 
 def upload(folder: Path, repo: str, private: bool = False) -> str:
-    """Creates the repository if there is none, uploads the folder in one commit, and returns its address.
+    """Creates the repository if needed, uploads the folder in one commit, and returns its URL.
 
     Raises:
-        ConfigError: the hub refuses it.
+        ConfigError: the hub rejects the upload.
     """
     api = HfApi()
     try:

@@ -1,4 +1,4 @@
-"""Commits of a run's hub models: resolved once when the run starts, saved in its run.yaml, used by every loader."""
+"""Pins a run's hub models to commits, which are resolved once at the start and saved in its run.yaml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def commit_of(model: str, revision: str | None = None) -> str | None:
     """The commit of a hub model at ``revision`` (default: its main branch), from the hub or else the local cache.
 
     Returns:
-        40 hex digits; None for a folder or file, or if neither knows the model.
+        40 hex digits; None for a folder or file, or if neither the hub nor the cache has the model.
     """
     if Path(model).exists() or not HUB_ID.fullmatch(model):
         return None
@@ -28,7 +28,7 @@ def commit_of(model: str, revision: str | None = None) -> str | None:
     try:
         sha = HfApi().model_info(model, revision=revision, timeout=10).sha
         return None if sha is None else str(sha)
-    except Exception:  # noqa: BLE001 - errors of the hub's HTTP library, which differs between its versions
+    except Exception:  # noqa: BLE001 - huggingface_hub's HTTP library, and so its errors, differ between versions
         for name in ("config.json", "model_index.json", "preprocessor_config.json"):
             cached = try_to_load_from_cache(model, name, revision=revision)
             if isinstance(cached, str):
@@ -37,12 +37,12 @@ def commit_of(model: str, revision: str | None = None) -> str | None:
 
 
 def with_commits(run: Run, saved: Run | None = None) -> Run:
-    """The run with the commit of every hub model in place of its branch or tag.
+    """The run with the commit of every hub model instead of its branch or tag.
 
     Args:
-        run: as the recipe describes it.
-        saved: the same run as it was started before. Where the recipe names no revision, its commits are kept, so that
-            a continued run loads the weights it was started with.
+        run: the run as the recipe describes it.
+        saved: the same run as saved when it was started. Its commits are kept for models without a revision in the
+            recipe, so that a resumed run loads the weights it was started with.
     """
     changes: dict[str, Any] = {}
     if run.student is not None:
@@ -76,7 +76,7 @@ def _distillation(distillation: Distillation, saved: Distillation | None) -> Dis
 
 def _target(target: Target, saved: Target | None) -> Target:
     if target.model is None or target.kind not in TEACHERS or "revision" not in TEACHERS[target.kind].options:
-        return target  # it loads no hub model, or in a way that is its own
+        return target  # it loads no hub model, or does not support revisions
     revision = target.revision
     if revision is None and saved is not None and saved.model == target.model:
         revision = saved.revision

@@ -1,4 +1,4 @@
-"""The student that a stage begins with, and its processor alone."""
+"""Loads or builds the student that a stage starts from, or only its processor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from visper.model.vlm import build_vlm, build_vlm_processor
 
 
 def starting_student(run: Run, skeleton: bool = False) -> Student:
-    """The student that the stage starts with: assembled, or the stage before's.
+    """The student that the stage starts from: newly assembled, or that of the previous stage.
 
-    Where its LLM will be frozen in half precision it is read as it is stored, which gives the same weights in half the
-    memory (``reads_as_stored``).
+    If its LLM will be frozen in half precision, it is loaded as stored, which gives the same weights in half the memory
+    (``reads_as_stored``).
 
     Args:
-        skeleton: without weights: its parameters are on the meta device.
+        skeleton: read no weights; parameters are on the meta device.
     """
     device_map = "meta" if skeleton else None
     dtype: Any = "auto" if reads_as_stored(run) else torch.float32
@@ -41,15 +41,15 @@ def starting_student(run: Run, skeleton: bool = False) -> Student:
 
 
 def reads_as_stored(run: Run) -> bool:
-    """Whether the LLM of a student that ``run`` assembles is read in the precision it is stored in, not in float32."""
+    """Whether a student that ``run`` assembles is loaded in the precision in which it is stored, not in float32."""
     return run.start_from is None and run.stage is Stage.PT and run.optimization.precision == "bfloat16"
 
 
 def require_positions(student: Student, max_tokens: int) -> None:
-    """Refuses rows that may be longer than what the LLM has positions for: behind these its output is noise.
+    """Checks that rows cannot be longer than the LLM's context, beyond which its output would be noise.
 
     Raises:
-        ConfigError: ``max_tokens`` is more than the LLM's positions.
+        ConfigError: ``max_tokens`` is larger than the LLM's ``max_position_embeddings``.
     """
     positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
@@ -61,7 +61,7 @@ def require_positions(student: Student, max_tokens: int) -> None:
 
 
 def starting_processor(run: Run) -> Any:
-    """The processor of ``starting_student``, without the student's weights: for looking at data."""
+    """The processor of ``starting_student``, without loading the student's weights; for inspecting data."""
     if isinstance(run.student, VlmStudent):
         processor = build_vlm_processor(run.student)
     elif run.student is not None:
@@ -74,10 +74,10 @@ def starting_processor(run: Run) -> Any:
 
 
 def _fit_to_data(processor: Any, run: Run) -> None:
-    """Gives a LLaVA's processor the run's geometry; a model's own processor is left as it is.
+    """Sets the run's geometry on a LLaVA's processor; other models' processors are not changed.
 
     Raises:
-        ConfigError: the run asks for what such a model's own processor does not do.
+        ConfigError: a setting of the run is not supported with such a processor.
     """
     if isinstance(processor, LlavaProcessor):
         processor.image_processor = with_geometry(processor.image_processor, run.data.geometry.value)
@@ -89,11 +89,11 @@ def _fit_to_data(processor: Any, run: Run) -> None:
         )
     if run.launch.engine is Engine.ZERO3:
         raise ConfigError(
-            f"launch.engine=zero3 is not supported by a student with {type(processor).__name__}: "
-            "training hung. Use launch.engine=fsdp or zero2"
+            f"launch.engine=zero3 is not supported for a student with {type(processor).__name__}: training hangs. "
+            "Use launch.engine=fsdp or zero2"
         )
     if run.data.join_conversations:
         raise ConfigError(
-            f"data.join_conversations is not supported by a student with {type(processor).__name__}, whose template "
-            "and positions are its own: set it to false, and optimization.packing or data.group_by_length to true"
+            f"data.join_conversations is not supported for a student with {type(processor).__name__}, which has its "
+            "own template and positions: set it to false, and optimization.packing or data.group_by_length to true"
         )

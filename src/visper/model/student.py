@@ -1,4 +1,4 @@
-"""The student as an object and as a folder: what is saved loads in transformers without this package."""
+"""The student, and saving and loading its folder, which transformers can load without this package."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ from visper.model.task_tokens import random_rows
 
 STUDENT_FILE = "student.json"
 ANSWERING_SIDE = "left"
-"""Where the tokenizer pads prompts: answers go on from their right end. Training pads in its collator, on the right."""
+"""The tokenizer's padding side: answers continue a prompt at its right end. The training collator pads on the right."""
 
 
 @dataclass
 class Student:
-    """A vision-language model with its processor; the vocabulary ids of its task tokens by task, and of added words."""
+    """A vision-language model with its processor, and the ids of its task tokens (by task) and added words."""
 
-    model: PreTrainedModel  # Llava, or any that ``known.require_known`` knows
+    model: PreTrainedModel  # LLaVA, or any model that passes ``known.require_known``
     processor: Any  # LlavaProcessor, or the model's own; None in a skeleton
     task_token_ids: dict[str, list[int]] = field(default_factory=dict)
     word_ids: list[int] = field(default_factory=list)
 
     @property
     def is_llava(self) -> bool:
-        """Whether it is a LLaVA; otherwise images and text are read by the model's own processor."""
+        """Whether it is a LLaVA; other models read images and text with their own processor."""
         return isinstance(self.model.config, LlavaConfig)
 
     @property
     def image_token_id(self) -> int:
-        """The vocabulary id whose copies hold the image's features."""
+        """The vocabulary id whose embeddings are replaced by image features."""
         return int(self.model.config.image_token_id)
 
     @property
     def hidden_size(self) -> int:
-        """Width of the LLM."""
+        """Width of the LLM's hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
@@ -69,20 +69,20 @@ class Student:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of an image, or of an ordinary one where they depend on its size."""
+        """Tokens per image; if they depend on the image's size, those of an image of nominal size."""
         if self.is_llava:
             return int(self.model.config.image_seq_length)
         return encoder_for(self.processor).num_image_tokens
 
     @property
     def knows_places(self) -> bool:
-        """Whether it is known which part of an image each of its tokens shows."""
+        """Whether the position of each image token in the image is known."""
         if self.is_llava:
             return isqrt(self.num_image_tokens) ** 2 == self.num_image_tokens
         return knows_places(self.processor)
 
     def blank_image(self) -> dict[str, torch.Tensor]:
-        """An image of one color, under the names of the model's forward."""
+        """The inputs of the model's forward for an image of one color."""
         if not self.is_llava:
             return ModelInputs(self.processor, self.image_token_id).images([[Image.new("RGB", NOMINAL_SIZE)]])
         size = self.model.config.vision_config.image_size
@@ -90,9 +90,9 @@ class Student:
 
     @property
     def silent_ids(self) -> list[int]:
-        """Vocabulary that stands for inputs only (image, task tokens): never an answer.
+        """Ids of tokens that are inputs only and never generated: image and task tokens.
 
-        Of a model that brings its vocabulary the task tokens alone: the rest is scored as that model scores it.
+        For models other than LLaVA only the task tokens: their other tokens are scored as the model itself does.
         """
         image = [self.image_token_id] if self.is_llava else []
         return [*image, *(token for ids in self.task_token_ids.values() for token in ids)]
@@ -100,9 +100,9 @@ class Student:
 
 @without_loading_bars()
 def save_student(student: Student, folder: Path) -> None:
-    """Writes the model's plain folder into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
+    """Writes the model into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
 
-    Its model card says where stock transformers alone cannot load it. Nothing in it names a folder of this machine.
+    The model card says whether loading needs this package. No file names a folder of this machine.
     """
     folder.mkdir(parents=True)
     _forget_places(student.model.config)
@@ -122,7 +122,7 @@ def _forget_places(config: PreTrainedConfig) -> None:
 
 
 def save_processor(student: Student, folder: Path) -> None:
-    """Writes what a student's folder holds beside its model: tokenizer, processor, template, names of added tokens."""
+    """Writes a student's tokenizer, processor, chat template and the names of its added tokens."""
     student.processor.save_pretrained(folder)
     names = {task: student.processor.tokenizer.convert_ids_to_tokens(i) for task, i in student.task_token_ids.items()}
     content = json.dumps({"task_tokens": names, "word_ids": student.word_ids}, indent=1)
@@ -133,15 +133,15 @@ def save_processor(student: Student, folder: Path) -> None:
 def load_student(
     folder: str | Path, dtype: torch.dtype = torch.float32, revision: str | None = None, **options: Any
 ) -> Student:
-    """Loads a student from a stage's output, its ``model`` folder, or any LLaVA (or other known model) or hub id.
+    """Loads a student from a stage's output, a model folder or a hub id: a LLaVA or another model that can be trained.
 
     Args:
-        revision: of a hub id.
-        **options: more for ``from_pretrained``, such as a quantization.
+        revision: commit, tag or branch of a hub id.
+        **options: more arguments of ``from_pretrained``, such as a quantization.
 
     Raises:
         ConfigError: there is no such folder, or it holds neither a LLaVA nor another model that can be trained.
-        DataError: its files are not those that were written; removing their manifest accepts them.
+        DataError: its files do not match their manifest; remove the manifest to accept them.
     """
     source = student_place(folder)
     if options.get("device_map") != "meta":
@@ -160,7 +160,7 @@ def load_student(
 
 
 def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[str, list[str]], list[int]]:
-    """Names of the task tokens and ids of added words; none where the model was not saved by this package.
+    """Names of the task tokens and ids of added words; both empty if the model was not saved by this package.
 
     Raises:
         ConfigError: an older version saved them.
@@ -178,7 +178,7 @@ def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[st
     if missing:
         raise ConfigError(
             f"'{file}' has no {' and no '.join(missing)}, so an older version of visper wrote it: train the stage "
-            'again, or add what the model has ("word_ids": [] if no words were added to its tokenizer)'
+            'again, or add the missing keys ("word_ids": [] if no words were added to the tokenizer)'
         )
     return content["task_tokens"], content["word_ids"]
 
@@ -187,7 +187,7 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
     """The processor that ``load_student`` gives the student, without loading its weights.
 
     Raises:
-        ConfigError: there is no such folder or it holds no LLaVA model.
+        ConfigError: there is no such folder, or it holds no model.
     """
     try:
         return _load_processor(student_place(folder), revision)
@@ -196,17 +196,17 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
-    # Without trust_remote_code=False it may ask on the console.
+    # Without trust_remote_code=False, transformers may prompt on the console.
     return AutoProcessor.from_pretrained(
         source, revision=revision, trust_remote_code=False, padding_side=ANSWERING_SIDE
     )
 
 
 def student_place(folder: str | Path) -> str:
-    """The folder that holds a student's model: the ``model`` folder of a stage's output; or the hub id as it is.
+    """The folder that holds a student's model, ``model`` in a stage's output; a hub id is returned unchanged.
 
     Raises:
-        ConfigError: a folder holds none.
+        ConfigError: the folder holds no model.
     """
     place = Path(folder)
     if (place / "model" / "config.json").is_file():
@@ -217,7 +217,7 @@ def student_place(folder: str | Path) -> str:
 
 
 def initial_queries(student: Student, rows: Mapping[str, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random query matrices ``[rows, D]`` whose group means have the spread of the LLM's word embeddings."""
+    """Random query matrices ``[rows, D]`` whose group means have the standard deviation of the LLM's embeddings."""
     embedding: nn.Module = student.model.get_input_embeddings()
     return {
         task: random_rows(embedding, rows.get(task, len(ids)), student.hidden_size, len(ids), generator)

@@ -1,7 +1,7 @@
-"""Task tokens: vocabulary entries behind the image, whose embeddings come from trainable query matrices in PT.
+"""Task tokens: vocabulary entries after the image, whose embeddings come from trainable query matrices in PT.
 
-Paper, section 3: a task's query matrix (depth and seg: as many rows as the target has tokens) is the query set of its
-predictors; the means of ``per_task`` consecutive groups of its rows are what the LLM sees as its task tokens.
+Paper, section 3: a task's query matrix (depth and seg: as many rows as the target has tokens) holds the queries of its
+predictors; the means of ``per_task`` consecutive groups of its rows are the embeddings of its task tokens.
 Shape suffixes: B = samples, L = sequence, D = LLM width, T = all task tokens, Q = rows of a query matrix.
 """
 
@@ -22,9 +22,9 @@ def task_token_names(task: str, per_task: int) -> list[str]:
 
 
 def embed_scale(embedding: nn.Module) -> Tensor | float:
-    """What an input embedding multiplies the rows of its table by; 1 but in Gemma.
+    """The factor by which an input embedding multiplies the rows of its table; 1 except in Gemma.
 
-    Gemma rounds it to the table's precision, so that sqrt(2560) = 50.6 is 50.5 in bfloat16.
+    Gemma rounds it to the table's precision: sqrt(2560) = 50.6 becomes 50.5 in bfloat16.
     """
     scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
     weight = embedding.weight
@@ -33,10 +33,10 @@ def embed_scale(embedding: nn.Module) -> Tensor | float:
 
 
 def random_rows(embedding: nn.Module, count: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
-    """``[count, width]`` whose means over ``groups`` groups have the spread of the input embedding's rows.
+    """Random rows ``[count, width]`` whose means over ``groups`` groups have the input embedding's standard deviation.
 
-    A mean over g rows shrinks the spread by sqrt(g), so they start that much wider. For a model on the meta device only
-    their shape is made.
+    A mean over g rows reduces the standard deviation by sqrt(g), so that of the rows is larger by this factor. For a
+    model on the meta device, the result is a meta tensor.
     """
     weight = embedding.weight
     assert isinstance(weight, Tensor)
@@ -47,14 +47,14 @@ def random_rows(embedding: nn.Module, count: int, width: int, groups: int, gener
 
 
 class TaskTokens(nn.Module):
-    """The query matrices of the tasks and their place among the input embeddings.
+    """The query matrices of the tasks, which also provide the input embeddings of the task tokens.
 
     Args:
-        ids: per task, in sequence order, the vocabulary ids of its tokens.
-        queries: per task a ``[Q, D]`` matrix; Q a multiple of the number of its tokens.
+        ids: the vocabulary ids of each task's tokens, tasks in the order of the sequence.
+        queries: a ``[Q, D]`` matrix per task; Q is a multiple of the task's number of tokens.
 
     Raises:
-        ValueError: a matrix does not divide into as many groups as the task has tokens.
+        ConfigError: Q is not a multiple of the task's number of tokens.
     """
 
     token_ids: Tensor
@@ -66,7 +66,7 @@ class TaskTokens(nn.Module):
             rows = queries[task].shape[0]
             if rows % len(task_ids):
                 raise ConfigError(
-                    f"task '{task}' has {rows} queries for {len(task_ids)} tokens: set 'head.num_queries' to a "
+                    f"task '{task}' has {rows} queries for {len(task_ids)} task tokens: set 'head.num_queries' to a "
                     f"multiple of {len(task_ids)}"
                 )
         # float32 whatever the student's precision: their updates are small.
@@ -80,12 +80,12 @@ class TaskTokens(nn.Module):
         return tuple(self.ids)
 
     def input_rows(self) -> Tensor:
-        """What the LLM sees: ``[T, D]``, the means of consecutive groups of each query matrix."""
+        """The task tokens' input embeddings ``[T, D]``: the means of consecutive groups of each query matrix."""
         rows = [self.queries[task].unflatten(0, (len(task_ids), -1)).mean(dim=1) for task, task_ids in self.ids.items()]
         return torch.cat(rows)
 
     def attach(self, embedding: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        """Puts the rows in place of those looked up, through a forward hook on the input embedding."""
+        """Replaces the looked-up rows of task tokens, with a forward hook on the input embedding."""
 
         def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
             input_ids = args[0]
@@ -98,14 +98,14 @@ class TaskTokens(nn.Module):
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module) -> None:
-        """Writes the rows into the vocabulary, so that the student needs no hook any more."""
+        """Writes the rows into the embedding table, so that the student no longer needs the hook."""
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
 
     @classmethod
     def of_vocabulary(cls, ids: Mapping[str, list[int]], embedding: nn.Module, rows: Mapping[str, int]) -> TaskTokens:
-        """Trainable task tokens of a trained student: each one's row stands in as many ``rows`` of its query matrix."""
+        """Trainable task tokens of a trained student; repeats each token's embedding to ``rows`` queries per task."""
         start = cls.frozen(ids, embedding)
         repeats = {task: max(1, rows.get(task, 0) // len(task_ids)) for task, task_ids in ids.items()}
         return cls(ids, {task: start.queries[task].repeat_interleave(n, 0) for task, n in repeats.items()})

@@ -1,4 +1,4 @@
-"""Image-text-to-text models of transformers as students, with their own processors and limits of an image's size."""
+"""Complete image-text-to-text models of transformers as students, with their own processors and image size limits."""
 
 from __future__ import annotations
 
@@ -21,23 +21,20 @@ from visper.model.words import set_to_mean
 
 
 def build_vlm(config: VlmStudent, dtype: Any = torch.float32, skeleton: bool = False) -> Student:
-    """The model that ``config`` names with its own processor.
+    """The model that ``config`` names, with its own processor.
 
     Args:
-        dtype: "auto": as stored, but for the projector, which is float32.
-        skeleton: on the meta device, without its weights.
+        dtype: precision of the model; "auto" keeps the stored one, except for the projector, which is float32.
+        skeleton: read no weights; parameters are on the meta device.
 
     Raises:
-        ConfigError: it cannot be loaded, or it is not a model that can be trained here; the latter is found out before
-            its weights are loaded.
+        ConfigError: the model cannot be loaded, or (checked before loading weights) cannot be trained.
     """
     options: dict[str, Any] = {"revision": config.vlm_revision, "trust_remote_code": config.trust_remote_code}
     with loading("student.vlm", config.vlm):
         found = AutoConfig.from_pretrained(config.vlm, **options)
     if isinstance(found, LlavaConfig):
-        raise ConfigError(
-            f"student.vlm: '{config.vlm}' is a LLaVA, which a run continues: remove 'student' and set start_from to it"
-        )
+        raise ConfigError(f"student.vlm: '{config.vlm}' is a LLaVA: remove 'student', and set start_from to it instead")
     require_known(config.vlm, found, config.trust_remote_code)
     processor = build_vlm_processor(config)
     if skeleton:
@@ -48,7 +45,7 @@ def build_vlm(config: VlmStudent, dtype: Any = torch.float32, skeleton: bool = F
             model = AutoModelForImageTextToText.from_pretrained(config.vlm, dtype=dtype, **options)
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None)
     if pinpoints is not None:
-        model.config.image_grid_pinpoints = pinpoints  # the model counts an image's tiles by its own copy
+        model.config.image_grid_pinpoints = pinpoints  # the model uses its own copy to count an image's tiles
     if dtype == "auto":
         for _, parameter in parameters_of(model, PROJECTOR):
             parameter.data = parameter.data.float()
@@ -58,7 +55,7 @@ def build_vlm(config: VlmStudent, dtype: Any = torch.float32, skeleton: bool = F
 
 
 def task_token_ids(config: VlmStudent, tokenizer: Any) -> dict[str, list[int]]:
-    """Per task the ids of its tokens, which the tokenizer gains if it lacks them."""
+    """The ids of each task's tokens, which are added to the tokenizer if missing."""
     layout = config.task_tokens
     names = {task: task_token_names(task, layout.per_task) for task in layout.order} if layout else {}
     tokenizer.add_tokens([name for of_task in names.values() for name in of_task], special_tokens=True)
@@ -66,7 +63,7 @@ def task_token_ids(config: VlmStudent, tokenizer: Any) -> dict[str, list[int]]:
 
 
 def _make_room(student: Student) -> None:
-    """Gives the model rows for its task tokens, set to the mean of its own, and keeps it from answering with them."""
+    """Adds rows for the task tokens, set to the mean of the existing ones, and suppresses the tokens in generation."""
     new, model = student.silent_ids, student.model
     if not new:
         return
@@ -79,10 +76,10 @@ def _make_room(student: Student) -> None:
 
 
 def build_vlm_processor(config: VlmStudent) -> Any:
-    """The model's own processor, its images limited to ``max_pixels``.
+    """The model's own processor, with images limited to ``max_pixels`` and the task tokens in its chat template.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no such limit.
+        ConfigError: it cannot be loaded, or cannot limit the size of images.
     """
     with loading("student.vlm", config.vlm):
         processor = AutoProcessor.from_pretrained(
@@ -101,10 +98,10 @@ def build_vlm_processor(config: VlmStudent) -> Any:
 
 
 def limit_pixels(processor: Any, max_pixels: int) -> None:
-    """Makes the processor scale images down to ``max_pixels``, in its own way; the limit is saved with it.
+    """Sets the processor's own limit on image sizes to ``max_pixels``; the limit is saved with the processor.
 
     Raises:
-        ConfigError: it sees every image at one size, or the limit is below the smallest that it can make.
+        ConfigError: it resizes every image to the same size, or the limit is below its smallest size.
     """
     images = processor.image_processor
     for attribute, limit in _LIMITS.items():
@@ -118,7 +115,7 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
 
 
 def _limit_area(images: Any, max_pixels: int) -> None:
-    """Qwen: any size within two areas, which transformers calls edges."""
+    """Qwen: any size between a smallest and a largest area, which transformers calls edges."""
     smallest = (images.patch_size * images.merge_size) ** 2
     _require(max_pixels, smallest)
     shortest = min(images.size["shortest_edge"], max_pixels)
@@ -126,7 +123,7 @@ def _limit_area(images: Any, max_pixels: int) -> None:
 
 
 def _limit_tiles(images: Any, max_pixels: int) -> None:
-    """InternVL: as many tiles of one size as fit (the small view of the image comes on top)."""
+    """InternVL: a number of tiles of one size (plus a thumbnail of the image, which is not counted)."""
     tile = images.size["height"] * images.size["width"]
     _require(max_pixels, tile)
     images.max_patches = max_pixels // tile
@@ -134,7 +131,7 @@ def _limit_tiles(images: Any, max_pixels: int) -> None:
 
 
 def _limit_pinpoints(images: Any, max_pixels: int) -> None:
-    """LLaVA-OneVision: one of a list of sizes (the small view of the image comes on top)."""
+    """LLaVA-OneVision: one of a list of sizes (plus a thumbnail of the image, which is not counted)."""
     areas = [height * width for height, width in images.image_grid_pinpoints]
     _require(max_pixels, min(areas))
     kept = [size for size, area in zip(images.image_grid_pinpoints, areas, strict=True) if area <= max_pixels]
@@ -142,7 +139,7 @@ def _limit_pinpoints(images: Any, max_pixels: int) -> None:
 
 
 def _limit_side(images: Any, max_pixels: int) -> None:
-    """SmolVLM: a longer side, cut into tiles (the small view of the image comes on top)."""
+    """SmolVLM: a maximum side length, cut into tiles (plus a thumbnail of the image, which is not counted)."""
     tile = images.max_image_size["longest_edge"]
     _require(max_pixels, tile * tile)
     images.size = type(images.size)(longest_edge=math.isqrt(max_pixels) // tile * tile)
@@ -150,7 +147,9 @@ def _limit_side(images: Any, max_pixels: int) -> None:
 
 def _require(max_pixels: int, smallest: int) -> None:
     if max_pixels < smallest:
-        raise ConfigError(f"student.max_pixels={max_pixels}: this model's images have at least {smallest} pixels")
+        raise ConfigError(
+            f"student.max_pixels={max_pixels} is too small: this model's images have at least {smallest} pixels"
+        )
 
 
 _LIMITS: dict[str, Callable[[Any, int], None]] = {
@@ -159,4 +158,4 @@ _LIMITS: dict[str, Callable[[Any, int], None]] = {
     "image_grid_pinpoints": _limit_pinpoints,
     "max_image_size": _limit_side,
 }
-"""Attribute that tells how an image processor sizes images -> what limits it."""
+"""Attribute that only one kind of image processor has -> the function that limits its image sizes."""

@@ -1,4 +1,4 @@
-"""Words that a recipe adds to the LLM's vocabulary, and their embeddings while the LLM is frozen.
+"""Words that a recipe adds to the LLM's vocabulary, and their trainable embeddings while the LLM is frozen.
 
 Shape suffixes: W = added words, B = samples, L = sequence, D = LLM width, V = vocabulary.
 """
@@ -20,12 +20,12 @@ from visper.model.task_tokens import embed_scale
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """Gives each word a token of its own, and returns the ids of those that had none.
+    """Adds a token for each word that is not a single token yet, and returns the ids of the new tokens.
 
-    The tokens are ordinary ones, found where a word of the text begins and ends: "cat" is not found in "catalog".
+    They are ordinary tokens that match whole words only: "cat" does not match in "catalog".
 
     Raises:
-        ConfigError: the tokenizer would not read an added word as its token, or not write it as it was read.
+        ConfigError: the tokenizer does not encode an added word as its token, or does not decode it to the same text.
     """
 
     def ids_of(text: str) -> list[int]:
@@ -38,34 +38,35 @@ def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[
     normalizer = tokenizer.backend_tokenizer.normalizer
     for word, token in zip(new, added, strict=True):
         text = f"{word} {word}"
-        read = ids_of(text)
-        written = tokenizer.decode(read, clean_up_tokenization_spaces=False)
-        if read.count(token) != 2 or written not in (text, normalizer and normalizer.normalize_str(text)):
+        encoded = ids_of(text)
+        decoded = tokenizer.decode(encoded, clean_up_tokenization_spaces=False)
+        if encoded.count(token) != 2 or decoded not in (text, normalizer and normalizer.normalize_str(text)):
             raise ConfigError(
-                f"student.add_words: the tokenizer reads '{text}' as {tokenizer.convert_ids_to_tokens(read)} "
-                f"and writes '{written}', so the word cannot be added to it: remove it from the list"
+                f"student.add_words: the tokenizer encodes '{text}' as {tokenizer.convert_ids_to_tokens(encoded)} and "
+                f"decodes it to '{decoded}', so the word cannot be added: remove it from the list"
             )
     return added
 
 
 SPREAD = 0.3
-"""Of the rows of added words about the mean, as a share of the old rows' own."""
+"""Standard deviation of the noise on the rows of added words, relative to that of the existing rows."""
 
 
 @torch.no_grad()
 def set_to_mean(layers: Sequence[nn.Module], rows: list[int], old_size: int) -> None:
-    """Sets new rows of embedding and head to the mean of the first ``old_size`` rows. Tied tables are set once."""
+    """Sets new rows of embedding and head to the mean of the first ``old_size`` rows. Tied tables are set only once."""
     for table in {id(table): table for table in map(_weight, layers)}.values():
         table[rows] = table[:old_size].float().mean(dim=0).to(table.dtype)
 
 
 @torch.no_grad()
 def move_apart(layers: Sequence[nn.Module], rows: Sequence[int], old_size: int) -> None:
-    """Adds noise to the rows of words, ``SPREAD`` times as wide as the first ``old_size`` rows, whatever the seed.
+    """Adds noise to the rows of added words, with ``SPREAD`` times the deviation of the first ``old_size`` rows.
 
-    Words whose rows are equal in the output layer get no gradient that tells them apart: it reaches the hidden state as
-    a sum over words of (probability - label) * row, which is then the same whichever of them is right. A model asked
-    for one of three such words guessed, and never looked at the image (docs/log.md, 2026-11-26).
+    If their rows in the output layer were equal, no gradient could tell the words apart: the gradient of the hidden
+    state is a sum over words of (probability - label) * row, which would be the same whichever word is right. A model
+    that had to choose among three such words guessed and never used the image (docs/log.md, 2026-11-26). The noise does
+    not depend on the run's seed.
     """
     generator = torch.Generator().manual_seed(0)
     for table in {id(table): table for table in map(_weight, layers)}.values():
@@ -75,12 +76,12 @@ def move_apart(layers: Sequence[nn.Module], rows: Sequence[int], old_size: int) 
 
 
 class AddedWords(nn.Module):
-    """Trainable embeddings of added words, used in place of the frozen LLM's rows by forward hooks.
+    """Trainable embeddings of added words; forward hooks use them instead of the frozen LLM's rows.
 
     Args:
-        ids: the words' tokens.
+        ids: the token ids of the words.
         embedding: the LLM's input embedding.
-        head: its output layer; where the two are tied, so are the words' embeddings.
+        head: the LLM's output layer; if it is tied to the embedding, so are the words' embeddings.
     """
 
     ids: Tensor
@@ -94,7 +95,7 @@ class AddedWords(nn.Module):
         self.head_rows = None if tied else nn.Parameter(_weight(head).detach()[self.ids].float())
 
     def attach(self, embedding: nn.Module, head: nn.Module) -> list[RemovableHandle]:
-        """Makes ``embedding`` look up, and ``head`` score, the words by the rows of this module; returns the hooks."""
+        """Makes ``embedding`` and ``head`` use this module's rows for the words; returns the hooks."""
 
         def look_up(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
             matches_BLW = args[0][..., None] == self.ids
@@ -112,7 +113,7 @@ class AddedWords(nn.Module):
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module, head: nn.Module) -> None:
-        """Writes the rows into the LLM, so that the student needs no hook any more."""
+        """Writes the rows into the LLM, so that the student no longer needs the hooks."""
         for table, rows in ((_weight(embedding), self.rows), (_weight(head), self.head_rows)):
             if rows is not None:
                 table[self.ids.to(table.device)] = rows.to(table)

@@ -1,4 +1,4 @@
-"""Losses become weights."""
+"""Training: runs one stage, from the data to the finished model folder."""
 
 import logging
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from visper.training.stages import TRAINABLE, apply_stage, count_parts
     from visper.training.trainer import StageTrainer
 
-# Where DeepSpeed is installed, accelerate imports it in every run, and it warns on every machine without a GPU.
+# If DeepSpeed is installed, accelerate imports it in every run, and DeepSpeed then warns on machines without a GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 PLACES = {
@@ -30,7 +30,8 @@ PLACES = {
     "run_stage": "run",
     "start_processes": "parallel.launch",
 }
-"""Fetched when first asked for: the engine alone brings 100 MB of libraries that a step by hand does not need."""
+"""Public name -> its module, imported on first access: the Trainer alone pulls in 100 MB of libraries that a
+hand-written training step does not need."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Trainer's arguments for a run, and the split of the batch that they stand for."""
+"""The Trainer's arguments for a run, and the check that the global batch can be split."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from visper.training.checkpoint import FOLDER, STAGING
 
 
 def check_split(optimization: Optimization, processes: int) -> None:
-    """Refuses a global batch that does not divide into micro-batches and processes.
+    """Checks that the global batch divides evenly into micro-batches and processes.
 
     Raises:
-        ConfigError: what it could be.
+        ConfigError: it does not; the message says which values would work.
     """
     batch, micro = optimization.global_batch, optimization.micro_batch
     if batch % processes:
         raise ConfigError(
-            f"optimization.global_batch {batch} is not a multiple of {processes} processes: start as many processes "
-            f"as divide {batch}, or change the batch"
+            f"optimization.global_batch {batch} is not a multiple of {processes} processes: start a number of "
+            f"processes that divides {batch}, or change global_batch"
         )
     if batch % (micro * processes):
         raise ConfigError(
@@ -35,7 +35,7 @@ def check_split(optimization: Optimization, processes: int) -> None:
 def training_arguments(
     run: Run, output: Path, world_size: int, deepspeed: dict[str, Any] | None = None
 ) -> TrainingArguments:
-    """The Trainer's arguments for a run whose batch divides; ``deepspeed`` holds DeepSpeed's own settings."""
+    """The Trainer's arguments for a run that passed ``check_split``; ``deepspeed`` is DeepSpeed's configuration."""
     opt = run.optimization
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
@@ -44,14 +44,15 @@ def training_arguments(
         gradient_accumulation_steps=opt.global_batch // (opt.micro_batch * world_size),
         learning_rate=opt.lr,
         lr_scheduler_type=opt.schedule,
-        warmup_steps=0 if opt.max_steps == 1 else opt.warmup_ratio,  # rounded up: a single step would have rate 0
+        # The Trainer rounds warmup up, so a run of a single step would have learning rate 0.
+        warmup_steps=0 if opt.max_steps == 1 else opt.warmup_ratio,
         weight_decay=opt.weight_decay,
         adam_beta1=opt.betas[0],
         adam_beta2=opt.betas[1],
         max_grad_norm=opt.max_grad_norm,
         num_train_epochs=opt.epochs,
         max_steps=opt.max_steps or -1,
-        bf16=opt.precision == "bfloat16" and deepspeed is None,  # which has autocast among its own settings
+        bf16=opt.precision == "bfloat16" and deepspeed is None,  # DeepSpeed's own settings turn autocast on
         tf32=True if on_gpu else None,
         use_cpu=not on_gpu and deepspeed is None,
         deepspeed=deepspeed,
@@ -62,13 +63,14 @@ def training_arguments(
         logging_steps=run.logging.every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=[name for name in run.logging.report_to if name != "tensorboard"] or "none",  # see callbacks
+        # TensorBoard has a callback of its own, see ``trackers.tensorboard``.
+        report_to=[name for name in run.logging.report_to if name != "tensorboard"] or "none",
         run_name=run.name,
         project=run.logging.project,
         remove_unused_columns=False,
-        disable_tqdm=True,  # our own bar shows the terms
+        disable_tqdm=True,  # ``callbacks`` has a progress bar that shows the loss terms
         dataloader_num_workers=run.data.workers,
-        # Workers that outlive an epoch would draw one number less from the random state than those of a resumed run.
+        # With persistent workers, a run would draw one random number less than a resumed run, which starts new workers.
         dataloader_persistent_workers=False,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,

@@ -1,4 +1,4 @@
-"""The training model of a stage, and which of its parameters are trainable, in which precision."""
+"""Builds a stage's training model and sets which of its parameters are trainable, and in which precision."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ def build_training_model(
     teachers: Mapping[str, HasSpec] | None = None,
     seed: int = 0,
 ) -> TrainingModel:
-    """Student, task tokens, added words (in PT) and, with ``distillation``, the objective.
+    """Combines student, task tokens, added words (in PT) and, with ``distillation``, the objective.
 
     Args:
-        teachers: by task, the shapes of the targets that teachers make; with ``distillation``.
-        seed: of the query matrices' random part.
+        teachers: task -> object with the ``spec`` of its targets; needed with ``distillation``.
+        seed: for the random initialization of the query matrices.
 
     Raises:
-        ConfigError: a layer beyond the model, a target that its head cannot predict, a task without task tokens.
+        ConfigError: a task names a layer that the model does not have, a target that its head cannot predict, or task
+            tokens that the student lacks.
     """
     embedding = student.model.get_input_embeddings()
     words = None
@@ -65,20 +66,20 @@ def build_training_model(
 def _objective(
     student: Student, distillation: Distillation, teachers: Mapping[str, HasSpec]
 ) -> tuple[EmbeddingDistillation, dict[str, int]]:
-    """The embedding losses, and the rows of the query matrix of each task at task tokens."""
+    """The embedding losses, and the number of query matrix rows of each task that reads task tokens."""
     ids = student.task_token_ids
     missing = [task for task in distillation.at_task_tokens if task not in ids]
     if missing:
         raise ConfigError(
-            f"the student has no task tokens for {missing}: its tasks are {list(ids)}; supervise these at image_tokens"
+            f"the student has no task tokens for {missing}, only for {list(ids)}: supervise {missing} at image_tokens"
         )
     specs = {task: teacher.spec for task, teacher in teachers.items()}
     for task, settings in distillation.tasks.items():
         by_place = settings.at is not Position.TASK_TOKENS and settings.head.kind != "resampler"
         if by_place and not settings.target.own and not student.knows_places:
             raise ConfigError(
-                f"task '{task}': an image's {student.num_image_tokens} tokens are not a grid on which the target could "
-                "be laid: set head.kind to resampler"
+                f"task '{task}': the target cannot be resampled to the {student.num_image_tokens} image tokens, as "
+                "their positions in the image are not known: set head.kind to resampler"
             )
         if settings.target.own:
             specs[task] = own_target(student, settings.target.kind)
@@ -89,14 +90,14 @@ def _objective(
 
 
 def own_target(student: Student, kind: str) -> TargetSpec:
-    """The shape of the target that the student's "encoder" or "projector" makes."""
+    """The spec of a target taken from the student itself; ``kind`` is "encoder" or "projector"."""
     width = student.hidden_size
     if kind == "encoder":
         kept = ENCODED.get(student.model.config.model_type)
         if kept is None:
             raise ConfigError(
                 f"target 'encoder' is not supported by models of type '{student.model.config.model_type}', only by "
-                f"{', '.join(ENCODED)}, whose encoder's features stand in the order of the image tokens: use target "
+                f"{', '.join(ENCODED)}, whose encoder features are in the order of the image tokens: use target "
                 "'projector'"
             )
         width = kept.width(student.model.get_submodule(kept.module))
@@ -104,7 +105,7 @@ def own_target(student: Student, kind: str) -> TargetSpec:
 
 
 def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: int) -> TaskTokens | None:
-    """In PT new ones. Later the vocabulary's: frozen, or (``rows``) as the query matrices of tasks that read them."""
+    """New task tokens in PT. Later stages take them from the vocabulary: trainable with ``rows``, frozen without."""
     ids, embedding = student.task_token_ids, student.model.get_input_embeddings()
     if not ids:
         return None
@@ -114,10 +115,10 @@ def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: 
 
 
 def continue_objective(model: TrainingModel, distillation: Distillation, start_from: str) -> int:
-    """Gives the heads and queries of the stage before to tasks that it trained with the same target and head.
+    """Loads heads and queries of the previous stage for tasks whose target, head, position and layers are unchanged.
 
     Returns:
-        How many tasks go on; the heads of the others are new.
+        How many tasks continue with trained heads; the others keep their new heads.
     """
     place = Path(start_from).parent if Path(start_from).name == "model" else Path(start_from)
     saved_run = place / "distillation" / "run.yaml"
@@ -127,25 +128,25 @@ def continue_objective(model: TrainingModel, distillation: Distillation, start_f
     assert before is not None and model.objective is not None
     state = model.state_dict()
     weights = load_file(place / "distillation" / "weights.safetensors")
-    found = {}
+    found, continued = dict[str, torch.Tensor](), 0
     for name, task in distillation.tasks.items():
         old = before.tasks.get(name)
         if old is None or (old.target, old.head, old.at, old.layers) != (task.target, task.head, task.at, task.layers):
             continue
         heads = tuple(f"objective.predictors.{head}." for head in model.objective.tasks[name].head_names(name))
         others = (f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
-        theirs = {n: t for n, t in weights.items() if n.startswith(heads) or n in others}
-        own = {n: t for n, t in theirs.items() if n in state and state[n].shape == t.shape}
-        found[name] = own
-    model.load_state_dict({n: t for own in found.values() for n, t in own.items()}, strict=False)
-    return len(found)
+        saved = {n: t for n, t in weights.items() if n.startswith(heads) or n in others}
+        found |= {n: t for n, t in saved.items() if n in state and state[n].shape == t.shape}
+        continued += 1
+    model.load_state_dict(found, strict=False)
+    return continued
 
 
 def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimization, lora: bool = False) -> list[str]:
-    """Applies the stage's table to what the model has; returns the encoder parameters that it froze as unused.
+    """Sets ``requires_grad`` by the stage's table; returns the names of encoder parameters frozen because unused.
 
     Args:
-        lora: whether low-rank updates of the LLM are trained in place of the LLM.
+        lora: whether low-rank updates are trained instead of the LLM.
 
     Raises:
         ConfigError, ValueError: ``freeze`` or ``lr_overrides`` names a part that the stage does not train.
@@ -159,7 +160,7 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
     adds += TASK_TOKEN_PARTS if model.trains_task_tokens else ()
     if lora and any(part.split(".")[0] == "llm" for part in optimization.train):
         raise ConfigError(
-            "optimization.train names the LLM, of which 'lora' trains low-rank updates: remove one of them"
+            "optimization.train names the LLM, but 'lora' trains low-rank updates of it instead: remove one of them"
         )
     apply_stage(model, stage, lacks, optimization.freeze, adds, optimization.train, model.frozen_heads())
     check_rates(optimization, stage, model)
@@ -169,26 +170,25 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
 
 
 def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization, lora: bool, console: Console) -> None:
-    """Applies the stage's table, reports it, and casts frozen parts to the run's precision."""
+    """Sets what is trainable by the stage's table, logs the counts, and casts frozen parts to the run's precision."""
     unused = choose_trainable(model, stage, optimization, lora)
     if unused:
-        announce(console, "frozen", f"{len(unused)} encoder parameters behind the layer the projector reads")
+        announce(console, "frozen", f"{len(unused)} encoder parameters after the layer that the projector reads")
     for count in count_parts(model):
         if count.total:
             rate = f" at {learning_rate_of(optimization, count.part):g}" if count.trainable else ""
             announce(console, "trainable", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
     if optimization.precision == "bfloat16":
-        # Trainable weights stay in float32 under autocast; parts that are completely frozen are only read.
+        # Trainable weights stay in float32 under autocast; completely frozen parts can be in bfloat16.
         frozen = [count.part for count in count_parts(model) if not count.trainable]
         if LLM not in frozen and not isinstance(model.config, LlavaConfig):
-            frozen = []  # SmolVLM gives image features the precision of its encoder, which must be the embeddings'
+            frozen = []  # SmolVLM's image features have its encoder's precision, which must equal the embeddings'
         to_bfloat16(model.student, [part for part in (VISION, PROJECTOR, LLM) if part in frozen])
         merge_in_one_precision(model.student.model)
 
 
 def to_bfloat16(student: nn.Module, parts: Sequence[str] = (VISION, PROJECTOR, LLM)) -> None:
-    """Casts the weights of ``parts``, but not batch normalization's: its statistics are sums that half precision rounds
-    away."""
+    """Casts the weights of ``parts``, except batch normalization: half precision would round its statistics away."""
     kept = {id(p) for m in student.modules() if isinstance(m, BATCH_NORMS) for p in m.parameters()}
     for part in parts:
         for name, parameter in parameters_of(student, part):

@@ -1,13 +1,13 @@
-"""Attention that keeps the samples of a packed row apart, and the conversations of a joined sample.
+"""Attention that separates the samples of a packed row, and the conversations of a joined sample.
 
-Three ways, by the attention function of the LLM:
+How depends on the LLM's attention implementation:
 
-- ``sdpa`` becomes ``SAMPLE_SDPA``: the causal kernel on each sample alone. Stock SDPA would build a dense mask of all
-  pairs of tokens, which is slower than padding (docs/speed.md); this runs on every device. The branches of a joined
-  sample get a second call, with a dense mask of their tokens x the sample's.
-- ``flash_attention_2`` and ``3``: transformers calls the kernel for variable lengths with the borders of the samples.
-- ``flex_attention`` and ``eager``: transformers builds a mask from the position ids, in blocks or dense. For joined
-  samples this file gives flex attention a block mask.
+- ``sdpa`` becomes ``SAMPLE_SDPA``: the causal kernel runs on each sample separately. Stock SDPA would build a dense
+  mask over all pairs of tokens, which is slower than padding (docs/speed.md). Runs on every device. The branches of a
+  joined sample take a second call with a dense mask (branch tokens x sample tokens).
+- ``flash_attention_2`` and ``3``: transformers calls the variable-length kernel with the sample boundaries.
+- ``flex_attention`` and ``eager``: transformers builds a block or dense mask from the position ids. For joined samples,
+  this module builds the block mask for flex attention.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from visper.model import Student
 
 SAMPLE_SDPA = "visper_sample_sdpa"
 FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""transformers' names for the samples of a packed row (``FlashAttentionKwargs``)."""
+"""transformers' arguments for the sample boundaries of a packed row (``FlashAttentionKwargs``)."""
 SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
-"""Values of a config's ``layer_types`` whose layers keep the samples of a row apart in all of these ways."""
+"""Values of a config's ``layer_types`` whose layers can separate the samples of a row with every implementation."""
 
 
 def sample_sdpa(
@@ -46,38 +46,35 @@ def sample_sdpa(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention ``[B, T, heads, width]`` of each sample to itself; without ``row_samples`` stock SDPA.
+    """Causal attention within each sample, ``[B, T, heads, width]``.
 
     Args:
         query, key, value: ``[B, heads, T, width]``.
-        row_samples: the samples of a packed row, T tokens in sum; empty: each row is one sample, padded on the right.
-        sliding_window: positions that a token of this layer sees, itself included.
+        row_samples: the samples of a packed row, T tokens in total; empty: each row is one sample, padded on the right;
+            None: stock SDPA with ``attention_mask``.
+        sliding_window: number of positions that a token of this layer attends to, itself included.
     """
-    if row_samples is None:
-        unpacked: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return unpacked
     if not row_samples:
-        rows: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, _window(query, sliding_window), **kwargs
-        )
+        mask = attention_mask if row_samples is None else _window(query, sliding_window)
+        rows: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         return rows
     lengths = [sample.length for sample in row_samples]
     parts = zip(*(values.split(lengths, dim=2) for values in (query, key, value)), strict=True)
     attended = []
-    for sample, (asks, keys, values) in zip(row_samples, parts, strict=True):
-        own = [of[:, :, : sample.prefix] for of in (asks, keys, values)]
+    for sample, (queries, keys, values) in zip(row_samples, parts, strict=True):
+        own = [part[:, :, : sample.prefix] for part in (queries, keys, values)]
         attended.append(sdpa_attention_forward(module, *own, _window(own[0], sliding_window), **kwargs)[0])
         if sample.distance is not None:
             seen = sample.distance >= 0
             if sliding_window is not None:
                 seen &= sample.distance < sliding_window
-            branches = asks[:, :, sample.prefix :]
+            branches = queries[:, :, sample.prefix :]
             attended.append(sdpa_attention_forward(module, branches, keys, values, seen[None, None], **kwargs)[0])
     return torch.cat(attended, dim=1), None
 
 
 def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """The mask of a sample that is longer than its layer's window; shorter samples need none, which is faster."""
+    """The sliding-window mask of a sample; None if the sample fits into the window, as SDPA is faster without one."""
     tokens = query.shape[2]
     if size is None or tokens <= size:
         return None
@@ -87,11 +84,11 @@ def _window(query: Tensor, size: int | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class RowSample:
-    """A sample of a packed row: ``length`` tokens, the first ``prefix`` of which are seen by all that follow.
+    """A sample of a packed row: ``length`` tokens; all later tokens attend to the first ``prefix`` of them.
 
     Attributes:
-        distance: ``[length - prefix, length]``, by how many positions a token is behind another one that it sees; -1
-            where it does not see it. None where the sample is all prefix.
+        distance: ``[length - prefix, length]``: position of the query token minus that of the key token; -1 where the
+            query must not attend to the key. None if the sample has no branches.
     """
 
     length: int
@@ -101,12 +98,14 @@ class RowSample:
 
 @dataclass(frozen=True)
 class Joined:
-    """Which tokens of a packed row see which: those of the prefix and of their own branch up to their own position.
+    """The attention pattern of a packed row with joined samples.
+
+    A token attends to the prefix of its sample and to its own branch, up to its own position.
 
     Args:
-        samples: ``[T]`` the sample of each token.
+        samples: ``[T]`` sample index of each token.
         branches: ``[T]`` 0 in a sample's prefix, else the number of the branch.
-        positions: ``[T]``.
+        positions: ``[T]`` position of each token in its conversation.
     """
 
     samples: Tensor
@@ -114,7 +113,7 @@ class Joined:
     positions: Tensor
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether token ``query`` sees token ``key``, for indices that broadcast."""
+        """Whether token ``query`` attends to token ``key``; the index tensors are broadcast."""
         branch = self.branches[key]
         return (
             (self.samples[query] == self.samples[key])
@@ -123,21 +122,21 @@ class Joined:
         )
 
     def row_samples(self, lengths: Sequence[int], prefixes: Sequence[int]) -> list[RowSample]:
-        """The samples of the row, for ``sample_sdpa``; ``lengths`` and ``prefixes`` are their tokens."""
+        """The samples of the row, for ``sample_sdpa``; ``lengths`` and ``prefixes`` count their tokens."""
         found, start = [], 0
         for length, prefix in zip(lengths, prefixes, strict=True):
             distance = None
             if prefix < length:
                 tokens = torch.arange(start, start + length, device=self.branches.device)
-                asks = tokens[prefix:, None]
-                distance = self.positions[asks] - self.positions[tokens]
-                distance = distance.masked_fill(~self.sees(asks, tokens), -1)
+                queries = tokens[prefix:, None]
+                distance = self.positions[queries] - self.positions[tokens]
+                distance = distance.masked_fill(~self.sees(queries, tokens), -1)
             found.append(RowSample(length, prefix, distance))
             start += length
         return found
 
     def block_mask(self) -> Any:
-        """The same for flex attention."""
+        """The same pattern as a block mask for flex attention."""
         return flex_block_mask(
             lambda _batch, _head, query, key: self.sees(query, key), len(self.branches), self.branches.device
         )
@@ -148,10 +147,10 @@ AttentionMaskInterface.register(SAMPLE_SDPA, sdpa_mask)
 
 
 def choose_attention(run: Run, student: Student) -> None:
-    """Sets the attention that the run names on the student's LLM, and prepares it for the rows that the run makes.
+    """Sets ``optimization.attention`` on the student's LLM and prepares the LLM for packed or padded rows.
 
     Raises:
-        ConfigError: the attention is not available here, or the LLM's layers cannot keep the samples of a row apart.
+        ConfigError: the attention is not available here, or the LLM's layers cannot separate the samples of a row.
     """
     name, llm = run.optimization.attention, cast("Any", student.model.get_decoder())
     if name is not None:
@@ -168,10 +167,10 @@ def choose_attention(run: Run, student: Student) -> None:
 
 
 def require_joinable(llm: Any) -> None:
-    """Refuses an LLM whose attention cannot separate conversations that share an image.
+    """Checks that the LLM's attention can separate conversations that share an image.
 
     Raises:
-        ConfigError: it is neither SDPA nor flex attention, or flex attention over a sliding window.
+        ConfigError: it is neither SDPA nor flex attention, or it is flex attention with a sliding window.
     """
     name = attention_of(llm)
     if name not in (SAMPLE_SDPA, "flex_attention"):
@@ -181,8 +180,8 @@ def require_joinable(llm: Any) -> None:
         )
     if name == "flex_attention" and getattr(llm.config, "sliding_window", None) is not None:
         raise ConfigError(
-            f"data.join_conversations is not supported with flex_attention over {type(llm).__name__}'s sliding window: "
-            "set optimization.attention=sdpa"
+            "data.join_conversations is not supported with flex_attention and the sliding window of "
+            f"{type(llm).__name__}: set optimization.attention=sdpa"
         )
 
 
@@ -190,12 +189,12 @@ def separate_samples(llm: Any) -> None:
     """Prepares ``llm`` for packed rows.
 
     Raises:
-        ConfigError: it has layers that carry something from one sample of a row into the next.
+        ConfigError: some of its layers would carry state from one sample of a row into the next.
     """
     mixing = _mixing_layers(llm)
     if mixing:
         raise ConfigError(
-            f"{type(llm).__name__} has layers of type {mixing}, which do not keep the samples of a row apart: set "
+            f"{type(llm).__name__} has layers of type {mixing}, which cannot separate the samples of a row: set "
             "optimization.packing=false, data.join_conversations=false and data.group_by_length=true"
         )
     if attention_of(llm) == "sdpa":
@@ -208,7 +207,7 @@ def _mixing_layers(llm: Any) -> list[str]:
 
 @contextlib.contextmanager
 def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Gives the LLM's forward more ``arguments``; the model around it need not know of them."""
+    """Passes ``arguments`` to the LLM's forward inside the block, without changing the model that calls it."""
 
     def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "attention_mask": None, **arguments}
@@ -222,29 +221,30 @@ def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 
 def padded_arguments(llm: Any, input_ids: Tensor) -> dict[str, Any]:
-    """Arguments that tell the LLM's forward that its rows are padded on the right, if at all.
+    """Arguments of the LLM's forward for rows that have padding, if any, on the right only.
 
-    Causal attention never looks there, so that no mask is needed. Without these arguments transformers compares
-    position ids on the GPU to find out whether rows are packed, and the host waits for it.
+    Causal attention never reads that padding, so no mask is needed. Without these arguments, transformers compares
+    position ids on the GPU to find out whether rows are packed, and the host waits for the result.
     """
     return {"row_samples": (), "attention_mask": _unread(input_ids)} if attention_of(llm) == SAMPLE_SDPA else {}
 
 
 def _unread(like: Tensor) -> Tensor:
-    """A mask that keeps transformers from building one: of four dimensions it is taken as it is. It is not read."""
+    """A placeholder mask that nothing reads: transformers accepts a 4D mask as given instead of building its own."""
     return like.new_zeros(1, 1, 1, 1)
 
 
 def own_positions(
     model: Any, input_ids: Tensor, position_ids: Tensor, borders: Mapping[str, Any], inputs: Mapping[str, Tensor]
 ) -> Tensor:
-    """Positions of a packed row as ``model`` counts them.
+    """Position ids of a packed row in the format that ``model`` expects.
 
-    Qwen's have a time, a height and a width: ``[4, 1, T]``, first those of the text, by which transformers tells
-    samples apart, then what the model's own method gives each sample alone. Others: ``position_ids``, ``[1, T]``.
+    For Qwen models ``[4, 1, T]``: first the text positions, by which transformers tells samples apart, then the time,
+    height and width positions that the model computes for each sample alone. For other models ``position_ids``
+    unchanged, ``[1, T]``.
 
     Args:
-        inputs: what the model reads beside ids.
+        inputs: the model's inputs other than the token ids.
     """
     if not hasattr(model, "get_rope_index"):
         return position_ids
@@ -268,25 +268,23 @@ def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[st
 
     Args:
         position_ids: ``[1, T]``, from 0 in every sample, or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
-        borders: what else ``data.packing`` tells of the samples, and ``data.joining`` of joined ones.
+        borders: the other batch entries of ``data.packing``, and for joined samples those of ``data.joining``.
     """
     if position_ids is None:
         return {}
     name, branches, lengths = attention_of(llm), borders.get("branches"), borders["lengths"]
-    if name != SAMPLE_SDPA and branches is None:
-        return {"position_ids": position_ids, **{key: borders[key] for key in FLASH_KEYS}}
-    joined = None
-    if branches is not None:
+    if branches is None:
+        if name != SAMPLE_SDPA:
+            return {"position_ids": position_ids, **{key: borders[key] for key in FLASH_KEYS}}
+        samples = [RowSample(length, length) for length in lengths]
+    else:
         counts = borders["cu_seq_lens_q"].diff()
         numbers = torch.arange(len(lengths), device=branches.device).repeat_interleave(
             counts, output_size=branches.numel()
         )
         joined = Joined(numbers, branches[0], position_ids[0])
-    if name != SAMPLE_SDPA:
-        assert joined is not None and name == "flex_attention", name
-        return {"position_ids": position_ids, "attention_mask": joined.block_mask()}
-    if joined is None:
-        samples = [RowSample(length, length) for length in lengths]
-    else:
+        if name != SAMPLE_SDPA:
+            assert name == "flex_attention", name
+            return {"position_ids": position_ids, "attention_mask": joined.block_mask()}
         samples = joined.row_samples(lengths, borders["prefixes"])
     return {"position_ids": position_ids, "row_samples": samples, "attention_mask": _unread(position_ids)}

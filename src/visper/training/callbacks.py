@@ -1,4 +1,4 @@
-"""The run's callbacks: a console line a log, a JSONL file of every value, a progress bar; the sampler's epoch."""
+"""The run's callbacks: a console line per log, a JSONL file with every value, a progress bar, the sampler's epoch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from visper.config import EVALUATED
 from visper.training.monitor import OPTIMIZER, StepClock
 
 FILE_WIDTH = 200
-"""Characters of a line where no terminal sets the width."""
+"""Maximum characters per line when the output is not a terminal."""
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every log to ``log.jsonl``; after a resume the lines past the checkpoint are dropped first."""
+    """Appends every log to ``log.jsonl``; a resumed run first removes the lines after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,47 +32,47 @@ class JsonlCallback(TrainerCallback):
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
-            # A killed run may leave half a line behind; it belongs to a step that will be done again.
+            # A killed run may leave a partial line; it belongs to a step that will be repeated.
             if line.endswith("}") and json.loads(line)["step"] <= state.global_step:
                 kept.append(line + "\n")
         write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """One line: the step and all values."""
+        """Appends one line with the step and all values."""
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch, also when resuming: the Trainer does not reach a custom sampler on every process."""
+    """Sets the sampler's epoch, also after a resume; the Trainer does not set it on every process's custom sampler."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """``state.epoch`` is a float sum of step shares, hence the small push before the floor."""
+        """Adds a small epsilon before rounding down, because ``state.epoch`` is a sum of float fractions."""
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
 
 
 class OptimizerClock(TrainerCallback):
-    """Marks the end of the optimizer's step."""
+    """Marks the end of the optimizer step on the monitor's clock."""
 
     def __init__(self, clock: StepClock) -> None:
         self.clock = clock
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the optimizer come the schedule, logs and checkpoints."""
+        """Called right after the optimizer step, before the schedule, logs and checkpoints."""
         self.clock.mark(OPTIMIZER)
 
 
 def console_callback() -> TrainerCallback:
-    """A progress bar with a line for each log on a terminal; in a file or a pipe only the lines."""
+    """On a terminal, a progress bar with a line per log; in a file or pipe, only the lines."""
     return BarCallback() if sys.stderr.isatty() else LineCallback()
 
 
 class LineCallback(TrainerCallback):
-    """Prints a line for each log."""
+    """Prints one line per log."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """``step 20/300  loss 2.13  ntp 1.80 ...``, at most ``FILE_WIDTH`` characters."""
@@ -81,28 +81,28 @@ class LineCallback(TrainerCallback):
 
 
 class BarCallback(ProgressCallback):
-    """The Trainer's progress bar, with a short line for each log in place of a printed dictionary."""
+    """The Trainer's progress bar, with a short line per log instead of a printed dictionary."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits in a line; ``log.jsonl`` has everything."""
+        """``step 20/300  loss 2.13  ntp 1.80 ...``, as much as fits on a line; ``log.jsonl`` has everything."""
         if state.is_world_process_zero and self.training_bar is not None and logs and is_shown(logs):
             width = shutil.get_terminal_size(fallback=(FILE_WIDTH, 24)).columns
             self.training_bar.write(log_line(f"step {state.global_step}/{state.max_steps}", logs, width))
 
 
 FIRST = ("loss", "ntp", "grad_norm", "learning_rate", "tokens_per_s", "data_wait", "memory_gib")
-"""What a line of the console says first; then come the other losses."""
+"""Values that a console line shows first; the other losses follow."""
 UNSEEN = ("epoch", "total_flos", "images_per_s", "step_s", "time_", "grad_norm_", "lr_")
-"""Never in the console: starts of names."""
+"""Prefixes of names that the console never shows."""
 
 
 def is_shown(logs: dict[str, float]) -> bool:
-    """Whether the console shows a log: those of steps and of evaluations, not the Trainer's summary."""
+    """Whether the console shows a log: logs of steps and evaluations are shown, the Trainer's summary is not."""
     return "loss" in logs or any(name.startswith(EVALUATED) for name in logs)
 
 
 def log_line(start: str, logs: dict[str, float], width: int) -> str:
-    """One line of at most ``width`` characters, the most telling values first."""
+    """One line of at most ``width`` characters, the most important values first."""
     names = [name for name in FIRST if name in logs]
     names += [name for name in logs if name not in FIRST and not name.startswith(UNSEEN)]
     line = start

@@ -1,8 +1,8 @@
-"""Writing checkpoints while training goes on.
+"""Writes checkpoints in the background while training continues.
 
-A checkpoint's tensors are copied to the host, and torch's distributed checkpoints write them in the background: every
-process its own shards as safetensors, and of what several hold each a part. Training waits for the copy alone. One
-checkpoint is written at a time; it takes its place once all of it is on the disk.
+A checkpoint's tensors are copied to the host, and ``torch.distributed.checkpoint`` writes them in the background as
+safetensors: each process writes its own shards and a part of the replicated tensors. Training waits for the copy only.
+One checkpoint is written at a time; it is moved to its place once it is completely on disk.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from visper.training import checkpoint
 
 logger = logging.getLogger(__name__)
 ONE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"
-"""torch warns of what ``no_dist`` asks for, from the thread that writes."""
+"""torch's warning about ``no_dist``, which is set on purpose; it comes from the writing thread."""
 warnings.filterwarnings("ignore", ONE_PROCESS, UserWarning)
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """torch's writer of safetensors, but each process writes its file from the tensors as they lie.
+    """torch's safetensors writer, except that each process writes its file directly from the tensors.
 
-    torch joins them in memory first: twice their size, while no other thread of Python runs.
+    torch serializes them in memory first, which takes twice their size and blocks all other Python threads.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
@@ -56,23 +56,23 @@ class ShardWriter(HuggingFaceStorageWriter):
             save_file(tensors, file, metadata=shard_metadata(offsets))
             flush(file)
         done: TorchFuture[list[WriteResult]] = TorchFuture()
-        done.set_result([])  # metadata lie in the shards, so nothing is left to finish
+        done.set_result([])  # the metadata is in the shards, so nothing is left to finish
         return done
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run. All processes make one, and call its methods together unless said otherwise.
+    """Writes the checkpoints of a run. Every process creates one and must call its methods, except ``failed``.
 
     Args:
         output: the run's folder.
-        keep: how many checkpoints stay.
-        first: whether this process puts checkpoints in their place.
-        timeout: how long a process waits for one that is late.
+        keep: how many checkpoints are kept.
+        first: whether this process moves checkpoints to their place.
+        timeout: how long a process waits for another one.
     """
 
     def __init__(self, output: Path, keep: int, first: bool, timeout: timedelta) -> None:
         self.output, self.keep, self.first = output, keep, first
-        # Its own group: the run's may have no backend for the host, and is busy with training's reductions.
+        # A separate group: the default one may have no CPU backend, and is busy with training's reductions.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self._completer = ThreadPoolExecutor(1)
         self._written: Any = None
@@ -80,10 +80,10 @@ class CheckpointWriter:
         self._name = ""
 
     def write(self, state: dict[str, Any], folder: Path) -> None:
-        """Copies ``state`` and begins to write it into a checkpoint's folder under staging.
+        """Copies ``state`` and starts writing it into a checkpoint's folder under staging.
 
         Raises:
-            ProcessFailedError: a process has ended, or is later than the timeout.
+            ProcessFailedError: another process has ended or did not arrive within the timeout.
         """
         place = folder / checkpoint.STATE
         if self.first:
@@ -96,7 +96,7 @@ class CheckpointWriter:
         self._written = dcp.async_save(state, storage_writer=storage, process_group=group, no_dist=group is None)
 
     def complete(self, name: str, best: str | None) -> None:
-        """Lets the checkpoint take its place once it is written, and returns at once."""
+        """Schedules the move of the checkpoint to its place for when it is written; returns immediately."""
         written, self._written, self._name = self._written, None, name
 
         def when_written() -> None:
@@ -108,14 +108,14 @@ class CheckpointWriter:
         self._pending = self._completer.submit(when_written)
 
     def failed(self) -> bool:
-        """Whether this process knows by now that the checkpoint at hand cannot be written. Any process may call."""
+        """Whether writing the current checkpoint has failed on this process so far. Any process may call."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Waits for the checkpoint at hand.
+        """Waits until the current checkpoint is written.
 
         Raises:
-            TrainingError: it could not be written, on whichever process; the checkpoints before it stay.
+            TrainingError: writing failed on some process; earlier checkpoints are kept.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -127,22 +127,22 @@ class CheckpointWriter:
                 raise error
             if error is not None:
                 raise TrainingError(
-                    f"'{self._name}' could not be written ({_reason(error)}); the checkpoints before it are as they "
-                    "were: make room or choose another disk, then add --resume"
+                    f"'{self._name}' could not be written ({_reason(error)}); earlier checkpoints are unchanged: free "
+                    "some space or choose another disk, then add --resume"
                 ) from error
 
         first_decides(tell)
         tell()
 
     def close(self) -> None:
-        """Waits for the checkpoint at hand where a run ends by an error, which is not replaced by another one."""
+        """Waits for the current checkpoint when a run ends; only logs a failure, so as not to hide the run's error."""
         if self._pending is not None and self._pending.exception() is not None:
             logger.warning("'%s' could not be written: %s", self._name, _reason(self._pending.exception()))
         self._completer.shutdown()
 
 
 def _reason(error: BaseException | None) -> str:
-    """Why, in one line; of torch's collected failures the first, with its process."""
+    """The reason in one line; if torch collected failures of several processes, that of the lowest rank."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"process {rank}: {inner}"

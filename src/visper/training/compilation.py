@@ -1,7 +1,7 @@
-"""``optimization.compile``: decoder layers and predictors are compiled, each alone (``torch.compile``).
+"""``optimization.compile``: compiles each decoder layer and each predictor separately with ``torch.compile``.
 
-Most of a step's operations that are no matrix products are theirs. Compiling parts and not the model keeps what a run
-does between them: hooks of taps, FSDP and ZeRO, checkpoints, text-only batches.
+They contain most of a step's operations other than matrix products. Compiling parts instead of the model leaves
+everything between them uncompiled: tap hooks, FSDP and ZeRO, activation checkpointing, text-only batches.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ Backend = str | Callable[..., Any]
 
 
 def require_compiler(run: Run) -> None:
-    """Refuses inductor on a machine without a C compiler, before anything is loaded.
+    """Checks, before anything is loaded, that a C compiler is available if the run uses inductor.
 
     Raises:
-        ConfigError: none is found. Inductor builds C++ for a CPU, and Triton a C module for a GPU.
+        ConfigError: none is found. Inductor compiles C++ for a CPU, and Triton a C module for a GPU.
     """
     if run.optimization.compile != "inductor":
         return
     named = [os.environ[name] for name in ("CC", "CXX") if os.environ.get(name)]
     if not any(shutil.which(name) for name in (*named, *COMPILERS)):
         raise ConfigError(
-            "optimization.compile=inductor needs a C compiler, and none is on the PATH: install gcc and g++, name "
-            "yours by CC and CXX, or set optimization.compile=null"
+            "optimization.compile=inductor needs a C compiler, and none is on the PATH: install gcc and g++, set CC "
+            "and CXX to yours, or set optimization.compile=null"
         )
 
 
 def compile_parts(model: TrainingModel, backend: Backend) -> None:
-    """Compiles decoder layers and predictors for training; in evaluation they run as they are.
+    """Compiles decoder layers and predictors for training; in evaluation mode they run uncompiled.
 
-    To be called once the model is sharded, which changes the classes of its layers. Weights keep their names.
+    Call it after sharding, which changes the classes of the layers. Weights keep their names.
 
     Args:
-        backend: of ``torch.compile``.
+        backend: the backend of ``torch.compile``.
     """
-    for layer in model.student.get_decoder().layers:  # equal layers share their graphs
+    for layer in model.student.get_decoder().layers:  # identical layers share their graphs
         _compile_forward(layer, layer.forward, backend)
     heads = () if model.objective is None else model.objective.predictors.values()
     for head in heads:
@@ -58,10 +58,10 @@ def compile_parts(model: TrainingModel, backend: Backend) -> None:
 
 
 def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend) -> None:
-    """Compiles what the hooks of ``part`` surround, ``own`` being its forward.
+    """Replaces ``part.forward`` by a compiled version of ``own``, its forward without hooks.
 
-    An attribute of this one object: a class belongs to its library, and ``part.compile()`` would compile the hooks too,
-    of which a tap has new ones in each forward pass. A graph break is an error, because it would only be slow.
+    Sets an attribute of this one object: the class belongs to its library, and ``part.compile()`` would compile the
+    hooks too, while taps register new hooks for each forward pass. A graph break is an error instead of a slow run.
     """
     eager = part.forward
     failed = compile_error()
@@ -69,7 +69,7 @@ def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend)
 
     @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Answers and held-out losses would need graphs of their own; a pass whose FLOPs are counted is not compiled.
+        # Answers and held-out losses would need more graphs; FLOPs can only be counted in an uncompiled pass.
         if not part.training or sees_operations():
             return eager(*args, **kwargs)
         try:
@@ -84,9 +84,9 @@ def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend)
 
 
 def _with_own_code(method: Any) -> Any:
-    """A bound method whose code object no other module shares.
+    """A copy of a bound method with its own code object.
 
-    ``torch.compile`` counts recompilations by code object and allows eight; heads of several tasks would use them up.
+    ``torch.compile`` counts recompilations per code object and allows eight; heads of several tasks would exceed that.
     """
     function = method.__func__
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)

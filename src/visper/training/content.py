@@ -1,14 +1,14 @@
-"""What a run is trained on, by content: resuming with other rows, images or weights is refused.
+"""Digests of a run's rows, images and initial weights, so that a resume with changed content is refused.
 
-``content.json`` in the output holds a digest of
+``content.json`` in the output folder holds digests of
 
-- the rows of each source, as they were read: ids, roles, texts, names of images;
-- the images of ``SAMPLED`` rows spread evenly over the run's, since reading all of a large set takes minutes: that all
-  images were replaced is noticed, that a single one was, seldom;
-- each local folder or file that weights come from. The first process reads it once at every start, at the disk's speed,
-  and it is then loaded from memory.
+- the rows of each source, as they were read: ids, roles, texts, image names;
+- the images of ``SAMPLED`` evenly spaced rows, since reading all images of a large set takes minutes. This detects that
+  all images were replaced, but rarely that a single one was;
+- each local folder or file that weights are loaded from. The first process reads it at every start, at the speed of the
+  disk; loading then reads it from the page cache.
 
-Hub models are pinned by their commits, in ``run.yaml``.
+Hub models are pinned to commits in ``run.yaml``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _THREADS = 16
 
 
 def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
-    """The digests of everything local that the run is trained on, by what a message calls it."""
-    assert isinstance(records, Records), "rows that no source was opened for"
+    """The digests of all local content of the run, by the description that error messages use."""
+    assert isinstance(records, Records), "the rows must come from open_records"
     found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
     found["images"] = _images(records)
     places = [(what, Path(name)) for what, name in _parts(run)]
@@ -44,7 +44,7 @@ def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
 
 
 def require_same_content(output: Path, content: dict[str, str]) -> None:
-    """Compares with what the output's run was trained on so far.
+    """Checks that ``content`` equals the digests that the run in ``output`` started with.
 
     Raises:
         ConfigError: something has changed; the message names it.
@@ -54,11 +54,11 @@ def require_same_content(output: Path, content: dict[str, str]) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
     except (OSError, ValueError, AttributeError) as error:
-        changed = [f"'{file}' cannot be read ({error}), perhaps everything"]
+        changed = [f"unknown, because '{file}' cannot be read ({error})"]
     if changed:
         raise ConfigError(
-            f"changed since the run in '{output}' began: {', '.join(changed)}. Put it back, or go on with what is "
-            "there now: `visper train RUN.yaml --resume --accept-changes`"
+            f"changed since the run in '{output}' began: {', '.join(changed)}. Restore it, or continue with the "
+            "current content: `visper train RUN.yaml --resume --accept-changes`"
         )
 
 
@@ -86,5 +86,5 @@ def _images(records: Records) -> str:
 def _contents(records: Records, row: int) -> list[bytes | None]:
     try:
         return contents_of(records, row)
-    except DataError:  # training leaves the row out
+    except DataError:  # training skips the row
         return []

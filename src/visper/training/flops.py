@@ -1,8 +1,8 @@
-"""Model FLOPs: what forward and backward passes compute of a model, at true lengths; one definition for plan and log.
+"""Model FLOPs of forward and backward passes, without padding; the same definition in plan and log.
 
-A multiplication and an addition count as two. Counted are the LLM at every token that is no padding, its head at
-supervised tokens, image encoder, projector and predictors; attention as if it were not causal (arXiv 2204.02311,
-appendix B). Not counted: teachers, padding, and what is computed a second time for the backward pass.
+A multiplication and an addition count as two. Counted: the LLM at every token except padding, its head at supervised
+tokens, image encoder, projector and predictors; attention as if it were not causal (arXiv 2204.02311, appendix B). Not
+counted: teachers, padding, and recomputation in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 FORMULAS = flop_formulas()
 BIAS_FIRST = (aten.addmm, aten.baddbmm)
-"""Products whose factors are the second and third argument."""
+"""Matrix products whose factors are the second and third arguments."""
 DECODER = ("llm", "layers")
-"""Regions of the decoder: beside its layers, and these."""
+"""Regions inside the decoder: its layers, and everything else in it ("llm")."""
 NOT_LINEAR = (aten.bmm, aten.baddbmm)
-"""Products of eager attention; in the LLM they are left to ``Costs.pair``, as fused attention is."""
+"""Matrix products of eager attention; in the LLM they are counted in ``Costs.pair``, as fused attention is."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of forward and backward, none computed twice.
+    """FLOPs of forward and backward passes, without recomputation.
 
     Attributes:
-        token: of the decoder's layers but attention, for each token.
-        pair: of their attention, for each pair of tokens of a sample.
-        answer: of the LLM's head, for each supervised token.
-        image_token: of encoder, projector and predictors, for each image token; None: no image was seen yet.
+        token: of the decoder except attention, per token.
+        pair: of the decoder's attention, per pair of tokens in a sample.
+        answer: of the LLM's head, per supervised token.
+        image_token: of encoder, projector and predictors, per image token; None until a batch with an image is seen.
     """
 
     token: float
@@ -52,16 +52,16 @@ class Costs:
     image_token: float | None
 
     def flops(self, tokens: int, pairs: int, supervised: int, image_tokens: int) -> float:
-        """Of so much of each (``data.collator.Sizes``)."""
+        """The FLOPs of a batch with these counts (``data.collator.Sizes``)."""
         text = self.token * tokens + self.pair * pairs + self.answer * supervised
         return text + (self.image_token or 0.0) * image_tokens
 
 
 class FlopMeter:
-    """Finds a model's ``costs`` in the first forward passes under ``watch``: one with an image is enough.
+    """Measures a model's ``costs`` in the first forward passes under ``watch``, until one had an image.
 
     Args:
-        stands_for: how many of the decoder's equal layers each one that runs stands for.
+        stands_for: layers of the full decoder per layer that runs, if only some of its identical layers do.
     """
 
     def __init__(self, stands_for: Fraction = Fraction(1)) -> None:
@@ -70,11 +70,11 @@ class FlopMeter:
 
     @contextlib.contextmanager
     def watch(self, model: TrainingModel, operated: int, sizes: Sizes) -> Iterator[None]:
-        """Counts the forward pass inside, if the costs are not known yet.
+        """Counts the FLOPs of the forward pass inside the block, unless the costs are known already.
 
         Args:
             operated: tokens of the batch, padding included.
-            sizes: of the batch.
+            sizes: the sizes of the batch.
         """
         if self.costs is not None and (self.costs.image_token is not None or not sizes.image_tokens):
             yield
@@ -96,9 +96,9 @@ class FlopMeter:
 
 
 class Products:
-    """FLOPs of every product by the ``region`` it is called in, those of its gradients included.
+    """FLOPs of all matrix products, including their gradients, by the ``region`` in which they are called.
 
-    Each factor that needs a gradient costs as much again as the product.
+    The gradient of each factor that requires one costs as much as the product itself.
     """
 
     def __init__(self, region: str = "") -> None:
@@ -110,8 +110,8 @@ class Products:
         result, kind = operation(*args, **kwargs), getattr(operation, "overloadpacket", operation)
         if self.region and kind in FORMULAS and (self.region not in DECODER or _is_linear(kind)):
             factors = args[1:3] if kind in BIAS_FIRST else args[:2]
-            asked = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
-            self.counts[self.region] += FORMULAS[kind](*args, **kwargs, out_val=result) * (1 + asked)
+            grads = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
+            self.counts[self.region] += FORMULAS[kind](*args, **kwargs, out_val=result) * (1 + grads)
         return result
 
 
@@ -121,7 +121,7 @@ def _is_linear(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
-    """Names the region while the modules run: the decoder is part of the student's base model."""
+    """Sets ``products.region`` while a module runs; nested modules override it, such as the decoder in the model."""
     handles = []
 
     def region(module: nn.Module, name: str) -> None:
@@ -137,7 +137,7 @@ def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
 
-    # Of a LLaVA, encoder and projector are called by the training model, not by the student.
+    # A LLaVA's encoder and projector are called by the training model, not by the student.
     for part in (VISION, PROJECTOR):
         for place in modules_of(model.student, part):
             region(model.student.get_submodule(place), "image")
@@ -156,7 +156,7 @@ def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
 
 
 def known_peak(device: torch.device) -> float | None:
-    """Peak FLOPs per second of the device; None on a CPU, and, with a warning, on a GPU that ``common.gpus`` lacks."""
+    """Peak FLOPs per second of the device; None on a CPU, and (with a warning) for a GPU not in ``common.gpus``."""
     peak = peak_of(device)
     if peak is None and device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1,7 +1,7 @@
-"""The global batch of a step: what is counted in it over all processes, and the teachers' targets of all its images.
+"""The global batch of a step: its counts over all processes, and the teachers' targets for all of its images.
 
-The loss is a share of the global batch, and the contrastive term compares each image with all others of it. So both
-are known before the first forward, whatever the split into micro-batches and processes.
+The loss is normalized by the counts of the global batch, and the contrastive term compares each image with all others
+in it. So counts and targets must be known before the first forward pass of a step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Batch = dict[str, Any]
 class Counts:
     """Sums over the micro-batches of all processes.
 
-    ``divisors`` of the loss, supervised tokens and images, are on the device.
+    ``divisors`` are the counts that the loss is divided by, supervised tokens and images, on the device.
     """
 
     divisors: Tensor
@@ -49,13 +49,13 @@ def count(
     unlabeled: int = 0,
     save_failed: bool = False,
 ) -> Counts:
-    """Counts this process's micro-batches and sums over processes, in one exchange.
+    """Counts this process's micro-batches and sums over processes with a single collective.
 
-    One process knows its counts without asking its device.
+    With one process, nothing is read from the device.
 
     Args:
-        asked_to_stop, save_failed: whether this process was told to stop, or knows that a checkpoint cannot be written;
-            the sums tell all of them.
+        asked_to_stop, save_failed: whether this process was told to stop, or knows that a checkpoint could not be
+            written; the sums tell every process.
         unlabeled: rows of this process in micro-batches without a supervised token.
     """
     sizes = [batch["sizes"] for batch in batches]
@@ -64,17 +64,18 @@ def count(
     dropped = sum(len(batch.get("dropped", ())) for batch in batches)
     rows = sum(len(batch["labels"]) for batch in batches)
     lengths = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "image_tokens", "pairs")]
-    everyones = [[supervised, images, dropped, int(asked_to_stop), rows, unlabeled, *lengths, int(save_failed)]]
+    by_process = [[supervised, images, dropped, int(asked_to_stop), rows, unlabeled, *lengths, int(save_failed)]]
     if accelerator.num_processes > 1:
-        own = _sent(everyones, accelerator.device)
-        everyones = cast("Tensor", accelerator.gather(own)).tolist()
-    sums = [sum(column) for column in zip(*everyones, strict=True)]
+        own = _sent(by_process, accelerator.device)
+        by_process = cast("Tensor", accelerator.gather(own)).tolist()
+    sums = [sum(column) for column in zip(*by_process, strict=True)]
+    # At least 1: the loss of a step without a supervised token is a sum of zero terms, and stays zero.
     divisors = _sent([max(1, number) for number in sums[:2]], accelerator.device)
-    return Counts(divisors, tuple(counts[1] for counts in everyones), *sums)
+    return Counts(divisors, tuple(counts[1] for counts in by_process), *sums)
 
 
 def _sent(numbers: list[Any], device: torch.device) -> Tensor:
-    """The numbers on ``device``, without waiting for it."""
+    """The numbers as a tensor on ``device``, copied without waiting for the device."""
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
@@ -85,22 +86,22 @@ def teacher_targets(
     device: torch.device,
     images_by_process: Sequence[int] | None = None,
 ) -> list[dict[str, Targets]]:
-    """Targets of every micro-batch by task, against the pool of the global batch. Every process must call.
+    """Targets of every micro-batch by task, with the pool of the global batch. Every process must call.
 
     Args:
-        images_by_process: of all micro-batches; None: the processes are asked, for each task.
+        images_by_process: images in all micro-batches of each process; None: gathered for each task.
     """
     shares: list[dict[str, Targets]] = [{} for _ in batches]
     sizes = [len(batch["image_rows"]) for batch in batches]
     same = _same_images(batches, device, images_by_process).split(sizes) if teachers and batches else ()
     for task, teacher in teachers.items():
         seen = [batch["teacher_images"][task].to(device) for batch in batches if len(batch["image_rows"])]
-        if isinstance(teacher, DecodedTargets):  # sent as they are stored, a quarter of float32 with int8
+        if isinstance(teacher, DecodedTargets):  # gathered as stored: with int8 a quarter of float32
             empty = torch.empty(0, teacher.codec.target_bytes, dtype=torch.uint8, device=device)
             stored = torch.cat(seen) if seen else empty
             everything = gather_targets(stored, decode=teacher, counts=images_by_process)
         else:
-            # float32 on every process: one without images cannot know what a teacher in half precision would give.
+            # float32 on every process, as one without images cannot know the precision of its teacher's output.
             empty = torch.empty(0, teacher.spec.tokens, teacher.spec.width, device=device)
             made = torch.cat([teacher(pixels).float() for pixels in seen]) if seen else empty
             everything = gather_targets(made, counts=images_by_process)
@@ -111,43 +112,42 @@ def teacher_targets(
 
 
 def _same_images(batches: Sequence[Batch], device: torch.device, counts: Sequence[int] | None) -> Tensor:
-    """``[images here, images of the global batch]``, True where both are one image. Every process must call."""
+    """``[images here, images of the global batch]``: True where both are the same image. Every process must call."""
     own = torch.cat([batch["image_ids"] for batch in batches]).to(device)
-    everyones, _ = gather_rows(own, counts=counts)
-    return own[:, None] == everyones
+    all_ids, _ = gather_rows(own, counts=counts)
+    return own[:, None] == all_ids
 
 
 def prepare(
     batches: Sequence[Batch], counts: Counts, targets: Sequence[Mapping[str, Targets]], progress: float = 0.0
 ) -> None:
-    """Adds to each micro-batch the divisors of its loss, its targets, and the share of the steps that are done."""
+    """Adds to each micro-batch the divisors of its loss, its targets, and the fraction of steps done (``progress``)."""
     for batch, own in zip(batches, targets, strict=True):
-        # A step without any supervised token has a sum of zero: dividing by one keeps it zero.
         batch["num_tokens"], batch["num_images"] = counts.divisors
         batch["targets"] = own
         batch["progress"] = progress
 
 
 class TermSums:
-    """The loss's terms of this process, summed since the last log."""
+    """The loss terms of this process, summed since the last log."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._since = 0
 
     def add(self, terms: Mapping[str, Tensor], step: int) -> None:
-        """A micro-batch's share of each term; ``step`` is the number of steps that are done."""
+        """Adds a micro-batch's share of each term; ``step`` is the number of completed steps."""
         if not self._sums:
             self._since = step  # also the first step after a resume
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
 
     def steps(self, step: int) -> int:
-        """Steps done since the first of the sums; 0 without any."""
+        """Steps completed since the first value was added; 0 if there is none."""
         return step - self._since if self._sums else 0
 
     def means(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Each term over all processes, a step's mean; then begins anew. Every process must call."""
+        """Each term's mean per step, summed over processes; resets the sums. Every process must call."""
         steps, names = self.steps(step), sorted(self._sums)
         sums = accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
         self._sums.clear()
@@ -155,10 +155,10 @@ class TermSums:
 
 
 class SourceSums:
-    """Next-token losses of this process by the source of their rows, summed since the last log, on the device.
+    """Next-token losses of this process by data source, summed on the device since the last log.
 
     Args:
-        names: of the sources, in the order of their numbers.
+        names: the names of the sources, in the order of their indices.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -166,14 +166,14 @@ class SourceSums:
         self._sums: Tensor | None = None
 
     def add(self, losses_T: Tensor, sources_T: Tensor) -> None:
-        """The loss of each supervised token of a micro-batch, and its source."""
-        if self._sums is None:  # [losses or tokens, sources]; the sum over many steps outgrows float32
+        """Adds the loss of each supervised token of a micro-batch to the sum of its source."""
+        if self._sums is None:  # [2 (loss, tokens), sources]; float32 is too coarse for a sum over many steps
             self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=losses_T.device)
         both = torch.stack([losses_T.double(), torch.ones_like(losses_T, dtype=torch.float64)])
         self._sums.index_add_(1, sources_T, both)
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """``ntp/<source>``: mean over the supervised tokens of all processes since the last call, if there were any.
+        """``ntp/<source>``: mean over the source's supervised tokens on all processes since the last call, if any.
 
         Every process must call.
         """

@@ -1,7 +1,7 @@
 """Evaluation while a stage trains: losses on held-out rows, answers, and the best checkpoint.
 
-Nothing of the training depends on it: no random number is drawn, the sampler is not asked, and the model is back in
-its mode afterwards, so a run ends with the same weights with and without it.
+It does not affect training: it restores the random state and the model's mode and never uses the sampler, so a run ends
+with the same weights with and without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, TrainingError
@@ -32,7 +31,7 @@ from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore
 from visper.training import global_batch
-from visper.training.checkpoint import FOLDER
+from visper.training.checkpoint import FOLDER, checkpoint_name
 from visper.training.global_batch import SourceSums
 from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
 from visper.training.output import LOG
@@ -41,31 +40,32 @@ from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import StageTrainer
 
 DRAWINGS = "drawings"
-"""In the run's folder: a folder for each evaluation, with the predictions it drew."""
+"""Folder in the run's output with one subfolder per evaluation, for drawn predictions."""
 BEST = "best.json"
-"""In the run's folder: value, step and checkpoint of the best evaluation so far."""
+"""File in the run's output with value, step and checkpoint of the best evaluation so far."""
 
 Share = tuple[int, int]
-"""Number of this process and of all that answer."""
+"""Index of this process and number of processes that share the questions."""
 Answer = Callable[[Student, Share, Callable[..., Tensor]], Mapping[str, float]]
-"""Asks this process's share of the questions, with the given ``generate``: accuracies by name, the same on all."""
+"""Answers this process's share of the questions with the given ``generate``; returns accuracies by name, over all."""
 Draw = Callable[[TrainingModel, Mapping[str, Teacher]], Mapping[str, Image.Image]]
-"""Draws what the tapped layers predict beside what the live teachers see: images by name. Every process calls it."""
+"""Draws the tapped layers' predictions beside the live teachers' targets; returns images by name. Every process calls
+it."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What ``evaluation`` does for a run that trains: the functions are None where the run does not ask for them."""
+    """Functions of the ``evaluation`` package that training calls; None if the run does not use them."""
 
     answer: Answer | None = None
     draw: Draw | None = None
     values: Sequence[str] = ()
-    """Names of what ``answer`` gives."""
+    """Names of the values that ``answer`` returns."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is evaluated: rows for the losses, and what asks and draws."""
+    """Evaluates a model in training: losses on held-out rows, answers, drawings."""
 
     settings: Evaluation
     optimization: Optimization
@@ -84,7 +84,7 @@ class HeldOut:
         return {f"{EVALUATED}{name}": value for name, value in found.items()}
 
     def require_measure(self, model: TrainingModel) -> None:
-        """Raises ConfigError if ``evaluation.best`` is not among the values that ``measure`` will give."""
+        """Raises ConfigError if ``evaluation.best`` is not among the values that ``measure`` will return."""
         values: list[str] = []
         if self.rows is not None:
             terms = () if model.objective is None else model.objective.term_names
@@ -98,14 +98,14 @@ class HeldOut:
             )
 
     def draw(self, trainer: StageTrainer) -> Mapping[str, Image.Image]:
-        """Drawn predictions by name; none where the run asks for none. Every process must call."""
+        """Drawn predictions by name; empty if the run does not draw. Every process must call."""
         if self.evaluator is None or self.evaluator.draw is None:
             return {}
         with _evaluating(trainer) as model:
             return self.evaluator.draw(model, trainer.teachers)
 
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
-        """Each term's mean, over global batches of training's size, as contrastive terms depend on their size."""
+        """Each term's mean over global batches of the training size, on which contrastive terms depend."""
         accelerator, batch = trainer.accelerator, self.optimization.global_batch
         order = spread(range(len(data.dataset)), self.settings.limit)
         order = order[: len(order) - len(order) % accelerator.num_processes] or order
@@ -130,8 +130,8 @@ class HeldOut:
                 if sources is not None:
                     sources.add(outputs.pop(TOKEN_LOSSES), one["sources"].to(accelerator.device))
                 for name, term in outputs.items():
-                    of = counts.supervised if name == NTP else counts.images
-                    sums[name] = sums.get(name, torch.zeros_like(term)) + term * of
+                    count = counts.supervised if name == NTP else counts.images
+                    sums[name] = sums.get(name, torch.zeros_like(term)) + term * count
             tokens, images = tokens + counts.supervised, images + counts.images
         sums.pop("loss")
         terms_of = sorted(sums)
@@ -151,14 +151,14 @@ class HeldOut:
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator
-        # Sharded weights are gathered in lockstep: there every process asks everything.
+        # Processes gather sharded weights in lockstep, so with sharding every process answers all questions.
         share = (0, 1) if trainer.sharded else (accelerator.process_index, accelerator.num_processes)
         return dict(answer(self.student, share, model.generate))
 
 
 @contextmanager
 def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
-    """The model in evaluation mode, in training's precision; random states are as before afterwards."""
+    """The model in evaluation mode and training precision; mode and random state are restored afterwards."""
     model: TrainingModel = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
@@ -171,10 +171,10 @@ def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates every so many steps and after the last, logs the values, and keeps the best checkpoint.
+    """Evaluates every ``evaluation.every`` steps and after the last, logs the values, and keeps the best checkpoint.
 
     Attributes:
-        trainer, log_images: set once they are there; the latter takes images by name, and the step.
+        trainer, log_images: set by the caller after construction; ``log_images`` takes images by name, and the step.
     """
 
     trainer: StageTrainer
@@ -186,9 +186,9 @@ class EvaluationCallback(TrainerCallback):
         self._best: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the best so far from the log, which holds nothing behind the step that training continues from.
+        """Restores the best value so far from the log, up to the step that training continues from.
 
-        Only of checkpoints that are still there: of another measure's evaluations others were kept.
+        Considers existing checkpoints only: if ``best`` named another measure before, others were kept.
         """
         self.held_out.require_measure(self.trainer.accelerator.unwrap_model(self.trainer.model))
         measure, log = self.held_out.settings.measure, self.output / LOG
@@ -199,14 +199,14 @@ class EvaluationCallback(TrainerCallback):
                 self._take(entry[measure], entry["step"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluates where it is time; the checkpoint of a new best value is written in the same step."""
+        """Evaluates when due; the checkpoint of a new best value is written in the same step."""
         settings = self.held_out.settings
         if state.global_step % settings.every and state.global_step != state.max_steps:
             return
         values = self.held_out.measure(self.trainer)
         due = control.should_log
         self.trainer.log(dict(values))
-        control.should_log = due  # logging clears it, and the step's own line would be left out
+        control.should_log = due  # logging clears it, which would suppress the step's own log line
         self._draw(state.global_step)
         if self._take(values[settings.measure], state.global_step):
             control.should_save = True
@@ -222,7 +222,7 @@ class EvaluationCallback(TrainerCallback):
             self.log_images({f"{DRAWINGS}/{name}": image for name, image in images.items()}, step)
 
     def _take(self, value: float, step: int) -> bool:
-        """Whether the value is the best so far, which is then written down."""
+        """Whether the value is the best so far; if so, records it in ``best.json``."""
         if not math.isfinite(value):
             return False
         sign = 1 if self.held_out.settings.higher_is_better else -1
@@ -235,16 +235,11 @@ class EvaluationCallback(TrainerCallback):
         return True
 
 
-def checkpoint_name(step: int) -> str:
-    """The name of a step's checkpoint."""
-    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
 def best_checkpoint(output: Path, measure: str) -> Path:
     """The checkpoint that ``best.json`` names.
 
     Raises:
-        TrainingError: there is none by this measure, as no value of it was finite.
+        TrainingError: no evaluation gave a finite value of this measure.
     """
     best = json.loads((output / BEST).read_text(encoding="utf-8")) if (output / BEST).is_file() else {}
     if best.get("measure") != measure:
@@ -253,15 +248,15 @@ def best_checkpoint(output: Path, measure: str) -> Path:
 
 
 def require_evaluator(evaluation: Evaluation | None, evaluator: Evaluator | None) -> None:
-    """Refuses a run that asks or draws where nobody does it.
+    """Checks that there is an evaluator if the run asks questions or draws predictions.
 
     Raises:
-        ConfigError: says what to give ``run_stage``.
+        ConfigError: there is none; the message says what to pass to ``run_stage``.
     """
     if evaluator is None and evaluation is not None and (evaluation.asks or evaluation.draw):
         raise ConfigError(
-            "the run asks questions or draws predictions while it trains, which an evaluator does: give run_stage "
-            "evaluator=visper.evaluation.while_training.evaluator_of(run)"
+            "'evaluation' asks questions or draws predictions, which needs an evaluator: pass "
+            "evaluator=visper.evaluation.while_training.evaluator_of(run) to run_stage"
         )
 
 
@@ -275,7 +270,7 @@ def held_out_rows(
     trained: StageData,
     console: Console,
 ) -> StageData | None:
-    """The rows of ``loss_on``, read as the run's own; None without. Says if their images are trained on, too."""
+    """The rows of ``loss_on``, read like the run's own, or None. Warns if the run also trains on their images."""
     if not settings.loss_on:
         return None
     plain = {"sources": settings.loss_on, "group_by_length": False, "join_conversations": False, "drop_list": ()}

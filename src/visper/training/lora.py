@@ -1,6 +1,6 @@
-"""Low-rank updates of the LLM through peft: put in, kept apart in checkpoints, merged at the end.
+"""Low-rank updates of the LLM with peft: injecting, saving and merging them.
 
-LoRA: arXiv 2106.09685. QLoRA: arXiv 2305.14314 (the frozen LLM in 4 bits; it is merged into the unquantized one).
+LoRA: arXiv 2106.09685. QLoRA: arXiv 2305.14314 (the frozen LLM in 4 bits; updates are merged into the unquantized LLM).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from visper.model import Student, load_student
 from visper.model.parts import LLM, PLACES, PROJECTOR, modules_of, parameters_of
 
 ADAPTER = "adapter"
-"""Folder beside ``model/`` that holds the updates in peft's format, the projector's weights among them."""
+"""Folder beside ``model/`` with the updates and the projector's weights in peft's format."""
 
 
 def add_updates(lora: Lora | None, student: Student) -> None:
-    """Puts low-rank updates into the student's LLM, in place. Without 'lora' nothing happens.
+    """Injects low-rank updates into the student's LLM, in place; does nothing without ``lora``.
 
     Raises:
-        ConfigError: peft is not installed, or a target names no linear layer of the LLM.
+        ConfigError: peft is not installed, or a target is not a linear layer of the LLM.
     """
     if lora is None:
         return
@@ -39,7 +39,7 @@ def add_updates(lora: Lora | None, student: Student) -> None:
 
 
 def peft_config(lora: Lora, student: Student) -> Any:
-    """What peft is told."""
+    """The ``LoraConfig`` for the student's LLM."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -56,23 +56,23 @@ def _targets(lora: Lora, student: Student) -> list[str]:
     known = sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in linear})
     if lora.targets == "all-linear":
         return known
-    strange = [name for name in lora.targets if name not in known]
-    if strange or not lora.targets:
-        raise ConfigError(f"lora.targets names {strange or 'nothing'}: the LLM's linear layers are {', '.join(known)}")
+    unknown = [name for name in lora.targets if name not in known]
+    if unknown or not lora.targets:
+        raise ConfigError(f"lora.targets names {unknown or 'nothing'}: the LLM's linear layers are {', '.join(known)}")
     return list(lora.targets)
 
 
 def quantized_student(start_from: str | None, revision: str | None = None) -> Student:
-    """The student of the stage before with its LLM in 4 bits (NF4, double quantization); the rest stays whole.
+    """The previous stage's student with its LLM in 4 bits (NF4, double quantization); other parts are not quantized.
 
     Raises:
         ConfigError: no GPU, bitsandbytes is not installed, or the run does not start from a folder.
     """
     if start_from is None:
-        raise ConfigError("lora.quantize needs 'start_from': the stage before, or any folder this library saved")
+        raise ConfigError("lora.quantize needs 'start_from': set it to the previous stage's output or a model folder")
     _need("bitsandbytes", "qlora")
     if not torch.cuda.is_available():
-        raise ConfigError("lora.quantize: 4bit needs a CUDA GPU, this machine has none: leave 'quantize' out")
+        raise ConfigError("lora.quantize=4bit needs a CUDA GPU, and this machine has none: remove 'quantize'")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -87,9 +87,9 @@ def quantized_student(start_from: str | None, revision: str | None = None) -> St
 
 
 def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -> None:
-    """Writes the updates as peft reads them: ``PeftModel.from_pretrained(the folder the stage started from, folder)``.
+    """Writes the updates in peft's format, for ``PeftModel.from_pretrained(model_the_stage_started_from, folder)``.
 
-    The projector is trained beside them, so its weights are there too (peft's ``modules_to_save``).
+    The projector is trained too, so its weights are included (peft's ``modules_to_save``).
     """
     from peft import get_peft_model_state_dict
 
@@ -107,9 +107,9 @@ def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -
 
 
 def merge_updates(lora: Lora, student: Student, start_from: str | None, revision: str | None = None) -> Student:
-    """The student with its updates added to the weights they change: plain layers again.
+    """The student with its updates merged into the LLM's weights, and peft's layers replaced by plain ones.
 
-    A quantized LLM is not added to: its updates go into the unquantized one, which is loaded for it.
+    If the LLM is quantized, the unquantized one is loaded and the updates are merged into that.
     """
     if lora.quantize is not None:
         student = _onto_unquantized(lora, student, start_from, revision)

@@ -1,12 +1,12 @@
-"""Distillation in others' trainers: transformers' Trainer and its subclasses, such as TRL's SFTTrainer.
+"""Distillation in other trainers: transformers' Trainer and its subclasses, such as TRL's SFTTrainer.
 
     class DistilledSFTTrainer(DistillationMixin, SFTTrainer):
         pass
 
     trainer = DistilledSFTTrainer(model, args, train_dataset=rows, distiller=attach(model, tasks), teachers=teachers)
 
-Teachers' images travel with the batch. Before the first forward of a step its images are counted and its targets are
-made, over all micro-batches and processes, so that the terms and the contrastive pool are the global batch's.
+The teachers' input images are part of the batch. Before the first forward pass of a step, images are counted and
+targets computed over all micro-batches and processes, so that terms and contrastive pool are those of the global batch.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ WEIGHTS = "distiller.safetensors"
 class DistillationMixin(Trainer):
     """Adds the embedding losses to a Trainer: ``class Mine(DistillationMixin, SFTTrainer)``, in this order.
 
-    The model may be trained in full or by adapters, by one process or with DDP, with gradient accumulation and
-    (non-reentrant) checkpointing. Gradients are those of the global batch, however it is split. ``max_grad_norm``
-    clips the model's and the distiller's gradients apart; ``grad_norm`` in the log is the model's. Every term is
-    logged as its mean over the images of a step, with the number of images. Evaluation is the Trainer's own: it has
-    no embedding losses. Checkpoints hold the distiller in ``WEIGHTS``; transformers ignores that file.
+    Supports full fine-tuning and adapters, one process and DDP, gradient accumulation and (non-reentrant) gradient
+    checkpointing. Gradients are those of the global batch, however it is split. ``max_grad_norm`` clips the gradients
+    of model and distiller separately; ``grad_norm`` in the log is the model's. Every term is logged as its mean over
+    the images of a step, with the number of images. Evaluation is the Trainer's own, without embedding losses.
+    Checkpoints hold the distiller in ``WEIGHTS``, a file that transformers ignores.
 
-    Rows have PIL images in a column "images" (a list) or "image"; each image has a target, in the order of its
-    row's text.
+    Rows have PIL images in a column "images" (a list) or "image", in the order in which the row's text shows them; each
+    image has a target.
 
     Args:
-        args, options: of the other trainer.
-        distiller: ``attach(model, tasks)``, made before adapters are added to the model.
-        teachers: one for each task of the distiller but those with targets of the student's own.
+        args, options: arguments of the other trainer.
+        distiller: the result of ``attach(model, tasks)``, called before adapters are added to the model.
+        teachers: one for each task of the distiller, except tasks whose target comes from the student itself.
         distiller_lr: learning rate of the distiller's parameters; default: the model's.
 
     Raises:
-        ValueError: the teachers do not fit the tasks, or a setting under which the losses would be wrong.
+        ValueError: the teachers do not match the tasks, or the trainer has a setting with which the losses would be
+            wrong.
     """
 
     data_collator: Any
@@ -72,11 +73,11 @@ class DistillationMixin(Trainer):
         self.terms = TermSums()
         self._refuse_what_would_be_wrong()
         for parameter in self.distiller.parameters():
-            broadcast(parameter.data)  # what DDP does with the model
+            broadcast(parameter.data)  # as DDP does for the model
         self.add_callback(_ClipDistiller(self))
 
     def get_train_dataloader(self) -> DataLoader:
-        """The trainer's own, with the teachers' images in its batches."""
+        """The trainer's own loader, with the teachers' images added to its batches."""
         own = self.data_collator
         preprocess = {task: teacher.preprocess for task, teacher in self.teachers.items()}
         self.data_collator = TeacherCollator(
@@ -92,7 +93,7 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """The micro-batches of one step, each with its targets and the number of images in the global batch."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.distiller.zero_grad()  # the Trainer does this for the model alone
+        self.distiller.zero_grad()  # the Trainer does this for the model only
         if not batches:
             return batches, num_items
         shares = [batch[SHARE] for batch in batches]
@@ -115,7 +116,7 @@ class DistillationMixin(Trainer):
         """The trainer's own loss and, in training, this micro-batch's share of the embedding losses."""
         share = inputs.pop(SHARE, None)
         if share is None:
-            assert not model.training, "training batches pass through get_batch_samples"
+            assert not model.training, "training batches must come from get_batch_samples"
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with self.distiller.tap() as hidden:
@@ -125,16 +126,16 @@ class DistillationMixin(Trainer):
                 terms = self.distiller(hidden, ids, mask, **share)
         self.terms.add({name: term.detach() for name, term in terms.items()}, self.state.global_step)
         total = self.distiller.total(terms, self.state.global_step / max(1, self.state.max_steps))
-        # Gradients are averaged over processes, and the terms are to be summed.
+        # Gradients are averaged over processes, but each process's terms are a share of a sum.
         total = total * self.accelerator.num_processes * self._divided_by(num_items_in_batch)
         loss, outputs = found if return_outputs else (found, None)
         return (loss + total, outputs) if return_outputs else loss + total
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """The trainer's own; behind the last micro-batch the distiller's gradients are averaged over processes.
+        """The trainer's own step; after the last micro-batch, averages the distiller's gradients over processes.
 
-        Not by DDP: with find_unused_parameters, which SFTTrainer sets, it takes parameters outside the model's forward
-        for unused ones, and a second DDP's reductions would not come in the same order in every process.
+        DDP cannot do this: with find_unused_parameters, which SFTTrainer sets, it considers parameters outside the
+        model's forward unused, and a second DDP wrapper would reduce in a different order on each process.
         """
         loss: Tensor = super().training_step(*args, **options)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
@@ -146,7 +147,7 @@ class DistillationMixin(Trainer):
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The trainer's own, with the distiller's parameters in groups behind the model's."""
+        """The trainer's own optimizer, with parameter groups for the distiller after the model's."""
         optimizer = super().create_optimizer(model)
         trainable = self._trainable()
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -163,14 +164,14 @@ class DistillationMixin(Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term since the last log to what is logged in training. Every process must call."""
+        """Adds the mean of every term since the last log to training logs. Every process must call."""
         step = self.state.global_step
         if "loss" in logs and self.terms.steps(step):
             logs.update(self.terms.means(self.accelerator, step))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model as the trainer does, and the distiller beside it."""
+        """Saves the model as the trainer does, with the distiller beside it."""
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,10 +179,10 @@ class DistillationMixin(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """The trainer's own; a checkpoint that it resumes gives the distiller's weights too.
+        """Trains as the trainer does; when resuming, also loads the distiller's weights from the checkpoint.
 
         Raises:
-            ValueError: the checkpoint was made without a distiller, or with other tasks.
+            ValueError: the checkpoint was saved without a distiller, or with other tasks.
         """
         chosen = resume_from_checkpoint
         folder = get_last_checkpoint(str(self.args.output_dir)) if chosen is True else chosen
@@ -198,17 +199,17 @@ class DistillationMixin(Trainer):
         different += [name for name in sorted(saved.keys() & own.keys()) if saved[name].shape != own[name].shape]
         if different:
             raise ValueError(
-                f"'{file}' is of other tasks: {len(different)} parameters differ, first {different[:3]}. Attach the "
-                "tasks that it was saved with"
+                f"'{file}' belongs to other tasks: {len(different)} parameters differ, the first are {different[:3]}. "
+                "Attach the tasks that it was saved with"
             )
         self.distiller.load_state_dict(saved)
 
     def _load_renamed(self, folder: Path) -> None:
-        """Reads a model's own weights from a checkpoint whose names for them are others than the model's.
+        """Loads the model's weights from a checkpoint that uses other parameter names than the model.
 
-        transformers saves some models (LLaVA-OneVision, Qwen2.5-VL, InternVL, Gemma 3) under the names of older
-        versions. Its Trainer does not translate them back when it resumes: it would go on from the first weights, with
-        a warning (5.17 to 5.23).
+        transformers saves some models (LLaVA-OneVision, Qwen2.5-VL, InternVL, Gemma 3) under the parameter names of
+        older versions. Its Trainer does not translate them back on resume: it would continue from the initial weights,
+        with a warning (5.17 to 5.23).
         """
         names: set[str] = set()
         for file in folder.glob("model*.safetensors"):
@@ -219,7 +220,7 @@ class DistillationMixin(Trainer):
             self.model.load_state_dict(saved.state_dict())
 
     def _by_place(self) -> bool:
-        """Whether a task's targets are laid on the image tokens that show their places."""
+        """Whether a task's targets are resampled to the image tokens by their positions in the image."""
         return any(task.by_place for task in self.distiller.objective.tasks.values())
 
     def _knows_places(self) -> bool:
@@ -230,7 +231,7 @@ class DistillationMixin(Trainer):
         return [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
 
     def _divided_by(self, num_items_in_batch: Tensor | int | None) -> int:
-        """What ``Trainer.training_step`` divides the loss by, unless it is a share of the step's already."""
+        """What ``Trainer.training_step`` divides the loss by: 1 if the loss is already a share of the whole step's."""
         scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -240,19 +241,19 @@ class DistillationMixin(Trainer):
     def _require_gradient(self, hidden: Mapping[int, Tensor], share: Mapping[str, Any]) -> None:
         if not hidden:
             raise ValueError(
-                "the distiller is attached to another model: attach the very one that the trainer is given"
+                "the distiller is attached to another model: attach the model object that is passed to the trainer"
             )
         if len(share["image_rows"]) and not any(states.requires_grad for states in hidden.values()):
             raise ValueError(
-                f"no trainable parameter of the model lies before the tapped layers {sorted(hidden)}, so that the "
-                "embedding losses would train nothing but their heads: unfreeze some, or tap layers behind them"
+                f"no trainable parameter of the model comes before the tapped layers {sorted(hidden)}, so the "
+                "embedding losses would train only their heads: unfreeze earlier parameters, or tap later layers"
             )
 
     def _refuse_what_would_be_wrong(self) -> None:
         args, given = self.args, self.accelerator
         if not isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
-                f"processing_class is a {type(self.processing_class).__name__}: give the processor of a "
+                f"processing_class is a {type(self.processing_class).__name__}: pass the processor of a "
                 "vision-language model"
             )
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -268,14 +269,14 @@ class DistillationMixin(Trainer):
             "label_smoothing_factor": args.label_smoothing_factor > 0,
             "compute_loss_func": self.compute_loss_func is not None,
             "model_init": self.model_init is not None,
-            "an optimizer of your own (give optimizer_cls_and_kwargs)": self.optimizer is not None,
+            "an optimizer of your own (pass optimizer_cls_and_kwargs)": self.optimizer is not None,
             f"optim={args.optim}": args.optim in _STEPS_IN_BACKWARD,
             "task tokens": self.distiller.task_tokens is not None,
-            "heads at image tokens (take a resampler) for this model": self._by_place() and not self._knows_places(),
+            "heads at image tokens (use a resampler) for this model": self._by_place() and not self._knows_places(),
         }
         refused = [name for name, is_wrong in wrong.items() if is_wrong]
         if refused:
-            raise ValueError(f"distillation in this trainer does not support {', '.join(refused)}: leave out")
+            raise ValueError(f"distillation in this trainer does not support {', '.join(refused)}: remove these")
 
 
 _STEPS_IN_BACKWARD = (
@@ -286,11 +287,11 @@ _STEPS_IN_BACKWARD = (
     "galore_adafactor_layerwise",
     "apollo_adamw_layerwise",
 )
-"""Optimizers of the Trainer that never call ``step`` on parameters outside of the model."""
+"""Optimizers of the Trainer that step during the backward pass, and so never update parameters outside the model."""
 
 
 class _ClipDistiller(TrainerCallback):
-    """Clips the distiller's gradients when the Trainer has clipped the model's."""
+    """Clips the distiller's gradients after the Trainer has clipped the model's."""
 
     def __init__(self, trainer: DistillationMixin) -> None:
         self._trainer = trainer
@@ -308,11 +309,11 @@ def _check_teachers(distiller: AttachedDistillation, teachers: Mapping[str, Teac
     specs = {name: task.target for name, task in distiller.objective.tasks.items() if task.own is None}
     if specs.keys() != teachers.keys():
         raise ValueError(
-            f"teachers {sorted(teachers)} for tasks {sorted(specs)}: give one for each task that has a teacher"
+            f"teachers {sorted(teachers)} for tasks {sorted(specs)}: pass one for each task that has a teacher"
         )
     for name, spec in specs.items():
         if teachers[name].spec != spec:
             raise ValueError(
-                f"task '{name}': the teacher's target is {teachers[name].spec}, the task's {spec}: attach the task "
-                "with its teacher's spec"
+                f"task '{name}': the teacher's target is {teachers[name].spec}, but the task's is {spec}: attach the "
+                "task with its teacher's spec"
             )

@@ -1,7 +1,7 @@
-"""The training model: student, task tokens and objective as one module that returns the loss and its named terms.
+"""The training model: student, task tokens and objective in one module that returns the loss and its named terms.
 
-Every term is normalized by the *global* batch (supervised tokens, samples with an image), so that its sum over
-micro-batches and processes is the same however the batch is split.
+Every term is normalized by the *global* batch (supervised tokens, images), so that its sum over micro-batches and
+processes is the same however the batch is split.
 
 Shape suffixes: B = rows, L = tokens of a row, T = supervised tokens, D = width of the LLM.
 """
@@ -12,7 +12,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,24 +37,24 @@ from visper.training.stages import feature_sum
 NTP = "ntp"
 """Name of the next-token term."""
 TOKEN_LOSSES = "token_losses"
-"""Name of the one output that is no term: the loss of each supervised token."""
+"""Name of the output with the loss of each supervised token; unlike the others, it is not a term."""
 IMAGE_KEYS = frozenset(("pixel_values", "model_inputs", "image_rows", "image_tokens", "image_places", "image_at"))
 LOSS_KEYS = frozenset(("supervised_at", "readings", "num_tokens", "num_images", "targets", "progress"))
 PACKING_KEYS = frozenset(("position_ids", "lengths", "prefixes", "branches", *FLASH_KEYS))
 FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
-"""What ``TrainingModel.forward`` takes of a collated batch."""
+"""Keys of a collated batch that ``TrainingModel.forward`` takes."""
 LOGIT_ROWS = 2048
-"""Positions whose logits exist at once: 1 GB in float32 with 128k words."""
+"""Positions whose logits are in memory at once: 1 GB in float32 for a vocabulary of 128k."""
 
 
 class TrainingModel(nn.Module):
-    """A student with what is trained beside it.
+    """A student and the modules that are trained with it.
 
     Args:
-        student: what is trained and later saved.
-        task_tokens: their trainable (PT) or frozen (VPT, IFT) queries; None for a student without task tokens.
-        objective: the embedding losses; None where the stage has none.
-        words: the trainable embeddings of added words in PT; else None, the LLM's own are used.
+        student: the model that is trained and saved.
+        task_tokens: query matrices of the task tokens, frozen or trainable; None for a student without task tokens.
+        objective: the embedding losses; None in a stage without distillation.
+        words: trainable embeddings of added words (PT only); None: the LLM's own embeddings are used.
     """
 
     silent_ids: Tensor
@@ -74,8 +74,7 @@ class TrainingModel(nn.Module):
         self.objective = objective
         self.config = student.model.config  # transformers' Trainer reads it
         self.encode_blank_image = False
-        """Whether text-only batches run a blank image through the encoder; for engines that sum gradients in the order
-        in which they are computed."""
+        """Whether text-only batches run a blank image through the encoder, see ``deepspeed.prepare_for_zero``."""
         self.image_token_id = student.image_token_id
         self.task_token_ids = dict(student.task_token_ids)
         self._blank_image = functools.cache(student.blank_image)
@@ -89,18 +88,18 @@ class TrainingModel(nn.Module):
             self._replacing += words.attach(self.student.get_input_embeddings(), self.student.get_output_embeddings())
 
     def read_vocabulary(self) -> None:
-        """Lets the student look task tokens and added words up in its own vocabulary, as it does after training."""
+        """Removes the hooks, so that task tokens and added words are looked up in the vocabulary, as after training."""
         while self._replacing:
             self._replacing.pop().remove()
 
     @property
     def trains_task_tokens(self) -> bool:
-        """Whether a task's heads read the task tokens, whose queries then train in any stage."""
+        """Whether a task reads the task tokens; their queries are then trained in any stage."""
         tasks = () if self.objective is None else self.objective.tasks.values()
         return any(task.at is Position.TASK_TOKENS for task in tasks)
 
     def frozen_heads(self) -> list[str]:
-        """Names of the parameters of heads that keep their initial weights."""
+        """Parameter names of frozen heads, which keep their initial weights."""
         if self.objective is None:
             return []
         frozen = tuple(
@@ -112,17 +111,17 @@ class TrainingModel(nn.Module):
         return [name for name, _ in self.named_parameters() if name.startswith(frozen)]
 
     def train(self, mode: bool = True) -> TrainingModel:
-        """Sets training mode, except for a frozen encoder: training then sees the features that inference sees."""
+        """Sets training mode, except for a frozen encoder, so that its features are those of inference."""
         super().train(mode)
         if not any(parameter.requires_grad for _, parameter in parameters_of(self.student, VISION)):
             self.student.get_encoder(modality="image").eval()
         return self
 
     def recompute_activations(self, share: float = 1.0) -> None:
-        """Turns gradient checkpointing on in student and predictors.
+        """Turns on gradient checkpointing in student and predictors.
 
         Args:
-            share: of the student's layers, evenly spread; the others keep their activations.
+            share: fraction of the student's layers to recompute, evenly spread; the others keep their activations.
         """
         recompute_layers(self.student)
         layers = [part for part in self.student.modules() if isinstance(part, GradientCheckpointingLayer)]
@@ -132,7 +131,7 @@ class TrainingModel(nn.Module):
             self.objective.recompute = share > 0
 
     def with_positions(self, collator: Collate) -> PositioningCollator:
-        """A collator whose batches hold all positions that ``forward`` would otherwise look for."""
+        """A collator whose batches contain the positions that ``forward`` would otherwise compute on the device."""
         ids = (self.image_token_id, self.task_token_ids)
         if self.objective is None:
             return PositioningCollator(collator, *ids)
@@ -159,23 +158,23 @@ class TrainingModel(nn.Module):
         token_losses: bool = False,
         **borders: Any,
     ) -> dict[str, Tensor]:
-        """One micro-batch's share of the global loss.
+        """Computes one micro-batch's share of the global loss.
 
         Args:
             input_ids, attention_mask, labels: ``[B, L]``; labels -100 where unsupervised; padded on the right.
             num_tokens, num_images: supervised tokens and images in the global batch.
-            pixel_values: ``[S, 3, H, W]``, of a LLaVA; uint8 is normalized as its image processor does it.
-            model_inputs: of another model all that it reads beside ids and mask, by its own names (``data.vlm``).
-            image_rows, image_tokens, image_places: of each image its row and its tokens, see ``data.collator.Batch``.
-            targets: per task, with an objective.
-            progress: share of the steps that are done.
+            pixel_values: ``[S, 3, H, W]``, for a LLaVA; uint8 is normalized as by its image processor.
+            model_inputs: for other models, all inputs except ids and mask, by the model's own names (``data.vlm``).
+            image_rows, image_tokens, image_places: row and tokens of each image, see ``data.collator.Batch``.
+            targets: targets by task; needed with an objective.
+            progress: fraction of the steps that are done.
             position_ids: ``[1, L]`` of a packed row (``data.packing``).
-            supervised_at, image_at, readings: see ``data.collator.Batch``; if not given, found here, waiting for a GPU.
+            supervised_at, image_at, readings: see ``data.collator.Batch``; None: computed here, waiting for a GPU.
             token_losses: also return ``TOKEN_LOSSES``, ``[T]``.
-            **borders: what else tells of the samples of a packed row, see ``attention.packing_arguments``.
+            **borders: the other entries of a packed batch, see ``attention.packing_arguments``.
 
         Returns:
-            ``loss`` and every term by name, each a scalar; unweighted terms, detached.
+            ``loss`` and every term by name, all scalars; the terms are unweighted and detached.
         """
         if readings is None:
             of_images = (image_rows, image_tokens, samples_of(position_ids), image_places)
@@ -206,10 +205,10 @@ class TrainingModel(nn.Module):
         model_inputs: Mapping[str, Tensor] | None,
         borders: Mapping[str, Any],
     ) -> AbstractContextManager[None]:
-        """Tells the LLM which tokens of its rows belong together; arguments as of ``forward``.
+        """Passes the LLM the arguments that separate samples from each other and from padding.
 
-        Rows of a LLaVA get no mask: padding is on the right, where causal attention never looks, and a mask would keep
-        SDPA from its causal kernel. Other models may count positions by it, or look both ways.
+        Padded rows of a LLaVA get no mask: causal attention never reads padding on the right, and a mask would prevent
+        SDPA's causal kernel. Other models may derive positions from the mask, or attend in both directions.
         """
         llm = self.student.get_decoder()
         if position_ids is None:
@@ -219,30 +218,29 @@ class TrainingModel(nn.Module):
         return told(llm, packing_arguments(llm, position_ids, borders))
 
     def _embedded(self, input_ids: Tensor, pixels: Tensor | None, image_at: Tensor | None) -> dict[str, Tensor]:
-        """What a LLaVA reads: embeddings, with the images' features in their places.
+        """The input embeddings of a LLaVA, with image features at the image tokens.
 
-        Its own forward counts image tokens on the GPU, for a check and again for the gradient.
+        LLaVA's own forward also counts image tokens on the GPU, for a check and again in the backward pass.
         """
         embedded_BLD = self.student.get_input_embeddings()(input_ids)
-        if pixels is None:  # embedded here too: ZeRO-3 wants modules called in one order on every process
+        if pixels is None:  # embedded here too, because ZeRO-3 needs the same order of modules on every process
             return {"inputs_embeds": embedded_BLD}
         features = self.student.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         features_TD = torch.cat(list(features)).to(embedded_BLD.dtype)
         at_T = image_positions(input_ids, self.image_token_id) if image_at is None else image_at
         if len(at_T) != len(features_TD):
             raise ValueError(
-                f"the batch has {len(at_T)} image tokens (id {self.image_token_id}), its images {len(features_TD)} "
-                "features: give the ids and pixels of one processor, and never truncate an image's tokens"
+                f"the batch has {len(at_T)} image tokens (id {self.image_token_id}), but its images give "
+                f"{len(features_TD)} features: use ids and pixels of one processor, and do not truncate image tokens"
             )
         return {"inputs_embeds": embedded_BLD.flatten(0, 1).index_copy(0, at_T, features_TD).view_as(embedded_BLD)}
 
     def generate(self, **inputs: Any) -> Tensor:
-        """The student's ``generate``; under FSDP only this gathers the weights outside of its decoder layers."""
-        ids: Tensor = self.student.generate(**inputs)
-        return ids
+        """The student's ``generate``; under FSDP, only this method gathers the weights outside the decoder layers."""
+        return cast("Tensor", self.student.generate(**inputs))
 
     def _normalized(self, pixels: Tensor | None) -> Tensor | None:
-        """Bytes from the loader as the encoder's precision; FSDP and DeepSpeed cast float inputs only."""
+        """uint8 pixels, normalized and cast to the encoder's precision; FSDP and DeepSpeed cast float inputs only."""
         if pixels is None or pixels.dtype != torch.uint8:
             return pixels
         weight = next(parameter for _, parameter in parameters_of(self.student, VISION))
@@ -250,14 +248,17 @@ class TrainingModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, inputs: Mapping[str, Tensor], *of_images: Tensor | None) -> dict[str, Tensor]:
-        """What the tapped layers predict: ``"depth/20"`` and the like -> ``[S, N, E]``. Needs an objective.
+        """The tapped layers' predictions by name, such as ``"depth/20"``, each ``[S, N, E]``.
 
         Args:
-            inputs: of the student's forward, ids and mask among them.
+            inputs: the inputs of the student's forward, ids and mask included.
             of_images: rows, tokens and places of the images, see ``TokenLayout.from_ids``.
+
+        Raises:
+            ValueError: the model has no objective.
         """
         if self.objective is None:
-            raise ValueError("this model has no objective to predict with: add 'distillation' to the run")
+            raise ValueError("this model has no objective, so it predicts nothing: add 'distillation' to the run")
         with self._tap() as (hidden, _):
             self.student.model(**inputs, use_cache=False)
             layout = self._layout(inputs["input_ids"], inputs["attention_mask"], *of_images)
@@ -273,8 +274,8 @@ class TrainingModel(nn.Module):
         """Cross-entropy summed over supervised tokens; logits are computed for those only, ``LOGIT_ROWS`` at a time.
 
         With a vocabulary of 128k, the logits of a batch of long answers would otherwise fill a GPU. Image and task
-        tokens are inputs, never answers: they are left out of the softmax, so that their rows of a tied head get no
-        gradient from it. ``each``: not summed, ``[T]``.
+        tokens are inputs, never answers: they are excluded from the softmax, so that their rows of a tied head get no
+        gradient from it. With ``each``, the losses are returned per token, ``[T]``.
         """
         at_T = supervised_places(labels_BL) if supervised_at_T is None else supervised_at_T
         states_TD, wanted_T = hidden_BLD.flatten(0, 1)[at_T], labels_BL.flatten()[at_T + 1]
@@ -319,7 +320,7 @@ class TrainingModel(nn.Module):
 
     @contextlib.contextmanager
     def _tap(self) -> Iterator[tuple[Mapping[int, Tensor], list[Tensor]]]:
-        """Captures what the objective reads: hidden states by layer, and what enters the projector, call by call."""
+        """Captures the objective's inputs: hidden states by layer, and the projector's input in each of its calls."""
         with contextlib.ExitStack() as taps:
             hidden: Mapping[int, Tensor] = {}
             encoded: list[Tensor] = []
@@ -331,25 +332,25 @@ class TrainingModel(nn.Module):
             yield hidden, encoded
 
     def _features(self, encoded: Sequence[Tensor]) -> Tensor | None:
-        """``[image tokens, width]``: what the encoder makes of each; None where no target is."""
+        """Encoder features ``[image tokens, width]``; None if no task uses them as target."""
         if not encoded or self.objective is None:
             return None
         width = next(task.target.width for task in self.objective.tasks.values() if task.own == "encoder")
         return torch.cat([values.reshape(-1, width) for values in encoded])
 
     def _layout(self, input_ids: Tensor, attention_mask: Tensor, *of_images: Tensor | None) -> TokenLayout:
-        """``of_images``: the arguments of ``TokenLayout.from_ids`` behind the task tokens."""
+        """``of_images``: the arguments of ``TokenLayout.from_ids`` after the task tokens."""
         return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids, *of_images)
 
     def _read(self, *of_batch: Any) -> dict[str, Reading]:
-        """What each task reads; arguments as of ``_layout``."""
+        """The ``Reading`` of each task; same arguments as ``_layout``."""
         return {} if self.objective is None else self.objective.read(self._layout(*of_batch))
 
     def _queries(self) -> dict[str, Tensor]:
         return {} if self.task_tokens is None else dict(self.task_tokens.queries)
 
     def blank_image(self) -> dict[str, Tensor]:
-        """An image of one color as the student's forward takes it, on its device and in its precision."""
+        """The student's inputs for an image of one color, on its device and in its precision."""
         dtype, device = self.student.dtype, self.student.device
         blank = self._blank_image().items()
         return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in blank}
@@ -358,8 +359,8 @@ class TrainingModel(nn.Module):
     def _reaching_vision(self, pixels: Tensor | None, model_inputs: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Adds a zero-valued dependency on the vision parameters to the embeddings of a text-only batch.
 
-        Such a batch then yields zero gradients for them. DDP would wait forever for missing ones, and FSDP and
-        DeepSpeed for a process that skips a module which the others run.
+        Such a batch then yields zero gradients for them. Otherwise DDP would wait forever for the missing gradients,
+        and FSDP and DeepSpeed for a process that skips a module which the others run.
         """
         if pixels is not None or "pixel_values" in (model_inputs or {}):
             yield
@@ -379,7 +380,7 @@ class TrainingModel(nn.Module):
         """A zero that depends on the vision parameters through a forward pass of a blank image."""
         vision = self.student.get_encoder(modality="image")
         training = vision.training
-        vision.eval()  # batch statistics must not see it
+        vision.eval()  # the blank image must not change batch statistics
         features = feature_sum(self.student, self.blank_image())
         vision.train(training)
         return 0.0 * features
@@ -389,10 +390,10 @@ class TrainingModel(nn.Module):
         parts = (parameters_of(self.student, part) for part in (VISION, PROJECTOR))
         trainable = [parameter for part in parts for _, parameter in part if parameter.requires_grad]
         zero = self.silent_ids.new_zeros((), dtype=torch.float32)
-        return zero + sum((0.0 * p.sum().float() for p in trainable), start=zero)
+        return sum((0.0 * p.sum().float() for p in trainable), start=zero)
 
 
 def _allow_missing_frozen(model: nn.Module, found: Any) -> None:
-    """Lets a state dict without frozen parameters load: checkpoints leave them out, they never change."""
+    """Lets a state dict without frozen parameters load: checkpoints omit them, because they never change."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]

@@ -1,7 +1,7 @@
-"""Watching a run: what it costs, and the signs that it goes wrong.
+"""Monitors a run: throughput, time, memory, and signs of trouble such as NaN losses, spikes and dead loss terms.
 
-One small reduction a step puts every process's loss and flags together before the optimizer moves, so that all
-processes decide alike and stop together; what is wrong is then said with the names of the rows.
+One small reduction per step sums the loss over processes before the optimizer steps, so that all processes make the
+same decision and stop together. Messages name the rows of the batch.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 DATA, TEACHER, FORWARD, BACKWARD, OPTIMIZER, REST = "data", "teacher", "forward", "backward", "optimizer", "rest"
 PARTS = (DATA, TEACHER, FORWARD, BACKWARD, OPTIMIZER, REST)
-"""Where the seconds of a step go."""
+"""The parts into which a step's time is divided."""
 WINDOW, ENOUGH = 50, 20
-"""Steps whose losses are remembered to tell a spike; how many of them are needed before one is called."""
+"""Number of recent losses that a spike is compared with, and how many of them are needed before spikes are detected."""
 SMALLEST_DEVIATION = 0.02
-"""Of the median: a very calm loss is not called to spike at a ripple."""
+"""Lower bound of the deviation, relative to the median, so that a very steady loss does not spike at a ripple."""
 MOST_LEFT_OUT = 5
-"""Steps in a row that ``non_finite: skip`` may leave out; more of them mean that the weights are damaged."""
+"""Steps in a row that ``non_finite: skip`` may skip; more mean that the weights are damaged."""
 UNCHANGED = 1e-6
 """Relative change below which a term counts as constant."""
 
@@ -46,7 +46,7 @@ class NonFiniteLossError(TrainingError):
 
 
 class LossSpikeError(TrainingError):
-    """The loss rose far above its course; the message names the rows of the batch."""
+    """The loss rose far above its recent values; the message names the rows of the batch."""
 
 
 class DeadTermError(TrainingError):
@@ -54,10 +54,10 @@ class DeadTermError(TrainingError):
 
 
 class StepClock:
-    """Gives each stretch between two marks to a part.
+    """Measures the seconds that a step spends in each part.
 
-    On a GPU the marks are events in its stream, read only when the seconds are asked for: nothing waits for the device,
-    and a loader that keeps up costs no data time even though the host asked for its batch.
+    On a GPU, marks are events in its stream, read only in ``collect``. So marking does not wait for the device, and a
+    data loader that keeps up with the GPU counts as no data time, even while the host waits for a batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class StepClock:
         self._last: Any = None
 
     def mark(self, part: str) -> None:
-        """What happened since the last mark was ``part``."""
+        """Attributes the time since the last mark to ``part``."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -92,12 +92,12 @@ class StepClock:
 
 
 class RunMonitor:
-    """Sees every micro-batch and every step of one process.
+    """Monitors every micro-batch and step of one process.
 
     Args:
-        rules: what stops the run and what warns.
-        accelerator: the trainer's.
-        peak: FLOPs per second of a process's device; None: unknown, no MFU is logged.
+        rules: which problems stop the run and which only warn.
+        accelerator: the trainer's accelerator.
+        peak: peak FLOPs per second of a process's device; None if unknown, then no MFU is logged.
     """
 
     def __init__(self, rules: Monitor, accelerator: Accelerator, peak: float | None = None) -> None:
@@ -109,9 +109,9 @@ class RunMonitor:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._history: dict[str, deque[float]] = {}
         self._dead: set[str] = set()
-        self._counts = [0, 0, 0, 0, 0]  # images, tokens, pairs, supervised, image tokens of all since the last log
+        self._counts = [0, 0, 0, 0, 0]  # images, tokens, pairs, supervised, image tokens on all processes since a log
         self._norms: dict[str, Tensor] = {}
-        self._left_out = 0  # steps in a row
+        self._left_out = 0  # skipped steps in a row
         self._start_step()
 
     def _start_step(self) -> None:
@@ -120,48 +120,48 @@ class RunMonitor:
         self._terms: dict[str, Tensor] = {}
 
     def unlabeled(self, batches: Iterable[Mapping[str, Any]]) -> int:
-        """Rows of this process in micro-batches without a label, remembered by name."""
+        """Counts this process's rows in micro-batches without a supervised token, and keeps their names."""
         self._unlabeled = [row for batch in batches if not batch["sizes"].supervised for row in _rows_of(batch)]
         return len(self._unlabeled)
 
     def counted(self, counts: Counts, step: int) -> None:
-        """Takes the sums over all processes of a step that is about to begin."""
+        """Takes the counts over all processes for a step that is about to begin."""
         seen = (counts.images, counts.tokens, counts.pairs, counts.supervised, counts.image_tokens)
         self._counts = [before + number for before, number in zip(self._counts, seen, strict=True)]
         if counts.unlabeled and self.rules.no_labels != "ignore":
             named = gather_object(self._unlabeled)
             text = (
-                f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They teach nothing: look "
-                "for empty answers, or for answers cut off by data.max_tokens"
+                f"step {step}: a micro-batch has no supervised token; rows {_some(named)}. They do not contribute to "
+                "the loss: look for empty answers, or for answers cut off by data.max_tokens"
             )
             self._say(self.rules.no_labels, DataError("no labels", text), text)
 
     def see(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
-        """A micro-batch's share of the loss and its terms."""
+        """Takes a micro-batch's share of the loss and its terms."""
         share = outputs["loss"].detach().float()
         self._share = share if self._share is None else self._share + share
         self._rows += _rows_of(inputs)
         self._terms = {name: term.detach() for name, term in outputs.items() if name != "loss"}
 
     def settle(self, step: int, norm: Tensor | float | None = None) -> bool:
-        """Judges the step's loss and the norm of all gradients, on every process alike, before the optimizer moves.
+        """Checks the step's loss and gradient norm before the optimizer steps. Every process decides the same.
 
-        Both are read at once, so that the host waits for the device once.
+        Both values are read together, so that the host waits for the device only once.
 
         Args:
-            norm: of all gradients; None: the engine hides them.
+            norm: norm of all gradients; None if the engine hides it.
 
         Returns:
-            False: leave this step out.
+            False if this step must be skipped.
 
         Raises:
-            NonFiniteLossError: one is not finite and the run is to stop, or too many steps in a row were left out.
-            LossSpikeError: the loss rose far above its course and the run is to stop.
+            NonFiniteLossError: one is not finite and the rule is "stop", or too many steps in a row were skipped.
+            LossSpikeError: the loss rose far above its recent values and the rule is "stop".
         """
         assert self._share is not None
         loss_sum = self.accelerator.reduce(self._share, "sum")  # NaN and infinity survive a sum
-        judged = norm.to(loss_sum) if isinstance(norm, Tensor) else loss_sum.new_full((), norm or 0.0)
-        loss, length = torch.stack([loss_sum, judged]).tolist()
+        total_norm = norm.to(loss_sum) if isinstance(norm, Tensor) else loss_sum.new_full((), norm or 0.0)
+        loss, grad_norm = torch.stack([loss_sum, total_norm]).tolist()
         rows, terms = self._rows, self._terms
         self._start_step()
         if not math.isfinite(loss):
@@ -174,8 +174,8 @@ class RunMonitor:
             )
             self._say(self.rules.spike, LossSpikeError(text), text)
         self._losses.append(loss)
-        if not math.isfinite(length):
-            self._leave_out(f"the gradients' norm is {length} at step {step}, with a finite loss", rows, terms)
+        if not math.isfinite(grad_norm):
+            self._leave_out(f"the gradient norm is {grad_norm} at step {step}, with a finite loss", rows, terms)
             return False
         self._left_out = 0
         return True
@@ -191,7 +191,7 @@ class RunMonitor:
         )
         if self._left_out > MOST_LEFT_OUT:
             text = (
-                f"{self._left_out} steps in a row were left out, so the weights themselves may be damaged: {text}. "
+                f"{self._left_out} steps in a row were skipped, so the weights themselves may be damaged: {text}. "
                 "Then add --resume: the newest checkpoint is finite"
             )
             raise NonFiniteLossError(text)
@@ -205,7 +205,7 @@ class RunMonitor:
         return loss - median > self.rules.spike_size * max(deviation, SMALLEST_DEVIATION * abs(median))
 
     def norms(self, model: nn.Module) -> None:
-        """Keeps the norm of each part's gradient, before clipping. Engines that hide gradients give none."""
+        """Stores the gradient norm of each part before clipping; none under engines that hide gradients."""
         parts: dict[str, list[Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
@@ -215,7 +215,7 @@ class RunMonitor:
             self._norms[part] = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
     def report(self, terms: Mapping[str, float], steps: int, step: int) -> dict[str, float]:
-        """What is logged beside the losses, as means over the ``steps`` since the last log; looks for dead terms."""
+        """Values to log with the losses, averaged over the ``steps`` since the last log; also checks for dead terms."""
         seconds = self.clock.collect()
         total = sum(seconds.values())
         norms = torch.stack(list(self._norms.values())).tolist() if self._norms else ()
@@ -247,8 +247,8 @@ class RunMonitor:
             elif name not in self._dead:
                 self._dead.add(name)
                 text = (
-                    f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}: nothing "
-                    "learns from it. Look at its teacher's targets, its weight, and whether batches hold images"
+                    f"the term '{name}' has been {value:.4g} in the last {wanted} logs up to step {step}, so it trains "
+                    "nothing. Check its teacher's targets, its weight, and whether batches contain images"
                 )
                 self._say(self.rules.dead_term, DeadTermError(text), text)
 
@@ -260,7 +260,7 @@ class RunMonitor:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory held so far: the allocator's on a GPU, the process's on a CPU."""
+    """Peak memory in GiB so far: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device)) / 2**30
     import resource

@@ -1,7 +1,7 @@
-"""The last step of collating: where image tokens lie, and what each task reads.
+"""Adds token positions to a batch: those of image tokens, and those that each task reads.
 
-A forward pass could find both in the token ids. On a GPU the host would wait for their number, several times a
-micro-batch; the loader's processes find them on the way.
+The forward pass could find both from the token ids, but on a GPU the host would wait for their number several times per
+micro-batch. So the loader's processes compute them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Collate = Callable[[Sequence[Sample | Drop]], Batch]
 
 @dataclass
 class PositioningCollator:
-    """A collator whose batches also hold ``image_at`` and, with tasks, ``readings``; picklable.
+    """Wraps a collator and adds ``image_at`` and, with tasks, ``readings`` to its batches; picklable.
 
     Args:
-        collator: makes the tensors, padded or packed.
-        image_token_id: of the student.
-        task_token_ids: of the student, by task.
-        tasks: what is distilled; empty: nothing.
+        collator: creates the padded or packed batch.
+        image_token_id: the student's image token.
+        task_token_ids: the student's task tokens, by task.
+        tasks: the distillation tasks; empty without distillation.
         text_keys: see ``EmbeddingDistillation``.
     """
 
@@ -59,10 +59,10 @@ class PositioningCollator:
 
 
 def image_positions(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """``[image tokens]``: where they lie, with the rows of ``[B, L]`` laid end to end."""
+    """Positions ``[image tokens]`` of the image tokens in the flattened ``[B, L]`` ids."""
     return (input_ids == image_token_id).flatten().nonzero().squeeze(1)
 
 
 def samples_of(position_ids: Tensor | None) -> Tensor | None:
-    """``[1, L]``: the number of each token's sample in a packed row; None: rows are samples."""
+    """Sample number ``[1, L]`` of each token in a packed row, from 1; None for unpacked rows."""
     return None if position_ids is None else (position_ids == 0).cumsum(1)

@@ -1,4 +1,4 @@
-"""How many layers are recomputed in the backward pass, and whether the run fits its GPU, before weights are loaded."""
+"""Decides, before weights are loaded, how many layers are recomputed in the backward pass (gradient checkpointing)."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from visper.config import Run
 from visper.training.output import saved_run
 
 EstimateMemory = Callable[[Run, int], tuple[float, str]]
-"""The run and its number of processes -> share of the layers to recompute (a given one stays), and why (one line);
-warns where the run does not fit."""
+"""Takes a run and its number of processes; returns the share of layers to recompute (a number set in the run is kept)
+and the reason in one line. Logs a warning if the run does not fit."""
 
 
 def decide_recomputation(run: Run, processes: PartialState, estimate: EstimateMemory | None, console: Console) -> Run:
-    """``gradient_checkpointing: auto`` becomes a share of the layers, the same on every process: the one that the
-    interrupted run had, none on a CPU, else what ``estimate`` says, which is asked about a given share, too."""
-    asked = run.optimization.gradient_checkpointing == "auto"
+    """Replaces ``gradient_checkpointing: auto`` by a share of the layers, the same on every process.
+
+    The share is that of the interrupted run, else 0 on a CPU, else the one from ``estimate``. With a number instead of
+    ``auto``, ``estimate`` is only called to log whether the run fits.
+    """
+    auto = run.optimization.gradient_checkpointing == "auto"
 
     def decided() -> tuple[float, str]:
         before = saved_run(Path(run.output))
         if before is not None:
-            return before.optimization.recomputation, "as before" if asked else ""
+            return before.optimization.recomputation, "as before" if auto else ""
         if not torch.cuda.is_available():
             return 0.0, ""
         if estimate is None:
-            return 1.0, "all layers" if asked else ""
+            return 1.0, "all layers" if auto else ""
         return estimate(run, processes.num_processes)
 
     share, why = first_decides(decided)
     if why:
-        announce(console, "recomputed" if asked else "memory", why)
-    if not asked:
+        announce(console, "recomputed" if auto else "memory", why)
+    if not auto:
         return run
     return run.model_copy(
         update={"optimization": run.optimization.model_copy(update={"gradient_checkpointing": share})}

@@ -1,7 +1,7 @@
-"""The place in the data that a checkpoint stands at: a step, in an order that must be the same when it is continued.
+"""Checks that a resumed run reads its rows in the same order as the run that wrote the checkpoint.
 
-The order is a function of the rows, the seed and the grouping. These are written into the checkpoint and compared on
-resuming.
+The order is a function of rows, seed, grouping and mixture. Digests of these are saved in the checkpoint and compared
+on resume.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ORDER = "order.json"
 
 
 def order_of(data: StageData) -> dict[str, Any]:
-    """What the order of the rows follows from, apart from the run's own settings."""
+    """Digests of everything that determines the order of the rows, apart from the run's own settings."""
     sampler, records = data.sampler, data.dataset.records
     if isinstance(records, Records):
         ids = ["\0".join(part.table.column("id").to_pylist()) for part in records.parts]
@@ -38,27 +38,27 @@ def order_of(data: StageData) -> dict[str, Any]:
 
 
 def write_order(folder: Path, data: StageData) -> None:
-    """Writes the order into a checkpoint that is being written."""
+    """Writes ``order.json`` into a checkpoint that is being written."""
     (folder / ORDER).write_text(json.dumps(order_of(data), indent=1), encoding="utf-8")
 
 
 def require_same_order(checkpoint: Path, data: StageData) -> None:
-    """Refuses to continue at a step of another order: rows would be read twice and others never.
+    """Checks that the data has the checkpoint's order; otherwise some rows would be read twice and others never.
 
     Raises:
-        ConfigError: the data differ from the checkpoint's.
+        ConfigError: the data differs from the checkpoint's.
     """
-    theirs, ours = json.loads((checkpoint / ORDER).read_text(encoding="utf-8")), order_of(data)
-    if theirs == ours:
+    then, now = json.loads((checkpoint / ORDER).read_text(encoding="utf-8")), order_of(data)
+    if then == now:
         return
-    what = f"{theirs['rows']} rows then, {ours['rows']} now" if theirs["rows"] != ours["rows"] else "other rows"
+    what = f"{then['rows']} rows then, {now['rows']} now" if then["rows"] != now["rows"] else "other rows"
     raise ConfigError(
-        f"checkpoint '{checkpoint}' stands at a step of other data ({what}; left out now: {_left_out(data.drops)}): "
-        "put the data back as it was (`visper data check` says what is missing), or train anew into another output"
+        f"checkpoint '{checkpoint}' was written with other data ({what}; rows dropped now: {_dropped(data.drops)}): "
+        "restore the data (`visper data check` says what is missing), or train from step 0 into another output"
     )
 
 
-def _left_out(drops: DropList) -> str:
+def _dropped(drops: DropList) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in drops.counts().items()) or "none"
 
 

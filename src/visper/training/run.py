@@ -1,7 +1,4 @@
-"""The story of a stage: data, student, objective, trainer, training, finished folder. Each step announces itself.
-
-``output`` says what a stage's folder holds.
-"""
+"""Runs a stage: builds data, student, objective and trainer, trains, and writes the stage's folder (see ``output``)."""
 
 from __future__ import annotations
 
@@ -81,16 +78,16 @@ def run_stage(
 
     Args:
         resume: continue from the newest undamaged checkpoint in the run's output.
-        callbacks: more of the Trainer's callbacks.
-        accept_changes: continue although rows, images or weights have changed since the run began.
-        evaluator: asks and draws what ``run.evaluation`` says (``evaluation.while_training``).
+        callbacks: additional callbacks for the Trainer.
+        accept_changes: continue even if rows, images or initial weights have changed since the run began.
+        evaluator: asks questions and draws predictions as ``run.evaluation`` says (``evaluation.while_training``).
         recomputation: decides ``gradient_checkpointing: auto`` on a GPU (``planning.recomputation``); without it,
-            everything is recomputed there.
+            all layers are recomputed there.
 
     Raises:
-        ConfigError: the run cannot be trained, or its output folder holds another one or is in use.
+        ConfigError: the run cannot be trained, or its output folder holds another run or is in use.
         DataError: too many bad rows.
-        StoppedError: a signal ended it early; it has saved a checkpoint.
+        StoppedError: a signal stopped the run early; it has saved a checkpoint.
     """
     row_files(run.data)  # missing data, trackers and compilers are reported before anything is loaded
     require_trackers(run.logging.report_to, run.logging.project)
@@ -133,7 +130,7 @@ def run_pipeline(
     evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
     recomputation: EstimateMemory | None = None,
 ) -> None:
-    """Trains stages in order; finished ones are skipped, interrupted ones resumed from their checkpoint."""
+    """Trains stages in order; skips finished ones and resumes interrupted ones."""
     console = Console()
     for run in runs:
         if is_finished(run):
@@ -143,10 +140,11 @@ def run_pipeline(
 
 
 def join_processes(launch: Launch) -> PartialState:
-    """This process's place among those of the run.
+    """Initializes distributed training and returns this process's state.
 
     Raises:
-        ConfigError: one process sees several GPUs, torch lacks NCCL, or ``launch.replicas`` does not divide processes.
+        ConfigError: one process sees several GPUs, torch lacks NCCL, or ``launch.replicas`` does not divide the number
+            of processes.
     """
     require_nccl()
     timeout = timedelta(minutes=launch.timeout_minutes)
@@ -155,8 +153,8 @@ def join_processes(launch: Launch) -> PartialState:
     count = torch.cuda.device_count()
     if processes.num_processes == 1 and count > 1:
         raise ConfigError(
-            f"one process sees {count} GPUs: start one process a GPU (`torchrun --nproc-per-node {count} -m visper "
-            "train ...`), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"one process sees {count} GPUs: start one process per GPU (`torchrun --nproc-per-node {count} -m visper "
+            "train ...`), or make only one visible (CUDA_VISIBLE_DEVICES=0)"
         )
     check_replicas(launch.replicas, processes.num_processes)
     return processes
@@ -166,7 +164,7 @@ def open_output(run: Run, resume: bool) -> Run:
     """Checks the run's output folder; returns the run with its hub models pinned to commits.
 
     Raises:
-        ConfigError: the folder holds another run, or cannot be used otherwise.
+        ConfigError: the run may not write into the folder, see ``check_output``.
     """
     output = Path(run.output)
 
@@ -179,9 +177,9 @@ def open_output(run: Run, resume: bool) -> Run:
 
 
 def build_student(run: Run, processes: PartialState, console: Console) -> Student:
-    """The student that the stage starts with, with the run's attention.
+    """The student that the stage starts with, set to the run's attention.
 
-    Where weights are shared out, the first process alone reads them: the others get theirs when the model is sharded.
+    With FSDP, only the first process reads the weights; the others receive theirs when the model is sharded.
     """
     if run.lora and run.lora.quantize:
         student = quantized_student(run.start_from, run.start_from_revision)
@@ -198,7 +196,7 @@ def build_student(run: Run, processes: PartialState, console: Console) -> Studen
 
 
 def build_targets(run: Run, student: Student, console: Console) -> tuple[dict[str, Teacher], TargetStore | None]:
-    """The teachers by task, and the store that replaces them, if the run names one."""
+    """The teachers by task, and the target store that replaces them, if the run names one."""
     background = background_of(student.processor.image_processor)
     store = open_targets(run.distillation, run.data.geometry.value, background, Path(run.output) / "run.yaml")
     if store is None:
@@ -213,7 +211,7 @@ def build_targets(run: Run, student: Student, console: Console) -> tuple[dict[st
 def build_model(
     run: Run, student: Student, teachers: Mapping[str, Teacher], processes: PartialState, console: Console
 ) -> TrainingModel:
-    """Student and objective as one module, its trainable parts chosen, sharded if the engine shards."""
+    """Student and objective as one module, with its trainable parameters set, sharded or compiled as the run says."""
     shares = shares_weights(run.launch, processes)
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
@@ -242,11 +240,11 @@ def shares_weights(launch: Launch, processes: PartialState) -> bool:
 
 
 def start_model(run: Run, model: TrainingModel, console: Console) -> None:
-    """Gives heads the weights that the stage before trained, and chooses and casts what is trained."""
+    """Loads the heads that the previous stage trained, sets what is trainable, and casts frozen parts."""
     if run.distillation is not None and run.start_from is not None:
         continued = continue_objective(model, run.distillation, run.start_from)
         new = len(run.distillation.tasks) - continued
-        announce(console, "heads", f"{continued} tasks go on from {run.start_from}, {new} are new")
+        announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
     set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
 
 
@@ -258,8 +256,10 @@ def build_trainer(
     processes: PartialState,
     callbacks: Sequence[TrainerCallback],
 ) -> StageTrainer:
-    """The trainer with what it logs to. Not before the model: once its arguments name ZeRO-3, transformers shards
-    everything that is loaded."""
+    """The trainer with its callbacks.
+
+    Call it after building the model: once the Trainer's arguments name ZeRO-3, transformers shards all models it loads.
+    """
     output = Path(run.output)
     watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), console_callback(), *callbacks]
     board = None
@@ -288,7 +288,7 @@ def evaluation_callback(
     evaluator: Evaluator | None,
     console: Console,
 ) -> list[EvaluationCallback]:
-    """What evaluates the run while it trains, if it asks for that."""
+    """The callback that evaluates while the run trains; an empty list without ``run.evaluation``."""
     if run.evaluation is None:
         return []
     rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
@@ -296,10 +296,10 @@ def evaluation_callback(
 
 
 def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
-    """Leaves out of ``data`` the rows that were found bad before the checkpoint.
+    """Drops from ``data`` the rows that were found bad before the checkpoint.
 
     Raises:
-        ConfigError: it was written with other rows or in another order.
+        ConfigError: the checkpoint was written with other rows or in another order.
     """
     require_same_order(checkpoint, data)
     before = DropList.read(output / DROPPED)
@@ -309,17 +309,17 @@ def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
 def train(
     trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluation: Evaluation | None = None
 ) -> None:
-    """Trains to the end, from ``checkpoint`` if there is one; with ``use_best`` it ends with the best one's weights.
+    """Trains to the end, from ``checkpoint`` if given; with ``use_best``, then loads the best checkpoint's weights.
 
     Raises:
-        StoppedError: a signal ended it early; a checkpoint is saved.
-        TrainingError: the weights at the end are not finite.
+        StoppedError: a signal stopped the run early; a checkpoint is saved.
+        TrainingError: the final weights are not finite.
     """
     if trainer.is_world_process_zero():
         trainer.data.drops.write(trainer.output / DROPPED)
     announce(console, "training", "from step 0" if checkpoint is None else f"from {checkpoint}")
     if checkpoint is not None and is_last(checkpoint):
-        trainer.restore(checkpoint)  # killed before the folder was finished: the Trainer would take one step more
+        trainer.restore(checkpoint)  # killed before `finish`; the Trainer would train one more step
     else:
         if checkpoint is not None:
             require_same_writer(checkpoint, trainer.launch, trainer.accelerator.num_processes)
@@ -333,7 +333,7 @@ def train(
         if trainer.stop.agreed and step < last:
             raise StoppedError(
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
-                "add --resume to go on"
+                "add --resume to continue"
             )
     if evaluation is not None and evaluation.use_best:
         best = best_checkpoint(trainer.output, evaluation.measure)
@@ -346,7 +346,7 @@ def train(
 
 
 def finish(run: Run, student: Student, model: TrainingModel) -> None:
-    """Writes the stage's results. ``model`` is renamed into place last: where it is, everything is."""
+    """Writes the stage's results. ``model`` is moved to its place last, so if it exists, the results are complete."""
     output = Path(run.output)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())

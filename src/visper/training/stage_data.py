@@ -1,4 +1,4 @@
-"""The data of a stage: rows, the survey of every row, the sampler that orders them, the collator that batches them."""
+"""A stage's data: opens and surveys the rows, and builds dataset, sampler and collator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AnyCollator = Collator | PackingCollator | JoiningCollator
 
 @dataclass(frozen=True)
 class StageData:
-    """What the trainer reads: rows, how they are batched, in which order; and the rows left out so far."""
+    """The data that the trainer reads, and the rows dropped so far."""
 
     dataset: ConversationDataset
     collator: AnyCollator
@@ -46,10 +46,10 @@ class StageData:
     drop_limit: float = 0.01
 
     def drop_more(self, dropped: Sequence[Drop], file: Path | None) -> None:
-        """Adds rows found bad while loading, and writes the list to ``file``, if given.
+        """Adds rows found bad while loading, and writes the list of dropped rows to ``file``, if given.
 
         Raises:
-            DataError: the share of bad rows has passed ``drop_limit``.
+            DataError: the share of bad rows exceeds ``drop_limit``.
         """
         self.drops.extend(dropped)
         if file is not None:
@@ -70,18 +70,18 @@ def build_data(
     """Opens and surveys the rows, and shows one decoded sample with its supervised text in color.
 
     Args:
-        settings: which rows.
-        optimization: how they are batched.
+        settings: the rows to read.
+        optimization: batch sizes and packing.
         student: its processor makes tokens and pixels.
-        teachers: how each sees an image, by task; not asked where ``targets`` are stored.
+        teachers: task -> teacher, whose ``preprocess`` is used; not needed with ``targets``.
         console: shows counts and the sample.
-        seed: of the order.
-        images_required: whether rows without a single image are an error.
-        targets: the loaders read these in place of the teachers' images.
+        seed: determines the order of the rows.
+        images_required: raise an error if no row has an image.
+        targets: stored targets, which are loaded instead of the teachers' images.
 
     Raises:
-        DataError: a source is missing, the share of bad rows is past ``data.drop_limit``, or that of words which the
-            tokenizer does not know past ``data.unknown_limit``.
+        DataError: a source is missing, the share of bad rows exceeds ``data.drop_limit``, or the share of words that
+            the tokenizer does not know exceeds ``data.unknown_limit``.
     """
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
     encoder = encoder_for(student.processor, settings.max_tokens)
@@ -107,9 +107,10 @@ def build_data(
 def _surveyed_rows(
     settings: Data, encoder: ConversationEncoder, drops: DropList, console: Console
 ) -> tuple[Survey, int]:
-    """The rows to train on with what a look at every row found, and how many rows there were.
+    """The survey of the rows to train on, and the total number of rows.
 
-    The first process reads, counts and looks at files; the others read its cache, and take its word on the files.
+    The first process reads and measures the rows and checks the image files; the others read its cache and get the
+    result of its file check.
     """
     with first_goes_first():
         records = open_records(row_files(settings), drops, quiet=console.quiet)
@@ -156,7 +157,7 @@ def _collator(
 
 
 def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) -> frozenset[str]:
-    """Tasks whose teacher sees the same resized bytes as a LLaVA. Not with ``crop``, which the student does last."""
+    """Tasks whose teacher sees the same resized image as a LLaVA. None with ``crop``, as the student crops last."""
     if geometry_of(image_processor) == "crop":
         return frozenset()
     size = (output_size(image_processor),) * 2

@@ -1,5 +1,4 @@
-"""What each stage trains, and at which learning rate: one table of patterns, applied, counted, and refused where a
-pattern matches nothing.
+"""The trainable parameters of each stage, as a table of patterns, and their learning rates.
 
 Paper, section 3.3: PT trains the projector, the predictors, the task tokens (query matrices) and the logit scales;
 VPT the complete model; IFT the projector and the LLM. Task tokens are frozen after PT.
@@ -29,11 +28,11 @@ TRAINABLE: dict[Stage, tuple[str, ...]] = {
 
 DISTILLATION_PARTS = ("predictors.*", "logit_scales.*")
 TASK_TOKEN_PARTS = ("task_tokens.*",)
-"""What PT lacks without 'distillation' or in a student without task tokens (plain LLaVA pre-training: both), and what
-'distillation' adds to the table of another stage: task tokens where a task reads them."""
+"""Patterns that do not apply without 'distillation' or without task tokens (plain LLaVA pre-training has neither), and
+that 'distillation' adds to the other stages: task tokens only if a task reads them."""
 
 WORD_PARTS = ("words.*",)
-"""What PT trains beside its table where a recipe adds words; in VPT and IFT their embeddings are the LLM's own."""
+"""Added to PT's patterns if a recipe adds words; in VPT and IFT, added words are part of the LLM's embeddings."""
 
 PARTS: tuple[tuple[str, str], ...] = (
     *((f"student.{start}", part) for start, part in PLACES),
@@ -42,15 +41,15 @@ PARTS: tuple[tuple[str, str], ...] = (
     ("objective.predictors.", "predictors."),
     ("objective.logit_scales.", "logit_scales."),
 )
-"""Place of a parameter in the training model -> its part name."""
+"""Prefix of a parameter's name in the training model -> prefix of its part name."""
 
 LORA = "lora"
-"""The part of low-rank updates, wherever in the LLM they lie; with them the LLM itself is left out of the table."""
+"""Part name of the low-rank updates of the LLM; with them, the LLM itself is removed from the table."""
 
 
 @dataclass(frozen=True)
 class PartCount:
-    """Parameters of one part: how many there are, how many are trainable."""
+    """Number of parameters of one part, and how many of them are trainable."""
 
     part: str
     total: int
@@ -58,7 +57,7 @@ class PartCount:
 
 
 def part_name(parameter: str) -> str:
-    """``student.model.language_model.layers.0...`` -> ``llm.layers.0...``."""
+    """The part name of a parameter, such as ``llm.layers.0...`` for ``student.model.language_model.layers.0...``."""
     for place, part in PARTS:
         if parameter.startswith(place):
             if ".lora_" in parameter:
@@ -79,11 +78,12 @@ def apply_stage(
     """Sets ``requires_grad`` of every parameter by the stage's patterns and returns the counts by part.
 
     Args:
-        lacks: patterns of the table that this run has no use for, by its own settings.
-        freeze: parts left out of the table, such as ``["vision"]`` for the published VPT script.
-        adds: patterns that this run trains beside the table's, by its own settings.
-        train: parts trained beside the table's by the user's wish, such as ``["llm"]`` or ``["llm.layers.0"]``.
-        kept_fixed: parameters that stay frozen whatever the patterns say: those of frozen heads.
+        lacks: patterns of the table that do not apply to this run.
+        freeze: parts to remove from the table (``optimization.freeze``), such as ``["vision"]`` for the published VPT
+            script.
+        adds: additional patterns that follow from the run's settings.
+        train: additional parts to train (``optimization.train``), such as ``["llm"]`` or ``["llm.layers.0"]``.
+        kept_fixed: parameters that stay frozen whatever the patterns say, those of frozen heads.
 
     Raises:
         ValueError: a pattern, or a part in ``freeze`` or ``train``, matches no parameter.
@@ -116,7 +116,7 @@ def apply_stage(
 
 
 def count_parts(model: nn.Module) -> list[PartCount]:
-    """Parameters by part, all and trainable. A tied embedding counts once, under the LLM."""
+    """Total and trainable parameters by part. A tied embedding counts once, under the LLM."""
     totals: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         counts = totals.setdefault(part_name(name).split(".")[0], [0, 0])
@@ -126,14 +126,14 @@ def count_parts(model: nn.Module) -> list[PartCount]:
 
 
 def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) -> list[str]:
-    """Freezes encoder parameters that no projected feature depends on, and returns their names.
+    """Freezes encoder parameters that the projected features do not depend on, and returns their names.
 
-    The projector reads a hidden layer before the last, so the layers behind it never get a gradient; left trainable
-    they break DDP and the resume of a sharded optimizer.
+    The projector may read a layer before the last, so later layers never get a gradient. If they stayed trainable, DDP
+    would fail, and so would resuming a sharded optimizer.
 
     Args:
-        model: has ``get_image_features``.
-        image: any image as the model takes it (``Student.blank_image``).
+        model: a model with ``get_image_features``.
+        image: the model's inputs for any image (``Student.blank_image``).
     """
     trainable = {name: p for name, p in parameters_of(model, VISION) if p.requires_grad}
     total = feature_sum(model, image)
@@ -145,7 +145,7 @@ def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) ->
 
 
 def feature_sum(model: Any, image: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of all that the LLM reads of an image, float32: deep features too, where a model has them."""
+    """The sum, in float32, of all image features that the LLM reads, including deepstack features if there are any."""
     output = model.get_image_features(**image)
     deep = getattr(output, "deepstack_features", None) or ()
     features = [*output.pooler_output, *(feature for level in deep for feature in level)]
@@ -153,10 +153,10 @@ def feature_sum(model: Any, image: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def check_rates(optimization: Optimization, stage: Stage, model: nn.Module) -> None:
-    """Refuses a learning rate for a part that the stage does not train.
+    """Checks that ``lr_overrides`` names only parts that the stage trains.
 
     Raises:
-        ConfigError: names the part and the trainable ones.
+        ConfigError: it names another one; the message lists the trainable parts.
     """
     trainable = [count.part for count in count_parts(model) if count.trainable]
     for part in optimization.lr_overrides:
@@ -174,9 +174,9 @@ def learning_rate_of(optimization: Optimization, part: str) -> float:
 
 
 def parameter_groups(optimization: Optimization, model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
-    """The optimizer's groups: trainable parameters by part, and in each those with weight decay (``decayed``) first.
+    """The optimizer's parameter groups, one or two per part: with weight decay (names in ``decayed``), then without.
 
-    Each group carries the name of its ``part``.
+    Each group has the name of its ``part`` as an extra key.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Stopping early: a signal asks, all processes agree, and the run saves a checkpoint after the current step."""
+"""Stopping early on a signal: all processes agree on a step, save a checkpoint after it, and end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from visper.common.parallel import keep_freed_memory
 class StopRequest(TrainerCallback):
     """Saves and ends training after the step in which any process was asked to stop.
 
-    ``asked`` is set on this process; the trainer sums it over processes with the counts of the next global batch and
-    sets ``agreed`` on all of them, so that all stop after the same step.
+    A signal sets ``asked`` on this process. The trainer sums it over processes with the counts of the next global batch
+    and sets ``agreed`` on all of them, so that all stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -25,15 +25,15 @@ class StopRequest(TrainerCallback):
         self.agreed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer saves before it ends."""
+        """Requests a checkpoint and the end of training."""
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Asks on SIGTERM, which schedulers send before they take a machine away, and on Ctrl-C.
+        """Sets ``asked`` on Ctrl-C and on SIGTERM, which schedulers send before they take a machine away.
 
-        Python handles signals in the main thread only: in any other, nothing changes.
+        Does nothing outside the main thread, the only one in which Python can set signal handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -51,12 +51,12 @@ class StopRequest(TrainerCallback):
 
 
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Makes a loader process ignore the signals that its process group gets too: it must serve the last step.
+    """Initializes a loader worker: it ignores stop signals, which its process group gets too, to serve the last step.
 
-    It also keeps the memory of a batch for the next.
+    It also keeps freed memory for the next batch.
 
     Args:
-        then: the loader's own start of a worker, which seeds it.
+        then: the loader's own ``worker_init_fn``, which seeds the worker.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

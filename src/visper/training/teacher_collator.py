@@ -1,4 +1,4 @@
-"""The collator of another trainer, whose batches also carry what the teachers see; picklable, for loader workers."""
+"""Wraps another trainer's collator and adds the teachers' inputs to its batches; picklable, for loader workers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from visper.data.images import arrange, background_of, geometry_of, places_seen,
 from visper.data.vlm import ModelInputs, image_blocks
 
 SHARE = "distillation"
-"""Key of the batch under which it is."""
+"""Batch key of the added entries."""
 
 
 class TeacherCollator:
     """Adds ``batch[SHARE]``: "image_rows" and "image_tokens" ``[S]``, "teacher_images" per task ``[S, ...]``, "places".
 
-    Where the student sees an image cropped or padded to a square (LLaVA), so do the teachers.
+    If the student sees images cropped or padded to a square (LLaVA), so do the teachers.
 
     Args:
-        collator: makes the batch of the model.
-        preprocess: of each task's teacher.
-        processor: of the model, with its tokenizer and image token.
-        image_token_id: the token that holds features.
-        by_place: whether a task needs to know what each image token shows, see ``TokenLayout.places``.
+        collator: creates the model's batch.
+        preprocess: the preprocessing of each task's teacher.
+        processor: the model's processor.
+        image_token_id: the token whose embeddings are replaced by image features.
+        by_place: whether a task needs the position of each token in the image, see ``TokenLayout.places``.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class TeacherCollator:
         self._inputs = ModelInputs(processor, image_token_id) if by_place and not is_llava else None
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        """The collator's batch with the teachers' share.
+        """The collator's batch with ``batch[SHARE]`` added.
 
         Raises:
-            ValueError: rows without a column of images, images that are not PIL's, or other images than the text shows.
+            ValueError: rows have no image column, images are not PIL images, or a row's images do not match its text.
         """
         shown = [_images_of(example) for example in examples]  # before the collator, which may change its examples
         batch = self.collator(examples)
@@ -76,13 +76,13 @@ class TeacherCollator:
         return batch
 
     def _places(self, shown: Sequence[Sequence[Image.Image]], counts: Sequence[int], batch: Any) -> Tensor | None:
-        """What each image token shows; None: a square grid of all of the image, or no task asks."""
+        """The part of its image that each token shows; None for a square grid over the image, or if not needed."""
         if self._inputs is not None:
             return self._inputs.places([images for images in shown if images], counts, batch)
         return places_seen(self._geometry, [image.size for images in shown for image in images], counts)
 
     def _tokens(self, row: int, images: Sequence[Image.Image], count: int) -> list[int]:
-        """How many image tokens each image of a row has, ``count`` together."""
+        """The number of image tokens of each image of a row, ``count`` in total."""
         if len(images) > 1:
             token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
             found = [block.count(token) for block in image_blocks(self.processor, [image.size for image in images])]
@@ -91,8 +91,8 @@ class TeacherCollator:
         if sum(found) != count or not all(found):
             raise ValueError(
                 f"row {row} of the batch has {len(images)} images in its column, but its text has {count} image tokens "
-                f"(id {self.image_token_id}), expected {sum(found) or 'some'}: list every image of the text, and leave "
-                "max_length long enough"
+                f"(id {self.image_token_id}), expected {sum(found) or 'some'}: list every image of the text, and set a "
+                "max_length that does not cut it"
             )
         return found
 
@@ -107,5 +107,5 @@ def _images_of(example: Mapping[str, Any]) -> list[Image.Image]:
     listed = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
     for image in listed:
         if not isinstance(image, Image.Image):
-            raise ValueError(f"an image of a row is a {type(image).__name__}, teachers need PIL images: decode it")
+            raise ValueError(f"an image of a row is a {type(image).__name__}, but teachers need PIL images: decode it")
     return listed

@@ -1,6 +1,6 @@
-"""The trackers that a run logs to: checked before anything is loaded, and given images.
+"""Experiment trackers: checks that they can be used, and logs images to them.
 
-Values reach them through the Trainer's own callbacks, which log no images.
+Scalars are logged by the Trainer's own callbacks, which cannot log images.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from visper.common.errors import ConfigError
 
 
 def require_trackers(names: Sequence[str], project: str) -> None:
-    """Checks, before anything is loaded, that the trackers of ``logging.report_to`` can be used; names W&B's project.
+    """Checks that the trackers of ``logging.report_to`` can be used, and sets the W&B project.
 
     Raises:
-        ConfigError: one is not installed, or W&B is not logged in; the message says what to do.
+        ConfigError: a tracker is not installed, or W&B is not logged in; the message says what to do.
     """
     for name in names:
-        if find_spec(name) is None:  # package and extra have one name
+        if find_spec(name) is None:  # package and extra have the same name
             raise ConfigError(
                 f"logging.report_to names {name}, which is not installed: pip install 'visper-lm[{name}]'"
             )
     if "wandb" in names:
-        os.environ.setdefault("WANDB_PROJECT", project)  # the Trainer passes no project on to W&B
+        os.environ.setdefault("WANDB_PROJECT", project)  # the Trainer does not pass its project to W&B
     if "wandb" in names and os.environ.get("WANDB_MODE", "online") == "online":
         import wandb
 
         if wandb.api.api_key is None:
             raise ConfigError(
-                "logging.report_to names wandb, which is not logged in: run `wandb login`, set WANDB_API_KEY, or keep "
-                "the log on this machine with WANDB_MODE=offline"
+                "logging.report_to names wandb, which is not logged in: run `wandb login`, set WANDB_API_KEY, or log "
+                "to local files with WANDB_MODE=offline"
             )
 
 
 def tensorboard(folder: Path) -> TrainerCallback:
-    """The Trainer's TensorBoard callback, writing beside the run: by default it writes into staging."""
+    """The Trainer's TensorBoard callback, writing to ``folder``; by default it would write into the staging folder."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
@@ -50,15 +50,15 @@ def tensorboard(folder: Path) -> TrainerCallback:
 
 
 def log_images(names: Sequence[str], images: Mapping[str, Image.Image], step: int, board: Any = None) -> None:
-    """Gives images to the trackers of ``logging.report_to``, in the process that logs.
+    """Logs images to the trackers of ``logging.report_to``. Call it in the main process only.
 
     Args:
-        board: the ``SummaryWriter`` of TensorBoard.
+        board: TensorBoard's ``SummaryWriter``; needed if ``names`` has "tensorboard".
     """
     if "tensorboard" in names:
         for name, image in images.items():
             board.add_image(name, np.asarray(image), step, dataformats="HWC")
-    at = {"train/global_step": step}  # as the Trainer's callbacks log a step
+    at = {"train/global_step": step}  # the step's name in the Trainer's callbacks
     if "wandb" in names:
         import wandb
 

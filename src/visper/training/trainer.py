@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer, told what it cannot know.
+"""Hugging Face's Trainer, adapted to this package.
 
-Which sampler orders the rows; that the loss is already a share of the global batch; when the monitor looks at a step;
-and that a checkpoint holds trainable parameters, complete or not at all.
+Changed are the sampler, the scaling of the loss (a share of the global batch), the logged terms, the monitoring of each
+step, and what checkpoints hold and how they are written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visper.common.ranks import wait_for_all
 from visper.config import Engine, Launch, Logging, Optimization
@@ -47,13 +46,13 @@ class StageTrainer(Trainer):
         model: moved to the device and wrapped here, unless it is sharded already.
         args: see ``training_arguments``.
         data: rows, sampler, collator.
-        teachers: task -> frozen teacher; outside the model, so in no optimizer and no checkpoint.
+        teachers: task -> frozen teacher; outside the model, so they are in no optimizer and no checkpoint.
         optimization: learning rates by part.
-        logging: what the monitor does; how many checkpoints are kept.
-        launch: the engine, which a checkpoint of DeepSpeed's names.
+        logging: the monitor's rules, and the number of checkpoints to keep.
+        launch: engine and timeout.
         output: the run's folder.
-        stop: ends training early.
-        callbacks: more of them.
+        stop: ends training early on a signal.
+        callbacks: additional callbacks.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class StageTrainer(Trainer):
         self.terms = TermSums()
         names = data.dataset.source_names
         self.sources = SourceSums(names) if names else None
-        self.best_checkpoint: str | None = None  # kept beside the newest ones, see ``held_out``
+        self.best_checkpoint: str | None = None  # kept in addition to the newest ones, see ``held_out``
         self.sharded = is_sharded(model)
         super().__init__(
             model=model,
@@ -97,20 +96,20 @@ class StageTrainer(Trainer):
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.sharded:
-            # Only the run's precision is left to do; a model that is prepared is not wrapped in DDP later.
+            # This only sets up autocast; the Trainer does not wrap a prepared model in DDP.
             self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not self.sharded:  # shards are where they belong
+        if not self.sharded:  # shards are on their device already
             super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         return self.data.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's, with workers that outlive a signal to the process group."""
+        """The Trainer's loader, with workers that survive a signal to the process group."""
         loader: Any = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # within accelerate's
+        inner = getattr(loader, "base_dataloader", loader)  # inside accelerate's wrapper
         inner.worker_init_fn = partial(start_worker, inner.worker_init_fn)
         return loader
 
@@ -145,7 +144,7 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This process's share of the global loss times the processes, since gradients are averaged over them."""
+        """This process's share of the global loss times the number of processes, because gradients are averaged."""
         given = {key: value for key, value in inputs.items() if key in FORWARD_KEYS}
         with self._counting(inputs):
             outputs = model(**given, token_losses=self.sources is not None)
@@ -168,7 +167,7 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward; after the last micro-batch of a step that is logged, the norms of the parts."""
+        """Runs forward and backward; after a logged step's last micro-batch, also computes gradient norms by part."""
         if self.sharded and self.launch.engine is Engine.FSDP:
             choose_reduction(self._bare(), self.accelerator.sync_gradients, self.launch.reduce_once)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -180,24 +179,25 @@ class StageTrainer(Trainer):
         return self._countable(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
-        """Of all processes: up to torch 2.14 or so, the norm of sharded gradients reads as this process's alone.
+        """The gradient norm over all processes; 0 if the monitor skips the step.
 
-        The Trainer calls this right before the optimizer's step, so this is where loss and gradients are judged: the
-        only time in a step of one process that the host waits for its device.
+        Until about torch 2.14, the norm of sharded gradients covers only this process's shards, hence ``gathered``.
+        The Trainer calls this right before the optimizer step, so the monitor checks loss and gradient norm here. With
+        one process, this is the only time in a step that the host waits for its device.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = gathered(norm) if isinstance(norm, Tensor) else norm
         if not self.monitor.settle(self.state.global_step + 1, norm):
-            model.zero_grad(set_to_none=True)  # without gradients the optimizer moves nothing
+            model.zero_grad(set_to_none=True)  # without gradients, the optimizer step changes nothing
             return 0.0
         return norm
 
     def _countable(self, value: Tensor) -> Tensor:
-        """Where a step may be left out, what is not finite must not enter the sums that are logged."""
+        """Replaces non-finite values by 0 if such steps are skipped, to keep them out of the logged sums."""
         return value if self.monitor.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's AdamW; with ``optimization.lr_overrides`` in groups of one part each."""
+        """The Trainer's AdamW; with ``optimization.lr_overrides``, its parameter groups are those of the parts."""
         made: Any = getattr(self, "optimizer", None)
         if made is None and self.optimization.lr_overrides:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model if model is None else model)
@@ -211,7 +211,7 @@ class StageTrainer(Trainer):
         return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds every term, summed over processes and averaged over the steps since the last log."""
+        """Adds every term (summed over processes, averaged over the steps since the last log) and monitoring values."""
         step = self.state.global_step
         steps = self.terms.steps(step)
         if "loss" in logs and steps > 0:
@@ -222,7 +222,9 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the order of the rows; the Trainer calls this first for a checkpoint. Tensors follow, see below."""
+        """Writes the order of the rows. The Trainer calls this first when it saves a checkpoint, then
+        ``_save_optimizer_and_scheduler``, which writes the tensors.
+        """
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,22 +244,22 @@ class StageTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:
             return
-        if not self.is_deepspeed_enabled:  # transformers has let DeepSpeed load its own
+        if not self.is_deepspeed_enabled:  # DeepSpeed has already loaded its own state
             checkpoint.load_optimizer(self._bare(), self._optimizer(), Path(folder))
         checkpoint.load_scheduler(self.lr_scheduler, self._optimizer(), Path(folder))
 
     def _optimizer(self) -> Any:
-        """torch's optimizer, or DeepSpeed's around it, without accelerate's wrapper."""
+        """The optimizer without accelerate's wrapper: torch's, or DeepSpeed's."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_weights(self._bare(), Path(resume_from_checkpoint))
 
     def restore(self, folder: Path) -> None:
-        """Reads the weights of a checkpoint into the model without training on.
+        """Reads the weights of a checkpoint into the model, without continuing to train.
 
         Raises:
-            ConfigError: it is of another model or stage.
+            ConfigError: the checkpoint belongs to another model or stage.
         """
         checkpoint.load_weights(self._bare(), folder)
 
@@ -265,14 +267,13 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Begins to write a checkpoint, which takes its place once complete.
+        """Starts writing a checkpoint, which is moved to its place once complete.
 
         Raises:
-            TrainingError: a weight is not finite, or the checkpoint before could not be written; older ones stay.
+            TrainingError: a weight is not finite, or the previous checkpoint could not be written; older ones are kept.
         """
         self.writer.wait()
         checkpoint.require_finite(self._bare(), self.accelerator)
         super()._save_checkpoint(model, trial)
         wait_for_all()
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self.writer.complete(name, self.best_checkpoint)
+        self.writer.complete(checkpoint.checkpoint_name(self.state.global_step), self.best_checkpoint)

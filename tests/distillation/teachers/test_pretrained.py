@@ -90,12 +90,12 @@ def test_no_processor_of_the_hub_is_needed_for_the_colors(oneformer_folder, tmp_
 def test_an_id_out_of_reach_says_how_to_fetch_it(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for kind in ("depth_anything", "oneformer", "unclip", "features"):
-        with pytest.raises(ValueError, match=r"Without network: `hf download nobody/nothing`"):
+        with pytest.raises(ValueError, match=r"Without network: run `hf download nobody/nothing`"):
             build_teacher(kind, "nobody/nothing")
 
 
 def test_a_folder_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"'/nowhere/teacher'.*Give a folder that exists"):
+    with pytest.raises(ValueError, match=r"'/nowhere/teacher'.*Use an existing folder"):
         build_teacher("features", "/nowhere/teacher")
 
 
@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("cause", "message"),
     [
-        (GatedRepoError, r"it is gated.*https://huggingface.co/some/teacher, then `hf auth login`"),
+        (GatedRepoError, r"it is gated.*https://huggingface.co/some/teacher, then run `hf auth login`"),
         (RepositoryNotFoundError, "no such model, or it is private"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Many processes: launching, FSDP, DeepSpeed."""
+"""Training with several processes: launching, FSDP, DeepSpeed."""

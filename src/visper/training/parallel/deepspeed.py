@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO through transformers and accelerate: its settings and its checkpoints.
+"""DeepSpeed ZeRO through transformers and accelerate: settings and checkpoints.
 
 ZeRO-2 shards the gradients and the optimizer state of trainable parameters; ZeRO-3 shards all weights too, frozen ones
 included. Checkpoints are DeepSpeed's own, so only the same engine with the same number of processes can resume them.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STAGES = {Engine.ZERO2: 2, Engine.ZERO3: 3}
 WRITER = "deepspeed.json"
-"""Names the engine and the number of processes of a checkpoint that DeepSpeed wrote; absent from all others."""
+"""File in checkpoints written by DeepSpeed, with their engine and number of processes; other checkpoints lack it."""
 
 
 def require_deepspeed(launch: Launch) -> None:
@@ -36,10 +36,10 @@ def require_deepspeed(launch: Launch) -> None:
 
 
 def uses_zero(launch: Launch) -> bool:
-    """Whether this run is sharded by DeepSpeed. With one process nothing is sharded, and DeepSpeed is not used.
+    """Whether DeepSpeed shards this run. It is not used with a single process, for which there is nothing to shard.
 
     Raises:
-        ConfigError: DeepSpeed is not installed; the message names the extra.
+        ConfigError: DeepSpeed is not installed; the message names the extra to install.
     """
     if launch.engine not in STAGES or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
@@ -52,16 +52,16 @@ def zero_state(timeout: timedelta) -> PartialState:
     import torch
     from accelerate import PartialState
 
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does; PartialState reads it
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # read by PartialState; `accelerate launch` sets it too
     return PartialState(cpu=False, backend=None if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def zero_settings(run: Run) -> dict[str, Any]:
-    """DeepSpeed's configuration; transformers replaces ``auto`` by its own arguments."""
+    """DeepSpeed's configuration; transformers replaces ``auto`` by the values of its TrainingArguments."""
     settings: dict[str, Any] = {
         "zero_optimization": {
             "stage": STAGES[run.launch.engine],
-            # Prefetching follows the previous step's order of layers, which a process without images does not keep.
+            # Prefetching relies on the previous step's order of layers, which a process without images does not follow.
             "stage3_prefetch_bucket_size": 0,
         },
         "gradient_clipping": "auto",
@@ -79,9 +79,9 @@ def zero_settings(run: Run) -> dict[str, Any]:
 def prepare_for_zero(launch: Launch, model: TrainingModel) -> None:
     """Makes all processes run the same modules in the same order, including those whose samples have no image.
 
-    DeepSpeed sums gradients in the order in which they are computed, and ZeRO-3 gathers a module's weights when it is
-    called. So a text-only batch runs a blank image through the encoder. ZeRO-3 gathers each decoder layer as one unit
-    and everything else at the start of a step, as ``fsdp.shard`` does.
+    DeepSpeed reduces gradients in the order in which they are computed, and ZeRO-3 gathers a module's weights when it
+    is called. So a text-only batch runs a blank image through the encoder. ZeRO-3 gathers each decoder layer as one
+    unit and everything else at the start of a step, as ``fsdp.shard`` does.
     """
     model.encode_blank_image = True
     if launch.engine is Engine.ZERO2:
@@ -101,8 +101,8 @@ def save_zero_checkpoint(engine: Any, folder: Path, launch: Launch, processes: i
     """Writes DeepSpeed's checkpoint of trainable weights and optimizer state. Every process must call.
 
     Args:
-        engine: DeepSpeed's, around the model.
-        first: whether this is the first process, which notes who wrote the checkpoint.
+        engine: the DeepSpeed engine that wraps the model.
+        first: whether this is the first process, which also writes ``WRITER``.
     """
     engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
     if first:
@@ -111,25 +111,26 @@ def save_zero_checkpoint(engine: Any, folder: Path, launch: Launch, processes: i
 
 
 def require_same_writer(checkpoint: Path, launch: Launch, processes: int) -> None:
-    """Refuses to resume a DeepSpeed checkpoint under anything else, and any other checkpoint under DeepSpeed.
+    """Checks that a DeepSpeed checkpoint is resumed with the same engine and number of processes, and no other one.
 
     Raises:
-        ConfigError: names both sides and how to go on.
+        ConfigError: names what wrote the checkpoint, what this run uses, and how to continue.
     """
     file = checkpoint / WRITER
     now = {"engine": launch.engine.value, "processes": processes} if uses_zero(launch) else None
     then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     if then == now:
         return
-    this_run = f"this run has launch.engine={launch.engine.value} with {processes} process{'es'[: 2 * (processes > 1)]}"
+    plural = "es" if processes > 1 else ""
+    this_run = f"this run has launch.engine={launch.engine.value} with {processes} process{plural}"
     if then is None:
         raise ConfigError(
-            f"checkpoint '{checkpoint}' was not written by DeepSpeed, {this_run}: DeepSpeed resumes only "
-            "its own. Resume with launch.engine=ddp or fsdp, or train anew into another output"
+            f"checkpoint '{checkpoint}' was not written by DeepSpeed, but {this_run}: DeepSpeed can only resume its "
+            "own checkpoints. Resume with launch.engine=ddp or fsdp, or train from step 0 into another output"
         )
     raise ConfigError(
         f"checkpoint '{checkpoint}' was written by launch.engine={then['engine']} with {then['processes']} processes, "
-        f"{this_run}: a DeepSpeed checkpoint resumes only with the engine and the number of processes that wrote it. "
-        f"Resume with launch.engine={then['engine']} launch.processes={then['processes']}, or train anew into another "
-        "output"
+        f"but {this_run}: a DeepSpeed checkpoint can only be resumed with the engine and the number of processes that "
+        f"wrote it. Resume with launch.engine={then['engine']} launch.processes={then['processes']}, or train from "
+        "step 0 into another output"
     )

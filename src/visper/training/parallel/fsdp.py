@@ -1,9 +1,9 @@
-"""FSDP2: weights, gradients and optimizer state sharded over the processes, and unsharded for what is written.
+"""FSDP2: shards weights, gradients and optimizer state over the processes, and unshards weights for saving.
 
-The decoder's layers are gathered one at a time; everything else, the encoder included, makes one group that is gathered
-once a step, so that a process whose samples have no image never waits for one whose samples have. torch's
-``fully_shard`` is called here and not by accelerate, which uses it on GPUs only: what the tests run on two CPU
-processes is what a cluster runs. So accelerate's ``no_sync`` does not know of it either (``choose_reduction``).
+Decoder layers are gathered one at a time. Everything else, the encoder included, is one group that is gathered once per
+step, so that a process without images never waits for one with images. ``fully_shard`` is called here instead of by
+accelerate, which uses it on GPUs only; so the tests on two CPU processes run the same code as a cluster. Accelerate's
+``no_sync`` therefore does not apply, see ``choose_reduction``.
 """
 
 from __future__ import annotations
@@ -24,51 +24,54 @@ from visper.training.module import TrainingModel
 
 
 def check_replicas(replicas: int, processes: int) -> None:
-    """Refuses copies that do not each have the same number of processes, and more than one.
+    """Checks that each replica of the model gets the same number of processes, and more than one.
 
     Raises:
-        ConfigError: what it could be.
+        ConfigError: they do not; the message says which values would work.
     """
     if replicas > 1 and (processes % replicas or processes == replicas):
         each = "one process" if processes == replicas else f"{processes / replicas:.3g} processes"
         raise ConfigError(
             f"launch.replicas is {replicas}, which gives each copy of the model {each} of {processes}: set it to the "
-            "number of nodes, or to another divisor of the processes below their number; launch.engine=ddp does not "
-            "share weights out"
+            f"number of nodes, or to another divisor of {processes} that is smaller than it; to keep the full model on "
+            "every process, use launch.engine=ddp"
         )
 
 
 def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -> float:
     """Shards the first process's ``model`` over all processes, in place.
 
-    The others' need no values: with parameters on the meta device only the first one's memory holds a whole model. They
-    get weights and buffers, and of each parameter its precision and whether it is trainable.
+    The other processes may hold the model on the meta device, so that only the first one needs memory for all weights.
+    They receive weights and buffers, and for each parameter its precision and whether it is trainable.
 
     Args:
-        replicas: copies, each sharded over successive processes (torchrun numbers a node's in a row).
-        bfloat16: layers are gathered and multiplied in it; trainable weights and gradient sums stay in float32.
+        replicas: number of copies of the model, each sharded over consecutive ranks (those of a node are consecutive).
+        bfloat16: gather and multiply layers in bfloat16; trainable weights and gradient sums stay in float32.
 
     Returns:
-        The share of the weights that lies on this process.
+        The share of the weights that this process holds.
     """
-    on_gpu = torch.cuda.is_available()
     first = dist.get_rank() == 0
     described = first_decides(lambda: {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()})
     take_after(model, described)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
-    sizes = (processes,) if replicas == 1 else (replicas, processes // replicas)  # (shard,) or (replicate, shard)
-    mesh = init_device_mesh("cuda" if on_gpu else "cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
-    # Inputs keep their precision, as under autocast without sharding: a trainable LLM keeps a float32 residual stream.
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if replicas == 1:
+        mesh = init_device_mesh(device_type, (processes,), mesh_dim_names=("shards",))
+    else:
+        sizes = (replicas, processes // replicas)
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=("copies", "shards"))
+    # Inputs are not cast, as under autocast without sharding: the residual stream of a trainable LLM stays in float32.
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = precision if bfloat16 else MixedPrecisionPolicy()
     for layer in model.student.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for method in ("generate", "predict"):  # answers and drawings while training
+    for method in ("generate", "predict"):  # used by evaluation while training
         register_fsdp_forward_method(model, method)
     if not first:
         model.to_empty(device=mesh.device_type)
-    assert dict(model.named_parameters()).keys() == described.keys(), "tied weights came apart"
+    assert dict(model.named_parameters()).keys() == described.keys(), "sharding untied tied weights"
     with naming_lost_processes():
         send(model, weights)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
@@ -76,14 +79,15 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
 
 
 def take_after(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) -> None:
-    """Gives each parameter the precision of the ``first`` process's, and makes it trainable where that one is.
+    """Sets each parameter's precision and ``requires_grad`` to the values of the ``first`` process, given by name.
 
     Raises:
-        RuntimeError: the two models have other parameters.
+        RuntimeError: the two models have different parameters.
     """
     own = dict(model.named_parameters())
     if own.keys() != first.keys():
-        raise RuntimeError(f"process {dist.get_rank()} built other parameters: {sorted(own.keys() ^ first.keys())[:3]}")
+        different = sorted(own.keys() ^ first.keys())
+        raise RuntimeError(f"process {dist.get_rank()} and process 0 built different parameters: {different[:3]}")
     for name, (dtype, trainable) in first.items():
         own[name].data = own[name].data.to(dtype)
         own[name].requires_grad_(trainable)
@@ -91,10 +95,11 @@ def take_after(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) 
 
 @torch.no_grad()
 def send(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fills every process's shards with the first one's ``weights``, one at a time, and its buffers with that one's.
+    """Sends the first process's ``weights``, one at a time, into every process's shards; then sends its buffers.
 
     Args:
-        weights: full, by parameter name; empty on the others. Emptied, so that what was sent is freed.
+        weights: on the first process, the full weights by parameter name, removed once sent to free memory; on the
+            others empty.
     """
     for name, parameter in model.named_parameters():
         shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
@@ -106,11 +111,12 @@ def send(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def choose_reduction(model: nn.Module, last: bool, once: bool) -> None:
-    """Says how far the coming backward pass reduces its gradients; the ``last`` of a step reduces the step's sums.
+    """Sets which gradient reductions the next backward pass does.
 
     Args:
-        once: the others reduce nothing; gradients add up unsharded in float32, 4 bytes for each trainable parameter.
-            Otherwise they reduce within a copy of the model, and copies exchange their shards once a step.
+        last: whether it is the step's last backward pass, which always reduces the step's sums completely.
+        once: the earlier passes reduce nothing, and gradients accumulate unsharded in float32, 4 bytes per trainable
+            parameter. Otherwise they reduce within a copy of the model, and copies exchange their shards once per step.
     """
     assert isinstance(model, FSDPModule)
     if once:
@@ -120,7 +126,7 @@ def choose_reduction(model: nn.Module, last: bool, once: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the weights that forward passes without a backward pass have left gathered.
+    """Frees the weights that stay gathered after forward passes without a backward pass.
 
     Without this, the next training step ended in a segmentation fault (torch 2.15, gloo).
     """
@@ -130,7 +136,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``model``'s weights are sharded."""
+    """Whether ``model``'s weights are sharded, by FSDP or ZeRO-3."""
     return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
@@ -147,9 +153,9 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """The named tensors, unsharded, on the CPU, gathered one at a time.
+    """The named tensors, unsharded and on the CPU, gathered one at a time.
 
-    Every process must call; those that do not ``keep`` get none.
+    Every process must call; without ``keep`` the result is empty.
     """
     found = {}
     for name, tensor in named:
@@ -168,9 +174,9 @@ def put(parameter: Tensor, value: Tensor) -> None:
 
 
 def unshard(model: nn.Module, keep: bool) -> None:
-    """Replaces the shards by full weights on the CPU, for good: the model can be saved, but not trained further.
+    """Replaces the shards by full weights on the CPU. The model can then be saved, but not trained any more.
 
-    Every process must call; those that do not ``keep`` lose their weights.
+    Every process must call; without ``keep`` the weights are replaced by empty tensors.
     """
     done: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():

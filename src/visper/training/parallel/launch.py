@@ -1,4 +1,4 @@
-"""Starting a run's processes on this machine and waiting for them. On several machines that is torchrun's task."""
+"""Starts a run's processes on one machine and waits for them. Use torchrun for several machines."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ PROGRAM = (sys.executable, "-m", "visper")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_S = 0.1
 GRACE_S = 10.0
-"""Seconds that the other processes have to end after one failed; those waiting for it never end by themselves."""
+"""Seconds that the other processes have to end after one has failed; those waiting for it never end by themselves."""
 PR_SET_PDEATHSIG = 1
 
-
-TRAINING_GOES_ON = "--resume goes on from the newest complete checkpoint, if there is one"
+TRAINING_GOES_ON = "--resume continues from the newest complete checkpoint, if there is one"
 
 
 def start_processes(launch: Launch, command: Sequence[str], remedy: str = TRAINING_GOES_ON) -> bool:
-    """Runs ``visper COMMAND`` in as many processes as ``launch`` says, and waits for them.
+    """Runs ``visper COMMAND`` in ``launch.processes`` processes and waits for them.
 
-    SIGTERM, SIGINT and SIGHUP tell every process to save and end; they have as long as they need. A second Ctrl-C kills
-    them. Should this process be killed, the kernel kills them too (Linux).
+    On SIGTERM, SIGINT and SIGHUP every process saves and ends; there is no time limit. A second Ctrl-C kills them. If
+    this process is killed, the kernel kills them too (Linux).
 
     Args:
-        remedy: how to go on after a process has failed, for the error's message.
+        remedy: how to continue after a process has failed, for the error message.
 
     Returns:
-        False where there is nothing to start: one process is asked for, or a launcher has started this one.
+        False if nothing was started, because ``launch.processes`` is 1 or a launcher started this process.
 
     Raises:
-        ConfigError: a launcher started another number of processes on this machine.
-        ProcessFailedError: one of them failed; it has printed why.
-        StoppedError: told to stop, and a process ended without saving.
-        SystemExit: told to stop; the first process has printed what was saved.
+        ConfigError: a launcher started a different number of processes on this machine.
+        ProcessFailedError: a process failed; it has printed why.
+        StoppedError: stopped by a signal, and a process ended without saving.
+        SystemExit: stopped by a signal; the first process has printed what was saved.
     """
     started = os.environ.get("LOCAL_WORLD_SIZE")
     if started is not None:
         if launch.processes not in (1, int(started)):
             raise ConfigError(
                 f"launch.processes is {launch.processes}, but a launcher started {started} on this machine: "
-                "leave it out under torchrun"
+                "do not set it under torchrun"
             )
         return False
     if launch.processes == 1:
@@ -68,8 +67,10 @@ def start_processes(launch: Launch, command: Sequence[str], remedy: str = TRAINI
 
 
 def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subprocess.Popen:
-    """One process with torchrun's environment, in a session of its own: a terminal's Ctrl-C reaches the launcher only,
-    which passes it on once."""
+    """Starts one process with torchrun's environment variables.
+
+    It has its own session, so that Ctrl-C in a terminal reaches only the launcher, which passes it on once.
+    """
     environment = {
         "OMP_NUM_THREADS": "1",
         **os.environ,
@@ -89,7 +90,7 @@ def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subproce
 
 
 def _dies_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its program: it asks the kernel to be killed when its parent ends. None but on Linux."""
+    """Runs in the child before its program, so that the kernel kills it when its parent ends; None except on Linux."""
     if not sys.platform.startswith("linux"):
         return None
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
@@ -97,7 +98,7 @@ def _dies_with_parent() -> Callable[[], None] | None:
     def ask() -> None:
         if prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-        if os.getppid() != parent:  # it ended before the kernel was asked
+        if os.getppid() != parent:  # the parent ended before prctl
             os.kill(os.getpid(), signal.SIGKILL)
 
     return ask
@@ -112,7 +113,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _passing_signals_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[signal.Signals]]:
-    """Passes signals that ask to stop on to the processes, as SIGTERM, and yields the list of those received."""
+    """Forwards stop signals to the processes as SIGTERM, and yields the list of signals received."""
     received: list[signal.Signals] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -133,7 +134,7 @@ def _passing_signals_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
-    """Waits for all to end and returns the rank that failed first, if any; the others are then ended."""
+    """Waits for all processes to end; if one fails, stops the others and returns the rank that failed first."""
     first, until = None, float("inf")
     while True:
         codes = [process.poll() for process in processes]
@@ -153,18 +154,16 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
 def _report(
     processes: Sequence[subprocess.Popen], failed: int | None, received: Sequence[signal.Signals], remedy: str
 ) -> None:
-    """Says what was seen: the signal, and the exit code of the process that failed first."""
+    """Raises the error for the signals received and for the process that failed first, if any."""
     if failed is None:
         if any(process.returncode == StoppedError.exit_code for process in processes):
             raise SystemExit(StoppedError.exit_code)
         return
     code = processes[failed].returncode
     ended = f"process {failed} of {len(processes)} ended with exit code {code}"
-    why = "its own message stands above"
+    why = "see its own message above"
     if code == -signal.SIGKILL:
-        why = "it was killed (SIGKILL) and could say nothing; the system does that where memory ends (see dmesg)"
+        why = "it was killed by SIGKILL, probably because the machine ran out of memory (see dmesg)"
     if received:
-        raise StoppedError(
-            f"told to stop ({received[0].name}), but {ended}, which means that it did not save: {remedy}"
-        )
+        raise StoppedError(f"stopped by {received[0].name}, but {ended}, so it did not save: {remedy}")
     raise ProcessFailedError(f"{ended}, the others were stopped: {why}. Fix the cause; {remedy}")
