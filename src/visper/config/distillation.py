@@ -126,7 +126,10 @@ class Task(Section):
     weight: NonNegativeFloat = 0.5
     schedule: Schedule | None = None
 
-    _without_removed = field_validator("loss", mode="before")(without_nulls)
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _without_removed(cls, loss: Any) -> Any:
+        return without_nulls(loss)
 
     @field_validator("loss")
     @classmethod
@@ -178,7 +181,10 @@ class Distillation(Section):
         None, description="stored targets, written by `visper targets build`; no teacher is loaded"
     )
 
-    _without_removed = field_validator("tasks", mode="before")(without_nulls)
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _without_removed(cls, tasks: Any) -> Any:
+        return without_nulls(tasks)
 
     @field_validator("tasks")
     @classmethod
