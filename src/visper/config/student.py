@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, mo
 
 from visper.config.kinds import check_task_name
 from visper.config.paths import PathText, read_words
-from visper.config.section import Section
+from visper.config.section import Section, without_nulls
 
 
 class TaskTokenLayout(Section):
@@ -75,7 +75,7 @@ class VlmStudent(Section):
         """Rejects keys of an assembled student; nulls from an extended recipe are ignored."""
         if not isinstance(given, Mapping):
             return given
-        own = {key: value for key, value in given.items() if value is not None}
+        own = without_nulls(dict(given))
         parts = [key for key in own if key in Student.model_fields and key not in cls.model_fields]
         if parts:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from visper.common.errors import ConfigError
-from visper.data.images import visible_places
+from visper.data.images import cell_centers, visible_places
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,10 @@ def _rule(processor: Any) -> Callable[[Any, Shown], Tensor] | None:
     return next((rule for attribute, rule in _RULES.items() if hasattr(images, attribute)), None)
 
 
-def _grid(rows: int, columns: int) -> Tensor:
-    """Centers of cells that cover the image, row by row, ``[rows * columns, 2]``."""
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    return torch.stack((x, y), -1).flatten(0, 1)
-
-
 def _tiles(rows: int, columns: int, tokens: int) -> Tensor:
     """Centers of the cells of tiles that cover the image, row by row; each tile is a square of ``tokens`` cells."""
     corners = [(column, row) for row in range(rows) for column in range(columns)]
-    cells = _grid(isqrt(tokens), isqrt(tokens))
+    cells = cell_centers(isqrt(tokens), isqrt(tokens))
     return torch.cat([(cells + torch.tensor(corner)) / torch.tensor((columns, rows)) for corner in corners])
 
 
@@ -82,7 +76,7 @@ def _merged_patches(processor: Any, shown: Shown) -> Tensor:
     """Qwen: one grid, each token a square of merged patches."""
     assert shown.grid is not None
     merge = processor.image_processor.merge_size
-    return _grid(int(shown.grid[1]) // merge, int(shown.grid[2]) // merge)
+    return cell_centers(int(shown.grid[1]) // merge, int(shown.grid[2]) // merge)
 
 
 def _tiles_and_view(processor: Any, shown: Shown) -> Tensor:
@@ -129,8 +123,8 @@ def _view_and_lines(processor: Any, shown: Shown) -> Tensor:
     ratio = sqrt(rows * columns / (int(processor.vision_aspect_ratio.removeprefix("anyres_max_")) * side * side))
     if ratio > 1.1:
         rows, columns = int(rows // ratio), int(columns // ratio)
-    lines = torch.cat((_grid(rows, columns).unflatten(0, (rows, columns)), end.expand(rows, 1, 2)), 1)
-    return torch.cat((_grid(side, side), lines.flatten(0, 1)))
+    lines = torch.cat((cell_centers(rows, columns).unflatten(0, (rows, columns)), end.expand(rows, 1, 2)), 1)
+    return torch.cat((cell_centers(side, side), lines.flatten(0, 1)))
 
 
 def _views(processor: Any, shown: Shown) -> Tensor:

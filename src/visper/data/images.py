@@ -212,6 +212,16 @@ def _known(geometry: str) -> None:
         raise ValueError(f"geometry '{geometry}' is unknown: choose one of {', '.join(GEOMETRIES)}")
 
 
+def cell_centers(rows: int, columns: int, device: torch.device | None = None) -> torch.Tensor:
+    """``[rows * columns, 2]``, the centers (x, y) in 0..1 of a grid's cells, row by row."""
+    y, x = torch.meshgrid(
+        (torch.arange(rows, device=device) + 0.5) / rows,
+        (torch.arange(columns, device=device) + 0.5) / columns,
+        indexing="ij",
+    )
+    return torch.stack((x, y), -1).flatten(0, 1)
+
+
 def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
     """The points (x, y) in 0..1 that the tokens of a padded image show, ``[tokens, 2]``; NaN for a token of padding.
 
@@ -221,14 +231,14 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
         size: width and height before padding.
         tokens: number of tokens.
     """
-    if math.isqrt(tokens) ** 2 != tokens:
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
         return None
-    cells = torch.arange(math.isqrt(tokens))
-    centers = (cells + 0.5) / len(cells)
-    y, x = torch.meshgrid(centers, centers, indexing="ij")
+    places = cell_centers(side, side)
+    x, y = places.unbind(-1)
     width, height = (length / max(size) for length in size)
     shown = ((x - 0.5).abs() <= width / 2) & ((y - 0.5).abs() <= height / 2)
-    return torch.stack((x, y), -1).masked_fill(~shown[..., None], float("nan")).flatten(0, 1)
+    return places.masked_fill(~shown[:, None], float("nan"))
 
 
 def places_seen(geometry: str, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, grid_sample
 
+from visper.data.images import cell_centers
 from visper.distillation.layout import Positions, TokenLayout
 from visper.distillation.teachers.base import TargetSpec
 
@@ -57,17 +58,7 @@ def _square(tokens: int, device: torch.device) -> Tensor:
             f"an image of {tokens} tokens is not a square grid: give 'places', the point of the image that each token "
             "shows"
         )
-    return _cell_centers(side, side, device)
-
-
-def _cell_centers(rows: int, columns: int, device: torch.device) -> Tensor:
-    """``[rows * columns, 2]``, the centers (x, y) in 0..1 of a grid's cells, row by row."""
-    y, x = torch.meshgrid(
-        (torch.arange(rows, device=device) + 0.5) / rows,
-        (torch.arange(columns, device=device) + 0.5) / columns,
-        indexing="ij",
-    )
-    return torch.stack((x, y), -1).flatten(0, 1)
+    return cell_centers(side, side, device)
 
 
 def laid_on_tokens(target_MNE: Tensor, spec: TargetSpec, places: TokenPlaces, image: int | None = None) -> Tensor:
@@ -95,7 +86,7 @@ def laid_on_grid(predicted_SKE: Tensor, spec: TargetSpec, places: TokenPlaces) -
     Predictions on a square grid are interpolated; otherwise each cell of the target gets that of the nearest token.
     """
     assert spec.grid is not None
-    points = _cell_centers(*spec.grid, predicted_SKE.device).expand(len(predicted_SKE), -1, -1)
+    points = cell_centers(*spec.grid, predicted_SKE.device).expand(len(predicted_SKE), -1, -1)
     if places.side is None:
         distances_SNK = torch.cdist(points, places.points)
         if places.mask is not None:
