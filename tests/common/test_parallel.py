@@ -4,6 +4,8 @@ import platform
 import resource
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from visper.common.parallel import in_order
 
 def square(number: int) -> int:
     return number * number
+
+
+def large(number: int) -> bytes:
+    return bytes(1_000_000)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -52,3 +58,25 @@ print(returned, faults())
     ).stdout.split()
     pages = 5 * 3 * 20_000_000 // resource.getpagesize()
     assert int(kept) < pages / 50 < int(returned)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_processes_end_when_the_one_that_started_them_is_killed() -> None:
+    """Their results fill the pipe that nobody reads any more."""
+    code = """
+import multiprocessing, time
+from tests.common.test_parallel import large
+from visper.common.parallel import in_order
+results = in_order(large, range(64), "", quiet=True, workers=2)
+next(results)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as main:
+        children = [int(number) for number in main.stdout.readline().split()]
+        main.kill()
+    assert len(children) == 2
+    until = time.monotonic() + 30
+    while left := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < until, f"still running: {left}"
+        time.sleep(0.1)

@@ -1,9 +1,12 @@
-"""A parallel ``map`` over all cores that keeps the items' order."""
+"""A parallel ``map`` over all cores that keeps the items' order, and what loader processes do when they start."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -47,7 +50,12 @@ def in_order(
     chunk = max(1, min(CHUNK, len(items) // (4 * workers)))
     each: Any = _Each(function, items)
     loader: DataLoader[Any] = DataLoader(
-        each, chunk, num_workers=workers, collate_fn=_as_list, generator=torch.Generator()
+        each,
+        chunk,
+        num_workers=workers,
+        collate_fn=_as_list,
+        worker_init_fn=end_with_parent,
+        generator=torch.Generator(),
     )
     everything = (result for results in loader for result in results)
     return iter(track(everything, description=description, total=len(items), quiet=quiet))
@@ -56,6 +64,28 @@ def in_order(
 def num_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Ends this loader process within a second once the process that started it is gone, even if that was killed.
+
+    torch's loader processes notice this too, but then they wait until their last results have been read: forever, if
+    these are larger than a pipe's buffer.
+
+    Args:
+        worker: its number, which ``DataLoader`` passes to its ``worker_init_fn``; not used.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    started_by = parent.pid
+
+    def watch() -> None:
+        while os.getppid() == started_by:
+            time.sleep(1)
+        os._exit(1)  # without the cleanup that waits
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def keep_freed_memory() -> None:

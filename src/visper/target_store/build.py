@@ -23,6 +23,7 @@ from visper.common.console import Console, announce, track
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
+from visper.common.parallel import end_with_parent
 from visper.common.ranks import first_decides, first_goes_first, require_nccl, wait_for_all
 from visper.config import Data, Distillation, Run
 from visper.config.schema import MOST_PIXELS
@@ -202,6 +203,7 @@ def _compute(
         num_workers=min(workers, len(order)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),
     )
     batches = track(loader, description="computing targets", total=len(order), console=console, quiet=console.quiet)

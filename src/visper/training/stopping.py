@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from visper.common.parallel import keep_freed_memory
+from visper.common.parallel import end_with_parent, keep_freed_memory
 
 
 class StopRequest(TrainerCallback):
@@ -53,13 +53,14 @@ class StopRequest(TrainerCallback):
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     """Initializes a loader worker: it ignores stop signals, which its process group gets too, to serve the last step.
 
-    It also keeps freed memory for the next batch.
+    It also keeps freed memory for the next batch, and ends if the training process is killed.
 
     Args:
         then: the loader's own ``worker_init_fn``, which seeds the worker.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     keep_freed_memory()
     if then is not None:
         then(worker)
