@@ -101,6 +101,26 @@ def test_a_pass_whose_flops_are_counted_runs_as_it_is(model):  # noqa: F811
     assert graphs.count > 0
 
 
+@pytest.mark.slow
+def test_a_pass_whose_flops_are_counted_recomputes_its_layers_as_they_ran(model):  # noqa: F811
+    batches = [batch_of(model, *rows) for rows in BATCHES[:2]]
+    model.recompute_activations()
+    model.train()
+    expected = [gradients(model, batch) for batch in batches]
+    graphs = Graphs()
+    compile_parts(model, graphs)
+    counted, later = batches
+    model.zero_grad(set_to_none=True)
+    with around_operations(lambda operation, args, kwargs: operation(*args, **kwargs)):
+        loss = model(**counted)["loss"]
+    loss.backward()  # outside of the count, as in training
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert graphs.count == 0
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients(model, later), expected[1], rtol=1e-5, atol=1e-8)
+    assert graphs.count > 0
+
+
 def test_a_layer_that_breaks_the_graph_is_an_error(model):  # noqa: F811
     layer = model.student.get_decoder().layers[0]
     own = layer.mlp.forward

@@ -684,9 +684,10 @@ def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
     assert not torch.equal(saved, weights_of(tiny_llm)[name])
 
 
-def test_mfu_is_logged_where_the_peak_is_known(make, monkeypatch):
+@pytest.mark.parametrize("compiler", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_mfu_is_logged_where_the_peak_is_known(make, monkeypatch, compiler):
     monkeypatch.setattr("visper.training.trainer.known_peak", lambda device: 1e12)
-    run = make("pt", optimization={"gradient_checkpointing": 1.0})
+    run = make("pt", optimization={"gradient_checkpointing": 1.0, "compile": compiler})
     run_stage(run)
     logs = [line for line in logs_of(run) if "loss" in line]
     done = [line["mfu"] * line["step_s"] for line in logs]

@@ -49,15 +49,31 @@ def compile_parts(model: TrainingModel, backend: Backend) -> None:
     Args:
         backend: the backend of ``torch.compile``.
     """
+    micro_batch = _MicroBatch()
+    model.register_forward_pre_hook(micro_batch.begin)
     for layer in model.student.get_decoder().layers:  # identical layers share their graphs
-        _compile_forward(layer, layer.forward, backend)
+        _compile_forward(layer, layer.forward, backend, micro_batch)
     heads = () if model.objective is None else model.objective.predictors.values()
     for head in heads:
         if any(True for _ in head.parameters()):
-            _compile_forward(head, _with_own_code(head.forward), backend)
+            _compile_forward(head, _with_own_code(head.forward), backend, micro_batch)
 
 
-def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend) -> None:
+class _MicroBatch:
+    """Whether the parts run compiled in the current micro-batch.
+
+    FLOPs can only be counted in an uncompiled forward pass. The backward pass of that micro-batch is not counted, but
+    what it recomputes must run uncompiled too: a compiled layer saves other tensors.
+    """
+
+    compiled = True
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """Decides for a forward pass that is about to start, and for its backward pass."""
+        self.compiled = not sees_operations()
+
+
+def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend, micro_batch: _MicroBatch) -> None:
     """Replaces ``part.forward`` by a compiled version of ``own``, its forward without hooks.
 
     Sets an attribute of this one object: the class belongs to its library, and ``part.compile()`` would compile the
@@ -69,8 +85,7 @@ def _compile_forward(part: nn.Module, own: Callable[..., Any], backend: Backend)
 
     @wraps(eager)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Answers and held-out losses would need more graphs; FLOPs can only be counted in an uncompiled pass.
-        if not part.training or sees_operations():
+        if not part.training or not micro_batch.compiled:  # answers and held-out losses would need more graphs
             return eager(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
