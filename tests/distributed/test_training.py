@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.checkpoints import tensors_of
+from tests.distributed.forked import train_forked
 from tests.logs import computed
 from visper.common.console import Console
 from visper.common.lock import locked
@@ -73,9 +74,8 @@ def start(recipe, *more):
 
 
 def train(recipe, *more):
-    run = start(recipe, *more)
-    said, _ = run.communicate(timeout=WAIT)
-    assert run.returncode == 0, said[-3000:]
+    codes, said = train_forked(recipe, more, WAIT)
+    assert not any(codes), f"exit codes {codes}\n{said[-3000:]}"
     return said
 
 

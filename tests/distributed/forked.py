@@ -1,0 +1,64 @@
+"""``visper train`` in processes forked from one that has imported everything: importing takes longer than a tiny run.
+
+They are what a launcher such as torchrun starts; ``test_launch`` tests visper's own.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+
+from visper.config import load_run
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["visper.cli", "visper.training", "visper.evaluation.while_training", "visper.planning.recomputation"]
+)
+
+
+def train_forked(recipe, arguments, timeout):
+    """Trains in as many processes as the run asks for. Returns each process's exit code, and their output.
+
+    Processes that still run after ``timeout`` seconds, or half a minute after another has failed, are killed.
+    """
+    options = [argument for argument in arguments if argument.startswith("--")]
+    overrides = [argument for argument in arguments if argument not in options]
+    count = load_run(recipe, overrides).launch.processes
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    outputs = [recipe.with_suffix(f".{rank}.txt") for rank in range(count)]
+    started = []
+    for rank, output in enumerate(outputs):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment = {"OMP_NUM_THREADS": "1"}
+        if count > 1:
+            environment |= place | {name: str(value) for name, value in ranks.items()}
+        command = ["visper", "train", str(recipe), *overrides, *options]
+        process = FORKS.Process(target=_visper, args=(command, environment, str(output)))
+        process.start()
+        started.append(process)
+    until = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.exitcode:
+            until = min(until, time.monotonic() + 30)
+    for process in started:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started], "".join(output.read_text() for output in outputs)
+
+
+def _visper(command, environment, output):
+    with open(output, "w", buffering=1, encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = command
+    import torch
+
+    from visper.cli import main
+
+    torch.set_num_threads(1)
+    main()
