@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 from visper.config import load_run
 
@@ -51,7 +52,7 @@ def train_forked(recipe, arguments, timeout):
 
 
 def _visper(command, environment, output):
-    with open(output, "w", buffering=1, encoding="utf-8") as file:
+    with Path(output).open("w", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
