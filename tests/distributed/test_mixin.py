@@ -37,6 +37,7 @@ def _train(student, folder, name, processes, seed=0):
         optim="adamw_torch",
         learning_rate=1e-3,
         max_grad_norm=1.0,
+        ddp_find_unused_parameters=True,  # one process has no image; set by newer versions of TRL
     )
     trainer.train()
     return one.weights_of(trainer), one.terms_of(trainer)
