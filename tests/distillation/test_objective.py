@@ -10,6 +10,7 @@ from visper.distillation import (
     Targets,
     TargetSpec,
     TokenLayout,
+    check_head_fits,
     gather_targets,
 )
 from visper.distillation.losses import info_nce, smooth_l1
@@ -135,6 +136,37 @@ def test_a_batch_of_text_gives_zero_terms_that_reach_every_parameter(objective, 
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
     assert all(matrix.grad is not None and matrix.grad.abs().max() == 0 for matrix in queries.values())
+
+
+def test_a_batch_of_text_reaches_every_parameter_under_any_single_loss():
+    for kind in ("smooth_l1", "info_nce", "gram", "cosine", "mse"):
+        task = DistilledTask(SPECS["depth"], LAYERS["depth"], Head(), loss={kind: 1.0})
+        objective = EmbeddingDistillation({"depth": task}, WIDTH, 4)
+        matrix = torch.randn(4, WIDTH, requires_grad=True)
+        terms = objective(states(1), objective.read(layout([TEXT])), {"depth": matrix}, {}, 0)
+        objective.total(terms).backward()
+        parameters = dict(objective.named_parameters()) | {"queries": matrix}
+        assert [name for name, p in parameters.items() if p.grad is None and "logit_scales" not in name] == [], kind
+
+
+@pytest.mark.parametrize(
+    ("target", "head", "per_task", "what"),
+    [
+        (SPECS["gen"], Head(), None, "a target of one token has no pairs"),
+        (SPECS["depth"], Head(kind="linear"), 1, "a head at one task token predicts one"),
+    ],
+)
+def test_likeness_among_a_single_token_is_refused(target, head, per_task, what):
+    with pytest.raises(ValueError, match=f"task 'depth': loss 'gram' compares tokens.*{what}.*to cosine or smooth_l1"):
+        check_head_fits("depth", head, target, per_task=per_task, losses={"gram": 1.0})
+    check_head_fits("depth", head, SPECS["depth"], per_task=2, losses={"gram": 1.0})
+    check_head_fits("depth", head, target, per_task=per_task, losses={"cosine": 1.0})
+
+
+def test_an_objective_of_likeness_needs_more_than_one_token():
+    task = DistilledTask(SPECS["gen"], LAYERS["gen"], Head(), loss={"gram": 1.0})
+    with pytest.raises(ValueError, match="has no pairs"):
+        EmbeddingDistillation({"gen": task}, WIDTH, 4)
 
 
 def test_a_rows_terms_do_not_depend_on_its_neighbors_padding(objective, queries):

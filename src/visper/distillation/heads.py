@@ -6,6 +6,7 @@ embeddings as the target has. A kind of head is a class here and an entry of ``c
 Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width, N = teacher tokens, E = teacher width.
 """
 
+from collections.abc import Collection
 from importlib import import_module
 from inspect import signature
 from itertools import pairwise
@@ -164,12 +165,19 @@ def query_rows(spec: Head, target: TargetSpec, per_task: int) -> int:
 
 
 def check_head_fits(
-    task: str, spec: Head, target: TargetSpec, at: Position = Position.TASK_TOKENS, per_task: int | None = None
+    task: str,
+    spec: Head,
+    target: TargetSpec,
+    at: Position = Position.TASK_TOKENS,
+    per_task: int | None = None,
+    losses: Collection[str] = (),
 ) -> None:
-    """Raises ValueError if a head of ``spec`` cannot predict ``target`` from the states at ``at``.
+    """Raises ValueError if a head of ``spec`` cannot learn ``target`` from the states at ``at`` by these losses.
 
     ``per_task`` is the number of task tokens, None if it is not known.
     """
+    if "gram" in losses and not target.own:
+        _check_gram(task, target, per_task if at is Position.TASK_TOKENS and spec.kind != "resampler" else None)
     if spec.kind == "resampler":
         if target.width == 1 and spec.options.get("inner", "target") == "target":
             raise ValueError(
@@ -181,6 +189,16 @@ def check_head_fits(
         raise ValueError(
             f"task '{task}': a target of {target.tokens} x {target.width} has no grid to map onto image tokens: set "
             f"'distillation.tasks.{task}.head.kind' to resampler, or use a teacher with patch features"
+        )
+
+
+def _check_gram(task: str, target: TargetSpec, predicted: int | None) -> None:
+    """``predicted``: how many tokens the head predicts, None if as many as the target has."""
+    if target.tokens == 1 or predicted == 1:
+        what = "a target of one token has no pairs" if target.tokens == 1 else "a head at one task token predicts one"
+        raise ValueError(
+            f"task '{task}': loss 'gram' compares tokens of an image with each other, but {what}, so it would always "
+            f"be 0: set 'distillation.tasks.{task}.loss' to cosine or smooth_l1"
         )
 
 

@@ -259,8 +259,9 @@ class EmbeddingDistillation(nn.Module):
             predicted = {layer: self._run(self._head, name, layer, state, query, None) for layer in task.tapped}
             for layer in task.tapped:
                 for kind in task.loss:
-                    reached = self.logit_scales[name] if kind == CONTRASTIVE else predicted[layer]
-                    terms[_term(name, layer, kind)] = 0.0 * reached.float().sum()
+                    zero = 0.0 * predicted[layer].float().sum()
+                    scaled = kind == CONTRASTIVE
+                    terms[_term(name, layer, kind)] = zero + 0.0 * self.logit_scales[name].sum() if scaled else zero
         return terms
 
 

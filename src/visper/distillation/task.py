@@ -86,7 +86,7 @@ def check_task(name: str, task: DistilledTask, llm_width: int, llm_layers: int) 
             f"task '{name}' taps layers {list(task.layers)}, but the model has layers 1 to {llm_layers}, and each may "
             f"be tapped only once: change 'distillation.tasks.{name}.layers'"
         )
-    check_head_fits(name, task.head, task.target, task.at)
+    check_head_fits(name, task.head, task.target, task.at, losses=task.loss)
     directions = [kind for kind in ("cosine", "gram") if kind in task.loss]
     if task.target.width == 1 and directions:
         raise ValueError(

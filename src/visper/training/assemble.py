@@ -83,7 +83,8 @@ def _objective(
             )
         if settings.target.own:
             specs[task] = own_target(student, settings.target.kind)
-        check_head_fits(task, settings.head, specs[task], settings.at, len(ids.get(task, ())) or None)
+        per_task = len(ids.get(task, ())) or None
+        check_head_fits(task, settings.head, specs[task], settings.at, per_task, settings.loss)
     objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers)
     tasks = {task: distillation.tasks[task] for task in distillation.at_task_tokens}
     return objective, {task: query_rows(own.head, specs[task], len(ids[task])) for task, own in tasks.items()}

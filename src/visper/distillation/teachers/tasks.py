@@ -56,7 +56,7 @@ def build_teachers(
             ) from error
         per_task = len(task_token_ids[task]) if task_token_ids and task in task_token_ids else None
         try:
-            check_head_fits(task, settings.head, teachers[task].spec, settings.at, per_task)
+            check_head_fits(task, settings.head, teachers[task].spec, settings.at, per_task, settings.loss)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return teachers
