@@ -22,6 +22,7 @@ from visper.data.images import (
     background_of,
     bounded,
     build_image_processor,
+    cell_centers,
     geometry_of,
     normalized_pixels,
     open_image,
@@ -31,6 +32,7 @@ from visper.data.images import (
     stacked,
     student_bytes,
     student_pixels,
+    visible_places,
     with_geometry,
 )
 
@@ -352,3 +354,22 @@ def test_images_are_stacked_in_either_order_of_memory() -> None:
     images = [torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8).permute(2, 0, 1) for _ in range(3)]
     assert torch.equal(stacked(images), torch.stack(images))
     assert torch.equal(stacked([image.contiguous() for image in images]), torch.stack(images))
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 24])
+@pytest.mark.parametrize("size", [(1000, 30), (30, 1000), (1000, 1)])
+def test_an_image_thinner_than_a_token_is_shown_by_the_nearest_tokens(size, side):
+    places = visible_places(size, side * side)
+    shown = ~places.isnan().any(-1)
+    assert shown.sum() == side * (1 if side % 2 else 2)
+    across = 1 if size[0] > size[1] else 0
+    half = min(size) / max(size) / 2
+    assert ((places[shown][:, across] - 0.5).abs() <= half + 1e-6).all(), "in the image, not in its padding"
+
+
+def test_tokens_of_padding_show_nothing():
+    places = visible_places((100, 50), 16)
+    shown = ~places.isnan().any(-1)
+    assert shown.view(4, 4).tolist() == [[False] * 4, [True] * 4, [True] * 4, [False] * 4]
+    assert torch.equal(places[shown], cell_centers(4, 4)[shown])
+    assert visible_places((100, 50), 15) is None

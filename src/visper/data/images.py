@@ -225,7 +225,8 @@ def cell_centers(rows: int, columns: int, device: torch.device | None = None) ->
 def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
     """The points (x, y) in 0..1 that the tokens of a padded image show, ``[tokens, 2]``; NaN for a token of padding.
 
-    None if the tokens are not a square grid.
+    In an image thinner than a token, which covers no token's center, the tokens nearest to it show it. None if the
+    tokens are not a square grid.
 
     Args:
         size: width and height before padding.
@@ -235,10 +236,9 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
     if side**2 != tokens:
         return None
     places = cell_centers(side, side)
-    x, y = places.unbind(-1)
-    width, height = (length / max(size) for length in size)
-    shown = ((x - 0.5).abs() <= width / 2) & ((y - 0.5).abs() <= height / 2)
-    return places.masked_fill(~shown[:, None], float("nan"))
+    half = torch.tensor(size) / max(size) / 2
+    shown = (places - 0.5).abs() <= half.clamp(min=(0.5 + 1e-4) / side)
+    return places.clamp(0.5 - half, 0.5 + half).masked_fill(~shown.all(-1, keepdim=True), float("nan"))
 
 
 def places_seen(geometry: str, sizes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> torch.Tensor | None:
