@@ -1,5 +1,7 @@
 """What a target follows from: whatever changes it changes the key, and nothing else does."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -49,15 +51,36 @@ def test_place_notes_drawing_and_a_color_that_is_not_used_do_not(folder, tmp_pat
     assert key_of(place, kind="onnx", threads=2, draw="classes") == key_of(place, kind="onnx")
 
 
-def test_a_file_counts_with_the_weights_that_onnx_keeps_beside_it(tmp_path):
-    model = tmp_path / "net.onnx"
-    model.write_bytes(b"graph")
+@pytest.mark.parametrize("location", ["net.onnx.data", "w", "weights.bin", "d/" + 150 * "w"])
+def test_a_file_counts_with_the_weights_that_onnx_keeps_beside_it(tmp_path, location):
+    onnx = pytest.importorskip("onnx")
+    weights = onnx.numpy_helper.from_array(np.ones(300, np.float32), "w")
+    graph = onnx.helper.make_graph([], "net", [], [], [weights])
+    model, data = tmp_path / "net.onnx", tmp_path / location
+    data.parent.mkdir(exist_ok=True)
+    onnx.save(onnx.helper.make_model(graph), model, save_as_external_data=True, location=location, size_threshold=0)
+    assert data.stat().st_size == 300 * 4
     (tmp_path / "other.onnx").write_bytes(b"another teacher")
-    alone = revision_of(str(model))
+    before = revision_of(str(model))
     (tmp_path / "other.onnx").write_bytes(b"changed")
-    assert revision_of(str(model)) == alone
-    (tmp_path / "net.onnx.data").write_bytes(b"weights")
-    assert revision_of(str(model)) != alone
+    (tmp_path / "notes.bin").write_bytes(b"not named by the model")
+    assert revision_of(str(model)) == before
+    data.write_bytes(bytes(300 * 4))
+    changed = revision_of(str(model))
+    assert changed != before
+    data.unlink()
+    assert revision_of(str(model)) not in (before, changed)
+
+
+def test_a_data_file_outside_the_models_folder_is_not_read(tmp_path):
+    (tmp_path / "secret").write_bytes(b"1")
+    model = tmp_path / "teacher" / "net.onnx"
+    model.parent.mkdir()
+    for name in (b"../secret", str(tmp_path / "secret").encode()):
+        model.write_bytes(b"\n\x08location\x12" + bytes([len(name)]) + name)
+        before = revision_of(str(model))
+        (tmp_path / "secret").write_bytes(os.urandom(8))
+        assert revision_of(str(model)) == before
 
 
 def test_a_hub_id_is_its_commit_or_unknown(monkeypatch):

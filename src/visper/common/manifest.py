@@ -32,7 +32,7 @@ def digest_of(file: Path) -> str:
 
 
 def content_digest(place: Path) -> str:
-    """The digest of a folder's files (except hidden ones and Markdown), or of a file with its ONNX data files.
+    """The digest of a folder's files (except hidden ones and Markdown), or of a file, with an ONNX model's data files.
 
     It does not depend on where the files are.
     """
@@ -41,11 +41,25 @@ def content_digest(place: Path) -> str:
         files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]
         names = {file.relative_to(place).as_posix(): file for file in files}
     else:
-        beside = re.compile(re.escape(place.name) + r"[._].*|" + re.escape(place.stem) + r"\.(data|bin|weights)")
-        names = {file.name.replace(place.stem, "", 1): file for file in place.parent.iterdir() if file.is_file()}
-        names = {name: file for name, file in names.items() if file == place or beside.fullmatch(file.name)}
+        names = {place.suffix: place}
+        if place.suffix == ".onnx":
+            names |= {name.replace(place.stem, "", 1): file for name, file in _onnx_data(place).items()}
     lines = "".join(f"{name}\0{digest_of(names[name])}\0" for name in sorted(names))
     return xxhash.xxh3_128(os.fsencode(lines)).hexdigest()
+
+
+def _onnx_data(model: Path) -> dict[str, Path]:
+    """The files with weights that an ONNX model names, by their place below its folder.
+
+    Each name is the value of a key "location": after it, in the file, come a field's tag, its length and the name.
+    """
+    found, content = {}, model.read_bytes()
+    for entry in re.finditer(rb"\n\x08location\x12([\x80-\xff]?[\x00-\x7f])", content):
+        length = sum((byte & 0x7F) << (7 * at) for at, byte in enumerate(entry[1]))
+        name = Path(os.fsdecode(content[entry.end() : entry.end() + length]).replace("\0", ""))
+        if not name.is_absolute() and ".." not in name.parts and (model.parent / name).is_file():
+            found[name.as_posix()] = model.parent / name
+    return found
 
 
 def write_manifest(folder: Path, pattern: str = "*") -> None:
