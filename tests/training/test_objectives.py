@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests import tiny
+from visper.common.console import Console
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Geometry, Optimization, Run, Stage
 from visper.config import Student as StudentConfig
@@ -23,7 +25,7 @@ from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
 from visper.model import build_student
 from visper.training import run_stage
-from visper.training.assemble import build_training_model, choose_trainable
+from visper.training.assemble import build_training_model, choose_trainable, set_trainable
 from visper.training.attention import separate_samples
 from visper.training.checkpoint import trainable_state
 from visper.training.module import FORWARD_KEYS
@@ -238,6 +240,27 @@ def test_parts_are_added_to_the_stages_table(student):
     assert trained and all("language_model.layers.0." in name for name in trained)
     with pytest.raises(ValueError, match=r"optimization\.train names 'lm', .*its parts are vision, projector, llm"):
         model_of(student, objective(), "pt", train=["lm"])
+
+
+@pytest.mark.parametrize(
+    ("at", "stage", "freeze", "warned"),
+    [
+        ("projector", "pt", ["projector"], True),
+        ("image_tokens", "pt", ["projector"], True),  # the task tokens that are trained come after the image
+        ("task_tokens", "pt", ["projector"], False),
+        ("image_tokens", "pt", [], False),
+        ("projector", "ift", ["projector"], True),
+        ("image_tokens", "ift", ["projector"], False),
+        ("image_tokens", "pt", ["projector", "task_tokens"], False),  # a probe
+    ],
+)
+def test_a_task_that_can_only_train_its_head_is_warned_of(student, at, stage, freeze, warned):
+    settings, said = objective(at), StringIO()
+    model = build_training_model(student, Stage(stage), settings, build_teachers(settings, "float32"))
+    optimization = Optimization(global_batch=4, lr=1e-3, precision="float32", freeze=freeze)
+    set_trainable(model, Stage(stage), optimization, False, Console(file=said, width=500))
+    text = f"warning     task 'depth' trains only its head: all that its states at {at} depend on is frozen"
+    assert (text in said.getvalue()) == warned
 
 
 @pytest.mark.parametrize(

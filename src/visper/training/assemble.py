@@ -30,6 +30,7 @@ from visper.training.stages import (
     count_parts,
     freeze_unused_vision,
     learning_rate_of,
+    tasks_without_influence,
 )
 
 
@@ -179,6 +180,11 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
         if count.total:
             rate = f" at {learning_rate_of(optimization, count.part):g}" if count.trainable else ""
             announce(console, "trainable", f"{count.part}: {count.trainable:,} of {count.total:,} parameters{rate}")
+    objective = model.objective
+    tasks = {} if objective is None else {name: task.at for name, task in objective.tasks.items()}
+    for name in tasks_without_influence(model, tasks):
+        text = f"task '{name}' trains only its head: all that its states at {tasks[name]} depend on is frozen"
+        announce(console, "warning", f"{text} (to change that, see optimization.freeze and optimization.train)")
     if optimization.precision == "bfloat16":
         # Trainable weights stay in float32 under autocast; completely frozen parts can be in bfloat16.
         frozen = [count.part for count in count_parts(model) if not count.trainable]

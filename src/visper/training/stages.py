@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from visper.common.errors import ConfigError
-from visper.config import Optimization, Stage
+from visper.config import Optimization, Position, Stage
 from visper.model.parts import PLACES, VISION, parameters_of
 
 TRAINABLE: dict[Stage, tuple[str, ...]] = {
@@ -45,6 +45,15 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 LORA = "lora"
 """Part name of the low-rank updates of the LLM; with them, the LLM itself is removed from the table."""
+
+
+BEFORE_STATES: dict[Position, tuple[str, ...]] = {
+    Position.PROJECTOR: ("vision", "projector"),
+    Position.IMAGE_TOKENS: ("vision", "projector", "llm", LORA),
+    Position.TASK_TOKENS: ("vision", "projector", "llm", LORA, "task_tokens"),
+    Position.SEQUENCE: ("vision", "projector", "llm", LORA, "task_tokens", "words"),
+}
+"""Position that a task reads -> parts that its hidden states depend on. Task tokens come after the image."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,17 @@ def count_parts(model: nn.Module) -> list[PartCount]:
         counts[0] += parameter.numel()
         counts[1] += parameter.numel() * parameter.requires_grad
     return [PartCount(part, *counts) for part, counts in totals.items()]
+
+
+def tasks_without_influence(model: nn.Module, tasks: Mapping[str, Position]) -> list[str]:
+    """The tasks that train nothing but their heads, because everything before the states that they read is frozen.
+
+    None in a run that trains only heads, as a probe does.
+    """
+    trained = {count.part for count in count_parts(model) if count.trainable}
+    if not trained - {"predictors", "logit_scales"}:
+        return []
+    return [name for name, at in tasks.items() if trained.isdisjoint(BEFORE_STATES[at])]
 
 
 def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) -> list[str]:
