@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import published_predictors
-from visper.config import Head
+from visper.config import Head, Position
 from visper.distillation import DistilledTask, EmbeddingDistillation
 from visper.distillation.heads import build_head, check_head_fits, fit_queries, query_rows, query_source
 from visper.distillation.resampler import PerceiverResampler
@@ -89,3 +89,11 @@ def test_a_resampler_of_one_channel_predicts_what_it_reads():
     assert predicted.shape == (3, 4, 1) and predicted.std() > 0.01
     with pytest.raises(ValueError, match=r"head\.inner' to llm"):
         check_head_fits("edges", Head(), TargetSpec(4, 1, (2, 2)))
+
+
+def test_a_number_of_queries_that_nothing_would_read_is_refused():
+    head, target = Head(num_queries=4), TargetSpec(1, 6)
+    with pytest.raises(ValueError, match=r"one mean state: remove 'distillation\.tasks\.gen\.head\.num_queries'"):
+        check_head_fits("gen", head, target, Position.IMAGE_TOKENS)
+    check_head_fits("gen", Head(num_queries=8), target, Position.TASK_TOKENS, 8)
+    check_head_fits("gen", Head(), target, Position.IMAGE_TOKENS)

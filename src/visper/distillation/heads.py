@@ -184,7 +184,8 @@ def check_head_fits(
                 f"task '{task}': a resampler whose inner width is the target's, one channel, normalizes away its "
                 f"input: set 'distillation.tasks.{task}.head.inner' to llm"
             )
-        _check_queries(task, spec, target, per_task if at is Position.TASK_TOKENS else None)
+        has_matrix = at is Position.TASK_TOKENS
+        _check_queries(task, spec, target, has_matrix, per_task if has_matrix else None)
     elif at is not Position.TASK_TOKENS and (target.grid is None or target.tokens == 1) and not target.own:
         raise ValueError(
             f"task '{task}': a target of {target.tokens} x {target.width} has no grid to map onto image tokens: set "
@@ -202,9 +203,13 @@ def _check_gram(task: str, target: TargetSpec, predicted: int | None) -> None:
         )
 
 
-def _check_queries(task: str, spec: Head, target: TargetSpec, per_task: int | None) -> None:
+def _check_queries(task: str, spec: Head, target: TargetSpec, has_matrix: bool, per_task: int | None) -> None:
     rows, tokens, key = spec.options.get("num_queries"), target.tokens, f"distillation.tasks.{task}.head"
     if query_source(spec, target) == "states":
+        if rows is not None and not has_matrix:
+            raise ValueError(
+                f"task '{task}': queries 'states' away from task tokens are one mean state: remove '{key}.num_queries'"
+            )
         if tokens > 1:
             raise ValueError(
                 f"task '{task}': queries 'states' predict one token, but the teacher's target has {tokens}: "
