@@ -53,16 +53,16 @@ def said(prompts, answers):
 
 
 def test_a_batch_of_eight_gives_the_answers_of_one(student, images):
-    together, apart = Answers(None, max_new_tokens=12), Answers(None, max_new_tokens=12)
-    ask_all(lambda: student, PROMPTS, images, together, batch_size=8)
-    ask_all(lambda: student, PROMPTS, images, apart, batch_size=1)
+    together, apart = Answers(None, images, max_new_tokens=12), Answers(None, images, max_new_tokens=12)
+    ask_all(lambda: student, PROMPTS, together, batch_size=8)
+    ask_all(lambda: student, PROMPTS, apart, batch_size=1)
     assert said(PROMPTS, together) == said(PROMPTS, apart)
     assert None not in said(PROMPTS, apart) and len(set(said(PROMPTS, apart))) > 8  # or the test would see nothing
 
 
 def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, tmp_path, monkeypatch):
-    whole = Answers(None, max_new_tokens=4)
-    ask_all(lambda: student, PROMPTS, images, whole)
+    whole = Answers(None, images, max_new_tokens=4)
+    ask_all(lambda: student, PROMPTS, whole)
     asked = []
 
     def counting(student, prompts, shown, length):
@@ -75,23 +75,23 @@ def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, 
     monkeypatch.setattr(asking, "answer", counting)
     file = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        ask_all(lambda: student, PROMPTS, images, Answers(file, "m", 4), batch_size=4)
+        ask_all(lambda: student, PROMPTS, Answers(file, images, "m", 4), batch_size=4)
     with (tmp_path / "answers.jsonl.part-0").open("a") as part:
         part.write('{"key": "cut off')
-    again = Answers(file, "m", 4, process=0)
+    again = Answers(file, images, "m", 4, process=0)
     before = len(asked)
-    ask_all(lambda: student, PROMPTS[::-1], images, again, batch_size=4)
+    ask_all(lambda: student, PROMPTS[::-1], again, batch_size=4)
     assert said(PROMPTS, again) == said(PROMPTS, whole)
     assert len(asked) - before == 16 - 4 and len(set(PROMPTS)) == 16  # four were kept, four were not
-    ask_all(no_student, PROMPTS, images, Answers(file, "m", 4), batch_size=4)
+    ask_all(no_student, PROMPTS, Answers(file, images, "m", 4), batch_size=4)
 
 
 @pytest.mark.parametrize("other", [("n", 4), ("m", 5)], ids=["another model", "longer answers"])
-def test_answers_of_another_model_or_length_are_not_met(other, tmp_path):
-    kept = Answers(tmp_path / "a.jsonl", "m", 4)
+def test_answers_of_another_model_or_length_are_not_met(other, images, tmp_path):
+    kept = Answers(tmp_path / "a.jsonl", images, "m", 4)
     kept.add(PROMPTS[:1], ["yes"])
-    assert Answers(tmp_path / "a.jsonl", "m", 4).get(PROMPTS[0]) == "yes"
-    assert Answers(tmp_path / "a.jsonl", *other).get(PROMPTS[0]) is None
+    assert Answers(tmp_path / "a.jsonl", images, "m", 4).get(PROMPTS[0]) == "yes"
+    assert Answers(tmp_path / "a.jsonl", images, *other).get(PROMPTS[0]) is None
 
 
 def test_a_model_trained_again_in_its_place_is_another_model(student, tmp_path):
@@ -103,12 +103,55 @@ def test_a_model_trained_again_in_its_place_is_another_model(student, tmp_path):
     assert model_key(str(tmp_path / "out")) != before
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Pretends to answer with the color of the first image. Returns the texts that were asked."""
+    texts = []
+
+    def answer(student, prompts, shown, length):
+        texts.extend(prompts)
+        return [str(images[0].getpixel((0, 0))) for images in shown]
+
+    monkeypatch.setattr(asking, "answer", answer)
+    monkeypatch.setattr(asking, "load_to_ask", lambda model: None)
+    return texts
+
+
+def fill(folder, name, color):
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), color).save(folder / name)
+    return ImageFolder(folder)
+
+
+def test_an_answer_about_another_image_of_that_name_is_not_met(asked, tmp_path):
+    """In another folder, and replaced in its own."""
+    asker, prompt, file = Asker(str(tmp_path)), Prompt("", "which color?", ("0.png",)), tmp_path / "a.jsonl"
+    for folder, color in (("one", (255, 0, 0)), ("other", (0, 0, 255)), ("one", (0, 255, 0))):
+        source = fill(tmp_path / folder, "0.png", color)
+        assert asker.ask([prompt], source, file, 4).get(prompt) == str(color)
+    assert len(asked) == 3
+
+
+def test_an_image_under_another_name_or_in_another_folder_keeps_its_answer(asked, tmp_path):
+    asker, file = Asker(str(tmp_path)), tmp_path / "a.jsonl"
+    for folder, name in (("one", "0.png"), ("one", "copy.png"), ("other", "0.png")):
+        asker.ask([Prompt("", "which color?", (name,))], fill(tmp_path / folder, name, "red"), file, 4)
+    assert len(asked) == 1
+
+
+def test_an_answer_in_another_precision_is_not_met(asked, images, tmp_path, monkeypatch):
+    for gpu in (False, True, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        Asker(str(images.folder)).ask(PROMPTS[:1], images, tmp_path / "a.jsonl", 4)
+    assert len(asked) == 2
+
+
 def test_shares_are_disjoint_and_complete_also_where_some_is_answered(student, images, tmp_path):
     file = tmp_path / "a.jsonl"
-    ask_all(lambda: student, PROMPTS[3:7], images, Answers(file, "m", 2))
+    ask_all(lambda: student, PROMPTS[3:7], Answers(file, images, "m", 2))
     for process in range(3):  # each sees what those before it have answered meanwhile
-        ask_all(lambda: student, PROMPTS, images, Answers(file, "m", 2, process), 4, (process, 3))
-    ask_all(no_student, PROMPTS, images, Answers(file, "m", 2))
+        ask_all(lambda: student, PROMPTS, Answers(file, images, "m", 2, process), 4, (process, 3))
+    ask_all(no_student, PROMPTS, Answers(file, images, "m", 2))
     rows = [
         json.loads(line) for part in tmp_path.glob("a.jsonl.part-*") for line in part.read_text().split("\n") if line
     ]
@@ -132,7 +175,7 @@ def test_told_to_stop_it_says_what_is_kept(student, images, tmp_path, monkeypatc
 
     monkeypatch.setattr(asking, "StopRequest", Told)
     with pytest.raises(StoppedError, match="0 of 16 questions were answered; run the same command again"):
-        ask_all(lambda: student, PROMPTS, images, Answers(tmp_path / "a.jsonl", "m", 2))
+        ask_all(lambda: student, PROMPTS, Answers(tmp_path / "a.jsonl", images, "m", 2))
 
 
 def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, tmp_path, caplog):
@@ -170,4 +213,4 @@ def test_no_image_of_a_question_is_in_its_blind_control():
 
 def test_absent_images_are_named_before_a_model_is_loaded(images):
     with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'no\.png'"):
-        ask_all(no_student, [Prompt("", "what?", ("no.png",))], images, Answers(None))
+        ask_all(no_student, [Prompt("", "what?", ("no.png",))], Answers(None, images))

@@ -73,12 +73,16 @@ def row_inputs(processor: Any, records: Sequence[Record], images: Sequence[Seque
     return BatchFeature(inputs)
 
 
+def precision() -> torch.dtype:
+    """The precision in which ``load_to_ask`` loads: bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def load_to_ask(folder: str | Path) -> Student:
-    """Loads a student for inference: in bfloat16 on this process's GPU, or in float32 on the CPU if there is none."""
-    if not torch.cuda.is_available():
-        return load_student(folder)
-    student = load_student(folder, torch.bfloat16)
-    student.model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+    """Loads a student for inference, on this process's GPU, or on the CPU if there is none."""
+    student = load_student(folder, precision())
+    if torch.cuda.is_available():
+        student.model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
     return student
 
 

@@ -19,7 +19,7 @@ from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
 from visper.common.errors import DataError, StoppedError
 from visper.common.files import write_text
-from visper.evaluation.ask import answer, as_row, load_to_ask
+from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
 from visper.model import Student
 from visper.training.stopping import StopRequest
@@ -39,18 +39,23 @@ class Prompt:
 class Answers:
     """The answers so far; with a file they are kept beyond this process.
 
-    The key of an answer covers the model's files, the prompt, its images and the maximum length of an answer, but not
-    the number and order of the questions. Answers of another model are never found.
+    The key of an answer covers the model, the prompt, the content of its images and the maximum length of an answer,
+    but not the images' names or the number and order of the questions. Answers of another model or about another image
+    are never found.
 
     Args:
         file: file of all answers, written at the end. Until then, answers are appended to ``FILE.part-PROCESS``.
-        model: identity of the model, see ``model_key``.
+        images: source of the images of the prompts.
+        model: identity of the model and of its precision.
         max_new_tokens: maximum length of an answer.
         process: index of this process among those that ask.
     """
 
-    def __init__(self, file: Path | None, model: str = "", max_new_tokens: int = 32, process: int = 0) -> None:
+    def __init__(
+        self, file: Path | None, images: ImageSource, model: str = "", max_new_tokens: int = 32, process: int = 0
+    ) -> None:
         self.file = file
+        self.images = images
         self.max_new_tokens = max_new_tokens
         self._model = model
         self._process = process
@@ -60,7 +65,8 @@ class Answers:
 
     def key(self, prompt: Prompt) -> str:
         """The key of a prompt's answer."""
-        return key(self._model, prompt.id, prompt.text, "\n".join(prompt.images), self.max_new_tokens)
+        shown = "\n".join(map(self.images.digest, prompt.images))
+        return key(self._model, prompt.id, prompt.text, shown, self.max_new_tokens)
 
     def get(self, prompt: Prompt) -> str | None:
         """The answer to a prompt; None if it has none yet."""
@@ -125,7 +131,6 @@ def model_key(model: str) -> str:
 def ask_all(
     student: Callable[[], Student],
     prompts: Sequence[Prompt],
-    images: ImageSource,
     answers: Answers,
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
@@ -140,7 +145,7 @@ def ask_all(
         DataError: an image is missing, or a prompt is invalid; raised before the first question.
         StoppedError: SIGTERM or Ctrl-C; the answers so far are saved.
     """
-    require_askable(prompts, images)
+    require_askable(prompts, answers.images)
     # Sorted by length, so that batches have little padding. The order depends on all prompts, not only on open ones:
     # processes that start while others answer must agree on their shares.
     order = sorted(dict.fromkeys(prompts), key=lambda prompt: (-len(prompt.images), len(prompt.text)))
@@ -156,7 +161,8 @@ def ask_all(
             if stop.asked:
                 raise StoppedError(f"{progress.tasks[0].completed:.0f} of {len(todo)} questions were answered; run the "
                                    "same command again to ask the others")  # fmt: skip
-            shown = {prompt: opened for prompt in batch if (opened := open_images(images, prompt.images)) is not None}
+            opened = {prompt: open_images(answers.images, prompt.images) for prompt in batch}
+            shown = {prompt: images for prompt, images in opened.items() if images is not None}
             if shown:
                 texts = [prompt.text for prompt in shown]
                 answers.add(list(shown), answer(student(), texts, list(shown.values()), answers.max_new_tokens))
@@ -201,7 +207,7 @@ class Asker:
         self._student: Student | None = None
         if not Path(model).is_dir():
             self.student()  # the commit of a hub model is known after its download
-        self._key = model_key(model)
+        self._key = key(model_key(model), str(precision()))
 
     def student(self) -> Student:
         """The loaded model."""
@@ -211,14 +217,14 @@ class Asker:
 
     def ask(self, prompts: Sequence[Prompt], images: ImageSource, file: Path | None, max_new_tokens: int) -> Answers:
         """Asks this process's share of the prompts, see ``ask_all``. Returns the answers of all processes so far."""
-        answers = Answers(file, self._key, max_new_tokens, self.share[0])
+        answers = Answers(file, images, self._key, max_new_tokens, self.share[0])
         different = set(prompts)
         todo = sum(answers.get(prompt) is None for prompt in different)
         process, processes = self.share
         if process == 0 and todo:
             shared = f", in {processes} processes" if processes > 1 else ""
             announce(Console(), "asking", f"{todo} questions, {len(different) - todo} already answered{shared}")
-        ask_all(self.student, prompts, images, answers, self.batch_size, self.share)
+        ask_all(self.student, prompts, answers, self.batch_size, self.share)
         return answers
 
 

@@ -25,12 +25,16 @@ class ImageSource(Protocol):
     def absent(self, names: Iterable[str]) -> list[str]:
         """The names without an image."""
 
+    def digest(self, name: str) -> str:
+        """A digest of the image's present content; empty if it cannot be read."""
+
 
 class ImageFolder:
     """Images by their paths under a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._digests: dict[tuple[str, int, int, int], str] = {}
 
     def open(self, name: str) -> Image.Image:
         """The image in RGB. Raises DataError if it cannot be read."""
@@ -39,6 +43,18 @@ class ImageFolder:
     def absent(self, names: Iterable[str]) -> list[str]:
         """The names without a file in the folder. Raises DataError for names that lead outside it."""
         return [name for name in names if not inside(self.folder, name).is_file()]
+
+    def digest(self, name: str) -> str:
+        """A digest of the file's present content, whatever its name and folder; empty if it cannot be read."""
+        file = inside(self.folder, name)
+        try:
+            found = file.stat()
+            state = (name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            if state not in self._digests:
+                self._digests[state] = key(file.read_bytes())
+        except OSError:
+            return ""
+        return self._digests[state]
 
 
 class TableImages:
@@ -68,6 +84,10 @@ class TableImages:
     def absent(self, names: Iterable[str]) -> list[str]:
         """The names that are not in the table."""
         return [name for name in names if name not in self._places]
+
+    def digest(self, name: str) -> str:
+        """The name, which is a digest."""
+        return name
 
 
 def read_table(files: Sequence[Path], needed: Sequence[str], optional: Sequence[str], what: str) -> Any:

@@ -92,8 +92,8 @@ def evaluate(
     if shown is None:
         raise DataError("no other images", "the blind control needs questions on at least two different images")
     prompts = [question.prompt(names) for question, names in zip(items, shown, strict=True)]
-    answers = Answers(None, max_new_tokens=max_new_tokens)
-    ask_all(lambda: student, prompts, ImageFolder(images), answers, batch_size)
+    answers = Answers(None, ImageFolder(images), max_new_tokens=max_new_tokens)
+    ask_all(lambda: student, prompts, answers, batch_size)
     return [judge(q, p.images, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
 
 
