@@ -29,9 +29,10 @@ def wilson(correct: float, total: int) -> tuple[float, float]:
 
 
 def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
-    """The mean of all values and its 95 % normal interval, which is None for a single group.
+    """The mean of all values and its 95 % t-interval, which is None for a single group.
 
     Groups are independent of each other, but the values of a group are not, such as the scores of an image's questions.
+    Few groups say little about how much groups vary: two need 6.5 times the normal interval.
 
     Raises:
         ValueError: there are no values.
@@ -43,7 +44,7 @@ def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, floa
     if len(groups) < 2:
         return mean, None
     spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups) * len(groups) / (len(groups) - 1)
-    half = Z * math.sqrt(spread) / count
+    half = t_quantile(len(groups) - 1) * math.sqrt(spread) / count
     return mean, (mean - half, mean + half)
 
 
@@ -77,6 +78,6 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple
 
 def t_quantile(freedom: int) -> float:
     """Student's t at 97.5 %, which bounds a two-sided 95 % interval, for ``freedom`` degrees of freedom."""
-    from scipy.stats import t  # takes a second to import, and only comparisons over seeds need it
+    from scipy.stats import t  # takes a second to import, and most commands do not need it
 
     return float(t.ppf(0.975, freedom))
