@@ -3,7 +3,7 @@ import random
 import pytest
 
 from visper.evaluation import wilson
-from visper.evaluation.intervals import grouped, paired, t_quantile
+from visper.evaluation.intervals import by_images, grouped, paired, t_quantile, wilson_grouped
 
 
 def test_known_interval():
@@ -41,6 +41,33 @@ def test_a_95_percent_interval_holds_the_mean_95_times_in_100_also_for_few_group
     rng = random.Random(0)
     found = [grouped([[rng.gauss(0, 1)] for _ in range(groups)])[1] for _ in range(2000)]
     assert sum(low <= 0 <= high for low, high in found) / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(("images", "share"), [(200, 0.6), (10, 0.6), (20, 0.95)])
+def test_an_interval_over_images_holds_the_share_however_alike_an_images_answers_are(images, share):
+    """Five answers per image, of correlation 0.3: of 1,000 draws, ``wilson`` holds it in 791, 798 and 832."""
+    rng, held = random.Random(0), 0
+    for _ in range(1000):
+        chances = [rng.betavariate(share * 7 / 3, (1 - share) * 7 / 3) for _ in range(images)]
+        low, high = wilson_grouped([[float(rng.random() < chance) for _ in range(5)] for chance in chances])
+        held += low <= share <= high
+    assert held >= 930
+
+
+def test_an_interval_over_images_is_wilsons_where_each_image_has_one_value():
+    assert wilson_grouped([[1.0], [0.0], [0.5]]) == wilson(1.5, 3)
+    # Nothing says how alike the values of an image are: each image counts once.
+    assert wilson_grouped([[1.0] * 5, [1.0] * 5]) == wilson(2, 2)
+    assert wilson_grouped([[1.0, 0.0]]) == wilson(0.5, 1)
+    # Images that vary less than by chance do not make the values count more than once.
+    assert wilson_grouped([[1.0, 0.0]] * 40) == wilson(40, 80, t_quantile(39))
+    with pytest.raises(ValueError, match="not a share"):
+        wilson_grouped([])
+
+
+def test_questions_about_the_same_images_are_a_group_and_those_without_images_are_not():
+    images = [("a", "b"), ("b", "a"), ("a",), (), ()]
+    assert by_images([1, 2, 3, 4, 5], images) == [[1, 2], [3], [4], [5]]
 
 
 def test_differences_are_paired_by_seed_and_their_interval_is_students():

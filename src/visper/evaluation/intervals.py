@@ -1,4 +1,4 @@
-"""95 % intervals of a share, a weighted sum of shares, a mean over groups, and a difference over seeds."""
+"""95 % intervals of a share, a weighted sum of shares, a mean or share over groups, and a difference over seeds."""
 
 from __future__ import annotations
 
@@ -10,22 +10,49 @@ Z = 1.959963984540054
 """Number of standard deviations around the mean that contain 95 % of a normal distribution."""
 
 
-def wilson(correct: float, total: int) -> tuple[float, float]:
+def wilson(correct: float, total: float, z: float = Z) -> tuple[float, float]:
     """The 95 % interval of a share of ``correct`` in ``total``, both ends in 0..1 (Wilson 1927).
 
     Unlike the normal interval it stays inside 0..1 and keeps its coverage near the ends and for few samples. If answers
     score fractions of a point (``correct`` is their sum), it is wider than necessary, because zeros and ones have the
     largest variance of all values in 0..1 with the same mean.
 
+    Args:
+        z: another quantile than the normal one.
+
     Raises:
         ValueError: not 0 <= correct <= total, or no samples.
     """
-    if total < 1 or not -1e-9 <= correct <= total + 1e-9:
+    if total <= 0 or not -1e-9 <= correct <= total + 1e-9:
         raise ValueError(f"{correct} of {total} is not a share: expected 0 <= correct <= total and at least one sample")
-    share, spread = correct / total, Z * Z / total
+    share, spread = correct / total, z * z / total
     center = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(max(0.0, share * (1 - share)) / total + spread / (4 * total)) / (1 + spread)
+    half = z * math.sqrt(max(0.0, share * (1 - share)) / total + spread / (4 * total)) / (1 + spread)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def wilson_grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Wilson's interval of the share of values in 0..1, for groups as in ``grouped``.
+
+    The number of values is replaced by that of independent values with the same variance of the mean, if it is smaller
+    (Franco et al. 2019). Where the correlation inside groups cannot be estimated, because there is one group or all
+    values are equal, each group counts as one value. Without groups of several values it is ``wilson``.
+
+    Args:
+        groups: one value or more each.
+
+    Raises:
+        ValueError: not a share, or no values.
+    """
+    total, right = sum(map(len, groups)), sum(map(sum, groups))
+    if all(len(group) < 2 for group in groups):
+        return wilson(right, total)
+    share = right / total
+    if len(groups) < 2 or not 0 < share < 1:
+        return wilson(share * len(groups), len(groups))
+    variance = _variance(groups, share)
+    alike = min(total, share * (1 - share) / variance) if variance else total
+    return wilson(share * alike, alike, t_quantile(len(groups) - 1))
 
 
 def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float] | None]:
@@ -43,9 +70,22 @@ def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, floa
     mean = sum(map(sum, groups)) / count
     if len(groups) < 2:
         return mean, None
-    spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups) * len(groups) / (len(groups) - 1)
-    half = t_quantile(len(groups) - 1) * math.sqrt(spread) / count
+    half = t_quantile(len(groups) - 1) * math.sqrt(_variance(groups, mean))
     return mean, (mean - half, mean + half)
+
+
+def _variance(groups: Sequence[Sequence[float]], mean: float) -> float:
+    """The variance of the mean of all values, from the groups' sums."""
+    spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
+    return spread * len(groups) / (len(groups) - 1) / sum(map(len, groups)) ** 2
+
+
+def by_images(values: Iterable[float], images: Iterable[tuple[str, ...]]) -> list[list[float]]:
+    """Groups of the values of questions about the same images; each question without images is a group of its own."""
+    groups: dict[object, list[float]] = {}
+    for number, (value, names) in enumerate(zip(values, images, strict=True)):
+        groups.setdefault(frozenset(names) or number, []).append(value)
+    return list(groups.values())
 
 
 def weighted(parts: Iterable[tuple[float, float, tuple[float, float]]]) -> tuple[float, tuple[float, float]]:

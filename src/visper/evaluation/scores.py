@@ -11,7 +11,7 @@ from rich.text import Text
 
 from visper.common.console import Console
 from visper.evaluation.choices import plain
-from visper.evaluation.intervals import wilson
+from visper.evaluation.intervals import by_images, wilson_grouped
 from visper.evaluation.questions import EVERYTHING, Answered
 
 EMPTY_SHARE = 0.01
@@ -23,6 +23,7 @@ class Score:
     """Right answers of one kind, with the 95 % interval of their share.
 
     Attributes:
+        interval: Wilson's, 0..1; it allows for the questions of one image being right or wrong together.
         empty: number of answers without any text.
         constant: number of right answers of the best constant answer; over all kinds, of each kind's own.
         constant_answer: the best constant answer; empty over several kinds.
@@ -31,6 +32,7 @@ class Score:
     kind: str
     correct: int
     total: int
+    interval: tuple[float, float]
     empty: int = 0
     constant: int = 0
     constant_answer: str = ""
@@ -39,11 +41,6 @@ class Score:
     def accuracy(self) -> float:
         """Share of right answers, 0..1."""
         return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval, 0..1."""
-        return wilson(self.correct, self.total)
 
 
 def scores(answered: Iterable[Answered]) -> list[Score]:
@@ -54,7 +51,7 @@ def scores(answered: Iterable[Answered]) -> list[Score]:
     if len(kinds) < 2:
         return result
     right, total, empty, constant = (sum(values) for values in zip(*map(_counts, result), strict=True))
-    return [*result, Score(EVERYTHING, right, total, empty, constant)]
+    return [*result, Score(EVERYTHING, right, total, _interval(rows), empty, constant)]
 
 
 def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
@@ -68,7 +65,11 @@ def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
 def _score(kind: str, rows: list[Answered]) -> Score:
     empty = sum(row.said is not None and not row.said.strip() for row in rows)
     ((answer, constant),) = Counter(one for row in rows for one in set(map(plain, row.expected))).most_common(1)
-    return Score(kind, sum(row.correct for row in rows), len(rows), empty, constant, answer)
+    return Score(kind, sum(row.correct for row in rows), len(rows), _interval(rows), empty, constant, answer)
+
+
+def _interval(rows: Sequence[Answered]) -> tuple[float, float]:
+    return wilson_grouped(by_images((float(row.correct) for row in rows), (row.images for row in rows)))
 
 
 def _counts(score: Score) -> tuple[int, int, int, int]:

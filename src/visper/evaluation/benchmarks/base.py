@@ -9,7 +9,7 @@ from pathlib import Path
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, with_needs
 from visper.evaluation.image_sources import ImageSource, TableImages, read_table
-from visper.evaluation.intervals import weighted, wilson
+from visper.evaluation.intervals import by_images, weighted, wilson_grouped
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ def read_parquet(name: str, root: Path, columns: Sequence[str]) -> tuple[list[di
     return [{**row, "images": names} for row, names in zip(rows, images.names, strict=True)], images
 
 
-def share(name: str, marks: Sequence[float]) -> Column:
-    """The mean of marks in 0..1, with Wilson's interval."""
-    return Column(name, sum(marks) / len(marks), wilson(sum(marks), len(marks)), len(marks))
+def share(name: str, items: Sequence[Item], marks: Sequence[float]) -> Column:
+    """The mean of the items' marks in 0..1, with Wilson's interval over images."""
+    interval = wilson_grouped(by_images(marks, (item.images for item in items)))
+    return Column(name, sum(marks) / len(marks), interval, len(marks))
 
 
 def mean(name: str, parts: Sequence[Column]) -> Column:

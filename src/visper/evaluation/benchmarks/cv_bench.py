@@ -50,8 +50,8 @@ def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]
     marks = [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)]
 
     def of(name: str, attribute: str) -> list[Column]:
-        own = [mark for item, mark in zip(items, marks, strict=True) if getattr(item, attribute) == name]
-        return [share(name, own)] if own else []
+        own = [number for number, item in enumerate(items) if getattr(item, attribute) == name]
+        return [share(name, [items[number] for number in own], [marks[number] for number in own])] if own else []
 
     columns = [column for task in TASKS for column in of(task, "kind")]
     sides = []

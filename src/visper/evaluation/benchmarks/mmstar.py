@@ -41,4 +41,5 @@ def read(item: Item, said: str) -> Reading:
 
 def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
     """Share of right answers. (The published code divides by 1,500, however many were asked.)"""
-    return [share("MMStar", [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)])]
+    marks = [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)]
+    return [share("MMStar", items, marks)]

@@ -65,4 +65,5 @@ def accuracy(answers: Sequence[str], text: str | None) -> float:
 
 def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
     """Mean VQA accuracy."""
-    return [share("OK-VQA", [accuracy(item.answers, text) for item, text in zip(items, readings, strict=True)])]
+    marks = [accuracy(item.answers, text) for item, text in zip(items, readings, strict=True)]
+    return [share("OK-VQA", items, marks)]

@@ -49,4 +49,5 @@ def bare(text: str) -> str:
 
 def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
     """Share of right answers."""
-    return [share("RWQA", [float(text == bare(item.answers[0])) for item, text in zip(items, readings, strict=True)])]
+    marks = [float(text == bare(item.answers[0])) for item, text in zip(items, readings, strict=True)]
+    return [share("RWQA", items, marks)]
