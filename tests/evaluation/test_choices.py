@@ -2,7 +2,7 @@
 
 import pytest
 
-from visper.evaluation.choices import ask_with_options, read_choice
+from visper.evaluation.choices import ask_with_options, plain, read_choice
 
 OPTIONS = {"A": "box", "B": "sphere", "C": "red sphere"}
 
@@ -47,6 +47,62 @@ def test_options_are_asked_with_a_letter_each():
 )
 def test_an_answer_means_one_option_or_none(said, letter):
     assert read_choice(said, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        (" (A). ", "a"),
+        ("The  Box!", "the box"),
+        ("?", "?"),
+        ("-5", "-5"),
+        ("(-5)", "-5"),
+        ("\N{MINUS SIGN}5.", "-5"),
+        ("-5 degrees", "-5 degrees"),
+        ("- 5", "5"),  # a dash
+        ("-$5", "-5"),
+        ("-€5", "-€5"),
+        ("+3", "3"),
+        ("-0.0", "0"),
+        (".5", "0.5"),
+        ("-.50", "-0.5"),
+        ("0.50", "0.5"),
+        ("...5", "5"),  # an ellipsis
+        ("5.", "5"),
+        ("5%", "5"),
+        ("007", "7"),
+        ("12345678901234567890123456789012345.0", "12345678901234567890123456789012345"),
+        ("1-5", "1-5"),
+        ("1.2.3", "1.2.3"),
+        ("-yes-", "yes"),
+        ("C++", "c++"),
+        ("(C#)", "c#"),
+        ("C", "c"),
+        ("-5 C.", "-5 c"),
+    ],
+)
+def test_the_plain_form_keeps_what_makes_another_number_or_name(text, form):
+    assert plain(text) == form
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("-5", "B"),
+        ("5", "A"),
+        ("it is -5", "B"),
+        ("it is 5", "A"),
+        ("it is .50", "C"),
+        ("it is 5.3", None),
+        ("from 5-10", "A"),
+        ("covid-19", None),
+        ("it is -3 m", "E"),
+        ("it is 3 m", "D"),
+        ("it is 3.3 m", None),
+    ],
+)
+def test_options_that_are_numbers_are_read_with_their_sign_and_point(said, letter):
+    assert read_choice(said, {"A": "5", "B": "-5", "C": "0.5", "D": "3 m", "E": "-3 m"}) == letter
 
 
 def test_letters_alone_are_read_where_texts_are_unknown():

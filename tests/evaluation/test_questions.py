@@ -169,6 +169,14 @@ def test_any_accepted_answer_is_right_whatever_wrote_the_file(tmp_path):
     assert [judge(first, (), said).correct for said in ("Two.", "2", "three", "", None)] == [True, True] + [False] * 3
 
 
+@pytest.mark.parametrize(
+    ("accepted", "said", "right"),
+    [("-5", "5", False), ("-5", "-5.", True), ("0.5", ".50", True), (".5", "5", False), ("C++", "C", False)],
+)
+def test_signs_and_points_of_numbers_count(accepted, said, right):
+    assert Question("?", (accepted,)).accepts(said) is right
+
+
 def test_empty_answers_are_counted_and_said(capsys):
     question = Question("what?", ("red",))
     (score,) = scores([judge(question, (), said) for said in ("", " ", "red", None)])

@@ -14,6 +14,9 @@ _NAMED = re.compile(
     r"\b(?i:answer|option|choice)(?:\s+(?i:is)|\s*:)?\s*\W?(?:([A-Za-z])(?=\s*(?:[).:,;\]]|$))|([B-Z])\b(?!['’]))"
 )
 _LETTER_THEN_TEXT = re.compile(r"\W*([B-Z])\s|\W*(A)\s+(?=[A-Z\d])")
+_ENDS = string.punctuation + " "
+_NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]+))?")
+_NUMBERS_INSIDE = re.compile(rf"(?<![\w.]){_NUMBER.pattern}(?!\w|\.[0-9])")
 
 
 def ask_with_options(question: str, options: Sequence[str]) -> str:
@@ -43,11 +46,39 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
         letter = next(filter(None, match.groups()), "").upper() if match else ""
         if letter in options:
             return letter
-    held = [letter for letter, text in texts.items() if re.search(rf"\b{re.escape(text)}\b", whole)]
+    held = [letter for letter, text in texts.items() if _holds(whole, text)]
     return held[0] if len(held) == 1 else None
 
 
+def _holds(whole: str, text: str) -> bool:
+    """Whether a plain answer has a plain text in it, as words or as a number: "it is 5.30 m" has 5.3, but not 5."""
+    if _NUMBER.fullmatch(text):
+        return any(_value(found) == text for found in _NUMBERS_INSIDE.finditer(whole))
+    unsigned = r"(?<!^[-+.])(?<!\s[-+.])" if text[0].isdigit() else ""  # "5 m" is not in "it is -5 m"
+    return re.search(rf"(?<!\w)(?<![0-9]\.){unsigned}{re.escape(text)}(?!\w|\.[0-9])", whole) is not None
+
+
 def plain(text: str) -> str:
-    """Lower case, single spaces, no punctuation at the ends unless there is nothing else: ``(A).`` becomes ``a``."""
-    spaced = re.sub(r"\s+", " ", text.lower()).strip()
-    return spaced.strip(string.punctuation + " ") or spaced
+    """The form in which answers are compared: ``(A).`` becomes ``a``, ``.50 `` becomes ``0.5``.
+
+    Lower case, single spaces, no punctuation at the ends unless there is nothing else. A sign or point before a number
+    is kept, and so are plus signs and hashes behind a letter (``C++``). A number alone is written in one form.
+    """
+    spaced = re.sub(r"\s+", " ", text.lower().replace("\N{MINUS SIGN}", "-")).strip()
+    words = spaced.strip(_ENDS)
+    if not words:
+        return spaced
+    before, _, behind = spaced.partition(words)
+    if words[-1].isalpha() and (signs := re.match(r"[+#]+", behind)):
+        words += signs[0]
+    if re.match(r"[€£¥]?[0-9]", words) and (lead := re.search(r"([-+]?)\$?((?<!\.)\.)?$", before)):
+        words = lead[1] + (lead[2] or "") + words
+    number = _NUMBER.fullmatch(words)
+    return _value(number) if number else words
+
+
+def _value(number: re.Match[str]) -> str:
+    """A match of ``_NUMBER`` without plus sign and without zeros at the ends; digits are never rounded."""
+    sign, whole, fraction = number[1], number[2].lstrip("0") or "0", (number[3] or "").rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return f"-{value}" if sign == "-" and value != "0" else value

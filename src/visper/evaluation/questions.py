@@ -39,8 +39,8 @@ class Question:
         return Prompt(self.id, text, images)
 
     def accepts(self, said: str) -> bool:
-        """Whether an answer is right: equal to an accepted one except for case and punctuation at the ends. For
-        multiple choice, it must mean the right option (see ``read_choice``)."""
+        """Whether an answer is right: equal to an accepted one except for case and punctuation at the ends, or the same
+        number (see ``plain``). For multiple choice, it must mean the right option (see ``read_choice``)."""
         if self.options:
             return read_choice(said, dict(zip(LETTERS, self.options, strict=False))) == self.answers[0]
         return plain(said) in map(plain, self.answers)
