@@ -43,6 +43,9 @@ def test_options_are_asked_with_a_letter_each():
         (" ", None),
         ("The answer is a sphere", "B"),
         ("I don't know", None),
+        ("The number of chair(s) is (B)", "B"),  # no option S
+        ("Answer: x, so the answer is B", "B"),
+        ("The chair(s) and box(es)", "A"),
     ],
 )
 def test_an_answer_means_one_option_or_none(said, letter):

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 LETTERS = string.ascii_uppercase
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 _IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_FIRST = re.compile(r"\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.IGNORECASE)
+_FIRST = re.compile(r"\A\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.IGNORECASE)
 _NAMED = re.compile(
     r"\b(?i:answer|option|choice)(?:\s+(?i:is)|\s*:)?\s*\W?(?:([A-Za-z])(?=\s*(?:[).:,;\]]|$))|([B-Z])\b(?!['’]))"
 )
-_LETTER_THEN_TEXT = re.compile(r"\W*([B-Z])\s|\W*(A)\s+(?=[A-Z\d])")
+_LETTER_THEN_TEXT = re.compile(r"\A\W*([B-Z])\s|\A\W*(A)\s+(?=[A-Z\d])")
 _ENDS = string.punctuation + " "
 _NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]+))?")
 _NUMBERS_INSIDE = re.compile(rf"(?<![\w.]){_NUMBER.pattern}(?!\w|\.[0-9])")
@@ -30,7 +30,8 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
 
     These forms are tried in order: only the text of an option; "(B)" anywhere; a letter at the start, followed by
     punctuation or nothing ("b", "B.", "Option B:"); "the answer is B"; a capital letter followed by text ("B the box",
-    but not "A box", whose A is an article); the text of exactly one option anywhere in the answer.
+    but not "A box", whose A is an article); the text of exactly one option anywhere in the answer. Of several matches
+    of a form, the first whose letter is an option's counts: "chair(s) (B)" means B.
 
     Args:
         said: the answer.
@@ -42,10 +43,10 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
     if named and whole.upper() not in options:
         return named[0] if len(named) == 1 else None
     for pattern in (_IN_BRACKETS, _FIRST, _NAMED, _LETTER_THEN_TEXT):
-        match = pattern.search(said) if pattern in (_IN_BRACKETS, _NAMED) else pattern.match(said)
-        letter = next(filter(None, match.groups()), "").upper() if match else ""
-        if letter in options:
-            return letter
+        for match in pattern.finditer(said):
+            letter = next(filter(None, match.groups()), "").upper()
+            if letter in options:
+                return letter
     held = [letter for letter, text in texts.items() if _holds(whole, text)]
     return held[0] if len(held) == 1 else None
 

@@ -20,6 +20,7 @@ OPEN = Item("How many?", ("2",), None)
         # CV-Bench: "(X)" anywhere, else the first character.
         ("cv-bench", CV, "(B)", "B", "B"),
         ("cv-bench", CV, "The answer is (B).", "B", "B"),
+        ("cv-bench", CV, "The number of chair(s) is (B)", "B", "B"),
         ("cv-bench", CV, "B. blue box", "B", "B"),
         ("cv-bench", CV, "b", "B", "b"),
         ("cv-bench", CV, "(b)", "B", None),  # it takes the answer to the row before
