@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from tests import tiny
 from tests.checkpoints import tensors_of
+from tests.evaluation.benchmarks import published
 from tests.logs import computed
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
@@ -284,6 +285,17 @@ def test_faults_show_before_training(make, held_out):
         evaluator_of(make("run", {"benchmark": "mmstat"}))
     with pytest.raises(ConfigError, match="visper data prepare mmstar"):
         evaluator_of(make("run", {"benchmark": "mmstar"}))
+
+
+def test_the_accuracy_of_a_benchmark_is_its_overall_score(make, held_out, tmp_path):
+    """Rows 0, 1 and 3 of CV-Bench have no COCO image: its last score would be 3D."""
+    published.write_cv_bench(tmp_path / "data")
+    run = make("run", {"benchmark": "cv-bench"})
+    whole = run.model_copy(update={"data": run.data.model_copy(update={"root": str(tmp_path / "data")})})
+    assert evaluator_of(whole).values[0] == "accuracy" and "accuracy/CV-Bench" in evaluator_of(whole).values
+    part = whole.model_copy(update={"evaluation": whole.evaluation.model_copy(update={"limit": 3})})
+    with pytest.raises(ConfigError, match=r"limit: 3 of the 5 .* Count, Depth, 3D, but not its accuracy, 'CV-Bench'"):
+        evaluator_of(part)
 
 
 def test_a_best_by_another_measure_is_never_taken_for_this_one(make, held_out):

@@ -90,7 +90,7 @@ def evaluator_of(run: Run) -> Evaluator | None:
     """Builds what asks and draws during a run; None if the run does neither. Errors are raised before training.
 
     Raises:
-        ConfigError: the benchmark is unknown or not prepared.
+        ConfigError: see ``_asked``.
         DataError: questions or held-out rows cannot be read, or their images are missing.
     """
     if run.evaluation is None or not (run.evaluation.asks or run.evaluation.draw):
@@ -120,7 +120,7 @@ def _asked(run: Run) -> WhileTraining | None:
     """Reads the questions of a run; None if it has none.
 
     Raises:
-        ConfigError: the benchmark is unknown or not prepared.
+        ConfigError: the benchmark is unknown or not prepared, or the limit is too small for its overall score.
         DataError: questions cannot be read, or their images are missing.
     """
     settings = run.evaluation
@@ -148,7 +148,13 @@ def _asked(run: Run) -> WhileTraining | None:
     def of_benchmark(said: Sequence[str | None]) -> dict[str, float]:
         both = zip(items, said, strict=True)
         columns = benchmark.score(items, [reading_of(benchmark, item, text).text for item, text in both])
-        return {"accuracy": columns[-1].value, **{f"accuracy/{column.name}": column.value for column in columns}}
+        values = {column.name: column.value for column in columns}
+        if benchmark.overall not in values:
+            raise ConfigError(
+                f"evaluation.limit: {len(items)} of the {len(rows)} rows of '{benchmark.name}' have the scores "
+                f"{', '.join(values)}, but not its accuracy, '{benchmark.overall}': raise the limit (default: 200)"
+            )
+        return {"accuracy": values[benchmark.overall], **{f"accuracy/{name}": value for name, value in values.items()}}
 
     prompts = [Prompt(item.id, item.prompt, item.images) for item in items]
     return WhileTraining(prompts, images, benchmark.max_new_tokens, of_benchmark, settings.blind)

@@ -54,16 +54,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its name, the maximum length of an answer, and three functions."""
+    """A benchmark: its name, the maximum length of an answer, the column of its overall score, and three functions."""
 
     name: str
     max_new_tokens: int
+    overall: str
     rows: Callable[[Path], tuple[list[Item], ImageSource]]
     """Root folder of all data sets -> rows and images."""
     read: Callable[[Item, str], Reading]
     """Reads an answer; not called for questions without an answer."""
     score: Callable[[Sequence[Item], Sequence[str | None]], list[Column]]
-    """Scores readings, given in the order of the items."""
+    """Scores readings, given in the order of the items. The overall score is absent if the items have a part of it
+    only."""
 
 
 def require_prepared(name: str, root: Path) -> None:
