@@ -61,14 +61,18 @@ print(returned, faults())
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_processes_end_when_the_one_that_started_them_is_killed() -> None:
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_processes_end_when_the_one_that_started_them_is_killed(method: str) -> None:
     """Their results fill the pipe that nobody reads any more."""
-    code = """
+    code = f"""
 import multiprocessing, time
+multiprocessing.set_start_method("{method}")
 from tests.common.test_parallel import large
 from visper.common.parallel import in_order
 results = in_order(large, range(64), "", quiet=True, workers=2)
-next(results)
+for _ in range(32):  # takes longer than the processes' first look for their parent
+    next(results)
+    time.sleep(0.05)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(600)
 """

@@ -1,4 +1,4 @@
-"""``visper train`` in processes forked from one that has imported everything: importing takes longer than a tiny run.
+"""Processes forked from one that has imported everything: importing takes longer than a tiny run.
 
 They are what a launcher such as torchrun starts; ``test_launch`` tests visper's own.
 """
@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from torch.multiprocessing import start_processes
+
 from visper.config import load_run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -17,9 +19,16 @@ FORKS.set_forkserver_preload(
     ["visper.cli", "visper.training", "visper.evaluation.while_training", "visper.planning.recomputation"]
 )
 
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def run_forked(function, arguments, count):
+    """Runs ``function(rank, *arguments)`` in ``count`` processes; an exception in one ends all and is raised."""
+    start_processes(function, arguments, count, start_method="forkserver")
+
 
 def train_forked(recipe, arguments, timeout):
-    """Trains in as many processes as the run asks for. Returns each process's exit code, and their output.
+    """``visper train`` in as many processes as the run asks for. Returns each process's exit code, and their output.
 
     Processes that still run after ``timeout`` seconds, or half a minute after another has failed, are killed.
     """
@@ -33,9 +42,7 @@ def train_forked(recipe, arguments, timeout):
     started = []
     for rank, output in enumerate(outputs):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment = {"OMP_NUM_THREADS": "1"}
-        if count > 1:
-            environment |= place | {name: str(value) for name, value in ranks.items()}
+        environment = place | {name: str(value) for name, value in ranks.items()} if count > 1 else {}
         command = ["visper", "train", str(recipe), *overrides, *options]
         process = FORKS.Process(target=_visper, args=(command, environment, str(output)))
         process.start()
@@ -55,7 +62,9 @@ def _visper(command, environment, output):
     with Path(output).open("w", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
+    for name in LAUNCHERS:  # the fork server may have been started with some
+        os.environ.pop(name, None)
+    os.environ.update(environment | {"OMP_NUM_THREADS": "1"})
     sys.argv = command
     import torch
 

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
 from tests import tiny
+from tests.distributed.forked import run_forked
 from tests.distributed.test_training import (
     IMAGE_TOKENS,
     assert_equal_runs,
@@ -66,7 +66,7 @@ def train_on_known_peak(recipe, processes, folder=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_train, (processes, port, str(recipe), folder), nprocs=processes)
+    run_forked(_train, (processes, port, str(recipe), folder), processes)
 
 
 def trained(recipe, processes, folder):

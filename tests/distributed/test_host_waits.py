@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+from tests.distributed.forked import run_forked
 from tests.training.test_host_waits import LAST, STEADY, settings_of, waits_of
 
 
@@ -27,7 +27,7 @@ def test_a_step_waits_twice(stage, launch, tmp_path, tiny_llm, tiny_encoder):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, settings, tmp_path), nprocs=2)
+    run_forked(_worker, (port, settings, tmp_path), 2)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         judged = {place: count for place, count in found.items() if place.startswith("monitor.py")}

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 pytest.importorskip("trl")
 
+from tests.distributed.forked import run_forked
 from tests.training import test_mixin as one
 from tests.vlms import save_vlm
 
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(student), str(folder)), nprocs=2)
+    run_forked(_worker, (port, str(student), str(folder)), 2)
     ranks = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in ROWS}
     return {name: (_train(student, folder, name, 1), *found) for name, found in ranks.items()}
 

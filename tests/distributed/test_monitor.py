@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 
+from tests.distributed.forked import run_forked
 from visper.config import Monitor
 from visper.training.monitor import NonFiniteLossError, RunMonitor
 
@@ -27,7 +27,7 @@ def watched(rank, folder):
 def test_a_loss_gone_wrong_on_one_process_stops_both_and_names_both_rows(tmp_path, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    mp.spawn(watched, (tmp_path,), nprocs=2)
+    run_forked(watched, (tmp_path,), 2)
     for rank in ("0", "1"):
         said = (tmp_path / rank).read_text()
         assert said.startswith("2 ") and "row of 0" in said and "row of 1" in said

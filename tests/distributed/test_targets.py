@@ -6,10 +6,10 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.distributed.forked import run_forked
 from tests.tiny import published_predictors
 from visper.distillation import (
     DistilledTask,
@@ -62,7 +62,7 @@ def on_two_ranks(golden, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (port, str(folder), jobs), nprocs=2)
+    run_forked(_worker, (port, str(folder), jobs), 2)
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return {name: [found[name] for found in ranks] for name in jobs}
 

@@ -78,10 +78,10 @@ def end_with_parent(worker: int = 0) -> None:
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    started_by = parent.pid
+    forked_by = os.getppid()  # a fork server, if that is how processes start
 
     def watch() -> None:
-        while os.getppid() == started_by:
+        while parent.is_alive() and os.getppid() == forked_by:
             time.sleep(1)
         os._exit(1)  # without the cleanup that waits
 
