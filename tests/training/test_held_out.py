@@ -14,17 +14,20 @@ from tests import tiny
 from tests.checkpoints import tensors_of
 from tests.evaluation.benchmarks import published
 from tests.logs import computed
-from visper.common.errors import ConfigError, DataError
+from visper.common.errors import ConfigError, DataError, TrainingError
 from visper.config import Run
 from visper.data.images import open_image
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
 from visper.data.sampler import spread
 from visper.evaluation import answer, load_to_ask
 from visper.evaluation.contact_sheet import contact_sheet
 from visper.evaluation.visualize import SIDE
 from visper.evaluation.while_training import evaluator_of
 from visper.training import run_stage
+from visper.training.best import BEST, best_checkpoint, measured_on
 from visper.training.checkpoint import checkpoints
-from visper.training.held_out import BEST, Evaluator
+from visper.training.held_out import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def losses(folder, **more):
 
 def asking(folder, **more):
     asked = {"questions": str(folder / "questions.json"), "images": str(folder / "images"), "max_new_tokens": 3}
-    return losses(folder, **asked, **more)
+    return losses(folder, **{**asked, **more})
 
 
 def train(run, **options):
@@ -309,6 +312,47 @@ def test_a_best_by_another_measure_is_never_taken_for_this_one(make, held_out):
     assert (
         best["measure"] == "eval/depth/1/smooth_l1" and (Path(run.output) / "checkpoints" / best["checkpoint"]).is_dir()
     )
+
+
+def test_values_on_other_rows_are_never_compared(make, held_out, capfd):
+    """The log is made to say that the rows before were easier than any row is now."""
+    changes = {"optimization": {"max_steps": 6}, "logging": {"save_every": 1}}
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(make("run", losses(held_out, every=1), **changes), callbacks=[_StopBehind(3)])
+    run = make("run", losses(held_out, every=1, limit=4, use_best=True), **changes)
+    log = Path(run.output) / "log.jsonl"
+    before = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**e, **({"eval/loss": 0} if "eval/loss" in e else {})}) + "\n" for e in before))
+    found = train(run, resume=True)
+    best = json.loads((Path(run.output) / BEST).read_text())
+    assert best["step"] > 3 and best["value"] == min(found[step]["eval/loss"] for step in (4, 5, 6))
+    assert "were evaluated on other rows or questions than these" in capfd.readouterr().out
+    assert len({entry["measured_on"] for entry in found.values()}) == 2
+    assert best_checkpoint(Path(run.output), "eval/loss", found[6]["measured_on"]).name == best["checkpoint"]
+    with pytest.raises(TrainingError, match=r"chosen on other rows or questions than 'evaluation' names now"):
+        best_checkpoint(Path(run.output), "eval/loss", found[3]["measured_on"])
+
+
+def test_what_was_measured_depends_on_what_the_best_value_reads(make, held_out, tmp_path):
+    def on(**changes):
+        settings = make("run", asking(held_out, **changes)).evaluation
+        rows = open_records([(held_out / "rows.json", held_out / "images")], DropList())
+        return measured_on(settings, rows, spread(range(len(rows)), settings.limit))
+
+    assert on() == on(every=5, draw=1) != on(limit=3) and on() != on(max_new_tokens=4)
+    assert on(best="loss") == on(best="ntp", max_new_tokens=4, questions="others.json") != on(best="loss", limit=3)
+    (tmp_path / "questions.json").write_text("[]")
+    assert on() != on(questions=str(tmp_path / "questions.json"))
+
+
+def test_a_falling_weight_is_not_an_improvement(make, held_out):
+    """With a rate of almost zero, the model stays the same, and so does its loss."""
+    distillation = tiny.distillation()
+    for task in distillation["tasks"].values():
+        task["schedule"] = {"end": 0.5}
+    changes = {"distillation": distillation, "optimization": {"max_steps": 4, "lr": 1e-12}}
+    found = train(make("run", losses(held_out, every=1), **changes))
+    assert found[4]["eval/loss"] == pytest.approx(found[1]["eval/loss"], rel=1e-6)
 
 
 def test_a_run_that_asks_needs_somebody_to_answer(make, held_out):

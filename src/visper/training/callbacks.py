@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ FILE_WIDTH = 200
 
 
 class JsonlCallback(TrainerCallback):
-    """Appends every log to ``log.jsonl``; a resumed run first removes the lines after its checkpoint."""
+    """Appends every log to ``log.jsonl``; a resumed run first removes the lines after its checkpoint.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        of_evaluations: further entries of the lines with held-out values.
+    """
+
+    def __init__(self, path: Path, of_evaluations: Mapping[str, str] | None = None) -> None:
         self.path = path
+        self.of_evaluations = of_evaluations or {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the lines up to the step that training continues from."""
@@ -40,8 +47,9 @@ class JsonlCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Appends one line with the step and all values."""
         if state.is_world_process_zero and logs:
+            more = self.of_evaluations if any(name.startswith(EVALUATED) for name in logs) else {}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **logs, **more}) + "\n")
 
 
 class EpochCallback(TrainerCallback):

@@ -37,10 +37,15 @@ _THREADS = 16
 def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
     """The digests of all local content of the run, by the description that error messages use."""
     assert isinstance(records, Records), "the rows must come from open_records"
-    found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
-    found["images"] = _images(records)
+    found = rows_content(records)
     places = [(what, Path(name)) for what, name in _parts(run)]
     return found | {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
+
+
+def rows_content(records: Records) -> dict[str, str]:
+    """The digests of the rows' sources and of a sample of their images, by description."""
+    found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
+    return found | {"images": _images(records)}
 
 
 def require_same_content(output: Path, content: dict[str, str]) -> None:

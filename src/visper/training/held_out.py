@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError, TrainingError
+from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
 from visper.data.rows.table import Records
@@ -31,18 +31,16 @@ from visper.distillation import Teacher
 from visper.model import Student
 from visper.target_store.open import TargetStore
 from visper.training import global_batch
-from visper.training.checkpoint import FOLDER, checkpoint_name
+from visper.training.best import BEST, MEASURED_ON, earlier_values, measured_on
+from visper.training.checkpoint import checkpoint_name
 from visper.training.global_batch import SourceSums
 from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
-from visper.training.output import LOG
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import StageTrainer
 
 DRAWINGS = "drawings"
 """Folder in the run's output with one subfolder per evaluation, for drawn predictions."""
-BEST = "best.json"
-"""File in the run's output with value, step and checkpoint of the best evaluation so far."""
 
 Share = tuple[int, int]
 """Index of this process and number of processes that share the questions."""
@@ -105,11 +103,13 @@ class HeldOut:
             return self.evaluator.draw(model, trainer.teachers)
 
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
-        """Each term's mean over global batches of the training size, on which contrastive terms depend."""
+        """Each term's mean over global batches of the training size, on which contrastive terms depend.
+
+        The total has the tasks' full weights at every step. With a schedule's, it would fall without any improvement,
+        so that later checkpoints would be the best.
+        """
         accelerator, batch = trainer.accelerator, self.optimization.global_batch
-        order = spread(range(len(data.dataset)), self.settings.limit)
-        order = order[: len(order) - len(order) % accelerator.num_processes] or order
-        progress = trainer.state.global_step / max(1, trainer.state.max_steps)
+        order = self._order(data, accelerator.num_processes)
         names = data.dataset.source_names
         sources = SourceSums(names) if names else None
         sums: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ class HeldOut:
             targets = global_batch.teacher_targets(
                 batches, trainer.teachers, accelerator.device, counts.images_by_process
             )
-            global_batch.prepare(batches, counts, targets, progress)
+            global_batch.prepare(batches, counts, targets)
             for one in batches:
                 inputs = {key: value for key, value in one.items() if key in FORWARD_KEYS}
                 outputs = model(**send_to_device(inputs, accelerator.device), token_losses=sources is not None)
@@ -141,13 +141,24 @@ class HeldOut:
             for name, total in zip(terms_of, totals, strict=True)
         }
         terms = {name: value for name, value in means.items() if name != NTP}
-        weighted = model.objective.total(terms, progress) if model.objective is not None else 0.0
+        weighted = model.objective.total(terms) if model.objective is not None else 0.0
         by_source = {} if sources is None else sources.means(accelerator)
         return {
             "loss": float(means[NTP] + weighted),
             **{name: float(value) for name, value in means.items()},
             **by_source,
         }
+
+    def _order(self, data: StageData, processes: int) -> list[int]:
+        """The rows that are measured, evenly spaced; their number is a multiple of the number of processes."""
+        order = spread(range(len(data.dataset)), self.settings.limit)
+        return order[: len(order) - len(order) % processes] or order
+
+    def measured_on(self, processes: int) -> str:
+        """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
+        records = None if self.rows is None else self.rows.dataset.records
+        assert records is None or isinstance(records, Records), "the rows must come from open_records"
+        return measured_on(self.settings, records, [] if self.rows is None else self._order(self.rows, processes))
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator
@@ -173,6 +184,11 @@ def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
 class EvaluationCallback(TrainerCallback):
     """Evaluates every ``evaluation.every`` steps and after the last, logs the values, and keeps the best checkpoint.
 
+    Args:
+        held_out: what is measured.
+        output: the run's folder.
+        on: ``held_out.measured_on``, the same on all processes.
+
     Attributes:
         trainer, log_images: set by the caller after construction; ``log_images`` takes images by name, and the step.
     """
@@ -180,23 +196,32 @@ class EvaluationCallback(TrainerCallback):
     trainer: StageTrainer
     log_images: Callable[[Mapping[str, Image.Image], int], None]
 
-    def __init__(self, held_out: HeldOut, output: Path) -> None:
+    def __init__(self, held_out: HeldOut, output: Path, on: str) -> None:
         self.held_out = held_out
         self.output = output
+        self.on = on
         self._best: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restores the best value so far from the log, up to the step that training continues from.
 
-        Considers existing checkpoints only: if ``best`` named another measure before, others were kept.
+        Considers existing checkpoints only: if ``best`` named another measure before, others were kept. Values measured
+        on other rows or questions are left out.
         """
         self.held_out.require_measure(self.trainer.accelerator.unwrap_model(self.trainer.model))
-        measure, log = self.held_out.settings.measure, self.output / LOG
-        for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-            entry = json.loads(line)
-            kept = (self.output / FOLDER / checkpoint_name(entry["step"])).is_dir()
-            if measure in entry and entry["step"] <= state.global_step and kept:
-                self._take(entry[measure], entry["step"])
+        measure, others = self.held_out.settings.measure, 0
+        for value, step, on in earlier_values(self.output, measure, state.global_step):
+            if on == self.on:
+                self._take(value, step)
+            else:
+                others += 1
+        if others:
+            announce(
+                Console(quiet=not self.trainer.is_world_process_zero()),
+                "evaluation",
+                f"{others} checkpoints were evaluated on other rows or questions than these: the best one is chosen "
+                "among new evaluations",
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluates when due; the checkpoint of a new best value is written in the same step."""
@@ -231,20 +256,9 @@ class EvaluationCallback(TrainerCallback):
         self._best, self.trainer.best_checkpoint = value, checkpoint_name(step)
         if self.trainer.is_world_process_zero():
             best = {"measure": self.held_out.settings.measure, "value": value, "step": step}
-            write_text(self.output / BEST, json.dumps({**best, "checkpoint": checkpoint_name(step)}, indent=1))
+            best |= {"checkpoint": checkpoint_name(step), MEASURED_ON: self.on}
+            write_text(self.output / BEST, json.dumps(best, indent=1))
         return True
-
-
-def best_checkpoint(output: Path, measure: str) -> Path:
-    """The checkpoint that ``best.json`` names.
-
-    Raises:
-        TrainingError: no evaluation gave a finite value of this measure.
-    """
-    best = json.loads((output / BEST).read_text(encoding="utf-8")) if (output / BEST).is_file() else {}
-    if best.get("measure") != measure:
-        raise TrainingError(f"'{output}' has no best checkpoint by {measure}: no evaluation gave a finite value of it")
-    return output / FOLDER / str(best["checkpoint"])
 
 
 def require_evaluator(evaluation: Evaluation | None, evaluator: Evaluator | None) -> None:

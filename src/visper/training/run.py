@@ -21,7 +21,7 @@ from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides, require_nccl, wait_for_all
-from visper.config import Engine, Evaluation, Launch, Run, Stage, save_run
+from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
@@ -35,6 +35,7 @@ from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, continue_objective, set_trainable, to_bfloat16
 from visper.training.attention import choose_attention
+from visper.training.best import MEASURED_ON, best_checkpoint
 from visper.training.callbacks import JsonlCallback, console_callback
 from visper.training.checkpoint import is_last, newest_undamaged, require_finite
 from visper.training.compilation import compile_parts, require_compiler
@@ -43,7 +44,6 @@ from visper.training.held_out import (
     EvaluationCallback,
     Evaluator,
     HeldOut,
-    best_checkpoint,
     held_out_rows,
     require_evaluator,
 )
@@ -115,9 +115,9 @@ def run_stage(
         model = build_model(run, student, teachers, processes, console)
         if processes.is_main_process:
             claim_output(run, output, content)
-        watchers = [*callbacks, *evaluation_callback(run, student, teachers, targets, data, evaluator, console)]
-        trainer = build_trainer(run, model, data, teachers, processes, watchers)
-        train(trainer, checkpoint, console, run.evaluation)
+        evaluations = evaluation_callback(run, student, teachers, targets, data, evaluator, console)
+        trainer = build_trainer(run, model, data, teachers, processes, [*callbacks, *evaluations])
+        train(trainer, checkpoint, console, *evaluations)
         if processes.is_main_process:
             finish(run, student, model)
             announce(console, "saved", f"{output}/model")
@@ -261,7 +261,9 @@ def build_trainer(
     Call it after building the model: once the Trainer's arguments name ZeRO-3, transformers shards all models it loads.
     """
     output = Path(run.output)
-    watchers: list[TrainerCallback] = [JsonlCallback(output / "log.jsonl"), console_callback(), *callbacks]
+    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), None)
+    log = JsonlCallback(output / "log.jsonl", of_evaluations)
+    watchers: list[TrainerCallback] = [log, console_callback(), *callbacks]
     board = None
     if "tensorboard" in run.logging.report_to and processes.is_main_process:
         board = tensorboard(output / "tensorboard")
@@ -292,7 +294,9 @@ def evaluation_callback(
     if run.evaluation is None:
         return []
     rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
-    return [EvaluationCallback(HeldOut(run.evaluation, run.optimization, student, rows, evaluator), Path(run.output))]
+    held_out = HeldOut(run.evaluation, run.optimization, student, rows, evaluator)
+    on = first_decides(lambda: held_out.measured_on(PartialState().num_processes))
+    return [EvaluationCallback(held_out, Path(run.output), on)]
 
 
 def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
@@ -307,7 +311,7 @@ def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
 
 
 def train(
-    trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluation: Evaluation | None = None
+    trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluations: EvaluationCallback | None = None
 ) -> None:
     """Trains to the end, from ``checkpoint`` if given; with ``use_best``, then loads the best checkpoint's weights.
 
@@ -335,8 +339,8 @@ def train(
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
                 "add --resume to continue"
             )
-    if evaluation is not None and evaluation.use_best:
-        best = best_checkpoint(trainer.output, evaluation.measure)
+    if evaluations is not None and evaluations.held_out.settings.use_best:
+        best = best_checkpoint(trainer.output, evaluations.held_out.settings.measure, evaluations.on)
         trainer.restore(best)
         announce(console, "best", f"the finished model has the weights of {best.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)
