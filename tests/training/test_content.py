@@ -14,8 +14,9 @@ from visper.config import Run
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.sets.catalog import row_files
-from visper.training import run_stage
+from visper.training import is_finished, run_pipeline, run_stage
 from visper.training.content import CONTENT, content_of, require_same_content
+from visper.training.output import claim_output
 from visper.training.trainer import StageTrainer
 
 
@@ -87,6 +88,45 @@ def test_the_stage_before_is_content(run: Run, tmp_path: Path) -> None:
     change_weights(Path(run.output) / "model")
     with pytest.raises(ConfigError, match=r"began: start_from '.*/pt/model'\."):
         require_same_content(tmp_path, content(later))
+
+
+def test_a_stage_finished_from_something_else_is_not_skipped(run: Run, tmp_path: Path) -> None:
+    run_stage(run)
+    changes = {"student": None, "distillation": None, "stage": "ift", "start_from": run.output}
+    later = run.model_copy(update={**changes, "output": str(tmp_path / "ift")})
+    run_pipeline([run, later])
+    run_pipeline([run, later])
+    change_weights(Path(run.output) / "model")
+    with pytest.raises(
+        ConfigError, match=r"ift' holds this run, finished, but .*: start_from '.*/pt/model'\. Remove '"
+    ):
+        run_pipeline([run, later])
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_finished_run_is_compared_with_all_that_it_was_trained_on(run: Run, tmp_path: Path, what: str) -> None:
+    change, name = CHANGES[what]
+    finished(run)
+    change(tmp_path)
+    with pytest.raises(ConfigError, match=rf"but changed since it began: {name}\. Remove"):
+        is_finished(run)
+
+
+@pytest.mark.parametrize("removed", ["rows/rows.json", "rows/images", "llm", "teacher"])
+def test_a_finished_run_does_not_need_what_it_was_trained_on(run: Run, tmp_path: Path, removed: str) -> None:
+    finished(run)
+    (tmp_path / removed).rename(tmp_path / "elsewhere")
+    assert is_finished(run)
+    (Path(run.output) / CONTENT).unlink()
+    with pytest.raises(ConfigError, match=r"unknown whether .* was trained on the current content"):
+        is_finished(run)
+
+
+def finished(run: Run) -> None:
+    """Makes a folder as if the run had been trained."""
+    (Path(run.output) / "model").mkdir(parents=True)
+    claim_output(run, Path(run.output), content(run))
+    (Path(run.output) / "model" / "run.yaml").touch()
 
 
 @pytest.mark.parametrize("damaged", [None, "{", "[]"])

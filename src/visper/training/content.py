@@ -1,4 +1,5 @@
-"""Digests of a run's rows, images and initial weights, so that a resume with changed content is refused.
+"""Digests of a run's rows, images and initial weights, so that a resume with changed content is refused, and a finished
+run is not taken for the result of content that has changed since.
 
 ``content.json`` in the output folder holds digests of
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,10 @@ from visper.common.errors import ConfigError, DataError
 from visper.common.manifest import content_digest, digest_of
 from visper.config import Run
 from visper.data.checks.digests import contents_of
-from visper.data.rows.records import Record
+from visper.data.rows.records import DropList, Record
+from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
+from visper.data.sets.catalog import row_files
 from visper.model.student import student_place
 
 CONTENT = "content.json"
@@ -38,14 +42,23 @@ def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
     """The digests of all local content of the run, by the description that error messages use."""
     assert isinstance(records, Records), "the rows must come from open_records"
     found = rows_content(records)
+    return found | _parts_content(run)
+
+
+def _parts_content(run: Run) -> dict[str, str]:
     places = [(what, Path(name)) for what, name in _parts(run)]
-    return found | {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
+    return {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
 
 
-def rows_content(records: Records) -> dict[str, str]:
-    """The digests of the rows' sources and of a sample of their images, by description."""
+def rows_content(records: Records, images_lost: bool = True) -> dict[str, str]:
+    """The digests of the rows' sources and of a sample of their images, by description.
+
+    Args:
+        images_lost: False: leave out the images if one of the sample is missing.
+    """
     found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
-    return found | {"images": _images(records)}
+    images = _sampled_images(records)
+    return found if None in images and not images_lost else {**found, "images": _digest_of_images(images)}
 
 
 def require_same_content(output: Path, content: dict[str, str]) -> None:
@@ -67,6 +80,49 @@ def require_same_content(output: Path, content: dict[str, str]) -> None:
         )
 
 
+def require_finished_with(run: Run) -> None:
+    """Checks that a finished run was trained on the content that is there now.
+
+    What has been removed since is not compared: a finished stage does not need its rows, or the stage before it.
+
+    Raises:
+        ConfigError: something has changed, such as a previous stage that was trained again; the message names it.
+    """
+    output = Path(run.output)
+    now = _rows_there(run)
+    with suppress(ConfigError):  # the folder of start_from may hold no model any more
+        now |= _parts_content(run)
+    before = _recorded(output)
+    changed = sorted(what for what in before.keys() & now.keys() if before[what] != now[what])
+    if changed:
+        raise ConfigError(
+            f"'{output}' holds this run, finished, but changed since it began: {', '.join(changed)}. Remove '{output}' "
+            "to train again, choose another output, or restore what changed"
+        )
+
+
+def _rows_there(run: Run) -> dict[str, str]:
+    """``rows_content`` of what is on this machine: without rows or images that were removed or are on the hub."""
+    try:
+        sources = row_files(run.data)
+        if any(source.kind == "hf" and not Path(source.place).exists() for source in sources):
+            return {}
+        return rows_content(open_records(sources, DropList()), images_lost=False)
+    except (ConfigError, DataError, OSError):
+        return {}
+
+
+def _recorded(output: Path) -> dict[str, str]:
+    file = output / CONTENT
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"unknown whether the run in '{output}' was trained on the current content, because '{file}' cannot be "
+            f"read ({error}): restore the file, or remove '{output}' to train again"
+        ) from error
+
+
 def _parts(run: Run) -> Iterator[tuple[str, str]]:
     named = ((part, getattr(run.student, part, None)) for part in ("vlm", "llm", "encoder"))
     yield from ((f"student.{part}", place) for part, place in named if place is not None)
@@ -77,15 +133,20 @@ def _parts(run: Run) -> Iterator[tuple[str, str]]:
             yield f"the teacher of '{task}'", settings.target.model
 
 
-def _images(records: Records) -> str:
-    shown = np.flatnonzero(records.has_image)
-    rows = shown[np.linspace(0, len(shown) - 1, min(len(shown), SAMPLED)).astype(int)].tolist()
+def _digest_of_images(contents: Sequence[bytes | None]) -> str:
     total = xxhash.xxh3_128()
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for contents in threads.map(lambda row: _contents(records, row), rows):
-            for content in contents:
-                total.update(b"\0" if content is None else content)
+    for content in contents:
+        total.update(b"\0" if content is None else content)
     return total.hexdigest()
+
+
+def _sampled_images(records: Records) -> list[bytes | None]:
+    """The images of ``SAMPLED`` rows, the same ones whatever rows were dropped; None for a missing file."""
+    everything = Records(records.parts)
+    shown = np.flatnonzero(everything.has_image)
+    rows = shown[np.linspace(0, len(shown) - 1, min(len(shown), SAMPLED)).astype(int)].tolist()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return [one for contents in threads.map(lambda row: _contents(everything, row), rows) for one in contents]
 
 
 def _contents(records: Records, row: int) -> list[bytes | None]:

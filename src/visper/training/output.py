@@ -28,7 +28,7 @@ from visper.common.lock import HOLDER, LOCK
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
-from visper.training.content import CONTENT
+from visper.training.content import CONTENT, require_finished_with
 
 MAY_DIFFER = (
     "output",
@@ -54,10 +54,18 @@ LOG_SUFFIXES = (".log", ".out", ".err")
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the output folder holds this run, finished. Raises ConfigError if it holds another run."""
+    """Whether the output folder holds this run, finished.
+
+    Raises:
+        ConfigError: it holds another run, or this one finished from other rows, teachers or initial weights than those
+            that are there now.
+    """
     output = Path(run.output)
     _refuse_other(run, output)
-    return (output / "model" / "run.yaml").is_file()
+    if not (output / "model" / "run.yaml").is_file():
+        return False
+    require_finished_with(run)
+    return True
 
 
 def check_output(run: Run, output: Path, resume: bool) -> None:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -105,6 +105,19 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
         "centered cosine, held-out",
         "cosine, held-out",
     }
+
+
+def test_a_probe_of_a_model_that_was_trained_again_is_refused(probed, tmp_path):  # noqa: F811
+    shutil.copytree(probed / "student", tmp_path / "student")
+    for name in ("teachers.yaml", "rows"):
+        (tmp_path / name).symlink_to(probed / name)
+    probe(tmp_path, tmp_path / "out")
+    file = tmp_path / "student" / "model" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"finished, but changed since it began: start_from '.*student/model'\. Remove"
+    ):
+        probe(tmp_path, tmp_path / "out")
 
 
 def test_an_image_text_to_text_model_is_probed_too(probed, tmp_path):  # noqa: F811
