@@ -1,6 +1,7 @@
 """Evaluation while training: right values, the best checkpoint kept, and the training itself untouched."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -262,9 +263,12 @@ def test_drawings_need_teachers(make, held_out):
         make("run", losses(held_out, draw=1), distillation=tiny.distillation(targets="store"))
 
 
-def test_rows_that_are_trained_on_are_pointed_out(make, rows, capfd):
-    train(make("run", losses(rows)))
-    assert "images of the held-out rows are trained on" in capfd.readouterr().out.replace("\n", " ")
+def test_images_that_are_trained_on_are_pointed_out_whatever_their_names(make, rows, held_out, tmp_path, capfd):
+    copied = shutil.copytree(held_out, tmp_path / "copied")
+    shutil.copy(rows / "images" / "7.png", copied / "images" / "2.png")
+    train(make("run", losses(copied)))
+    shown = capfd.readouterr().out.replace("\n", " ")
+    assert f"1 images of the held-out rows are trained on, such as {copied}/images/2.png ({rows}/images/7.png)" in shown
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,10 @@ def run(
     drawn = named_apart([out, *(beside or [])])
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, score or [], root, beside or [], plot if draws else None)
-    _train(settings, out, images, rows, limit)
+    finished = _write_rows(settings, out, images, rows, limit)
+    _check_apart(out, images, score or [], root, score_limit)
+    if not finished:
+        _train(settings, out)
     if score:
         _score(out, score, root, score_limit)
     if draws:
@@ -93,16 +96,29 @@ def _check(settings: "Run", score: list[str], root: Path, beside: list[Path], pl
         require_drawable(plot)
 
 
-def _train(settings: "Run", out: Path, images: Path, rows: Path | None, limit: int | None) -> None:
-    from visper.common.files import write_text
-    from visper.config import run_text
+def _write_rows(settings: "Run", out: Path, images: Path, rows: Path | None, limit: int | None) -> bool:
+    """Writes the rows to train on. Returns whether the probe is finished; then they may not change."""
     from visper.evaluation.probe.recipe import rows_file, write_rows
-    from visper.training import is_finished, run_stage, start_processes
+    from visper.training import is_finished
 
     finished = is_finished(settings)
     write_rows(images, rows_file(out), rows, limit, fixed=finished)
-    if finished:
-        return
+    return finished
+
+
+def _check_apart(out: Path, images: Path, score: list[str], root: Path, limit: int | None) -> None:
+    from visper.evaluation.probe.recipe import rows_file
+    from visper.quickstart.probed import require_apart
+
+    for what in score:
+        require_apart(rows_file(out), images, what, root, limit)
+
+
+def _train(settings: "Run", out: Path) -> None:
+    from visper.common.files import write_text
+    from visper.config import run_text
+    from visper.training import run_stage, start_processes
+
     recipe = out.parent / f"{out.name}.probe.yaml"
     write_text(recipe, run_text(settings))
     if not start_processes(settings.launch, ["train", str(recipe), "--resume"], REMEDY):

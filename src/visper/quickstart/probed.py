@@ -6,14 +6,19 @@ from pathlib import Path
 
 from visper.common.errors import ConfigError
 from visper.config import Run, load_run
+from visper.data.checks.overlap import file_images, shared_images
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
 from visper.evaluation.predictions import PreTrained, load_pre_trained, predict_images
 from visper.evaluation.probe.curves import SCORES, read_findings, save_findings
 from visper.evaluation.probe.measures import (
     COCO,
     DA2K,
     Finding,
+    coco_files,
     coco_findings,
     cosine_findings,
+    da2k_files,
     da2k_findings,
     require_set,
 )
@@ -24,6 +29,7 @@ from visper.quickstart.objective import drawing_teachers, sources_of
 from visper.training import is_finished, run_stage
 
 SETS = {DA2K: da2k_findings, COCO: coco_findings}
+FILES = {DA2K: da2k_files, COCO: coco_files}
 JUDGED = 300
 """Number of held-out scenes that are judged; the same number of others gives the controls."""
 
@@ -65,6 +71,34 @@ def require_scorable(run: Run, what: str, root: Path) -> None:
         require_set(run, what, root)
     elif not Path(what).is_dir():
         raise ConfigError(f"--score {what}: expected {', '.join(SETS)} or a folder of images")
+
+
+def require_apart(rows: Path, images: Path, what: str, root: Path, limit: int | None = None) -> None:
+    """Checks that no image that ``score_on`` scores is trained on, under this or another name.
+
+    Scenes of a quickstart's world are in one file, apart from those that it trains on; they are not compared.
+
+    Args:
+        rows: the rows that the heads are trained on.
+        images: folder of their images.
+        what, root, limit: what is scored, as for ``score_on``.
+
+    Raises:
+        ConfigError: some are; the message counts them and names one.
+    """
+    if what in FILES:
+        files = FILES[what](root, limit)
+    elif (Path(what) / "held_out.npz").is_file():
+        return
+    else:
+        files = images_below(Path(what))[:limit]
+    shared = shared_images(file_images(files), open_records([(rows, images)], DropList()))
+    if shared:
+        name, same = next(iter(shared.values()))
+        raise ConfigError(
+            f"--score {what}: the heads are trained on {len(shared)} of its {len(files)} images, such as '{name}' "
+            f"('{same}'): give another folder to --score, or --images or --rows without these images"
+        )
 
 
 def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None) -> list[Finding]:

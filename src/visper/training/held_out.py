@@ -25,6 +25,7 @@ from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
+from visper.data.checks.overlap import row_images, shared_images
 from visper.data.rows.table import Records
 from visper.data.sampler import spread
 from visper.distillation import Teacher
@@ -293,14 +294,16 @@ def held_out_rows(
     )
     announce(console, "evaluation", f"losses on {min(settings.limit, len(rows.dataset))} held-out rows")
     if PartialState().is_main_process:
-        both = _images_of(rows) & _images_of(trained)
-        if both:
-            announce(console, "warning", f"{len(both)} images of the held-out rows are trained on, such as {min(both)}")
+        _warn_of_shared(rows, trained, settings.limit, console)
     return rows
 
 
-def _images_of(data: StageData) -> set[str]:
-    records: Sequence[Any] = data.dataset.records
-    if isinstance(records, Records):
-        return {str(folder / name) for _, _, folder, name in records.image_files()}
-    return {image.path for record in records for image in record.images}
+def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Console) -> None:
+    """Warns of images of the measured held-out rows that the run also trains on, whatever their names."""
+    held_out, many = rows.dataset.records, trained.dataset.records
+    assert isinstance(held_out, Records) and isinstance(many, Records), "the rows must come from open_records"
+    shared = shared_images(row_images(held_out, spread(range(len(held_out)), limit)), many)
+    if shared:
+        name, same = next(iter(shared.values()))
+        text = f"{len(shared)} images of the held-out rows are trained on, such as {name} ({same})"
+        announce(console, "warning", text)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
+from tests import tiny
 from tests.evaluation.probe.test_measures import probed  # noqa: F401 - a fixture
 from tests.vlms import save_vlm
 from visper.cli import app
@@ -89,7 +90,7 @@ def test_a_set_whose_teacher_is_not_probed_is_refused_before_training(probed, tm
 
 
 def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  # noqa: F811
-    images, out = probed / "rows" / "images", tmp_path / "out"
+    images, out = tiny.write_rows(tmp_path / "scored", images=4, seed=7) / "images", tmp_path / "out"
     probe(probed, out, "--score", images, "--score-limit", 3)
     first = read_findings(out)
     with pytest.raises(ConfigError, match=r"trained on the images in .* but these are others \(4\)"):
@@ -105,6 +106,20 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
         "centered cosine, held-out",
         "cosine, held-out",
     }
+
+
+def test_images_that_are_trained_on_are_not_scored(probed, tmp_path):  # noqa: F811
+    """Neither under their own names, nor as copies under others."""
+    images, copies = probed / "rows" / "images", tmp_path / "held-out"
+    with pytest.raises(ConfigError, match=rf"trained on 5 of its 5 images, such as '{images}/0.png'"):
+        probe(probed, tmp_path / "out", "--score", images)
+    tiny.write_rows(tmp_path / "scored", images=4, seed=7)
+    shutil.move(tmp_path / "scored" / "images", copies)
+    shutil.copy(images / "2.png", copies / "z.png")
+    with pytest.raises(ConfigError, match=rf"trained on 1 of its 5 images, such as '{copies}/z.png' \('.*2.png'\)"):
+        probe(probed, tmp_path / "out", "--score", copies)
+    assert not (tmp_path / "out").exists()
+    probe(probed, tmp_path / "out", "--score", copies, "--score-limit", 4)
 
 
 def test_a_probe_of_a_model_that_was_trained_again_is_refused(probed, tmp_path):  # noqa: F811
@@ -124,7 +139,8 @@ def test_an_image_text_to_text_model_is_probed_too(probed, tmp_path):  # noqa: F
     (tmp_path / "student").symlink_to(save_vlm(tmp_path / "smolvlm", "smolvlm"))
     for name in ("teachers.yaml", "rows"):
         (tmp_path / name).symlink_to(probed / name)
-    probe(tmp_path, tmp_path / "out", "--score", tmp_path / "rows" / "images")
+    scored = tiny.write_rows(tmp_path / "scored", images=4, seed=7) / "images"
+    probe(tmp_path, tmp_path / "out", "--score", scored)
     assert {f.name for f in read_findings(tmp_path / "out")} == {"depth/1", "depth/2", "depth/3"}
 
 

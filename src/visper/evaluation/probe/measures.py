@@ -147,6 +147,20 @@ def require_set(run: Run, name: str, root: Path) -> None:
         )
 
 
+def da2k_files(root: Path, limit: int | None = None) -> list[Path]:
+    """The first ``limit`` images of DA-2K."""
+    folder = root / "eval" / "DA-2K"
+    marks = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(marks)][:limit]
+
+
+def coco_files(root: Path, limit: int | None = None) -> list[Path]:
+    """The first ``limit`` images of COCO val2017 that have a panoptic map."""
+    table = json.loads((root / "coco" / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
+    stems = sorted(Path(one["file_name"]).stem for one in table["annotations"])
+    return [root / "coco" / "val2017" / f"{stem}.jpg" for stem in stems][:limit]
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two points (x, y) in 0..1, and whether the first is the closer one."""
@@ -165,7 +179,7 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     folder = root / "eval" / "DA-2K"
     require_set(found.run, DA2K, root)
     marks = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
-    files = [folder / name for name in sorted(marks)][:limit]
+    files = da2k_files(root, limit)
     pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
 
     def right(depth_HW: Tensor, file: Path) -> list[bool]:
@@ -195,7 +209,7 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     table = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
     numbers = {category["id"]: number for number, category in enumerate(table["categories"])}
     marks = {Path(one["file_name"]).stem: one for one in table["annotations"]}
-    files = [folder / "val2017" / f"{stem}.jpg" for stem in sorted(marks)][:limit]
+    files = coco_files(root, limit)
 
     def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
         assert isinstance(teacher, OneFormerTeacher)
