@@ -277,6 +277,7 @@ def test_images_that_are_trained_on_are_pointed_out_whatever_their_names(make, r
         ({}, "nothing to evaluate"),
         ({"questions": "a.json", "benchmark": "mmstar"}, "not both"),
         ({"questions": "a.json", "best": "loss"}, "not measured without loss_on"),
+        ({"loss_on": [{"json": "a", "images": "b", "weight": 7.0}]}, "measured once, whatever its 'weight': remove"),
         ({"loss_on": [{"json": "a", "images": "b"}], "best": "accuracy"}, "not measured without questions"),
         ({"questions": "a.json", "draw": 1}, "'draw' shows images of 'loss_on'"),
         ({"loss_on": [{"json": "a", "images": "b"}], "blind": True}, "'blind' is a control for 'questions'"),

@@ -247,6 +247,8 @@ class Evaluation(Section):
             raise ValueError("'blind' is a control for 'questions' or 'benchmark': give one of them, or remove it")
         if self.draw and not self.loss_on:
             raise ValueError("'draw' shows images of 'loss_on': give 'loss_on', too")
+        if any(source.weight != 1 for source in self.loss_on):
+            raise ValueError("every row of 'loss_on' is measured once, whatever its 'weight': remove it")
         needs = "loss_on" if not self.higher_is_better else "questions or a benchmark"
         if not (self.asks if self.higher_is_better else self.loss_on):
             raise ValueError(f"best '{self.measure.removeprefix(EVALUATED)}' is not measured without {needs}: give it")
