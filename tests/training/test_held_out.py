@@ -365,5 +365,16 @@ def test_a_run_that_asks_needs_somebody_to_answer(make, held_out):
         run_stage(make("run", asking(held_out)))
 
 
+@pytest.mark.parametrize(
+    ("limit", "shown"),
+    [(6, "6 held-out rows, in batches of 1 x 4 and 2: info_nce"), (3, "3 held-out rows, in batches of 3: info_nce"),
+     (4, "4 held-out rows\n")],
+)  # fmt: skip
+def test_batches_that_are_not_the_training_s_are_announced(make, held_out, capfd, limit, shown):
+    """A contrastive term grows with the number of images that it compares: 4 in the training."""
+    train(make("run", losses(held_out, limit=limit)))
+    assert f"losses on {shown}" in capfd.readouterr().out
+
+
 def test_a_limit_is_spread_over_all():
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 4) == [0, 1, 2]

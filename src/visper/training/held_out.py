@@ -104,7 +104,7 @@ class HeldOut:
             return self.evaluator.draw(model, trainer.teachers)
 
     def _losses(self, trainer: StageTrainer, model: TrainingModel, data: StageData) -> dict[str, float]:
-        """Each term's mean over global batches of the training size, on which contrastive terms depend.
+        """Each term's mean over batches of at most the training's global size, see ``batch_sizes``.
 
         The total has the tasks' full weights at every step. With a schedule's, it would fall without any improvement,
         so that later checkpoints would be the best.
@@ -292,10 +292,26 @@ def held_out_rows(
     rows = build_data(
         data.model_copy(update=plain), optimization, student, teachers, Console(quiet=True), 0, False, targets
     )
-    announce(console, "evaluation", f"losses on {min(settings.limit, len(rows.dataset))} held-out rows")
+    _announce_rows(rows, settings, optimization.global_batch, console)
     if PartialState().is_main_process:
         _warn_of_shared(rows, trained, settings.limit, console)
     return rows
+
+
+def batch_sizes(rows: int, batch: int) -> list[int]:
+    """The numbers of rows that a contrastive term compares: full global batches, then the rest."""
+    return [min(batch, rows - start) for start in range(0, rows, batch)]
+
+
+def _announce_rows(rows: StageData, settings: Evaluation, batch: int, console: Console) -> None:
+    """Says how many rows are measured and, if they are not full global batches, in what batches they are compared."""
+    count = min(settings.limit, len(rows.dataset))
+    sizes = batch_sizes(count, batch)
+    text = f"losses on {count} held-out rows"
+    if sizes[-1] != batch:
+        parts = f"{len(sizes) - 1} x {batch} and {sizes[-1]}" if len(sizes) > 1 else str(count)
+        text += f", in batches of {parts}: info_nce is not comparable with the training's, over {batch} rows"
+    announce(console, "evaluation", text)
 
 
 def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Console) -> None:
