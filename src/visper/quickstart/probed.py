@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from visper.common.errors import ConfigError
@@ -109,11 +110,14 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
     """
     require_scorable(found.run, what, root)
     if what in SETS:
-        return SETS[what](found, root, limit)
+        count = len(FILES[what](root, limit))
+        return [replace(one, images=count) for one in SETS[what](found, root, limit)]
     folder = Path(what)
     if (folder / "held_out.npz").is_file():
-        return world_findings(found, folder, limit or JUDGED)
-    return cosine_findings(found, images_below(folder)[:limit], folder.absolute().name)
+        judged = limit or JUDGED
+        return [replace(one, of=str(folder.resolve()), images=judged) for one in world_findings(found, folder, judged)]
+    files = images_below(folder)[:limit]
+    return [replace(one, of=str(folder.resolve()), images=len(files)) for one in cosine_findings(found, files)]
 
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:

@@ -15,7 +15,7 @@ from tests.vlms import save_vlm
 from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import load_run
-from visper.evaluation.probe.curves import add_findings, draw_curves, named_apart, read_findings
+from visper.evaluation.probe.curves import add_findings, draw_curves, named_apart, read_findings, titles
 from visper.evaluation.probe.measures import Finding
 from visper.evaluation.probe.recipe import probe_run, teacher_targets_of
 from visper.training import run_stage
@@ -102,10 +102,11 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     shutil.copytree(out, tmp_path / "other")
     probe(probed, out, "--beside", tmp_path / "other", "--plot", tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    assert both[: len(first)] == first and {f.measure for f in both[len(first) :]} == {
-        "centered cosine, held-out",
-        "cosine, held-out",
+    assert both[: len(first)] == first and {f.kind[1:] for f in both[len(first) :]} == {
+        (measure, str(tmp_path / "held-out"), 4) for measure in ("centered cosine", "cosine")
     }
+    probe(probed, out, "--score", tmp_path / "held-out", "--score-limit", 2)
+    assert read_findings(out)[: len(both)] == both
 
 
 def test_images_that_are_trained_on_are_not_scored(probed, tmp_path):  # noqa: F811
@@ -162,6 +163,19 @@ def test_a_measure_taken_again_replaces_its_value(tmp_path):
     add_findings([Finding("depth/1", "DA-2K", 0.5, {}), Finding("depth/1", "cosine", 0.1, {})], tmp_path / "probe.json")
     add_findings([Finding("depth/1", "DA-2K", 0.7, {})], tmp_path / "probe.json")
     assert [(f.measure, f.value) for f in read_findings(tmp_path)] == [("DA-2K", 0.7), ("cosine", 0.1)]
+
+
+def test_folders_of_one_name_and_other_numbers_of_images_are_kept_apart(tmp_path):
+    kinds = [("coco/val", 5000), ("places/val", 5000), ("coco/val", 100)]
+    found = [Finding("depth/1", "cosine", 0.1 * n, {}, of=of, images=images) for n, (of, images) in enumerate(kinds)]
+    for finding in found:
+        add_findings([finding], tmp_path / "probe.json")
+    assert read_findings(tmp_path) == found
+    shown = ["cosine, coco/val (5000 images)", "cosine, places/val (5000 images)", "cosine, coco/val (100 images)"]
+    assert list(titles(found).values()) == shown
+    draw_curves({"a": found[:1], "b": found[2:]}, tmp_path / "curves.svg")
+    svg = (tmp_path / "curves.svg").read_text()
+    assert "cosine, val (5000 images)" in svg and "cosine, val (100 images)" in svg
 
 
 def test_models_with_different_measures_share_a_drawing(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,14 +23,14 @@ SCORES = "probe.json"
 
 
 def save_findings(findings: Sequence[Finding], file: Path) -> None:
-    """Writes them as a list of ``{name, measure, value, controls, higher, interval}``, ``name`` being "task/layer"."""
+    """Writes them as a list of the fields of ``Finding``, ``name`` being "task/layer"."""
     write_text(file, json.dumps([asdict(finding) for finding in findings], indent=1))
 
 
 def add_findings(findings: Sequence[Finding], file: Path) -> None:
-    """Adds findings to ``file``, replacing those of the same layer and measure."""
+    """Adds findings to ``file``, replacing those of the same layer and kind."""
     before = read_findings(file) if file.is_file() else []
-    kept = {(finding.name, finding.measure): finding for finding in (*before, *findings)}
+    kept = {(finding.name, *finding.kind): finding for finding in (*before, *findings)}
     save_findings(list(kept.values()), file)
 
 
@@ -63,24 +63,37 @@ def read_findings(place: Path) -> list[Finding]:
 
 
 def averaged(seeds: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Means over seeds of values and controls, without intervals."""
+    """Means over seeds of values and controls, without intervals and folders, as each seed may have its own."""
     result = []
     for same in zip(*seeds, strict=True):
         controls = {name: statistics.fmean(f.controls[name] for f in same) for name in same[0].controls}
         mean = statistics.fmean(f.value for f in same)
-        result.append(Finding(same[0].name, same[0].measure, mean, controls, same[0].higher))
+        result.append(replace(same[0], value=mean, controls=controls, interval=None, of=None))
     return result
+
+
+def titles(findings: Iterable[Finding]) -> dict[tuple[str, str, str | None, int], str]:
+    """Kind of finding -> its measure, the end of the folder's path that tells folders apart, the number of images."""
+    kinds = list(dict.fromkeys(finding.kind for finding in findings))
+    folders = named_apart([Path(of) for of in dict.fromkeys(of for _, _, of, _ in kinds) if of is not None])
+    names = {str(place): name for name, place in folders.items()}
+    found = {}
+    for kind in kinds:
+        _, measure, of, images = kind
+        found[kind] = measure + (f", {names[of]}" if of is not None else "") + (f" ({images} images)" if images else "")
+    return found
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """One line per layer and measure, with the controls."""
     table = Table("task/layer", "measure", "value (95 %)", "controls")
+    title = titles(findings)
     for finding in findings:
         controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
         value = f"{finding.value:.3f}"
         if finding.interval is not None:
             value += " ({:.3f} to {:.3f})".format(*finding.interval)
-        table.add_row(finding.name, finding.measure, value, controls)
+        table.add_row(finding.name, title[finding.kind], value, controls)
     return table
 
 
@@ -97,8 +110,9 @@ def require_drawable(out: Path) -> None:
 
 
 def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
-    """Draws a panel for each task and measure: layers on the x axis, a line for each model with its 95 % interval
-    shaded, and dotted lines for the controls.
+    """Draws a panel for each task, measure and set of scored images.
+
+    Layers are on the x axis, with a line for each model, its 95 % interval shaded, and dotted lines for the controls.
 
     Args:
         probes: name of a model -> its findings.
@@ -110,16 +124,16 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     require_drawable(out)
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((f.task, f.measure) for found in probes.values() for f in found))
+    panels = titles(f for found in probes.values() for f in found)
     across = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4.2 * across, 3.2 * down + 0.4), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
-    for axis, (task, measure) in zip(axes[: len(panels)], panels, strict=True):
+    for axis, (kind, title) in zip(axes[: len(panels)], panels.items(), strict=True):
         for model, found in probes.items():
-            own = sorted((f for f in found if (f.task, f.measure) == (task, measure)), key=lambda f: f.layer)
+            own = sorted((f for f in found if f.kind == kind), key=lambda f: f.layer)
             if not own:
                 axis.plot([], [], label=model)  # keeps the model's color and its place in the legend
                 continue
@@ -133,9 +147,9 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
                 axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
                 if same and model == next(iter(probes)):
                     axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")
-        highers = {f.higher for found in probes.values() for f in found if f.measure == measure}
+        highers = {f.higher for found in probes.values() for f in found if f.kind == kind}
         better = "higher is better" if highers == {True} else "lower is better"
-        axis.set(title=f"{task}: {measure}", xlabel="layer", ylabel=better)
+        axis.set(title=f"{kind[0]}: {title}", xlabel="layer", ylabel=better)
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))

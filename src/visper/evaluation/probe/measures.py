@@ -53,6 +53,8 @@ class Finding:
         name: "task/layer".
         higher: whether higher is better.
         interval: 95 % interval of the value, over images.
+        of: path of the scored folder; None for a set that ``measure`` names.
+        images: number of scored images; 0: not recorded.
     """
 
     name: str
@@ -61,11 +63,18 @@ class Finding:
     controls: dict[str, float]
     higher: bool = True
     interval: tuple[float, float] | None = None
+    of: str | None = None
+    images: int = 0
 
     @property
     def task(self) -> str:
         """The task of ``name``."""
         return self.name.split("/")[0]
+
+    @property
+    def kind(self) -> tuple[str, str, str | None, int]:
+        """What findings of several layers share, if they can be compared."""
+        return self.task, self.measure, self.of, self.images
 
     @property
     def layer(self) -> int:
@@ -84,13 +93,12 @@ def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) 
     return F.cosine_similarity((predicted_SNE - mean_NE).flatten(1), (target_SNE - mean_NE).flatten(1))
 
 
-def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[Finding]:
+def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     """Cosines with the teachers' targets over images that the probes were not trained on.
 
     Args:
         found: a model with trained heads.
         files: images, at least two.
-        of: name of the images, for the names of the measures.
 
     Raises:
         DataError: fewer than two images.
@@ -113,8 +121,8 @@ def cosine_findings(found: PreTrained, files: Sequence[Path], of: str) -> list[F
     result = []
     for name, parts in columns.items():
         own, other, raw, constant = (grouped([[value] for value in torch.cat(part).tolist()]) for part in parts)
-        result.append(Finding(name, f"centered cosine, {of}", own[0], {OTHER: other[0]}, interval=own[1]))
-        result.append(Finding(name, f"cosine, {of}", raw[0], {MEAN: constant[0]}, interval=raw[1]))
+        result.append(Finding(name, "centered cosine", own[0], {OTHER: other[0]}, interval=own[1]))
+        result.append(Finding(name, "cosine", raw[0], {MEAN: constant[0]}, interval=raw[1]))
     return result
 
 
