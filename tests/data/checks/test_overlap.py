@@ -1,5 +1,6 @@
 """Images of two sets are compared by content, wherever they are."""
 
+import json
 import shutil
 
 import pytest
@@ -47,13 +48,24 @@ def test_the_same_file_is_found_under_another_root_and_from_parquet(rows, record
     )
 
 
-def test_only_files_of_an_equal_size_are_hashed(rows, records, monkeypatch):
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_only_images_of_an_equal_size_are_hashed(rows, tmp_path, monkeypatch, column):
     file = rows / "images" / "0.png"
     file.write_bytes(file.read_bytes() + b"more")
+    if column == "images":
+        written = json.loads((rows / "rows.json").read_text())
+        turns = [{"from": "human", "value": "<image><image>\nwhat?"}, {"from": "gpt", "value": "two"}]
+        written.append({"id": "two", "image": ["1.png", "0.png"], "conversations": turns})
+        (rows / "rows.json").write_text(json.dumps(written))
+    records = open_records([(rows / "rows.json", rows / "images")], DropList())
+    write_parquet(records, tmp_path / "parquet", DropList())
+    embedded = open_records([RowSource(str(tmp_path / "parquet" / "*.parquet"), kind="parquet")], DropList())
     few, hashed = file_images([file]), []
     monkeypatch.setattr(overlap, "digest", lambda content: hashed.append(content) or content)
     assert list(shared_images(few, records).values()) == [(str(file), str(file))]
     assert len(hashed) == 2
+    assert len(shared_images(few, embedded)) == 1
+    assert len(hashed) == (2 + 2 if column == "image" else 2 + 1 + 3)
 
 
 def test_an_image_that_cannot_be_read_is_left_out(rows, records):

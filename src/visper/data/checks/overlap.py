@@ -1,6 +1,6 @@
 """Images that two sets share, by content: under another name, in another folder, or embedded in Parquet.
 
-The smaller set is hashed, and of the larger one only the files whose size occurs in the smaller.
+The smaller set is hashed, and of the larger one only the images whose size occurs in the smaller.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from visper.common.errors import DataError
 from visper.common.files import inside
@@ -25,7 +27,7 @@ def shared_images(few: Sequence[tuple[str, bytes]], many: Records) -> Shared:
 
     Args:
         few: name and content of each image.
-        many: rows; embedded images among them are all read, files only if an image of ``few`` has their size.
+        many: rows; of their images, only those of the size of one of ``few`` are read.
     """
     names = {digest(content): name for name, content in few}
     sizes = {len(content) for _, content in few}
@@ -67,7 +69,9 @@ def _candidates(records: Records, sizes: set[int]) -> Iterator[tuple[str, bytes]
 
     with ThreadPoolExecutor(_THREADS) as threads:
         yield from (found for found in threads.map(hashed, files) if found is not None)
-    embedded = [part.images is None for part in records.parts]
-    rows = [row for row, part in enumerate(records.part_numbers.tolist()) if embedded[part]]
-    for row in sorted(rows, key=lambda row: int(records.rows[row])):
-        yield from ((name, digest(content)) for name, content in row_images(records, [row]) if len(content) in sizes)
+    for part, start in zip(records.parts, records.starts, strict=False):
+        if part.embedded is not None:
+            own = start + np.asarray(part.embedded.rows_with_sizes(sizes), dtype=np.int64)
+            rows = np.flatnonzero(np.isin(records.rows, own))
+            for row in sorted(rows.tolist(), key=lambda row: int(records.rows[row])):
+                yield from ((name, digest(content)) for name, content in row_images(records, [row]))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -196,3 +197,20 @@ class EmbeddedImages:
         images = [image for value in values for image in (value if isinstance(value, list) else [value])]
         contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
         return [content for content in contents if isinstance(content, bytes)]
+
+    def rows_with_sizes(self, sizes: set[int]) -> list[int]:
+        """The rows with an image whose number of bytes is in ``sizes``; no image is read, only the offsets."""
+        wanted, found, start = pa.array(sorted(sizes), pa.int64()), set(), 0
+        for batch in self.columns.iter(_AT_ONCE):
+            for column in batch.columns:
+                at = start
+                for chunk in column.chunks:
+                    rows = np.arange(at, at + len(chunk))
+                    at += len(chunk)
+                    if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                        rows, chunk = rows[pc.list_parent_indices(chunk).to_numpy()], chunk.flatten()
+                    contents = chunk if _is_binary(chunk.type) else pc.struct_field(chunk, "bytes")
+                    lengths = pc.binary_length(contents).cast(pa.int64())
+                    found.update(rows[pc.is_in(lengths, wanted).to_numpy(zero_copy_only=False)].tolist())
+            start += batch.num_rows
+        return sorted(found)
