@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.tiny import PooledColors
 from visper.config.kinds import TEACHERS
 from visper.data.images import rgb_bytes
 from visper.distillation import teachers
@@ -107,6 +108,19 @@ def test_principal_components_are_images(width):
     images = pca_images(torch.randn(2, 6, width), (2, 3))
     assert images.shape == (2, 3, 2, 3)
     assert images.min() >= 0 and images.max() <= 1
+
+
+def test_principal_components_stay_float32_under_autocast():
+    values = torch.randn(2, 6, 10)
+    expected = pca_images(values, (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pca_images(values, (2, 3)), expected)
+
+
+def test_a_teacher_that_holds_its_weights_as_buffers_gets_images_in_their_precision():
+    teacher = PooledColors("colors").to(torch.bfloat16)
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    assert teacher(pixels).dtype == torch.bfloat16
 
 
 def test_a_prediction_can_be_drawn_in_its_teachers_colors():

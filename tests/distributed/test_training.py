@@ -256,6 +256,15 @@ def test_two_ranks_evaluate_as_one_does(make, tmp_path):
     for name in ("ddp", "fsdp"):  # each evaluates after steps 2 and 3
         for ours, theirs in zip(found[name], found["one"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
+    half = make(
+        "pt",
+        "half",
+        launch={"processes": 2, "engine": "fsdp"},
+        optimization={"precision": "bfloat16", "max_steps": 2},
+        evaluation=evaluation | {"draw": 2},
+    )
+    train(half)
+    assert len(list((tmp_path / "half" / "drawings" / "step_000002").iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ def test_encode_gives_what_the_spec_says_and_decode_an_image(
     assert teacher.decode_values(embedding).shape == (3, outputs, 24, 24)
     images = teacher.decode(embedding)
     assert images.shape == (3, 3, 24, 24) and images.min() >= 0 and images.max() <= 1
+    half = teacher.to(torch.bfloat16)  # as on a GPU
+    torch.testing.assert_close(half.decode(half(pixels)), images, rtol=0, atol=1.0 if head == "classes" else 0.1)
 
 
 def test_a_saved_teacher_answers_identically(tmp_path: Path) -> None:

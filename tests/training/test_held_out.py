@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from visper.evaluation.while_training import evaluator_of
 from visper.training import run_stage
 from visper.training.best import BEST, best_checkpoint, measured_on
 from visper.training.checkpoint import checkpoints
-from visper.training.held_out import Evaluator
+from visper.training.held_out import Evaluator, HeldOut
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,22 @@ def test_predictions_are_drawn_and_nothing_else_changes(make, held_out):
     assert [event.step for event in read.Images("drawings/2")] == [2, 4]
     with Image.open(output / "drawings" / "step_000002" / "1.png") as sheet:
         assert sheet.size == contact_sheet([[("a", sheet)] * 4] * 2 + [[("a", sheet)] * 3], SIDE).size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "draw"), [("pt", 2), ("ift", 0)])
+def test_answers_losses_and_drawings_in_bfloat16(make, held_out, stage, draw):
+    evaluation = asking(held_out, blind=True, **({"draw": draw} if draw else {}))
+    found = train(make(stage, evaluation, stage=stage, optimization={"precision": "bfloat16"}))
+    assert found.keys() == {2, 4} and {"eval/accuracy", "eval/blind", "eval/loss"} <= found[4].keys()
+
+
+def test_fewer_held_out_rows_than_processes_are_refused(make, held_out):
+    run = make("run", losses(held_out, limit=3))
+    held = HeldOut(run.evaluation, run.optimization, None, SimpleNamespace(dataset=range(8)))
+    with pytest.raises(ConfigError, match=r"leave 3 rows to measure, fewer than the 4 processes"):
+        held.measured_order(4)
+    assert len(held.measured_order(2)) == 2
 
 
 def test_drawings_need_teachers(make, held_out):

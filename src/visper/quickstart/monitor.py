@@ -36,7 +36,8 @@ class PredictionMonitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves predictions before the first step, if chosen."""
-        self._save(state, kwargs["model"])
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            self._save(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves predictions after a chosen step."""

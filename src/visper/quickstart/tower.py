@@ -174,7 +174,8 @@ class TowerTeacher(Teacher):
         """Depth in meters ``[B,1,H,W]``, class logits ``[B,C,H,W]`` or colors in 0..1 ``[B,3,H,W]``, depending on
         the head."""
         config = self.model.config
-        values = self.model.decode(embedding.float())
+        weight = next(self.model.parameters())
+        values = self.model.decode(embedding.to(weight.device, weight.dtype)).float()
         if config.head == "depth":
             return config.near * (config.far / config.near) ** values.clamp(0, 1)
         return values.sigmoid() if config.head == "image" else values

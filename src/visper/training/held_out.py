@@ -110,7 +110,7 @@ class HeldOut:
         so that later checkpoints would be the best.
         """
         accelerator, batch = trainer.accelerator, self.optimization.global_batch
-        order = self._order(data, accelerator.num_processes)
+        order = self.measured_order(accelerator.num_processes)
         names = data.dataset.source_names
         sources = SourceSums(names) if names else None
         sums: dict[str, Tensor] = {}
@@ -150,16 +150,25 @@ class HeldOut:
             **by_source,
         }
 
-    def _order(self, data: StageData, processes: int) -> list[int]:
-        """The rows that are measured, evenly spaced; their number is a multiple of the number of processes."""
-        order = spread(range(len(data.dataset)), self.settings.limit)
-        return order[: len(order) - len(order) % processes] or order
+    def measured_order(self, processes: int) -> list[int]:
+        """The rows of ``rows`` that are measured, evenly spaced; their number is a multiple of the number of processes.
+
+        Raises:
+            ConfigError: there are fewer rows than processes.
+        """
+        order = [] if self.rows is None else spread(range(len(self.rows.dataset)), self.settings.limit)
+        if self.rows is not None and len(order) < processes:
+            raise ConfigError(
+                f"evaluation.loss_on and evaluation.limit leave {len(order)} rows to measure, fewer than the "
+                f"{processes} processes that train: each needs at least one"
+            )
+        return order[: len(order) - len(order) % processes]
 
     def measured_on(self, processes: int) -> str:
         """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
         records = None if self.rows is None else self.rows.dataset.records
         assert records is None or isinstance(records, Records), "the rows must come from open_records"
-        return measured_on(self.settings, records, [] if self.rows is None else self._order(self.rows, processes))
+        return measured_on(self.settings, records, self.measured_order(processes))
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator
@@ -174,8 +183,12 @@ def _evaluating(trainer: StageTrainer) -> Iterator[TrainingModel]:
     model: TrainingModel = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
+    device, half = trainer.args.device, trainer.optimization.precision == "bfloat16"
+    devices = [device] if device.type == "cuda" else []
+    # Accelerate's autocast wraps the model's forward alone, not generate and predict.
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=half)
     try:
-        with torch.no_grad(), torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        with torch.no_grad(), torch.random.fork_rng(devices), precision:
             yield model
     finally:
         model.train(was_training)

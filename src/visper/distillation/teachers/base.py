@@ -8,6 +8,7 @@ Shape suffixes: B = samples, N = teacher tokens, E = teacher width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,7 +132,8 @@ class Teacher(nn.Module, ABC):
         needs them.
         """
         pixels = self._normalized(pixels)
-        weight = next(self.parameters(), pixels)
+        buffers = (buffer for buffer in self.buffers() if buffer.is_floating_point())
+        weight = next(chain(self.parameters(), buffers), pixels)
         target_BNE = self.encode(pixels.to(weight.device, weight.dtype))
         found, expected = tuple(target_BNE.shape), (len(pixels), self.spec.tokens, self.spec.width)
         if found != expected:
@@ -165,7 +167,11 @@ def pca_images(embedding: Tensor, grid: tuple[int, int], reference: Tensor | Non
     Returns:
         ``[B, 3, rows, columns]`` in 0..1.
     """
-    values = embedding.detach().float()
+    with torch.autocast(embedding.device.type, enabled=False):
+        return _pca_images(embedding.detach().float(), grid, reference)
+
+
+def _pca_images(values: Tensor, grid: tuple[int, int], reference: Tensor | None) -> Tensor:
     basis_of = values if reference is None else reference.detach().float().to(values.device)
     tokens_RE = basis_of.flatten(0, 1)
     mean_E = tokens_RE.mean(0)
