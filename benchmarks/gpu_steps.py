@@ -32,7 +32,7 @@ from visper.distillation import Teacher
 from visper.model import Student
 from visper.training.attention import separate_samples
 from visper.training.compilation import compile_parts
-from visper.training.flops import FlopMeter
+from visper.training.flops import FlopMeter, can_count
 from visper.training.lora import add_updates
 from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
@@ -211,7 +211,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
         model.next_token_loss = fused_loss(model, setting.fused)  # type: ignore[method-assign]
     batches = tuning_batches(setting, model, packed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=half)
-    watch, meter = Stopwatch(device), FlopMeter()
+    watch, meter, counted = Stopwatch(device), FlopMeter(), can_count(model.student.get_decoder())
     if setting.compiled:
         compile_parts(model, "inductor" if half else "aot_eager")
     for number, batch in enumerate(batches):
@@ -222,7 +222,7 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
             with (
                 torch.autocast(device, torch.bfloat16, enabled=half),
                 watch("forward"),
-                meter.watch(model, batch["input_ids"].numel(), batch["sizes"]),
+                meter.watch(model, batch["input_ids"].numel(), batch["sizes"]) if counted else contextlib.nullcontext(),
             ):
                 loss = model(**given)["loss"]
             with watch("backward"):
@@ -230,14 +230,16 @@ def fine_tuning(setting: Setting, packed: bool, lora: int = 0) -> Case:
             with watch("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    assert torch.isfinite(loss) and meter.costs is not None
-    timed = [batch["sizes"] for batch in batches[WARMING:]]
-    flops = sum(meter.costs.flops(s.tokens, s.pairs, s.supervised, s.image_tokens) for s in timed)
+    assert torch.isfinite(loss)
+    timed, costs = [batch["sizes"] for batch in batches[WARMING:]], meter.costs
+    flops = None
+    if costs is not None:
+        flops = sum(costs.flops(s.tokens, s.pairs, s.supervised, s.image_tokens) for s in timed)
     seconds, real = sum(watch.parts["step"]), sum(size.tokens for size in timed)
     return {
         "loss": float(loss.detach()),
         "seconds": watch.medians(),
-        "mfu": setting.mfu(flops, seconds),
+        "mfu": None if flops is None else setting.mfu(flops, seconds),
         "tokens_per_second": real / seconds,
         "padding_share": 1 - real / sum(batch["labels"].numel() for batch in batches[WARMING:]),
         "layers": len(model.student.get_decoder().layers),

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
+from visper.common.compat import around_operations, sees_around_compiled
 from visper.config import Geometry, Stage
 from visper.config import Student as StudentConfig
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.model import build_student
 from visper.training.attention import separate_samples
-from visper.training.flops import FlopMeter, known_peak
+from visper.training.flops import FlopMeter, can_count, known_peak
 from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import TASK_TOKEN_PARTS, apply_stage
 
@@ -66,6 +68,32 @@ def test_flops_are_those_counted_by_hand(model, packed, recomputed, frozen):
         model(**{name: batch[name] for name in FORWARD_KEYS & batch.keys()}, num_tokens=sizes.supervised)
     found = meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens)
     assert found == by_hand(model.student.get_output_embeddings().out_features, 6, frozen)
+
+
+def test_flex_attention_is_counted_or_said_not_to_be(model, caplog, monkeypatch):
+    decoder = model.student.get_decoder()
+    assert can_count(decoder)
+    decoder.set_attn_implementation("flex_attention")
+    monkeypatch.setattr("visper.training.flops.sees_around_compiled", lambda: False)
+    assert not can_count(decoder) and "no 'mfu'" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sees_around_compiled(), reason="this torch compiles nothing under a dispatch mode")
+def test_compiled_flex_attention_runs_while_operations_are_counted():
+    query = torch.randn(1, 2, 128, 16)
+    attend = torch.compile(flex_attention)
+    expected, seen = attend(query, query, query), []
+
+    def see(operation, args, kwargs):
+        seen.append(operation)
+        return operation(*args, **kwargs)
+
+    with around_operations(see):
+        found = attend(query, query, query)
+        query @ query.mT
+    torch.testing.assert_close(found, expected)
+    assert any("bmm" in str(operation) or "matmul" in str(operation) for operation in seen)
 
 
 def test_a_gpu_of_unknown_kind_has_no_peak_and_says_so_once(monkeypatch, caplog):

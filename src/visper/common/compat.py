@@ -133,6 +133,10 @@ def around_operations(handle: Callable[..., Any]) -> AbstractContextManager[Any]
     class Around(TorchDispatchMode):
         supports_higher_order_operators = True  # flex attention is one
 
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:  # or flex attention, which compiles itself, fails under it
+            return True
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return handle(func, args, kwargs or {})
 
@@ -144,3 +148,10 @@ def sees_operations() -> bool:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     return _get_current_dispatch_mode() is not None
+
+
+def sees_around_compiled() -> bool:
+    """Whether compiled functions run under ``around_operations`` (not in torch 2.9 to 2.11; in 2.15)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return hasattr(TorchDispatchMode, "ignore_compile_internals")

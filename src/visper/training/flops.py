@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visper.common.compat import around_operations, flop_formulas
+from visper.common.compat import around_operations, attention_of, flop_formulas, sees_around_compiled
 from visper.common.gpus import peak_of
 from visper.data.collator import Sizes
 from visper.model.parts import PROJECTOR, VISION, modules_of
@@ -153,6 +153,17 @@ def _regions(model: TrainingModel, products: Products) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def can_count(decoder: nn.Module) -> bool:
+    """Whether a pass through the LLM's ``decoder`` can be counted; logs a warning if not.
+
+    Flex attention compiles itself, which fails in a counted pass until about torch 2.14.
+    """
+    if attention_of(decoder) != "flex_attention" or sees_around_compiled():
+        return True
+    logger.warning("the log has no 'mfu': with this version of torch, FLOPs cannot be counted under flex_attention")
+    return False
 
 
 def known_peak(device: torch.device) -> float | None:

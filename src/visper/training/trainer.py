@@ -26,7 +26,7 @@ from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import EpochCallback, OptimizerClock
 from visper.training.checkpoint_writer import CheckpointWriter
-from visper.training.flops import known_peak
+from visper.training.flops import can_count, known_peak
 from visper.training.global_batch import SourceSums, TermSums
 from visper.training.module import FORWARD_KEYS, TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
@@ -91,7 +91,9 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         timeout = timedelta(minutes=launch.timeout_minutes)
         self.writer = CheckpointWriter(output, logging.keep_checkpoints, self.is_world_process_zero(), timeout)
-        self.monitor = RunMonitor(logging.monitor, self.accelerator, known_peak(self.accelerator.device))
+        peak = known_peak(self.accelerator.device)
+        counted = peak is not None and can_count(model.student.get_decoder())
+        self.monitor = RunMonitor(logging.monitor, self.accelerator, peak if counted else None)
         self.add_callback(OptimizerClock(self.monitor.clock))
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
