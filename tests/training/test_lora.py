@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from transformers import LlavaForConditionalGeneration
 
 from tests import tiny
 from tests.checkpoints import tensors_of
+from visper.common.console import Console
 from visper.common.errors import ConfigError
-from visper.config import Run
+from visper.config import Geometry, Run
+from visper.data.images import geometry_of
+from visper.model.student import load_processor
 from visper.training import run_stage
+from visper.training.run import build_student
 from visper.training.trainer import StageTrainer
 
 peft = pytest.importorskip("peft")
@@ -128,6 +133,15 @@ def test_a_target_that_is_no_linear_layer_is_named(rows, start, tmp_path):
 def test_quantization_says_what_it_needs(rows, start, tmp_path):
     with pytest.raises(ConfigError, match=r"visper-lm\[qlora\]|CUDA GPU"):
         run_stage(settings(rows, tmp_path / "x", start_from=str(start), lora={"quantize": "4bit"}))
+
+
+def test_a_quantized_student_sees_images_as_the_run_says(rows, start, tmp_path, monkeypatch):
+    monkeypatch.setattr("visper.training.run.four_bits", lambda start_from: {})
+    run = settings(rows, tmp_path / "x", start_from=str(start), lora={**LORA, "quantize": "4bit"})
+    run = run.model_copy(update={"data": run.data.model_copy(update={"geometry": Geometry.PAD})})
+    student = build_student(run, SimpleNamespace(num_processes=1), Console(quiet=True))
+    before = load_processor(str(start)).image_processor
+    assert geometry_of(before) != "pad" == geometry_of(student.processor.image_processor)
 
 
 @pytest.mark.gpu

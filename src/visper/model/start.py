@@ -16,7 +16,7 @@ from visper.model.student import Student, load_processor, load_student
 from visper.model.vlm import build_vlm, build_vlm_processor
 
 
-def starting_student(run: Run, skeleton: bool = False) -> Student:
+def starting_student(run: Run, skeleton: bool = False, **loading: Any) -> Student:
     """The student that the stage starts from: newly assembled, or that of the previous stage.
 
     If its LLM will be frozen in half precision, it is loaded as stored, which gives the same weights in half the memory
@@ -24,6 +24,7 @@ def starting_student(run: Run, skeleton: bool = False) -> Student:
 
     Args:
         skeleton: read no weights; parameters are on the meta device.
+        loading: further options of ``load_student``, for a student of the previous stage.
     """
     device_map = "meta" if skeleton else None
     dtype: Any = "auto" if reads_as_stored(run) else torch.float32
@@ -33,7 +34,8 @@ def starting_student(run: Run, skeleton: bool = False) -> Student:
         return build_student(run.student, run.data.geometry, dtype, device_map)
     else:
         assert run.start_from is not None
-        student = load_student(run.start_from, revision=run.start_from_revision, device_map=device_map)
+        options = {"device_map": device_map} | loading
+        student = load_student(run.start_from, revision=run.start_from_revision, **options)
     _fit_to_data(student.processor, run)
     if run.packed:
         require_packable(student.model.config)

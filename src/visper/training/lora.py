@@ -62,8 +62,8 @@ def _targets(lora: Lora, student: Student) -> list[str]:
     return list(lora.targets)
 
 
-def quantized_student(start_from: str | None, revision: str | None = None) -> Student:
-    """The previous stage's student with its LLM in 4 bits (NF4, double quantization); other parts are not quantized.
+def four_bits(start_from: str | None) -> dict[str, Any]:
+    """Options to load a student with its LLM in 4 bits (NF4, double quantization); other parts are not quantized.
 
     Raises:
         ConfigError: no GPU, bitsandbytes is not installed, or the run does not start from a folder.
@@ -82,8 +82,7 @@ def quantized_student(start_from: str | None, revision: str | None = None) -> St
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=[start.strip(".").split(".")[-1] for start, part in PLACES if part != "llm."],
     )
-    device = torch.cuda.current_device()
-    return load_student(start_from, revision=revision, quantization_config=settings, device_map={"": device})
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
 def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -> None:

@@ -47,7 +47,7 @@ from visper.training.held_out import (
     held_out_rows,
     require_evaluator,
 )
-from visper.training.lora import ADAPTER, add_updates, merge_updates, quantized_student, save_adapter
+from visper.training.lora import ADAPTER, add_updates, four_bits, merge_updates, save_adapter
 from visper.training.module import TrainingModel
 from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
 from visper.training.parallel.deepspeed import (
@@ -182,7 +182,7 @@ def build_student(run: Run, processes: PartialState, console: Console) -> Studen
     With FSDP, only the first process reads the weights; the others receive theirs when the model is sharded.
     """
     if run.lora and run.lora.quantize:
-        student = quantized_student(run.start_from, run.start_from_revision)
+        student = starting_student(run, **four_bits(run.start_from))
     elif shares_weights(run.launch, processes):
         loaded: list[Student] = []
         first_decides(lambda: loaded.append(starting_student(run)))

@@ -185,3 +185,5 @@ def unshard(model: nn.Module, keep: bool) -> None:
                 value = whole([(name, parameter)], keep).get(name, torch.empty(0))
                 done[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module.register_parameter(name, done[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.cpu())  # Gemma multiplies its embeddings by one

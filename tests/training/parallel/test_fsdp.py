@@ -1,0 +1,16 @@
+"""Unsharding, as far as it shows in one process."""
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from visper.training.parallel.fsdp import unshard
+
+
+def test_parameters_and_buffers_end_on_the_cpu():
+    with FakeTensorMode():  # knows devices that are not there
+        module = nn.Sequential(nn.Linear(2, 3, device="cuda"))
+        module[0].register_buffer("embed_scale", torch.ones((), device="cuda"))
+        unshard(module, keep=True)
+        assert {str(value.device) for value in module.state_dict().values()} == {"cpu"}
+        assert (module[0].weight / module[0].embed_scale).shape == (3, 2)
