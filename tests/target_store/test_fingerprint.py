@@ -43,6 +43,7 @@ def test_weights_configuration_options_and_geometry_change_the_key(folder):
 def test_place_notes_drawing_and_a_color_that_is_not_used_do_not(folder, tmp_path):
     before = key_of(folder)
     (folder / "README.md").write_text("notes")
+    (folder / "generation_config.json").write_text("{}")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "state").write_text("x")
     folder.rename(tmp_path / "moved")

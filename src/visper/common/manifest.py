@@ -32,12 +32,13 @@ def digest_of(file: Path) -> str:
 
 
 def content_digest(place: Path) -> str:
-    """The digest of a folder's files (except hidden ones and Markdown), or of a file, with an ONNX model's data files.
+    """The digest of a folder's files, or of a file with an ONNX model's data files, wherever they are.
 
-    It does not depend on where the files are.
+    Hidden files, Markdown and generation settings are left out.
     """
     if place.is_dir():
         found = [file for file in place.rglob("*") if file.is_file() and file.suffix != ".md"]
+        found = [file for file in found if file.name not in MEANT_TO_BE_EDITED]
         files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(place).parts)]
         names = {file.relative_to(place).as_posix(): file for file in files}
     else:
