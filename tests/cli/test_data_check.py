@@ -153,3 +153,12 @@ def test_names_from_rows_are_text_on_the_terminal(tmp_path, monkeypatch, capsys)
         main()
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and "[b]x.json" in out and not {"\x1b", "\x07"} & set(out + err)
+
+
+@pytest.mark.parametrize("option", ["--report", "--drop"])
+def test_a_folder_is_not_replaced_by_a_file(shelf, tmp_path, option):
+    kept = tmp_path / "images"
+    kept.mkdir()
+    (kept / "1.png").write_bytes(b"1")
+    code, said = call("data", "check", "llava-665k", "--root", tmp_path, option, kept)
+    assert code == 2 and "name a file" in said and (kept / "1.png").exists()

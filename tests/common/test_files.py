@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from visper.common.errors import DataError
+from visper.common.errors import ConfigError, DataError
 from visper.common.files import OUTSIDE, atomic_path, inside, is_leftover, remove_leftovers, write_text
 
 TOKEN = 8 * "1f"
@@ -61,6 +61,14 @@ def test_a_folder_returns_when_its_successor_cannot_take_the_place(
     with pytest.raises(PermissionError):
         put_folder(tmp_path / "folder", "new")
     assert names(tmp_path) == {"folder"} and (tmp_path / "folder" / "a").read_text() == "old"
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_text("pixels")
+    with pytest.raises(ConfigError, match=r"images' is a folder, and a file would be written there: name a file"):
+        write_text(tmp_path / "images", "report")
+    assert (tmp_path / "images" / "1.png").read_text() == "pixels" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_writers_at_once_share_nothing(tmp_path: Path) -> None:

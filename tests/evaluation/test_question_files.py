@@ -104,3 +104,30 @@ def test_questions_without_a_kind_among_others_are_no_total(tmp_path):
     rows = [{"question": "?", "answer": "a", "kind": "color"}, {"question": "!", "answer": "a"}]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     assert [question.kind for question in open_questions(tmp_path / "q.json", None)[0]] == ["color", "other"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("imgae", "has 'imgae', which is not read, and no 'image': rename the column"),
+        ("images", "has 'images', which is not read, and no 'image'"),
+        ("choices", "has 'choices', which is not read, and no 'options'"),
+    ],
+)
+def test_a_column_under_another_name_is_refused(column, message, tmp_path):
+    rows = [{"question": "?", "answer": "a"}, {"question": "?", "answer": "a", column: ["1.png"]}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=re.escape(f"question 1 {message}")):
+        open_questions(tmp_path / "q.json", None)
+
+
+def test_other_columns_may_be_there(tmp_path):
+    rows = [{"question": "?", "answer": "a", "image": "1.png", "images": 1, "source": "web", "difficulty": 2}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    assert len(open_questions(tmp_path / "q.json", tmp_path)[0]) == 1
+
+
+def test_a_folder_of_images_that_no_question_names_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([{"question": "?", "answer": "a"}]))
+    with pytest.raises(ConfigError, match=r"no question of .* has an 'image': remove --images, or add the column"):
+        open_questions(tmp_path / "q.json", tmp_path)

@@ -240,6 +240,9 @@ def test_parts_are_added_to_the_stages_table(student):
     assert trained and all("language_model.layers.0." in name for name in trained)
     with pytest.raises(ValueError, match=r"optimization\.train names 'lm', .*its parts are vision, projector, llm"):
         model_of(student, objective(), "pt", train=["lm"])
+    everything = ["projector", "task_tokens", "predictors"]
+    with pytest.raises(ConfigError, match=r"would train nothing: remove a part from optimization\.freeze"):
+        model_of(student, objective(), "pt", freeze=everything)
 
 
 @pytest.mark.parametrize(

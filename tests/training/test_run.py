@@ -684,6 +684,19 @@ def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
     assert not torch.equal(saved, weights_of(tiny_llm)[name])
 
 
+def test_a_resumed_run_logs_and_saves_as_often_as_it_says_now(make, monkeypatch):
+    run = make("ift", logging={"every": 4, "save_every": 2}, optimization={"max_steps": 8})
+    cut_behind(monkeypatch, 3)
+    with pytest.raises(Stop):
+        run_stage(run)
+    monkeypatch.undo()
+    logging = {"every": 1, "save_every": 1, "keep_checkpoints": 9}
+    run_stage(make("ift", logging=logging, optimization={"max_steps": 8}, data={"drop_limit": 0.5}), resume=True)
+    assert [line["step"] for line in logs_of(run) if "ntp" in line] == [1, 3, 4, 5, 6, 7, 8]
+    saved = sorted(path.name for path in (Path(run.output) / "checkpoints").glob("checkpoint-*"))
+    assert saved == [f"checkpoint-{step}" for step in range(2, 9)]
+
+
 @pytest.mark.parametrize("compiler", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_mfu_is_logged_where_the_peak_is_known(make, monkeypatch, compiler):
     monkeypatch.setattr("visper.training.trainer.known_peak", lambda device: 1e12)

@@ -13,3 +13,11 @@ def parse_path(text: str) -> Path:
         return Path(expand_path(text))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def parse_file(text: str) -> Path:
+    """``parse_path`` of a file to be written, which must not be an existing folder."""
+    path = parse_path(text)
+    if path.is_dir():
+        raise typer.BadParameter(f"'{path}' is a folder: name a file")
+    return path

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import parse_file, parse_path
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def check(
     root: Root = Path("data"),
     run: Annotated[str | None, typer.Option("--run", help="a recipe whose tokenizer and limits apply")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="a change to the recipe; repeatable")] = None,
-    report: Annotated[Path | None, typer.Option(help="write the counts to this JSON file", parser=parse_path)] = None,
+    report: Annotated[Path | None, typer.Option(help="write the counts to this JSON file", parser=parse_file)] = None,
     drop: Annotated[
-        Path | None, typer.Option(help="write unusable rows to this file, for data.drop_list", parser=parse_path)
+        Path | None, typer.Option(help="write unusable rows to this file, for data.drop_list", parser=parse_file)
     ] = None,
     repair: Annotated[
         bool,

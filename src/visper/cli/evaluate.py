@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import parse_file, parse_path
 from visper.common.console import Console
 from visper.common.errors import ConfigError
 
@@ -30,7 +30,7 @@ def run(
     protocol: Annotated[str, typer.Option(help="prompts, parsing and metrics of benchmarks: paper")] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions, evenly spaced")] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="JSONL file of the raw answers; default: in MODEL/answers", parser=parse_path)
+        Path | None, typer.Option(help="JSONL file of the raw answers; default: in MODEL/answers", parser=parse_file)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions per batch")] = 32,
     max_new_tokens: Annotated[

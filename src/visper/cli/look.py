@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import parse_file, parse_path
 
 NAME = "look"
 
@@ -20,7 +20,7 @@ def run(
         ),
     ],
     image: Annotated[Path, typer.Option("--image", help="an image", parser=parse_path)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_path)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_file)],
     predictors: Annotated[
         Path | None,
         typer.Option(help="draw MODEL, a later stage, with the predictors of this PT", parser=parse_path),

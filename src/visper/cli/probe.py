@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import parse_file, parse_path
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(
     beside: Annotated[list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_path),
+        typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_file),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="a change to the probe's run; repeatable")

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from visper.common.errors import DataError
+from visper.common.errors import ConfigError, DataError
 
 OUTSIDE = "image outside its folder"
 """The ``DataError`` reason for a row whose image is not under the images folder."""
@@ -32,7 +32,11 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>.+)-[0-9
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a sibling path to write a file or folder to; it is renamed to ``path``, or removed on any error."""
+    """Yields a sibling path to write a file or folder to; it is renamed to ``path``, or removed on any error.
+
+    Raises:
+        ConfigError: a file was written, and ``path`` is a folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _sibling(path, "partial")
     try:
@@ -159,6 +163,8 @@ def _take_place(partial: Path, path: Path) -> None:
     if not path.is_dir():
         partial.replace(path)
         return
+    if not partial.is_dir():
+        raise ConfigError(f"'{path}' is a folder, and a file would be written there: name a file")
     outgoing = _sibling(path, "old")
     path.rename(outgoing)
     try:

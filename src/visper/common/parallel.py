@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ def end_with_parent(worker: int = 0) -> None:
     def watch() -> None:
         while parent.is_alive() and os.getppid() == forked_by:
             time.sleep(1)
-        os._exit(1)  # without the cleanup that waits
+        os.kill(os.getpid(), signal.SIGKILL)  # without the cleanup that waits
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 

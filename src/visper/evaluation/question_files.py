@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from visper.evaluation.questions import EVERYTHING, Question
 
 NEEDED = ("question", "answer")
 OPTIONAL = ("image", "kind", "options", "id")
+ALIKE = {"image": ("images", "img", "image_path"), "options": ("choices",)}
+"""Names of columns in other tools' files for what is read under an optional column's name."""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -39,7 +42,7 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         images: folder of the image paths.
 
     Raises:
-        ConfigError: images are paths, and ``images`` is not given.
+        ConfigError: images are paths and ``images`` is not given, or it is given and no question has an image.
         DataError: the file or a question is not of the expected form; the message names the question.
     """
     if path.suffix != ".parquet":
@@ -55,6 +58,8 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
             return _questions(path, named), source
     if images is None and any(question.images for question in questions):
         raise ConfigError(f"the images of '{path}' are paths: pass their folder with --images")
+    if images is not None and not any(question.images for question in questions):
+        raise ConfigError(f"no question of '{path}' has an 'image': remove --images, or add the column")
     return questions, ImageFolder(images or Path())
 
 
@@ -68,6 +73,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
         if not isinstance(row, dict) or any(name not in row for name in NEEDED):
             raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected question and answer")
         place = f"'{path}', question {number}"
+        _refuse_misspelled(row, place)
         options = _options(row.get("options"), place)
         answers = _accepted(row["answer"], place)
         questions.append(
@@ -85,6 +91,23 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
     if len({question.kind for question in questions}) == 1:
         return questions
     return [replace(question, kind="other") if question.kind == EVERYTHING else question for question in questions]
+
+
+def _refuse_misspelled(row: Mapping[str, Any], place: str) -> None:
+    """Other columns may be there, but one that looks like a missing optional column would silently change the question.
+
+    Raises:
+        DataError: there is one.
+    """
+    for name in OPTIONAL:
+        if name in row:
+            continue
+        others = [other for other in row if other not in (*NEEDED, *OPTIONAL)]
+        near = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)
+        if near:
+            raise DataError(
+                "unread column", f"{place} has '{near[0]}', which is not read, and no '{name}': rename the column"
+            )
 
 
 def _accepted(answer: Any, place: str) -> tuple[str, ...]:

@@ -151,7 +151,8 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
         lora: whether low-rank updates are trained instead of the LLM.
 
     Raises:
-        ConfigError, ValueError: ``freeze`` or ``lr_overrides`` names a part that the stage does not train.
+        ConfigError: a key of ``optimization`` names a part that the model or the stage does not have, or nothing is
+            left to train.
     """
     held = {count.part for count in count_parts(model)}
     distills = tuple(p for p in DISTILLATION_PARTS if p.removesuffix(".*") in held)  # a head may have no parameters
@@ -164,7 +165,12 @@ def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimizat
         raise ConfigError(
             "optimization.train names the LLM, but 'lora' trains low-rank updates of it instead: remove one of them"
         )
-    apply_stage(model, stage, lacks, optimization.freeze, adds, optimization.train, model.frozen_heads())
+    try:
+        apply_stage(model, stage, lacks, optimization.freeze, adds, optimization.train, model.frozen_heads())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("this run would train nothing: remove a part from optimization.freeze")
     check_rates(optimization, stage, model)
     if not any(p.requires_grad for _, p in parameters_of(model.student, VISION)):
         return []

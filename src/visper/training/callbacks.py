@@ -63,6 +63,14 @@ class EpochCallback(TrainerCallback):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
 
 
+class IntervalCallback(TrainerCallback):
+    """Keeps to the intervals of the run: on a resume, the Trainer takes those of the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the checkpoint's state is read."""
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+
+
 class OptimizerClock(TrainerCallback):
     """Marks the end of the optimizer step on the monitor's clock."""
 

@@ -37,6 +37,7 @@ MAY_DIFFER = (
     "logging.*",
     "launch.*",
     "data.workers",
+    "data.drop_limit",
     "optimization.micro_batch",
     "optimization.gradient_checkpointing",
     "optimization.packing",

@@ -24,7 +24,7 @@ from visper.common.ranks import wait_for_all
 from visper.config import Engine, Launch, Logging, Optimization
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
-from visper.training.callbacks import EpochCallback, OptimizerClock
+from visper.training.callbacks import EpochCallback, IntervalCallback, OptimizerClock
 from visper.training.checkpoint_writer import CheckpointWriter
 from visper.training.flops import can_count, known_peak
 from visper.training.global_batch import SourceSums, TermSums
@@ -84,7 +84,7 @@ class StageTrainer(Trainer):
             args=args,
             train_dataset=data.dataset,
             data_collator=model.with_positions(data.collator),
-            callbacks=[EpochCallback(data.sampler), stop, *callbacks],
+            callbacks=[EpochCallback(data.sampler), IntervalCallback(), stop, *callbacks],
         )
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
