@@ -684,6 +684,15 @@ def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
     assert not torch.equal(saved, weights_of(tiny_llm)[name])
 
 
+def test_a_source_that_keeps_no_row_is_refused_though_the_limit_is_kept(make, tmp_path):
+    lost = tiny.write_rows(tmp_path / "lost", images=1, text_rows=0)
+    (lost / "rows.json").rename(lost / "lost.json")
+    run = make("ift")
+    sources = [*run.model_dump(mode="json")["data"]["sources"], {"json": str(lost / "lost.json"), "images": "nowhere"}]
+    with pytest.raises(DataError, match=r"none of the 1 rows of .*lost.* can be used: see `visper data check`"):
+        run_stage(make("ift", data={"sources": sources, "drop_limit": 0.2}))
+
+
 def test_a_resumed_run_logs_and_saves_as_often_as_it_says_now(make, monkeypatch):
     run = make("ift", logging={"every": 4, "save_every": 2}, optimization={"max_steps": 8})
     cut_behind(monkeypatch, 3)

@@ -22,6 +22,7 @@ from visper.data.packing import PackingCollator
 from visper.data.rows.lengths import measure
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.sources import mixture_of, open_records
+from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
 from visper.data.sets.catalog import row_files
 from visper.data.show import show_sample
@@ -125,6 +126,15 @@ def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, to
     if not records:
         places = [source.place for source in row_files(settings)]
         raise DataError("no rows", f"none of the {total} rows of {places} can be used")
+    assert isinstance(records, Records), "the rows must come from open_records"
+    used = set(records.part_numbers.tolist())
+    for number, part in enumerate(records.parts):
+        if number not in used:  # with a wrong images folder, for example; the other sources may keep it below the limit
+            raise DataError(
+                "empty source",
+                f"none of the {len(part.table)} rows of '{part.name}' can be used: see `visper data check`, or "
+                "remove it from data.sources",
+            )
 
 
 def _check_words(settings: Data, survey: Survey, encoder: ConversationEncoder, console: Console) -> None:
