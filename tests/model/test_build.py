@@ -301,3 +301,15 @@ def test_an_llm_kept_as_it_is_stored_gives_the_weights_of_one_loaded_whole_and_r
             assert stored.dtype == torch.float32 and torch.equal(stored, whole)
         else:
             assert torch.equal(stored.bfloat16(), whole.bfloat16()), name
+
+
+@pytest.mark.parametrize("name", ["runs/gone/pt", "/gone", "./gone"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ConfigError, match=rf"there is no folder '{name}', and the name cannot be a hub id"):
+        load_student(name)
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "questions.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"questions\.json' is a file: expected a stage's output"):
+        load_student(tmp_path / "questions.json")

@@ -206,9 +206,13 @@ def student_place(folder: str | Path) -> str:
     """The folder that holds a student's model, ``model`` in a stage's output; a hub id is returned unchanged.
 
     Raises:
-        ConfigError: the folder holds no model.
+        ConfigError: the folder holds no model, or there is none, and the name cannot be a hub id.
     """
     place = Path(folder)
+    if place.is_file():
+        raise ConfigError(f"'{folder}' is a file: expected a stage's output, a model folder or a hub id")
+    if not place.exists() and (len(place.parts) > 2 or str(folder).startswith((".", "/", "~"))):
+        raise ConfigError(f"there is no folder '{folder}', and the name cannot be a hub id")
     if (place / "model" / "config.json").is_file():
         place = place / "model"
     if place.is_dir() and not (place / "config.json").is_file():
