@@ -243,6 +243,7 @@ def test_pt_trains_added_words_and_nothing_else_of_the_llm_and_ift_goes_on(preci
     assert not torch.equal(later.model.lm_head.weight[zebra], after.model.lm_head.weight[zebra])
 
 
+@pytest.mark.slow
 def test_a_resumed_pt_has_the_words_of_one_that_was_never_stopped(make, tiny_encoder, tmp_path):
     """On a tied LLM, whose words have one table of rows."""
     llm = tiny.save_llm(tmp_path / "llm", tied=True)

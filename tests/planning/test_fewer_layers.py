@@ -35,6 +35,7 @@ def found(run, accumulates):
     return held, fit.model.row_flops(fit.rows), len(fit.model._kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "accumulates", "precision"),
     [
@@ -55,6 +56,7 @@ def test_a_few_layers_say_what_all_say(kind, accumulates, precision, tmp_path, d
     assert few == every
 
 
+@pytest.mark.slow
 def test_packed_rows_are_traced_with_a_few_layers_too(tmp_path, deep_llm, tiny_encoder, monkeypatch):
     run = tiny_run(tmp_path, deep_llm, tiny_encoder, stage="ift", distillation=None)
     run = with_optimization(run, packing=True)

@@ -110,6 +110,7 @@ def test_traced_activations_are_those_that_autograd_saves():
     assert live.now == pytest.approx(sum(saved.values()), rel=0.15)  # 11 % seen: states alive that nothing saves
 
 
+@pytest.mark.slow
 def test_recomputation_lowers_memory_and_leaves_model_flops(run):
     kept, recomputed = (
         plan(with_optimization(run, gradient_checkpointing=share), Machine(1, 80e9)) for share in (0.0, 1.0)
@@ -126,6 +127,7 @@ def test_a_teacher_of_ones_own_is_loaded_and_its_flops_are_counted(run):
     assert found.teacher_flops == 0.75 * 2 * 16 * 3 * 8  # three of four rows have an image: [16, 3] x [3, 8]
 
 
+@pytest.mark.slow
 def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
     found = {}
     for engine in Engine:
@@ -137,6 +139,7 @@ def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
     assert found[Engine.ZERO3]["weights"] == found[Engine.FSDP]["weights"] == alone["weights"] / 8
 
 
+@pytest.mark.slow
 def test_the_first_change_that_fits_is_found(run):
     run = with_optimization(run, gradient_checkpointing=1.0)
     full = plan(run, Machine(1, 80e9)).memory.total

@@ -137,6 +137,7 @@ def test_without_a_record_nothing_is_taken_for_the_same(run: Run, tmp_path: Path
         require_same_content(tmp_path, content(run))
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_other_answers_only_if_told_so(run: Run, tmp_path: Path, monkeypatch) -> None:
     class Killed(Exception):  # noqa: N818
         pass

@@ -97,6 +97,7 @@ def train(run, **options):
     return {entry["step"]: entry for entry in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_run_ends_with_the_same_weights_with_and_without(make, held_out, packing):
     plain, watched = (
