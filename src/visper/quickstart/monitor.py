@@ -36,19 +36,19 @@ class PredictionMonitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves predictions before the first step, if chosen."""
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            self._save(state, kwargs["model"])
+        self._save(args, state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves predictions after a chosen step."""
-        self._save(state, kwargs["model"])
+        self._save(args, state, kwargs["model"])
 
-    def _save(self, state: Any, model: TrainingModel) -> None:
+    def _save(self, args: Any, state: Any, model: TrainingModel) -> None:
         if state.global_step not in self.steps or not state.is_world_process_zero:
             return
         mode = model.training
         model.eval()
-        predicted = predict_images(model, self.images, PROMPT)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            predicted = predict_images(model, self.images, PROMPT)
         model.train(mode)
         with atomic_path(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
             arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}
