@@ -140,7 +140,7 @@ def tasks_without_influence(model: nn.Module, tasks: Mapping[str, Position]) -> 
     None in a run that trains only heads, as a probe does.
     """
     trained = {count.part for count in count_parts(model) if count.trainable}
-    if not trained - {"predictors", "logit_scales"}:
+    if trained <= {pattern.removesuffix(".*") for pattern in DISTILLATION_PARTS}:
         return []
     return [name for name, at in tasks.items() if trained.isdisjoint(BEFORE_STATES[at])]
 
