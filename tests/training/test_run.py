@@ -588,6 +588,25 @@ def test_a_step_with_a_nan_gradient_is_left_out(make, monkeypatch, tmp_path):
     assert norms[1] == norms[3] == 0 < norms[0]
 
 
+@pytest.mark.parametrize("skipped", [(2,), (2, 4), (3, 4)])
+def test_logged_values_are_means_over_the_steps_that_were_not_skipped(make, monkeypatch, tmp_path, skipped):
+    """With a step per log, the same steps are skipped and the others have their own values."""
+    damage_gradients(monkeypatch, set(skipped))
+    rules = {"monitor": {"non_finite": "skip"}}
+    for name, every in (("each", 1), ("pairs", 2)):
+        run_stage(make("ift", name=name, logging={"every": every, **rules}))
+    each, pairs = (logs_of(make("ift", name=name))[:-1] for name in ("each", "pairs"))
+    assert [log.get("skipped", 0) for log in each] == [int(step in skipped) for step in (1, 2, 3, 4)]
+    for before, log in zip([{"step": 0}, *pairs], pairs, strict=False):
+        steps = range(before["step"] + 1, log["step"] + 1)
+        sound = [each[step - 1] for step in steps if step not in skipped]
+        assert log.get("skipped", 0) == len(steps) - len(sound)
+        for value in ("loss", "ntp"):
+            assert (value in log) == bool(sound)
+            if sound:
+                assert log[value] == pytest.approx(sum(one[value] for one in sound) / len(sound), abs=1e-4)
+
+
 def test_more_than_a_few_steps_left_out_in_a_row_stop_the_run(make, monkeypatch, tmp_path):
     damage_gradients(monkeypatch, set(range(3, 20)))
     skip = {"save_every": 2, "monitor": {"non_finite": "skip"}}

@@ -133,7 +133,9 @@ class TermSums:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # the sums before the current step
         self._since = 0
+        self.skipped = 0
 
     def add(self, terms: Mapping[str, Tensor], step: int) -> None:
         """Adds a micro-batch's share of each term; ``step`` is the number of completed steps."""
@@ -142,16 +144,26 @@ class TermSums:
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(term)) + term
 
+    def end_step(self, skipped: bool) -> None:
+        """Keeps the terms of the current step, or removes them if the step is skipped."""
+        if skipped:
+            self.skipped += 1
+            self._sums = {name: self._before.get(name, torch.zeros_like(term)) for name, term in self._sums.items()}
+        self._before = dict(self._sums)
+
     def steps(self, step: int) -> int:
-        """Steps completed since the first value was added; 0 if there is none."""
+        """Steps completed since the first value was added, skipped ones included; 0 if there is none."""
         return step - self._since if self._sums else 0
 
     def means(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """Each term's mean per step, summed over processes; resets the sums. Every process must call."""
-        steps, names = self.steps(step), sorted(self._sums)
+        """Each term's mean over the steps that were not skipped, summed over processes; resets the sums.
+
+        Empty if all steps were skipped. Every process must call.
+        """
+        steps, names = self.steps(step) - self.skipped, sorted(self._sums)
         sums = accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
-        self._sums.clear()
-        return {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}
+        self._sums, self._before, self.skipped = {}, {}, 0
+        return {name: value / steps for name, value in zip(names, sums.tolist(), strict=True) if steps}
 
 
 class SourceSums:
@@ -164,6 +176,7 @@ class SourceSums:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = [f"{NTP}/{name}" for name in names]
         self._sums: Tensor | None = None
+        self._before: Tensor | None = None  # the sums before the current step
 
     def add(self, losses_T: Tensor, sources_T: Tensor) -> None:
         """Adds the loss of each supervised token of a micro-batch to the sum of its source."""
@@ -172,6 +185,12 @@ class SourceSums:
         both = torch.stack([losses_T.double(), torch.ones_like(losses_T, dtype=torch.float64)])
         self._sums.index_add_(1, sources_T, both)
 
+    def end_step(self, skipped: bool) -> None:
+        """Keeps the losses of the current step, or removes them if the step is skipped."""
+        if skipped and self._sums is not None:
+            self._sums = torch.zeros_like(self._sums) if self._before is None else self._before
+        self._before = None if self._sums is None else self._sums.clone()
+
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """``ntp/<source>``: mean over the source's supervised tokens on all processes since the last call, if any.
 
@@ -179,6 +198,6 @@ class SourceSums:
         """
         assert self._sums is not None
         losses, tokens = accelerator.reduce(self._sums, "sum").tolist()
-        self._sums = None
+        self._sums = self._before = None
         found = zip(self._names, losses, tokens, strict=True)
         return {name: loss / count for name, loss, count in found if count}

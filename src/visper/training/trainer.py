@@ -151,9 +151,9 @@ class StageTrainer(Trainer):
         with self._counting(inputs):
             outputs = model(**given, token_losses=self.sources is not None)
         if self.sources is not None:
-            self.sources.add(self._countable(outputs.pop(TOKEN_LOSSES)), inputs["sources"])
+            self.sources.add(outputs.pop(TOKEN_LOSSES), inputs["sources"])
         self.monitor.see(outputs, inputs)
-        terms = {name: self._countable(term.detach()) for name, term in outputs.items() if name != "loss"}
+        terms = {name: term.detach() for name, term in outputs.items() if name != "loss" or self._skips}
         self.terms.add(terms, self.state.global_step)
         self.monitor.clock.mark(FORWARD)
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -178,7 +178,7 @@ class StageTrainer(Trainer):
             if step == 1 or step % self.args.logging_steps == 0:
                 self.monitor.norms(self._bare())
         self.monitor.clock.mark(BACKWARD)
-        return self._countable(loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0) if self._skips else loss  # the Trainer's own sum would stay NaN
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """The gradient norm over all processes; 0 if the monitor skips the step.
@@ -189,14 +189,32 @@ class StageTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         norm = gathered(norm) if isinstance(norm, Tensor) else norm
-        if not self.monitor.settle(self.state.global_step + 1, norm):
+        skipped = not self.monitor.settle(self.state.global_step + 1, norm)
+        if self._skips:
+            for sums in (self.terms, self.sources):
+                if sums is not None:
+                    sums.end_step(skipped)
+        if skipped:
             model.zero_grad(set_to_none=True)  # without gradients, the optimizer step changes nothing
             return 0.0
         return norm
 
-    def _countable(self, value: Tensor) -> Tensor:
-        """Replaces non-finite values by 0 if such steps are skipped, to keep them out of the logged sums."""
-        return value if self.monitor.rules.non_finite == "stop" else value.nan_to_num(0.0, 0.0, 0.0)
+    @property
+    def _skips(self) -> bool:
+        """Whether steps that are not finite are skipped. Logged values are then means over the other steps."""
+        return self.monitor.rules.non_finite == "skip"
+
+    def _logged_terms(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        """The means of all terms; the Trainer's loss in ``logs`` counts skipped steps, so it is replaced or removed."""
+        skipped = self.terms.skipped
+        terms = self.terms.means(self.accelerator, step)
+        loss = terms.pop("loss", None)
+        if skipped:
+            logs["skipped"] = skipped
+            del logs["loss"]
+            if loss is not None:
+                logs["loss"] = loss
+        return terms
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's AdamW; with ``optimization.lr_overrides``, its parameter groups are those of the parts."""
@@ -217,7 +235,7 @@ class StageTrainer(Trainer):
         step = self.state.global_step
         steps = self.terms.steps(step)
         if "loss" in logs and steps > 0:
-            terms = self.terms.means(self.accelerator, step)
+            terms = self._logged_terms(logs, step)
             logs.update(terms | self._learning_rates() | self.monitor.report(terms, steps, step))
             if self.sources is not None:
                 logs.update(self.sources.means(self.accelerator))
