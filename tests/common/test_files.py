@@ -1,13 +1,17 @@
 """Written files and folders are complete or absent, even if writers are killed or write at the same time."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from visper.common.errors import ConfigError, DataError
 from visper.common.files import OUTSIDE, atomic_path, inside, is_leftover, remove_leftovers, write_text
@@ -44,6 +48,20 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: BaseException) ->
         partial.write_text("half")
         raise error
     assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_safetensors_errors_about_the_disk_are_errors_of_the_operating_system(tmp_path: Path, size: int) -> None:
+    """The limit of a file's size stands for a full disk: safetensors reports both in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        expected = nullcontext() if size == 100 else pytest.raises(OSError, match=r"\[Errno 27\] .*large: '.*weights'")
+        with expected, atomic_path(tmp_path / "weights") as partial:
+            save_file({"a": torch.zeros(size)}, partial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ({"weights"} if size == 100 else set())
 
 
 def test_a_folder_returns_when_its_successor_cannot_take_the_place(

@@ -309,6 +309,23 @@ def test_a_run_killed_while_it_finishes_takes_no_step_more(make, monkeypatch, tm
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
+def test_a_disk_that_fills_while_the_results_are_written_loses_no_step(make, monkeypatch, tmp_path):
+    run = make("pt")
+
+    def full(student, folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr("visper.training.run.save_student", full)
+    with pytest.raises(TrainingError, match=r"No space left on device.*The last checkpoint in.*add --resume"):
+        run_stage(run)
+    assert not (tmp_path / "pt" / "model").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(StageTrainer, "train", None)  # not called
+    run_stage(run, resume=True)
+    assert (tmp_path / "pt" / "model" / "run.yaml").exists()
+
+
 BFLOAT16 = {"precision": "bfloat16", "max_steps": 2}
 
 

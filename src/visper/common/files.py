@@ -36,6 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: a file was written, and ``path`` is a folder.
+        OSError: the disk is full, or the like, also where safetensors raises its own error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _sibling(path, "partial")
@@ -44,10 +45,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _open_to_readers(partial)
         flush(partial)
         _take_place(partial, path)
-    except BaseException:
+    except BaseException as error:
         _remove(partial)
+        number = _operating_system_error(error)
+        if number is not None:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     flush_names(path.parent)
+
+
+def _operating_system_error(error: BaseException) -> int | None:
+    """The number in safetensors' error about a full disk or the like, which is not an ``OSError``."""
+    from safetensors import SafetensorError
+
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(found[1]) if found else None
 
 
 def _open_to_readers(path: Path) -> None:

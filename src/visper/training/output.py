@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import is_leftover, remove_leftovers, write_text
 from visper.common.lock import HOLDER, LOCK
 from visper.config import Run, load_run, run_text
@@ -110,6 +112,22 @@ def saved_run(output: Path) -> Run | None:
     if not checkpoints(output) and not (output / "model").exists() and not (output / LOG).exists():
         return None
     return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
+
+
+@contextmanager
+def naming_saved_weights(output: Path) -> Iterator[None]:
+    """Turns an error while the stage's results are written, such as a full disk, into one that says what is not lost.
+
+    Raises:
+        TrainingError: the results could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"the run has trained to its end, but its results could not be written ({error}). The last checkpoint in "
+            f"'{output / FOLDER}' has its weights: free some space, then add --resume, which only writes the results"
+        ) from error
 
 
 def _refuse_other(run: Run, output: Path) -> None:

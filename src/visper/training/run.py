@@ -49,7 +49,7 @@ from visper.training.held_out import (
 )
 from visper.training.lora import ADAPTER, add_updates, four_bits, merge_updates, save_adapter
 from visper.training.module import TrainingModel
-from visper.training.output import DROPPED, check_output, claim_output, is_finished, saved_run
+from visper.training.output import DROPPED, check_output, claim_output, is_finished, naming_saved_weights, saved_run
 from visper.training.parallel.deepspeed import (
     prepare_for_zero,
     require_same_writer,
@@ -119,7 +119,8 @@ def run_stage(
         trainer = build_trainer(run, model, data, teachers, processes, [*callbacks, *evaluations])
         train(trainer, checkpoint, console, *evaluations)
         if processes.is_main_process:
-            finish(run, student, model)
+            with naming_saved_weights(output):
+                finish(run, student, model)
             announce(console, "saved", f"{output}/model")
         wait_for_all()
     return output / "model"
