@@ -9,6 +9,7 @@ from tests import tiny
 from tests.planning.test_plan import tiny_run, with_optimization
 from visper.common import gpus
 from visper.common.errors import ConfigError
+from visper.planning import fake_run
 from visper.planning.fake_run import fake_batch
 from visper.planning.fake_step import step_activations
 from visper.planning.fit import Fit
@@ -64,6 +65,17 @@ def test_without_an_estimate_everything_is_recomputed(run, monkeypatch):
     lost = run.model_copy(update={"student": run.student.model_copy(update={"llm": "/nowhere/llm"})})
     share, why = least_recomputation(lost, 1)
     assert share == 1.0 and "memory cannot be estimated" in why and "/nowhere/llm" in why
+
+
+def test_a_model_that_cannot_be_traced_still_trains(run, monkeypatch):
+    """Its own code may fail on fake tensors with any exception; the log names it."""
+
+    def fail(*_):
+        raise TypeError("unexpected tensor")
+
+    gpu(monkeypatch, 80e9)
+    monkeypatch.setattr(fake_run, "step_activations", fail)
+    assert least_recomputation(run, 1) == (1.0, "all layers: memory cannot be estimated (TypeError: unexpected tensor)")
 
 
 def test_a_plan_decides_as_training_does(run):

@@ -33,8 +33,10 @@ def least_recomputation(run: Run, processes: int) -> tuple[float, str]:
     machine = Machine(processes, memory_of(torch.device("cuda", torch.cuda.current_device())))
     try:
         fit = Fit(run, machine)
-    except (VisperError, ValueError, OSError) as error:
-        return 1.0, f"{'all layers: ' if asked else ''}memory cannot be estimated ({error})"
+    except Exception as error:
+        logger.debug("memory cannot be estimated", exc_info=True)
+        kind = "" if isinstance(error, VisperError) else f"{type(error).__name__}: "
+        return 1.0, f"{'all layers: ' if asked else ''}memory cannot be estimated ({kind}{error})"
     share = fit.settings.checkpointing
     assert machine.memory is not None
     peak = f"estimated peak {fit.memory.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB"
