@@ -5,6 +5,7 @@ import os
 from importlib.metadata import version
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -147,6 +148,22 @@ def fails_inside(monkeypatch, error, *options):
     with pytest.raises(SystemExit) as stop:
         main()
     return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [(["--version"], True), (["recipes", "no/such"], False)],  # the others may wait for a process that failed alone
+)
+def test_a_process_leaves_its_group_at_a_good_end(arguments, left, monkeypatch, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    monkeypatch.setattr("sys.argv", ["visper", *arguments])
+    try:
+        with pytest.raises(SystemExit):
+            main()
+        assert torch.distributed.is_initialized() is not left
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("error", [ValueError("unforeseen"), KeyError("unforeseen"), RuntimeError("unforeseen")])

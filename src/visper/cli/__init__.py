@@ -71,7 +71,7 @@ def options(
 
 
 def _leave_group() -> None:
-    """Ends the threads of the process group, which otherwise sometimes abort the process when Python exits.
+    """Ends the process group, whose threads otherwise sometimes abort the process when Python exits; NCCL warns, too.
 
     Call it only if every process leaves: a process that others wait for would hang here.
     """
@@ -84,6 +84,10 @@ def main() -> None:
     """Entry point. An expected error prints one message; anything else is a bug and prints its traceback."""
     try:
         app()
+    except SystemExit as ended:
+        if not ended.code:
+            _leave_group()
+        raise
     except (VisperError, OSError) as error:  # OSError: a full disk, a missing file, an unreachable hub
         if os.environ.get(DEBUG):
             traceback.print_exc()
