@@ -11,6 +11,9 @@ from visper.common.errors import ConfigError, ProcessFailedError, VisperError
 
 Result = TypeVar("Result")
 
+LAUNCHED = "VISPER_LAUNCHED"
+"""Environment variable of the processes that ``training.parallel.launch`` starts, which all see the same GPUs."""
+
 
 def first_decides(work: Callable[[], Result]) -> Result:
     """Runs ``work`` on the first process only; every process returns its result or raises its error.
@@ -82,6 +85,28 @@ def first_goes_first() -> Iterator[None]:
     yield
     if first:
         wait_for_all()
+
+
+def require_gpu_each() -> None:
+    """Refuses more processes on this machine than it has GPUs: two processes on one GPU fail in NCCL.
+
+    With another launcher, a process that sees one GPU may be one of several to which the scheduler gave one each.
+
+    Raises:
+        ConfigError: on every process, with both numbers.
+    """
+    import torch
+
+    started, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    own_gpu = found == 1 and LAUNCHED not in os.environ
+    if found == 0 or found >= started or own_gpu:
+        return
+    error = ConfigError(
+        f"{started} processes share {found} GPU{'s' * (found > 1)}: start at most one per GPU (launch.processes, or "
+        "torchrun's --nproc-per-node), or make more GPUs visible (CUDA_VISIBLE_DEVICES)"
+    )
+    error.shared = True
+    raise error
 
 
 def require_nccl() -> None:

@@ -24,7 +24,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.common.files import remove_leftovers
 from visper.common.lock import locked_by_first
 from visper.common.parallel import end_with_parent
-from visper.common.ranks import first_decides, first_goes_first, require_nccl, wait_for_all
+from visper.common.ranks import first_decides, first_goes_first, require_gpu_each, require_nccl, wait_for_all
 from visper.config import Data, Distillation, Run
 from visper.config.schema import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
@@ -66,6 +66,7 @@ def build_targets(
         raise ConfigError(f"no task of '{run.name}' has a teacher, so there is nothing to store: choose a run with one")
     row_files(run.data)  # missing sources are an error before anything is loaded
     require_nccl()
+    require_gpu_each()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=run.launch.timeout_minutes))
     console = Console(quiet=quiet or not state.is_main_process, soft_wrap=True)
     dtype = dtype or read_dtype(out) or DEFAULT_DTYPE

@@ -20,7 +20,7 @@ from visper.common.files import atomic_path
 from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
-from visper.common.ranks import first_decides, require_nccl, wait_for_all
+from visper.common.ranks import first_decides, require_gpu_each, require_nccl, wait_for_all
 from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
@@ -144,10 +144,11 @@ def join_processes(launch: Launch) -> PartialState:
     """Initializes distributed training and returns this process's state.
 
     Raises:
-        ConfigError: one process sees several GPUs, torch lacks NCCL, or ``launch.replicas`` does not divide the number
-            of processes.
+        ConfigError: one process sees several GPUs, several share one, torch lacks NCCL, or ``launch.replicas`` does not
+            divide the number of processes.
     """
     require_nccl()
+    require_gpu_each()
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from visper.common.errors import ConfigError, ProcessFailedError, StoppedError
+from visper.common.ranks import LAUNCHED
 from visper.config import Launch
 from visper.training.parallel.deepspeed import require_deepspeed
 
@@ -80,6 +81,7 @@ def _start(rank: int, count: int, port: int, command: Sequence[str]) -> subproce
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHED: "1",
     }
     return subprocess.Popen(
         [*PROGRAM, *command],
