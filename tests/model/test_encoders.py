@@ -6,14 +6,15 @@ import sys
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
-from transformers import ConvNextConfig, ConvNextModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import AutoModel, ConvNextConfig, ConvNextModel, TimmWrapperConfig, TimmWrapperModel
 
 from visper.common.errors import ConfigError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.model import FeatureMapTower, build_student, load_encoder, load_student, save_student
-from visper.model.encoders import _wrap
+from visper.model.encoders import _normalization, _wrap
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 XXL = "timm/convnext_xxlarge.clip_laion2b_soup"
@@ -149,3 +150,16 @@ def test_an_encoder_without_a_processor_is_warned_about(tmp_path, caplog):
     ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 24])).save_pretrained(tmp_path)
     load_encoder(str(tmp_path), image_size=64)
     assert "ImageNet's mean and std" in caplog.text
+
+
+def test_colors_are_never_guessed_because_a_file_cannot_be_read(tmp_path, monkeypatch, caplog):
+    """ImageNet's colors are for encoders known to have none; others would be trained on images of wrong colors."""
+    ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 24])).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot read its preprocessor_config.json"):
+        load_encoder(str(tmp_path), image_size=64)
+    model = AutoModel.from_pretrained(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"unknown whether 'a/b' has the file preprocessor_config.json"):
+        _normalization("a/b", model)
+    assert not caplog.text

@@ -8,8 +8,8 @@ from tests import tiny
 from visper.common.errors import ConfigError
 from visper.config import Student as StudentConfig
 from visper.config import load_run, recipe_names
-from visper.model import build_skeleton
-from visper.model.hub import known_sizes, loading, sizes_of, vocabulary_of
+from visper.model import build_skeleton, load_student
+from visper.model.hub import known_sizes, loading, sizes_of, stored_file, vocabulary_of
 
 
 class Response:
@@ -31,6 +31,57 @@ def test_what_cannot_be_had_says_what_to_do(cause, message):
     reason = cause("x") if cause is ConnectionError else cause("x", response=Response())
     with pytest.raises(ConfigError, match=message), loading("student.llm", "a/b"):
         raise OSError("who knows") from reason
+
+
+def test_a_folder_that_is_misspelled_is_named_before_the_hub(monkeypatch, tmp_path):
+    (tmp_path / "runs" / "pt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    missing = r"there is no 'ptt' in the folder 'runs'; as the id of a hub model: "
+    with pytest.raises(ConfigError, match=missing + "the hub has no such"), loading("student.llm", "runs/ptt"):
+        raise OSError from RepositoryNotFoundError("x", response=Response())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=missing):
+        load_student("runs/ptt")
+    with pytest.raises(ConfigError) as error, loading("student.llm", "runs/pt"):
+        raise OSError("damaged")
+    assert "there is no" not in str(error.value)
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """Caches files of the hub model a/b, with the hub out of reach."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, folder = "0" * 40, tmp_path / "hub" / "models--a--b"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+
+    def store(*names, absent=()):
+        for kind, files in (("snapshots", names), (".no_exist", absent)):
+            (folder / kind / commit).mkdir(parents=True, exist_ok=True)
+            for name in files:
+                (folder / kind / commit / name).write_text("{}")
+
+    return store
+
+
+def test_an_unreachable_hub_is_not_a_model_without_the_file(cached):
+    cached("config.json")
+    with pytest.raises(ConfigError, match=r"unknown whether 'a/b' has the file x.json.*`hf download a/b`"):
+        stored_file("a/b", "x.json")
+    cached("x.json")
+    assert stored_file("a/b", "x.json").name == "x.json"
+
+
+@pytest.mark.parametrize("known", [{"names": [".gitattributes"]}, {"names": [], "absent": ["x.json"]}])
+def test_what_the_cache_knows_needs_no_hub(cached, known):
+    cached(*known.pop("names"), **known)
+    assert stored_file("a/b", "x.json") is None
+
+
+def test_a_folder_has_what_is_in_it(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    assert stored_file(str(tmp_path), "x.json") == tmp_path / "x.json" and stored_file(str(tmp_path), "y") is None
 
 
 def test_a_missing_package_and_unasked_code_say_what_to_do():

@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from visper.common.errors import ConfigError
-from visper.model.hub import loading, sizes_of
+from visper.common.errors import ConfigError, first_line
+from visper.model.hub import loading, sizes_of, stored_file
 
 logger = logging.getLogger(__name__)
 
@@ -272,14 +272,21 @@ def _colors(config: PreTrainedConfig) -> tuple[Color, Color, int]:
 
 
 def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[Color, Color, int]:
-    """Mean, standard deviation and size of the images on which the encoder was trained."""
+    """Mean, standard deviation and size of the images on which the encoder was trained.
+
+    Raises:
+        ConfigError: its preprocessor configuration cannot be read, or it is unknown whether it has one.
+    """
     mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
     processor: Any = None
     try:
         processor = AutoImageProcessor.from_pretrained(name, **options)
-    except OSError:
+    except OSError as error:
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if stored_file(name, file, options.get("revision")) is not None:
+                raise ConfigError(f"encoder '{name}': cannot read its {file}: {first_line(error)}") from error
         logger.warning("encoder '%s' has no preprocessor_config.json: normalizing with ImageNet's mean and std", name)
     return (
         tuple(getattr(processor, "image_mean", None) or mean),

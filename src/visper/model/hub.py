@@ -11,11 +11,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from visper.common.cache import hub_cache_remedy
 from visper.common.errors import ConfigError, first_line
+
+WHOLE_ONLY = ".gitattributes"
+"""A file of all repositories of the hub that no library loads: if it is cached, the whole repository was downloaded."""
 
 
 @contextlib.contextmanager
@@ -48,20 +52,47 @@ def remedy(name: str, error: OSError) -> str:
         chain.append(link)
         link = link.__cause__
     reason = first_line(error)
+    place, here = Path(name), ""
+    if "/" in name and place.parent.is_dir() and not place.exists():
+        here = f"there is no '{place.name}' in the folder '{place.parent}'; as the id of a hub model: "
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
         return (
             f"it is gated, and this machine's token (if any) has no access: accept its license on "
             f"https://huggingface.co/{name}, then run `hf auth login`"
         )
     if any(isinstance(e, RepositoryNotFoundError) for e in chain):
-        return "the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
+        return f"{here}the hub has no such model, or it is private: check the spelling, or run `hf auth login`"
     unwritable = "".join(hub_cache_remedy(e) for e in chain if isinstance(e, OSError))
     if unwritable:
         return reason.rstrip(".") + unwritable
     return (
-        f"{reason} Use an existing folder or a hub id. Without network: run `hf download {name}` on a machine with "
-        "network, then use the folder it creates"
+        f"{here}{reason} Use an existing folder or a hub id. Without network: run `hf download {name}` on a machine "
+        "with network, then use the folder it creates"
     )
+
+
+def stored_file(model: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a folder or of a hub model; None if it has no such file.
+
+    Raises:
+        ConfigError: unknown, because the hub cannot be reached and the cache may lack files. It must not look as if the
+            model had no such file.
+    """
+    if Path(model).is_dir():
+        return Path(model) / name if (Path(model) / name).is_file() else None
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        known_absent = not isinstance(try_to_load_from_cache(model, name, revision=revision), str | None)
+        complete = isinstance(try_to_load_from_cache(model, WHOLE_ONLY, revision=revision), str)
+        if known_absent or complete:
+            return None
+        raise ConfigError(
+            f"unknown whether '{model}' has the file {name}: the hub cannot be reached, and this machine's cache has "
+            f"only parts of the model. Try again, or run `hf download {model}` where there is network"
+        ) from error
+    except EntryNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -25,11 +23,12 @@ from transformers import (
 )
 
 from visper.common.console import without_loading_bars
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, first_line
 from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
 from visper.model.card import write_card
+from visper.model.hub import remedy, stored_file
 from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
 
@@ -153,7 +152,7 @@ def load_student(
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, revision=revision, **options)
         processor = _load_processor(source, revision)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot load a student from '{folder}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load a student from '{folder}': {_reason(folder, error)}") from error
     names, word_ids = read_added_tokens(source, revision)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids, word_ids)
@@ -163,15 +162,10 @@ def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[st
     """Names of the task tokens and ids of added words; both empty if the model was not saved by this package.
 
     Raises:
-        ConfigError: an older version saved them.
+        ConfigError: an older version saved them, or the hub cannot be reached (``stored_file``).
     """
-    file = Path(source) / STUDENT_FILE
-    if not Path(source).is_dir():
-        try:
-            file = Path(hf_hub_download(source, STUDENT_FILE, revision=revision))
-        except EntryNotFoundError:
-            return {}, []
-    if not file.is_file():
+    file = stored_file(source, STUDENT_FILE, revision)
+    if file is None:
         return {}, []
     content = json.loads(file.read_text(encoding="utf-8"))
     missing = [key for key in ("task_tokens", "word_ids") if key not in content]
@@ -192,7 +186,12 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
     try:
         return _load_processor(student_place(folder), revision)
     except OSError as error:
-        raise ConfigError(f"cannot load a processor from '{folder}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load a processor from '{folder}': {_reason(folder, error)}") from error
+
+
+def _reason(folder: str | Path, error: Exception) -> str:
+    """For a hub id, why it cannot be loaded, and what to do; for a folder, only why."""
+    return first_line(error) if Path(folder).is_dir() or not isinstance(error, OSError) else remedy(str(folder), error)
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
