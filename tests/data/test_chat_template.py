@@ -212,6 +212,8 @@ def test_the_first_token_is_left_to_the_tokenizer_where_writing_it_would_change_
     tokenizer = sentencepiece_tokenizer(prefix, rstrip=False)
     first = [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
-    tokenizer.chat_template = "{% for m in messages %}a {{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}a {{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}a {% endif %}"
+    )
     expected = ("{{- bos_token }}" if writes else "") + tokenizer.chat_template
     assert llm_template(tokenizer) == expected

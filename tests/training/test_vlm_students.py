@@ -122,7 +122,8 @@ def test_rows_have_the_ids_that_the_models_own_processor_makes(family, folders, 
         assert sum(encoded.image_tokens) == encoded.input_ids.count(encoder.image_token_id)
         supervised = [token for token in encoded.labels if token != -100]
         end = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(family, "<|im_end|>")
-        assert processor.tokenizer.decode(supervised) == row.turns[1].text + end
+        # SmolVLM's prompt ends before the space that its template writes before an answer.
+        assert processor.tokenizer.decode(supervised) == " " * (family == "smolvlm") + row.turns[1].text + end
 
 
 @every_family

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import re
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from tokenizers.models import Unigram
 
 from visper.common.errors import DataError
 from visper.data.chat_template import (
+    PADDED,
     SENTINEL,
     SENTINELS,
     find_end_of_turn,
+    generation_prompt,
     lacks_first_token,
     special_pattern,
+    stripped_by,
 )
 from visper.data.images import output_size
 from visper.data.rows.records import Record
@@ -53,7 +57,20 @@ class _Skeleton:
     """The template rendered for conversations of one form, split where the texts are inserted."""
 
     literals: list[str]
-    answer_ends: dict[int, int]  # index of a text -> characters of the next literal up to and including end of turn
+    # Index of an answer's text -> characters that belong to the answer: of the literal before it, those behind the
+    # generation prompt, and of the literal behind it, those up to and including the end of turn.
+    answers: dict[int, tuple[int, int]]
+    # What the template strips from each text (``stripped_by``); nothing from answers, as in the published code.
+    stripped: list[tuple[str | None, str | None]]
+
+
+class _Filled(NamedTuple):
+    """A conversation's text, with character positions in it."""
+
+    text: str
+    answers: list[tuple[int, int]]  # what to supervise
+    asked: list[int]  # ends of prompts that no token may cross
+    cuts: list[int]  # where to cut it so that texts contain no control tokens
 
 
 class ConversationEncoder:
@@ -73,6 +90,7 @@ class ConversationEncoder:
         self._special_ids = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.image_token_id, self.num_image_tokens = self._read_image_tokens()
         self._behind_image = self._special_ids - {self.image_token_id}
+        self._generation_prompt = generation_prompt(processor)
         self._skeletons: dict[tuple[tuple[tuple[str, str], ...], bool], _Skeleton] = {}
 
     @property
@@ -117,9 +135,9 @@ class ConversationEncoder:
         Raises:
             DataError: the template rejects the conversation.
         """
-        text, answers, cuts = self._fill(record, asks=False)
-        ids, offsets = self._tokenize(text, cuts)
-        labels = supervise(ids, offsets, answers)
+        filled = self._fill(record, asks=False)
+        _, labels, offsets = self._label(filled)
+        text = filled.text
         spans = [span for label, span in zip(labels, offsets, strict=True) if label == self._unknown_id]
         return [_word_around(text, *span) for span in spans]
 
@@ -138,9 +156,7 @@ class ConversationEncoder:
         self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Ids, labels and each image's block ``[start, end)``; ``asks`` appends the header of an answer."""
-        text, answers, cuts = self._fill(record, asks)
-        ids, offsets = self._tokenize(text, cuts)
-        labels = supervise(ids, offsets, answers)
+        ids, labels, _ = self._label(self._fill(record, asks))
         found, expected = ids.count(self.image_token_id), len(record.images)
         if found != expected:
             raise DataError("image tokens", f"the chat template shows {found} images: expected {expected}")
@@ -148,6 +164,27 @@ class ConversationEncoder:
 
     def _render(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
         """The template's text around the texts of the turns, which are given by role and form (see ``_texts``)."""
+        literals, speakers = self._literals(turns, asks, "{}")
+        padded, _ = self._literals(turns, asks, PADDED)
+        answers = {
+            place: (
+                len(literals[place]) - self._generation_prompt.answer_start(literals[place]),
+                find_end_of_turn(literals[place + 1], self._special).end(),
+            )
+            for place, role in enumerate(speakers)
+            if role == "assistant"
+        }
+        stripped = [
+            ("", "") if place in answers else found for place, found in enumerate(stripped_by(literals, padded))
+        ]
+        return _Skeleton(literals, answers, stripped)
+
+    def _literals(self, turns: tuple[tuple[str, str], ...], asks: bool, text: str) -> tuple[list[str], list[str]]:
+        """What the template writes before, between and after the texts, and the role of each text's turn.
+
+        Args:
+            text: what each text is, with a place for its sentinel.
+        """
         messages: list[dict[str, Any]] = []
         speakers: list[str] = []
         for role, form in turns:
@@ -156,7 +193,7 @@ class ConversationEncoder:
                 if part == _IMAGE:
                     content.append({"type": "image"})
                 else:
-                    content.append({"type": "text", "text": SENTINEL.format(len(speakers))})
+                    content.append({"type": "text", "text": text.format(SENTINEL.format(len(speakers)))})
                     speakers.append(role)
             messages.append({"role": role, "content": content})
         try:
@@ -168,21 +205,10 @@ class ConversationEncoder:
         found = [int(i) for i in pieces[1::2]]
         if found != list(range(len(speakers))):
             raise DataError("chat template leaves texts out", f"{len(speakers)} were given, {found} came back")
-        literals = pieces[0::2]
-        ends = {
-            place: find_end_of_turn(literals[place + 1], self._special).end()
-            for place, role in enumerate(speakers)
-            if role == "assistant"
-        }
-        return _Skeleton(literals, ends)
+        return pieces[0::2], speakers
 
-    def _fill(
-        self, record: Record, asks: bool, blocks: Sequence[str] = ()
-    ) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The conversation's text, the spans to supervise, and where to cut it so that texts contain no control tokens.
-
-        ``blocks``, if given, replace the template's image tokens.
-        """
+    def _fill(self, record: Record, asks: bool, blocks: Sequence[str] = ()) -> _Filled:
+        """The conversation's text; ``blocks``, if given, replace the template's image tokens."""
         texts, turns = _texts(record)
         if (turns, asks) not in self._skeletons:
             self._skeletons[turns, asks] = self._render(turns, asks)
@@ -190,19 +216,33 @@ class ConversationEncoder:
         literals = _with_blocks(skeleton.literals, self.processor.image_token, blocks) if blocks else skeleton.literals
         parts = [literals[0]]
         at = len(literals[0])
-        answers, cuts = [], []
-        for place, text in enumerate(texts):
+        answers, asked, cuts = [], [], []
+        for place, (given, (before, behind)) in enumerate(zip(texts, skeleton.stripped, strict=True)):
+            text = given.lstrip(before).rstrip(behind)
             literal = literals[place + 1]
             # Cut after the first character of each control token that occurs in a text, including overlapping ones.
             found = self._special.search(text)
             while found is not None:
                 cuts.append(at + found.start() + 1)
                 found = self._special.search(text, found.start() + 1)
-            if place in skeleton.answer_ends and text.strip():
-                answers.append((at, at + len(text) + skeleton.answer_ends[place]))
+            if place in skeleton.answers and text.strip():
+                lead, end = skeleton.answers[place]
+                answers.append((at - lead, at + len(text) + end))
+                # A token may join a prompt to whitespace with which an answer begins, as in the published code.
+                asked += [at - lead] if lead or not text[0].isspace() else []
             parts += [text, literal]
             at += len(text) + len(literal)
-        return "".join(parts), answers, cuts
+        return _Filled("".join(parts), answers, asked, cuts)
+
+    def _label(self, filled: _Filled) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Ids, labels and character spans; no token joins a prompt to the answer's first word."""
+        ids, offsets = self._tokenize(filled.text, filled.cuts)
+        begins = [start for start, _ in offsets]
+        before = ((place, bisect_left(begins, place) - 1) for place in filled.asked)
+        crossed = [place for place, token in before if token >= 0 and offsets[token][1] > place]
+        if crossed:
+            ids, offsets = self._tokenize(filled.text, sorted({*filled.cuts, *crossed}))
+        return ids, supervise(ids, offsets, filled.answers), offsets
 
     def _tokenize(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans ``(start, end)`` in ``text``."""
@@ -273,7 +313,7 @@ def _num_image_tokens(processor: Any) -> int:
 
 
 def supervise(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
-    """Labels: supervises tokens that begin inside an answer's span; one that begins in the header is part of that."""
+    """Labels: supervises the tokens that begin inside an answer's span."""
     labels = [IGNORED] * len(ids)
     token = 0
     for start, end in answers:

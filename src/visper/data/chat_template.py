@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -95,15 +98,17 @@ def student_template(
 def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template of an LLM's tokenizer, in the form that ``student_template`` needs.
 
-    Of several named templates, the one named ``default`` is used, or the only one. If the tokenizer adds a BOS token,
-    the returned template writes it at the very start of a prompt, because tools differ in whether they add BOS to a
-    rendered prompt (transformers' processors do if the prompt does not begin with it, vLLM does not).
+    Of several named templates, the one named ``default`` is used, or the only one, without thinking
+    (``answering_template``). If the tokenizer adds a BOS token, the returned template writes it at the very start of a
+    prompt, because tools differ in whether they add BOS to a rendered prompt (transformers' processors do if the prompt
+    does not begin with it, vLLM does not).
 
     Raises:
-        ConfigError: there is no such template, or prompts would begin or end with a wrong token.
+        ConfigError: there is no such template, prompts would begin or end with a wrong token, or answers do not follow
+            the prompts.
     """
     name = f"the tokenizer '{tokenizer.name_or_path}'"
-    template = _default_template(tokenizer, name)
+    template = answering_template(tokenizer, _default_template(tokenizer, name))
     if not lacks_first_token(tokenizer, _question(tokenizer, template).lstrip()):
         template = template.lstrip()
         if lacks_first_token(tokenizer, _question(tokenizer, template)):
@@ -152,6 +157,115 @@ def _question(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return str(
         tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     )
+
+
+@dataclass(frozen=True)
+class GenerationPrompt:
+    """What a template writes when it asks for an answer.
+
+    Attributes:
+        text: everything between the user's text and the answer.
+        added: the end of it that only a request for an answer has; empty for templates that always write all of it.
+        header: what precedes the answer in a conversation that has one; equals ``text``, or adds whitespace to it.
+    """
+
+    text: str
+    added: str
+    header: str
+
+    @property
+    def leads_to_answers(self) -> bool:
+        """Whether a prompt is the beginning of the conversation that has the answer, up to whitespace before it."""
+        return self.header.startswith(self.text) and not self.header[len(self.text) :].strip()
+
+    def answer_start(self, literal: str) -> int:
+        """The index in ``literal``, the text before an answer, at which the model is asked: the end of the prompt.
+
+        Templates such as Mistral's write a space between the two, which tokenizers join to the answer's first word.
+        """
+        for prompt in (self.text, self.added):
+            at = literal.rfind(prompt) if prompt else -1
+            if at >= 0 and not literal[at + len(prompt) :].strip():
+                return at + len(prompt)
+        return len(literal)
+
+
+def generation_prompt(owner: Any, template: str | None = None, as_parts: bool = True) -> GenerationPrompt:
+    """How a template asks for an answer; all empty if it rejects a user's question or its answer.
+
+    Args:
+        owner: the processor or tokenizer that renders it.
+        template: default: the owner's own.
+        as_parts: contents are lists of parts, not strings.
+    """
+    user, assistant = (
+        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+        for role, text in (("user", SENTINEL.format(0)), ("assistant", SENTINEL.format(1)))
+    )
+
+    def behind_question(messages: list[dict[str, Any]], asks: bool) -> str:
+        rendered = owner.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=asks
+        )
+        return str(rendered).partition(SENTINEL.format(0))[2].partition(SENTINEL.format(1))[0]
+
+    try:
+        plain, text = behind_question([user], False), behind_question([user], True)
+        header = behind_question([user, assistant], False)
+    except TemplateError:
+        return GenerationPrompt("", "", "")
+    return GenerationPrompt(text, text[len(plain) :] if text.startswith(plain) else "", header)
+
+
+WITHOUT_THINKING = "{%- set enable_thinking = false -%}"
+"""Prefix for a template. A student is trained on answers, so it must be asked for an answer and not for thoughts."""
+
+
+def answering_template(owner: Any, template: str, as_parts: bool = False) -> str:
+    """The template, without thinking if it would otherwise ask for thoughts, or write thoughts before an answer.
+
+    Args:
+        owner, as_parts: as in ``generation_prompt``.
+
+    Raises:
+        ConfigError: its prompts do not lead to its answers, with or without thinking.
+    """
+    found = generation_prompt(owner, template, as_parts)
+    for form in (template, WITHOUT_THINKING + template):
+        if generation_prompt(owner, form, as_parts).leads_to_answers:
+            return form
+    raise ConfigError(
+        f"the chat template of '{getattr(owner, 'tokenizer', owner).name_or_path}' asks for an answer with "
+        f"{found.text[-60:]!r}, but writes {found.header[-60:]!r} before one, so the model would be asked where it was "
+        "never trained: use another model, or end the two alike in chat_template.jinja in a copy of its folder"
+    )
+
+
+PADDED = "\n {} \n"
+"""A text with whitespace around it, which shows what a template strips."""
+_BEFORE: tuple[tuple[str | None, str], ...] = (("", "\n "), ("\n", " "), (None, ""))
+_BEHIND: tuple[tuple[str | None, str], ...] = (("", " \n"), ("\n", " "), (None, ""))
+"""Arguments of ``str.strip``, and what they leave of the whitespace of ``PADDED``."""
+_NOTHING: tuple[tuple[str | None, str], ...] = (("", ""),)
+
+
+def stripped_by(literals: Sequence[str], padded: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """What a template strips from the start and the end of each text, as arguments of ``str.strip``.
+
+    Args:
+        literals: what the template writes before, between and after the texts.
+        padded: the same, with each text in ``PADDED``.
+    """
+    last = len(literals) - 1
+    starts: list[str | None] = []
+    ends: list[str | None] = []
+    for place, (literal, shown) in enumerate(zip(literals, padded, strict=True)):
+        options = product(_BEHIND if place else _NOTHING, _BEFORE if place < last else _NOTHING)
+        found = [(end, start) for (end, left), (start, right) in options if left + literal + right == shown]
+        end, start = found[0] if found else ("", "")
+        ends.append(end)
+        starts.append(start)
+    return list(zip(starts[:-1], ends[1:], strict=True))
 
 
 def _literal(text: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from visper.common.errors import ConfigError, DataError
-from visper.data.chat import IGNORED, ConversationEncoder, supervise
+from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.chat_template import SENTINEL
 from visper.data.image_places import Shown, places_of
 from visper.data.images import geometry_of
@@ -94,9 +94,7 @@ class VlmEncoder(ConversationEncoder):
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         sizes = (NOMINAL_SIZE,) * len(record.images) if sizes is None else tuple(sizes)
         blocks = self._blocks(sizes) if sizes else []
-        text, answers, cuts = self._fill(record, asks, blocks)
-        ids, offsets = self._tokenize(text, cuts)
-        labels = supervise(ids, offsets, answers)
+        ids, labels, _ = self._label(self._fill(record, asks, blocks))
         return ids, labels, self._spans(ids, labels, blocks)
 
     def _spans(self, ids: list[int], labels: list[int], blocks: Sequence[str]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
-from visper.data.chat_template import behind_images
+from visper.data.chat_template import answering_template, behind_images
 from visper.model.hub import loading
 from visper.model.known import require_known
 from visper.model.parts import PROJECTOR, parameters_of
@@ -79,7 +79,7 @@ def build_vlm_processor(config: VlmStudent) -> Any:
     """The model's own processor, with images limited to ``max_pixels`` and the task tokens in its chat template.
 
     Raises:
-        ConfigError: it cannot be loaded, or cannot limit the size of images.
+        ConfigError: it cannot be loaded, or cannot limit the size of images, or answers do not follow its prompts.
     """
     with loading("student.vlm", config.vlm):
         processor = AutoProcessor.from_pretrained(
@@ -90,6 +90,8 @@ def build_vlm_processor(config: VlmStudent) -> Any:
         )
     if config.max_pixels is not None:
         limit_pixels(processor, config.max_pixels)
+    if processor.chat_template:
+        processor.chat_template = answering_template(processor, processor.chat_template, as_parts=True)
     ids = task_token_ids(config, processor.tokenizer)
     if ids:
         names = processor.tokenizer.convert_ids_to_tokens([token for of_task in ids.values() for token in of_task])
