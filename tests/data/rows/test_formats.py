@@ -76,6 +76,18 @@ def test_a_caption_answers_one_question() -> None:
     assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and turn_of_image(record) == 0
 
 
+def marked(**keys: Any) -> dict[str, Any]:
+    """A conversation with these keys beside its first answer."""
+    content = messages("What?")
+    content["messages"][1] |= keys
+    return content
+
+
+@pytest.mark.parametrize("keys", [{"weight": 1}, {"weight": 1.0}, {"loss": True}, {"train": None}])
+def test_a_turn_may_be_marked_to_be_trained(keys: dict[str, Any]) -> None:
+    assert parse(marked(**keys)).turns == parse(marked()).turns
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -94,6 +106,10 @@ def test_a_caption_answers_one_question() -> None:
         (messages([IMAGE, IMAGE, WHAT], images=["a.jpg"]), "images and tags differ"),
         (messages([IMAGE, WHAT], [IMAGE], images=["a.jpg"]), "bad turn"),
         (messages([{"type": "tool"}]), "bad turn"),
+        (marked(weight=0), "turn with a weight"),
+        (marked(loss=False), "turn with a weight"),
+        (marked(train=False), "turn with a weight"),
+        (marked(weight=0.5), "turn with a weight"),
         ({"text": "A cat."}, "no image"),
         (row("Q", "A", image="http://a.b/c.jpg"), "bad image path"),
         (row("Q", "A", image="data:image/png;base64,iVBO"), "bad image path"),

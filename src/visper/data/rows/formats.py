@@ -36,6 +36,8 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text")
 """The keys of a row that are read, under these names or mapped by a source's ``columns``."""
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
+TURN_WEIGHTS = ("weight", "loss", "train", "training")
+"""Keys with which other libraries mark turns that are not trained (OpenAI, ms-swift, axolotl)."""
 CAPTION_QUESTION = "Describe the image concisely."
 """The user's turn for a caption row."""
 Part = tuple[int, Any]
@@ -160,7 +162,8 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
     """Parses a turn and its image parts.
 
     Raises:
-        DataError: it has no role or text, has other media than images, or contains text that cannot be tokenized.
+        DataError: it has no role or text, has other media than images, is marked not to be trained, or contains text
+            that cannot be tokenized.
     """
     speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
@@ -168,6 +171,12 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
     if role is None or not isinstance(content, str | list):
         keys = "'from' and 'value', or 'role' and 'content'"
         raise DataError("bad turn", f"expected {keys}, by one of {', '.join(ROLES)}; found {str(turn)[:80]!r}")
+    marked = [key for key in TURN_WEIGHTS if role == "assistant" and turn.get(key) not in (None, True)]
+    if marked:
+        raise DataError(
+            "turn with a weight",
+            f"'{marked[0]}' is {turn[marked[0]]!r}, but every answer is trained fully: remove the key, or the turn",
+        )
     texts: list[str] = []
     images: list[Part] = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
