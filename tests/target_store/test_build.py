@@ -195,7 +195,7 @@ def test_other_dtypes_precisions_and_folders_are_refused(make, tmp_path, rows):
         run_stage(run.model_copy(update={"distillation": distillation}))
     with pytest.raises(ConfigError, match="no target store: choose a new folder"):
         build_targets(make("build"), rows, quiet=True)
-    with pytest.raises(ConfigError, match=r"no target store at .*`visper targets build .*run\.yaml --out "):
+    with pytest.raises(ConfigError, match=r"no target store at .*`visper targets build RUN\.yaml --out "):
         run_stage(make("nowhere", tmp_path / "nowhere"))
 
 

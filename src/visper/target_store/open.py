@@ -96,7 +96,7 @@ def open_targets(
         distillation: the run's section.
         geometry: geometry of the run's data.
         background: the RGB color that ``pad`` puts around an image.
-        recipe: file or name of the recipe, for the command in messages.
+        recipe: file or name of the recipe, or a placeholder for it, for the command in messages.
         store: open this store instead.
 
     Raises:
