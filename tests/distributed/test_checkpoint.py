@@ -17,7 +17,7 @@ from tests.checkpoints import tensors_of
 from visper.common.errors import ProcessFailedError, TrainingError
 from visper.training import checkpoint
 from visper.training.checkpoint_writer import CheckpointWriter, ShardWriter
-from visper.training.parallel.fsdp import whole
+from visper.training.parallel.fsdp import full_tensors
 
 
 def unused_port():
@@ -54,7 +54,7 @@ def everything(model, optimizer):
     """Weights and moments, unsharded, by name."""
     state = checkpoint.state_of(model, optimizer)
     moments = {f"{name}.{kind}": v for name, own in state["optimizer"].items() for kind, v in own.items()}
-    return whole([*state["weights"].items(), *moments.items()], keep=True)
+    return full_tensors([*state["weights"].items(), *moments.items()], keep=True)
 
 
 def join(rank, port):

@@ -14,7 +14,7 @@ from visper.common.console import Console
 from visper.config import load_run
 from visper.model import save_student
 from visper.model.start import starting_student
-from visper.training.parallel.fsdp import whole
+from visper.training.parallel.fsdp import full_tensors
 from visper.training.run import build_model, build_student, build_targets, join_processes
 
 QUIET = Console(quiet=True)
@@ -29,7 +29,7 @@ def start(recipe):
     read = sum(parameter.numel() for parameter in student.model.parameters() if not parameter.is_meta)
     teachers, _ = build_targets(run, student, QUIET)
     model = build_model(run, student, teachers, processes, QUIET)
-    tensors = whole(model.named_parameters(remove_duplicate=False), keep=True)
+    tensors = full_tensors(model.named_parameters(remove_duplicate=False), keep=True)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     answers = student.model.generation_config.to_dict()
     return read, {**tensors, **dict(model.named_buffers())}, trainable, answers

@@ -23,7 +23,7 @@ from visper.common.errors import DataError, TrainingError
 from visper.config import Monitor
 from visper.training.flops import FlopMeter
 from visper.training.global_batch import Counts
-from visper.training.parallel.fsdp import gathered
+from visper.training.parallel.fsdp import full_tensor
 from visper.training.stages import part_name
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class RunMonitor:
             if parameter.grad is not None:
                 parts.setdefault(part_name(name).split(".")[0], []).append(parameter.grad.detach())
         for part, gradients in parts.items():
-            norms = [gathered(torch.linalg.vector_norm(gradient)) for gradient in gradients]
+            norms = [full_tensor(torch.linalg.vector_norm(gradient)) for gradient in gradients]
             self._norms[part] = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
     def report(self, terms: Mapping[str, float], steps: int, step: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ from visper.training.module import FORWARD_KEYS, TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
 from visper.training.output import DROPPED
 from visper.training.parallel.deepspeed import save_zero_checkpoint
-from visper.training.parallel.fsdp import choose_reduction, gathered, is_sharded, whole
+from visper.training.parallel.fsdp import choose_reduction, full_tensor, full_tensors, is_sharded
 from visper.training.resume import write_order
 from visper.training.stage_data import StageData
 from visper.training.stages import parameter_groups
@@ -183,12 +183,12 @@ class StageTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
         """The gradient norm over all processes; 0 if the monitor skips the step.
 
-        Until about torch 2.14, the norm of sharded gradients covers only this process's shards, hence ``gathered``.
+        Until about torch 2.14, the norm of sharded gradients covers only this process's shards, hence ``full_tensor``.
         The Trainer calls this right before the optimizer step, so the monitor checks loss and gradient norm here. With
         one process, this is the only time in a step that the host waits for its device.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        norm = gathered(norm) if isinstance(norm, Tensor) else norm
+        norm = full_tensor(norm) if isinstance(norm, Tensor) else norm
         skipped = not self.monitor.settle(self.state.global_step + 1, norm)
         if self._skips:
             for sums in (self.terms, self.sources):
@@ -254,7 +254,7 @@ class StageTrainer(Trainer):
         folder, first = Path(output_dir), self.args.should_save
         if self.is_deepspeed_enabled:
             save_zero_checkpoint(self.model_wrapped, folder, self.launch, self.accelerator.num_processes, first)
-            weights = whole(checkpoint.trainable_state(self._bare()).items(), keep=first)
+            weights = full_tensors(checkpoint.trainable_state(self._bare()).items(), keep=first)
             self.writer.write({"weights": weights}, folder)
         else:
             self.writer.write(checkpoint.state_of(self._bare(), self._optimizer()), folder)

@@ -53,7 +53,7 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     """
     first = dist.get_rank() == 0
     described = first_decides(lambda: {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()})
-    take_after(model, described)
+    apply_types(model, described)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if replicas == 1:
@@ -73,12 +73,12 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
         model.to_empty(device=mesh.device_type)
     assert dict(model.named_parameters()).keys() == described.keys(), "sharding untied tied weights"
     with naming_lost_processes():
-        send(model, weights)
+        broadcast_weights(model, weights)
     local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return local / sum(p.numel() for p in model.parameters())
 
 
-def take_after(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) -> None:
+def apply_types(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) -> None:
     """Sets each parameter's precision and ``requires_grad`` to the values of the ``first`` process, given by name.
 
     Raises:
@@ -94,7 +94,7 @@ def take_after(model: nn.Module, first: Mapping[str, tuple[torch.dtype, bool]]) 
 
 
 @torch.no_grad()
-def send(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def broadcast_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Sends the first process's ``weights``, one at a time, into every process's shards; then sends its buffers.
 
     Args:
@@ -103,7 +103,7 @@ def send(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """
     for name, parameter in model.named_parameters():
         shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
-        put(parameter, weights.pop(name) if weights else torch.empty(shape, dtype=dtype, device=device))
+        set_value(parameter, weights.pop(name) if weights else torch.empty(shape, dtype=dtype, device=device))
     for _, buffer in model.named_buffers(remove_duplicate=False):
         value = buffer.contiguous()
         dist.broadcast(value, 0)
@@ -140,7 +140,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full ``tensor``, whatever the engine. Every process must call."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
@@ -152,21 +152,21 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def whole(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+def full_tensors(named: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """The named tensors, unsharded and on the CPU, gathered one at a time.
 
     Every process must call; without ``keep`` the result is empty.
     """
     found = {}
     for name, tensor in named:
-        full = gathered(tensor)
+        full = full_tensor(tensor)
         if keep:
             found[name] = full.detach().cpu().contiguous()
     return found
 
 
 @torch.no_grad()
-def put(parameter: Tensor, value: Tensor) -> None:
+def set_value(parameter: Tensor, value: Tensor) -> None:
     """Writes an unsharded ``value`` into a parameter, sharded or not."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
@@ -182,7 +182,7 @@ def unshard(model: nn.Module, keep: bool) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter not in done:
-                value = whole([(name, parameter)], keep).get(name, torch.empty(0))
+                value = full_tensors([(name, parameter)], keep).get(name, torch.empty(0))
                 done[parameter] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module.register_parameter(name, done[parameter])
         for name, buffer in module.named_buffers(recurse=False):
