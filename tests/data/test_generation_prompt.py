@@ -136,6 +136,19 @@ def test_each_question_of_a_conversation_is_asked_where_its_answer_is_trained(na
         assert row.labels[len(prompt)] != IGNORED and row.labels[len(prompt) - 1] == IGNORED
 
 
+ONEVISION = (  # LLaVA-OneVision's: a space more before an answer than when it asks for one
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}{{ '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_may_ask_with_other_whitespace() -> None:
+    processor = make_processor(ONEVISION, "byte-level")
+    assert processor.tokenizer.chat_template == ONEVISION
+    row = ConversationEncoder(processor).encode(record("What is it?", "Yes", image_turn=None))
+    assert processor.tokenizer.decode([label for label in row.labels if label != IGNORED]) == "Yes<|im_end|>"
+
+
 def test_a_thinking_template_is_asked_for_answers_alone() -> None:
     template = make_processor(QWEN_3, "byte-level").tokenizer.chat_template
     assert template == WITHOUT_THINKING + QWEN_3

@@ -166,7 +166,7 @@ class GenerationPrompt:
     Attributes:
         text: everything between the user's text and the answer.
         added: the end of it that only a request for an answer has; empty for templates that always write all of it.
-        header: what precedes the answer in a conversation that has one; equals ``text``, or adds whitespace to it.
+        header: the same in a conversation that has the answer; should differ in whitespace only.
     """
 
     text: str
@@ -175,8 +175,8 @@ class GenerationPrompt:
 
     @property
     def leads_to_answers(self) -> bool:
-        """Whether a prompt is the beginning of the conversation that has the answer, up to whitespace before it."""
-        return self.header.startswith(self.text) and not self.header[len(self.text) :].strip()
+        """Whether a prompt ends where a conversation has the answer, up to whitespace."""
+        return "".join(self.header.split()) == "".join(self.text.split())
 
     def answer_start(self, literal: str) -> int:
         """The index in ``literal``, the text before an answer, at which the model is asked: the end of the prompt.
