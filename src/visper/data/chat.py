@@ -29,7 +29,7 @@ from visper.data.chat_template import (
     stripped_by,
 )
 from visper.data.images import output_size
-from visper.data.rows.records import Record
+from visper.data.rows.records import Record, is_supervised, unsupervised
 
 IGNORED = -100
 _IMAGE, _TEXT = "i", "t"
@@ -118,8 +118,8 @@ class ConversationEncoder:
         if truncated:
             ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
         if labels.count(IGNORED) == len(labels):
-            why = f"none within {self.max_tokens} tokens" if truncated else "every answer is empty"
-            raise DataError("no supervised token", why)
+            empty = unsupervised(turn.text for turn in record.turns if turn.role == "assistant")
+            raise DataError(*empty or ("no supervised token", f"none within {self.max_tokens} tokens"))
         return Encoded(ids, labels, truncated, image_tokens, *self._count_unknown(labels))
 
     def _count_unknown(self, labels: list[int]) -> tuple[int, int]:
@@ -225,7 +225,7 @@ class ConversationEncoder:
             while found is not None:
                 cuts.append(at + found.start() + 1)
                 found = self._special.search(text, found.start() + 1)
-            if place in skeleton.answers and text.strip():
+            if place in skeleton.answers and is_supervised(text):
                 lead, end = skeleton.answers[place]
                 answers.append((at - lead, at + len(text) + end))
                 # A token may join a prompt to whitespace with which an answer begins, as in the published code.

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.conftest import outside
-from tests.data.rows.test_records import row
+from tests.data.rows.test_records import row, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.cli import app
 from visper.common.errors import DataError
@@ -21,6 +21,7 @@ from visper.data.checks.image_files import look
 from visper.data.checks.report import TEXT_ONLY, TOTAL, Report, check, repair, source_of
 from visper.data.images import open_image
 from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
 
 
 def picture(kind: str, seed: int = 0) -> bytes:
@@ -94,10 +95,25 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
                for what, n in total.items())  # fmt: skip
 
 
-def test_without_a_tokenizer_supervision_is_not_judged(faulty: tuple[Path, Path]) -> None:
+def test_without_a_tokenizer_the_same_rows_are_unusable(faulty: tuple[Path, Path]) -> None:
     report = check(*faulty, quiet=True)
-    assert report.counts[TOTAL]["no supervised token"] == 0 and report.counts[TOTAL]["unusable"] == 5
+    assert dict(report.counts[TOTAL]) == dict(check(*faulty, ENCODER, quiet=True).counts[TOTAL])
     assert not report.encoded
+
+
+ANSWERS = [("",), (" \n\t",), ("\u3000", "\u00a0"), ("", "A"), ("\u200b",), (".",), ("", " ", "B")]
+
+
+@pytest.mark.parametrize("with_encoder", [False, True])
+def test_a_check_leaves_out_the_rows_without_an_answer_that_training_leaves_out(
+    tmp_path: Path, with_encoder: bool
+) -> None:
+    rows = [row(*(text for answer in answers for text in ("Q?", answer))) for answers in ANSWERS]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    drops = DropList()
+    survey(open_records([(tmp_path / "mix.json", tmp_path)], drops), ENCODER, drops)
+    report = check(tmp_path / "mix.json", tmp_path, ENCODER if with_encoder else None, quiet=True)
+    assert list(report.drops) == list(drops) and len(drops) == 3
 
 
 def test_repair_mends_names_and_asks_for_what_is_lost(faulty: tuple[Path, Path]) -> None:
@@ -175,11 +191,11 @@ def test_the_command_reports_writes_a_drop_list_and_fails(faulty: tuple[Path, Pa
     command = ["data", "check", str(file), "--images", str(images), "--report", str(report), "--drop", str(drops)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1, done.output
-    assert "5 of 13 rows are unusable" in done.output
+    assert "6 of 13 rows are unusable" in done.output
     written = json.loads(report.read_text())
-    assert (written["rows"], written["unusable"]) == (13, 5)
+    assert (written["rows"], written["unusable"]) == (13, 6)
     assert written["files"][0]["sources"]["ocr"]["missing image"] == 1
-    assert len(DropList.read(drops)) == 5
+    assert len(DropList.read(drops)) == 6
     mended = CliRunner().invoke(app, [*command, "--repair"])
     assert mended.exit_code == 1 and "mended 1 images; 4 cannot be" in mended.output
 

@@ -1,15 +1,15 @@
 """``visper data check``: a report on a conversation file and its images, counted per source.
 
 A row is *unusable* if training would leave it out: it is not a conversation, an image is missing, empty or cannot be
-decoded, or none of its tokens would be supervised. Other findings (a GIF named .jpg, a tag without an image, an empty
-answer, a duplicate) are only counted.
+decoded, or none of its tokens would be supervised: every answer is empty or, for the tokenizer of a given run, cut off.
+Other findings (a GIF named .jpg, a tag without an image, one empty answer of several, a duplicate) are only counted.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,8 @@ from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.normalize import reencode
 from visper.data.rows.formats import IMAGE_TAG
-from visper.data.rows.records import Drop, DropList, source_names
-from visper.data.rows.table import Part, Records, RecordTable, open_table
+from visper.data.rows.records import Drop, DropList, is_supervised, source_names, unsupervised
+from visper.data.rows.table import ROLE_LETTERS, Part, Records, RecordTable, open_table
 
 if TYPE_CHECKING:
     from visper.data.chat import ConversationEncoder
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TOTAL = "total"
 TEXT_ONLY = "(text only)"
+NO_CONVERSATION = "(no conversation)"
 EXAMPLES = 5
 COLUMNS = (
     "rows",
@@ -127,7 +128,7 @@ def check(
     Args:
         file: ``.json`` or ``.jsonl``.
         images: folder that its image paths are relative to.
-        encoder: a run's encoder; None: supervision is not checked.
+        encoder: a run's encoder; None: what is cut off or unknown to a tokenizer is not checked.
         quiet: no progress bar.
         workers: processes; default: one per core.
         name: the source's name in drop lists; default: the file's, as in a run that reads only this file.
@@ -139,11 +140,7 @@ def check(
     table = open_table(file, quiet)
     name = name or source_names([file])[0]
     report = Report(file, encoded=encoder is not None)
-    for drop in table.drops(name):
-        report.drops.add(drop.sample_id, drop.reason, drop.detail)
-        report.note("(no conversation)", "rows")
-        report.note("(no conversation)", drop.reason, drop.sample_id)
-        report.note("(no conversation)", "unusable")
+    _note_bad_rows(report, table.drops(name))
     names = table.image_names()
     named = {image: str(images / image) for own in names for image in own}
     kept = verdicts_file(cache_folder(file.resolve().parent), images, max_pixels)
@@ -166,13 +163,22 @@ def check(
         if found is not None and found.num_text[index]:
             report.note(source, "answer tokens", count=int(found.num_text[index]))
             report.note(source, "unknown tokens", count=int(found.num_unknown[index]))
-        faults = _faults(index, found.problems if found else {}, [by_file[named[image]] for image in names[row]])
+        problem = unsupervised(_answers(table, row)) if found is None else found.problems.get(index)
+        faults = _faults(problem, [by_file[named[image]] for image in names[row]])
         for reason, detail in faults.items():
             report.note(source, reason, sample_id)
             report.drops.add(sample_id, reason, detail)
         if sample_id in report.drops:
             report.note(source, "unusable")
     return report
+
+
+def _note_bad_rows(report: Report, drops: Iterable[Drop]) -> None:
+    for drop in drops:
+        report.drops.add(drop.sample_id, drop.reason, drop.detail)
+        report.note(NO_CONVERSATION, "rows")
+        report.note(NO_CONVERSATION, drop.reason, drop.sample_id)
+        report.note(NO_CONVERSATION, "unusable")
 
 
 def _measure(records: Records, encoder: ConversationEncoder, quiet: bool) -> Lengths:
@@ -200,7 +206,7 @@ def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str
         yield "image without tag"
     if not images and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
         yield "tag without image"
-    if any(not text.strip() for role, text in zip(roles, texts, strict=True) if role == "a"):
+    if not all(map(is_supervised, _answers(table, row))):
         yield "empty answer"
     content = key(str(table.images(row)), roles, *texts)
     if content in seen:
@@ -208,9 +214,14 @@ def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str
     seen.add(content)
 
 
-def _faults(index: int, problems: dict[int, tuple[str, str]], verdicts: Sequence[Verdict]) -> dict[str, str]:
+def _answers(table: RecordTable, row: int) -> list[str]:
+    turns = zip(table.value("roles", row), table.value("texts", row), strict=True)
+    return [text for role, text in turns if role == ROLE_LETTERS["assistant"]]
+
+
+def _faults(problem: tuple[str, str] | None, verdicts: Sequence[Verdict]) -> dict[str, str]:
     """The reasons for which training would leave a row out: reason -> detail."""
-    faults = dict([problems[index]] if index in problems else [])
+    faults = dict([] if problem is None else [problem])
     for verdict in verdicts:
         if verdict.reason is not None:
             faults.setdefault(verdict.reason, verdict.detail)

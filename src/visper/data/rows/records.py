@@ -150,6 +150,16 @@ class DropList:
         )
 
 
+def is_supervised(answer: str) -> bool:
+    """Whether training supervises an answer. An empty one, or one of white space, is only context."""
+    return bool(answer.strip())
+
+
+def unsupervised(answers: Iterable[str]) -> tuple[str, str] | None:
+    """The reason and detail for which training leaves out a row with these answers, whatever the tokenizer, if any."""
+    return None if any(map(is_supervised, answers)) else ("no supervised token", "every answer is empty")
+
+
 def own_id(row: Any) -> str:
     """The row's own id with control characters escaped; logs and drop lists name a row ``source/index/own id``."""
     found = row.get("id") if isinstance(row, dict) else None
