@@ -91,7 +91,8 @@ def check(
 def _show(report: "Report", console: Console) -> None:
     from visper.data.checks.report import summary
 
-    console.print(report.table())
+    for table in report.tables(console.width):
+        console.print(table)
     for reason in report.drops.counts():
         console.print(f"{reason}: {', '.join(report.examples[reason])}", style="dim", highlight=False)
     console.print(f"{report.file.name}: {summary(report)}")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from visper.common.console import Console
 
@@ -39,14 +40,22 @@ def run(
 def _listed(runs: "dict[str, Run]") -> Table:
     from visper.config import VlmStudent
 
-    table = Table("recipe", "stage", "starts from", "global batch", "learning rate")
+    table = Table("recipe", "stage", "batch", "rate", "starts from", box=None, pad_edge=False)
     for recipe, settings in runs.items():
         student = settings.student
         start = str(settings.start_from)
         if student is not None:
             start = student.vlm if isinstance(student, VlmStudent) else f"{student.llm} + {student.encoder}"
         optimization = settings.optimization
-        table.add_row(recipe, str(settings.stage), start, str(optimization.global_batch), f"{optimization.lr:g}")
+        table.add_row(
+            recipe,
+            str(settings.stage),
+            str(optimization.global_batch),
+            f"{optimization.lr:g}",
+            Text(start, no_wrap=True, overflow="ellipsis"),
+        )
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # a narrow console cuts off only what a recipe starts from
     return table
 
 

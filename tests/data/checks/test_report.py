@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from tests.conftest import outside
 from tests.data.rows.test_records import row, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.cli import app
+from visper.common.console import Console, printable
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.checks import image_files as verdicts
 from visper.data.checks.image_files import look
-from visper.data.checks.report import TEXT_ONLY, TOTAL, Report, check, repair, source_of
+from visper.data.checks.report import FINDINGS, NO_CONVERSATION, TEXT_ONLY, TOTAL, Report, check, repair, source_of
 from visper.data.images import open_image
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -99,6 +101,26 @@ def test_without_a_tokenizer_the_same_rows_are_unusable(faulty: tuple[Path, Path
     report = check(*faulty, quiet=True)
     assert dict(report.counts[TOTAL]) == dict(check(*faulty, ENCODER, quiet=True).counts[TOTAL])
     assert not report.encoded
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize(
+    "names", [("coco", "gqa", "ocr_vqa", "textvqa", "vg"), ("a" * 70, "写真の集まり" * 9, "b\x1b[2J")]
+)
+def test_a_table_shows_every_count_within_the_console(width: int, names: tuple[str, ...]) -> None:
+    report = Report(Path("mix.json"))
+    for number, name in enumerate([*names, TEXT_ONLY, NO_CONVERSATION]):
+        for place, what in enumerate(FINDINGS):
+            report.note(name, what, count=665_298 + 1000 * number + place)
+    stream = io.StringIO()
+    console = Console(width=width, file=stream)
+    for table in report.tables(console.width):
+        console.print(table)
+    shown = stream.getvalue()
+    assert max(map(cell_len, shown.splitlines())) <= width and "…" not in shown
+    assert all(what in shown for what in FINDINGS)
+    assert all(f"{count:,}" in shown for counts in report.counts.values() for count in counts.values())
+    assert all(printable(name)[:8] in shown for name in (*names, TEXT_ONLY, NO_CONVERSATION))
 
 
 ANSWERS = [("",), (" \n\t",), ("\u3000", "\u00a0"), ("", "A"), ("\u200b",), (".",), ("", " ", "B")]

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from visper.common.cache import cache_folder, key
+from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.config.schema import MAX_PIXELS
@@ -35,7 +37,9 @@ TOTAL = "total"
 TEXT_ONLY = "(text only)"
 NO_CONVERSATION = "(no conversation)"
 EXAMPLES = 5
-COLUMNS = (
+WIDEST_NAME = len(NO_CONVERSATION)
+"""Longer names of sources are continued on the next line of a table's header."""
+FINDINGS = (
     "rows",
     "several images",
     "images",
@@ -94,16 +98,29 @@ class Report:
             "unknown words": {"share": self.unknown.share, "words": list(self.unknown.words)},
         }
 
-    def table(self) -> Table:
-        """The counts as a table for the console; columns of zeros are left out."""
-        reasons = [name for name in self.counts[TOTAL] if name not in COLUMNS]
-        shown = [name for name in (*COLUMNS, *reasons) if self.counts[TOTAL][name] or name in ("rows", "unusable")]
-        table = Table("source", title=self.file.name)
-        for name in shown:
-            table.add_column(name, justify="right")
-        for source in [*sorted(self.counts.keys() - {TOTAL}), TOTAL]:
-            table.add_row(source, *(f"{self.counts[source][name]:,}" for name in shown))
-        return table
+    def tables(self, width: int) -> Iterator[Table]:
+        """The counts for a console of ``width`` characters: a line per finding, a column per source, the total first.
+
+        Findings that no source has are left out. Sources that do not fit follow in further tables.
+        """
+        reasons = [what for what in self.counts[TOTAL] if what not in FINDINGS]
+        shown = [what for what in (*FINDINGS, *reasons) if self.counts[TOTAL][what] or what in ("rows", "unusable")]
+        sources = [TOTAL, *sorted(self.counts.keys() - {TOTAL})]
+        while sources:
+            table = Table("", title=self.file.name, box=None, pad_edge=False)
+            room = width - max(map(cell_len, shown))
+            columns = [[f"{self.counts[source][what]:,}" for what in shown] for source in sources]
+            for source, numbers in zip(list(sources), columns, strict=True):
+                name = printable(source)
+                own = max(min(cell_len(name), WIDEST_NAME), *map(len, numbers))
+                room -= own + 2  # two spaces between columns
+                if room < 0 and len(table.columns) > 1:
+                    break
+                table.add_column(name, justify="right", width=own, overflow="fold")
+                sources.remove(source)
+            for line in zip(shown, *columns[: len(table.columns) - 1], strict=True):
+                table.add_row(*line)
+            yield table
 
 
 def source_of(image: str | None) -> str:
