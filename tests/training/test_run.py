@@ -522,6 +522,21 @@ def test_text_only_batches_train_in_pt(make, tmp_path):
     assert text_only and all(log["ntp"] > 0 for log in text_only)
 
 
+def test_a_run_says_how_many_rows_have_images_and_which_look_as_if_they_had(make, tmp_path, capsys):
+    mixed = tiny.write_rows(tmp_path / "mixed", images=4, text_rows=3)
+    read = json.loads((mixed / "rows.json").read_text())
+    for misspelled in [row for row in read if "image" in row][:2]:
+        misspelled["img"] = misspelled.pop("image")
+        for turn in misspelled["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", "").strip()
+    (mixed / "rows.json").write_text(json.dumps(read))
+    source = {"json": str(mixed / "rows.json"), "images": str(mixed / "images")}
+    run_stage(make("ift", data={"sources": [source], "workers": 0}, optimization={"max_steps": 1}))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "7 of 7 rows; 2 with images, 5 without" in shown
+    assert "warning 2 rows of 'rows' have no 'image', but 'img' looks like one and is not read" in shown
+
+
 def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
     text = tiny.write_rows(tmp_path / "text", images=0, text_rows=6)
     source = {"json": str(text / "rows.json"), "images": str(text / "images")}

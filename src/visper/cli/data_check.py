@@ -93,8 +93,12 @@ def _show(report: "Report", console: Console) -> None:
 
     for table in report.tables(console.width):
         console.print(table)
+    first = {drop.reason: drop.detail for drop in reversed(list(report.drops))}
     for reason in report.drops.counts():
         console.print(f"{reason}: {', '.join(report.examples[reason])}", style="dim", highlight=False)
+        console.print(f"    the first: {first[reason]}", style="dim", highlight=False)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", highlight=False)
     console.print(f"{report.file.name}: {summary(report)}")
 
 
@@ -111,6 +115,7 @@ def shard(
 
     Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
+    from visper.data.checks.unread_images import unread_images
     from visper.data.rows.parquet import write_parquet
     from visper.data.rows.records import DropList
     from visper.data.rows.sources import open_records
@@ -118,6 +123,8 @@ def shard(
 
     drops = DropList(agreed=(row for path in drop_list or [] for row in DropList.read(path)))
     records = open_records(sources_of(what, images, root), drops, quiet=False)
+    for warning in unread_images(records):
+        Console().print(f"warning: {warning}", highlight=False)
     counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False)
     Console().print(f"{sum(counts):,} rows in {len(counts)} files: {out}; left out: {drops.counts() or 0}")
 

@@ -13,6 +13,7 @@ from visper.common.ranks import first_decides, first_goes_first
 from visper.config import Data, Optimization
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import unknown_words
+from visper.data.checks.unread_images import unread_images
 from visper.data.collator import Collator, Preprocess, Sample
 from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
 from visper.data.image_order import image_groups
@@ -89,6 +90,8 @@ def build_data(
     survey, total = _surveyed_rows(settings, encoder, drops, console)
     records = survey.records
     _require_rows(settings, records, drops, total)
+    for warning in unread_images(records):
+        announce(console, "warning", warning)
     if images_required:
         require_images(records)
     _check_words(settings, survey, encoder, console)
@@ -98,7 +101,7 @@ def build_data(
     sampler = _sampler(settings, optimization, dataset, survey, seed)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
     collator = _collator(settings, optimization, student, preprocess)
-    announce(console, "data", _summary(len(dataset), total, drops, survey))
+    announce(console, "data", _summary(dataset, total, drops, survey))
     _announce_mixture(sampler, console)
     _announce_joined(dataset, sampler, console)
     _show_first(dataset, sampler, student, console)
@@ -174,10 +177,12 @@ def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) 
     return frozenset(task for task, see in preprocess.items() if type(see) is SquashedImage and see.size == size)
 
 
-def _summary(used: int, total: int, drops: DropList, survey: Survey) -> str:
+def _summary(dataset: ConversationDataset, total: int, drops: DropList, survey: Survey) -> str:
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
-    return f"{used} of {total} rows{left_out}; text cut in {survey.num_truncated}"
+    shown = sum(dataset.has_image)
+    images = f"{shown} with images, {len(dataset) - shown} without"
+    return f"{len(dataset)} of {total} rows{left_out}; {images}; text cut in {survey.num_truncated}"
 
 
 def _announce_mixture(sampler: RowSampler, console: Console) -> None:

@@ -24,6 +24,7 @@ from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.config.schema import MAX_PIXELS
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
+from visper.data.checks.unread_images import unread_images
 from visper.data.normalize import reencode
 from visper.data.rows.formats import IMAGE_TAG
 from visper.data.rows.records import Drop, DropList, is_supervised, source_names, unsupervised
@@ -55,6 +56,7 @@ FINDINGS = (
     "mislabeled image",
     "image without tag",
     "tag without image",
+    "unread image",
     "empty answer",
     "no supervised token",
     "text cut",
@@ -78,6 +80,7 @@ class Report:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     encoded: bool = False
     unknown: UnknownWords = field(default_factory=UnknownWords)
+    warnings: list[str] = field(default_factory=list)
 
     def note(self, source: str, what: str, sample: str = "", count: int = 1) -> None:
         """Counts a finding in a source; the first few samples are kept as examples."""
@@ -165,6 +168,7 @@ def check(
     report.verdicts = by_file
     _note_images(report, named)
     records = Records([Part(name, table, images)])
+    report.warnings = unread_images(records)
     found = None
     if encoder is not None:
         found = _measure(records, encoder, quiet)
@@ -223,6 +227,8 @@ def _oddities(table: RecordTable, row: int, images: Sequence[str], seen: set[str
         yield "image without tag"
     if not images and any(IMAGE_TAG in text for role, text in zip(roles, texts, strict=True) if role == "u"):
         yield "tag without image"
+    if table.value("unread_image", row) is not None:
+        yield "unread image"
     if not all(map(is_supervised, _answers(table, row))):
         yield "empty answer"
     content = key(str(table.images(row)), roles, *texts)

@@ -38,6 +38,10 @@ FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text"
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 TURN_WEIGHTS = ("weight", "loss", "train", "training")
 """Keys with which other libraries mark turns that are not trained (OpenAI, ms-swift, axolotl)."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".jp2", ".avif"),
+)
 CAPTION_QUESTION = "Describe the image concisely."
 """The user's turn for a caption row."""
 Part = tuple[int, Any]
@@ -90,7 +94,7 @@ def parse(row: Any) -> Parsed:
     places = [(i, at, name) for i, (_, own) in enumerate(placed) for at, name in own]
     nameless = sum(name is None for *_, name in places)
     if not listed and nameless == len(places):
-        _refuse_unseen_media(turns, sum(map(len, parts)))
+        _refuse_unseen_media(turns, sum(map(len, parts)), _remedy(row))
         return Parsed(tuple(turns), (), len(places))
     if len(listed) == 1 and not places:
         first = next(i for i, turn in enumerate(turns) if turn.role == "user")
@@ -137,7 +141,7 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
         said = row.get("messages")
     if said is None and isinstance(row.get("text"), str):
         if not (row.get("image") or row.get("images")):
-            raise DataError("no image", "the row is a caption ('text') without an image")
+            raise DataError("no image", f"the row is a caption ('text') without an image{_remedy(row)}")
         question = [{"type": "image"}, {"type": "text", "text": CAPTION_QUESTION}]
         said = [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
     if not isinstance(said, list) or not said:
@@ -197,13 +201,35 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
     return Turn(role, text), images
 
 
-def _refuse_unseen_media(turns: list[Turn], parts: int) -> None:
+def _refuse_unseen_media(turns: list[Turn], parts: int, remedy: str) -> None:
     """Refuses an image part, or a tag at the start or end of a turn; elsewhere in a text, a tag is just text."""
     if parts:
-        raise DataError("media without a file", "a message has an image part, but the row names no image")
+        raise DataError("media without a file", f"a message has an image part, but the row names no image{remedy}")
     for turn in turns:
         if turn.role == "user" and _SHOWS_MEDIA.match(turn.text):
-            raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}")
+            raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}{remedy}")
+
+
+def unread_image(row: Mapping[str, Any]) -> str | None:
+    """The key of a row that names or holds an image by its value but is not read, if the row has neither ``image`` nor
+    ``images``, not even as null: probably a misspelled or unmapped ``image``."""
+    if "image" in row or "images" in row:
+        return None
+    others = (key for key in row if key not in FIELDS and key not in MEDIA_KEYS)
+    return next((key for key in others if _looks_like_image(row[key])), None)
+
+
+def _looks_like_image(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and _looks_like_image(value[0])
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), str) or _looks_like_image(value.get("path"))
+    return isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES) and "\n" not in value
+
+
+def _remedy(row: Mapping[str, Any]) -> str:
+    key = unread_image(row)
+    return "" if key is None else f"; '{key}' looks like one: rename it, or map it with columns: {{image: {key}}}"
 
 
 def _listed(named: Any) -> list[Any]:

@@ -94,7 +94,8 @@ def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
 
 def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     used = _columns_of(found, source)
-    found = found.select_columns(list(used.values())).with_format("arrow")
+    unread = _unread_columns(found, used)
+    found = found.select_columns([*used.values(), *unread]).with_format("arrow")
     shown = [used[field] for field in _IMAGE_FIELDS if field in used]
     embedded = source.images is None
     paths = [own for own in shown if embedded and _holds_text(found.features.arrow_schema.field(own).type)]
@@ -102,10 +103,10 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
         why = f"its column '{paths[0]}' contains paths: give 'images', the folder that they are relative to"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
-    key = table_key(used, f"{source.split} {len(found)} {embedded}", *map(identity, files))
+    key = table_key(used, f"{source.split} {len(found)} {embedded} {unread}", *map(identity, files))
     table = cache_folder(files[0].parent if files else Path()) / f"{name.replace('/', '-')}-{key}.arrow"
     if not table.is_file():
-        rows = track(_rows(found, used, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
+        rows = track(_rows(found, used, unread, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
         write_table(map(cells, rows), table)
     images = EmbeddedImages(found.select_columns(shown)) if shown and embedded else None
     return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)
@@ -132,7 +133,16 @@ def _columns_of(found: Any, source: RowSource) -> dict[str, str]:
     return used
 
 
-def _rows(found: Any, used: Mapping[str, str], embedded: bool) -> Iterator[dict[str, Any]]:
+def _unread_columns(found: Any, used: Mapping[str, str]) -> list[str]:
+    """Columns of a data set without images that nothing reads and whose type could hold images or their paths."""
+    if any(field in used for field in _IMAGE_FIELDS):
+        return []
+    kinds = {field.name: field.type for field in found.features.arrow_schema}
+    others = [own for own in found.column_names if own not in (*used.values(), *FIELDS)]
+    return [own for own in others if _holds_text(kinds[own]) or _is_image(_item(kinds[own]))]
+
+
+def _rows(found: Any, used: Mapping[str, str], unread: list[str], embedded: bool) -> Iterator[dict[str, Any]]:
     start = 0
     for batch in found.iter(_AT_ONCE):
         values = [
@@ -141,8 +151,16 @@ def _rows(found: Any, used: Mapping[str, str], embedded: bool) -> Iterator[dict[
             else batch.column(own).to_pylist()
             for field, own in used.items()
         ]
+        values += [_unread_values(batch.column(own).combine_chunks(), start) for own in unread]
         start += batch.num_rows
-        yield from (dict(zip(used, row, strict=True)) for row in zip(*values, strict=True))
+        yield from (dict(zip([*used, *unread], row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _unread_values(column: Any, start: int) -> list[Any]:
+    """Texts as they are, embedded images as the kind of value that a JSON row would have, without their bytes."""
+    if _holds_text(column.type):
+        return list(column.to_pylist())
+    return [{"bytes": ""} if named else None for named in _image_names(column, True, start)]
 
 
 def _image_names(column: Any, embedded: bool, start: int) -> list[Any]:
@@ -169,8 +187,12 @@ def _image_names(column: Any, embedded: bool, start: int) -> list[Any]:
 
 
 def _holds_text(kind: Any) -> bool:
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    inner = _item(kind)
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
+
+
+def _item(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
 
 
 def _is_binary(kind: Any) -> bool:

@@ -24,7 +24,7 @@ from visper.common.console import printable, track
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.data.rows import formats, json_rows
-from visper.data.rows.formats import parse
+from visper.data.rows.formats import parse, unread_image
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.records import Drop, Record, ShownImage, Turn, own_id
 
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         ("image_tags", pa.int32()),  # number of tags and image parts in the user's turns of the file
         ("roles", pa.string()),  # one letter per turn
         ("texts", pa.list_(pa.string())),
+        ("unread_image", pa.string()),  # in a row without images, a key that looks like one, see formats.unread_image
         ("reason", pa.string()),  # why the row is not a conversation; null for good rows
         ("detail", pa.string()),
     ]
@@ -204,7 +205,7 @@ def cells(row: Any) -> dict[str, Any]:
         return {**empty, "reason": bad.reason, "detail": printable(bad.detail)}
     return {
         "id": own,
-        **_image_cells(parsed.images),
+        **(_image_cells(parsed.images) if parsed.images else {"unread_image": unread_image(row)}),
         "image_tags": parsed.image_tags,
         "roles": "".join(ROLE_LETTERS[turn.role] for turn in parsed.turns),
         "texts": [turn.text for turn in parsed.turns],
@@ -212,8 +213,6 @@ def cells(row: Any) -> dict[str, Any]:
 
 
 def _image_cells(images: Sequence[ShownImage]) -> dict[str, Any]:
-    if not images:
-        return {}
     first = {"image": images[0].path, "image_turn": images[0].turn}
     return first if len(images) == 1 else {**first, "images": [asdict(image) for image in images]}
 
