@@ -81,7 +81,7 @@ def test_an_override_needs_an_equals_sign():
         ("data.geometry=round", "'data.geometry'.*squash.*found 'round'"),
         ("optimization.global_batch=many", "optimization.global_batch.*found 'many'"),
         ("optimization.gradient_checkpointing=1.5", "gradient_checkpointing': .*less than or equal to 1, found 1.5"),
-        ("optimization.gradient_checkpointing=most", "gradient_checkpointing': .*'auto', found 'most'"),
+        ("optimization.gradient_checkpointing=most", "gradient_checkpointing': .*'auto' or a number, found 'most'"),
         ("distillation.tasks.depth.layers=[0]", "greater than 0"),
         ("distillation.tasks.depth.head={kind: mlp}", "head 'mlp' has no option 'inner'"),
         ("distillation.tasks.depth.head.kind=resample", "unknown head 'resample': did you mean 'resampler'"),

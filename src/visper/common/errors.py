@@ -7,7 +7,7 @@ shows its traceback.
 from __future__ import annotations
 
 import signal
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class VisperError(Exception):
@@ -49,6 +49,13 @@ class ProcessFailedError(VisperError, RuntimeError):
     """A process of the run failed, and the launcher has stopped the others."""
 
     exit_code = 1
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a JSON or YAML file is, in words: "a list", "an object", "a text" ..."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number"}
+    kinds |= {float: "a number", type(None): "nothing"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 
+from visper.config.faults import expected
+
 Count = Annotated[int, Ge(1)]
 
 
@@ -134,7 +136,8 @@ def check_head(kind: str, options: Mapping[str, object]) -> None:
         try:
             TypeAdapter(known[name]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(f"head '{kind}': option '{name}': {error.errors()[0]['msg']}, found {value!r}") from error
+            wanted = expected(error.errors()[0])
+            raise ValueError(f"head '{kind}': option '{name}': {wanted}, found {value!r}") from error
 
 
 def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ...]) -> None:

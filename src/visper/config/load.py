@@ -11,17 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from visper.common.errors import ConfigError
-from visper.config.schema import UNION_TAGS, Run
-from visper.config.student import Student, VlmStudent
+from visper.common.errors import ConfigError, kind_of
+from visper.config.explain import explain
+from visper.config.schema import Run
 
-STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
-"""The kinds of students by the tags that pydantic puts into the location of a fault."""
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's loader if installed: it is six times as fast."""
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -69,10 +67,13 @@ def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | 
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
-    parents = content.pop("extends", [])
+        raise ConfigError(f"{path}: expected keys with values, found {kind_of(content)}")
+    given = content.pop("extends", None)
+    parents = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ConfigError(f"{path}: key 'extends': expected a recipe or a list of recipes, found {given!r}")
     base: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         base = _merge(base, read_recipe(parent, (*_seen, path), path.parent))
     return _merge(base, content)
 
@@ -115,10 +116,11 @@ def load_run(name: str | Path, overrides: Iterable[str] = (), changes: Iterable[
     data = read_recipe(name)
     for change in changes:
         data = _merge(data, change)
+    data = _merge(data, parse_overrides(overrides))
     try:
-        return Run.model_validate(_merge(data, parse_overrides(overrides)))
+        return Run.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, str(name), Run)) from error
+        raise ConfigError(explain(error, str(name), Run, data)) from error
 
 
 def save_run(run: Run, path: Path) -> None:
@@ -129,50 +131,3 @@ def save_run(run: Run, path: Path) -> None:
 def run_text(run: Run) -> str:
     """The resolved run as YAML text; nulls are included, since a null can differ from the default."""
     return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False)
-
-
-def explain(error: ValidationError, name: str, model: type[BaseModel]) -> str:
-    """The faults of a validation against ``model``, one per line, with file, key and the nearest valid key."""
-    lines = []
-    for fault in error.errors():
-        location = [str(part) for part in fault["loc"] if part not in (*STUDENTS, *UNION_TAGS)]
-        place = ".".join(location) or f"(the whole {model.__name__.lower()})"
-        if fault["type"] == "extra_forbidden":
-            valid = _keys_at(model, fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), valid, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(valid)}"
-            lines.append(f"{name}: unknown key '{place}': {hint}")
-        elif fault["type"] == "missing":
-            lines.append(f"{name}: key '{place}' is missing")
-        else:
-            found = f", found {fault['input']!r}" if not isinstance(fault["input"], dict) else ""
-            lines.append(f"{name}: key '{place}': {fault['msg'].removeprefix('Value error, ')}{found}")
-    return "\n".join(lines)
-
-
-def _keys_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """The valid keys of the section at ``location``; empty if it is free-form."""
-    current: type[BaseModel] | None = model
-    for part in location:
-        if current is None:
-            return []
-        if isinstance(part, int):
-            continue
-        current = STUDENTS.get(part, current)
-        for name, field in current.model_fields.items():
-            if part in (name, field.alias):
-                current = _section_in(field.annotation)
-                break
-        # A name that is not a field is a key of a mapping (a task's name): stay at the section of its values.
-    return [field.alias or name for name, field in current.model_fields.items()] if current else []
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    # In Python 3.10, dict[str, X] is an instance of type, too.
-    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        found = _section_in(argument)
-        if found is not None:
-            return found
-    return None

@@ -93,4 +93,4 @@ def _student_kind(given: Any) -> str:
 AnyStudent = Annotated[
     Annotated[Student, Tag("Student")] | Annotated[VlmStudent, Tag("VlmStudent")], Discriminator(_student_kind)
 ]
-"""The type of ``Run.student``. The tags are class names, which ``load.explain`` leaves out of messages."""
+"""The type of ``Run.student``. The tags are class names, which ``explain`` leaves out of messages."""

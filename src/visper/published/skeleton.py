@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from visper.common.errors import ConfigError, first_line
-from visper.config import Run, load_run, read_recipe
+from visper.config import Run, explain, load_run, read_recipe
 from visper.distillation import EmbeddingDistillation
 from visper.model import Encoder, Student, assemble_student, load_encoder
 from visper.published.config import Kind, Published
@@ -206,7 +206,7 @@ def _run(published: Published, student: dict[str, Any], output: Path) -> Run:
     try:
         return Run.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{published.folder / 'config.json'} describes no valid run: {error}") from error
+        raise ConfigError(explain(error, f"{published.folder / 'config.json'}, as a run", Run, values)) from error
 
 
 def _head_shapes(

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from visper.common.errors import ConfigError, DataError
+from visper.common.errors import ConfigError, DataError, kind_of
 from visper.config import Data, explain
 from visper.data.rows.json_rows import is_json_name
 from visper.data.rows.records import RowSource
@@ -192,11 +192,11 @@ def read_set(name: str) -> tuple[DataSet, Path]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a mapping of keys, found {type(content).__name__}")
+        raise ConfigError(f"{file}: expected keys with values, found {kind_of(content)}")
     try:
         return DataSet.model_validate(content), file.parent
     except ValidationError as error:
-        raise ConfigError(explain(error, str(file), DataSet)) from error
+        raise ConfigError(explain(error, str(file), DataSet, content)) from error
 
 
 def with_needs(name: str) -> list[tuple[DataSet, Path]]:
