@@ -11,7 +11,10 @@ from tests.data.sets import published, server
 from tests.data.sets.published import image
 from tests.data.sets.test_prepare import QUICK
 from visper.cli import app, main
+from visper.common.errors import ConfigError, DataError
 from visper.config import Run
+from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
 from visper.training import run_stage
 
 
@@ -162,3 +165,16 @@ def test_a_folder_is_not_replaced_by_a_file(shelf, tmp_path, option):
     (kept / "1.png").write_bytes(b"1")
     code, said = call("data", "check", "llava-665k", "--root", tmp_path, option, kept)
     assert code == 2 and "name a file" in said and (kept / "1.png").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--images", "photos"]])
+def test_a_folder_is_no_data_set_and_its_rows_are_named(tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "rows.json").write_text("[]")
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path), *options])
+    assert isinstance(done.exception, ConfigError)
+    assert "is a folder" in str(done.exception) and f"such as '{tmp_path / 'rows.json'}'" in str(done.exception)
+
+
+def test_a_source_that_is_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is a folder: name a conversation file"):
+        open_records([(tmp_path, tmp_path)], DropList())

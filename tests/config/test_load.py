@@ -149,6 +149,14 @@ def test_recipes_extend_files_beside_them_and_null_removes_a_section(tmp_path):
     assert run.name == "mine" and run.distillation is None
 
 
+def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder: name a recipe's YAML file"):
+        load_run(tmp_path)
+    (tmp_path / "run.yaml").write_text(run_text(load_run(RECIPE)))
+    with pytest.raises(ConfigError, match=r"is a folder: name the file in it, '.*run\.yaml'"):
+        load_run(tmp_path)
+
+
 def test_recipes_in_a_circle_are_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

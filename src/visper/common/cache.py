@@ -85,7 +85,9 @@ def identity(file: Path) -> str:
             for start in range(0, found.st_size, step):
                 content.seek(start)
                 blocks.append(content.read(_BLOCK))
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise DataError("not a file", f"'{file}' is a folder: name a conversation file (.json or .jsonl)") from error
+    except FileNotFoundError as error:
         raise DataError(
             "no such file", f"'{file}': expected a conversation file (.json or .jsonl); check 'data.sources'"
         ) from error

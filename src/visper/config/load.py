@@ -43,6 +43,10 @@ def _find(name: str, beside: Path | None = None) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if candidates[0].is_dir():
+        saved = candidates[0] / "run.yaml"
+        hint = f": name the file in it, '{saved}'" if saved.is_file() else ": name a recipe's YAML file"
+        raise ConfigError(f"'{candidates[0]}' is a folder{hint}")
     near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     raise ConfigError(f"no recipe '{name}': neither a file nor a shipped recipe{hint} `visper recipes` lists them")

@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import is_leftover, remove_leftovers, write_text
@@ -134,9 +137,9 @@ def _refuse_other(run: Run, output: Path) -> None:
     saved = saved_run(output)
     if saved is None:
         return
-    there, here = _flat(saved.model_dump(mode="json")), _flat(with_commits(run, saved).model_dump(mode="json"))
+    there, here = (_flat(one.model_dump(mode="json", by_alias=True)) for one in (saved, with_commits(run, saved)))
     different = [
-        f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+        f"{key} is {_shown(there.get(key))} there, {_shown(here.get(key))} here"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and not any(fnmatchcase(key, pattern) for pattern in MAY_DIFFER)
     ]
@@ -146,6 +149,16 @@ def _refuse_other(run: Run, output: Path) -> None:
             f"output '{output}' holds another run: {'; '.join(different[:SHOWN])}{more}. Choose another output, or set "
             "these keys as in its run.yaml"
         )
+
+
+def _shown(value: Any) -> str:
+    """A value as a recipe writes it, on one line, without the keys of its entries that are not set."""
+    if isinstance(value, list):
+        value = [
+            {k: v for k, v in one.items() if v not in (None, {})} if isinstance(one, dict) else one for one in value
+        ]
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
 
 
 def _flat(settings: Any, place: str = "") -> dict[str, Any]:

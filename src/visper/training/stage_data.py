@@ -127,8 +127,9 @@ def _surveyed_rows(
 def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, total: int) -> None:
     drops.check(total, settings.drop_limit)
     if not records:
-        places = [source.place for source in row_files(settings)]
-        raise DataError("no rows", f"none of the {total} rows of {places} can be used")
+        places = ", ".join(f"'{source.place}'" for source in row_files(settings))
+        why = f"none of the {total} rows can be used" if total else "the data has no rows"
+        raise DataError("no rows", f"{why}: check {places} with `visper data check`")
     assert isinstance(records, Records), "the rows must come from open_records"
     used = set(records.part_numbers.tolist())
     for number, part in enumerate(records.parts):

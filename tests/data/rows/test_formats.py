@@ -125,6 +125,30 @@ def test_a_bad_row_says_why(content: Any, reason: str) -> None:
     assert error.value.reason == reason
 
 
+def test_swapped_turns_are_recognized_where_they_would_show() -> None:
+    swapped = [("gpt", "<image>\nWhat?"), ("human", "A cat."), ("gpt", "Sure?"), ("human", "Yes.")]
+    turns = [{"from": who, "value": text} for who, text in swapped]
+    with pytest.raises(
+        DataError, match=r"the model's first turn shows the image: .*if user and model are swapped"
+    ) as bad:
+        parse({"image": "a.jpg", "conversations": turns})
+    assert bad.value.reason == "turns swapped"
+    with pytest.raises(
+        DataError, match=r"no answer: the model's only turn comes first .*if user and model are swapped"
+    ):
+        parse({"conversations": [{"from": "gpt", "value": "What?"}, {"from": "human", "value": "A cat."}]})
+    system = {"role": "system", "content": "Be brief."}
+    with pytest.raises(DataError, match="found system, assistant, user; if user and model are swapped"):
+        parse({"messages": [system, *({"role": who, "content": "A"} for who in ("assistant", "user"))]})
+
+
+def test_a_conversation_may_begin_with_the_model() -> None:
+    turns = [{"from": "gpt", "value": "Hello"}, *row("<image>\nWhat?", "A cat.")["conversations"]]
+    assert [turn.text for turn in parse({"image": "a.jpg", "conversations": turns}).turns] == ["What?", "A cat."]
+    turns[0]["value"] = "<image>"  # without an image, a tag is text
+    assert parse({"conversations": [*turns[:1], *row("What?", "A cat.")["conversations"]]}).turns[0].text == "What?"
+
+
 def test_a_broken_line_is_shown() -> None:
     with pytest.raises(DataError, match=r"a line that is not JSON: '\{ half a row'"):
         parse("{ half a row")

@@ -171,5 +171,6 @@ def test_too_many_bad_rows_are_refused_with_their_reasons() -> None:
 def test_a_run_without_a_good_row_is_refused_whatever_the_limit() -> None:
     drops = DropList()
     drops.add("a", "missing image")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"no row is left to train on, whatever the limit\. Repair the data$") as error:
         drops.check(total=1, limit=1.0)
+    assert "drop_limit" not in str(error.value)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from visper.common.errors import DataError
+from visper.common.errors import DataError, kind_of
 from visper.common.files import OUTSIDE
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.records import Record, ShownImage, Turn
@@ -49,6 +49,7 @@ Part = tuple[int, Any]
 _MEDIA_TAG = "(?:<image>|<video>|<audio>)"
 _SHOWS_MEDIA = re.compile(rf"\s*{_MEDIA_TAG}|.*{_MEDIA_TAG}\s*\Z", re.DOTALL)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
+_SWAPPED = "; if user and model are swapped, exchange 'human' and 'gpt' ('user' and 'assistant')"
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
@@ -83,7 +84,7 @@ def parse(row: Any) -> Parsed:
         DataError: see ``parse_row``.
     """
     if not isinstance(row, dict):
-        found = f"a line that is not JSON: {row[:60]!r}" if isinstance(row, str) else type(row).__name__
+        found = f"a text, or a line that is not JSON: {row[:60]!r}" if isinstance(row, str) else kind_of(row)
         raise DataError("not a row", f"expected an object with 'conversations' or 'messages', found {found}")
     for name in MEDIA_KEYS:
         if row.get(name):
@@ -147,7 +148,10 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
     if not isinstance(said, list) or not said:
         raise DataError("no conversation", f"expected a list of turns, found {str(said)[:80]!r}")
     read = [read_turn(turn) for turn in said]
-    if read[0][0].role == "assistant":
+    first = read[0][0]
+    if first.role == "assistant":
+        if (row.get("image") or row.get("images")) and _SHOWS_MEDIA.match(first.text):
+            raise DataError("turns swapped", f"the model's first turn shows the image: {first.text[:60]!r}{_SWAPPED}")
         read = read[1:]
     if row.get("system") and not (read and read[0][0].role == "system"):
         read = [read_turn({"role": "system", "content": row["system"]}), *read]
@@ -155,10 +159,13 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
     speakers = [turn.role for turn in turns if turn.role != "system"]
     expected = ["user" if i % 2 == 0 else "assistant" for i in range(len(speakers))]
     if not speakers or speakers != expected or any(turn.role == "system" for turn in turns[1:]):
-        found = ", ".join(turn.role for turn in turns[:6]) or "nothing"
-        raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}")
+        found = ", ".join(turn.role for turn in turns[:6]) or "no turn by the user"
+        swapped = _SWAPPED if speakers[:1] == ["assistant"] else ""
+        raise DataError("turns do not alternate", f"expected user, assistant, user, ...; found {found}{swapped}")
     if len(speakers) == 1:
-        raise DataError("no answer", "the conversation has no turn by the model")
+        alone = f"the model's only turn comes first and is left out, as it answers nothing{_SWAPPED}"
+        why = alone if first.role == "assistant" else "the conversation has no turn by the model"
+        raise DataError("no answer", why)
     return turns, [parts for _, parts in read]
 
 
@@ -242,7 +249,7 @@ def _file_name(image: Any) -> str:
     if isinstance(image, dict):
         image = image.get("path") or image.get("url")
     if not isinstance(image, str):
-        raise DataError("bad image path", f"expected a path, found {type(image).__name__}")
+        raise DataError("bad image path", f"expected a path, found {kind_of(image)}")
     if "://" in image or image.startswith("data:"):
         raise DataError("bad image path", f"expected a file, found the URL {image[:80]!r}: download it first")
     longest = max(len(part.encode("utf-8", "replace")) for part in image.split("/"))

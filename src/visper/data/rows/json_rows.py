@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from visper.common.errors import DataError
+from visper.common.errors import DataError, kind_of
 
 _GZIP = b"\x1f\x8b"
 _OTHER_FORMATS = {
@@ -30,6 +30,7 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (`git lfs pull`)",
     b"<": "an HTML or XML page: download the file again",
 }
+_CONVERSATION, _SHOWN_KEYS = {"conversations", "messages"}, 8
 _space = re.compile(r"[ \t\n\r]*").match
 _LONGEST_NUMBER = 4000  # digits; Python refuses to parse integers of more than 4300
 
@@ -129,14 +130,33 @@ def _objects(text: str, at: int, file: Path) -> Iterator[Any]:
     """Concatenated objects; a single object is refused."""
     value, at = _decode(text, at)
     if _skip(text, at) == len(text):
-        found = f"one object with the keys {list(value)[:8]}" if isinstance(value, dict) else type(value).__name__
-        raise DataError(
-            "not a list of rows", f"'{file}' contains {found}: expected a list of rows, or one row per line"
-        )
+        what = f"'{file}' contains {_only(value)}"
+        raise DataError("not a list of rows", f"{what}: expected a list of rows, or one row per line{_remedy(value)}")
     yield value
     while (at := _skip(text, at)) < len(text):
         value, at = _decode(text, at)
         yield value
+
+
+def _only(value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"only {kind_of(value)}"
+    keys = ", ".join(repr(str(key)) for key in list(value)[:_SHOWN_KEYS])
+    return f"one object with the keys {keys}" + (", ..." if len(value) > _SHOWN_KEYS else "")
+
+
+def _remedy(value: Any) -> str:
+    """What to do with a value that contains rows, or is one."""
+    if isinstance(value, str):
+        return ". If the text is itself JSON, the file was encoded twice: write the text instead"
+    if not isinstance(value, dict):
+        return "; check that this is the file of the rows"
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if lists and not _CONVERSATION & value.keys():
+        return f". If the rows are the list under {lists[0]!r}, write only this list to a file"
+    if value and all(isinstance(inner, dict) for inner in value.values()):
+        return ". If its values are the rows, write them as a list, without the keys"
+    return ". If it is one row, put it in brackets, [{...}]"
 
 
 def _skip(text: str, at: int) -> int:

@@ -143,10 +143,12 @@ class DropList:
             return
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items())
         first = next(iter(self))
+        left = "" if len(self) < total else "; no row is left to train on, whatever the limit"
+        remedy = "Repair the data or raise 'data.drop_limit'" if len(self) < total else "Repair the data"
         raise DataError(
             "too many bad rows",
             f"{len(self)} of {total} rows ({len(self) / total:.1%}), allowed {limit:.1%}: {reasons}; the first is "
-            f"'{first.sample_id}' ({first.reason}: {first.detail}). Repair the data or raise 'data.drop_limit'",
+            f"'{first.sample_id}' ({first.reason}: {first.detail}){left}. {remedy}",
         )
 
 

@@ -182,6 +182,10 @@ def read_set(name: str) -> tuple[DataSet, Path]:
     """
     shipped = _shipped() / f"{name}.yaml"
     file = shipped if shipped.is_file() else Path(name)
+    if file.is_dir():
+        rows = sorted(path.name for path in file.iterdir() if is_json_name(path.name))
+        hint = f"; to check rows, name their file, such as '{file / rows[0]}'" if rows else ""
+        raise ConfigError(f"'{name}' is a folder: expected the name of a data set, or its YAML file{hint}")
     if not file.is_file():
         near = difflib.get_close_matches(name, set_names(), n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else "."
@@ -320,6 +324,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
             raise ConfigError(f"'{name}' is a conversation file: give the folder of its images with --images")
         return [(Path(name), images)]
     if images is not None:
+        read_set(name)  # raises if it is none
         raise ConfigError(f"'{name}' is a data set with its own images: omit --images, or give a .json file")
     return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
 
