@@ -156,6 +156,23 @@ def test_published_kinds_of_teachers_are_drawn(tmp_path, tiny_llm, tiny_encoder,
         assert sheet.size == (3 * TILE + 6, 4 * (TILE + CAPTION))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.png", "PNG")]
+)
+def test_a_drawing_has_the_format_that_its_name_says(trained, image, tmp_path, name, kind):
+    image.save(tmp_path / "image.png")
+    asked = ["look", str(trained), "--image", str(tmp_path / "image.png"), "-o", str(tmp_path / name)]
+    assert CliRunner().invoke(app, asked, catch_exceptions=False).exit_code == 0
+    with Image.open(tmp_path / name) as sheet:
+        assert sheet.format == kind
+
+
+@pytest.mark.parametrize("name", ["a.jpgg", "a.gif", "a.pdf", "a", ".png"])
+def test_a_drawing_of_another_format_is_refused_before_anything_is_read(tmp_path, name):
+    result = CliRunner().invoke(app, ["look", "nowhere", "--image", "nothing.png", "-o", str(tmp_path / name)])
+    assert result.exit_code == 2 and ".jpeg, .webp" in result.output
+
+
 def test_an_ift_folder_has_nothing_to_look_at(trained, tmp_path):
     (tmp_path / "ift").mkdir()
     (tmp_path / "ift" / "run.yaml").write_text(

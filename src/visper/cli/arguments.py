@@ -4,6 +4,9 @@ from pathlib import Path
 
 import typer
 
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Suffix of a drawing's file -> Pillow's name of its format."""
+
 
 def parse_path(text: str) -> Path:
     """A path with ``~`` and ``$VARIABLES`` expanded, also where the shell does not expand them (``--images=~/x``)."""
@@ -20,4 +23,12 @@ def parse_file(text: str) -> Path:
     path = parse_path(text)
     if path.is_dir():
         raise typer.BadParameter(f"'{path}' is a folder: name a file")
+    return path
+
+
+def parse_picture(text: str) -> Path:
+    """``parse_file`` of a drawing, whose suffix names its format."""
+    path = parse_file(text)
+    if path.suffix.lower() not in PICTURES:
+        raise typer.BadParameter(f"'{path}' names no format for a drawing: end it with {', '.join(PICTURES)}")
     return path

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path
+from visper.cli.arguments import PICTURES, parse_path, parse_picture
 
 NAME = "look"
 
@@ -20,7 +20,9 @@ def run(
         ),
     ],
     image: Annotated[Path, typer.Option("--image", help="an image", parser=parse_path)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write", parser=parse_file)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="the drawing to write, .png, .jpg or .webp", parser=parse_picture)
+    ],
     predictors: Annotated[
         Path | None,
         typer.Option(help="draw MODEL, a later stage, with the predictors of this PT", parser=parse_path),
@@ -28,7 +30,10 @@ def run(
     prompt: Annotated[str | None, typer.Option(help="text that goes with the image")] = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(help="images to show the nearest of if a teacher cannot draw; default: images of the run"),
+        typer.Option(
+            help="images to show the nearest of if a teacher cannot draw; default: images of the run",
+            parser=parse_path,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -58,5 +63,5 @@ def run(
         sheet = with_note(sheet, note)
         print(note)
     with atomic_path(out) as partial:
-        sheet.save(partial, "PNG")
+        sheet.save(partial, PICTURES[out.suffix.lower()], quality=95)  # PNG has no quality and ignores it
     print(out)

@@ -39,7 +39,9 @@ def run(
     root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
         "data"
     ),
-    beside: Annotated[list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable")] = None,
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable", parser=parse_path)
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_file),
