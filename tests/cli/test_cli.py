@@ -89,6 +89,32 @@ def test_chat_answers(trained):
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
 
 
+def test_chat_without_an_image_says_that_none_is_shown(trained, capsys):
+    result = call("chat", str(trained / "out"), "--prompt", "In HTML, <image> is what?", "--max-new-tokens", "3")
+    assert result.exit_code == 0 and "the model answers from the text alone" in result.stderr
+    assert "alone" not in result.stdout
+
+
+def test_answers_that_cannot_be_written_are_refused_before_the_model_is_loaded(trained, tmp_path):
+    (tmp_path / "questions.json").write_text('[{"question": "what?", "answer": "red"}]')
+    (tmp_path / "file").write_text("")
+    asked = ("evaluate", "/nowhere", "--questions", str(tmp_path / "questions.json"))
+    with pytest.raises(
+        ConfigError, match=r"file/a\.jsonl', since '.*file' is not a writable folder: .* --answers FILE"
+    ):
+        call(*asked, "--answers", str(tmp_path / "file" / "a.jsonl"))
+
+
+def test_a_read_only_model_folder_asks_for_another_place_of_the_answers(tmp_path, monkeypatch):
+    (tmp_path / "questions.json").write_text('[{"question": "what?", "answer": "red"}]')
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, _: str(place) != str(tmp_path / "model"))  # root may write anywhere
+    asked = ("evaluate", str(tmp_path / "model"), "--questions", str(tmp_path / "questions.json"))
+    with pytest.raises(ConfigError, match=r"'.*model' is not a writable folder: give another file with --answers"):
+        call(*asked)
+    assert list((tmp_path / "model").iterdir()) == []
+
+
 def test_convert_says_that_a_llava_folder_needs_no_conversion(trained):
     with pytest.raises(ConfigError, match="needs no conversion"):
         call("convert", str(trained / "out" / "model"), str(trained / "converted"))
@@ -123,6 +149,18 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
         (["recipes", "photographs/pt", "--parameters"], "models/"),
         (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
+        (["chat", "/nowhere/at/all", "--prompt", " "], "--prompt is empty"),
+        (["chat", "/nowhere/at/all", "--prompt", "<image>"], "give one --image FILE for each '<image>'"),
+        (
+            ["chat", "/nowhere", "--prompt", "<image> or <image>?", "--image", "HERE/a.png"],
+            "give one --image FILE for each",
+        ),
+        (["push", "/nowhere", "mine"], "'mine' has no owner: write owner/name, such as YOUR_ACCOUNT/mine"),
+        (["push", "/nowhere", "a/b/c"], "'a/b/c' cannot name a repository: expected owner/name"),
+        (["push", "/nowhere", "me/my model"], "'me/my model' cannot name a repository: expected owner/name"),
+        (["push", "/nowhere", "/x"], "'/x' cannot name a repository: expected owner/name"),
+        (["evaluate", "/nowhere", "--questions", "HERE"], "such as 'HERE/some.json'"),
+        (["evaluate", "/nowhere", "--questions", "HERE/some.json", "--images", "none"], "'none' is not a folder"),
         (["evaluate", "/nowhere"], "give --questions FILE or --benchmark NAME"),
         (
             ["evaluate", "/nowhere", "--benchmark", "mmstar", "--root", "/none"],
@@ -132,7 +170,11 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
         (["evaluate", "/nowhere", "--benchmark", "mmstar", "--protocol", "own"], "no protocol 'own': choose paper"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_code_two(arguments, message, monkeypatch, capsys):
+def test_mistakes_are_one_message_and_exit_code_two(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "some.json").write_text('[{"question": "what?", "answer": "red"}]')
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    arguments = [argument.replace("HERE", str(tmp_path)) for argument in arguments]
+    message = message.replace("HERE", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["visper", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -193,3 +193,9 @@ def test_answers_lie_with_the_model_that_gave_them(tmp_path):
 def test_an_answer_of_signs_alone_is_not_an_empty_one():
     question = Question("which sign?", ("?",))
     assert [judge(question, (), said).correct for said in ("?", " ? ", "", "!")] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "<image>"])
+def test_a_question_that_shows_an_image_it_does_not_have_is_refused(student, tmp_path, question):
+    with pytest.raises(DataError, match=r"media without a file: question 0, .*no 'image' or 'images' for the tag"):
+        evaluate(student, [Question(question, ("red",))], tmp_path)

@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from visper.cli.arguments import parse_path
+from visper.common.errors import ConfigError, DataError
 
 NAME = "chat"
+IMAGE_TAG = "<image>"
 
 
 def run(
@@ -28,9 +30,22 @@ def run(
     from visper.common.console import Console
     from visper.data.images import open_image
     from visper.evaluation import answer, load_to_ask
-    from visper.evaluation.ask import as_row
 
     shown = [open_image(image) for image in images or []]
-    as_row(prompt, [image.name for image in images or []])  # raises errors before the model is loaded
+    _check(prompt, images or [])  # before the model is loaded
+    if not shown:
+        Console(stderr=True).print("no --image: the model answers from the text alone", style="dim")
     said = answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0]
     Console(soft_wrap=True).print(said, highlight=False)
+
+
+def _check(prompt: str, images: list[Path]) -> None:
+    from visper.evaluation.ask import as_row
+
+    if not prompt.strip():
+        raise ConfigError("--prompt is empty: write a question")
+    try:
+        as_row(prompt, [image.name for image in images])
+    except DataError as error:
+        remedy = f"; give one --image FILE for each '{IMAGE_TAG}' of the prompt" if IMAGE_TAG in prompt else ""
+        raise DataError(error.reason, error.detail + remedy) from error

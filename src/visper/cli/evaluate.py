@@ -99,13 +99,14 @@ def _questions(
     start: Callable[[], tuple[int, int]],
 ) -> None:
     from visper.data.sampler import spread
-    from visper.evaluation.asking import Asker, answers_file
+    from visper.evaluation.asking import Asker, answers_file, require_writable
     from visper.evaluation.question_files import open_questions
     from visper.evaluation.questions import ask_questions
     from visper.evaluation.scores import blind_scores, scores, show_scores
 
     asked, source = open_questions(questions, images)
     place = answers or answers_file(model, questions.stem, limit)
+    require_writable(place, "give another file with --answers FILE.jsonl")
     asker = Asker(model, batch_size, start())
     own, control = ask_questions(asker, spread(asked, limit), source, place, max_new_tokens, blind)
     if asker.share[1] > 1:
@@ -126,7 +127,7 @@ def _benchmarks(
     blind: bool,
     start: Callable[[], tuple[int, int]],
 ) -> None:
-    from visper.evaluation.asking import Asker, answers_file
+    from visper.evaluation.asking import Asker, answers_file, require_writable
     from visper.evaluation.benchmarks import find_benchmarks
     from visper.evaluation.benchmarks.base import require_prepared
     from visper.evaluation.benchmarks.run import run_benchmark, save_results, show_results
@@ -134,6 +135,10 @@ def _benchmarks(
     chosen = find_benchmarks(name)
     for benchmark in chosen:
         require_prepared(benchmark.name, root)
+        require_writable(
+            answers_file(model, benchmark.name, limit),
+            "make it writable, or give a folder of yours that holds a link named 'model' to the model's folder",
+        )
     asker = Asker(model, batch_size, start())
     results = [run_benchmark(asker, benchmark, root, limit, blind) for benchmark in chosen]
     found = [result for result in results if result is not None]

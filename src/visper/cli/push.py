@@ -25,8 +25,9 @@ def run(
 
     Example: `visper push runs/quickstart/ift someone/my-model --license apache-2.0 --dry-run`
     """
-    from visper.model.push import prepare_upload, upload
+    from visper.model.push import prepare_upload, require_repo, upload
 
+    require_repo(repo)
     console = Console(soft_wrap=True)
     with prepare_upload(model, license, base) as folder:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
 from visper.data.images import student_pixels
-from visper.data.rows.formats import parse_row, read_turn
+from visper.data.rows.formats import parse_row
 from visper.data.rows.records import Record
 from visper.data.vlm import ModelInputs, VlmEncoder, encoder_for
 from visper.model import Student, load_student
@@ -24,19 +24,18 @@ from visper.model import Student, load_student
 def as_row(question: str, images: Sequence[str]) -> Record:
     """A question as a row of training data without an answer, so that the rules of training rows apply to it.
 
-    Control tokens in the text are plain text, and so is ``<image>`` if there are no images. Otherwise each ``<image>``
-    tag is the place of one image; a single image needs no tag.
+    Control tokens in the text are plain text, and so is ``<image>`` inside a text without images. Otherwise each
+    ``<image>`` tag is the place of one image; a single image needs no tag.
 
     Raises:
-        DataError: there are not as many image tags as images, or no tokenizer can read the text.
+        DataError: there are not as many image tags as images, a text without images begins or ends with a tag, or no
+            tokenizer can read the text.
     """
     return as_conversation([question], images)
 
 
 def as_conversation(texts: Sequence[str], images: Sequence[str]) -> Record:
     """Like ``as_row``, for alternating questions and answers that end with a question."""
-    if not images and len(texts) == 1:
-        return Record("question", read_turn({"from": "human", "value": texts[0]})[:1])
     who = ("human", "gpt")
     turns = [{"from": who[number % 2], "value": text} for number, text in enumerate((*texts, ""))]
     record = parse_row({"images": list(images), "conversations": turns}, "question", Path())

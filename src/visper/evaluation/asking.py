@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
-from visper.common.errors import DataError, StoppedError
+from visper.common.errors import ConfigError, DataError, StoppedError
 from visper.common.files import write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
@@ -259,6 +259,19 @@ def own_share() -> tuple[int, int]:
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def require_writable(file: Path, remedy: str) -> None:
+    """Checks that the file of answers can be written, before a model is loaded; creates nothing.
+
+    Raises:
+        ConfigError: its folder, or the one in which that will be made, cannot be written.
+    """
+    folder = next(place for place in file.absolute().parents if os.path.lexists(place))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"the answers cannot be written to '{file}', since '{folder}' is not a writable folder: {remedy}"
+        )
 
 
 def answers_file(model: str, name: str, limit: int | None = None) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import ConfigError, DataError
-from visper.data.rows.json_rows import read_rows
+from visper.data.rows.json_rows import is_json_name, read_rows
 from visper.evaluation.choices import LETTERS, plain
 from visper.evaluation.image_sources import ImageFolder, ImageSource, TableImages, read_table
 from visper.evaluation.questions import EVERYTHING, Question
@@ -45,6 +45,13 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         ConfigError: images are paths and ``images`` is not given, or it is given and no question has an image.
         DataError: the file or a question is not of the expected form; the message names the question.
     """
+    if path.is_dir():
+        files = [file.name for file in path.iterdir() if is_json_name(file.name) or file.suffix == ".parquet"]
+        files.sort(key=lambda name: ("question" not in name, name))
+        hint = f", such as '{path / files[0]}'" if files else ""
+        raise ConfigError(f"'{path}' is a folder: name a file of questions (.json, .jsonl or .parquet){hint}")
+    if images is not None and not images.is_dir():
+        raise ConfigError(f"'{images}' is not a folder: expected the folder of the questions' images")
     if path.suffix != ".parquet":
         questions = read_questions(path)
     else:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, first_line
 from visper.common.files import write_text
 from visper.common.manifest import MANIFEST, require_undamaged
 from visper.model.card import CARD, write_card
@@ -65,6 +66,26 @@ def _adapter_files(place: Path, folder: Path, license: str, base: str | None) ->
     header = f"---\nlibrary_name: peft\nbase_model: {named}\nlicense: {license}\ntags: [visper-lm, lora]\n---\n"
     text = f"# Adapter\n\nLow-rank updates of `{named}`: `PeftModel.from_pretrained(base, this folder)`.\n"
     write_text(folder / CARD, header + text)
+
+
+def require_repo(repo: str) -> None:
+    """Checks the form of a repository's name; without an owner, the hub would take the account that is logged in.
+
+    Raises:
+        ConfigError: it is not owner/name.
+    """
+    owner, slash, name = repo.partition("/")
+    if not slash:
+        raise ConfigError(
+            f"'{repo}' has no owner: write owner/name, such as YOUR_ACCOUNT/{repo or 'my-model'} (`hf auth whoami` "
+            "shows your account and organizations)"
+        )
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"'{repo}' cannot name a repository: expected owner/name; {first_line(error)}") from error
+    if not owner or not name:
+        raise ConfigError(f"'{repo}' cannot name a repository: expected owner/name")
 
 
 def upload(folder: Path, repo: str, private: bool = False) -> str:
