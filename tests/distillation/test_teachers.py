@@ -11,7 +11,6 @@ from torch import nn
 from tests.tiny import PooledColors
 from visper.config.kinds import TEACHERS
 from visper.data.images import rgb_bytes
-from visper.distillation import teachers
 from visper.distillation.teachers import SquashedImage, TargetSpec, Teacher, build_teacher, pca_images
 
 
@@ -68,7 +67,7 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     def absent(name):
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
-    monkeypatch.setattr(teachers, "import_module", absent)
+    monkeypatch.setattr("visper.common.importing.import_module", absent)
     with pytest.raises(ImportError, match=r"needs the package 'onnxruntime'.*pip install 'visper-lm\[onnx\]'"):
         build_teacher("onnx", "x")
 

@@ -7,13 +7,14 @@ Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width
 """
 
 from collections.abc import Collection
-from importlib import import_module
 from inspect import signature
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
+from visper.common.errors import ConfigError
+from visper.common.importing import import_named
 from visper.config import Head, Position
 from visper.config.kinds import head_place, nearest
 from visper.distillation.resampler import PerceiverResampler
@@ -122,8 +123,10 @@ def build_head(
     Raises:
         ValueError: unknown kind or option, or a custom class that is not a ``TokenHead``.
     """
-    module, name = head_place(spec.kind).split(":")
-    kind = getattr(import_module(module), name)
+    try:
+        kind = import_named(head_place(spec.kind))
+    except (ImportError, ConfigError) as error:
+        raise ConfigError(f"head '{spec.kind}' cannot be loaded: {error}") from error
     if kind is ResamplerHead:
         owns = at is not Position.TASK_TOKENS and query_source(spec, target) == "matrix"
         latents = (spec.options.get("num_queries") or target.tokens) if owns else 0

@@ -12,12 +12,13 @@ Shape suffixes: B = samples, P = samples in the pool, N = tokens, E = width.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize, smooth_l1_loss
 
+from visper.common.errors import ConfigError
+from visper.common.importing import import_named
 from visper.config.kinds import loss_place
 
 MAX_SCALE = 100.0
@@ -31,13 +32,14 @@ def loss_named(kind: str) -> Loss:
     """The function of a kind of loss.
 
     Raises:
-        ValueError: the kind is unknown, or its function cannot be imported.
+        ValueError: the kind is unknown, or its function cannot be imported or is none.
     """
-    module, name = loss_place(kind).split(":")
     try:
-        found: Loss = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"loss '{kind}' cannot be loaded: {error}") from error
+        found: Loss = import_named(loss_place(kind))
+    except (ImportError, ConfigError) as error:
+        raise ConfigError(f"loss '{kind}' cannot be loaded: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"loss '{kind}' is no function: expected one of (predicted, target, mask)")
     return found
 
 

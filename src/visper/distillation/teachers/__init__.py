@@ -5,12 +5,12 @@ A kind's module is imported only when it is used, so that the packages of other 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from visper.common.console import without_loading_bars
+from visper.common.importing import import_named
 from visper.config.kinds import TEACHERS, check_options, class_place
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_images
 from visper.model.hub import remedy
@@ -49,8 +49,7 @@ def target_spec(kind: str, model: str | Path, **options: Any) -> TargetSpec:
 
 def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
     place = class_place(kind)
-    module_name, class_name = place.split(":", 1)
-    teacher_class = getattr(import_module(module_name), class_name)
+    teacher_class = import_named(place)
     if not (isinstance(teacher_class, type) and issubclass(teacher_class, Teacher)):
         raise ValueError(
             f"teacher kind '{kind}' names {place}, expected a subclass of visper.distillation.teachers.Teacher"
