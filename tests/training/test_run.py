@@ -729,6 +729,36 @@ def test_tensorboard_is_a_key(make, tmp_path):
     assert events and b"depth/1/smooth_l1" in events[0].read_bytes()
 
 
+def test_relative_paths_of_a_recipe_are_relative_to_the_current_folder(
+    rows, tmp_path, tiny_llm, tiny_encoder, monkeypatch
+):
+    (tmp_path / "recipes").mkdir()
+    for name, place in {"llm": tiny_llm, "encoder": tiny_encoder, "rows": rows}.items():
+        shutil.copytree(place, tmp_path / name)
+    (tmp_path / "words.txt").write_text("zebra\n")
+    DropList([Drop("rows/0/0", "blurred")]).write(tmp_path / "drop.jsonl")
+    base = {
+        "name": "relative",
+        "stage": "pt",
+        "output": "out",
+        "student": {"llm": "llm", "encoder": "encoder", "task_tokens": None, "add_words": "words.txt"},
+        "data": {
+            "sources": [{"json": "rows/rows.json", "images": "rows/images"}],
+            "drop_list": ["drop.jsonl"],
+            "workers": 0,
+        },
+        "optimization": {"global_batch": 2, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, "precision": "float32"},
+    }
+    (tmp_path / "recipes" / "base.yaml").write_text(json.dumps(base))  # JSON is YAML
+    (tmp_path / "recipes" / "mine.yaml").write_text("extends: base.yaml\nseed: 3\n")
+    monkeypatch.chdir(tmp_path)
+    run = load_run("recipes/mine.yaml")
+    run_stage(run)
+    assert run.seed == 3 and run.student is not None and run.student.add_words == ("zebra",)
+    assert (tmp_path / "out" / "model" / "run.yaml").is_file() and not (tmp_path / "recipes" / "out").exists()
+    assert (tmp_path / "out" / "dropped.jsonl").read_text() == (tmp_path / "drop.jsonl").read_text()
+
+
 def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
     run = make("ift", optimization={"max_steps": 1})
     run_stage(run)
