@@ -21,6 +21,6 @@ def without_nulls(given: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A section of a run: immutable, rejects unknown keys."""
+    """A section of a run: immutable, rejects unknown keys, infinity and NaN."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
