@@ -1,5 +1,6 @@
 """A signal to the process group, loader processes included, ends a run with a checkpoint."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -37,16 +38,56 @@ def test_a_signal_to_the_group_saves_and_ends(number, tmp_path, tiny_llm, tiny_e
     assert len(list((tmp_path / "ift" / "checkpoints").glob("checkpoint-*"))) == 1
 
 
-class InWorker:
-    """What a loader process does with its signals, and its threads."""
+def test_a_run_that_fails_ends_with_its_loader_processes(tmp_path, tiny_llm, tiny_encoder):
+    """When Python exits, it sends SIGTERM to the loader processes that are left, and waits for them."""
+    recipe = tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=4000, workers=2)
+    diverges = ["optimization.lr=1e30", "optimization.max_grad_norm=0"]
+    command = [sys.executable, "-m", "visper", "train", str(recipe), *diverges]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 2 and "error the loss is nan" in done.stderr
+    assert done.stderr.index("error the loss") > done.stderr.rfind("Traceback"), "torch must not see a failed worker"
+
+
+class Waits:
+    """Rows of which a loader process announces the first, and then works at it until it is ended."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def __len__(self):
         return 1
 
     def __getitem__(self, index):
-        return signal.getsignal(signal.SIGTERM), [thread.name for thread in threading.enumerate()]
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(WAIT_S)
 
 
-def test_a_loader_process_ignores_stop_signals_and_watches_its_parent():
-    ((handler, threads),) = DataLoader(InWorker(), None, num_workers=1, worker_init_fn=partial(start_worker, None))
-    assert handler == signal.SIG_IGN and "end with parent" in threads
+def test_a_loader_process_heeds_sigterm_of_its_parent_alone(tmp_path):
+    start = partial(start_worker, None)
+    rows = iter(DataLoader(Waits(tmp_path), None, num_workers=1, worker_init_fn=start))
+    (worker,) = multiprocessing.active_children()
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.01)
+    for number in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    worker.join(1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(WAIT_S)
+    assert worker.exitcode == 0
+    del rows
+
+
+class InWorker:
+    """The threads of a loader process."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return [thread.name for thread in threading.enumerate()]
+
+
+def test_a_loader_process_watches_its_parent():
+    (threads,) = DataLoader(InWorker(), None, num_workers=1, worker_init_fn=partial(start_worker, None))
+    assert "end with parent" in threads

@@ -89,6 +89,24 @@ def end_with_parent(worker: int = 0) -> None:
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
+def heed_only_parent() -> None:
+    """Makes this loader process ignore SIGTERM, except from the process that started it.
+
+    Schedulers send SIGTERM to all processes of a job. Python sends it to the loader processes that are left when their
+    parent ends, and then waits for them: forever, if they ignored it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)  # with an error or by a signal, torch would raise one in the parent
+
+    threading.Thread(target=wait, name="heed only parent", daemon=True).start()
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for reuse in this process; does nothing with another C library.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from visper.common.parallel import end_with_parent, keep_freed_memory
+from visper.common.parallel import end_with_parent, heed_only_parent, keep_freed_memory
 
 
 class StopRequest(TrainerCallback):
@@ -58,8 +58,8 @@ def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     Args:
         then: the loader's own ``worker_init_fn``, which seeds the worker.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heed_only_parent()
     end_with_parent()
     keep_freed_memory()
     if then is not None:
