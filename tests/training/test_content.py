@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from visper.common.errors import ConfigError
+from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import Run
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -97,6 +98,7 @@ def test_a_stage_finished_from_something_else_is_not_skipped(run: Run, tmp_path:
     run_pipeline([run, later])
     run_pipeline([run, later])
     change_weights(Path(run.output) / "model")
+    write_manifest(Path(run.output) / "model", WEIGHTS_ONLY)  # as if it had been trained again
     with pytest.raises(
         ConfigError, match=r"ift' holds this run, finished, but .*: start_from '.*/pt/model'\. Remove '"
     ):

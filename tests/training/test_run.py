@@ -460,6 +460,46 @@ def test_pipeline_skips_what_is_finished(make, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_stages_of_one_output_are_refused_before_the_first_trains(make, tmp_path):
+    with pytest.raises(ConfigError, match=r"'pt' and 'ift' have the same output"):
+        run_pipeline([make("pt"), make("ift").model_copy(update={"output": str(tmp_path / "ift" / ".." / "pt")})])
+    assert not (tmp_path / "pt").exists()
+
+
+def test_a_finished_stage_is_kept_only_if_it_is_undamaged(make, tmp_path):
+    run = make("ift")
+    run_pipeline([run])
+    weights = tmp_path / "ift" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"model.safetensors.*train again"):
+        run_pipeline([run])
+    weights.unlink()
+    with pytest.raises(DataError, match=r"model.safetensors"):
+        run_pipeline([run])
+    weights.write_bytes(whole)
+    run_pipeline([run])
+
+
+def test_a_finished_stage_is_kept_only_with_the_weights_that_are_asked_for(make, rows, tmp_path):
+    held_out = {"every": 2, "loss_on": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}], "limit": 8}
+    run_pipeline([make("ift", evaluation=held_out)])
+    run_pipeline([make("ift", evaluation={**held_out, "every": 1})])
+    with pytest.raises(ConfigError, match=r"finished with the last ones .* asks for the best by eval/ntp: remove"):
+        run_pipeline([make("ift", evaluation={**held_out, "use_best": True, "best": "ntp"})])
+
+
+def test_a_finished_stage_is_kept_only_with_its_drop_list(make, tmp_path):
+    file = tmp_path / "drop.jsonl"
+    DropList([Drop("rows/1/1", "not wanted", "")]).write(file)
+    run = make("ift", data={"drop_list": [str(file)]})
+    run_pipeline([run])
+    run_pipeline([run])
+    DropList([Drop("rows/2/2", "not wanted", "")]).write(file)
+    with pytest.raises(ConfigError, match=r"changed since it began: data.drop_list '.*drop.jsonl'"):
+        run_pipeline([run])
+
+
 def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(rows, broken)

@@ -25,7 +25,9 @@ def run(
     from visper.evaluation.while_training import evaluator_of
     from visper.planning.recomputation import least_recomputation
     from visper.training import run_pipeline, start_processes
+    from visper.training.output import require_separate_outputs
 
+    require_separate_outputs(runs)
     if len({settings.launch.processes for settings in runs}) > 1:
         raise ConfigError("stages of a pipeline have different launch.processes: give --set launch.processes=N")
     if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):

@@ -6,6 +6,7 @@ run is not taken for the result of content that has changed since.
 - the rows of each source, as they were read: ids, roles, texts, image names;
 - the images of ``SAMPLED`` evenly spaced rows, since reading all images of a large set takes minutes. This detects that
   all images were replaced, but rarely that a single one was;
+- the drop lists;
 - each local folder or file that weights are loaded from. The first process reads it at every start, at the speed of the
   disk; loading then reads it from the page cache.
 
@@ -128,6 +129,7 @@ def _parts(run: Run) -> Iterator[tuple[str, str]]:
     yield from ((f"student.{part}", place) for part, place in named if place is not None)
     if run.start_from is not None:
         yield "start_from", student_place(run.start_from)
+    yield from (("data.drop_list", place) for place in run.data.drop_list)
     for task, settings in (run.distillation.tasks if run.distillation else {}).items():
         if settings.target.model is not None:
             yield f"the teacher of '{task}'", settings.target.model

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +30,7 @@ import yaml
 from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import is_leftover, remove_leftovers, write_text
 from visper.common.lock import HOLDER, LOCK
+from visper.common.manifest import require_undamaged
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints
@@ -60,18 +61,53 @@ LOG_SUFFIXES = (".log", ".out", ".err")
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the output folder holds this run, finished.
+    """Whether the output folder holds this run, finished and undamaged.
 
     Raises:
         ConfigError: it holds another run, or this one finished from other rows, teachers or initial weights than those
-            that are there now.
+            that are there now, or with the weights of another step than it asks for now.
+        DataError: the finished model is damaged.
     """
     output = Path(run.output)
     _refuse_other(run, output)
     if not (output / "model" / "run.yaml").is_file():
         return False
     require_finished_with(run)
+    _require_weights_of(run, output)
+    require_undamaged(output / "model")
     return True
+
+
+def require_separate_outputs(runs: Sequence[Run]) -> None:
+    """Checks that no two runs have the same output folder.
+
+    Raises:
+        ConfigError: names the runs and the folder.
+    """
+    places: dict[Path, Run] = {}
+    for run in runs:
+        other = places.setdefault(Path(run.output).resolve(), run)
+        if other is not run:
+            raise ConfigError(
+                f"'{other.name}' and '{run.name}' have the same output '{run.output}': give each its own, in its recipe"
+            )
+
+
+def _require_weights_of(run: Run, output: Path) -> None:
+    """Checks that the finished model has the weights that ``run`` asks for: the last ones, or the best ones."""
+    saved = saved_run(output)
+    there, here = (None if one is None else _chosen_by(one) for one in (saved, run))
+    if there != here:
+        shown = [f"the best by {measure}" if measure else "the last ones" for measure in (there, here)]
+        raise ConfigError(
+            f"'{output}' holds this run, finished with {shown[0]} of its weights, but evaluation now asks for "
+            f"{shown[1]}: remove '{output}' to train again, or set evaluation.use_best and evaluation.best as in its "
+            "run.yaml"
+        )
+
+
+def _chosen_by(run: Run) -> str | None:
+    return run.evaluation.measure if run.evaluation is not None and run.evaluation.use_best else None
 
 
 def check_output(run: Run, output: Path, resume: bool) -> None:

@@ -49,7 +49,15 @@ from visper.training.held_out import (
 )
 from visper.training.lora import ADAPTER, add_updates, four_bits, merge_updates, save_adapter
 from visper.training.module import TrainingModel
-from visper.training.output import DROPPED, check_output, claim_output, is_finished, naming_saved_weights, saved_run
+from visper.training.output import (
+    DROPPED,
+    check_output,
+    claim_output,
+    is_finished,
+    naming_saved_weights,
+    require_separate_outputs,
+    saved_run,
+)
 from visper.training.parallel.deepspeed import (
     prepare_for_zero,
     require_same_writer,
@@ -131,7 +139,12 @@ def run_pipeline(
     evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
     recomputation: EstimateMemory | None = None,
 ) -> None:
-    """Trains stages in order; skips finished ones and resumes interrupted ones."""
+    """Trains stages in order; skips finished ones and resumes interrupted ones.
+
+    Raises:
+        ConfigError: two stages have the same output, or see ``run_stage``.
+    """
+    require_separate_outputs(runs)
     console = Console()
     for run in runs:
         if is_finished(run):
@@ -339,7 +352,7 @@ def train(
         if trainer.stop.agreed and step < last:
             raise StoppedError(
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
-                "add --resume to continue"
+                "to continue, add --resume (visper pipeline: repeat the command)"
             )
     if evaluations is not None and evaluations.held_out.settings.use_best:
         best = best_checkpoint(trainer.output, evaluations.held_out.settings.measure, evaluations.on)
