@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import published_predictors
-from visper.config import Distillation, Head
+from visper.config import Distillation, Head, Position
 from visper.distillation import (
     DistilledTask,
     EmbeddingDistillation,
@@ -13,6 +13,7 @@ from visper.distillation import (
     check_head_fits,
     gather_targets,
 )
+from visper.distillation.heads import TokenHead
 from visper.distillation.losses import info_nce, smooth_l1
 
 WIDTH, IMAGE = 12, 9
@@ -203,6 +204,32 @@ def test_micro_batches_only_change_sums(objective, queries, shares):
         assert_close(sums[name], term.detach(), **TOLERANCE)
     for ours, theirs in zip(gradients(objective, queries), expected, strict=True):
         assert_close(ours, theirs, **TOLERANCE)
+
+
+class DroppingHead(TokenHead):
+    def __init__(self, llm_width, target):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(llm_width, target.width))
+
+    def forward(self, states):
+        return self.layers(states)
+
+
+def test_a_recomputed_head_drops_the_states_that_its_forward_pass_dropped():
+    head = Head.model_validate({"kind": f"{__name__}:DroppingHead"})
+    task = DistilledTask(SPECS["depth"], LAYERS["depth"], head, at=Position.IMAGE_TOKENS, loss={"smooth_l1": 1.0})
+    objective, found = EmbeddingDistillation({"depth": task}, WIDTH, 4).train(), []
+    row = torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 5]])
+    reading = objective.read(TokenLayout.from_ids(row, None, IMAGE, {}))
+    for objective.recompute in (False, True):
+        objective.zero_grad()
+        hidden = states(1, 6)
+        torch.manual_seed(3)
+        objective.total(objective(hidden, reading, {}, targets(1), 1)).backward()
+        found.append([*gradients(objective, {}), *(hidden[layer].grad for layer in LAYERS["depth"])])
+    assert all(gradient.abs().max() > 0 for gradient in found[0])
+    for again, kept in zip(*reversed(found), strict=True):
+        assert_close(again, kept, rtol=0, atol=0)
 
 
 def test_hidden_states_of_a_bfloat16_student_are_taken(objective, queries):

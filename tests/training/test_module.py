@@ -1,14 +1,18 @@
 """The training model: logits where labels are, batches without labels or images, teachers left outside."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.tiny import published_predictors
-from visper.config import Geometry
+from visper.config import Geometry, Lora
 from visper.config import Student as StudentConfig
 from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec
 from visper.model import TaskTokens, build_student, initial_queries
 from visper.training import TrainingModel, apply_stage
+from visper.training.compilation import compile_parts
+from visper.training.lora import add_updates
 from visper.training.stages import DISTILLATION_PARTS, TASK_TOKEN_PARTS, part_name
 
 TOKENS, WIDTH = 16, 8
@@ -107,6 +111,38 @@ def test_recomputing_activations_changes_no_loss_and_no_gradient(model, share):
     assert recomputed.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dropping", ["attention", "low-rank updates"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_recomputed_layers_drop_what_their_forward_pass_dropped(model, dropping, backend):
+    batch = batch_of(model)
+    if dropping == "attention":
+        for layer in model.student.get_decoder().layers:
+            layer.self_attn.attention_dropout = 0.5
+    else:
+        pytest.importorskip("peft")
+        add_updates(Lora(rank=4, alpha=8, dropout=0.5), SimpleNamespace(model=model.student))
+        updates = [p for name, p in model.named_parameters() if ".lora_B." in name]
+        assert updates
+        for update in updates:
+            torch.nn.init.normal_(update)  # zeros at first, for which dropping changes nothing
+    model.train()
+    torch.compiler.reset()
+    if backend:
+        compile_parts(model, backend)
+    found = []
+    for share in (0.0, 0.5, 1.0):
+        if share:
+            model.recompute_activations(share)
+        torch.manual_seed(3)
+        found.append(gradients(model, batch))
+    model.eval()
+    without = gradients(model, batch)
+    assert any((without[name] - gradient).abs().max() > 1e-3 for name, gradient in found[0].items())
+    for again in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_the_share_of_layers_that_are_recomputed_is_spread_evenly(model):

@@ -234,7 +234,8 @@ class EmbeddingDistillation(nn.Module):
     def _run(self, embedding: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """``embedding(*arguments)``; with ``recompute``, its activations are recomputed in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            again: Tensor = checkpoint(embedding, *arguments, use_reentrant=False, preserve_rng_state=False)
+            # The default keeps the state of the random numbers: a head of the user's may have dropout.
+            again: Tensor = checkpoint(embedding, *arguments, use_reentrant=False)
             return again
         return embedding(*arguments)
 
