@@ -144,6 +144,28 @@ def test_a_quantized_student_sees_images_as_the_run_says(rows, start, tmp_path, 
     assert geometry_of(before) != "pad" == geometry_of(student.processor.image_processor)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": ["vision"]}, {"distillation": tiny.distillation()}],
+    ids=["encoder", "task tokens"],
+)
+def test_a_quantized_students_folder_has_all_that_was_trained(changes, rows, start, tmp_path, monkeypatch):
+    """Without quantizing, so that the result is that of a run that does not quantize."""
+    monkeypatch.setattr("visper.training.run.four_bits", lambda start_from: {})
+    found, before = [], load_file(start / "model" / "model.safetensors")
+    for name, quantize in (("plain", None), ("quantized", "4bit")):
+        lora, distillation = {**LORA, "quantize": quantize}, changes.get("distillation")
+        run = settings(rows, tmp_path / name, start_from=str(start), lora=lora, distillation=distillation)
+        trained = run.optimization.model_copy(update={"train": tuple(changes.get("train", ()))})
+        run_stage(run.model_copy(update={"optimization": trained}))
+        found.append(load_file(tmp_path / name / "model" / "model.safetensors"))
+    plain, quantized = found
+    changed = "vision_tower" if "train" in changes else "embed_tokens"
+    assert any(changed in name and not torch.equal(value, before[name]) for name, value in plain.items())
+    assert plain.keys() == quantized.keys()
+    assert [name for name, value in plain.items() if not torch.equal(value, quantized[name])] == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_quantized_fine_tuning_leaves_a_plain_folder(rows, start, tmp_path):

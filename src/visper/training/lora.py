@@ -18,7 +18,7 @@ from visper.common.compat import forget_adapters
 from visper.common.errors import ConfigError
 from visper.config import Lora
 from visper.model import Student, load_student
-from visper.model.parts import LLM, PLACES, PROJECTOR, modules_of, parameters_of
+from visper.model.parts import LLM, PLACES, PROJECTOR, modules_of, part_of
 
 ADAPTER = "adapter"
 """Folder beside ``model/`` with the updates and the projector's weights in peft's format."""
@@ -108,7 +108,8 @@ def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -
 def merge_updates(lora: Lora, student: Student, start_from: str | None, revision: str | None = None) -> Student:
     """The student with its updates merged into the LLM's weights, and peft's layers replaced by plain ones.
 
-    If the LLM is quantized, the unquantized one is loaded and the updates are merged into that.
+    If the LLM is quantized, the unquantized one is loaded and the updates are merged into that. Task tokens must be
+    written into the vocabulary of the result, not before.
     """
     if lora.quantize is not None:
         student = _onto_unquantized(lora, student, start_from, revision)
@@ -128,8 +129,10 @@ def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None, re
     assert start_from is not None
     whole = load_student(start_from, revision=revision)
     add_updates(lora, whole)
-    projector = {name for name, _ in parameters_of(quantized.model, PROJECTOR)}
-    updates = {n: t.cpu() for n, t in quantized.model.state_dict().items() if "lora_" in n or n in projector}
+    # Trained parts are taken completely, because they may have buffers that training changes; they are not quantized.
+    trained = {part_of(name) for name, p in quantized.model.named_parameters() if p.requires_grad} - {LLM}
+    state = quantized.model.state_dict().items()
+    updates = {name: tensor.cpu() for name, tensor in state if "lora_" in name or part_of(name) in trained}
     whole.model.load_state_dict(updates, strict=False)
     whole.processor = quantized.processor
     return whole

@@ -367,6 +367,11 @@ def train(
 def finish(run: Run, student: Student, model: TrainingModel) -> None:
     """Writes the stage's results. ``model`` is moved to its place last, so if it exists, the results are complete."""
     output = Path(run.output)
+    if run.lora is not None:
+        base = run.start_from or getattr(run.student, "vlm", None) or getattr(run.student, "llm", None)
+        with atomic_path(output / ADAPTER) as partial:
+            save_adapter(run.lora, student, base, partial)
+        student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.words is not None:
@@ -380,11 +385,6 @@ def finish(run: Run, student: Student, model: TrainingModel) -> None:
             save_file({n: t.detach().cpu().contiguous() for n, t in kept.items()}, partial / "weights.safetensors")
             write_manifest(partial, WEIGHTS_ONLY)
             save_run(run, partial / "run.yaml")
-    if run.lora is not None:
-        base = run.start_from or getattr(run.student, "vlm", None) or getattr(run.student, "llm", None)
-        with atomic_path(output / ADAPTER) as partial:
-            save_adapter(run.lora, student, base, partial)
-        student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
     if run.optimization.precision == "bfloat16":
         to_bfloat16(student.model)
     with atomic_path(output / "model") as partial:
