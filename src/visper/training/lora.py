@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visper.common.compat import forget_adapters
+from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
-from visper.config import Lora
+from visper.common.files import atomic_path
+from visper.common.manifest import WEIGHTS_ONLY, write_manifest
+from visper.config import Lora, Run, VlmStudent
 from visper.model import Student, load_student
 from visper.model.parts import LLM, PLACES, PROJECTOR, modules_of, part_of
+from visper.training.stages import part_name
 
 ADAPTER = "adapter"
 """Folder beside ``model/`` with the updates and the projector's weights in peft's format."""
+_NAMED = 3
+"""Maximum number of parameters named in a message."""
 
 
 def add_updates(lora: Lora | None, student: Student) -> None:
@@ -85,24 +92,72 @@ def four_bits(start_from: str | None) -> dict[str, Any]:
     return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 
 
-def save_adapter(lora: Lora, student: Student, base: str | None, folder: Path) -> None:
+def save_adapter(run: Run, student: Student, model: nn.Module, folder: Path, console: Console) -> None:
     """Writes the updates in peft's format, for ``PeftModel.from_pretrained(model_the_stage_started_from, folder)``.
 
-    The projector is trained too, so its weights are included (peft's ``modules_to_save``).
+    The projector is trained too, so its modules are included (peft's ``modules_to_save``). If the run has changed
+    anything else, the result would not be the finished model: then nothing is written, and the log says why.
+
+    Args:
+        student: the student with its updates, not merged yet.
+        model: the training model; its trainable parameters are those that the run has changed.
     """
     from peft import get_peft_model_state_dict
 
-    folder.mkdir(parents=True)
-    config = copy.copy(peft_config(lora, student))
-    config.modules_to_save = [name.rpartition(".")[2] for name in modules_of(student.model, PROJECTOR)]
-    config.base_model_name_or_path = base
+    assert run.lora is not None
+    saved = _saved_modules(student.model)
+    obstacle = _obstacle(run, student, model, saved)
+    if obstacle is not None:
+        announce(console, "adapter", f"not written, because {obstacle}; model/ is complete")
+        return
+    config = copy.copy(peft_config(run.lora, student))
+    config.modules_to_save = saved or None
+    config.base_model_name_or_path, config.revision = _start_of(run)
     config.inference_mode = True
-    config.save_pretrained(folder)
     weights: dict[str, Tensor] = get_peft_model_state_dict(student.model, state_dict=student.model.state_dict())
-    projector = tuple(f"{name}." for name in modules_of(student.model, PROJECTOR))
-    weights |= {name: value for name, value in student.model.state_dict().items() if name.startswith(projector)}
+    modules = tuple(f"{name}." for name in saved)
+    weights |= {name: value for name, value in student.model.state_dict().items() if name.startswith(modules)}
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with atomic_path(folder) as partial:
+        partial.mkdir()
+        config.save_pretrained(partial)
+        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_manifest(partial, WEIGHTS_ONLY)
+
+
+def _saved_modules(model: nn.Module) -> list[str]:
+    """The projector's modules with trained parameters. peft cannot save a list of modules, so a list's members stand
+    for it (Qwen3-VL's ``deepstack_merger_list``)."""
+    found: list[str] = []
+    for name in modules_of(model, PROJECTOR):
+        module = model.get_submodule(name)
+        several = isinstance(module, nn.ModuleList)
+        found += [f"{name}.{at}" for at in range(len(module))] if several else [name]  # type: ignore[arg-type]
+    return [name for name in found if any(p.requires_grad for p in model.get_submodule(name).parameters())]
+
+
+def _obstacle(run: Run, student: Student, model: nn.Module, saved: Sequence[str]) -> str | None:
+    """Why the model that the run started from, with the adapter, would not be the finished one; None if it would."""
+    start, _ = _start_of(run)
+    if start is None:
+        return "the run started from an LLM and an encoder, and not from a model that it could be added to"
+    if run.start_from is None and student.task_token_ids:
+        return f"the run has added task tokens to the vocabulary of '{start}'"
+    held = ("objective.", *(f"student.{name}." for name in saved))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    others = [part_name(name) for name in trained if not name.startswith(held)]
+    if not others:
+        return None
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    return f"it cannot hold all that the run has trained: {', '.join(others[:_NAMED])}{more}"
+
+
+def _start_of(run: Run) -> tuple[str | None, str | None]:
+    """Folder or hub id of the model that the run started from, and its revision; None if it assembled the student."""
+    if run.start_from is not None:
+        model = Path(run.start_from) / "model"  # of a stage's folder
+        return str(model) if model.is_dir() else run.start_from, run.start_from_revision
+    return (run.student.vlm, run.student.vlm_revision) if isinstance(run.student, VlmStudent) else (None, None)
 
 
 def merge_updates(lora: Lora, student: Student, start_from: str | None, revision: str | None = None) -> Student:

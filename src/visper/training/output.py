@@ -4,7 +4,7 @@ Layout of a stage's output::
 
     run.yaml        the resolved run that owns the folder
     content.json    digests of the rows, images and initial weights
-    adapter/        with 'lora': the low-rank updates in peft's format; in model/ they are merged
+    adapter/        with 'lora': the updates (merged in model/) and the projector in peft's format, if that is all
     model/          a plain LLaVA folder: weights, tokenizer, processor, generation config, run.yaml; written last
     distillation/   with distillation: predictors, logit scales and query matrices, for `visper look` and probing
     checkpoints/    complete checkpoints to resume from

@@ -128,7 +128,7 @@ def run_stage(
         train(trainer, checkpoint, console, *evaluations)
         if processes.is_main_process:
             with naming_saved_weights(output):
-                finish(run, student, model)
+                finish(run, student, model, console)
             announce(console, "saved", f"{output}/model")
         wait_for_all()
     return output / "model"
@@ -364,13 +364,11 @@ def train(
         unshard(model, keep=trainer.is_world_process_zero())
 
 
-def finish(run: Run, student: Student, model: TrainingModel) -> None:
+def finish(run: Run, student: Student, model: TrainingModel, console: Console) -> None:
     """Writes the stage's results. ``model`` is moved to its place last, so if it exists, the results are complete."""
     output = Path(run.output)
     if run.lora is not None:
-        base = run.start_from or getattr(run.student, "vlm", None) or getattr(run.student, "llm", None)
-        with atomic_path(output / ADAPTER) as partial:
-            save_adapter(run.lora, student, base, partial)
+        save_adapter(run, student, model, output / ADAPTER, console)
         student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
