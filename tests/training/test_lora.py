@@ -189,6 +189,17 @@ def test_each_part_has_its_own_rate_and_it_is_logged(rows, start, tmp_path):
     assert projector == pytest.approx(2e-2, rel=0.1) and llm == pytest.approx(2e-3, rel=0.1)  # Adam's first steps
 
 
+def test_a_logged_rate_is_the_one_that_the_step_used(rows, start, tmp_path):
+    rates = {"lr": 1e-3, "lr_overrides": {"projector": 1e-2}, "schedule": "linear", "warmup_ratio": 0.5}
+    opt = {"global_batch": 4, "micro_batch": 4, "max_steps": 4, "precision": "float32", **rates}
+    run_stage(settings(rows, tmp_path / "r", start_from=str(start), optimization=opt))
+    logs = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    logs = [log for log in logs if "loss" in log]
+    assert [log["learning_rate"] for log in logs] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+    assert [log["lr_llm"] for log in logs] == [log["learning_rate"] for log in logs]
+    assert [log["lr_projector"] for log in logs] == pytest.approx([10 * log["learning_rate"] for log in logs])
+
+
 def test_a_rate_for_what_does_not_learn_is_refused(rows, start, tmp_path):
     opt = {"global_batch": 4, "micro_batch": 4, "lr": 1e-3, "lr_overrides": {"projektor": 1e-2}, "precision": "float32"}
     with pytest.raises(ConfigError, match="did you mean 'projector'"):

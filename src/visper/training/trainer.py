@@ -77,6 +77,7 @@ class StageTrainer(Trainer):
         self.terms = TermSums()
         names = data.dataset.source_names
         self.sources = SourceSums(names) if names else None
+        self.rates: dict[str, float] = {}
         self.best_checkpoint: str | None = None  # kept in addition to the newest ones, see ``held_out``
         self.sharded = is_sharded(model)
         super().__init__(
@@ -185,8 +186,10 @@ class StageTrainer(Trainer):
 
         Until about torch 2.14, the norm of sharded gradients covers only this process's shards, hence ``full_tensor``.
         The Trainer calls this right before the optimizer step, so the monitor checks loss and gradient norm here. With
-        one process, this is the only time in a step that the host waits for its device.
+        one process, this is the only time in a step that the host waits for its device. The rates to be logged are read
+        here too: when the Trainer logs, they are already those of the next step.
         """
+        self.rates = self._learning_rates()
         norm = super()._get_grad_norm(model, grad_norm)
         norm = full_tensor(norm) if isinstance(norm, Tensor) else norm
         skipped = not self.monitor.settle(self.state.global_step + 1, norm)
@@ -236,7 +239,7 @@ class StageTrainer(Trainer):
         steps = self.terms.steps(step)
         if "loss" in logs and steps > 0:
             terms = self._logged_terms(logs, step)
-            logs.update(terms | self._learning_rates() | self.monitor.report(terms, steps, step))
+            logs.update(terms | self.rates | self.monitor.report(terms, steps, step))
             if self.sources is not None:
                 logs.update(self.sources.means(self.accelerator))
         super().log(logs, start_time)
