@@ -231,6 +231,8 @@ def test_rates_and_decay_are_by_parameter(student, tmp_path):
     found = {own[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"] if id(p) in own}
     assert found.keys() == set(own.values()) and {lr for lr, _ in found.values()} == {0.3}
     assert {decay for name, (_, decay) in found.items() if name.endswith("bias")} == {0.0}
+    assert {decay for name, (_, decay) in found.items() if "logit_scales" in name} == {0.0}
+    assert {decay for name, (_, decay) in found.items() if name.startswith("queries.")} == {0.1}
     assert sum(len(g["params"]) for g in trainer.create_optimizer().param_groups) == sum(
         len(g["params"]) for g in groups
     )

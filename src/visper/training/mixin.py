@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from visper.data.image_places import knows_places
 from visper.distillation import AttachedDistillation, Teacher
 from visper.training.global_batch import TermSums, teacher_targets
+from visper.training.stages import decayed_names
 from visper.training.teacher_collator import SHARE, TeacherCollator
 
 WEIGHTS = "distiller.safetensors"
@@ -145,6 +146,10 @@ class DistillationMixin(Trainer):
             for parameter, grad in zip(trainable, mean.split([p.numel() for p in trainable]), strict=True):
                 parameter.grad = grad.view_as(parameter)
         return loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters with weight decay: the trainer's own, without the distiller's logit scales."""
+        return decayed_names(super().get_decay_parameter_names(model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The trainer's own optimizer, with parameter groups for the distiller after the model's."""

@@ -193,6 +193,16 @@ def learning_rate_of(optimization: Optimization, part: str) -> float:
     return optimization.lr_overrides.get(part, optimization.lr)
 
 
+def decayed_names(names: Iterable[str]) -> list[str]:
+    """Names of parameters that the Trainer would decay, without the logit scales.
+
+    A logit scale is the logarithm of a factor on cosines, so decay would pull the factor to 1, whatever the loss needs.
+    The Trainer leaves out biases and norms, by name, but knows no temperatures. Query matrices are decayed because the
+    Trainer decays embeddings, and that is what they are: their means are the task tokens' rows of the vocabulary.
+    """
+    return [name for name in names if "logit_scales" not in name.split(".")]
+
+
 def parameter_groups(optimization: Optimization, model: nn.Module, decayed: set[str]) -> list[dict[str, Any]]:
     """The optimizer's parameter groups, one or two per part: with weight decay (names in ``decayed``), then without.
 

@@ -35,7 +35,7 @@ from visper.training.parallel.deepspeed import save_zero_checkpoint
 from visper.training.parallel.fsdp import choose_reduction, full_tensor, full_tensors, is_sharded
 from visper.training.resume import write_order
 from visper.training.stage_data import StageData
-from visper.training.stages import parameter_groups
+from visper.training.stages import decayed_names, parameter_groups
 from visper.training.stopping import StopRequest, start_worker
 
 
@@ -218,6 +218,10 @@ class StageTrainer(Trainer):
             if loss is not None:
                 logs["loss"] = loss
         return terms
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters with weight decay: those of the Trainer, without the logit scales."""
+        return decayed_names(super().get_decay_parameter_names(model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's AdamW; with ``optimization.lr_overrides``, its parameter groups are those of the parts."""
