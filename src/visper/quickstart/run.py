@@ -289,22 +289,37 @@ def show_result(result: Result, console: Console) -> None:
 
 
 class Stopwatch:
-    """Wall-clock and CPU seconds of each part, saved so that a repeated command still has those of finished parts."""
+    """Wall-clock and CPU seconds of each part, saved in ``file`` so that a repeated command still has those of finished
+    parts, and adds to those of interrupted ones. A killed process saves nothing of its attempt."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         taken = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"wall": {}, "cpu": {}}
         self.wall: dict[str, float] = taken["wall"]
         self.cpu: dict[str, float] = taken["cpu"]
+        self.finished: list[str] = taken.get("finished", list(self.wall))  # files once had finished parts only
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), _cpu_seconds()
-        yield
-        # A part that was finished before takes no time now, so its first time is kept.
-        self.wall.setdefault(part, time.perf_counter() - wall)
-        self.cpu.setdefault(part, _cpu_seconds() - cpu)
-        write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu}))
+    def __call__(self, part: str, resumes: bool = True) -> Iterator[None]:
+        """Times an attempt at a part. Without ``resumes``, it begins anew, so earlier attempts do not count."""
+        wall, cpu, finished = time.perf_counter(), _cpu_seconds(), False
+        try:
+            yield
+            finished = True
+        finally:
+            self._add(part, time.perf_counter() - wall, _cpu_seconds() - cpu, resumes)
+            self._save(part, finished)
+
+    def _add(self, part: str, wall: float, cpu: float, resumes: bool) -> None:
+        if part in self.finished:  # it takes no time now, or was measured before
+            return
+        self.wall[part] = wall + (self.wall.get(part, 0.0) if resumes else 0.0)
+        self.cpu[part] = cpu + (self.cpu.get(part, 0.0) if resumes else 0.0)
+
+    def _save(self, part: str, finished: bool) -> None:
+        if finished and part not in self.finished:
+            self.finished.append(part)
+        write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu, "finished": self.finished}))
 
 
 def _cpu_seconds() -> float:

@@ -212,7 +212,7 @@ def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> No
         return
     shutil.rmtree(run.output, ignore_errors=True)
     announce(console, "train", str(run.output))
-    with seconds(part):
+    with seconds(part, resumes=False):
         run_stage(run)
 
 
