@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests import tiny, tiny_teachers
 from visper.cli import app
 from visper.common.errors import ConfigError, DataError
-from visper.config import load_run
+from visper.config import Data, load_run
 from visper.evaluation.predictions import load_pre_trained, predict_images, teacher_targets
 from visper.evaluation.visualize import first_images, folder_gallery, look, needs_gallery
 from visper.training import run_stage
@@ -105,6 +105,17 @@ def test_where_a_teacher_draws_nothing_the_nearest_images_are_shown(trained):
     shown = np.asarray(sheet.crop((left, top, left + 192, top + 192)), dtype=int)
     expected = np.asarray(gallery[2].resize((192, 192)), dtype=int)
     assert np.abs(shown - expected).max() <= 1
+
+
+def test_embedded_images_of_two_sources_are_all_in_the_gallery(tmp_path):
+    sources = []
+    for seed, name in enumerate("ab"):
+        rows = tiny.write_rows(tmp_path / name, images=3, text_rows=0, seed=seed)
+        (tmp_path / f"set-{name}").mkdir()
+        tiny.write_parquet(rows, tmp_path / f"set-{name}" / "rows.parquet")
+        sources.append({"parquet": str(tmp_path / f"set-{name}" / "rows.parquet")})
+    found = first_images(Data.model_validate({"sources": sources}))
+    assert len({image.tobytes() for image in found}) == 6
 
 
 def test_a_gallery_can_be_any_folder_with_images(trained, tmp_path):

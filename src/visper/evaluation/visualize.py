@@ -94,10 +94,12 @@ def folder_gallery(folder: Path, count: int = GALLERY) -> list[Image.Image]:
 
 def _images_of(records: Records) -> Iterator[tuple[Path, bytes | None]]:
     """Each image once, with its content; skips images outside their folder."""
-    seen: set[str] = set()
+    seen: set[tuple[int | None, str]] = set()
     for index, record in enumerate(records):
-        new = [number for number, image in enumerate(record.images) if image.path not in seen]
-        seen |= {image.path for image in record.images}
+        # The names of embedded images are those of their source.
+        source = records.source(index) if records.place(index)[0].images is None else None
+        new = [number for number, image in enumerate(record.images) if (source, image.path) not in seen]
+        seen |= {(source, image.path) for image in record.images}
         try:
             contents = contents_of(records, index) if new else []
         except DataError:

@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,6 +20,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, digest, digests_of
 from visper.data.collator import Sample
 from visper.data.dataset import ConversationDataset
+from visper.data.image_order import image_groups
 from visper.data.rows import hugging_face
 from visper.data.rows.formats import CAPTION_QUESTION
 from visper.data.rows.records import DropList, RowSource, ShownImage
@@ -134,6 +137,56 @@ def test_several_images_and_images_that_are_not_there_are_counted(tmp_path: Path
     assert contents_of(records, 0) == [PNGS[2]]
 
 
+def of_names(folder: Path, names: list[list[str | None]], contents: list[bytes] | None = None) -> Records:
+    """Rows of two images with these paths, which `datasets` reads a thousand at a time."""
+    shown = [{"from": "human", "value": "<image><image>"}, TURNS[1]]
+    images = [
+        [{"bytes": contents[i] if contents else b"%d" % i, "path": path} for path in paths]
+        for i, paths in enumerate(names)
+    ]
+    features = datasets.Features(
+        {
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    folder.mkdir()
+    file = folder / "rows.parquet"
+    table = pa.Table.from_pydict({"conversations": [shown] * len(names), "images": images}, features.arrow_schema)
+    pq.write_table(table, file)
+    return opened(RowSource(str(file), kind="parquet"))[0]
+
+
+def test_rows_of_different_embedded_images_are_different_groups(tmp_path: Path) -> None:
+    """Without paths, with names that repeat in every folder, and with names whose folders were cut off."""
+    rows = range(3000)
+    digits = [b"%d" % i for i in rows]
+    for what, names, contents in (
+        ("none", [[None, None] for _ in rows], None),
+        ("folders", [[f"{i // 100}/a{i % 100}.png", f"{i // 100}/b{i % 100}.png"] for i in rows], digits),
+        ("cut off", [["a.png", "b.png"] for _ in rows], [b"x" * (1 + i) for i in rows]),
+    ):
+        records = of_names(tmp_path / what, names, contents)
+        assert len(records) == len(set(image_groups(records).tolist())) == 3000, what
+
+
+def test_rows_of_the_same_embedded_images_are_one_group(tmp_path: Path) -> None:
+    pairs = [["a/0.png", "b/0.png"], ["0.png", "0.png"], ["a/0.png", "b/0.png"], ["b/0.png", "a/0.png"]]
+    groups = image_groups(of_names(tmp_path / "pairs", pairs, [b"x"] * 4)).tolist()
+    assert groups == [0, 1, 0, 2]
+
+
+def test_embedded_images_keep_their_path_whatever_it_is_and_are_numbered_without_one(tmp_path: Path) -> None:
+    names = [["/far/0.png", "../0.png"], [None, ""], ["https://a.b/0.png", "0.png"], ["0.png", "1.png"]]
+    records = of_names(tmp_path / "any", names, [b"x", b"x", b"x", b"yy"])
+    assert [[image.path for image in records[row].images] for row in range(4)] == [
+        ["/far/0.png", "../0.png"],
+        ["embedded-1-0", "embedded-1-1"],
+        ["https://a.b/0.png", "0.png"],
+        ["0 (2 bytes).png", "1.png"],
+    ]
+
+
 def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
     source = write(tmp_path, "saved", {"prompt": ["a"], "answer": ["b"]})
     with pytest.raises(DataError, match=r"has \['prompt', 'answer'\]; expected 'conversations'.*columns: \{messages: "):
@@ -171,6 +224,9 @@ def test_rows_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(hugging_face, "_rows", lambda *_: pytest.fail("read again"))
         assert len(opened(source)[0]) == 4
+        patch.setattr(hugging_face, "_rows", lambda *_: iter([{"messages": TEXT}] * 3))
+        patch.setattr(hugging_face, "code_key", lambda module: f"other code of {module.__name__}")
+        assert len(opened(source)[0]) == 3
     datasets.Dataset.from_dict({"messages": [[TEXT[0], {"role": "assistant", "content": "3"}]] * 2}).to_parquet(
         str(tmp_path / "set" / "train-0.parquet")
     )

@@ -53,6 +53,10 @@ _SWAPPED = "; if user and model are swapped, exchange 'human' and 'gpt' ('user' 
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
+class Embedded(str):
+    """The name of an image whose bytes the data set contains. No file is opened by it, so it may be any text."""
+
+
 class NotEmbedded(str):
     """The path of an image that a data set names but does not contain."""
 
@@ -244,6 +248,8 @@ def _listed(named: Any) -> list[Any]:
 
 
 def _file_name(image: Any) -> str:
+    if isinstance(image, Embedded):
+        return str(image)
     if isinstance(image, NotEmbedded):
         raise DataError("image not embedded", f"{str(image)!r} is given without its bytes: give 'images', its folder")
     if isinstance(image, dict):

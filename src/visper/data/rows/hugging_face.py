@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from visper.common.cache import cache_folder, identity
+from visper.common.cache import cache_folder, code_key, identity
 from visper.common.console import track
 from visper.common.errors import DataError
-from visper.data.rows.formats import FIELDS, MEDIA_KEYS, NotEmbedded
+from visper.data.rows.formats import FIELDS, MEDIA_KEYS, Embedded, NotEmbedded
 from visper.data.rows.records import RowSource
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
@@ -103,7 +104,8 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
         why = f"its column '{paths[0]}' contains paths: give 'images', the folder that they are relative to"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
-    key = table_key(used, f"{source.split} {len(found)} {embedded} {unread}", *map(identity, files))
+    code = code_key(sys.modules[__name__])  # it names embedded images
+    key = table_key(used, f"{source.split} {len(found)} {embedded} {unread}", code, *map(identity, files))
     table = cache_folder(files[0].parent if files else Path()) / f"{name.replace('/', '-')}-{key}.arrow"
     if not table.is_file():
         rows = track(_rows(found, used, unread, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
@@ -143,47 +145,67 @@ def _unread_columns(found: Any, used: Mapping[str, str]) -> list[str]:
 
 
 def _rows(found: Any, used: Mapping[str, str], unread: list[str], embedded: bool) -> Iterator[dict[str, Any]]:
-    start = 0
+    start, sizes = 0, dict[str, int]()
     for batch in found.iter(_AT_ONCE):
+        own_names = [f"embedded-{row}" for row in range(start, start + batch.num_rows)]
         values = [
-            _image_names(batch.column(own).combine_chunks(), embedded, start)
+            _image_names(batch.column(own).combine_chunks(), embedded, own_names, sizes)
             if field in (*_IMAGE_FIELDS, *MEDIA_KEYS)
             else batch.column(own).to_pylist()
             for field, own in used.items()
         ]
-        values += [_unread_values(batch.column(own).combine_chunks(), start) for own in unread]
+        values += [_unread_values(batch.column(own).combine_chunks(), own_names) for own in unread]
         start += batch.num_rows
         yield from (dict(zip([*used, *unread], row, strict=True)) for row in zip(*values, strict=True))
 
 
-def _unread_values(column: Any, start: int) -> list[Any]:
+def _unread_values(column: Any, own_names: Sequence[str]) -> list[Any]:
     """Texts as they are, embedded images as the kind of value that a JSON row would have, without their bytes."""
     if _holds_text(column.type):
         return list(column.to_pylist())
-    return [{"bytes": ""} if named else None for named in _image_names(column, True, start)]
+    return [{"bytes": ""} if named else None for named in _image_names(column, True, own_names, {})]
 
 
-def _image_names(column: Any, embedded: bool, start: int) -> list[Any]:
-    """The names of images, without copying their bytes; images without a path get a name from their row."""
+def _image_names(column: Any, embedded: bool, own_names: Sequence[str], sizes: dict[str, int]) -> list[Any]:
+    """The names of images, without copying their bytes. Images of different names are taken for different images.
+
+    Args:
+        own_names: the name of each row, for images without a path; in a list, its place is added.
+        sizes: path -> number of bytes of its first image; extended here. Other images may have the same path, because
+            `datasets` cuts off the folder when it uploads files: another size is added to the name.
+    """
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        flat = iter(_image_names(pc.list_flatten(column), embedded, start))
-        return [None if n is None else [next(flat) for _ in range(n)] for n in pc.list_value_length(column).to_pylist()]
+        counts = pc.list_value_length(column).to_pylist()
+        inner = [f"{name}-{at}" for name, n in zip(own_names, counts, strict=True) for at in range(n or 0)]
+        flat = iter(_image_names(pc.list_flatten(column), embedded, inner, sizes))
+        return [None if n is None else [next(flat) for _ in range(n)] for n in counts]
     if _is_binary(column.type):
-        return [f"embedded-{start + i}" if valid else None for i, valid in enumerate(pc.is_valid(column).to_pylist())]
+        there = pc.is_valid(column).to_pylist()
+        return [Embedded(name) if valid else None for valid, name in zip(there, own_names, strict=True)]
     if not _is_image(column.type):
         return list(column.to_pylist())
     paths = pc.struct_field(column, "path").to_pylist()
     if not embedded:
         return paths
-    held = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
-    names = (path or f"embedded-{start + i}" for i, path in enumerate(paths))
+    lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
     there = pc.is_valid(column).to_pylist()
     return [
-        None if not row or (not has and path is None) else Path(name).name if has else NotEmbedded(name)
-        for row, has, path, name in zip(there, held, paths, names, strict=True)
+        None if not row or (length is None and path is None) else _name_of(path, length, name, sizes)
+        for row, length, path, name in zip(there, lengths, paths, own_names, strict=True)
     ]
+
+
+def _name_of(path: str | None, length: int | None, own_name: str, sizes: dict[str, int]) -> str:
+    if length is None:
+        return NotEmbedded(path or own_name)
+    if not path:
+        return Embedded(own_name)
+    if sizes.setdefault(path, length) == length:
+        return Embedded(path)
+    stem, suffix = os.path.splitext(path)  # noqa: PTH122 (any text may be a path here, which Path would change)
+    return Embedded(f"{stem} ({length} bytes){suffix}")
 
 
 def _holds_text(kind: Any) -> bool:
