@@ -18,8 +18,9 @@ from visper.config import Run
 from visper.data.collator import Collator, Sample
 from visper.data.joining import JoiningCollator, join
 from visper.training import run_stage
-from visper.training.attention import Joined, packing_arguments, require_joinable, sample_sdpa, separate_samples
+from visper.training.attention import packing_arguments, require_joinable, separate_samples, told
 from visper.training.module import FORWARD_KEYS, PACKING_KEYS
+from visper.training.row_attention import Joined, RowMask, sample_sdpa
 
 FAMILIES = ("llama", "phi3", "qwen3", "gemma3")
 SEPARATE, JOINING = Collator(0), JoiningCollator(Collator(0), IMAGE, 200)
@@ -50,10 +51,11 @@ def step(model, collator):
 def states(model, batch):
     """The last hidden state of every token, ``[rows, L, D]``."""
     borders = {name: batch[name] for name in PACKING_KEYS & batch.keys()}
-    given = packing_arguments(model.student.model.language_model, borders.pop("position_ids", None), borders)
+    llm = model.student.model.language_model
+    given = packing_arguments(llm, borders.pop("position_ids", None), borders)
     pixels = batch.get("pixel_values")
-    with torch.no_grad():
-        return model.student.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False, **given)[0]
+    with torch.no_grad(), told(llm, given):
+        return model.student.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False)[0]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -129,7 +131,7 @@ def test_the_block_mask_of_flex_attention_is_the_dense_one():
     dense = F.scaled_dot_product_attention(query, key, value, joined.sees(tokens[:, None], tokens))
     by_blocks = flex_attention(query, key, value, block_mask=joined.block_mask())
     rows = joined.row_samples(batch["lengths"], batch["prefixes"])
-    by_sample, _ = sample_sdpa(torch.nn.Module(), query, key, value, None, rows)
+    by_sample, _ = sample_sdpa(torch.nn.Module(), query, key, value, RowMask(rows))
     torch.testing.assert_close(by_blocks, dense)
     torch.testing.assert_close(by_sample.transpose(1, 2), dense)
 

@@ -1,149 +1,45 @@
-"""Attention that separates the samples of a packed row, and the conversations of a joined sample.
+"""Sets up the LLM's attention, and tells its forward where the samples of a row are.
 
-How depends on the LLM's attention implementation:
+How samples are separated depends on the attention implementation (``training.row_attention``):
 
 - ``sdpa`` becomes ``SAMPLE_SDPA``: the causal kernel runs on each sample separately. Stock SDPA would build a dense
   mask over all pairs of tokens, which is slower than padding (docs/speed.md). Runs on every device. The branches of a
   joined sample take a second call with a dense mask (branch tokens x sample tokens).
 - ``flash_attention_2`` and ``3``: transformers calls the variable-length kernel with the sample boundaries.
-- ``flex_attention`` and ``eager``: transformers builds a block or dense mask from the position ids. For joined samples,
-  this module builds the block mask for flex attention.
+- ``flex_attention`` and ``eager``: the block or dense mask that transformers builds also separates the samples. For
+  joined samples, the entire block mask of flex attention is built here.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from visper.common.compat import attention_of, flex_block_mask
+from visper.common.compat import attention_of
 from visper.common.errors import ConfigError
 from visper.config import JOINING_ATTENTION, Run
 from visper.model import Student
+from visper.training.row_attention import (
+    FLASH_KEYS,
+    SAMPLE_SDPA,
+    UNPACKED,
+    Joined,
+    Row,
+    RowSample,
+    current_row,
+)
 
-SAMPLE_SDPA = "visper_sample_sdpa"
-FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""transformers' arguments for the sample boundaries of a packed row (``FlashAttentionKwargs``)."""
 SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
 """Values of a config's ``layer_types`` whose layers can separate the samples of a row with every implementation."""
-
-
-def sample_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    row_samples: Sequence[RowSample] | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each sample, ``[B, T, heads, width]``.
-
-    Args:
-        query, key, value: ``[B, heads, T, width]``.
-        row_samples: the samples of a packed row, T tokens in total; empty: each row is one sample, padded on the right;
-            None: stock SDPA with ``attention_mask``.
-        sliding_window: number of positions that a token of this layer attends to, itself included.
-    """
-    if not row_samples:
-        mask = attention_mask if row_samples is None else _window(query, sliding_window)
-        rows: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-        return rows
-    lengths = [sample.length for sample in row_samples]
-    parts = zip(*(values.split(lengths, dim=2) for values in (query, key, value)), strict=True)
-    attended = []
-    for sample, (queries, keys, values) in zip(row_samples, parts, strict=True):
-        own = [part[:, :, : sample.prefix] for part in (queries, keys, values)]
-        attended.append(sdpa_attention_forward(module, *own, _window(own[0], sliding_window), **kwargs)[0])
-        if sample.distance is not None:
-            seen = sample.distance >= 0
-            if sliding_window is not None:
-                seen &= sample.distance < sliding_window
-            branches = queries[:, :, sample.prefix :]
-            attended.append(sdpa_attention_forward(module, branches, keys, values, seen[None, None], **kwargs)[0])
-    return torch.cat(attended, dim=1), None
-
-
-def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """The sliding-window mask of a sample; None if the sample fits into the window, as SDPA is faster without one."""
-    tokens = query.shape[2]
-    if size is None or tokens <= size:
-        return None
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
-    return seen.tril().triu(1 - size)[None, None]
-
-
-@dataclass(frozen=True)
-class RowSample:
-    """A sample of a packed row: ``length`` tokens; all later tokens attend to the first ``prefix`` of them.
-
-    Attributes:
-        distance: ``[length - prefix, length]``: position of the query token minus that of the key token; -1 where the
-            query must not attend to the key. None if the sample has no branches.
-    """
-
-    length: int
-    prefix: int
-    distance: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The attention pattern of a packed row with joined samples.
-
-    A token attends to the prefix of its sample and to its own branch, up to its own position.
-
-    Args:
-        samples: ``[T]`` sample index of each token.
-        branches: ``[T]`` 0 in a sample's prefix, else the number of the branch.
-        positions: ``[T]`` position of each token in its conversation.
-    """
-
-    samples: Tensor
-    branches: Tensor
-    positions: Tensor
-
-    def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether token ``query`` attends to token ``key``; the index tensors are broadcast."""
-        branch = self.branches[key]
-        return (
-            (self.samples[query] == self.samples[key])
-            & ((branch == 0) | (branch == self.branches[query]))
-            & (self.positions[key] <= self.positions[query])
-        )
-
-    def row_samples(self, lengths: Sequence[int], prefixes: Sequence[int]) -> list[RowSample]:
-        """The samples of the row, for ``sample_sdpa``; ``lengths`` and ``prefixes`` count their tokens."""
-        found, start = [], 0
-        for length, prefix in zip(lengths, prefixes, strict=True):
-            distance = None
-            if prefix < length:
-                tokens = torch.arange(start, start + length, device=self.branches.device)
-                queries = tokens[prefix:, None]
-                distance = self.positions[queries] - self.positions[tokens]
-                distance = distance.masked_fill(~self.sees(queries, tokens), -1)
-            found.append(RowSample(length, prefix, distance))
-            start += length
-        return found
-
-    def block_mask(self) -> Any:
-        """The same pattern as a block mask for flex attention."""
-        return flex_block_mask(
-            lambda _batch, _head, query, key: self.sees(query, key), len(self.branches), self.branches.device
-        )
-
-
-AttentionInterface.register(SAMPLE_SDPA, sample_sdpa)
-AttentionMaskInterface.register(SAMPLE_SDPA, sdpa_mask)
+READ_THEIR_MASK = frozenset(("doge",))
+"""Model types whose attention layers calculate with the mask tensor, and so keep stock SDPA."""
+ROW = "row"
+"""Key of the ``Row`` among the arguments for ``told``."""
 
 
 def choose_attention(run: Run, student: Student) -> None:
@@ -160,8 +56,8 @@ def choose_attention(run: Run, student: Student) -> None:
             raise ConfigError(f"optimization.attention={name} is not available: {error}") from error
     if run.packed:
         separate_samples(llm)
-    elif student.is_llava and attention_of(llm) == "sdpa" and not _mixing_layers(llm):
-        llm.set_attn_implementation(SAMPLE_SDPA)
+    elif student.is_llava and not _mixing_layers(llm):
+        _attend_by_sample(llm)
     if run.data.join_conversations:
         require_joinable(llm)
 
@@ -195,43 +91,74 @@ def separate_samples(llm: Any) -> None:
     if mixing:
         raise ConfigError(
             f"{type(llm).__name__} has layers of type {mixing}, which cannot separate the samples of a row: set "
-            "optimization.packing=false, data.join_conversations=false and data.group_by_length=true"
+            f"{UNPACKED}"
         )
-    if attention_of(llm) == "sdpa":
-        llm.set_attn_implementation(SAMPLE_SDPA)
+    _attend_by_sample(llm)
 
 
 def _mixing_layers(llm: Any) -> list[str]:
-    return sorted(set(getattr(llm.config, "layer_types", None) or ()) - SEPARABLE_LAYERS)
+    """Kinds of layers that mix tokens by something else than attention with a mask."""
+    named = {*(getattr(llm.config, "layer_types", None) or ())} - SEPARABLE_LAYERS
+    # State-space layers and the like begin with a convolution over tokens, whatever their configuration calls them.
+    layers = getattr(llm, "layers", ())
+    convolutions = {type(part).__name__ for layer in layers for part in layer.modules() if isinstance(part, nn.Conv1d)}
+    return sorted(named | convolutions)
+
+
+def _attend_by_sample(llm: Any) -> None:
+    if attention_of(llm) == "sdpa" and llm.config.model_type not in READ_THEIR_MASK:
+        llm.set_attn_implementation(SAMPLE_SDPA)  # without effect on models that do not use transformers' interface
 
 
 @contextlib.contextmanager
 def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Passes ``arguments`` to the LLM's forward inside the block, without changing the model that calls it."""
+    """Passes ``arguments`` to the LLM's forward inside the block, without changing the model that calls it.
+
+    Args:
+        arguments: of the LLM's forward, and the ``Row`` that it runs on.
+
+    Raises:
+        ConfigError: in the LLM's forward, which did not ask for a mask that separates the samples of a packed row.
+    """
+    if not arguments:
+        yield
+        return
+    forwarded = dict(arguments)
+    row: Row | None = forwarded.pop(ROW, None)
 
     def tell(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": None, **arguments}
+        current_row.set(row)
+        return args, {**kwargs, "attention_mask": None, **forwarded}
 
-    handle = llm.register_forward_pre_hook(tell, with_kwargs=True) if arguments else None
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        current_row.set(None)
+        if row is not None and row.samples and not row.asked:
+            raise ConfigError(
+                f"{type(module).__name__} does not build its attention mask by transformers' masking_utils, so nothing "
+                f"separates the samples of a packed row: set {UNPACKED}"
+            )
+
+    handles = [llm.register_forward_pre_hook(tell, with_kwargs=True), llm.register_forward_hook(check)]
     try:
         yield
     finally:
-        if handle is not None:
+        current_row.set(None)
+        for handle in handles:
             handle.remove()
 
 
 def padded_arguments(llm: Any, input_ids: Tensor) -> dict[str, Any]:
-    """Arguments of the LLM's forward for rows that have padding, if any, on the right only.
+    """Arguments for ``told`` about rows that have padding, if any, on the right only.
 
     Causal attention never reads that padding, so no mask is needed. Without these arguments, transformers compares
     position ids on the GPU to find out whether rows are packed, and the host waits for the result.
     """
-    return {"row_samples": (), "attention_mask": _unread(input_ids)} if attention_of(llm) == SAMPLE_SDPA else {}
+    return {ROW: Row(), "attention_mask": _all_tokens(input_ids)} if attention_of(llm) == SAMPLE_SDPA else {}
 
 
-def _unread(like: Tensor) -> Tensor:
-    """A placeholder mask that nothing reads: transformers accepts a 4D mask as given instead of building its own."""
-    return like.new_zeros(1, 1, 1, 1)
+def _all_tokens(like: Tensor) -> Tensor:
+    """A mask without padding ``[B, T]``: given one, transformers does not look for packed rows in the position ids."""
+    return torch.ones(like.shape[-2:], dtype=torch.long, device=like.device)
 
 
 def own_positions(
@@ -264,7 +191,7 @@ def own_positions(
 
 
 def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that tell the LLM's forward where the samples of a packed row begin; none for unpacked rows.
+    """Arguments for ``told`` that say where the samples of a packed row begin; none for unpacked rows.
 
     Args:
         position_ids: ``[1, T]``, from 0 in every sample, or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.
@@ -273,18 +200,18 @@ def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[st
     if position_ids is None:
         return {}
     name, branches, lengths = attention_of(llm), borders.get("branches"), borders["lengths"]
-    if branches is None:
-        if name != SAMPLE_SDPA:
-            return {"position_ids": position_ids, **{key: borders[key] for key in FLASH_KEYS}}
-        samples = [RowSample(length, length) for length in lengths]
-    else:
-        counts = borders["cu_seq_lens_q"].diff()
-        numbers = torch.arange(len(lengths), device=branches.device).repeat_interleave(
-            counts, output_size=branches.numel()
-        )
+    counts, tokens = borders["cu_seq_lens_q"].diff(), position_ids.shape[-1]
+    numbers = torch.arange(len(lengths), device=counts.device).repeat_interleave(counts, output_size=tokens)
+    samples = [RowSample(length, length) for length in lengths]
+    given: dict[str, Any] = {"position_ids": position_ids, "attention_mask": _all_tokens(position_ids)}
+    if branches is not None:
         joined = Joined(numbers, branches[0], position_ids[0])
         if name != SAMPLE_SDPA:
             assert name == "flex_attention", name
-            return {"position_ids": position_ids, "attention_mask": joined.block_mask()}
+            return {**given, "attention_mask": joined.block_mask()}
         samples = joined.row_samples(lengths, borders["prefixes"])
-    return {"position_ids": position_ids, "row_samples": samples, "attention_mask": _unread(position_ids)}
+    if str(name).startswith("flash"):
+        # Flash attention takes no mask, but these arguments; its layers raise if they do not arrive.
+        given = {"position_ids": position_ids, **{key: borders[key] for key in FLASH_KEYS}}
+        return {**given, ROW: Row(samples, numbers, asked=True)}
+    return {**given, ROW: Row(samples, numbers)}

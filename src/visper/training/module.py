@@ -30,8 +30,9 @@ from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap,
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
 from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
-from visper.training.attention import FLASH_KEYS, own_positions, packing_arguments, padded_arguments, told
+from visper.training.attention import own_positions, packing_arguments, padded_arguments, told
 from visper.training.positions import Collate, PositioningCollator, image_positions, samples_of
+from visper.training.row_attention import FLASH_KEYS
 from visper.training.stages import feature_sum
 
 NTP = "ntp"
