@@ -32,6 +32,7 @@ from visper.data.chat_template import end_of_turn_token, llm_template, student_t
 from visper.data.images import build_image_processor
 from visper.model.encoders import Encoder, load_encoder
 from visper.model.hub import Vocabulary, loading, sizes_of, vocabulary_of
+from visper.model.logits import plain_head
 from visper.model.student import ANSWERING_SIDE, Student
 from visper.model.task_tokens import task_token_names
 from visper.model.words import add_words, move_apart, set_to_mean
@@ -56,7 +57,8 @@ def build_student(
         device_map: "meta" reads no weights and puts all parameters on the meta device.
 
     Raises:
-        ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
+        ConfigError: a part cannot be loaded, the tokenizer has no chat template, or a LLaVA cannot compute the LLM's
+            logits (``logits.plain_head``).
     """
     with loading("student.llm", config.llm):
         llm = AutoModelForCausalLM.from_pretrained(
@@ -210,6 +212,7 @@ def _assemble(
     word_ids: Sequence[int] = (),
     projector_dtype: torch.dtype | None = None,
 ) -> LlavaForConditionalGeneration:
+    head = plain_head(llm)  # may change the LLM's configuration
     config = LlavaConfig(
         vision_config=encoder.model.config,
         text_config=llm.config,
@@ -226,7 +229,7 @@ def _assemble(
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = encoder.model
     model.model.language_model = llm.get_decoder()
-    model.lm_head = llm.get_output_embeddings()
+    model.lm_head = head
     with llm.device:
         model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(projector_dtype or llm.dtype)
     for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):

@@ -1,0 +1,118 @@
+"""What an LLM does to its logits beside its output layer. A LLaVA does nothing else, so that layer must do all of it.
+
+Granite and Cohere multiply their logits by a constant, MiniCPM3 its last hidden states: the student's output layer gets
+this factor. Gemma 2 and others cap their logits, which no linear layer can do: they are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from visper.common.errors import ConfigError
+
+SCALES = ("logits_scaling", "logit_scale")
+"""Names under which configurations hold the factor. Set to 1 once the output layer has it, for programs such as vLLM
+that build the LLM of a LLaVA from its own configuration."""
+USABLE = "use an LLM whose logits are those of its output layer, such as Llama, Mistral, Phi-3, Qwen, Gemma 3 or SmolLM"
+
+
+def plain_head(llm: PreTrainedModel) -> Any:
+    """The LLM's output layer, changed so that its outputs are the LLM's logits.
+
+    A layer that needs a factor, and shares its weight with the input embeddings, gets a weight of its own. ``llm`` must
+    not be used afterwards.
+
+    Raises:
+        ConfigError: no linear layer without bias can compute the LLM's logits.
+    """
+    head: Any = llm.get_output_embeddings()
+    factor = _factor(llm)
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(
+            f"student.llm: the output layer of {type(llm).__name__} has a bias, which LlavaForConditionalGeneration "
+            f"lacks: {USABLE}"
+        )
+    if factor == 1:
+        return head
+    weight = head.weight.detach().clone().mul_(factor)
+    own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    own.weight = nn.Parameter(weight)
+    llm.config.tie_word_embeddings = False
+    for name in SCALES:
+        if name in llm.config.to_dict():
+            setattr(llm.config, name, 1.0)
+    return own
+
+
+def _factor(llm: PreTrainedModel) -> float:
+    """What the LLM multiplies its last hidden states and its output layer's outputs by, together.
+
+    Found by running the LLM's own code with a decoder and an output layer that return fixed values: no weight is read.
+    """
+    name = type(llm).__name__
+    states, outputs = torch.linspace(-1, 1, 8).expand(1, 1, 8), torch.linspace(-60, 60, 8).expand(1, 1, 8)
+    received: list[Tensor] = []
+
+    def head(given: Tensor) -> Tensor:
+        received.append(given)
+        return outputs.clone()
+
+    def decoder(*_: Any, **__: Any) -> _States:
+        return _States(last_hidden_state=states.clone())
+
+    try:
+        with (
+            torch.no_grad(),
+            _running(llm.get_decoder(), decoder),
+            _running(llm.get_output_embeddings(), head),
+        ):
+            logits = llm(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+        (given,) = received
+        before, after = _ratio(given, states), _ratio(logits, outputs)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"student.llm: cannot find out how {name} computes its logits ({type(error).__name__}: {error}), so a "
+            f"LLaVA might compute others: {USABLE}"
+        ) from error
+    if before is None or after is None:
+        raise ConfigError(
+            f"student.llm: {name} does more to its logits than multiply them by a constant (such as "
+            f"final_logit_softcapping), which LlavaForConditionalGeneration would leave out: {USABLE}"
+        )
+    return before * after
+
+
+def _ratio(found: Tensor, of: Tensor) -> float | None:
+    """The constant by which ``of`` was multiplied; None if it was not."""
+    if found.shape != of.shape:
+        return None
+    ratio = float(found.flatten()[-1] / of.flatten()[-1])
+    return ratio if torch.allclose(found.float(), ratio * of, rtol=1e-5) else None
+
+
+class _States(BaseModelOutputWithPast):
+    """The output of a decoder of any class: what it has beside the hidden states is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+@contextlib.contextmanager
+def _running(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Runs ``forward`` as the module's, inside the block."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
