@@ -25,11 +25,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from visper.common.errors import ConfigError, first_line
+from visper.data.normalization import Color, normalization_of
 from visper.model.hub import loading, sizes_of, stored_file
 
 logger = logging.getLogger(__name__)
 
-Color = tuple[float, ...]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -275,12 +275,12 @@ def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[C
     """Mean, standard deviation and size of the images on which the encoder was trained.
 
     Raises:
-        ConfigError: its preprocessor configuration cannot be read, or it is unknown whether it has one.
+        ConfigError: its preprocessor configuration cannot be read, asks for more than normalization, or it is unknown
+            whether it has one.
     """
     mean, std, size = _colors(model.config)
     if _is_timm(model):
         return mean, std, size
-    processor: Any = None
     try:
         processor = AutoImageProcessor.from_pretrained(name, **options)
     except OSError as error:
@@ -288,8 +288,8 @@ def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[C
             if stored_file(name, file, options.get("revision")) is not None:
                 raise ConfigError(f"encoder '{name}': cannot read its {file}: {first_line(error)}") from error
         logger.warning("encoder '%s' has no preprocessor_config.json: normalizing with ImageNet's mean and std", name)
-    return (
-        tuple(getattr(processor, "image_mean", None) or mean),
-        tuple(getattr(processor, "image_std", None) or std),
-        size,
-    )
+        return mean, std, size
+    try:
+        return *normalization_of(processor.to_dict(), mean, std), size
+    except ConfigError as error:
+        raise ConfigError(f"encoder '{name}': {error}") from error

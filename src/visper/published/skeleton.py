@@ -29,6 +29,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from visper.common.errors import ConfigError, first_line
 from visper.config import Run, explain, load_run, read_recipe
+from visper.data.normalization import normalization_of
 from visper.distillation import EmbeddingDistillation
 from visper.model import Encoder, Student, assemble_student, load_encoder
 from visper.published.config import Kind, Published
@@ -133,7 +134,7 @@ def _encoder(name: str, layer: int, size: int | None, inside: bool) -> Encoder:
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        mean, std = normalization_of(processor.to_dict())
     except OSError:
         pass  # a folder with only the configuration: use CLIP's published mean and standard deviation
     with torch.device("meta"):

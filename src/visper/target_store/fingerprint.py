@@ -15,9 +15,10 @@ from visper.config import Target, Task
 from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
-COMPUTATION = 3
-"""Increase this when a change to visper's own code (``open_image``, ``arrange``, ``squashed``, a teacher's ``encode``)
-changes the target of an image: targets stored before are then not found. A test compares the pixels."""
+COMPUTATION = 4
+"""Increase this when a change to visper's own code (``open_image``, ``arrange``, ``squashed``, ``normalization_of``, a
+teacher's ``encode``) changes the target of an image: targets stored before are then not found. A test compares the
+pixels."""
 
 WITHOUT_EFFECT = frozenset(("draw", "steps", "threads"))
 """Options of the kinds in ``TEACHERS`` that change how a target is drawn or how fast it is computed, not its values."""

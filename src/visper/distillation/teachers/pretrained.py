@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers.image_processing_base import ImageProcessingMixin
 
+from visper.common.errors import ConfigError
+from visper.data.normalization import normalization_of
 from visper.distillation.teachers.base import SquashedImage
 
 
 def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any) -> SquashedImage:
-    """Preprocessing to ``size``, with mean and std from the model's saved image processor.
+    """Preprocessing to ``size``, normalized as by the model's saved image processor.
 
     Args:
         model: hub id or folder.
@@ -17,14 +19,16 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
         **options: for ``from_pretrained``, such as ``subfolder``.
 
     Raises:
-        ValueError: the model comes without an image processor.
+        ValueError: the model comes without an image processor, or with one that does more than normalize.
     """
+    place = f"{model}/{options['subfolder']}" if options.get("subfolder") else str(model)
     try:
         # Only read: building OneFormer's processor would download its class names from another repository of the hub.
         processor, _ = ImageProcessingMixin.get_image_processor_dict(model, **options)
-        mean, std = processor["image_mean"], processor["image_std"]
+        mean, std = normalization_of(processor)
+    except ConfigError as error:
+        raise ValueError(f"teacher '{place}': {error}") from error
     except (OSError, KeyError) as error:
-        place = f"{model}/{options['subfolder']}" if options.get("subfolder") else str(model)
         raise ValueError(
             f"no image processor at '{place}': a teacher needs its preprocessor_config.json, which says how its "
             "colors are normalized; save it beside the weights"
