@@ -176,8 +176,9 @@ def test_an_attention_pattern_of_the_llms_own_is_kept_in_padded_rows_and_refused
 
 def test_flash_attention_that_is_not_told_where_samples_begin_is_refused():
     """StableLM's layers, for one, drop the arguments. The kernel itself needs a GPU."""
-    attend = AttentionInterface()["flash_attention_2"]
     llm = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
+    separate_samples(llm)
+    attend = AttentionInterface()["flash_attention_2"]
     _, positions, borders = packed(SAMPLES)
     given = packing_arguments(llm, positions, borders)
     assert given["cu_seq_lens_q"].tolist() == [0, 8, 20, 29]

@@ -32,6 +32,7 @@ from visper.training.row_attention import (
     Row,
     RowSample,
     current_row,
+    separate_by_mask,
 )
 
 SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
@@ -94,6 +95,7 @@ def separate_samples(llm: Any) -> None:
             f"{UNPACKED}"
         )
     _attend_by_sample(llm)
+    separate_by_mask(attention_of(llm))
 
 
 def _mixing_layers(llm: Any) -> list[str]:

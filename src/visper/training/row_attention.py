@@ -2,8 +2,8 @@
 
 transformers' models build their attention mask by ``masking_utils``, which calls the function that is registered for
 the attention implementation. While the LLM's forward runs on a row of this package (``current_row``), the functions
-registered here separate the samples of a packed row, whether or not the model tells ``masking_utils`` where they begin.
-Some do not (GPT-OSS, AFMoE, XGLM), and would let samples attend to each other.
+registered here (``separate_by_mask``) separate the samples of a packed row, whether or not the model tells
+``masking_utils`` where they begin. Some do not (GPT-OSS, AFMoE, XGLM), and would let samples attend to each other.
 """
 
 from __future__ import annotations
@@ -202,41 +202,53 @@ def row_mask(**wanted: Any) -> Any:
     return RowMask(row.samples, wanted.get("local_size"))
 
 
-def _separating(build: Callable[..., Any]) -> Callable[..., Any]:
-    """``build``, a mask function of transformers, whose masks also separate the samples of the current row."""
+class _SeparatingMask:
+    """A mask function of transformers whose masks also separate the samples of the current row, if it is packed."""
 
-    def mask(**wanted: Any) -> Any:
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self.build = build
+
+    def __call__(self, **wanted: Any) -> Any:
         row = current_row.get()
         if row is None or row.numbers is None:
-            return build(**wanted)
+            return self.build(**wanted)
         row.asked, numbers = True, row.numbers
 
         def same_sample(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return numbers[query] == numbers[key]
 
         separated = and_masks(wanted["mask_function"], same_sample)
-        return build(**{**wanted, "mask_function": separated, "attention_mask": None, "allow_is_causal_skip": False})
+        changes = {"mask_function": separated, "attention_mask": None, "allow_is_causal_skip": False}
+        return self.build(**{**wanted, **changes})
 
-    return mask
 
+class _BoundedAttention:
+    """A flash attention of transformers, which checks that it is told where the samples of the current row begin."""
 
-def _bounded(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """``attend``, a flash attention of transformers, which checks that it is told where the samples begin."""
+    def __init__(self, attend: Callable[..., Any]) -> None:
+        self.attend = attend
 
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and current_row.get() is not None and FLASH_KEYS[0] not in kwargs:
             raise ConfigError(
                 f"{type(module).__name__} is not told where the samples of a packed row begin, so they would attend to "
                 f"each other: set optimization.attention=sdpa, or {UNPACKED}"
             )
-        return attend(module, *args, **kwargs)
+        return self.attend(module, *args, **kwargs)
 
-    return attention
+
+def separate_by_mask(name: str | None) -> None:
+    """Lets transformers' attention ``name`` separate the samples of packed rows, from now on in this process.
+
+    Without a packed row, transformers' own function does what it did. There is no other place at which all LLMs can be
+    reached: the functions are looked up by the name of the attention, which also decides how the layers attend.
+    """
+    masks, attention = AttentionMaskInterface(), AttentionInterface()
+    if name in ("eager", "sdpa", "flex_attention") and not isinstance(masks[name], _SeparatingMask):
+        AttentionMaskInterface.register(name, _SeparatingMask(masks[name]))
+    if name in ("flash_attention_2", "flash_attention_3") and not isinstance(attention[name], _BoundedAttention):
+        AttentionInterface.register(name, _BoundedAttention(attention[name]))
 
 
 AttentionInterface.register(SAMPLE_SDPA, sample_sdpa)
 AttentionMaskInterface.register(SAMPLE_SDPA, row_mask)
-for _name in ("eager", "sdpa", "flex_attention"):
-    AttentionMaskInterface.register(_name, _separating(AttentionMaskInterface()[_name]))
-for _name in ("flash_attention_2", "flash_attention_3"):
-    AttentionInterface.register(_name, _bounded(AttentionInterface()[_name]))
