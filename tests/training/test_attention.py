@@ -19,7 +19,7 @@ from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.model import Student
 from visper.training import TrainingModel
-from visper.training.attention import packing_arguments, separate_samples, told
+from visper.training.attention import forwarding, packing_arguments, separate_samples
 from visper.training.module import FORWARD_KEYS, PACKING_KEYS
 
 FAMILIES = {"llama": LlamaConfig, "phi3": Phi3Config, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
@@ -111,7 +111,7 @@ def test_no_sample_sees_its_neighbor_in_the_row(attention):
     changed[0, 9:14] = (changed[0, 9:14] + 7) % 60  # the second sample
     borders = {name: batch[name] for name in PACKING_KEYS & batch.keys()}
     llm = model.student.model.language_model
-    with told(llm, packing_arguments(llm, borders.pop("position_ids"), borders)):
+    with forwarding(llm, packing_arguments(llm, borders.pop("position_ids"), borders)):
         states = [
             model.student.model(input_ids=ids, pixel_values=batch["pixel_values"], use_cache=False)[0][0]
             for ids in (batch["input_ids"], changed)

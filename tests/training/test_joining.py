@@ -18,7 +18,7 @@ from visper.config import Run
 from visper.data.collator import Collator, Sample
 from visper.data.joining import JoiningCollator, join
 from visper.training import run_stage
-from visper.training.attention import packing_arguments, require_joinable, separate_samples, told
+from visper.training.attention import forwarding, packing_arguments, require_joinable, separate_samples
 from visper.training.module import FORWARD_KEYS, PACKING_KEYS
 from visper.training.row_attention import Joined, RowMask, sample_sdpa
 
@@ -54,7 +54,7 @@ def states(model, batch):
     llm = model.student.model.language_model
     given = packing_arguments(llm, borders.pop("position_ids", None), borders)
     pixels = batch.get("pixel_values")
-    with torch.no_grad(), told(llm, given):
+    with torch.no_grad(), forwarding(llm, given):
         return model.student.model(input_ids=batch["input_ids"], pixel_values=pixels, use_cache=False)[0]
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from visper.common.compat import attention_of
 from visper.common.errors import ConfigError
-from visper.training.attention import ROW, packing_arguments, padded_arguments, separate_samples, told
+from visper.training.attention import ROW, forwarding, packing_arguments, padded_arguments, separate_samples
 from visper.training.row_attention import Row, RowMask, current_row, row_mask, sample_sdpa
 
 SIZES = {
@@ -76,7 +76,7 @@ def packed(samples):
 def logits_of_packed(model, samples=SAMPLES):
     llm = model.get_decoder()
     ids, positions, borders = packed(samples)
-    with told(llm, packing_arguments(llm, positions, borders)):
+    with forwarding(llm, packing_arguments(llm, positions, borders)):
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -117,7 +117,7 @@ def test_padded_rows_have_the_logits_of_transformers(name):
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
         separate_samples(model.get_decoder())
-        with told(model.get_decoder(), padded_arguments(model.get_decoder(), ids)):
+        with forwarding(model.get_decoder(), padded_arguments(model.get_decoder(), ids)):
             found = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -129,7 +129,7 @@ def test_an_llm_that_asks_transformers_for_no_mask_is_refused():
     ids, positions, borders = packed(SAMPLES)
     with (
         pytest.raises(ConfigError, match=r"RwkvModel does not build its attention mask .* optimization.packing=false"),
-        told(llm, packing_arguments(llm, positions, borders)),
+        forwarding(llm, packing_arguments(llm, positions, borders)),
     ):
         llm(input_ids=ids, use_cache=False)
     assert current_row.get() is None

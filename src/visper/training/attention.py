@@ -40,7 +40,7 @@ SEPARABLE_LAYERS = frozenset(("full_attention", "sliding_attention"))
 READ_THEIR_MASK = frozenset(("doge",))
 """Model types whose attention layers calculate with the mask tensor, and so keep stock SDPA."""
 ROW = "row"
-"""Key of the ``Row`` among the arguments for ``told``."""
+"""Key of the ``Row`` among the arguments for ``forwarding``."""
 
 
 def choose_attention(run: Run, student: Student) -> None:
@@ -113,7 +113,7 @@ def _attend_by_sample(llm: Any) -> None:
 
 
 @contextlib.contextmanager
-def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+def forwarding(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Passes ``arguments`` to the LLM's forward inside the block, without changing the model that calls it.
 
     Args:
@@ -150,7 +150,7 @@ def told(llm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 
 def padded_arguments(llm: Any, input_ids: Tensor) -> dict[str, Any]:
-    """Arguments for ``told`` about rows that have padding, if any, on the right only.
+    """Arguments for ``forwarding`` about rows that have padding, if any, on the right only.
 
     Causal attention never reads that padding, so no mask is needed. Without these arguments, transformers compares
     position ids on the GPU to find out whether rows are packed, and the host waits for the result.
@@ -193,7 +193,7 @@ def own_positions(
 
 
 def packing_arguments(llm: Any, position_ids: Tensor | None, borders: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for ``told`` that say where the samples of a packed row begin; none for unpacked rows.
+    """Arguments for ``forwarding`` that say where the samples of a packed row begin; none for unpacked rows.
 
     Args:
         position_ids: ``[1, T]``, from 0 in every sample, or ``[4, 1, T]`` (``own_positions``); None for unpacked rows.

@@ -30,7 +30,7 @@ from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap,
 from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
 from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
-from visper.training.attention import own_positions, packing_arguments, padded_arguments, told
+from visper.training.attention import forwarding, own_positions, packing_arguments, padded_arguments
 from visper.training.positions import Collate, PositioningCollator, image_positions, samples_of
 from visper.training.row_attention import FLASH_KEYS
 from visper.training.stages import feature_sum
@@ -213,10 +213,10 @@ class TrainingModel(nn.Module):
         """
         llm = self.student.get_decoder()
         if position_ids is None:
-            return told(llm, padded_arguments(llm, input_ids) if model_inputs is None else {})
+            return forwarding(llm, padded_arguments(llm, input_ids) if model_inputs is None else {})
         if model_inputs is not None:
             position_ids = own_positions(self.student.model, input_ids, position_ids, borders, model_inputs)
-        return told(llm, packing_arguments(llm, position_ids, borders))
+        return forwarding(llm, packing_arguments(llm, position_ids, borders))
 
     def _embedded(self, input_ids: Tensor, pixels: Tensor | None, image_at: Tensor | None) -> dict[str, Tensor]:
         """The input embeddings of a LLaVA, with image features at the image tokens.
