@@ -107,8 +107,10 @@ def test_training_begins_with_the_loss_of_the_llm(name, made):
 def test_a_skeleton_has_the_parameters_of_the_student(name, made):
     _, settings = made((SCALED | PLAIN)[name])
     built, skeleton = build_student(settings, Geometry.SQUASH).model, build_skeleton(settings).model
-    shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (built, skeleton)]
-    assert shapes[0] == shapes[1]
+    with torch.device("meta"):
+        on_meta = build_skeleton(settings).model
+    shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in (built, skeleton, on_meta)]
+    assert shapes[0] == shapes[1] == shapes[2]
     assert ("lm_head.weight" in shapes[0]) is (name not in ("tied llama", "gemma3"))
 
 

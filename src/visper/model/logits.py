@@ -57,7 +57,8 @@ def _factor(llm: PreTrainedModel) -> float:
     Found by running the LLM's own code with a decoder and an output layer that return fixed values: no weight is read.
     """
     name = type(llm).__name__
-    states, outputs = torch.linspace(-1, 1, 8).expand(1, 1, 8), torch.linspace(-60, 60, 8).expand(1, 1, 8)
+    # The caller may be building a model on the meta device.
+    states, outputs = (torch.linspace(-end, end, 8, device="cpu").expand(1, 1, 8) for end in (1, 60))
     received: list[Tensor] = []
 
     def head(given: Tensor) -> Tensor:
@@ -70,6 +71,7 @@ def _factor(llm: PreTrainedModel) -> float:
     try:
         with (
             torch.no_grad(),
+            torch.device("cpu"),
             _running(llm.get_decoder(), decoder),
             _running(llm.get_output_embeddings(), head),
         ):
