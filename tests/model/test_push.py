@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +14,8 @@ from tests import tiny
 from visper.cli import app
 from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
+from visper.evaluation.benchmarks.base import Column
+from visper.evaluation.benchmarks.run import Result, save_results
 from visper.model import push
 from visper.model.card import write_card
 from visper.model.push import prepare_upload
@@ -54,15 +58,56 @@ def test_files_have_the_mode_of_any_new_file(made, tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in (made / "ift" / "model").iterdir()} == {expected}
 
 
+def save_scores(model, name="realworldqa", share=0.5125, asked=765):
+    column = Column("accuracy", share, (0.477, 0.548), asked)
+    result = Result(name, asked, 765, [column], [column], [], 0, 0, 0, Path())
+    save_results(model / "answers" / f"{name}.scores.json", [result], str(model))
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """The stage's output elsewhere, and its card with what was evaluated since."""
+    shutil.copytree(made / "ift", tmp_path / "ift")
+
+    def card():
+        write_card(tmp_path / "ift" / "model")
+        return (tmp_path / "ift" / "model" / "README.md").read_text()
+
+    return tmp_path / "ift", card
+
+
 def test_scores_are_on_the_card(made):
-    answers = made / "ift" / "answers"
-    answers.mkdir()
-    scores = {"realworldqa": {"scores": {"accuracy": {"score": 51.25, "interval": [47.7, 54.8], "questions": 765}}}}
-    (answers / "realworldqa.scores.json").write_text(json.dumps(scores))
+    save_scores(made / "ift")
     write_card(made / "ift" / "model", "llama3")
     card = (made / "ift" / "model" / "README.md").read_text()
     assert "| realworldqa: accuracy | 51.2 (47.7 to 54.8) | 765 |" in card
     assert header_of(made / "ift" / "model")["license"] == "llama3"
+
+
+def test_a_copy_of_a_model_keeps_its_scores_and_other_weights_in_its_place_do_not(copied):
+    model, card = copied
+    save_scores(model)
+    shutil.copytree(model, model.parent / "again")
+    write_card(model.parent / "again" / "model")
+    assert "51.2" in (model.parent / "again" / "model" / "README.md").read_text()
+    weights = model / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert "51.2" not in card() and "Not evaluated" in card()
+
+
+def test_scores_of_a_part_of_the_questions_are_not_on_the_card(copied):
+    model, card = copied
+    save_scores(model, asked=100)
+    assert "Not evaluated" in card()
+
+
+def test_of_several_results_of_a_benchmark_the_newest_is_on_the_card(copied):
+    model, card = copied
+    save_scores(model, share=0.5)
+    (model / "answers" / "realworldqa.scores.json").rename(model / "answers" / "all.scores.json")
+    save_scores(model, share=0.25)
+    os.utime(model / "answers" / "realworldqa.scores.json", (1, 1))
+    assert card().count("realworldqa: accuracy") == 1 and "| 50.0 (" in card()
 
 
 def test_a_dry_run_lists_the_files_and_uploads_nothing(made, monkeypatch):
@@ -102,8 +147,6 @@ def test_an_adapter_needs_a_base_that_others_have(made):
 
 
 def test_damaged_weights_are_not_shared(made, tmp_path):
-    import shutil
-
     shutil.copytree(made / "pt" / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())

@@ -144,4 +144,4 @@ def _benchmarks(
     found = [result for result in results if result is not None]
     if found:
         show_results(Console(), found)
-        save_results(answers_file(model, name, limit).with_suffix(".scores.json"), found)
+        save_results(answers_file(model, name, limit).with_suffix(".scores.json"), found, model)

@@ -49,6 +49,17 @@ def content_digest(place: Path) -> str:
     return xxhash.xxh3_128(os.fsencode(lines)).hexdigest()
 
 
+def model_digest(folder: Path) -> str:
+    """The digest of a model folder's files, the same for a copy of it elsewhere.
+
+    Subfolders, hidden files and what says nothing about answers are left out: the card, the manifest, ``run.yaml``.
+    """
+    left_out = (MANIFEST, "run.yaml", *MEANT_TO_BE_EDITED)
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    lines = "".join(f"{file.name}\0{digest_of(file)}\0" for file in files if file.name not in left_out)
+    return xxhash.xxh3_128(os.fsencode(lines)).hexdigest()
+
+
 def _onnx_data(model: Path) -> dict[str, Path]:
     """The files with weights that an ONNX model names, by their place below its folder.
 

@@ -11,6 +11,7 @@ import yaml
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
+from visper.common.manifest import model_digest
 from visper.config import Run, VlmStudent, load_run
 from visper.model.revisions import HUB_ID
 
@@ -46,7 +47,7 @@ def write_card(folder: Path, license: str = "other") -> None:
     """Writes ``README.md`` into a model folder, from its config.json, its run.yaml and the scores found.
 
     Without a run.yaml, the card says that the base is not known. Scores are those that `visper evaluate` wrote into
-    ``answers/``, in the folder or beside it.
+    ``answers/``, in the folder or beside it, for these weights and all questions of a benchmark.
     """
     stages = list(_stages(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -108,17 +109,23 @@ def _described(run: Run) -> str:
 
 
 def _scores(folder: Path) -> list[str]:
+    """Rows of the complete benchmarks of exactly these weights; of several results of a benchmark, the newest."""
     found = [*folder.glob("answers/*.scores.json"), *folder.parent.glob("answers/*.scores.json")]
-    rows = []
-    for file in sorted(found):
+    digest = model_digest(folder) if found else None
+    rows = {}
+    for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.name)):
         for benchmark, result in json.loads(file.read_text(encoding="utf-8")).items():
-            for column, score in result.get("scores", {}).items():
-                low, high = score["interval"]
-                shown = f"{score['score']:.1f} ({low:.1f} to {high:.1f})"
-                rows.append(f"| {benchmark}: {column} | {shown} | {score['questions']} |")
+            if result.get("model_digest") != digest or result["asked"] != result["of"]:
+                continue  # of an earlier model in this folder, or of a part of the questions
+            for column, score in result["scores"].items():
+                shown, low, high = (100 * share for share in (score["score"], *score["interval"]))
+                rows[benchmark, column] = (
+                    f"| {benchmark}: {column} | {shown:.1f} ({low:.1f} to {high:.1f}) | {score['questions']} |"
+                )
     if not rows:
         return ["", "Not evaluated on public benchmarks."]
-    return ["", "| `visper evaluate`, paper's protocol | score (95 % interval) | questions |", "|---|---|---|", *rows]
+    head = ["| `visper evaluate`, paper's protocol | % (95 % interval) | questions |", "|---|---|---|"]
+    return ["", *head, *(rows[name] for name in sorted(rows))]
 
 
 def _loading(config: dict[str, Any]) -> str:

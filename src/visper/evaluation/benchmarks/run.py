@@ -13,10 +13,12 @@ from rich.text import Text
 
 from visper.common.console import Console
 from visper.common.files import write_text
+from visper.common.manifest import model_digest
 from visper.data.sampler import spread
 from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, other_images
 from visper.evaluation.benchmarks.base import Benchmark, Column, Item, Reading, mean
 from visper.evaluation.benchmarks.published_scores import AVERAGE, COLUMNS, PAPER, YARDSTICKS
+from visper.model.student import student_place
 
 PROTOCOL = "paper"
 
@@ -156,11 +158,17 @@ def _percent(shares: Mapping[str, float], name: str) -> str:
     return f"{100 * shares[name]:.1f}" if name in shares else ""
 
 
-def save_results(file: Path, results: Sequence[Result]) -> None:
-    """Writes every score with its interval, as JSON."""
-    content = {
+def save_results(file: Path, results: Sequence[Result], model: str) -> None:
+    """Writes every score with its interval, as JSON: shares, 0..1. The model card shows them in percent.
+
+    Args:
+        model: the model that was asked; its digest ties the scores to its weights, unless it is a hub id.
+    """
+    digest = model_digest(Path(student_place(model))) if Path(model).is_dir() else None
+    content: dict[str, dict[str, Any]] = {
         result.name: {
             "protocol": PROTOCOL,
+            "model_digest": digest,
             "asked": result.asked,
             "of": result.of,
             "empty": result.empty,
