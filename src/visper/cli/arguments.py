@@ -1,8 +1,11 @@
 """Argument parsing shared by the commands."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
+
+from visper.common.errors import ConfigError
 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Suffix of a drawing's file -> Pillow's name of its format."""
@@ -32,3 +35,24 @@ def parse_picture(text: str) -> Path:
     if path.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"'{path}' names no format for a drawing: end it with {', '.join(PICTURES)}")
     return path
+
+
+def require_other_files(outputs: Mapping[str, Path | None], *inputs: str | Path | None) -> None:
+    """Checks that no file to be written is one that the command reads, also through a link, or another output.
+
+    Args:
+        outputs: option, or another name of the output -> its file.
+        inputs: files; None, folders, and names that are no files are ignored.
+
+    Raises:
+        ConfigError: an input or another output would be overwritten.
+    """
+    read = [Path(name) for name in inputs if name is not None and Path(name).is_file()]
+    given = {name: place for name, place in outputs.items() if place is not None}
+    taken: dict[Path, str] = {}
+    for name, place in given.items():
+        if place.exists() and any(place.samefile(file) for file in read):
+            raise ConfigError(f"{name} is '{place}', which this command reads and would overwrite: name another file")
+        other = taken.setdefault(place.resolve(), name)
+        if other != name:
+            raise ConfigError(f"{name} is '{place}', the same file as {other}: name another file")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path
+from visper.cli.arguments import parse_file, parse_path, require_other_files
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def check(
 
     console = Console()
     sources = sources_of(what, images, root, whole=False)
+    require_other_files({"--report": report, "--drop": drop}, what, run, *(file for file, _ in sources))
     named = list(zip(source_names([file for file, _ in sources]), sources, strict=True))
     settings = load_run(run, overrides or []) if run is not None else None
     by = {"encoder": _encoder(settings), "max_pixels": settings.data.max_pixels} if settings is not None else {}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path
+from visper.cli.arguments import parse_file, parse_path, require_other_files
 from visper.common.console import Console
 from visper.common.errors import ConfigError
 
@@ -106,6 +106,7 @@ def _questions(
 
     asked, source = open_questions(questions, images)
     place = answers or answers_file(model, questions.stem, limit)
+    require_other_files({"the file of answers, --answers,": place}, questions)
     require_writable(place, "give another file with --answers FILE.jsonl")
     asker = Asker(model, batch_size, start())
     own, control = ask_questions(asker, spread(asked, limit), source, place, max_new_tokens, blind)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import PICTURES, parse_path, parse_picture
+from visper.cli.arguments import PICTURES, parse_path, parse_picture, require_other_files
 
 NAME = "look"
 
@@ -51,6 +51,7 @@ def run(
     from visper.evaluation.predictions import load_pre_trained, other_weights_note
     from visper.evaluation.visualize import PROMPT, first_images, folder_gallery, look, needs_gallery
 
+    require_other_files({"--out": out}, image)
     shown = open_image(image)
     note = None if predictors is None else other_weights_note(predictors, model)
     student = None if note is None else load_to_ask(model)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path
+from visper.cli.arguments import parse_file, parse_path, require_other_files
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run(
     from visper.evaluation.probe.curves import draw_curves, named_apart, read_findings
 
     draws, plot = bool(score or beside or plot), plot or out / "curves.svg"
+    _check_files(out, plot if draws else None, teachers, rows)
     drawn = named_apart([out, *(beside or [])])
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, score or [], root, beside or [], plot if draws else None)
@@ -72,6 +73,13 @@ def run(
     if draws:
         draw_curves({name: read_findings(place) for name, place in drawn.items()}, plot)
         print(plot)
+
+
+def _check_files(out: Path, plot: Path | None, teachers: str | None, rows: Path | None) -> None:
+    from visper.evaluation.probe.recipe import rows_file
+
+    written = {"--plot": plot, "the probe's recipe": _recipe(out), "the probe's rows": rows_file(out)}
+    require_other_files(written, teachers, rows)
 
 
 def _settings(
@@ -121,10 +129,14 @@ def _train(settings: "Run", out: Path) -> None:
     from visper.config import run_text
     from visper.training import run_stage, start_processes
 
-    recipe = out.parent / f"{out.name}.probe.yaml"
+    recipe = _recipe(out)
     write_text(recipe, run_text(settings))
     if not start_processes(settings.launch, ["train", str(recipe), "--resume"], REMEDY):
         run_stage(settings, resume=True)
+
+
+def _recipe(out: Path) -> Path:
+    return out.parent / f"{out.name}.probe.yaml"
 
 
 def _score(out: Path, score: list[str], root: Path, limit: int | None) -> None:
