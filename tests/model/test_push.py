@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from typer.testing import CliRunner
 
 from tests import tiny
@@ -133,6 +136,32 @@ def test_what_is_uploaded_is_what_was_listed(made, monkeypatch):
     assert found.exit_code == 0, found.output
     assert calls[0] == ("someone/mine", {"private": True, "exist_ok": True})
     assert "config.json" in calls[1] and not {"run.yaml", "manifest.json"} & set(calls[1])
+
+
+def test_a_hub_that_cannot_be_reached_is_no_bug(made, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # a port on which nobody listens
+        monkeypatch.setattr(push, "HfApi", lambda: HfApi(f"http://127.0.0.1:{closed.getsockname()[1]}", token="none"))
+        with pytest.raises(ConfigError, match=r"cannot upload to 'me/mine': .*refused; check the network, then repeat"):
+            push.upload(made / "ift" / "model", "me/mine")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OfflineModeIsEnabled("offline mode is enabled."), "offline mode is enabled; check the network"),
+        (LocalTokenNotFoundError("no token\nSee ..."), "no token; log in with `hf auth login`"),
+        (ValueError("no file\nto upload"), "no file; log in with"),
+    ],
+)
+def test_why_an_upload_failed_is_one_line(error, message, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, *_, **__):
+            raise error
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    with pytest.raises(ConfigError, match=rf"cannot upload to 'me/mine': {message}"):
+        push.upload(tmp_path, "me/mine")
 
 
 def test_an_adapter_needs_a_base_that_others_have(made):

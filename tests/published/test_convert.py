@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration, TimmWrapperConfig, TimmWrapperModel
@@ -220,9 +221,10 @@ def test_an_existing_output_is_never_touched(pt, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_id_that_cannot_be_reached(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", HfHubHTTPError.__bases__)
+def test_an_id_that_cannot_be_reached(kind, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
-        raise OSError("Name or service not known")
+        raise kind("Name or service not known")
 
     with pytest.raises(ConfigError, match="cannot be reached"):
         convert_published("no/such/folder", tmp_path / "out")

@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from visper.common.errors import ConfigError, first_line
 from visper.common.files import write_text
 from visper.common.manifest import MANIFEST, require_undamaged
+from visper.data.sets.origins import HUB_ERRORS
 from visper.model.card import CARD, write_card
 from visper.model.student import student_place
 
 ADAPTER_CONFIG = "adapter_config.json"
+UPLOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
 KEPT_HERE = ("run.yaml", "answers", MANIFEST)
 """Not uploaded: these contain local paths, or digests of files that the upload changes."""
 
@@ -92,12 +94,14 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
     """Creates the repository if needed, uploads the folder in one commit, and returns its URL.
 
     Raises:
-        ConfigError: the hub rejects the upload.
+        ConfigError: the hub rejects the upload or cannot be reached.
     """
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a VisPer model"))
-    except (HfHubHTTPError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise ConfigError(f"cannot upload to '{repo}': {why}; log in with `hf auth login`") from error
+    except UPLOAD_ERRORS as error:
+        why = first_line(error).rstrip(".")
+        answered = isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError, ValueError))
+        remedy = "log in with `hf auth login`" if answered else "check the network, then repeat the command"
+        raise ConfigError(f"cannot upload to '{repo}': {why}; {remedy}") from error

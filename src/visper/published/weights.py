@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visper.common.errors import ConfigError, first_line
+from visper.data.sets.origins import HUB_ERRORS
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
@@ -37,7 +37,7 @@ def fetch(source: str) -> Path:
         folder = Path(snapshot_download(source, allow_patterns=[*BESIDE_WEIGHTS, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source, allow_patterns=["*.bin"])
-    except (OSError, HFValidationError) as error:
+    except HUB_ERRORS as error:  # also in the middle of a download
         raise ConfigError(
             f"'{source}' is not a folder, and as a hub id it cannot be reached: {first_line(error)} Check the spelling "
             f"and the network, or run `hf download {source}` on a machine with a network and give the downloaded folder"
