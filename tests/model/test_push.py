@@ -164,6 +164,48 @@ def test_why_an_upload_failed_is_one_line(error, message, tmp_path, monkeypatch)
         push.upload(tmp_path, "me/mine")
 
 
+def all_files(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_push_changes_no_file_of_the_model(copied, monkeypatch):
+    model, _ = copied
+    save_scores(model)
+    before = all_files(model)
+    with prepare_upload(model, "mit") as folder:
+        assert header_of(folder)["license"] == "mit" and "51.2" in (folder / "README.md").read_text()
+    with prepare_upload(model / "adapter", base="someone/pt"):
+        pass
+    assert all_files(model) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("# mine", "# Our best"), ("Not evaluated", "Evaluated"), ("\n<!-- written", "\nAsk us.\n\n<!-- written")],
+)
+def test_a_card_that_was_edited_is_uploaded_as_it_is(old, new, made, tmp_path, caplog):
+    shutil.copytree(made / "ift" / "model", tmp_path / "model")
+    card = tmp_path / "model" / "README.md"
+    write_card(tmp_path / "model")
+    card.write_text(card.read_text().replace(old, new))
+    edited = card.read_text()
+    assert new in edited
+    with prepare_upload(tmp_path / "model", "mit") as folder:
+        assert (folder / "README.md").read_text() == edited
+    assert "was edited, so it is uploaded as it is, without --license" in caplog.text
+    card.unlink()
+    with prepare_upload(tmp_path / "model", "mit") as folder:
+        assert header_of(folder)["license"] == "mit"
+
+
+def test_an_adapters_own_card_is_not_uploaded_without_saying_so(made, tmp_path, caplog):
+    shutil.copytree(made / "ift" / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("base: /home/me")
+    with prepare_upload(tmp_path / "adapter", base="someone/pt") as folder:
+        assert "/home" not in (folder / "README.md").read_text()
+    assert "README.md' is not uploaded" in caplog.text and "/home" in (tmp_path / "adapter" / "README.md").read_text()
+
+
 def test_an_adapter_needs_a_base_that_others_have(made):
     with (
         pytest.raises(ConfigError, match=r"a folder of this machine: push that.*--base"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from visper.common.cache import key
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
 from visper.common.manifest import model_digest
@@ -16,6 +17,8 @@ from visper.config import Run, VlmStudent, load_run
 from visper.model.revisions import HUB_ID
 
 CARD = "README.md"
+MARK = "\n<!-- written by visper {key}: an edited card is uploaded as it is -->\n"
+"""The last line of a card; the key of the text before it shows whether somebody has edited the card."""
 NEEDS_PACKAGE = """
 ## Loading
 
@@ -43,11 +46,16 @@ print(answer(text=[{"role": "user", "content": content}], max_new_tokens=64, ret
 """
 
 
-def write_card(folder: Path, license: str = "other") -> None:
-    """Writes ``README.md`` into a model folder, from its config.json, its run.yaml and the scores found.
+def write_card(folder: Path, license: str = "other", to: Path | None = None) -> None:
+    """Writes the ``README.md`` of a model folder, from its config.json, its run.yaml and the scores found.
 
     Without a run.yaml, the card says that the base is not known. Scores are those that `visper evaluate` wrote into
     ``answers/``, in the folder or beside it, for these weights and all questions of a benchmark.
+
+    Args:
+        folder: the model's folder.
+        license: the hub's name of the license.
+        to: the folder to write into; default: the model's.
     """
     stages = list(_stages(folder))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -66,7 +74,15 @@ def write_card(folder: Path, license: str = "other") -> None:
     lines += [f"| {stage.stage} | {_described(stage)} |" for stage in reversed(stages)]
     lines += _scores(folder)
     lines += ["", "Weights derive from the base models and the data above: their licenses apply."]
-    write_text(folder / CARD, "\n".join(lines) + "\n" + _loading(config))
+    text = "\n".join(lines) + "\n" + _loading(config)
+    write_text((to or folder) / CARD, text + MARK.format(key=key(text)))
+
+
+def is_edited(card: Path) -> bool:
+    """Whether a card is another text than ``write_card`` wrote, of whatever version."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    start = text.rfind(MARK.partition("{")[0])
+    return start < 0 or text[start:] != MARK.format(key=key(text[:start]))
 
 
 def _stages(folder: Path) -> Iterator[Run]:

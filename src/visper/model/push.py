@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from visper.common.errors import ConfigError, first_line
 from visper.common.files import write_text
 from visper.common.manifest import MANIFEST, require_undamaged
 from visper.data.sets.origins import HUB_ERRORS
-from visper.model.card import CARD, write_card
+from visper.model.card import CARD, is_edited, write_card
 from visper.model.student import student_place
 
+logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 UPLOAD_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
 KEPT_HERE = ("run.yaml", "answers", MANIFEST)
@@ -27,7 +29,9 @@ KEPT_HERE = ("run.yaml", "answers", MANIFEST)
 
 @contextmanager
 def prepare_upload(model: Path, license: str = "other", base: str | None = None) -> Iterator[Path]:
-    """A temporary folder of links to the files to upload, with a new model card.
+    """A temporary folder of links to the files to upload, with a new model card; the model's folder is only read.
+
+    A model's card that was edited is uploaded as it is, with a warning; an adapter's card is always a new one.
 
     Args:
         model: a stage's output, a model folder, or a folder with a peft adapter.
@@ -50,9 +54,15 @@ def prepare_upload(model: Path, license: str = "other", base: str | None = None)
                 (folder / entry.name).symlink_to(entry.resolve())
         if adapter:
             _adapter_files(place, folder, license, base)
+        elif (place / CARD).is_file() and is_edited(place / CARD):
+            logger.warning(
+                "'%s' was edited, so it is uploaded as it is, without --license and new scores: write them into it, or "
+                "remove it to get a new card",
+                place / CARD,
+            )
+            (folder / CARD).symlink_to((place / CARD).resolve())
         else:
-            write_card(place, license)
-            (folder / CARD).write_bytes((place / CARD).read_bytes())
+            write_card(place, license, to=folder)
         yield folder
 
 
@@ -66,6 +76,8 @@ def _adapter_files(place: Path, folder: Path, license: str, base: str | None) ->
     (folder / ADAPTER_CONFIG).unlink()
     write_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": named}, indent=2))
     header = f"---\nlibrary_name: peft\nbase_model: {named}\nlicense: {license}\ntags: [visper-lm, lora]\n---\n"
+    if (place / CARD).is_file():
+        logger.warning("'%s' is not uploaded: it may name folders of this machine; a new card is", place / CARD)
     text = f"# Adapter\n\nLow-rank updates of `{named}`: `PeftModel.from_pretrained(base, this folder)`.\n"
     write_text(folder / CARD, header + text)
 
