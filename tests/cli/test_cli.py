@@ -115,6 +115,21 @@ def test_a_read_only_model_folder_asks_for_another_place_of_the_answers(tmp_path
     assert list((tmp_path / "model").iterdir()) == []
 
 
+def test_a_benchmark_of_a_read_only_model_goes_where_answers_says(trained, tmp_path, monkeypatch):
+    write_mmstar(tmp_path)
+    out, access, asked = trained / "out", os.access, ("--benchmark", "mmstar", "--root", str(tmp_path))
+    before = set(out.rglob("*"))
+    monkeypatch.setattr(os, "access", lambda place, mode: not str(place).startswith(str(out)) and access(place, mode))
+    with pytest.raises(ConfigError, match=r"is not a writable folder: give another folder with --answers"):
+        call("evaluate", str(out), *asked)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"'.*file' is not a writable folder: give another folder with --answers"):
+        call("evaluate", "/nowhere", *asked, "--answers", str(tmp_path / "file"))
+    assert call("evaluate", str(out), *asked, "--answers", str(tmp_path / "mine")).exit_code == 0
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == {"mmstar.jsonl", "mmstar.scores.json"}
+    assert set(out.rglob("*")) == before
+
+
 def test_convert_says_that_a_llava_folder_needs_no_conversion(trained):
     with pytest.raises(ConfigError, match="needs no conversion"):
         call("convert", str(trained / "out" / "model"), str(trained / "converted"))
@@ -166,7 +181,8 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
             ["evaluate", "/nowhere", "--benchmark", "mmstar", "--root", "/none"],
             "visper data prepare mmstar --root /none",
         ),
-        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--answers", "a"], "--answers: only for --questions"),
+        (["evaluate", "/nowhere", "--benchmark", "mmstar", "--max-new-tokens", "9"], "tokens: only for --questions"),
+        (["evaluate", "/nowhere", "--questions", "HERE/some.json", "--answers", "HERE"], "a folder: name a file for"),
         (["evaluate", "/nowhere", "--benchmark", "mmstar", "--protocol", "own"], "no protocol 'own': choose paper"),
     ],
 )

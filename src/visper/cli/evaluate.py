@@ -1,12 +1,13 @@
 """``visper evaluate``: accuracy on questions or public benchmarks."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path, require_other_files
+from visper.cli.arguments import parse_path, require_other_files
 from visper.common.console import Console
 from visper.common.errors import ConfigError
 
@@ -30,7 +31,10 @@ def run(
     protocol: Annotated[str, typer.Option(help="prompts, parsing and metrics of benchmarks: paper")] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions, evenly spaced")] = None,
     answers: Annotated[
-        Path | None, typer.Option(help="JSONL file of the raw answers; default: in MODEL/answers", parser=parse_file)
+        Path | None,
+        typer.Option(
+            help="JSONL file of the raw answers; for benchmarks, a folder; default: in MODEL/answers", parser=parse_path
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions per batch")] = 32,
     max_new_tokens: Annotated[
@@ -51,28 +55,30 @@ def run(
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
-    of_questions = {"--images": images, "--answers": answers, "--max-new-tokens": max_new_tokens}
+    of_questions = {"--images": images, "--max-new-tokens": max_new_tokens}
     _check_options(questions, benchmark, protocol, of_questions)
-    of_both = {"--root": root, "--limit": limit, "--batch-size": batch_size, "--processes": processes}
+    of_both = {"--answers": answers, "--root": root, "--limit": limit}
+    of_both |= {"--batch-size": batch_size, "--processes": processes}
     options = {"--questions": questions, "--benchmark": benchmark, **of_questions, **of_both}
     command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
     command += [] if blind is None else ["--blind" if blind else "--no-blind"]
-
-    def start() -> tuple[int, int]:
-        """Starts the processes and waits for them, if there are several. Returns this process's share."""
-        from visper.config import Launch
-        from visper.evaluation.asking import own_share
-        from visper.training import start_processes
-
-        started = start_processes(Launch(processes=processes), ["evaluate", model, *command], REMEDY)
-        return (0, 1) if started else own_share()  # the started processes have answered; this one scores
-
+    start = partial(_start, processes, ["evaluate", model, *command])
     if questions is not None:
         _questions(
             model, questions, images, limit, answers, batch_size, max_new_tokens or 32, blind is not False, start
         )
     elif benchmark is not None:
-        _benchmarks(model, benchmark, root, limit, batch_size, bool(blind), start)
+        _benchmarks(model, benchmark, root, limit, answers, batch_size, bool(blind), start)
+
+
+def _start(processes: int, command: list[str]) -> tuple[int, int]:
+    """Starts the processes and waits for them, if there are several. Returns this process's share."""
+    from visper.config import Launch
+    from visper.evaluation.asking import own_share
+    from visper.training import start_processes
+
+    started = start_processes(Launch(processes=processes), command, REMEDY)
+    return (0, 1) if started else own_share()  # the started processes have answered; this one scores
 
 
 def _check_options(
@@ -104,6 +110,8 @@ def _questions(
     from visper.evaluation.questions import ask_questions
     from visper.evaluation.scores import blind_scores, scores, show_scores
 
+    if answers is not None and answers.is_dir():
+        raise ConfigError(f"--answers is '{answers}', a folder: name a file for the answers to --questions")
     asked, source = open_questions(questions, images)
     place = answers or answers_file(model, questions.stem, limit)
     require_other_files({"the file of answers, --answers,": place}, questions)
@@ -124,6 +132,7 @@ def _benchmarks(
     name: str,
     root: Path,
     limit: int | None,
+    answers: Path | None,
     batch_size: int,
     blind: bool,
     start: Callable[[], tuple[int, int]],
@@ -137,12 +146,11 @@ def _benchmarks(
     for benchmark in chosen:
         require_prepared(benchmark.name, root)
         require_writable(
-            answers_file(model, benchmark.name, limit),
-            "make it writable, or give a folder of yours that holds a link named 'model' to the model's folder",
+            answers_file(model, benchmark.name, limit, answers), "give another folder with --answers FOLDER"
         )
     asker = Asker(model, batch_size, start())
-    results = [run_benchmark(asker, benchmark, root, limit, blind) for benchmark in chosen]
+    results = [run_benchmark(asker, benchmark, root, limit, blind, answers) for benchmark in chosen]
     found = [result for result in results if result is not None]
     if found:
         show_results(Console(), found)
-        save_results(answers_file(model, name, limit).with_suffix(".scores.json"), found, model)
+        save_results(answers_file(model, name, limit, answers).with_suffix(".scores.json"), found, model)

@@ -274,8 +274,8 @@ def require_writable(file: Path, remedy: str) -> None:
         )
 
 
-def answers_file(model: str, name: str, limit: int | None = None) -> Path:
-    """Default file of raw answers: ``MODEL/answers/NAME.jsonl``, or ``NAME-LIMIT.jsonl`` with a limit. For a hub id,
-    MODEL is a folder of its name in the current folder."""
-    folder = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
-    return folder / "answers" / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")
+def answers_file(model: str, name: str, limit: int | None = None, folder: Path | None = None) -> Path:
+    """The file of raw answers: ``NAME.jsonl``, or ``NAME-LIMIT.jsonl`` with a limit, in the folder; default:
+    ``MODEL/answers``. For a hub id, MODEL is a folder of its name in the current folder."""
+    own = Path(model) if Path(model).is_dir() else Path(model.replace("/", "--"))
+    return (folder or own / "answers") / (f"{name}.jsonl" if limit is None else f"{name}-{limit}.jsonl")

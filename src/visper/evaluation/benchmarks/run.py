@@ -49,7 +49,12 @@ class Result:
 
 
 def run_benchmark(
-    asker: Asker, benchmark: Benchmark, root: Path, limit: int | None = None, blind: bool = False
+    asker: Asker,
+    benchmark: Benchmark,
+    root: Path,
+    limit: int | None = None,
+    blind: bool = False,
+    folder: Path | None = None,
 ) -> Result | None:
     """Asks this process's share of a benchmark. Returns the result, or None if there are several processes.
 
@@ -57,10 +62,11 @@ def run_benchmark(
         root: root folder of all data sets.
         limit: maximum number of rows, see ``spread``.
         blind: also ask each question with another question's image.
+        folder: folder of the raw answers; default: in the model's, see ``answers_file``.
     """
     rows, images = benchmark.rows(root)
     items = spread(rows, limit)
-    file = answers_file(asker.model, benchmark.name, limit)
+    file = answers_file(asker.model, benchmark.name, limit, folder)
     own = [Prompt(item.id, item.prompt, item.images) for item in items]
     others = other_images([item.images for item in items]) if blind else None
     swapped = [
