@@ -115,6 +115,17 @@ def test_a_read_only_model_folder_asks_for_another_place_of_the_answers(tmp_path
     assert list((tmp_path / "model").iterdir()) == []
 
 
+def test_scores_are_saved_although_nobody_reads_the_output(trained, tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    write_mmstar(tmp_path)
+    monkeypatch.setattr("visper.evaluation.benchmarks.run.show_results", closed)
+    asked = ("--benchmark", "mmstar", "--root", str(tmp_path), "--answers", str(tmp_path / "mine"))
+    assert call("evaluate", str(trained / "out"), *asked).exit_code == 1
+    assert (tmp_path / "mine" / "mmstar.scores.json").is_file()
+
+
 def test_a_benchmark_of_a_read_only_model_goes_where_answers_says(trained, tmp_path, monkeypatch):
     write_mmstar(tmp_path)
     out, access, asked = trained / "out", os.access, ("--benchmark", "mmstar", "--root", str(tmp_path))

@@ -31,6 +31,18 @@ def shelf(tmp_path, monkeypatch):
         yield shelf
 
 
+def test_the_report_and_the_drop_list_are_written_although_nobody_reads_the_output(tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("visper.cli.data_check._show", closed)
+    (tmp_path / "rows.json").write_text('[{"id": "1", "image": "none.png", "conversations": []}]')
+    written = [tmp_path / "report.json", tmp_path / "dropped.jsonl"]
+    asked = ("data", "check", tmp_path / "rows.json", "--images", tmp_path)
+    assert call(*asked, "--report", written[0], "--drop", written[1])[0] == 1
+    assert all(file.is_file() for file in written)
+
+
 def totals(report: Path, source: str) -> dict[str, int]:
     (file,) = json.loads(report.read_text())["files"]
     return file["sources"][source]

@@ -75,13 +75,14 @@ def check(
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
         console.print(f"mended {mended} images{rest}")
         found = look()
-    for part in found:
-        _show(part, console)
+    # Written first: printing fails if nobody reads to the end, as in `| head`.
     if report is not None:
         checking.write_report(found, report)
     drops = DropList(row for part in found for row in part.drops)
     if drop is not None:
         drops.write(drop)
+    for part in found:
+        _show(part, console)
     unknown = total_of([part.unknown for part in found])
     if settings is not None and unknown.num_unknown:
         console.print(unknown.check(settings.data.unknown_limit) or str(unknown), highlight=False)

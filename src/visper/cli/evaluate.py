@@ -152,5 +152,6 @@ def _benchmarks(
     results = [run_benchmark(asker, benchmark, root, limit, blind, answers) for benchmark in chosen]
     found = [result for result in results if result is not None]
     if found:
-        show_results(Console(), found)
+        # Saved first: printing fails if nobody reads to the end, as in `| head`.
         save_results(answers_file(model, name, limit, answers).with_suffix(".scores.json"), found, model)
+        show_results(Console(), found)
