@@ -132,6 +132,45 @@ def test_an_answer_about_another_image_of_that_name_is_not_met(asked, tmp_path):
     assert len(asked) == 3
 
 
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_what_a_command_does_not_ask_keeps_the_answers_of_earlier_ones(asked, images, tmp_path):
+    """Without the blind control, with fewer questions, with another length: the answers are there when asked again."""
+    asker, file = Asker(str(tmp_path)), tmp_path / "a.jsonl"
+    questions = [Question(f"what is {i}?", ("red",), (f"{i}.png",)) for i in range(4)]
+    ask_questions(asker, questions, images, file, 4, blind=True)
+    whole = rows_of(file)
+    ask_questions(asker, questions, images, file, 4, blind=False)
+    ask_questions(asker, questions[:1], images, file, 4, blind=False)
+    assert [row["question"] for row in rows_of(file) if "earlier" not in row] == ["what is 0?"]
+    assert len(rows_of(file)) == len(asked) == 8
+    ask_questions(asker, questions, images, file, 5, blind=False)
+    assert len(asked) == 8 + 4
+    ask_questions(asker, questions, images, file, 4, blind=True)
+    assert len(asked) == 8 + 4 and rows_of(file)[:8] == whole
+
+
+def test_an_interrupted_control_keeps_its_answers_when_only_the_questions_are_asked(asked, images, tmp_path):
+    asker, file = Asker(str(tmp_path)), tmp_path / "a.jsonl"
+    questions = [Question("what?", ("red",), (f"{i}.png",)) for i in range(2)]
+    asker.ask([questions[0].prompt(("1.png",))], images, file, 4)  # one answer of the control, in a part
+    ask_questions(asker, questions[:1], images, file, 4, blind=False)
+    assert len(asked) == 2 and not list(tmp_path.glob("*.part-*"))
+    ask_questions(asker, questions, images, file, 4, blind=True)
+    assert len(asked) == 2, "the control asks the same two questions about the same two images"
+
+
+def test_answers_of_a_model_before_its_training_are_dropped(asked, images, tmp_path):
+    file, questions = tmp_path / "a.jsonl", [Question("what?", ("red",), ("0.png",))]
+    (tmp_path / "model").mkdir()
+    for weights in ("before", "after"):
+        (tmp_path / "model" / "weights").write_text(weights)
+        ask_questions(Asker(str(tmp_path / "model")), questions, images, file, 4)
+    assert len(asked) == 2 and len(rows_of(file)) == 1
+
+
 def test_an_image_under_another_name_or_in_another_folder_keeps_its_answer(asked, tmp_path):
     asker, file = Asker(str(tmp_path)), tmp_path / "a.jsonl"
     for folder, name in (("one", "0.png"), ("one", "copy.png"), ("other", "0.png")):

@@ -59,9 +59,10 @@ class Answers:
         self.max_new_tokens = max_new_tokens
         self._model = model
         self._process = process
-        self._said: dict[str, str] = {}
+        self._earlier: dict[str, dict[str, Any]] = {}
         for place in [] if file is None else [file, *self._parts()]:
-            self._said.update(_read(place))
+            self._earlier.update({row["key"]: row for row in _read(place)})
+        self._said: dict[str, str] = {key: row["said"] for key, row in self._earlier.items()}
 
     def key(self, prompt: Prompt) -> str:
         """The key of a prompt's answer."""
@@ -74,7 +75,10 @@ class Answers:
 
     def add(self, prompts: Sequence[Prompt], said: Sequence[str]) -> None:
         """Saves the answers of a batch."""
-        rows = [{"key": self.key(p), "question": p.text, "said": s} for p, s in zip(prompts, said, strict=True)]
+        rows = [
+            {"key": self.key(prompt), "model": self._model, "question": prompt.text, "said": text}
+            for prompt, text in zip(prompts, said, strict=True)
+        ]
         self._said.update({row["key"]: row["said"] for row in rows})
         if self.file is None:
             return
@@ -84,9 +88,16 @@ class Answers:
             part.write(("\n" if part.tell() else "") + lines(rows))
 
     def finish(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Writes the complete file, one JSON object per line, and removes the parts."""
+        """Writes the complete file, one JSON object per line, and removes the parts.
+
+        Other answers of the same model follow, marked as ``earlier``: with --blind, more questions or another length,
+        they are needed again. Those of other models, such as the one before a new training, never are.
+        """
         assert self.file is not None
-        write_text(self.file, lines(rows))
+        own = [{"key": row["key"], "model": self._model, **row} for row in rows]
+        asked = {row["key"] for row in rows}
+        earlier = [row for row in self._earlier.values() if row.get("model") == self._model and row["key"] not in asked]
+        write_text(self.file, lines([*own, *({**row, "earlier": True} for row in earlier)]))
         for part in self._parts():
             part.unlink()
 
@@ -106,8 +117,8 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read(file: Path) -> Iterator[tuple[str, str]]:
-    """Key and answer of each line; truncated lines and lines of another form are skipped."""
+def _read(file: Path) -> Iterator[dict[str, Any]]:
+    """Each line's key, answer and what else it has; truncated lines and lines of another form are skipped."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -116,7 +127,7 @@ def _read(file: Path) -> Iterator[tuple[str, str]]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("said"), str) and "key" in row:
-            yield row["key"], row["said"]
+            yield row
 
 
 def model_key(model: str) -> str:
