@@ -319,6 +319,7 @@ def test_the_accuracy_of_a_benchmark_is_its_overall_score(make, held_out, tmp_pa
     run = make("run", {"benchmark": "cv-bench"})
     whole = run.model_copy(update={"data": run.data.model_copy(update={"root": str(tmp_path / "data")})})
     assert evaluator_of(whole).values[0] == "accuracy" and "accuracy/CV-Bench" in evaluator_of(whole).values
+    assert evaluator_of(whole).answer.score([""] * 5)["constant"] == 0.875  # one of two in Count, all of the rest
     part = whole.model_copy(update={"evaluation": whole.evaluation.model_copy(update={"limit": 3})})
     with pytest.raises(ConfigError, match=r"limit: 3 of the 5 .* Count, Depth, 3D, but not its accuracy, 'CV-Bench'"):
         evaluator_of(part)

@@ -17,7 +17,8 @@ from visper.distillation import Teacher
 from visper.evaluation.ask import answer
 from visper.evaluation.asking import Prompt, open_images, other_images, require_askable
 from visper.evaluation.benchmarks import BENCHMARKS
-from visper.evaluation.benchmarks.run import reading_of
+from visper.evaluation.benchmarks.base import Benchmark, Item
+from visper.evaluation.benchmarks.run import constant_readings, reading_of
 from visper.evaluation.image_sources import ImageSource
 from visper.evaluation.predictions import PreTrained
 from visper.evaluation.question_files import open_questions
@@ -145,16 +146,34 @@ def _asked(run: Run) -> WhileTraining | None:
     rows, images = benchmark.rows(Path(run.data.root))
     items = spread(rows, settings.limit)
 
-    def of_benchmark(said: Sequence[str | None]) -> dict[str, float]:
-        both = zip(items, said, strict=True)
-        columns = benchmark.score(items, [reading_of(benchmark, item, text).text for item, text in both])
-        values = {column.name: column.value for column in columns}
+    prompts = [Prompt(item.id, item.prompt, item.images) for item in items]
+    return WhileTraining(
+        prompts, images, benchmark.max_new_tokens, _scorer(benchmark, items, len(rows)), settings.blind
+    )
+
+
+def _scorer(benchmark: Benchmark, items: Sequence[Item], num_rows: int) -> Scorer:
+    """Scores answers to some of a benchmark's rows.
+
+    Raises:
+        ConfigError: they are too few for its overall score.
+    """
+
+    def columns_of(readings: Sequence[str | None]) -> dict[str, float]:
+        values = {column.name: column.value for column in benchmark.score(items, readings)}
         if benchmark.overall not in values:
             raise ConfigError(
-                f"evaluation.limit: {len(items)} of the {len(rows)} rows of '{benchmark.name}' have the scores "
+                f"evaluation.limit: {len(items)} of the {num_rows} rows of '{benchmark.name}' have the scores "
                 f"{', '.join(values)}, but not its accuracy, '{benchmark.overall}': raise the limit (default: 200)"
             )
-        return {"accuracy": values[benchmark.overall], **{f"accuracy/{name}": value for name, value in values.items()}}
+        return values
 
-    prompts = [Prompt(item.id, item.prompt, item.images) for item in items]
-    return WhileTraining(prompts, images, benchmark.max_new_tokens, of_benchmark, settings.blind)
+    constant = columns_of(constant_readings(benchmark, items))[benchmark.overall]
+
+    def score(said: Sequence[str | None]) -> dict[str, float]:
+        both = zip(items, said, strict=True)
+        values = columns_of([reading_of(benchmark, item, text).text for item, text in both])
+        kinds = {f"accuracy/{name}": value for name, value in values.items()}
+        return {"accuracy": values[benchmark.overall], "constant": constant, **kinds}
+
+    return score

@@ -12,7 +12,7 @@ from visper.evaluation import asking
 from visper.evaluation.asking import Asker
 from visper.evaluation.benchmarks import BENCHMARKS, find_benchmarks
 from visper.evaluation.benchmarks.published_scores import COLUMNS, PAPER
-from visper.evaluation.benchmarks.run import average, run_benchmark, save_results, show_results
+from visper.evaluation.benchmarks.run import average, constant_readings, run_benchmark, save_results, show_results
 
 SAID = {
     "cv-bench": ["(B)", "(B)", "a", "tree", "(A)"],  # right: 1 of 2, 1 of 1; 1 of 1, 1 of 1
@@ -88,6 +88,23 @@ def test_a_benchmark_from_its_files_to_its_scores(name, root, asker):
     rows = [json.loads(line) for line in result.answers.read_text().splitlines()]
     assert [row["said"] for row in rows if not row["blind"]] == SAID[name]
     assert result.read_otherwise == sum(row["read"] != row["published_reading"] for row in rows if not row["blind"])
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("cv-bench", 0.875),  # one of two in Count, the only row of each other task
+        ("mmstar", 0.25),
+        ("realworldqa", 0.5),
+        ("ok-vqa", 0.5),  # "dog", said by all annotators of one of two questions
+    ],
+)
+def test_the_constant_answer_is_the_most_frequent_right_one_of_each_kind(name, score, root):
+    benchmark = BENCHMARKS[name]
+    items, _ = benchmark.rows(root)
+    assert values(benchmark.score(items, constant_readings(benchmark, items)))[benchmark.overall] == score
+    more = [*items, items[1], items[1]]  # now the answer to the second is the most frequent of its kind
+    assert constant_readings(benchmark, more)[1] == benchmark.read(items[1], items[1].answers[0]).text
 
 
 def test_all_gives_the_papers_seven_columns_and_their_mean(root, asker, tmp_path, capsys):

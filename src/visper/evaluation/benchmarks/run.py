@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,15 @@ def run_benchmark(
 def reading_of(benchmark: Benchmark, item: Item, said: str | None) -> Reading:
     """The reading of an answer; ``said`` is None if the question has none."""
     return Reading(None, None) if said is None else benchmark.read(item, said)
+
+
+def constant_readings(benchmark: Benchmark, items: Sequence[Item]) -> list[str | None]:
+    """The readings of always giving the most frequent right answer of an item's kind."""
+    counts: dict[str, Counter[str]] = {}
+    for item in items:
+        counts.setdefault(item.kind, Counter()).update(item.answers)
+    best = {kind: found.most_common(1)[0][0] for kind, found in counts.items()}
+    return [reading_of(benchmark, item, best[item.kind]).text for item in items]
 
 
 def _lines(
