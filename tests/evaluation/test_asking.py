@@ -103,6 +103,15 @@ def test_a_model_trained_again_in_its_place_is_another_model(student, tmp_path):
     assert model_key(str(tmp_path / "out")) != before
 
 
+def test_an_edited_card_is_no_other_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = model_key(str(tmp_path))
+    (tmp_path / "README.md").write_text("# Mine")
+    assert model_key(str(tmp_path)) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert model_key(str(tmp_path)) != before
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """Pretends to answer with the color of the first image. Returns the texts that were asked."""

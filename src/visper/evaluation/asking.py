@@ -22,6 +22,7 @@ from visper.common.files import write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
 from visper.model import Student
+from visper.model.card import CARD
 from visper.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -131,12 +132,12 @@ def _read(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def model_key(model: str) -> str:
-    """Identity of the current files of a local model, or of the cached commit of a hub model."""
+    """Identity of the current files of a local model but its card, or of the cached commit of a hub model."""
     place = Path(model)
     if not place.is_dir():
         return key(model, str(try_to_load_from_cache(model, "config.json")))
     folder = place / "model" if (place / "model" / "config.json").is_file() else place
-    return key(*(identity(file) for file in sorted(folder.iterdir()) if file.is_file()))
+    return key(*(identity(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != CARD))
 
 
 def ask_all(
