@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from tests import tiny
 from visper.common.errors import ConfigError
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import Run
+from visper.data.rows import table
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.sets.catalog import row_files
@@ -103,6 +105,17 @@ def test_a_stage_finished_from_something_else_is_not_skipped(run: Run, tmp_path:
         ConfigError, match=r"ift' holds this run, finished, but .*: start_from '.*/pt/model'\. Remove '"
     ):
         run_pipeline([run, later])
+
+
+def test_another_version_of_the_code_that_parses_rows_changes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(run)
+    monkeypatch.setattr(table, "code_key", lambda *modules: "newer")
+    monkeypatch.setattr(table, "BATCH_ROWS", 2)
+    monkeypatch.setattr(table, "SCHEMA", table.SCHEMA.append(pa.field("newer", pa.string())))
+    assert is_finished(run)
+    require_same_content(Path(run.output), content(run))
 
 
 @pytest.mark.parametrize("what", CHANGES)

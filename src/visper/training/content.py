@@ -3,7 +3,7 @@ run is not taken for the result of content that has changed since.
 
 ``content.json`` in the output folder holds digests of
 
-- the rows of each source, as they were read: ids, roles, texts, image names;
+- the rows of each source, as they were read: ids, roles, texts, image names and places (see ``table_digest``);
 - the images of ``SAMPLED`` evenly spaced rows, since reading all images of a large set takes minutes. This detects that
   all images were replaced, but rarely that a single one was;
 - the drop lists;
@@ -25,12 +25,13 @@ import numpy as np
 import xxhash
 
 from visper.common.errors import ConfigError, DataError
-from visper.common.manifest import content_digest, digest_of
+from visper.common.manifest import content_digest
 from visper.config import Run
 from visper.data.checks.digests import contents_of
 from visper.data.rows.records import DropList, Record
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
+from visper.data.rows.table_digest import rows_digest
 from visper.data.sets.catalog import row_files
 from visper.model.student import student_place
 
@@ -57,7 +58,7 @@ def rows_content(records: Records, images_lost: bool = True) -> dict[str, str]:
     Args:
         images_lost: False: leave out the images if one of the sample is missing.
     """
-    found = {f"the rows of '{part.name}'": digest_of(part.table.path) for part in records.parts}
+    found = {f"the rows of '{part.name}'": rows_digest(part.table) for part in records.parts}
     images = _sampled_images(records)
     return found if None in images and not images_lost else {**found, "images": _digest_of_images(images)}
 
