@@ -1,6 +1,7 @@
 """Converted weights are the published ones, bit for bit; the forms a checkpoint may have; faults are one message."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneratio
 
 from tests import tiny
 from tests.published.checkpoints import random_state, save_clip, save_published, small_config
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
+from visper.common.manifest import require_undamaged
 from visper.config import load_run
 from visper.evaluation import answer
 from visper.model import TaskTokens, load_student
@@ -107,6 +109,28 @@ def test_probe_weights_are_the_published_ones(clip, tmp_path):
     probes = load_probes(convert_and_compare(save_published(tmp_path / "source", config, state), state, tmp_path))
     assert list(probes) == [f"seg_{layer}" for layer in (1, 2, 3, 4)]
     assert probes["seg_2"](torch.randn(2, 5, 32)).shape == (2, 16, 6)
+
+
+def test_damage_of_a_converted_folder_is_found_when_it_is_loaded(pt, clip, tmp_path):
+    shutil.copytree(pt[-1], tmp_path / "pt")
+    config = small_config(clip, model_type="probe_dsg_llava_llama", probe_mode="seg")
+    convert_published(
+        str(save_published(tmp_path / "source", config, random_state(tmp_path, config))), tmp_path / "probe"
+    )
+    loaders = {
+        "pt/model": load_student,
+        "pt/distillation": lambda folder: require_undamaged(folder / "distillation"),
+        "probe/probes": load_probes,
+    }
+    for place, load in loaders.items():
+        file = sorted((tmp_path / place).glob("*.safetensors"))[0]
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=rf"the content of '{file.name}' has changed"):
+            load((tmp_path / place).parent)
+        content[-1] ^= 1
+        file.write_bytes(content)
 
 
 def test_pickled_weights_convert_to_the_same(pt, tmp_path):

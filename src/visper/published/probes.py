@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
+from visper.common.manifest import require_undamaged
 from visper.distillation.resampler import PerceiverResampler
 from visper.published.config import Head
 
@@ -65,10 +66,12 @@ def load_probes(folder: str | Path) -> nn.ModuleDict:
 
     Raises:
         ConfigError: the folder has no probes.
+        DataError: its files do not match their manifest.
     """
     place = Path(folder) / "probes"
     if not (place / PROBES_FILE).is_file():
         raise ConfigError(f"'{folder}' has no probes: expected {place / PROBES_FILE}; convert a probe checkpoint")
+    require_undamaged(place)
     probes = build_probes(json.loads((place / PROBES_FILE).read_text(encoding="utf-8")))
     weights = {name: value for name, value in load_file(place / WEIGHTS_FILE).items() if name.startswith("predictors.")}
     probes.load_state_dict({name.removeprefix("predictors."): value for name, value in weights.items()})

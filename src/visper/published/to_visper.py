@@ -5,6 +5,8 @@ Layout of the output::
     model/          a plain LLaVA folder, as a stage writes it; transformers loads it without this package
     distillation/   (PT checkpoints) predictors, logit scales, query matrices and their run, as PT writes them
     probes/         (probe checkpoints, and PT without task tokens) heads with their own latents
+
+Each has a manifest, which is verified when it is loaded.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path
+from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import save_run
 from visper.model import TaskTokens, save_processor
 from visper.published.config import read_published
@@ -75,6 +78,9 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
             save_file(tensors, partial / place / WEIGHTS_FILE, metadata={"format": "pt"})
             report.written[place] = len(tensors)
         _write_settings(partial, skeleton)
+        for place in (MODEL, *heads):
+            # As in a stage's output, where 'distillation.tasks.TASK.target.model' of run.yaml may be edited.
+            write_manifest(partial / place, WEIGHTS_ONLY if place == DISTILLATION else "*")
     if not inside:
         report.notes.append(f"the image encoder's weights come from '{encoder or published.config['mm_vision_tower']}'")
     return report
