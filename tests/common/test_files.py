@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from visper.common.errors import ConfigError, DataError
-from visper.common.files import OUTSIDE, atomic_path, inside, is_leftover, remove_leftovers, write_text
+from visper.common.files import (
+    OUTSIDE,
+    atomic_path,
+    inside,
+    is_leftover,
+    read_json_object,
+    remove_leftovers,
+    write_text,
+)
 
 TOKEN = 8 * "1f"
 
@@ -48,6 +56,15 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, error: BaseException) ->
         partial.write_text("half")
         raise error
     assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"null", b'{"a": "\xff"}', b"[" * 100_000])
+def test_a_json_file_that_is_no_object_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.json' is cut short or not a JSON object: download"):
+        read_json_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b'{"a": 1}')
+    assert read_json_object(tmp_path / "a.json") == {"a": 1}
 
 
 @pytest.mark.parametrize("size", [100, 1_000_000])

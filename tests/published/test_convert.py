@@ -270,6 +270,16 @@ def test_a_missing_shard_and_a_file_with_code_are_refused(pt, tmp_path):
     assert "weights_only" not in str(error.value), "torch's advice to load it unsafely"
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_half_downloaded_settings_are_named(pt, tmp_path, file, content):
+    shutil.copytree(pt[0], tmp_path / "source")
+    (tmp_path / "source" / file).write_text(content)
+    expected = "is cut short or not a JSON object: download" if content != "{}" else "'weight_map'|model_type"
+    with pytest.raises(ConfigError, match=rf"{file}.*({expected})"):
+        convert_published(str(tmp_path / "source"), tmp_path / "out")
+
+
 def test_complete_or_absent(pt, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")

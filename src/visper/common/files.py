@@ -12,6 +12,7 @@ A file or folder is written under a temporary name next to its destination, flus
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from visper.common.errors import ConfigError, DataError
 
@@ -85,6 +87,22 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, as UTF-8."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that came from elsewhere, so that a download may have been interrupted.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{file}' is cut short or not a JSON object: download or copy it again")
+    return content
 
 
 def is_leftover(path: Path) -> bool:

@@ -11,7 +11,7 @@ import yaml
 
 from visper.common.cache import key
 from visper.common.errors import ConfigError
-from visper.common.files import write_text
+from visper.common.files import read_json_object, write_text
 from visper.common.manifest import model_digest
 from visper.config import Run, VlmStudent, load_run
 from visper.model.revisions import HUB_ID
@@ -58,7 +58,7 @@ def write_card(folder: Path, license: str = "other", to: Path | None = None) -> 
         to: the folder to write into; default: the model's.
     """
     stages = list(_stages(folder))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json")
     parts = _parts(stages)
     header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": license}
     if license == "other":

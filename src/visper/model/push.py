@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from visper.common.errors import ConfigError, first_line
-from visper.common.files import write_text
+from visper.common.files import read_json_object, write_text
 from visper.common.manifest import MANIFEST, require_undamaged
 from visper.data.sets.origins import HUB_ERRORS
 from visper.model.card import CARD, is_edited, write_card
@@ -67,7 +67,7 @@ def prepare_upload(model: Path, license: str = "other", base: str | None = None)
 
 
 def _adapter_files(place: Path, folder: Path, license: str, base: str | None) -> None:
-    config = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json_object(place / ADAPTER_CONFIG)
     named = base or str(config["base_model_name_or_path"])
     if Path(named).exists() or Path(named).is_absolute():
         raise ConfigError(

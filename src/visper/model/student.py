@@ -24,6 +24,7 @@ from transformers import (
 
 from visper.common.console import without_loading_bars
 from visper.common.errors import ConfigError, first_line
+from visper.common.files import read_json_object
 from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
@@ -167,7 +168,7 @@ def read_added_tokens(source: str, revision: str | None = None) -> tuple[dict[st
     file = stored_file(source, STUDENT_FILE, revision)
     if file is None:
         return {}, []
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json_object(file)
     missing = [key for key in ("task_tokens", "word_ids") if key not in content]
     if missing:
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import ConfigError
+from visper.common.files import read_json_object
 from visper.config import Geometry, TaskTokenLayout
 from visper.config import Student as StudentConfig
 from visper.distillation import TargetSpec
@@ -121,12 +121,13 @@ def read_published(folder: Path, parameters: Iterable[str]) -> Published:
         parameters: the names of its parameters.
 
     Raises:
-        ConfigError: no config.json, another architecture, or a variant that visper's student does not support.
+        ConfigError: config.json is missing or cut short, or describes another architecture or a variant that visper's
+            student does not support.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(f"'{folder}' has no config.json: expected the folder of a published checkpoint")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json_object(file)
     model_type = str(config.get("model_type"))
     found = _MODEL_TYPE.fullmatch(model_type)
     if not found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
+from visper.common.files import read_json_object
 from visper.common.manifest import require_undamaged
 from visper.distillation.resampler import PerceiverResampler
 from visper.published.config import Head
@@ -72,7 +72,7 @@ def load_probes(folder: str | Path) -> nn.ModuleDict:
     if not (place / PROBES_FILE).is_file():
         raise ConfigError(f"'{folder}' has no probes: expected {place / PROBES_FILE}; convert a probe checkpoint")
     require_undamaged(place)
-    probes = build_probes(json.loads((place / PROBES_FILE).read_text(encoding="utf-8")))
+    probes = build_probes(read_json_object(place / PROBES_FILE))
     weights = {name: value for name, value in load_file(place / WEIGHTS_FILE).items() if name.startswith("predictors.")}
     probes.load_state_dict({name.removeprefix("predictors."): value for name, value in weights.items()})
     return probes.eval()

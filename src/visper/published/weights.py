@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visper.common.errors import ConfigError, first_line
+from visper.common.files import read_json_object
 from visper.data.sets.origins import HUB_ERRORS
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -93,7 +94,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
     for name in (SAFETENSORS, PICKLED):
         index = folder / (name + INDEX)
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = _shards(index)
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise ConfigError(
@@ -106,6 +107,14 @@ def _files(folder: Path) -> tuple[Path, ...]:
     raise ConfigError(
         f"'{folder}' has no weights: expected {SAFETENSORS} or {PICKLED}, or shards of one of them with an {INDEX} file"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json_object(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"'{index}' has no 'weight_map' from tensors to files: download it again")
+    return sorted(set(names))
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -159,6 +159,13 @@ def test_probes_in_folders_of_one_name_are_told_apart(tmp_path):
         named_apart([tmp_path / "a", tmp_path / "a"])
 
 
+@pytest.mark.parametrize("content", ["", "[{", '{"a": 1}', "[1]", '[{"measure": "other"}]'])
+def test_a_file_without_scores_is_named(tmp_path, content):
+    (tmp_path / "probe.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"probe\.json' is cut short or holds no scores of a probe"):
+        read_findings(tmp_path)
+
+
 def test_a_measure_taken_again_replaces_its_value(tmp_path):
     add_findings([Finding("depth/1", "DA-2K", 0.5, {}), Finding("depth/1", "cosine", 0.1, {})], tmp_path / "probe.json")
     add_findings([Finding("depth/1", "DA-2K", 0.7, {})], tmp_path / "probe.json")

@@ -53,13 +53,19 @@ def read_findings(place: Path) -> list[Finding]:
     """Reads a file of ``save_findings``; ``place`` is the file or the probe's folder.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it holds something else.
     """
     file = place / SCORES if place.is_dir() else place
     if not file.is_file():
         raise ConfigError(f"no scores of a probe at '{file}': `visper probe ... --out FOLDER --score ...` writes them")
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    return [Finding(**{**row, "interval": tuple(row["interval"]) if row.get("interval") else None}) for row in rows]
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return [Finding(**{**row, "interval": tuple(row["interval"]) if row.get("interval") else None}) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"'{file}' is cut short or holds no scores of a probe: expected the file that `visper probe ... --out "
+            "FOLDER --score ...` writes"
+        ) from error
 
 
 def averaged(seeds: Sequence[Sequence[Finding]]) -> list[Finding]:

@@ -9,7 +9,6 @@ Shape suffixes: S = images, N = teacher tokens, E = teacher width, H, W = pixels
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from visper.common.console import track
 from visper.common.errors import ConfigError, DataError
+from visper.common.files import read_json_object
 from visper.config import Geometry, Run
 from visper.data.images import arrange, background_of, open_image
 from visper.data.vlm import seen_geometry
@@ -158,13 +158,13 @@ def require_set(run: Run, name: str, root: Path) -> None:
 def da2k_files(root: Path, limit: int | None = None) -> list[Path]:
     """The first ``limit`` images of DA-2K."""
     folder = root / "eval" / "DA-2K"
-    marks = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    marks = read_json_object(folder / "annotations.json")
     return [folder / name for name in sorted(marks)][:limit]
 
 
 def coco_files(root: Path, limit: int | None = None) -> list[Path]:
     """The first ``limit`` images of COCO val2017 that have a panoptic map."""
-    table = json.loads((root / "coco" / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
+    table = read_json_object(root / "coco" / "annotations" / "panoptic_val2017.json")
     stems = sorted(Path(one["file_name"]).stem for one in table["annotations"])
     return [root / "coco" / "val2017" / f"{stem}.jpg" for stem in stems][:limit]
 
@@ -186,7 +186,7 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     """
     folder = root / "eval" / "DA-2K"
     require_set(found.run, DA2K, root)
-    marks = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    marks = read_json_object(folder / "annotations.json")
     files = da2k_files(root, limit)
     pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
 
@@ -214,7 +214,7 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     """
     folder = root / "coco"
     require_set(found.run, COCO, root)
-    table = json.loads((folder / "annotations" / "panoptic_val2017.json").read_text(encoding="utf-8"))
+    table = read_json_object(folder / "annotations" / "panoptic_val2017.json")
     numbers = {category["id"]: number for number, category in enumerate(table["categories"])}
     marks = {Path(one["file_name"]).stem: one for one in table["annotations"]}
     files = coco_files(root, limit)
