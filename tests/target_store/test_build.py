@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -163,6 +165,18 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
     assert isinstance(other.exception, ConfigError)
 
 
+def test_the_command_that_a_refused_store_names_mends_it(make, tmp_path):
+    save_run(make("build"), tmp_path / "run.yaml")
+    recipe, store = str(tmp_path / "run.yaml"), str(tmp_path / "a store")
+    build_targets(make("build"), Path(store), quiet=True)
+    for quick in ([], ["--quick"]):
+        refused = CliRunner().invoke(app, ["targets", "check", recipe, "data.geometry=crop", "--out", store, *quick])
+        command = shlex.split(re.search("To add them: `(.*)`", str(refused.exception))[1])
+        assert command == ["visper", "targets", "build", recipe, "data.geometry=crop", "--out", store]
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert CliRunner().invoke(app, ["targets", "check", recipe, "data.geometry=crop", "--out", store]).exit_code == 0
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(make, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_free_bytes", lambda out: 1000)
     with pytest.raises(ConfigError, match=r"take 2\.8 kB, but '.*' has 1\.0 kB free: .*--dtype int8"):
@@ -195,7 +209,9 @@ def test_other_dtypes_precisions_and_folders_are_refused(make, tmp_path, rows):
         run_stage(run.model_copy(update={"distillation": distillation}))
     with pytest.raises(ConfigError, match="no target store: choose a new folder"):
         build_targets(make("build"), rows, quiet=True)
-    with pytest.raises(ConfigError, match=r"no target store at .*`visper targets build RUN\.yaml --out "):
+    with pytest.raises(
+        ConfigError, match=r"no target store at .*`visper targets build RUN\.yaml --out .*` with the run's overrides"
+    ):
         run_stage(make("nowhere", tmp_path / "nowhere"))
 
 

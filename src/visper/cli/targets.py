@@ -65,18 +65,19 @@ def check(
     """
     from visper.config import load_run
 
+    arguments = [recipe, *(overrides or [])]
     settings = load_run(recipe, overrides or [])
 
     from visper.data.images import background_of
     from visper.model.start import starting_processor
     from visper.target_store.build import build_targets
     from visper.target_store.check import damaged_parts
-    from visper.target_store.open import open_targets
+    from visper.target_store.open import build_command, open_targets
 
     console = Console(soft_wrap=True)
     geometry = settings.data.geometry.value
     background = background_of(starting_processor(settings).image_processor)
-    remedy = f"`visper targets build {recipe} --out {out}`"
+    remedy = build_command(out, arguments)
     if settings.distillation is not None and not quick:
         damaged = list(damaged_parts(settings.distillation, geometry, background, out, remedy))
         for part in damaged:
@@ -84,7 +85,7 @@ def check(
         if damaged:
             console.print(f"remove the {len(damaged)} damaged files, then run {remedy} to compute their targets again")
             raise typer.Exit(1)
-    open_targets(settings.distillation, geometry, background, recipe, out)
+    open_targets(settings.distillation, geometry, background, out, arguments)
     plan = build_targets(settings, out, size_only=True)
     missing = {task for part in plan.parts for task in part.tasks}
     if missing:

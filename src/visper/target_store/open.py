@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def open_targets(
     distillation: Distillation | None,
     geometry: str,
     background: tuple[int, int, int],
-    recipe: str | Path,
     store: Path | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> TargetStore | None:
     """Opens the store that the run names (``distillation.targets``), or ``store``; None if the run uses its teachers.
 
@@ -96,8 +97,8 @@ def open_targets(
         distillation: the run's section.
         geometry: geometry of the run's data.
         background: the RGB color that ``pad`` puts around an image.
-        recipe: file or name of the recipe, or a placeholder for it, for the command in messages.
         store: open this store instead.
+        arguments: see ``build_command``.
 
     Raises:
         ConfigError: the folder is not a store, or it lacks the targets of one of the run's teachers.
@@ -105,7 +106,7 @@ def open_targets(
     place = store or (Path(distillation.targets) if distillation and distillation.targets else None)
     if distillation is None or place is None:
         return None
-    remedy = f"`visper targets build {recipe} --out {place}`"
+    remedy = build_command(place, arguments)
     dtype = read_dtype(place)
     if dtype is None:
         raise ConfigError(f"distillation.targets: there is no target store at '{place}': run {remedy}")
@@ -120,6 +121,17 @@ def open_targets(
                 f"is {wanted}: leave it out, or build another store"
             )
     return TargetStore(found, remedy)
+
+
+def build_command(store: Path, arguments: Sequence[str] | None = None) -> str:
+    """The command that computes missing targets, for messages.
+
+    Args:
+        arguments: the recipe and the overrides, as they were given on the command line; None: they are not known.
+    """
+    if arguments is None:
+        return f"`visper targets build RUN.yaml --out {shlex.quote(str(store))}` with the run's overrides"
+    return f"`{shlex.join(['visper', 'targets', 'build', *arguments, '--out', str(store)])}`"
 
 
 def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, remedy: str) -> Path:

@@ -213,7 +213,7 @@ def build_student(run: Run, processes: PartialState, console: Console) -> Studen
 def build_targets(run: Run, student: Student, console: Console) -> tuple[dict[str, Teacher], TargetStore | None]:
     """The teachers by task, and the target store that replaces them, if the run names one."""
     background = background_of(student.processor.image_processor)
-    store = open_targets(run.distillation, run.data.geometry.value, background, "RUN.yaml")
+    store = open_targets(run.distillation, run.data.geometry.value, background)
     if store is None:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     else:

@@ -91,7 +91,8 @@ def read_parquet(name: str, root: Path, columns: Sequence[str]) -> tuple[list[di
     require_prepared(name, root)
     files = sorted((root / "eval" / name).rglob("*.parquet"))
     if not files:
-        raise DataError("no rows", f"'{root / 'eval' / name}' has no Parquet files: `visper data prepare {name}`")
+        prepare = f"`visper data prepare {name} --root {root}`"
+        raise DataError("no rows", f"'{root / 'eval' / name}' has no Parquet files: {prepare}")
     table = read_table(files, [*columns, "image"], [], f"benchmark '{name}'")
     images = TableImages(table, "image")
     rows: list[dict] = table.remove_columns("image").to_list()

@@ -40,7 +40,8 @@ def _entries(file: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError("not JSON", f"'{file}': {error}; `visper data prepare ok-vqa` downloads it again") from error
+        remedy = f"remove it, then `visper data prepare ok-vqa --root {file.parents[2]}` downloads it again"
+        raise DataError("not JSON", f"'{file}': {error}; {remedy}") from error
     entries: Any = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError("missing column", f"'{file}' has no list '{key}'")
