@@ -253,6 +253,15 @@ def test_debug_shows_the_traceback_of_expected_errors_too(error, monkeypatch, ca
     assert "Traceback" in shown and "report" not in shown
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"), [(28, "free some space"), (30, "a place that can be written"), (13, "check its permissions")]
+)
+def test_a_place_that_cannot_be_written_is_named_with_advice(number, advice, monkeypatch, capsys):
+    assert fails_inside(monkeypatch, OSError(number, "refused", "runs/a")) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"[Errno {number}] refused: 'runs/a'; " in shown and advice in shown
+
+
 def test_version_is_the_packages():
     assert call("--version").output == f"visper {version('visper-lm')}\n"
 

@@ -9,6 +9,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from visper.common.files import (
     atomic_path,
     inside,
     is_leftover,
+    naming,
     read_json_object,
     remove_leftovers,
     write_text,
@@ -65,6 +68,37 @@ def test_a_json_file_that_is_no_object_is_named(tmp_path: Path, content: bytes) 
         read_json_object(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b'{"a": 1}')
     assert read_json_object(tmp_path / "a.json") == {"a": 1}
+
+
+def test_errors_of_writing_name_the_destination(tmp_path: Path) -> None:
+    """Those of an open file name none, and the temporary name helps nobody."""
+    for number in range(3):
+        with (
+            pytest.raises(OSError, match=r"^\[Errno \d+\] [^']*: '[^']*/out'$"),
+            atomic_path(tmp_path / "out") as partial,
+        ):
+            if number == 0:
+                Path("/dev/full").write_text("x")
+            elif number == 1:
+                (partial / "a").write_text("x")
+            else:
+                pq.write_table(pa.table({"a": [1]}), str(partial / "a"))
+    with pytest.raises(OSError, match=r"No space left on device: 'answers'$"), naming(Path("answers")):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"elsewhere'$"), atomic_path(tmp_path / "out"):
+        Path("elsewhere").read_text()
+
+
+def test_links_to_nowhere_and_files_in_a_folders_place_are_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for place in ("link", "link/a"):
+        with pytest.raises(ConfigError, match=r"link' is a link to '.*nowhere', which does not exist: create"):
+            write_text(tmp_path / place, "x")
+    for place in ("file/a", "file/a/b"):
+        with pytest.raises(ConfigError, match=r"a part of its path is a file: expected a folder"):
+            write_text(tmp_path / place, "x")
+    assert names(tmp_path) == {"link", "file"}
 
 
 @pytest.mark.parametrize("size", [100, 1_000_000])

@@ -398,6 +398,13 @@ def test_a_foreign_folder_is_refused(make, tmp_path):
     assert (tmp_path / "pt" / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output", ["link", "link/pt"])
+def test_an_output_that_is_a_link_to_nowhere_is_refused(make, tmp_path, output):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"link' is a link to '.*nowhere', which does not exist"):
+        run_stage(make("pt", name=output))
+
+
 def test_a_failed_start_leaves_nothing_and_its_run_may_be_changed(make, tmp_path):
     student = {"llm": str(tmp_path / "no such model"), "encoder": "x"}
     with pytest.raises(ConfigError, match="no such model"):

@@ -32,6 +32,7 @@ from visper.cli import (
 from visper.common.cache import hub_cache_remedy
 from visper.common.console import Console, printable
 from visper.common.errors import StoppedError, VisperError
+from visper.common.files import remedy_of
 
 DEBUG = "VISPER_DEBUG"
 """Environment variable that `--debug` sets, so that child processes show their tracebacks too."""
@@ -93,7 +94,9 @@ def main() -> None:
             traceback.print_exc()
         shared = isinstance(error, VisperError) and error.shared
         if not shared or os.environ.get("RANK", "0") == "0":
-            message = str(error) + (hub_cache_remedy(error) if isinstance(error, OSError) else "")
+            message = str(error)
+            if isinstance(error, OSError):
+                message += hub_cache_remedy(error) or remedy_of(error)
             name = "stopped" if isinstance(error, StoppedError) else "error"
             Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{name} ", "bold red"), message))
         if shared:

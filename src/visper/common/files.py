@@ -28,6 +28,9 @@ from visper.common.errors import ConfigError, DataError
 
 OUTSIDE = "image outside its folder"
 """The ``DataError`` reason for a row whose image is not under the images folder."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRITING = (*_FULL, errno.EFBIG, errno.EROFS)
+"""Errors of writing, which name no file if they come from an open one."""
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>.+)-[0-9a-f]{16}", re.DOTALL)
 
@@ -37,10 +40,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a sibling path to write a file or folder to; it is renamed to ``path``, or removed on any error.
 
     Raises:
-        ConfigError: a file was written, and ``path`` is a folder.
-        OSError: the disk is full, or the like, also where safetensors raises its own error.
+        ConfigError: a file was written, and ``path`` is a folder; ``path`` is a dangling link, or in no folder.
+        OSError: the disk is full, or the like, also where safetensors raises its own error. It names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_dangling_link(path)
+    make_folder(path.parent)
     partial = _sibling(path, "partial")
     try:
         yield partial
@@ -49,11 +53,70 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _take_place(partial, path)
     except BaseException as error:
         _remove(partial)
-        number = _operating_system_error(error)
-        if number is not None:
-            raise OSError(number, os.strerror(number), str(path)) from error
+        named = _naming(path, partial, error)
+        if named is not None:
+            raise named from error
         raise
     flush_names(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an error about a full disk or the like, raised while an open file is written, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        named = _naming(path, path, error)
+        if named is not None:
+            raise named from error
+        raise
+
+
+def _naming(path: Path, partial: Path, error: BaseException) -> OSError | None:
+    """The error with ``path`` as its file, if it is about ``partial`` or about writing and names no file."""
+    number = _operating_system_error(error)
+    if number is not None:
+        return OSError(number, os.strerror(number), str(path))
+    if not isinstance(error, OSError):
+        return None
+    unnamed = error.filename is None and error.errno in _WRITING
+    if error.errno is not None and (unnamed or partial.name in str(error)):
+        return OSError(error.errno, os.strerror(error.errno), str(path))
+    return None
+
+
+def remedy_of(error: OSError) -> str:
+    """Advice to append to a message, if a place is full or cannot be written; else an empty string."""
+    if error.errno in _FULL:
+        return "; free some space, or choose another place"
+    if error.errno == errno.EROFS:
+        return "; choose a place that can be written"
+    return "; check its permissions, or choose another place" if error.errno == errno.EACCES else ""
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, unless they exist.
+
+    Raises:
+        ConfigError: a file or a dangling link is in the place of one of them.
+    """
+    refuse_dangling_link(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"'{folder}' or a part of its path is a file: expected a folder, choose another place"
+        ) from error
+
+
+def refuse_dangling_link(path: Path) -> None:
+    """Raises ConfigError if ``path``, or a folder above it, is a link to a place that does not exist."""
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            target = place.readlink()
+            raise ConfigError(
+                f"'{place}' is a link to '{target}', which does not exist: create it, or choose another place"
+            )
 
 
 def _operating_system_error(error: BaseException) -> int | None:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
-from visper.common.files import write_text
+from visper.common.files import make_folder, write_text
 from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -42,10 +42,11 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
         wait: wait for the other process instead of raising an error.
 
     Raises:
+        ConfigError: a file or a dangling link is in the folder's place.
         InUseError: another process holds the lock; the message names its host, process id and start time.
     """
     made = [] if wait else [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / LOCK, fallback_to_soft=False)
     try:
         try:

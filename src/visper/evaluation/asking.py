@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
 from visper.common.errors import ConfigError, DataError, StoppedError
-from visper.common.files import write_text
+from visper.common.files import make_folder, naming, write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
 from visper.model import Student
@@ -83,8 +83,8 @@ class Answers:
         self._said.update({row["key"]: row["said"] for row in rows})
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._part(self._process).open("a", encoding="utf-8") as part:
+        make_folder(self.file.parent)
+        with naming(self.file), self._part(self._process).open("a", encoding="utf-8") as part:
             # Start on a new line, because a killed process may have left an unfinished one.
             part.write(("\n" if part.tell() else "") + lines(rows))
 

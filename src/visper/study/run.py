@@ -171,7 +171,6 @@ def _require_same(out: Path, size: Size) -> None:
     runs = {name: load_run(name).model_dump(mode="json") for name in recipes}
     file, wanted = out / "study.json", json.loads(json.dumps({"size": asdict(size), **runs}))
     if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(wanted, indent=1))
         return
     had = json.loads(file.read_text(encoding="utf-8"))

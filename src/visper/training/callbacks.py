@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from visper.common.files import write_text
+from visper.common.files import naming, write_text
 from visper.config import EVALUATED
 from visper.training.monitor import OPTIMIZER, StepClock
 
@@ -48,7 +48,7 @@ class JsonlCallback(TrainerCallback):
         """Appends one line with the step and all values."""
         if state.is_world_process_zero and logs:
             more = self.of_evaluations if any(name.startswith(EVALUATED) for name in logs) else {}
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs, **more}) + "\n")
 
 

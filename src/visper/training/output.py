@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from visper.common.errors import ConfigError, TrainingError
-from visper.common.files import is_leftover, remove_leftovers, write_text
+from visper.common.files import is_leftover, refuse_dangling_link, remove_leftovers, write_text
 from visper.common.lock import HOLDER, LOCK
 from visper.common.manifest import require_undamaged
 from visper.config import Run, load_run, run_text
@@ -117,8 +117,9 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
 
     Raises:
         ConfigError: the folder holds another run, this run finished, this run unfinished and ``resume`` is False, or
-            files that no run wrote.
+            files that no run wrote; or it is a dangling link.
     """
+    refuse_dangling_link(output)
     _refuse_other(run, output)
     if (output / "model").exists():
         raise ConfigError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import DataError
-from visper.common.files import inside
+from visper.common.files import inside, naming
 
 _THREADS, _WRITE_EVERY = 32, 256
 Values = list[Any]
@@ -38,7 +38,7 @@ def of_files(
     if not new:
         return found, outside
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("a", encoding="utf-8") as lines:
+    with naming(kept), kept.open("a", encoding="utf-8") as lines:
         lines.write("\n")  # ends a line that an earlier check may have left half written
         for number, (path, values) in enumerate(zip(new, look(new), strict=True), 1):
             if values is not None:

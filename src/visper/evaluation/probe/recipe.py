@@ -151,6 +151,5 @@ def write_rows(
             "--rows and --limit again, or another --out"
         )
     if not same:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
     return len(names)
