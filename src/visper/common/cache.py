@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from visper.common.errors import DataError
+from visper.common.files import place_of
 
 FOLDER = ".visper"
 VARIABLE = "VISPER_CACHE"
@@ -89,6 +90,6 @@ def identity(file: Path) -> str:
         raise DataError("not a file", f"'{file}' is a folder: name a conversation file (.json or .jsonl)") from error
     except FileNotFoundError as error:
         raise DataError(
-            "no such file", f"'{file}': expected a conversation file (.json or .jsonl); check 'data.sources'"
+            "no such file", f"{place_of(file)}: expected a conversation file (.json or .jsonl); check 'data.sources'"
         ) from error
     return key(str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, *blocks)

@@ -168,6 +168,11 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def place_of(path: str | Path) -> str:
+    """A path for a message about something missing: quoted, and if it is relative, with what it is relative to."""
+    return f"'{path}'" + ("" if Path(path).is_absolute() else f" (relative to the current folder, '{Path.cwd()}')")
+
+
 def is_leftover(path: Path) -> bool:
     """Whether the name is a temporary one of ``atomic_path``, of this host or another."""
     return _LEFTOVER.fullmatch(path.name) is not None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from visper.data.chat import ConversationEncoder
 from visper.data.rows import lengths, table
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import encoder_key, measure
-from visper.data.rows.records import Drop, DropList
+from visper.data.rows.records import Drop, DropList, RowSource
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import RecordTable, open_table
 
@@ -234,3 +235,18 @@ def test_real_photographs_come_back(name: str) -> None:
     assert records.characters.tolist() == [sum(len(t.text) for t in r.turns) for r in records]
     files = [str(folder / name) for _, _, folder, name in records.image_files()]
     assert files == [image.path for record in records for image in record.images]
+
+
+def test_a_missing_source_says_what_its_path_is_relative_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    readers: list[Callable[[str], Any]] = [
+        lambda name: open_records([(name, ".")], DropList()),
+        lambda name: open_records([RowSource(name, kind="parquet")], DropList()),
+        lambda name: DropList.read(Path(name)),
+        lambda name: list(read_rows(Path(name))),
+    ]
+    for read in readers:
+        with pytest.raises(DataError, match=rf"'my/rows' \(relative to the current folder, '{tmp_path}'\): expected"):
+            read("my/rows")
+        with pytest.raises(DataError, match=rf"'{tmp_path}/rows': expected"):
+            read(f"{tmp_path}/rows")

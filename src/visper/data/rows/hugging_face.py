@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from visper.common.cache import cache_folder, code_key, identity
 from visper.common.console import track
 from visper.common.errors import DataError
+from visper.common.files import place_of
 from visper.data.rows.formats import FIELDS, MEDIA_KEYS, Embedded, NotEmbedded
 from visper.data.rows.records import RowSource
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
@@ -60,7 +61,7 @@ def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
     """Opens Parquet files given by a path or pattern, in the order of their names; see ``open_hub``."""
     files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
     if not files:
-        raise DataError("no such file", f"'{source.place}': expected Parquet files; check 'data.sources'")
+        raise DataError("no such file", f"{place_of(source.place)}: expected Parquet files; check 'data.sources'")
     return _as_part(load_parquet(files, f"'{source.place}'", quiet), source, name, quiet)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import DataError, kind_of
+from visper.common.files import place_of
 
 _GZIP = b"\x1f\x8b"
 _OTHER_FORMATS = {
@@ -56,7 +57,7 @@ def read_rows(file: Path) -> Iterator[Any]:
     try:
         yield from _rows(file)
     except FileNotFoundError as error:
-        raise DataError("no such file", f"'{file}': expected rows (.json or .jsonl); check the path") from error
+        raise DataError("no such file", f"{place_of(file)}: expected rows (.json or .jsonl); check the path") from error
     except (EOFError, zlib.error, OSError) as error:
         raise DataError("unreadable file", f"'{file}': {error}; is it complete? Download it again") from error
     except RecursionError as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from visper.common.console import printable
 from visper.common.errors import DataError
-from visper.common.files import write_text
+from visper.common.files import place_of, write_text
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class DropList:
         try:
             return [Drop(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except FileNotFoundError as error:
-            raise DataError("no such file", f"'{path}': expected a drop list; check 'data.drop_list'") from error
+            raise DataError(
+                "no such file", f"{place_of(path)}: expected a drop list; check 'data.drop_list'"
+            ) from error
         except (TypeError, ValueError) as error:
             raise DataError(
                 "not a drop list", f"'{path}': expected lines of sample_id, reason and detail: {error}"
