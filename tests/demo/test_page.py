@@ -1,12 +1,17 @@
 """The demo in a real browser, on the quickstart's parts: what a visitor does, and what is shown when it goes wrong."""
 
 import importlib
+import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import requests
 import torch
 from PIL import Image
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
@@ -197,6 +202,31 @@ def test_a_port_in_use_is_said(session):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} of 127.0.0.1 is in use.*--port"):
             serve(session, "127.0.0.1", port, wait=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_uploads_are_deleted_however_the_demo_is_stopped(trained, image, tmp_path, number):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "visper", "demo", str(trained / "ift"), "--port", str(port)]
+    settings = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path)}
+    # A test that runs in the background ignores Ctrl-C, and so would its children.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=settings)
+    finally:
+        signal.signal(number, before)
+    try:
+        assert any("serving" in line for line in process.stdout)
+        content = {"files": ("a.png", Path(image).read_bytes())}
+        requests.post(f"http://127.0.0.1:{port}/gradio_api/upload", files=content).raise_for_status()
+        there = [path for path in tmp_path.rglob("*") if path.is_file()]
+        process.send_signal(number)
+        assert process.wait(60) == 0 and len(there) == 1 and not there[0].exists()
+    finally:
+        process.kill()
+        process.stdout.close()
 
 
 def test_a_model_without_predictors_chats_and_says_what_to_give(trained, image):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
     Args:
         session: the loaded model.
         host, port: the address to listen on.
-        wait: block until interrupted.
+        wait: block until Ctrl-C, SIGTERM or SIGHUP, then delete the uploads.
 
     Returns:
         The page's address.
@@ -161,9 +163,29 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
     except OSError as error:
         raise ConfigError(f"port {port} of {host} is in use or not permitted: choose another with --port") from error
     if wait:
-        print(f"serving {session.name} at {address} (Ctrl-C to stop)", flush=True)
-        page.block_thread()
+        with _ends_like_ctrl_c():
+            print(f"serving {session.name} at {address} (Ctrl-C to stop)", flush=True)
+            page.block_thread()
     return str(address)
+
+
+@contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """Turns SIGTERM and a closed terminal into Ctrl-C, after which Gradio deletes the uploads."""
+
+    def end(*_: object) -> None:
+        for number in ending:
+            signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the deletion
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    ending = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {number: signal.signal(number, end) for number in ending}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _messages(texts: list[str]) -> Messages:
