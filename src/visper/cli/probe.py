@@ -63,7 +63,7 @@ def run(
     _check_files(out, plot if draws else None, teachers, rows)
     drawn = named_apart([out, *(beside or [])])
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
-    _check(settings, score or [], root, beside or [], plot if draws else None)
+    _check(settings, out, score or [], root, beside or [], plot if draws else None)
     finished = _write_rows(settings, out, images, rows, limit)
     _check_apart(out, images, score or [], root, score_limit)
     if not finished:
@@ -93,13 +93,18 @@ def _settings(
     return probe_run(model, out, targets, rows_file(out), images, overrides)
 
 
-def _check(settings: "Run", score: list[str], root: Path, beside: list[Path], plot: Path | None) -> None:
+def _check(settings: "Run", out: Path, score: list[str], root: Path, beside: list[Path], plot: Path | None) -> None:
     """Checks everything that scoring and drawing need, because training takes hours before they start."""
-    from visper.evaluation.probe.curves import read_findings, require_drawable
+    from visper.common.errors import ConfigError
+    from visper.evaluation.probe.curves import SCORES, read_findings, require_drawable
     from visper.quickstart.probed import require_scorable
 
     for what in score:
         require_scorable(settings, what, root)
+    if plot is not None and not score:
+        if not (out / SCORES).is_file():
+            raise ConfigError(f"the probe in '{out}' has no scores to draw: add --score, see `visper probe --help`")
+        beside = [out, *beside]
     for place in beside:
         read_findings(place)
     if plot is not None:

@@ -15,7 +15,7 @@ from tests.vlms import save_vlm
 from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import load_run
-from visper.evaluation.probe.curves import add_findings, draw_curves, named_apart, read_findings, titles
+from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, named_apart, read_findings, titles
 from visper.evaluation.probe.measures import Finding
 from visper.evaluation.probe.recipe import probe_run, teacher_targets_of
 from visper.training import run_stage
@@ -71,13 +71,18 @@ def test_a_probe_resumes_bit_for_bit_and_does_not_depend_on_the_split(probed, tm
     [
         (["--score", "da-2k", "--root", "nowhere"], "visper data prepare da-2k --root nowhere"),
         (["--score", "da2k"], "--score da2k: expected da-2k"),
-        (["--beside", "nowhere"], "no scores of a probe"),
-        (["--plot", "curves.doc"], r"curves\.doc'"),
+        (["--beside", "nowhere", "--score", "{held_out}"], "no scores of a probe at .*nowhere"),
+        (["--plot", "curves.doc", "--score", "{held_out}"], r"curves\.doc'"),
+        (["--plot", "curves.png"], r"out' has no scores to draw: add --score"),
+        (["--beside", "{scored}"], r"out' has no scores to draw: add --score"),
     ],
 )
 def test_what_could_not_be_scored_is_refused_before_training(probed, tmp_path, options, message):  # noqa: F811
+    places = {"held_out": tiny.write_rows(tmp_path / "held-out") / "images", "scored": tmp_path / "scored"}
+    places["scored"].mkdir()
+    add_findings([], places["scored"] / SCORES)
     with pytest.raises(ConfigError, match=message):
-        probe(probed, tmp_path / "out", *options)
+        probe(probed, tmp_path / "out", *(option.format(**places) for option in options))
     assert not (tmp_path / "out").exists()
 
 
