@@ -20,6 +20,7 @@ from visper.data.rows.sources import open_records
 from visper.distillation import DistilledTask, EmbeddingDistillation, Targets, TargetSpec
 from visper.model import TaskTokens, build_student, initial_queries
 from visper.training import TrainingModel, run_stage
+from visper.training.attention import separate_samples
 from visper.training.module import FORWARD_KEYS
 
 
@@ -96,6 +97,8 @@ def test_embedding_losses_are_those_of_each_image_alone(tiny_llm, tiny_encoder, 
     own = torch.randn(6, 16, 8, generator=torch.Generator().manual_seed(1))
     targets = {"depth": Targets(own, own, torch.arange(6))}
     given = PackingCollator(collator)([dataset[i] for i in range(4)]) if packed else batch
+    if packed:
+        separate_samples(student.model.get_decoder())
     seen = normalized_pixels(student.processor.image_processor, batch["pixel_values"])
     with torch.no_grad():
         terms = model(**{k: given[k] for k in FORWARD_KEYS if k in given}, num_tokens=1, num_images=6, targets=targets)
