@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-from tests.data.test_chat import MARKERS, TEMPLATES, record
+from tests.data.test_chat import CHATML, MARKERS, TEMPLATES, record
 from visper.common.errors import ConfigError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.chat_template import (
@@ -153,6 +153,15 @@ def test_a_thinking_template_is_asked_for_answers_alone() -> None:
     template = make_processor(QWEN_3, "byte-level").tokenizer.chat_template
     assert template == WITHOUT_THINKING + QWEN_3
     assert make_processor(SMOL, "byte-level").tokenizer.chat_template == SMOL
+
+
+def test_thinking_that_is_asked_for_in_the_system_turn_is_switched_off_too() -> None:
+    """SmolLM3's prompts and answers agree in both modes; only its system turn differs."""
+    mode = "{{ '/no_think' if enable_thinking is defined and not enable_thinking else '/think' }}"
+    template = "<|im_start|>system\n" + mode + "<|im_end|>\n" + CHATML.replace("loop.first", "false")
+    tokenizer = make_processor(template, "byte-level").tokenizer
+    messages = [{"role": "user", "content": "What?"}]
+    assert "/no_think" in tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_card_that_was_edited_is_uploaded_as_it_is(old, new, made, tmp_path, c
     assert new in edited
     with prepare_upload(tmp_path / "model", "mit") as folder:
         assert (folder / "README.md").read_text() == edited
-    assert "was edited, so it is uploaded as it is, without --license" in caplog.text
+    assert "was edited, or written by an older version, so it is uploaded as it is, without --license" in caplog.text
     card.unlink()
     with prepare_upload(tmp_path / "model", "mit") as folder:
         assert header_of(folder)["license"] == "mit"

@@ -39,7 +39,7 @@ from visper.model import load_processor, load_student, save_student
 from visper.model.known import logit_cap
 from visper.model.parts import parameters_of, part_of
 from visper.model.start import starting_processor, starting_student
-from visper.model.vlm import build_vlm
+from visper.model.vlm import build_vlm, build_vlm_processor
 from visper.planning.fake_run import FakeRun, fake_batch
 from visper.planning.fake_step import KnownPositions
 from visper.planning.memory import Machine
@@ -124,6 +124,16 @@ def test_rows_have_the_ids_that_the_models_own_processor_makes(family, folders, 
         end = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(family, "<|im_end|>")
         # SmolVLM's prompt ends before the space that its template writes before an answer.
         assert processor.tokenizer.decode(supervised) == " " * (family == "smolvlm") + row.turns[1].text + end
+
+
+def test_of_several_named_templates_the_default_is_used(folders, tmp_path):
+    shutil.copytree(folders[FAST], tmp_path / "named")
+    processor: Any = AutoProcessor.from_pretrained(folders[FAST])
+    own = processor.chat_template
+    processor.chat_template = {"default": own, "tool_use": own + "tools"}
+    processor.save_pretrained(tmp_path / "named")
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "named").chat_template, dict)
+    assert build_vlm_processor(VlmStudent(vlm=str(tmp_path / "named"))).chat_template == own
 
 
 @every_family

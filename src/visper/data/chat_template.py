@@ -108,7 +108,7 @@ def llm_template(tokenizer: PreTrainedTokenizerBase) -> str:
             the prompts.
     """
     name = f"the tokenizer '{tokenizer.name_or_path}'"
-    template = answering_template(tokenizer, _default_template(tokenizer, name))
+    template = answering_template(tokenizer, default_template(tokenizer, name))
     if not lacks_first_token(tokenizer, _question(tokenizer, template).lstrip()):
         template = template.lstrip()
         if lacks_first_token(tokenizer, _question(tokenizer, template)):
@@ -137,8 +137,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-def _default_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    template = tokenizer.chat_template
+def default_template(owner: Any, name: str) -> str:
+    """The chat template of a tokenizer or processor; of several named ones, the one named ``default``, or the only one.
+
+    Raises:
+        ConfigError: there is none; the message calls the owner ``name``.
+    """
+    template = owner.chat_template
     if isinstance(template, dict):
         chosen = next(iter(template)) if len(template) == 1 else "default"
         if chosen not in template:
@@ -167,11 +172,13 @@ class GenerationPrompt:
         text: everything between the user's text and the answer.
         added: the end of it that only a request for an answer has; empty for templates that always write all of it.
         header: the same in a conversation that has the answer; should differ in whitespace only.
+        conversation: all of that conversation, with its system turn, if the template writes one.
     """
 
     text: str
     added: str
     header: str
+    conversation: str
 
     @property
     def leads_to_answers(self) -> bool:
@@ -203,18 +210,20 @@ def generation_prompt(owner: Any, template: str | None = None, as_parts: bool = 
         for role, text in (("user", SENTINEL.format(0)), ("assistant", SENTINEL.format(1)))
     )
 
-    def behind_question(messages: list[dict[str, Any]], asks: bool) -> str:
-        rendered = owner.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=asks
-        )
-        return str(rendered).partition(SENTINEL.format(0))[2].partition(SENTINEL.format(1))[0]
+    def render(messages: list[dict[str, Any]], asks: bool) -> str:
+        options = {"chat_template": template, "tokenize": False, "add_generation_prompt": asks}
+        return str(owner.apply_chat_template(messages, **options))
+
+    def behind_question(rendered: str) -> str:
+        return rendered.partition(SENTINEL.format(0))[2].partition(SENTINEL.format(1))[0]
 
     try:
-        plain, text = behind_question([user], False), behind_question([user], True)
-        header = behind_question([user, assistant], False)
+        plain, text = behind_question(render([user], False)), behind_question(render([user], True))
+        conversation = render([user, assistant], False)
     except TemplateError:
-        return GenerationPrompt("", "", "")
-    return GenerationPrompt(text, text[len(plain) :] if text.startswith(plain) else "", header)
+        return GenerationPrompt("", "", "", "")
+    added = text[len(plain) :] if text.startswith(plain) else ""
+    return GenerationPrompt(text, added, behind_question(conversation), conversation)
 
 
 WITHOUT_THINKING = "{%- set enable_thinking = false -%}"
@@ -222,7 +231,9 @@ WITHOUT_THINKING = "{%- set enable_thinking = false -%}"
 
 
 def answering_template(owner: Any, template: str, as_parts: bool = False) -> str:
-    """The template, without thinking if it would otherwise ask for thoughts, or write thoughts before an answer.
+    """The template, with thinking switched off if it has such a switch.
+
+    Thinking may be asked for in the generation prompt, before the answer (Qwen 3) or in the system turn (SmolLM3).
 
     Args:
         owner, as_parts: as in ``generation_prompt``.
@@ -231,9 +242,11 @@ def answering_template(owner: Any, template: str, as_parts: bool = False) -> str
         ConfigError: its prompts do not lead to its answers, with or without thinking.
     """
     found = generation_prompt(owner, template, as_parts)
-    for form in (template, WITHOUT_THINKING + template):
-        if generation_prompt(owner, form, as_parts).leads_to_answers:
-            return form
+    direct = generation_prompt(owner, WITHOUT_THINKING + template, as_parts)
+    if direct != found and direct.leads_to_answers:
+        return WITHOUT_THINKING + template
+    if found.leads_to_answers:
+        return template
     raise ConfigError(
         f"the chat template of '{getattr(owner, 'tokenizer', owner).name_or_path}' asks for an answer with "
         f"{found.text[-60:]!r}, but writes {found.header[-60:]!r} before one, so the model would be asked where it was "

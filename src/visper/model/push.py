@@ -56,8 +56,8 @@ def prepare_upload(model: Path, license: str = "other", base: str | None = None)
             _adapter_files(place, folder, license, base)
         elif (place / CARD).is_file() and is_edited(place / CARD):
             logger.warning(
-                "'%s' was edited, so it is uploaded as it is, without --license and new scores: write them into it, or "
-                "remove it to get a new card",
+                "'%s' was edited, or written by an older version, so it is uploaded as it is, without --license and "
+                "new scores: write them into it, or remove it to get a new card",
                 place / CARD,
             )
             (folder / CARD).symlink_to((place / CARD).resolve())

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
-from visper.data.chat_template import answering_template, behind_images
+from visper.data.chat_template import answering_template, behind_images, default_template
 from visper.model.hub import loading
 from visper.model.known import require_known
 from visper.model.parts import PROJECTOR, parameters_of
@@ -91,7 +91,8 @@ def build_vlm_processor(config: VlmStudent) -> Any:
     if config.max_pixels is not None:
         limit_pixels(processor, config.max_pixels)
     if processor.chat_template:
-        processor.chat_template = answering_template(processor, processor.chat_template, as_parts=True)
+        template = default_template(processor, f"the processor of '{config.vlm}'")
+        processor.chat_template = answering_template(processor, template, as_parts=True)
     ids = task_token_ids(config, processor.tokenizer)
     if ids:
         names = processor.tokenizer.convert_ids_to_tokens([token for of_task in ids.values() for token in of_task])
