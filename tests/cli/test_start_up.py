@@ -43,12 +43,14 @@ def test_rows_and_images_are_checked_without_torch(tmp_path):
     assert not found & {"torch", "transformers", "torchvision", "datasets"}
 
 
+@pytest.mark.slow
 def test_a_plan_imports_no_trainer():
     code = "import sys, visper.planning.plan; print('imported:', *sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not {"datasets", "visper.training.trainer"} & set(ended.stdout.split())
 
 
+@pytest.mark.slow
 def test_training_runs_where_datasets_is_not_installed(tmp_path, tiny_llm, tiny_encoder):
     rows = tiny.write_rows(tmp_path / "rows", images=2, text_rows=0)
     run = {

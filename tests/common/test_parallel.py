@@ -60,6 +60,7 @@ print(returned, faults())
     assert int(kept) < pages / 50 < int(returned)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_processes_end_when_the_one_that_started_them_is_killed(method: str) -> None:

@@ -204,6 +204,7 @@ def test_a_port_in_use_is_said(session):
             serve(session, "127.0.0.1", port, wait=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_uploads_are_deleted_however_the_demo_is_stopped(trained, image, tmp_path, number):
     with socket.socket() as free:

@@ -79,6 +79,7 @@ def test_the_ends_and_tapped_layers_are_traced():
     assert layers_to_trace(layers, ()) == everything
 
 
+@pytest.mark.slow
 def test_layers_that_hold_unlike_amounts_are_all_traced(tmp_path, deep_llm, tiny_encoder, monkeypatch):
     run = tiny_run(tmp_path, deep_llm, tiny_encoder, stage="ift", distillation=None)
     expected = found(run, False)[0]

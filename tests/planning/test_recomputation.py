@@ -34,6 +34,7 @@ def gpu(monkeypatch, bytes_usable, name="NVIDIA Imaginary 1"):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
 
 
+@pytest.mark.slow
 def test_no_more_is_recomputed_than_fits(run, monkeypatch):
     none, every = peak(run, 0.0), peak(run, 1.0)
     assert every < none

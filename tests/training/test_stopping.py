@@ -38,6 +38,7 @@ def test_a_signal_to_the_group_saves_and_ends(number, tmp_path, tiny_llm, tiny_e
     assert len(list((tmp_path / "ift" / "checkpoints").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_with_its_loader_processes(tmp_path, tiny_llm, tiny_encoder):
     """When Python exits, it sends SIGTERM to the loader processes that are left, and waits for them."""
     recipe = tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=4000, workers=2)
