@@ -9,7 +9,6 @@ from visper.cli.arguments import parse_path
 from visper.common.errors import ConfigError, DataError
 
 NAME = "chat"
-IMAGE_TAG = "<image>"
 
 
 def run(
@@ -40,6 +39,7 @@ def run(
 
 
 def _check(prompt: str, images: list[Path]) -> None:
+    from visper.data.rows.formats import IMAGE_TAG
     from visper.evaluation.ask import as_row
 
     if not prompt.strip():

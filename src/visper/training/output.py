@@ -69,11 +69,11 @@ def is_finished(run: Run) -> bool:
         DataError: the finished model is damaged.
     """
     output = Path(run.output)
-    _refuse_other(run, output)
+    saved = _refuse_other(run, output)
     if not (output / "model" / "run.yaml").is_file():
         return False
     require_finished_with(run)
-    _require_weights_of(run, output)
+    _require_weights_of(run, saved)
     require_undamaged(output / "model")
     return True
 
@@ -93,16 +93,15 @@ def require_separate_outputs(runs: Sequence[Run]) -> None:
             )
 
 
-def _require_weights_of(run: Run, output: Path) -> None:
+def _require_weights_of(run: Run, saved: Run | None) -> None:
     """Checks that the finished model has the weights that ``run`` asks for: the last ones, or the best ones."""
-    saved = saved_run(output)
     there, here = (None if one is None else _chosen_by(one) for one in (saved, run))
     if there != here:
         shown = [f"the best by {measure}" if measure else "the last ones" for measure in (there, here)]
         raise ConfigError(
-            f"'{output}' holds this run, finished with {shown[0]} of its weights, but evaluation now asks for "
-            f"{shown[1]}: remove '{output}' to train again, or set evaluation.use_best and evaluation.best as in its "
-            "run.yaml"
+            f"'{run.output}' holds this run, finished with {shown[0]} of its weights, but evaluation now asks for "
+            f"{shown[1]}: remove '{run.output}' to train again, or set evaluation.use_best and evaluation.best as in "
+            "its run.yaml"
         )
 
 
@@ -170,10 +169,11 @@ def naming_saved_weights(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _refuse_other(run: Run, output: Path) -> None:
+def _refuse_other(run: Run, output: Path) -> Run | None:
+    """The run that the folder holds, if any. Raises ConfigError if it is another one."""
     saved = saved_run(output)
     if saved is None:
-        return
+        return None
     there, here = (_flat(one.model_dump(mode="json", by_alias=True)) for one in (saved, with_commits(run, saved)))
     different = [
         f"{key} is {_shown(there.get(key))} there, {_shown(here.get(key))} here"
@@ -186,6 +186,7 @@ def _refuse_other(run: Run, output: Path) -> None:
             f"output '{output}' holds another run: {'; '.join(different[:SHOWN])}{more}. Choose another output, or set "
             "these keys as in its run.yaml"
         )
+    return saved
 
 
 def _shown(value: Any) -> str:
