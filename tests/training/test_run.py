@@ -750,9 +750,11 @@ def test_weights_that_are_not_finite_are_never_saved(make, monkeypatch, tmp_path
         ({"optimization": {"freeze": ["vision"]}}, "freeze names 'vision'"),
         ({"data": {"max_tokens": 4097}}, r"data.max_tokens is 4097.*4096 positions.*set data.max_tokens=4096 or less"),
         ({"optimization": {"attention": "flash_attention_3"}}, "optimization.attention=flash_attention_3"),
+        ({"optimization": {"attention": "flex_attention"}}, "flex_attention trains on GPUs only.*sdpa or eager"),
     ],
 )
-def test_runs_that_cannot_be_are_refused_before_training(make, changes, message):
+def test_runs_that_cannot_be_are_refused_before_training(make, changes, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         run_stage(make("pt", **changes))
 

@@ -50,6 +50,11 @@ def choose_attention(run: Run, student: Student) -> None:
         ConfigError: the attention is not available here, or the LLM's layers cannot separate the samples of a row.
     """
     name, llm = run.optimization.attention, cast("Any", student.model.get_decoder())
+    if name == "flex_attention" and not torch.cuda.is_available():
+        raise ConfigError(
+            "optimization.attention=flex_attention trains on GPUs only, and this machine has none: torch has no "
+            "backward pass of it for CPUs. Set it to sdpa or eager"
+        )
     if name is not None:
         try:
             llm.set_attn_implementation(name)
