@@ -40,12 +40,14 @@ def build_training_model(
     distillation: Distillation | None = None,
     teachers: Mapping[str, HasSpec] | None = None,
     seed: int = 0,
+    continues: bool = False,
 ) -> TrainingModel:
     """Combines student, task tokens, added words (in PT) and, with ``distillation``, the objective.
 
     Args:
         teachers: task -> object with the ``spec`` of its targets; needed with ``distillation``.
         seed: for the random initialization of the query matrices.
+        continues: whether the student comes from an earlier stage, whose task tokens PT must keep.
 
     Raises:
         ConfigError: a task names a layer that the model does not have, a target that its head cannot predict, or task
@@ -59,7 +61,7 @@ def build_training_model(
         objective, rows = None, dict[str, int]()
         if distillation is not None:
             objective, rows = _objective(student, distillation, teachers or {})
-        return TrainingModel(student, _task_tokens(student, stage, rows, seed), objective, words)
+        return TrainingModel(student, _task_tokens(student, stage, rows, seed, continues), objective, words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -106,13 +108,18 @@ def own_target(student: Student, kind: str) -> TargetSpec:
     return TargetSpec(student.num_image_tokens, width, own=True)
 
 
-def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: int) -> TaskTokens | None:
-    """New task tokens in PT. Later stages take them from the vocabulary: trainable with ``rows``, frozen without."""
+def _task_tokens(
+    student: Student, stage: Stage, rows: Mapping[str, int], seed: int, continues: bool
+) -> TaskTokens | None:
+    """New query matrices in PT. Later stages take them from the vocabulary: trainable with ``rows``, frozen without."""
     ids, embedding = student.task_token_ids, student.model.get_input_embeddings()
     if not ids:
         return None
     if stage is Stage.PT:
-        return TaskTokens(ids, initial_queries(student, rows, torch.Generator().manual_seed(seed)))
+        tokens = TaskTokens(ids, initial_queries(student, rows, torch.Generator().manual_seed(seed)))
+        if continues:
+            tokens.move_to_vocabulary(embedding)
+        return tokens
     return TaskTokens.of_vocabulary(ids, embedding, rows) if rows else TaskTokens.frozen(ids, embedding)
 
 

@@ -231,7 +231,8 @@ def build_model(
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
         add_updates(run.lora, student)
-        model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+        continues = run.start_from is not None
+        model = build_training_model(student, run.stage, run.distillation, teachers, run.seed, continues)
     if not skeleton:
         start_model(run, model, console)
     if run.optimization.recomputation:
