@@ -135,7 +135,7 @@ class Optimization(Section):
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     max_grad_norm: NonNegativeFloat = 1.0
     epochs: PositiveFloat = 1.0
     max_steps: PositiveInt | None = Field(None, description="stop after this many steps, whatever 'epochs' says")
@@ -322,7 +322,7 @@ class Run(Section):
     evaluation: Evaluation | None = Field(None, description="evaluation during training")
     logging: Logging = Field(default_factory=lambda: Logging.model_validate({}))
     launch: Launch = Launch()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @property
     def packed(self) -> bool:
