@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration, TrainerCallback
 
 from tests import tiny
 from tests.checkpoints import tensors_of
@@ -354,6 +354,25 @@ def test_stages_train_in_bfloat16(make, stage, tmp_path):
     run_stage(run)
     assert all(entry["ntp"] == entry["ntp"] for entry in logs_of(run) if "ntp" in entry)
     assert {value.dtype for value in weights_of(tmp_path / stage / "model").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part", ["llm", "vision", "llm.layers.0"])
+def test_what_pt_trains_besides_its_parts_is_trained_in_float32(make, tmp_path, tiny_llm, tiny_encoder, part):
+    """Even if it is stored in bfloat16, in which a PT reads a frozen LLM."""
+    parts = {"llm": (tiny_llm, AutoModelForCausalLM), "encoder": (tiny_encoder, CLIPVisionModel)}
+    for name, (folder, kind) in parts.items():
+        shutil.copytree(folder, tmp_path / name)
+        kind.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    seen = {}
+
+    class Precisions(TrainerCallback):
+        def on_train_begin(self, *args, model=None, **kwargs):
+            seen.update({name: p.dtype for name, p in model.named_parameters() if p.requires_grad})
+
+    student = {name: str(tmp_path / name) for name in parts}
+    run_stage(make("pt", student=student, optimization={**BFLOAT16, "train": [part]}), callbacks=[Precisions()])
+    place = "vision_tower" if part == "vision" else "language_model"
+    assert any(place in name for name in seen) and set(seen.values()) == {torch.float32}
 
 
 def test_a_cnn_encoder_keeps_its_batch_statistics_in_bfloat16(make, tmp_path, tiny_llm):

@@ -43,8 +43,12 @@ def starting_student(run: Run, skeleton: bool = False, **loading: Any) -> Studen
 
 
 def reads_as_stored(run: Run) -> bool:
-    """Whether a student that ``run`` assembles is loaded in the precision in which it is stored, not in float32."""
-    return run.start_from is None and run.stage is Stage.PT and run.optimization.precision == "bfloat16"
+    """Whether a student that ``run`` assembles is loaded in the precision in which it is stored, not in float32.
+
+    Not if it trains more than PT does: bfloat16 would round small updates away.
+    """
+    opt = run.optimization
+    return run.start_from is None and run.stage is Stage.PT and opt.precision == "bfloat16" and not opt.train
 
 
 def require_positions(student: Student, max_tokens: int) -> None:
