@@ -262,8 +262,9 @@ def test_a_missing_part_names_the_key_and_the_remedy(part, tiny_llm, tiny_encode
 
 
 def test_a_layer_beyond_the_encoder_is_refused(tiny_encoder):
-    with pytest.raises(ValueError, match="feature_layer is -9"):
-        load_encoder(str(tiny_encoder), feature_layer=-9)
+    for layer in (-9, 4, 0):
+        with pytest.raises(ValueError, match=f"3 layers, but feature_layer is {layer}"):
+            load_encoder(str(tiny_encoder), feature_layer=layer)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -176,7 +176,8 @@ def load_encoder(
         ) from error
     if not states:
         return _wrap(model, last, size, mean, std)
-    if not -len(states) <= feature_layer < len(states):
+    # transformers' LLaVA takes 0, the patch embeddings, for "no hidden states".
+    if feature_layer == 0 or not -len(states) <= feature_layer < len(states):
         layers = len(states) - 1
         raise ConfigError(
             f"encoder '{name}' has {layers} layers, but feature_layer is {feature_layer}: choose an existing layer"
