@@ -95,5 +95,8 @@ def test_a_number_of_queries_that_nothing_would_read_is_refused():
     head, target = Head(num_queries=4), TargetSpec(1, 6)
     with pytest.raises(ValueError, match=r"one mean state: remove 'distillation\.tasks\.gen\.head\.num_queries'"):
         check_head_fits("gen", head, target, Position.IMAGE_TOKENS)
+    for tokens, head in ((16, Head(num_queries=4)), (1, Head(queries="matrix", num_queries=4))):
+        with pytest.raises(ValueError, match=rf"the target's {tokens} tokens, not 4: remove"):
+            check_head_fits("gen", head, TargetSpec(tokens, 6), Position.SEQUENCE)
     check_head_fits("gen", Head(num_queries=8), target, Position.TASK_TOKENS, 8)
     check_head_fits("gen", Head(), target, Position.IMAGE_TOKENS)

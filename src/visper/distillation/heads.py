@@ -129,7 +129,7 @@ def build_head(
         raise ConfigError(f"head '{spec.kind}' cannot be loaded: {error}") from error
     if kind is ResamplerHead:
         owns = at is not Position.TASK_TOKENS and query_source(spec, target) == "matrix"
-        latents = (spec.options.get("num_queries") or target.tokens) if owns else 0
+        latents = target.tokens if owns else 0
         return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
     if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
         raise ValueError(f"head '{spec.kind}' is not a subclass of visper.distillation.heads.TokenHead: make it one")
@@ -219,6 +219,11 @@ def _check_queries(task: str, spec: Head, target: TargetSpec, has_matrix: bool, 
                 f"set '{key}.queries' to 'matrix'"
             )
         return
+    if not has_matrix and rows not in (None, tokens):
+        raise ValueError(
+            f"task '{task}': a resampler away from task tokens has one query for each of the target's {tokens} tokens, "
+            f"not {rows}: remove '{key}.num_queries'"
+        )
     if rows is not None and tokens > 1 and tokens % rows:
         raise ValueError(
             f"task '{task}': {rows} queries cannot give the teacher's {tokens} tokens: set '{key}.num_queries' to "
