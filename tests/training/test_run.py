@@ -795,6 +795,13 @@ def test_runs_that_cannot_be_are_refused_before_training(make, changes, message,
         run_stage(make("pt", **changes))
 
 
+def test_a_run_none_of_whose_rows_can_be_loaded_says_why(make, tmp_path):
+    only = tiny.write_rows(tmp_path / "only", images=2, text_rows=0)
+    source = {"json": str(only / "rows.json"), "images": str(only / "images")}
+    with pytest.raises(DataError, match=r"not one could be loaded.*huge image.*raise data\.max_pixels"):
+        run_stage(make("pt", data={"sources": [source], "max_pixels": 1, "workers": 0}))
+
+
 def test_pt_without_distillation_is_llavas_with_learning_task_tokens(make):
     run = make("pt", distillation=None)
     run_stage(run)

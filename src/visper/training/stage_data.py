@@ -205,12 +205,15 @@ def _announce_joined(dataset: ConversationDataset, sampler: RowSampler, console:
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
     has_image = dataset.has_image
     order = sorted(sampler, key=lambda index: not has_image[index])
+    drop: Drop | None = None
     for index in order:
         sample = dataset[index]
         if isinstance(sample, Drop):
+            drop = drop or sample
             continue
         assert isinstance(sample, Sample)
         tokenizer = student.processor.tokenizer
         console.print(show_sample(tokenizer, sample.input_ids, sample.labels, student.image_token_id))
         return
-    raise DataError("no rows", "not one row could be loaded: see the reasons in the drop list")
+    assert drop is not None, "there are rows"
+    raise DataError("no rows", f"not one could be loaded, the first not because of {drop.reason}: {drop.detail}")
