@@ -644,6 +644,13 @@ def test_stages_run_in_half_precision(family, stage, folders, tmp_path):
     assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("stage", "parts"), [("vpt", {"freeze": ["llm"]}), ("pt", {"train": ["vision"]})])
+def test_an_encoder_is_trained_in_half_precision_before_a_frozen_llm(stage, parts, folders, tmp_path):
+    optimization = {"global_batch": 4, "micro_batch": 2, "lr": 1e-3, "max_steps": 1, **parts}
+    run_stage(run_of(tmp_path, folders["smolvlm"], stage, optimization=optimization))
+    assert 0 < logged(tmp_path)["loss"] < 20
+
+
 @pytest.mark.parametrize("family", trained(("qwen3_vl", "smolvlm")))
 def test_a_resumed_run_ends_with_the_same_weights(family, folders, tmp_path):
     run = run_of(tmp_path, folders[family], "ift", logging={"every": 1, "save_every": 1})

@@ -201,7 +201,7 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
     if optimization.precision == "bfloat16":
         # Trainable weights stay in float32 under autocast; completely frozen parts can be in bfloat16.
         frozen = [count.part for count in count_parts(model) if not count.trainable]
-        if LLM not in frozen and not isinstance(model.config, LlavaConfig):
+        if not {VISION, LLM} <= set(frozen) and not isinstance(model.config, LlavaConfig):
             frozen = []  # SmolVLM's image features have its encoder's precision, which must equal the embeddings'
         to_bfloat16(model.student, [part for part in (VISION, PROJECTOR, LLM) if part in frozen])
         merge_in_one_precision(model.student.model)
