@@ -163,6 +163,9 @@ class ModelInputs:
     Args:
         processor: the processor of an image-text-to-text model from transformers.
         image_token_id: the token that image features replace.
+
+    Raises:
+        ConfigError: the processor also makes tensors from the text, such as the masks of cross-attention (Mllama).
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
@@ -204,15 +207,22 @@ class ModelInputs:
         """The tensors that depend only on the images."""
         return {name: value for name, value in self._made(images).items() if not _is_of_tokens(name)}
 
-    def _made(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        texts = [self.processor.image_token * len(shown) for shown in images]
+    def _made(self, images: Sequence[Sequence[Image.Image]], behind: str = "") -> dict[str, Tensor]:
+        texts = [self.processor.image_token * len(shown) + behind for shown in images]
         shown = [list(row) for row in images]
         made = self.processor(text=texts, images=shown, return_tensors="pt", padding=True)
         return {name: torch.as_tensor(value) for name, value in made.items()}
 
     def _token_types(self) -> list[str]:
         """The names under which the model's forward takes masks of the image tokens."""
-        made = self._made([[Image.new("RGB", NOMINAL_SIZE)]])
+        blank = [[Image.new("RGB", NOMINAL_SIZE)]]
+        made, longer = self._made(blank), self._made(blank, behind=SENTINEL.format(0))
+        of_text = [name for name in made if not _is_of_tokens(name) and made[name].shape != longer[name].shape]
+        if of_text:
+            raise ConfigError(
+                f"{type(self.processor).__name__} makes '{of_text[0]}' from the text of a row, not only from its "
+                "images: this model is not supported"
+            )
         is_image = made["input_ids"] == self.image_token_id
         return [name for name, value in made.items() if "type_ids" in name and torch.equal(value == 1, is_image)]
 

@@ -84,7 +84,7 @@ def test_faults_say_what_to_do(tmp_path):
 @pytest.mark.parametrize(("family", "changes"), [("yolos", {"image_size": [28, 28]}), ("vit_mae", {"mask_ratio": 0.0})])
 def test_an_encoder_whose_last_tokens_are_not_its_patches_in_order_is_refused(tmp_path, family, changes):
     folder = tiny_teachers.save_vision(tmp_path, family, **changes)
-    with pytest.raises(ValueError, match="the last 4 tokens of .* are not its patches in order"):
+    with pytest.raises(ValueError, match=r"the last 4 tokens of .* are not its patches in order"):
         build_teacher("features", folder)
 
 
