@@ -10,11 +10,10 @@ from visper.config.kinds import (
     OWN_TARGETS,
     TEACHERS,
     check_head,
+    check_losses,
     check_options,
     check_task_name,
     class_place,
-    loss_name,
-    loss_place,
 )
 from visper.config.paths import PathText
 from visper.config.section import Choice, Section, without_nulls
@@ -134,11 +133,7 @@ class Task(Section):
     @field_validator("loss")
     @classmethod
     def _known_losses(cls, loss: dict[str, float]) -> dict[str, float]:
-        for kind in loss:
-            loss_place(kind)
-        names = [loss_name(kind) for kind in loss]
-        if len(set(names)) < len(names):
-            raise ValueError(f"losses {list(loss)} share a name in the log: rename your own function")
+        check_losses(loss)
         return loss
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ A recipe is checked against these tables before torch is imported. A kind that i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -111,6 +111,14 @@ def head_place(kind: str) -> str:
 def loss_place(kind: str) -> str:
     """A loss as "module:function". Raises ValueError for an unknown one."""
     return LOSSES[kind] if kind in LOSSES else _own_place("loss", kind, list(LOSSES), "function")
+
+
+def check_losses(losses: Collection[str]) -> None:
+    """Raises ValueError for an unknown loss, or for two with the same name in the log."""
+    for kind in losses:
+        loss_place(kind)
+    if len({loss_name(kind) for kind in losses}) < len(losses):
+        raise ValueError(f"losses {list(losses)} share a name in the log: rename your own function")
 
 
 def loss_name(kind: str) -> str:

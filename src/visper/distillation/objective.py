@@ -26,6 +26,7 @@ from visper.distillation.alignment import laid_on_grid, laid_on_tokens, pooled
 from visper.distillation.heads import ResamplerHead, build_head, query_source
 from visper.distillation.layout import Positions, TokenLayout
 from visper.distillation.losses import info_nce, loss_named
+from visper.distillation.own_parts import try_own_parts
 from visper.distillation.reading import Reading, reading_of, readings_of
 from visper.distillation.targets import Targets
 from visper.distillation.task import CONTRASTIVE, PROJECTED, DistilledTask, check_task
@@ -50,7 +51,8 @@ class EmbeddingDistillation(nn.Module):
         logit_scales: ``[1]`` per task with InfoNCE.
 
     Raises:
-        ValueError: the model lacks a tapped layer, or a task's head cannot predict its target.
+        ValueError: the model lacks a tapped layer, a task's head cannot predict its target, or a head or loss of the
+            user's own does not work.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class EmbeddingDistillation(nn.Module):
                 if task.head_name(name, layer) not in self.predictors:
                     head = build_head(task.head, llm_width, task.target, task.at)
                     self.predictors[task.head_name(name, layer)] = head
+                    try_own_parts(name, task, head, self._losses, llm_width)
         scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
         # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
