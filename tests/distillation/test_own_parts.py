@@ -94,6 +94,14 @@ def test_a_part_that_does_not_fit_is_refused_when_the_objective_is_built(parts, 
         build(**parts)
 
 
+def test_a_position_may_be_a_string_and_a_task_that_trains_nothing_is_refused():
+    for at in Position:
+        assert DistilledTask(TARGET, (1,), at=str(at.value)).at is at
+    for nothing in ({"layers": ()}, {"layers": (1,), "loss": {}}):
+        with pytest.raises(ValueError, match=r"task 'own' has no (layers|loss): it would train nothing"):
+            EmbeddingDistillation({"own": DistilledTask(TARGET, **nothing)}, 8, 2)
+
+
 def test_a_head_of_another_width_may_be_compared_by_its_gram_matrix():
     build(head="OneChannel", loss={"gram": 1.0})
 

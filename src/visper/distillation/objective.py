@@ -150,7 +150,6 @@ class EmbeddingDistillation(nn.Module):
                         value = self._contrastive(name, predicted[layer], given, pool, reading)
                     else:
                         value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
-                        _check_value(kind, value, images)
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
 
@@ -271,14 +270,6 @@ class EmbeddingDistillation(nn.Module):
 
 def _term(name: str, layer: int, kind: str) -> str:
     return f"{name}/{layer}/{loss_name(kind)}"
-
-
-def _check_value(kind: str, value: Tensor, images: int) -> None:
-    """Requires one value per image: a mean over the images would be divided by their number once more."""
-    if value.shape != (images,):
-        raise ValueError(
-            f"loss '{kind}' returned shape {tuple(value.shape)} for {images} images: return one number for each image"
-        )
 
 
 def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:

@@ -1,6 +1,7 @@
 """Tries a user's own head and losses ("module:name") when the objective is built, before the first step.
 
-A prediction of one channel or of one token would otherwise be compared with the complete target by broadcasting.
+A prediction of one channel or of one token would otherwise be compared with the complete target by broadcasting, and
+the mean of a loss over images would be divided by their number once more.
 """
 
 from __future__ import annotations

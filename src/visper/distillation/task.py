@@ -39,6 +39,9 @@ class DistilledTask:
     own: str | None = None
     end: float | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", Position(self.at))  # a string, as in a recipe
+
     @classmethod
     def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
         """The task of a recipe, with a target of the given shape."""
@@ -81,6 +84,8 @@ def check_task(name: str, task: DistilledTask, llm_width: int, llm_layers: int) 
     check_losses(task.loss)
     if hasattr(nn.ParameterDict, name):
         raise ValueError(f"task '{name}': torch modules reserve this name: choose another, such as '{name}_task'")
+    if not task.tapped or not task.loss:
+        raise ValueError(f"task '{name}' has no {'loss' if task.tapped else 'layers'}: it would train nothing")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
     if beyond or len(set(task.layers)) != len(task.layers):
         raise ValueError(
