@@ -19,7 +19,7 @@ from visper.config import Student as StudentConfig
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
-from visper.distillation.heads import LinearHead
+from visper.distillation.heads import LinearHead, TokenHead
 from visper.distillation.teachers.tasks import build_teachers
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
@@ -45,7 +45,13 @@ POSITIONS = ("task_tokens", "image_tokens", "projector")
 def objective(at="image_tokens", head="linear", loss=None, target=None, **more):
     # 16 queries divide among 8 task tokens; a grid of 3 x 3 is laid on the student's 4 x 4 tokens.
     target = target or {**TEACHER, "grid": 4 if at == "task_tokens" else 3}
-    task = {"target": target, "at": at, "head": {"kind": head, **HEADS[head]}, "loss": loss or {"cosine": 1.0}, **more}
+    task = {
+        "target": target,
+        "at": at,
+        "head": {"kind": head, **HEADS.get(head, {})},
+        "loss": loss or {"cosine": 1.0},
+        **more,
+    }
     if at != "projector":
         task.setdefault("layers", [2, 4])
     return Distillation.model_validate({"tasks": {"depth": task}})
@@ -397,8 +403,23 @@ def test_heads_of_a_task_of_similar_name_do_not_go_on_with_it(make, tmp_path):
             assert torch.allclose(ift[name], weights, atol=1e-6) == ("depth_metric" not in name), name
 
 
-def test_an_objective_in_fine_tuning_resumes_exactly(make, tmp_path):
-    distillation = objective(head="mlp", loss={"cosine": 1.0, "info_nce": 0.3}, schedule={"end": 0.8})
+class Centered(TokenHead):
+    """Subtracts a running mean, a buffer beside the layers."""
+
+    def __init__(self, llm_width, target):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(llm_width, target.width))
+        self.register_buffer("center", torch.zeros(llm_width))
+
+    def forward(self, states):
+        if self.training:
+            self.center = 0.5 * self.center + 0.5 * states.detach().float().mean((0, 1))
+        return self.layers(states - self.center)
+
+
+@pytest.mark.parametrize("head", ["mlp", f"{__name__}:Centered"])
+def test_an_objective_in_fine_tuning_resumes_exactly(make, tmp_path, head):
+    distillation = objective(head=head, loss={"cosine": 1.0, "info_nce": 0.3}, schedule={"end": 0.8})
     straight = make("straight", distillation=distillation)
     run_stage(straight)
     stopped = make("stopped", distillation=distillation)
