@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from visper.config.faults import expected
 
@@ -147,13 +147,17 @@ def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ..
             raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + nearest(name, list(known)))
 
 
-def check_task_name(name: str) -> None:
-    """Raises ValueError for a task name that cannot be a key of torch's ``ModuleDict`` or ``ParameterDict``."""
+def check_task_name(name: str) -> str:
+    """``name``; raises ValueError if it cannot be a key of torch's ``ModuleDict`` or ``ParameterDict``."""
     if not name.isidentifier() or hasattr(dict, name):
         raise ValueError(
             f"'{name}' cannot name a task: use letters, digits and _, do not begin with a digit, and avoid names of "
             "dict methods, such as 'keys'"
         )
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(check_task_name)]
 
 
 def nearest(name: str, known: list[str]) -> str:
