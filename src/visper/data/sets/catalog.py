@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 
 from visper.common.errors import ConfigError, DataError, kind_of
 from visper.config import Data, explain
+from visper.config.section import Section
 from visper.data.rows.json_rows import is_json_name
 from visper.data.rows.records import RowSource
 from visper.data.sets.archives import relative_path
@@ -56,13 +57,7 @@ def _in_bytes(text: str) -> int:
 Inside = Annotated[str, AfterValidator(_relative)]
 
 
-class Part(BaseModel):
-    """A part of a set's description; rejects unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Origin(Part):
+class Origin(Section):
     """One source of a file: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
 
     On the hub, ``path`` may be a pattern: if the download's ``file`` is a folder, all matching files are taken.
@@ -88,7 +83,7 @@ class Origin(Part):
         return self.url is None and self.hub is None
 
 
-class Unpack(Part):
+class Unpack(Section):
     """A rule for unpacking: which members of an archive go where."""
 
     to: Inside = Field(description="target folder under the root")
@@ -106,7 +101,7 @@ class Unpack(Part):
         return [self.to]
 
 
-class Download(Part):
+class Download(Section):
     """One file, or several in a folder (``file`` ends with '/'), put under the root, or in ``archives/`` to unpack."""
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
@@ -148,14 +143,14 @@ class Download(Part):
         return root / ARCHIVES / name if self.unpack else root / name
 
 
-class Rows(Part):
+class Rows(Section):
     """A conversation file and its images folder, both under the root."""
 
     json_file: Inside = Field(alias="json")
     images: Inside = "."
 
 
-class DataSet(Part):
+class DataSet(Section):
     """One entry of the catalogue."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
