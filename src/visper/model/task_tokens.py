@@ -27,9 +27,13 @@ def embed_scale(embedding: nn.Module) -> Tensor | float:
     Gemma rounds it to the table's precision: sqrt(2560) = 50.6 becomes 50.5 in bfloat16.
     """
     scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
-    return scale.to(weight.dtype).float() if isinstance(scale, Tensor) else scale
+    return scale.to(weight_of(embedding).dtype).float() if isinstance(scale, Tensor) else scale
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The table of an embedding, or the matrix of an output layer."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def random_rows(embedding: nn.Module, count: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
@@ -38,8 +42,7 @@ def random_rows(embedding: nn.Module, count: int, width: int, groups: int, gener
     A mean over g rows reduces the standard deviation by sqrt(g), so that of the rows is larger by this factor. For a
     model on the meta device, the result is a meta tensor.
     """
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(embedding)
     if weight.is_meta:
         return torch.empty(count, width, device="meta")
     spread = float(weight.detach().float().std() * embed_scale(embedding))
@@ -99,8 +102,7 @@ class TaskTokens(nn.Module):
     @torch.no_grad()
     def write_back(self, embedding: nn.Module) -> None:
         """Writes the rows into the embedding table, so that the student no longer needs the hook."""
-        weight = embedding.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(embedding)
         weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
 
     @classmethod
@@ -113,8 +115,6 @@ class TaskTokens(nn.Module):
     @classmethod
     def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:
         """Frozen task tokens of a trained student: their rows get no gradient in later stages."""
-        weight = embedding.weight
-        assert isinstance(weight, Tensor)
-        scale = embed_scale(embedding)
+        weight, scale = weight_of(embedding), embed_scale(embedding)
         tokens = cls(ids, {task: weight[torch.tensor(task_ids)].float() * scale for task, task_ids in ids.items()})
         return tokens.requires_grad_(False)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from visper.common.errors import ConfigError
-from visper.model.task_tokens import embed_scale
+from visper.model.task_tokens import embed_scale, weight_of
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
@@ -55,7 +55,7 @@ SPREAD = 0.3
 @torch.no_grad()
 def set_to_mean(layers: Sequence[nn.Module], rows: list[int], old_size: int) -> None:
     """Sets new rows of embedding and head to the mean of the first ``old_size`` rows. Tied tables are set only once."""
-    for table in {id(table): table for table in map(_weight, layers)}.values():
+    for table in {id(table): table for table in map(weight_of, layers)}.values():
         table[rows] = table[:old_size].float().mean(dim=0).to(table.dtype)
 
 
@@ -69,7 +69,7 @@ def move_apart(layers: Sequence[nn.Module], rows: Sequence[int], old_size: int) 
     not depend on the run's seed.
     """
     generator = torch.Generator().manual_seed(0)
-    for table in {id(table): table for table in map(_weight, layers)}.values():
+    for table in {id(table): table for table in map(weight_of, layers)}.values():
         deviations_D = table[:old_size].float().std(dim=0)
         noise_WD = torch.randn(len(rows), len(deviations_D), generator=generator).to(table.device) * deviations_D
         table[list(rows)] += (SPREAD * noise_WD).to(table.dtype)
@@ -90,9 +90,9 @@ class AddedWords(nn.Module):
         super().__init__()
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         # float32 whatever the LLM's precision: their updates are small.
-        self.rows = nn.Parameter(_weight(embedding).detach()[self.ids].float())
-        tied = _weight(head) is _weight(embedding)
-        self.head_rows = None if tied else nn.Parameter(_weight(head).detach()[self.ids].float())
+        self.rows = nn.Parameter(weight_of(embedding).detach()[self.ids].float())
+        tied = weight_of(head) is weight_of(embedding)
+        self.head_rows = None if tied else nn.Parameter(weight_of(head).detach()[self.ids].float())
 
     def attach(self, embedding: nn.Module, head: nn.Module) -> list[RemovableHandle]:
         """Makes ``embedding`` and ``head`` use this module's rows for the words; returns the hooks."""
@@ -114,11 +114,6 @@ class AddedWords(nn.Module):
     @torch.no_grad()
     def write_back(self, embedding: nn.Module, head: nn.Module) -> None:
         """Writes the rows into the LLM, so that the student no longer needs the hooks."""
-        for table, rows in ((_weight(embedding), self.rows), (_weight(head), self.head_rows)):
+        for table, rows in ((weight_of(embedding), self.rows), (weight_of(head), self.head_rows)):
             if rows is not None:
                 table[self.ids.to(table.device)] = rows.to(table)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight
