@@ -140,13 +140,7 @@ class StageTrainer(Trainer):
         global_batch.prepare(batches, counts, targets, progress)
         return batches, counts.divisors[0]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """This process's share of the global loss times the number of processes, because gradients are averaged."""
         given = {key: value for key, value in inputs.items() if key in FORWARD_KEYS}
         with self._counting(inputs):
