@@ -15,7 +15,7 @@ from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import Engine, Geometry, Run
 from visper.config import Student as StudentConfig
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.model import build_student, save_student
 from visper.planning.fake_run import FakeRun, fake_batch
 from visper.planning.fake_step import KnownPositions, LiveBytes, fake_parameters
@@ -69,7 +69,7 @@ def test_rows_longer_than_the_llms_positions_are_refused(run):
 
 
 def test_model_flops_of_two_rows_are_twice_those_of_one(run):
-    model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, 1), []
+    model, row, counted = FakeRun(run, run, planned_specs(run.distillation)), RowLength(72, 17, 1), []
     for rows in (1, 2):
         batch, sizes = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
         meter = FlopMeter()

@@ -30,7 +30,7 @@ from visper.data.packing import PackingCollator
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.vlm import ModelInputs, encoder_for
 from visper.distillation import Targets
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.evaluation import answer
 from visper.evaluation.ask import as_row
 from visper.evaluation.predictions import load_pre_trained, predict_images
@@ -396,12 +396,12 @@ def test_a_run_is_planned_without_weights(family, folders, tmp_path):
     }
     student = build_vlm(run.student)
     assert parts["llm"].total == sum(p.numel() for _, p in parameters_of(student.model, "llm"))
-    model = FakeRun(run, run, planned_teachers(run.distillation))
+    model = FakeRun(run, run, planned_specs(run.distillation))
     rows = [RowLength(found.rows.average.tokens + 40, 5, 1), RowLength(50, 5, 0)]
     batch, sizes = fake_batch(rows, model.student, model.model, model.run, model.fake)
     with KnownPositions(model.fake):
         planned = costs_of(model.model, batch, sizes)
-    real = build_training_model(student, Stage(stage), run.distillation, planned_teachers(run.distillation))
+    real = build_training_model(student, Stage(stage), run.distillation, planned_specs(run.distillation))
     choose_trainable(real, Stage(stage), run.optimization)
     if packing:
         separate_samples(student.model.get_decoder())

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from visper.config import Lora, Run
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.planning.fake_run import FakeRun
 from visper.planning.host import host_memory
 from visper.planning.levers import Lever, first_lever
@@ -36,15 +36,14 @@ class Fit:
 
     def __init__(self, run: Run, machine: Machine) -> None:
         start = starting_point(run)
-        planned = planned_teachers(run.distillation)
+        self.specs = planned_specs(run.distillation)
         self.run, self.machine = run, machine
-        self.specs = {task: teacher.spec for task, teacher in planned.items()}
         self.teachers, loaded = measure_teachers(run, machine.gpus > 0)
 
         @cache
         def model_of(lora: bool) -> FakeRun:
             settings = (run.lora or Lora.model_validate({})) if lora else None
-            return FakeRun(run.model_copy(update={"lora": settings}), start, planned)
+            return FakeRun(run.model_copy(update={"lora": settings}), start, self.specs)
 
         self._model_of = model_of
         self.model = model_of(run.lora is not None)

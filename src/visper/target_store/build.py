@@ -35,7 +35,7 @@ from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
-from visper.distillation.teachers.tasks import build_teachers, planned_teachers, teacher_dtype
+from visper.distillation.teachers.tasks import build_teachers, planned_specs, teacher_dtype
 from visper.model.start import starting_processor
 from visper.target_store.fingerprint import Fingerprint, fingerprints
 from visper.target_store.plan import BuildPlan, TargetPart, announce_plan, plan_build, refuse_full_disk
@@ -72,7 +72,7 @@ def build_targets(
     dtype = dtype or read_dtype(out) or DEFAULT_DTYPE
     background = background_of(starting_processor(run).image_processor)
     made_by = fingerprints(run.distillation.tasks, run.data.geometry.value, background)
-    codecs = {task: TargetCodec(own.spec, dtype) for task, own in planned_teachers(run.distillation).items()}
+    codecs = {task: TargetCodec(spec, dtype) for task, spec in planned_specs(run.distillation).items()}
     records = _open_rows(run.data, console.quiet)
     if size_only:
         return _shared_plan(records, out, made_by, codecs, console)

@@ -26,7 +26,7 @@ from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.model import Student, save_student
 from visper.model.card import write_card
 from visper.model.revisions import with_commits
@@ -231,7 +231,7 @@ def build_model(
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
         add_updates(run.lora, student)
-        model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+        model = build_training_model(student, run.stage, run.distillation, specs_of(teachers), run.seed)
     if not skeleton:
         start_model(run, model, console)
     if run.optimization.recomputation:

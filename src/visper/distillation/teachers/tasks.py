@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -62,31 +60,22 @@ def build_teachers(
     return teachers
 
 
-class HasSpec(Protocol):
-    """The part of a teacher that the objective needs: the shape of its targets."""
-
-    @property
-    def spec(self) -> TargetSpec: ...
+def specs_of(teachers: Mapping[str, Teacher]) -> dict[str, TargetSpec]:
+    """The shape of each task's target."""
+    return {task: teacher.spec for task, teacher in teachers.items()}
 
 
-@dataclass(frozen=True)
-class PlannedTeacher:
-    """A teacher that is not loaded: only the shape of its targets is known."""
-
-    spec: TargetSpec
-
-
-def planned_teachers(distillation: Distillation | None) -> dict[str, PlannedTeacher]:
+def planned_specs(distillation: Distillation | None) -> dict[str, TargetSpec]:
     """The shape of each task's target, read from a configuration if the kind of teacher supports it.
 
     Raises:
         ConfigError: a teacher's configuration cannot be loaded; the message names task, kind and model.
     """
-    teachers = {}
+    specs = {}
     for task, settings in (distillation.taught if distillation else {}).items():
         teacher = settings.target
         try:
-            teachers[task] = PlannedTeacher(target_spec(teacher.kind, teacher.place, **teacher.options))
+            specs[task] = target_spec(teacher.kind, teacher.place, **teacher.options)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"task '{task}': {teacher.kind} teacher '{teacher.model}': {error}") from error
-    return teachers
+    return specs
