@@ -17,11 +17,12 @@ from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.cache import cache_folder, hub_cache_remedy
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.rows import lengths, table
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import encoder_key, measure
-from visper.data.rows.records import Drop, DropList, RowSource
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import RecordTable, open_table
 
@@ -241,7 +242,7 @@ def test_a_missing_source_says_what_its_path_is_relative_to(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     readers: list[Callable[[str], Any]] = [
         lambda name: open_records([(name, ".")], DropList()),
-        lambda name: open_records([RowSource(name, kind="parquet")], DropList()),
+        lambda name: open_records([Source(parquet=name)], DropList()),
         lambda name: DropList.read(Path(name)),
         lambda name: list(read_rows(Path(name))),
     ]

@@ -19,10 +19,9 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 
 from visper.common.errors import ConfigError, DataError, kind_of
-from visper.config import Data, explain
+from visper.config import Data, Source, explain
 from visper.config.section import Section
 from visper.data.rows.json_rows import is_json_name
-from visper.data.rows.records import RowSource
 from visper.data.sets.archives import relative_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
@@ -265,26 +264,21 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
     return lines
 
 
-def row_files(data: Data) -> list[RowSource]:
-    """The row sources of ``data.sources``, in order; a set may have several files.
+def row_files(data: Data) -> list[Source]:
+    """``data.sources`` in order, with each set replaced by its files.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
     """
-    found: list[RowSource] = []
+    found: list[Source] = []
     for source in data.sources:
-        if source.data_set is not None:
-            files = _rows_of(source.data_set, Path(data.root))
-            found += [RowSource(file, images, weight=source.weight) for file, images in files]
-        else:
-            options = {
-                name: getattr(source, name) for name in ("images", "columns", "split", "subset", "revision", "weight")
-            }
-            found.append(RowSource(source.place, kind=source.kind, **options))
+        files = [] if source.data_set is None else _rows_of(source.data_set, Path(data.root))
+        changes = [{"data_set": None, "json_file": str(file), "images": str(images)} for file, images in files]
+        found += [source.model_copy(update=change) for change in changes] or [source]
     return found
 
 
-def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str | None]]:
+def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
     sets = [data_set for data_set, _ in with_needs(name)]
     rows = [part for data_set in sets for part in data_set.rows]
     if not rows:
@@ -299,7 +293,7 @@ def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str |
             f"data set '{name}' is not complete under '{root}': missing {_some(absent)}. "
             f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to its folder"
         )
-    return [(str(root / part.json_file), str(root / part.images)) for part in rows]
+    return [(root / part.json_file, root / part.images) for part in rows]
 
 
 def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
@@ -321,7 +315,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
     if images is not None:
         read_set(name)  # raises if it is none
         raise ConfigError(f"'{name}' is a data set with its own images: omit --images, or give a .json file")
-    return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
+    return _rows_of(name, root, whole)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
