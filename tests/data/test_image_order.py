@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.records import records_of
 from visper.config import Source
 from visper.data.image_order import fill_micro_batches, image_groups, side_by_side
 from visper.data.rows.parquet import write_parquet
@@ -33,8 +34,9 @@ def steps(rows, size):
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def test_rows_of_one_image_have_one_number_and_rows_without_an_image_their_own():
-    numbers = image_groups([record("a", "x"), record("b", None), record("c", "y"), record("d", "x"), record("e", None)])
+def test_rows_of_one_image_have_one_number_and_rows_without_an_image_their_own(tmp_path):
+    named = [record("a", "x"), record("b", None), record("c", "y"), record("d", "x"), record("e", None)]
+    numbers = image_groups(records_of(tmp_path, named))
     assert numbers[0] == numbers[3] and len(set(numbers.tolist())) == 4
 
 

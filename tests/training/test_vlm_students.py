@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.records import records_of
 from tests.tiny import write_rows
 from tests.vlms import FAMILIES, save_vlm
 from visper.common.errors import ConfigError
@@ -95,8 +97,9 @@ def rows(tmp_path: Path) -> list[Record]:
 
 
 def batch_of(student: Any, rows: list[Record], around: Any = lambda collator: collator) -> dict[str, Any]:
-    dataset = ConversationDataset(rows, encoder_for(student.processor))
-    samples = [dataset[i] for i in range(len(rows))]
+    with TemporaryDirectory() as folder:
+        dataset = ConversationDataset(records_of(Path(folder), rows), encoder_for(student.processor))
+        samples = [dataset[i] for i in range(len(rows))]
     assert all(isinstance(sample, Sample) for sample in samples), samples
     inputs = ModelInputs(student.processor, student.image_token_id)
     return dict(around(Collator(student.processor.tokenizer.pad_token_id, model_inputs=inputs))(samples))

@@ -28,7 +28,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.common.manifest import content_digest
 from visper.config import Run
 from visper.data.checks.digests import contents_of
-from visper.data.rows.records import DropList, Record
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.rows.table_digest import rows_digest
@@ -40,11 +40,9 @@ SAMPLED = 256
 _THREADS = 16
 
 
-def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
+def content_of(run: Run, records: Records) -> dict[str, str]:
     """The digests of all local content of the run, by the description that error messages use."""
-    assert isinstance(records, Records), "the rows must come from open_records"
-    found = rows_content(records)
-    return found | _parts_content(run)
+    return rows_content(records) | _parts_content(run)
 
 
 def _parts_content(run: Run) -> dict[str, str]:

@@ -26,7 +26,6 @@ from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
 from visper.config import EVALUATED, Data, Evaluation, Optimization
 from visper.data.checks.overlap import row_images, shared_images
-from visper.data.rows.table import Records
 from visper.data.sampler import spread
 from visper.distillation import Teacher
 from visper.model import Student
@@ -167,7 +166,6 @@ class HeldOut:
     def measured_on(self, processes: int) -> str:
         """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
         records = None if self.rows is None else self.rows.dataset.records
-        assert records is None or isinstance(records, Records), "the rows must come from open_records"
         return measured_on(self.settings, records, self.measured_order(processes))
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
@@ -330,7 +328,6 @@ def _announce_rows(rows: StageData, settings: Evaluation, batch: int, console: C
 def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Console) -> None:
     """Warns of images of the measured held-out rows that the run also trains on, whatever their names."""
     held_out, many = rows.dataset.records, trained.dataset.records
-    assert isinstance(held_out, Records) and isinstance(many, Records), "the rows must come from open_records"
     shared = shared_images(row_images(held_out, spread(range(len(held_out)), limit)), many)
     if shared:
         name, same = next(iter(shared.values()))

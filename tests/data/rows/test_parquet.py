@@ -107,7 +107,7 @@ def test_real_photographs_survive(tmp_path: Path) -> None:
     parquet = from_parquet(tmp_path / "out", drops)
     assert len(parquet) == len(records) and not len(drops)
     encoder = ConversationEncoder(make_processor(CHATML), 4096)
-    assert len(survey(parquet, encoder, drops).records) == len(records)
+    assert len(survey(parquet, encoder, drops)[0]) == len(records)
     by_id = {own_id(record.id): record for record in records}
     for index in range(0, len(parquet), 7):
         images = by_id[own_id(parquet[index].id)].images

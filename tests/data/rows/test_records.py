@@ -9,11 +9,12 @@ import pytest
 
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
-from visper.data.dataset import Survey, keep_good, lost_images
+from visper.data.dataset import keep_good, lost_images
 from visper.data.rows.formats import parse_row
 from visper.data.rows.json_rows import read_rows
-from visper.data.rows.lengths import measure
+from visper.data.rows.lengths import Lengths, measure
 from visper.data.rows.records import DropList, Record, ShownImage, own_id, source_names
+from visper.data.rows.table import Records
 
 
 def row(first: str, *more: str, **keys: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def read_records(sources: Sequence[tuple[Path, Path]], drops: DropList) -> list[
     return records
 
 
-def survey(records: Sequence[Record], encoder: ConversationEncoder, drops: DropList) -> Survey:
+def survey(records: Records, encoder: ConversationEncoder, drops: DropList) -> tuple[Records, Lengths]:
     """The look at every row that training takes before its first step."""
     found = measure(records, encoder, quiet=True)
     return keep_good(records, found, lost_images(records, found), drops)

@@ -172,7 +172,7 @@ def check(
     found = None
     if encoder is not None:
         found = _measure(records, encoder, quiet)
-        report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder, None)
+        report.unknown = unknown_words(records, found, encoder, None)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
         source, sample_id = source_of(next(iter(names[row]), None)), f"{name}/{row}/{table.value('id', row)}"

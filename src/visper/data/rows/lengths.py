@@ -52,6 +52,11 @@ class Lengths:
     num_unknown: npt.NDArray[np.int32]
     problems: dict[int, tuple[str, str]]  # index -> reason, detail
 
+    def select(self, kept: npt.NDArray[np.bool_]) -> Lengths:
+        """The entries of the rows in ``kept``, which have no problems."""
+        text, unknown = self.num_text[kept], self.num_unknown[kept]
+        return Lengths(self.lengths[kept], self.truncated[kept], text, unknown, {})
+
     @classmethod
     def of(cls, table: pa.Table) -> Lengths:
         """Converts a table of ``SCHEMA``."""
@@ -65,10 +70,8 @@ class Lengths:
         )
 
 
-def measure(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
-    """Encodes every row. Results for ``Records`` are cached for later runs."""
-    if not isinstance(records, Records):
-        return Lengths.of(_measured(records, encoder, quiet))
+def measure(records: Records, encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
+    """Encodes every row. Results are cached for later runs."""
     whole = pa.concat_tables([_kept(part, encoder, quiet) for part in records.parts])
     return Lengths.of(whole.take(pa.array(records.rows)))
 

@@ -13,7 +13,7 @@ import torch
 from visper.common.errors import DataError
 from visper.config import Source
 from visper.data.rows.hugging_face import open_hub, open_parquet
-from visper.data.rows.records import DropList, Record, source_names
+from visper.data.rows.records import DropList, source_names
 from visper.data.rows.table import Part, Records, open_table
 from visper.data.sampler import Mixture
 
@@ -49,13 +49,17 @@ def open_records(
 def _open(source: Source, name: str, quiet: bool) -> Part:
     if source.kind == "json":
         assert source.images is not None
-        return Part(name, open_table(Path(source.place), quiet, source.columns), Path(source.images))
+        return Part(
+            name,
+            open_table(Path(source.place), quiet, {str(field): own for field, own in source.columns.items()}),
+            Path(source.images),
+        )
     return (open_hub if source.kind == "hf" else open_parquet)(source, name, quiet)
 
 
-def mixture_of(records: Sequence[Record]) -> Mixture | None:
+def mixture_of(records: Records) -> Mixture | None:
     """How often each source's rows occur in an epoch; None if every row occurs once."""
-    if not isinstance(records, Records) or all(part.weight == 1 for part in records.parts):
+    if all(part.weight == 1 for part in records.parts):
         return None
     return Mixture(torch.from_numpy(records.part_numbers), tuple(part.weight for part in records.parts))
 
