@@ -67,12 +67,8 @@ def require_same_content(output: Path, content: dict[str, str]) -> None:
     Raises:
         ConfigError: something has changed; the message names it.
     """
-    file = output / CONTENT
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
-    except (OSError, ValueError, AttributeError) as error:
-        changed = [f"unknown, because '{file}' cannot be read ({error})"]
+    before = _recorded(output)
+    changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
     if changed:
         raise ConfigError(
             f"changed since the run in '{output}' began: {', '.join(changed)}. Restore it, or continue with the "
@@ -119,7 +115,8 @@ def _recorded(output: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"unknown whether the run in '{output}' was trained on the current content, because '{file}' cannot be "
-            f"read ({error}): restore the file, or remove '{output}' to train again"
+            f"read ({error}): restore the file, remove '{output}' to train again, or continue an unfinished run with "
+            "`visper train RUN.yaml --resume --accept-changes`"
         ) from error
 
 

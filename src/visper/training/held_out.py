@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
-from visper.config import EVALUATED, Data, Evaluation, Optimization
+from visper.config import EVALUATED, Evaluation, Optimization, Run
 from visper.data.checks.overlap import row_images, shared_images
 from visper.data.sampler import spread
 from visper.distillation import Teacher
@@ -287,9 +287,7 @@ def require_evaluator(evaluation: Evaluation | None, evaluator: Evaluator | None
 
 
 def held_out_rows(
-    settings: Evaluation,
-    data: Data,
-    optimization: Optimization,
+    run: Run,
     student: Student,
     teachers: Mapping[str, Teacher],
     targets: TargetStore | None,
@@ -297,13 +295,13 @@ def held_out_rows(
     console: Console,
 ) -> StageData | None:
     """The rows of ``loss_on``, read like the run's own, or None. Warns if the run also trains on their images."""
-    if not settings.loss_on:
+    settings = run.evaluation
+    if settings is None or not settings.loss_on:
         return None
     plain = {"sources": settings.loss_on, "group_by_length": False, "join_conversations": False, "drop_list": ()}
-    rows = build_data(
-        data.model_copy(update=plain), optimization, student, teachers, Console(quiet=True), 0, False, targets
-    )
-    _announce_rows(rows, settings, optimization.global_batch, console)
+    held_out = run.model_copy(update={"data": run.data.model_copy(update=plain)})
+    rows = build_data(held_out, student, teachers, targets, Console(quiet=True))
+    _announce_rows(rows, settings, run.optimization.global_batch, console)
     if PartialState().is_main_process:
         _warn_of_shared(rows, trained, settings.limit, console)
     return rows

@@ -22,6 +22,7 @@ from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides, require_gpu_each, require_nccl, wait_for_all
 from visper.config import Engine, Launch, Run, Stage, save_run
+from visper.data.dataset import require_images
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
@@ -113,8 +114,9 @@ def run_stage(
 
         student = build_student(run, processes, console)
         teachers, targets = build_targets(run, student, console)
-        images_required = run.stage is Stage.PT
-        data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
+        data = build_data(run, student, teachers, targets, console)
+        if run.stage is Stage.PT:
+            require_images(data.dataset.records)
         content = first_decides(lambda: content_of(run, data.dataset.records))
         if checkpoint is not None:
             continue_rows(checkpoint, output, data)
@@ -308,7 +310,7 @@ def evaluation_callback(
     """The callback that evaluates while the run trains; an empty list without ``run.evaluation``."""
     if run.evaluation is None:
         return []
-    rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
+    rows = held_out_rows(run, student, teachers, targets, data, console)
     held_out = HeldOut(run.evaluation, run.optimization, student, rows, evaluator)
     on = first_decides(lambda: held_out.measured_on(PartialState().num_processes))
     return [EvaluationCallback(held_out, Path(run.output), on)]

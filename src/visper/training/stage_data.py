@@ -10,12 +10,12 @@ from typing import Any
 from visper.common.console import Console, announce
 from visper.common.errors import DataError
 from visper.common.ranks import first_decides, first_goes_first
-from visper.config import Data, Optimization
+from visper.config import Data, Run
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.collator import Collator, Preprocess, Sample
-from visper.data.dataset import ConversationDataset, keep_good, lost_images, require_images
+from visper.data.dataset import ConversationDataset, keep_good, lost_images
 from visper.data.image_order import image_groups
 from visper.data.images import geometry_of, output_size
 from visper.data.joining import JoiningCollator
@@ -60,48 +60,35 @@ class StageData:
 
 
 def build_data(
-    settings: Data,
-    optimization: Optimization,
-    student: Student,
-    teachers: Mapping[str, Teacher],
-    console: Console,
-    seed: int = 0,
-    images_required: bool = False,
-    targets: TargetStore | None = None,
+    run: Run, student: Student, teachers: Mapping[str, Teacher], targets: TargetStore | None, console: Console
 ) -> StageData:
-    """Opens and surveys the rows, and shows one decoded sample with its supervised text in color.
+    """Opens and surveys the rows of ``run.data``, and shows one decoded sample with its supervised text in color.
 
     Args:
-        settings: the rows to read.
-        optimization: batch sizes and packing.
         student: its processor makes tokens and pixels.
         teachers: task -> teacher, whose ``preprocess`` is used; not needed with ``targets``.
-        console: shows counts and the sample.
-        seed: determines the order of the rows.
-        images_required: raise an error if no row has an image.
         targets: stored targets, which are loaded instead of the teachers' images.
 
     Raises:
         DataError: a source is missing, the share of bad rows exceeds ``data.drop_limit``, or the share of words that
             the tokenizer does not know exceeds ``data.unknown_limit``.
     """
+    settings = run.data
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
     encoder = encoder_for(student.processor, settings.max_tokens)
     records, found, total = _surveyed_rows(settings, encoder, drops, console)
     _require_rows(settings, records, drops, total)
     for warning in unread_images(records):
         announce(console, "warning", warning)
-    if images_required:
-        require_images(records)
     unknown = unknown_words(records, found, encoder).check(settings.unknown_limit)
     if unknown is not None:
         announce(console, "warning", unknown)
     if targets is not None:
         require_targets(targets, records, console.quiet)
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup, settings.max_pixels)
-    sampler = _sampler(settings, optimization, dataset, found, seed)
+    sampler = _sampler(run, dataset, found)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
-    collator = _collator(settings, optimization, student, preprocess)
+    collator = _collator(run, student, preprocess)
     announce(console, "data", _summary(dataset, total, drops, found))
     _announce_mixture(sampler, console)
     _announce_joined(dataset, sampler, console)
@@ -141,26 +128,22 @@ def _require_rows(settings: Data, records: Records, drops: DropList, total: int)
             )
 
 
-def _sampler(
-    settings: Data, optimization: Optimization, dataset: ConversationDataset, found: Lengths, seed: int
-) -> RowSampler:
-    lengths = found.lengths.tolist() if settings.group_by_length else None
+def _sampler(run: Run, dataset: ConversationDataset, found: Lengths) -> RowSampler:
+    lengths = found.lengths.tolist() if run.data.group_by_length else None
     has_image = dataset.has_image if lengths else None
     mixture = mixture_of(dataset.records)
-    groups = image_groups(dataset.records).tolist() if settings.join_conversations else None
-    batch, micro_batch = optimization.global_batch, optimization.micro_batch
-    return RowSampler(len(dataset), seed, lengths, has_image, batch, mixture, groups, micro_batch)
+    groups = image_groups(dataset.records).tolist() if run.data.join_conversations else None
+    batch, micro_batch = run.optimization.global_batch, run.optimization.micro_batch
+    return RowSampler(len(dataset), run.seed, lengths, has_image, batch, mixture, groups, micro_batch)
 
 
-def _collator(
-    settings: Data, optimization: Optimization, student: Student, preprocess: Mapping[str, Preprocess]
-) -> AnyCollator:
+def _collator(run: Run, student: Student, preprocess: Mapping[str, Preprocess]) -> AnyCollator:
     inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
     shared = seen_by_student(student.processor.image_processor, preprocess) if student.is_llava else frozenset()
     padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs, shared)
-    if settings.join_conversations:
-        return JoiningCollator(padded, student.image_token_id, settings.max_tokens)
-    return PackingCollator(padded) if optimization.packing else padded
+    if run.data.join_conversations:
+        return JoiningCollator(padded, student.image_token_id, run.data.max_tokens)
+    return PackingCollator(padded) if run.optimization.packing else padded
 
 
 def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) -> frozenset[str]:
