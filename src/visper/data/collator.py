@@ -124,7 +124,6 @@ class Collator:
     """Builds a ``Batch``; picklable for loader processes.
 
     Args:
-        pad_token_id: pads rows on the right, never attended to.
         teachers: task -> its teacher's preprocessing.
         model_inputs: makes the inputs of a model with its own processor.
         as_student: tasks whose teacher gets the same bytes as the student, which are then made and sent once.

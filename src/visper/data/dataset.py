@@ -46,7 +46,6 @@ class ConversationDataset(Dataset[Sample | Drop]):
     """Encodes each row on access.
 
     Args:
-        records: the rows.
         encoder: encodes texts; its processor's image processor makes the pixels, in the processor's geometry.
         stored: the bytes of an image file -> its stored targets by task, used instead of images for the teachers;
             raises DataError if there are none.

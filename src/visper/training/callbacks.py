@@ -25,13 +25,12 @@ class JsonlCallback(TrainerCallback):
     """Appends every log to ``log.jsonl``; a resumed run first removes the lines after its checkpoint.
 
     Args:
-        path: the file.
         of_evaluations: further entries of the lines with held-out values.
     """
 
-    def __init__(self, path: Path, of_evaluations: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, of_evaluations: Mapping[str, str]) -> None:
         self.path = path
-        self.of_evaluations = of_evaluations or {}
+        self.of_evaluations = of_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the lines up to the step that training continues from."""

@@ -197,8 +197,6 @@ class EvaluationCallback(TrainerCallback):
     """Evaluates every ``evaluation.every`` steps and after the last, logs the values, and keeps the best checkpoint.
 
     Args:
-        held_out: what is measured.
-        output: the run's folder.
         on: ``held_out.measured_on``, the same on all processes.
 
     Attributes:

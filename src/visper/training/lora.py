@@ -99,7 +99,6 @@ def save_adapter(run: Run, student: Student, model: nn.Module, folder: Path, con
     anything else, the result would not be the finished model: then nothing is written, and the log says why.
 
     Args:
-        student: the student with its updates, not merged yet.
         model: the training model; its trainable parameters are those that the run has changed.
     """
     from peft import get_peft_model_state_dict

@@ -278,7 +278,7 @@ def build_trainer(
     Call it after building the model: once the Trainer's arguments name ZeRO-3, transformers shards all models it loads.
     """
     output = Path(run.output)
-    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), None)
+    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), {})
     log = JsonlCallback(output / "log.jsonl", of_evaluations)
     watchers: list[TrainerCallback] = [log, console_callback(), *callbacks]
     board = None

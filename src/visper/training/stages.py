@@ -149,11 +149,7 @@ def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) ->
     """Freezes encoder parameters that the projected features do not depend on, and returns their names.
 
     The projector may read a layer before the last, so later layers never get a gradient. If they stayed trainable, DDP
-    would fail, and so would resuming a sharded optimizer.
-
-    Args:
-        model: a model with ``get_image_features``.
-        image: the model's inputs for any image (``Student.blank_image``).
+    would fail, and so would resuming a sharded optimizer. ``image``: the model's inputs for any image.
     """
     trainable = {name: p for name, p in parameters_of(model, VISION) if p.requires_grad}
     total = feature_sum(model, image)

@@ -26,9 +26,6 @@ class TeacherCollator:
 
     Args:
         collator: creates the model's batch.
-        preprocess: the preprocessing of each task's teacher.
-        processor: the model's processor.
-        image_token_id: the token whose embeddings are replaced by image features.
         by_place: whether a task needs the position of each token in the image, see ``TokenLayout.places``.
     """
 

@@ -44,15 +44,7 @@ class StageTrainer(Trainer):
 
     Args:
         model: moved to the device and wrapped here, unless it is sharded already.
-        args: see ``training_arguments``.
-        data: rows, sampler, collator.
         teachers: task -> frozen teacher; outside the model, so they are in no optimizer and no checkpoint.
-        optimization: learning rates by part.
-        logging: the monitor's rules, and the number of checkpoints to keep.
-        launch: engine and timeout.
-        output: the run's folder.
-        stop: ends training early on a signal.
-        callbacks: additional callbacks.
     """
 
     def __init__(
