@@ -64,7 +64,7 @@ class Target(Section):
         if self.model is None:
             raise ValueError(f"target '{self.kind}' needs 'model': a hub id, folder or file")
         if self.kind in TEACHERS:
-            check_options(self.kind, self.options, TEACHERS[self.kind].options)
+            check_options(f"teacher kind '{self.kind}'", self.options, TEACHERS[self.kind].options)
         return self
 
 
