@@ -83,31 +83,6 @@ def test_an_empty_answer_is_kept() -> None:
     assert [turn.text for turn in parse(row("A?", "", "B?", "b")).turns] == ["A?", "", "B?", "b"]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (row("<image> and <image>", "Same.", image="a.jpg"), "images and tags differ"),
-        (row("<image>\nA?", "a", "<image>\nB?", "b", image="a.jpg"), "images and tags differ"),
-        (row("<image>", "Same.", image=["a.jpg", "b.jpg"]), "images and tags differ"),
-        (row("What?", "A.", image=7), "bad image path"),
-        (row("What?"), "no answer"),
-        ({"id": 1}, "no conversation"),
-        ({"id": 1, "conversations": []}, "no conversation"),
-        ({"id": 1, "conversations": [{"from": "gpt", "value": "Hi"}]}, "turns do not alternate"),
-        ({"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2}, "turns do not alternate"),
-        ({"id": 1, "conversations": [{"from": "dog", "value": "a"}]}, "bad turn"),
-        ({"id": 1, "conversations": [{"from": "human", "value": None}]}, "bad turn"),
-        ({"id": 1, "conversations": ["Hi"]}, "bad turn"),
-        (row("half \ud83d", "a"), "bad text"),
-        ("no row", "not a row"),
-    ],
-)
-def test_a_bad_row_says_why(content: Any, reason: str) -> None:
-    with pytest.raises(DataError) as error:
-        parse(content)
-    assert error.value.reason == reason
-
-
 def test_ids_are_unique_though_rows_repeat_theirs(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
