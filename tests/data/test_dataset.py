@@ -164,8 +164,8 @@ def test_cut_rows_are_counted(records: Records, tmp_path: Path) -> None:
     assert collate(dataset, [0, 1])["num_truncated"] == 1
 
 
-def test_it_knows_which_rows_show_an_image(dataset: ConversationDataset) -> None:
-    assert dataset.has_image == [True, False, True, True, False, True]
+def test_rows_that_show_an_image_are_known(records: Records) -> None:
+    assert records.has_image.tolist() == [True, False, True, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["pretrain.json", "instruct.json"])
@@ -180,7 +180,7 @@ def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
     rows = list(range(0, len(dataset), 40))
     batch = collate(dataset, rows)
     assert len(batch["sample_ids"]) == len(rows) and not batch["dropped"]
-    assert len(batch["pixel_values"]) == sum(dataset.has_image[i] for i in rows)
+    assert len(batch["pixel_values"]) == dataset.records.has_image[rows].sum()
 
 
 def test_rows_without_any_image_are_refused_where_images_are_trained(records: Records) -> None:

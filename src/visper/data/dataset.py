@@ -107,21 +107,11 @@ class ConversationDataset(Dataset[Sample | Drop]):
         parts = self.records.parts
         return tuple(part.name for part in parts) if len(parts) > 1 else ()
 
-    @property
-    def has_image(self) -> list[bool]:
-        """Which rows show an image."""
-        return list(self.records.has_image.tolist())
-
 
 def keep_good(
     records: Records, found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
 ) -> tuple[Records, Lengths]:
-    """The rows without a fault, and their lengths; the others are added to ``drops``.
-
-    Args:
-        found: result of ``lengths.measure``.
-        lost: result of ``lost_images``.
-    """
+    """The rows without a fault, and their lengths; those ``lost`` or that cannot be encoded are added to ``drops``."""
     bad = {**lost, **found.problems}
     for index in sorted(bad):
         drops.add(records[index].id, *bad[index])

@@ -130,7 +130,7 @@ def _require_rows(settings: Data, records: Records, drops: DropList, total: int)
 
 def _sampler(run: Run, dataset: ConversationDataset, found: Lengths) -> RowSampler:
     lengths = found.lengths.tolist() if run.data.group_by_length else None
-    has_image = dataset.has_image if lengths else None
+    has_image = dataset.records.has_image.tolist() if lengths else None
     mixture = mixture_of(dataset.records)
     groups = image_groups(dataset.records).tolist() if run.data.join_conversations else None
     batch, micro_batch = run.optimization.global_batch, run.optimization.micro_batch
@@ -157,7 +157,7 @@ def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) 
 def _summary(dataset: ConversationDataset, total: int, drops: DropList, found: Lengths) -> str:
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
-    shown = sum(dataset.has_image)
+    shown = int(dataset.records.has_image.sum())
     images = f"{shown} with images, {len(dataset) - shown} without"
     return f"{len(dataset)} of {total} rows{left_out}; {images}; text cut in {int(found.truncated.sum())}"
 
@@ -173,13 +173,13 @@ def _announce_mixture(sampler: RowSampler, console: Console) -> None:
 def _announce_joined(dataset: ConversationDataset, sampler: RowSampler, console: Console) -> None:
     if sampler.groups is None or console.quiet:
         return
-    rows, images = sampler.images_read(dataset.has_image)
+    rows, images = sampler.images_read(dataset.records.has_image.tolist())
     shown = f"{rows} conversations about an image share {int(images.sum())} images"
     announce(console, "joined", f"{shown} in an epoch's micro-batches of {sampler.micro_batch}")
 
 
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
-    has_image = dataset.has_image
+    has_image = dataset.records.has_image
     order = sorted(sampler, key=lambda index: not has_image[index])
     for index in order:
         sample = dataset[index]
