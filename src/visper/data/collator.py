@@ -58,11 +58,8 @@ class Sample:
 class Sizes:
     """Token counts of a batch, kept on the host so that they need not be read from a GPU.
 
-    Attributes:
-        lengths: tokens of each sample, without padding.
-        supervised: number of supervised tokens.
-        image_tokens: tokens of all images.
-        pairs: pairs of tokens within a sample, including those that causal attention masks.
+    ``lengths`` are those of each sample without padding; ``pairs`` counts pairs of tokens within a sample, including
+    those that causal attention masks.
     """
 
     lengths: tuple[int, ...]

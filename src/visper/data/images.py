@@ -222,7 +222,6 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
 
     Args:
         size: width and height before padding.
-        tokens: number of tokens.
     """
     side = math.isqrt(tokens)
     if side**2 != tokens:

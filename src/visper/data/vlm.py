@@ -162,12 +162,7 @@ class ModelInputs:
         self._types = self._token_types()
 
     def __call__(self, input_ids: Tensor, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward.
-
-        Args:
-            input_ids: ``[B, L]``.
-            images: the images of each row that has any.
-        """
+        """Keyword arguments of the model's forward, for ids ``[B, L]`` and the images of each row that has any."""
         return (self.images(images) if images else {}) | self.token_types(input_ids)
 
     def token_types(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -180,7 +175,6 @@ class ModelInputs:
         """The point that each image token shows, ``[image tokens, 2]``, see ``collator.Batch``; None if unknown.
 
         Args:
-            images: the images of each row that has any.
             counts: the tokens of each image.
             made: the result of ``__call__`` for these images.
         """

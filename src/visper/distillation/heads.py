@@ -73,8 +73,9 @@ class ResamplerHead(nn.Module):
         llm_width: width of the hidden states (D).
         target: shape of the teacher's embedding.
         latents: number of queries that the resampler owns; 0: queries are passed to ``forward``.
-        inner, mlp, depth, heads, head_width, ff_mult: see ``config.Head``.
+        inner, mlp: see ``config.Head``.
         queries, num_queries: used by ``query_source`` and ``query_rows``.
+        **shape: depth, heads, head_width and ff_mult of the resampler.
     """
 
     def __init__(
@@ -84,19 +85,14 @@ class ResamplerHead(nn.Module):
         latents: int = 0,
         inner: Literal["llm", "target"] = "target",
         mlp: bool = False,
-        depth: int = 1,
-        heads: int = 4,
-        head_width: int = 32,
-        ff_mult: int = 1,
         queries: Literal["matrix", "states"] | None = None,
         num_queries: int | None = None,
+        **shape: int,
     ) -> None:
         super().__init__()
         self.tokens = target.tokens
         width = {"llm": llm_width, "target": target.width}[inner]
-        self.resampler = PerceiverResampler(
-            llm_width, width, target.width, depth, heads, head_width, ff_mult, latents or None
-        )
+        self.resampler = PerceiverResampler(llm_width, width, target.width, num_latents=latents or None, **shape)
         width = target.width
         layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if mlp else []
         self.mlp = nn.Sequential(*layers)

@@ -66,7 +66,6 @@ def unknown_words(
     """Adds up the token counts of ``records``, and finds their unknown words.
 
     Args:
-        found: result of ``lengths.measure``.
         look_up: number of rows with unknown tokens to read again for their words; None: all of them.
     """
     rows = np.flatnonzero(found.num_unknown)[:look_up].tolist()

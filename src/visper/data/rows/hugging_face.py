@@ -34,9 +34,7 @@ def open_hub(source: Source, name: str, quiet: bool) -> Part:
     """Opens a data set on the hub, a folder of data files, or a folder written by ``Dataset.save_to_disk``.
 
     Args:
-        source: a source of kind ``hf``.
         name: the source's name in the ids of its rows.
-        quiet: no progress bar.
 
     Raises:
         DataError: it cannot be loaded, or its columns do not fit a format; the message says how to map them.

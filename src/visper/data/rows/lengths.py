@@ -41,12 +41,9 @@ Measured = tuple[int, bool, int, int, str | None, str | None]
 
 @dataclass(frozen=True)
 class Lengths:
-    """The result of encoding, one entry per row: tokens (0: the row cannot be encoded), and whether text was cut.
+    """The result of encoding, one entry per row; the counts are those of ``chat.Encoded``."""
 
-    ``num_text`` and ``num_unknown`` count supervised tokens, see ``chat.Encoded``.
-    """
-
-    lengths: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]  # in tokens; 0: the row cannot be encoded
     truncated: npt.NDArray[np.bool_]
     num_text: npt.NDArray[np.int32]
     num_unknown: npt.NDArray[np.int32]

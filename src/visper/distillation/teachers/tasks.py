@@ -19,7 +19,6 @@ def teacher_dtype(distillation: Distillation, precision: str) -> str:
     """The precision of the teachers on this machine, a key of ``DTYPES``.
 
     Args:
-        distillation: its ``teacher_dtype`` is used if it is set.
         precision: the run's training precision, the default on a GPU.
     """
     # ONNX models and the quickstart's towers do not support half precision on the CPU.
@@ -32,8 +31,6 @@ def build_teachers(
     """The frozen teachers by task; empty without ``distillation``.
 
     Args:
-        distillation: the run's section.
-        precision: see ``teacher_dtype``.
         task_token_ids: per task, the ids of its task tokens, if the student is already known.
 
     Raises:
