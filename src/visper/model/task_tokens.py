@@ -7,11 +7,12 @@ Shape suffixes: B = samples, L = sequence, D = LLM width, T = all task tokens, Q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from visper.common.errors import ConfigError
 
@@ -34,6 +35,18 @@ def weight_of(layer: nn.Module) -> Tensor:
     """The table of an embedding, or the matrix of an output layer."""
     assert isinstance(layer.weight, Tensor)
     return layer.weight
+
+
+def replace_rows(embedding: nn.Module, found: Callable[[], tuple[Tensor, Tensor]]) -> RemovableHandle:
+    """Makes ``embedding`` return other rows for some tokens; ``found`` gives their ids and rows at each lookup."""
+
+    def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
+        ids, rows = found()
+        matches = args[0][..., None] == ids
+        own_BLD = rows.to(looked_up_BLD.dtype)[matches.int().argmax(-1)]
+        return torch.where(matches.any(-1)[..., None], own_BLD, looked_up_BLD)
+
+    return embedding.register_forward_hook(replace)
 
 
 def random_rows(embedding: nn.Module, count: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
@@ -87,17 +100,9 @@ class TaskTokens(nn.Module):
         rows = [self.queries[task].unflatten(0, (len(task_ids), -1)).mean(dim=1) for task, task_ids in self.ids.items()]
         return torch.cat(rows)
 
-    def attach(self, embedding: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def attach(self, embedding: nn.Module) -> RemovableHandle:
         """Replaces the looked-up rows of task tokens, with a forward hook on the input embedding."""
-
-        def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
-            input_ids = args[0]
-            matches = input_ids[..., None] == self.token_ids
-            is_task = matches.any(-1)
-            rows = self.input_rows().to(looked_up_BLD.dtype)
-            return torch.where(is_task[..., None], rows[matches.int().argmax(-1)], looked_up_BLD)
-
-        return embedding.register_forward_hook(replace)
+        return replace_rows(embedding, lambda: (self.token_ids, self.input_rows()))
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from visper.common.errors import ConfigError
-from visper.model.task_tokens import embed_scale, weight_of
+from visper.model.task_tokens import embed_scale, replace_rows, weight_of
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
@@ -79,8 +79,6 @@ class AddedWords(nn.Module):
     """Trainable embeddings of added words; forward hooks use them instead of the frozen LLM's rows.
 
     Args:
-        ids: the token ids of the words.
-        embedding: the LLM's input embedding.
         head: the LLM's output layer; if it is tied to the embedding, so are the words' embeddings.
     """
 
@@ -97,19 +95,14 @@ class AddedWords(nn.Module):
     def attach(self, embedding: nn.Module, head: nn.Module) -> list[RemovableHandle]:
         """Makes ``embedding`` and ``head`` use this module's rows for the words; returns the hooks."""
 
-        def look_up(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
-            matches_BLW = args[0][..., None] == self.ids
-            rows_WD = (self.rows * embed_scale(module)).to(looked_up_BLD.dtype)
-            own_BLD = rows_WD[matches_BLW.int().argmax(-1)]
-            return torch.where(matches_BLW.any(-1)[..., None], own_BLD, looked_up_BLD)
-
         def score(module: nn.Module, args: tuple[Any, ...], logits_V: Tensor) -> Tensor:
             bias = getattr(module, "bias", None)
             rows_WD = (self.rows if self.head_rows is None else self.head_rows).to(args[0].dtype)
             own_W = F.linear(args[0], rows_WD, None if bias is None else bias[self.ids])
             return logits_V.index_copy(-1, self.ids, own_W.to(logits_V.dtype))
 
-        return [embedding.register_forward_hook(look_up), head.register_forward_hook(score)]
+        looked_up = replace_rows(embedding, lambda: (self.ids, self.rows * embed_scale(embedding)))
+        return [looked_up, head.register_forward_hook(score)]
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module, head: nn.Module) -> None:
