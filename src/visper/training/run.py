@@ -70,7 +70,6 @@ from visper.training.parallel.fsdp import check_replicas, is_sharded, shard, uns
 from visper.training.recomputation import EstimateMemory, decide_recomputation
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
-from visper.training.stopping import StopRequest
 from visper.training.trackers import log_images, require_trackers, tensorboard
 from visper.training.trainer import StageTrainer
 
@@ -235,7 +234,11 @@ def build_model(
         add_updates(run.lora, student)
         model = build_training_model(student, run.stage, run.distillation, specs_of(teachers), run.seed)
     if not skeleton:
-        start_model(run, model, console)
+        if run.distillation is not None and run.start_from is not None:
+            continued = continue_objective(model, run.distillation, run.start_from)
+            new = len(run.distillation.tasks) - continued
+            announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
+        set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
     if run.optimization.recomputation:
         model.recompute_activations(run.optimization.recomputation)
     if shares:
@@ -254,15 +257,6 @@ def build_model(
 def shares_weights(launch: Launch, processes: PartialState) -> bool:
     """Whether each process holds a share of the weights (``parallel.fsdp``)."""
     return launch.engine is Engine.FSDP and processes.num_processes > 1
-
-
-def start_model(run: Run, model: TrainingModel, console: Console) -> None:
-    """Loads the heads that the previous stage trained, sets what is trainable, and casts frozen parts."""
-    if run.distillation is not None and run.start_from is not None:
-        continued = continue_objective(model, run.distillation, run.start_from)
-        new = len(run.distillation.tasks) - continued
-        announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
-    set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
 
 
 def build_trainer(
@@ -287,9 +281,7 @@ def build_trainer(
         watchers.append(board)
     zero = zero_settings(run) if uses_zero(run.launch) else None
     arguments = training_arguments(run, output, processes.num_processes, zero)
-    trainer = StageTrainer(
-        model, arguments, data, teachers, run.optimization, run.logging, run.launch, output, StopRequest(), watchers
-    )
+    trainer = StageTrainer(model, arguments, data, teachers, run, watchers)
     trainer.remove_callback(PrinterCallback)
     for watcher in watchers:
         if isinstance(watcher, EvaluationCallback):
@@ -371,7 +363,7 @@ def finish(run: Run, student: Student, model: TrainingModel, console: Console) -
     output = Path(run.output)
     if run.lora is not None:
         save_adapter(run, student, model, output / ADAPTER, console)
-        student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
+        student = merge_updates(run, student)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.words is not None:
