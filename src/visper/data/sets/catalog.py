@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import posixpath
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
 
 from visper.common.errors import ConfigError, DataError, kind_of
 from visper.config import Data, Source, explain
@@ -27,7 +26,6 @@ from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 ARCHIVES = "archives"
 """Folder under the root for archives until they are deleted; an archive that a user puts there is used."""
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def _relative(path: str) -> str:
@@ -39,18 +37,6 @@ def _relative(path: str) -> str:
 
 def _file_or_folder(path: str) -> str:
     return _relative(path) + ("/" if path.endswith("/") else "")
-
-
-def _size(text: str) -> str:
-    _in_bytes(text)
-    return text
-
-
-def _in_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
-    if match is None:
-        raise ValueError("expected a size such as '18 GB'")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 Inside = Annotated[str, AfterValidator(_relative)]
@@ -105,7 +91,7 @@ class Download(Section):
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
     sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
-    size: Annotated[str, AfterValidator(_size)] | None = Field(None, description="approximate, for lists and checks")
+    size: ByteSize | None = Field(None, description="approximate, for lists and checks")
     exact_bytes: PositiveInt | None = Field(None, alias="bytes", description="published size")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
@@ -135,7 +121,7 @@ class Download(Section):
     @property
     def estimate(self) -> int | None:
         """The size in bytes, exact or approximate; None if unknown."""
-        return self.exact_bytes or (_in_bytes(self.size) if self.size else None)
+        return self.exact_bytes or self.size
 
     def place(self, root: Path, name: str) -> Path:
         """The path of one of its files."""
