@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import AfterValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
 
-from visper.common.errors import ConfigError, DataError, kind_of
+from visper.common.errors import ConfigError, DataError
 from visper.config import Data, Source, explain
+from visper.config.load import read_mapping
 from visper.config.section import Section
 from visper.data.rows.json_rows import is_json_name
 from visper.data.sets.archives import relative_path
@@ -171,12 +171,7 @@ def read_set(name: str) -> tuple[DataSet, Path]:
         hint = f"; did you mean '{near[0]}'?" if near else "."
         raise ConfigError(f"no data set '{name}': neither in the catalogue nor a YAML file{hint} "
                           "`visper data list` shows them")  # fmt: skip
-    try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected keys with values, found {kind_of(content)}")
+    content = read_mapping(file)
     try:
         return DataSet.model_validate(content), file.parent
     except ValidationError as error:
