@@ -178,10 +178,8 @@ class TrainingModel(nn.Module):
             ``loss`` and every term by name, all scalars; the terms are unweighted and detached.
         """
         if readings is None:
-            readings = {}
-            if self.objective is not None and image_rows is not None:
-                of_images = (image_rows, image_tokens, samples_of(position_ids), image_places)
-                readings = self.objective.read(self._layout(input_ids, attention_mask, *of_images))
+            of_images = (image_rows, image_tokens, samples_of(position_ids), image_places)
+            readings = {} if image_rows is None else self._read(input_ids, attention_mask, *of_images)
         separated = self._separated(input_ids, position_ids, model_inputs, borders)
         with separated, self._tap() as (hidden, encoded), self._reaching_vision(pixel_values, model_inputs):
             inputs = {"input_ids": input_ids, **(model_inputs or {})}
@@ -344,6 +342,10 @@ class TrainingModel(nn.Module):
     def _layout(self, input_ids: Tensor, attention_mask: Tensor, *of_images: Tensor | None) -> TokenLayout:
         """``of_images``: the arguments of ``TokenLayout.from_ids`` after the task tokens."""
         return TokenLayout.from_ids(input_ids, attention_mask, self.image_token_id, self.task_token_ids, *of_images)
+
+    def _read(self, *of_batch: Any) -> dict[str, Reading]:
+        """The ``Reading`` of each task; same arguments as ``_layout``."""
+        return {} if self.objective is None else self.objective.read(self._layout(*of_batch))
 
     def _queries(self) -> dict[str, Tensor]:
         return {} if self.task_tokens is None else dict(self.task_tokens.queries)
