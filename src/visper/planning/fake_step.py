@@ -32,17 +32,6 @@ DEVICE = torch.ops.prim.device.default
 """Two of three operations on fake tensors only read the device. Answering here saves a tenth of a trace's time."""
 INDEX = torch.ops.aten.index.Tensor
 
-__all__ = [
-    "FakeTensorMode",
-    "KnownPositions",
-    "LiveBytes",
-    "adamw",
-    "autocast",
-    "fake_parameters",
-    "state_of",
-    "step_activations",
-]
-
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):
     """torch's mode, but it looks for GPUs once, not at every operation: a fifth of a trace's time on a CPU machine."""

@@ -38,14 +38,13 @@ def host_memory(memory: MemoryModel, settings: Settings, model: FakeRun) -> dict
         return {}
     teachers = 0.0 if settings.stored_targets else sum(teacher.weights for teacher in memory.teachers.values())
     shares = engine is Engine.FSDP and machine.gpus > 1  # only the first process reads the weights
-    starting = {"first": teachers + model.read, "other": teachers + (0.0 if shares else model.read)}
+    starting = teachers + model.read, teachers + (0.0 if shares else model.read)
     if engine in (Engine.ZERO2, Engine.ZERO3) and machine.gpus > 1:  # DeepSpeed writes its shards from the GPU
-        writing = {"first": 2 * model.saved, "other": 0.0}  # the gathered weights and their copy
+        writing = 2 * model.saved, 0.0  # the gathered weights and their copy
     else:
-        copied = (model.saved + model.moments) / memory.ways(settings)
-        writing = {"first": copied, "other": copied}
+        writing = ((model.saved + model.moments) / memory.ways(settings),) * 2
     processes = min(machine.gpus, machine.per_node)
     return {
-        moment: HostMemory(LIBRARIES + held["first"], LIBRARIES + held["other"], processes)
-        for moment, held in (("start or resume", starting), ("a checkpoint is written", writing))
+        moment: HostMemory(LIBRARIES + first, LIBRARIES + other, processes)
+        for moment, (first, other) in (("start or resume", starting), ("a checkpoint is written", writing))
     }
