@@ -15,13 +15,13 @@ from typing import Any
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
 from visper.config import Position, Run, Target, Task, load_run
+from visper.data.rows.formats import IMAGE_SUFFIXES
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.evaluation.visualize import PROMPT
 from visper.model.hub import sizes_of
 from visper.model.student import student_place
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
 MAX_TOKENS = 4096
 """Maximum length of a row: an image, its task tokens and a prompt."""
 
