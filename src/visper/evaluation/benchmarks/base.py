@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, with_needs
+from visper.evaluation.asking import Prompt
 from visper.evaluation.image_sources import ImageSource, TableImages, read_table
 from visper.evaluation.intervals import by_images, weighted, wilson_grouped
 
@@ -32,6 +33,11 @@ class Item:
     source: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
+
+    @property
+    def shown(self) -> Prompt:
+        """Its text with its images."""
+        return Prompt(self.id, self.prompt, self.images)
 
 
 @dataclass(frozen=True)
