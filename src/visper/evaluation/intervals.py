@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 
 Z = 1.959963984540054
@@ -111,9 +110,9 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple
     points = [own - other for own, other in zip(ours, theirs, strict=True)]
     if len(points) < 2:
         raise ValueError(f"{len(points)} seeds give no interval: expected at least 2, and 5 for a claim")
-    half = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
-    mean = statistics.fmean(points)
-    return mean, (mean - half, mean + half)
+    mean, interval = grouped([[point] for point in points])
+    assert interval is not None
+    return mean, interval
 
 
 def t_quantile(freedom: int) -> float:
