@@ -122,9 +122,7 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:
     """Depth error and pixel accuracy against the exact maps of held-out scenes, and centered cosines."""
-    scenes = HeldOut.read(world, 2 * judged)
-    half = len(scenes.images) // 2
-    fit, rest = scenes.part(0, half), scenes.part(half, 2 * half)
+    fit, rest = HeldOut.halves(world, judged)
     teachers = drawing_teachers(found.run)
     predicted = predict_images(found.model, rest.images, PROMPT)
     return findings(predicted, sources_of(found.run, None, teachers), teachers, fit, rest)
