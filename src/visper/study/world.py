@@ -22,9 +22,10 @@ from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, draw_questions
 from visper.quickstart.world import (
     HELD_OUT_SERIES,
-    IMAGE,
+    TURNS,
+    evaluation_record,
     evaluation_records,
-    image_name,
+    image_first,
     record,
     write_json,
     write_split,
@@ -33,7 +34,6 @@ from visper.quickstart.world import (
 NEAREST = "nearest"
 NEAREST_TEXT = "Which is closer to the camera ?"
 """A depth question about all objects at once; questions in training name the two objects to compare."""
-TURNS = 6
 
 
 def write_study_world(
@@ -68,12 +68,12 @@ def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Ite
         orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
         prompt = language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))]
         pairs = [
-            (f"{IMAGE}\n{prompt}", language.caption(objects, depth=False)),
+            (prompt, language.caption(objects, depth=False)),
             language.look_up(orders[0], depth=False),
             language.look_up(orders[1], depth=False),
             language.look_back(orders[2][0]),
         ]
-        yield record(f"scene_{index:06d}", index, pairs)
+        yield record(f"scene_{index:06d}", index, image_first(pairs))
 
 
 def instruct_records(
@@ -88,8 +88,7 @@ def instruct_records(
         mine = by_scene[int(scene)]
         pairs = [(q.text(scenes[q.scene]), q.answer) for q in (mine[i] for i in rng.permutation(len(mine)))]
         for start in range(0, len(pairs), TURNS):
-            (first, answer), *rest = pairs[start : start + TURNS]
-            yield record(f"scene_{scene:06d}_{start}", int(scene), [(f"{IMAGE}\n{first}", answer), *rest])
+            yield record(f"scene_{scene:06d}_{start}", int(scene), image_first(pairs[start : start + TURNS]))
         number += len(mine)
         if number >= most:
             return
@@ -98,11 +97,6 @@ def instruct_records(
 def nearest_records(scenes: Sequence[Objects], most: int) -> list[dict[str, str]]:
     """One question per scene: which of all objects is nearest; the answer is its name."""
     return [
-        {
-            "image": image_name("held_out", index),
-            "question": NEAREST_TEXT,
-            "answer": min(objects, key=lambda thing: thing.depth).name,
-            "kind": NEAREST,
-        }
+        evaluation_record(index, NEAREST_TEXT, min(objects, key=lambda thing: thing.depth).name, NEAREST)
         for index, objects in enumerate(scenes[:most])
     ]
