@@ -118,7 +118,7 @@ def asked(monkeypatch):
     """Pretends to answer with the color of the first image. Returns the texts that were asked."""
     texts = []
 
-    def answer(student, prompts, shown, length):
+    def answer(student, prompts, shown, length, generate):
         texts.extend(prompts)
         return [str(images[0].getpixel((0, 0))) for images in shown]
 
