@@ -1,7 +1,7 @@
 """``visper evaluate``: accuracy on questions or public benchmarks."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -55,29 +55,21 @@ def run(
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
-    of_questions = {"--images": images, "--max-new-tokens": max_new_tokens}
-    _check_options(questions, benchmark, protocol, of_questions)
-    of_both = {"--answers": answers, "--root": root, "--limit": limit}
-    of_both |= {"--batch-size": batch_size, "--processes": processes}
-    options = {"--questions": questions, "--benchmark": benchmark, **of_questions, **of_both}
-    command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    command += [] if blind is None else ["--blind" if blind else "--no-blind"]
-    start = partial(_start, processes, ["evaluate", model, *command])
+    _check_options(questions, benchmark, protocol, {"--images": images, "--max-new-tokens": max_new_tokens})
     if questions is not None:
-        _questions(
-            model, questions, images, limit, answers, batch_size, max_new_tokens or 32, blind is not False, start
-        )
+        length, control = max_new_tokens or 32, blind is not False
+        _questions(model, questions, images, limit, answers, batch_size, length, control, processes)
     elif benchmark is not None:
-        _benchmarks(model, benchmark, root, limit, answers, batch_size, bool(blind), start)
+        _benchmarks(model, benchmark, root, limit, answers, batch_size, bool(blind), processes)
 
 
-def _start(processes: int, command: list[str]) -> tuple[int, int]:
+def _start(processes: int) -> tuple[int, int]:
     """Starts the processes and waits for them, if there are several. Returns this process's share."""
     from visper.config import Launch
     from visper.evaluation.asking import own_share
     from visper.training import start_processes
 
-    started = start_processes(Launch(processes=processes), command, REMEDY)
+    started = start_processes(Launch(processes=processes), sys.argv[1:], REMEDY)
     return (0, 1) if started else own_share()  # the started processes have answered; this one scores
 
 
@@ -102,7 +94,7 @@ def _questions(
     batch_size: int,
     max_new_tokens: int,
     blind: bool,
-    start: Callable[[], tuple[int, int]],
+    processes: int,
 ) -> None:
     from visper.data.sampler import spread
     from visper.evaluation.asking import Asker, answers_file, require_writable
@@ -116,7 +108,7 @@ def _questions(
     place = answers or answers_file(model, questions.stem, limit)
     require_other_files({"the file of answers, --answers,": place}, questions)
     require_writable(place, "give another file with --answers FILE.jsonl")
-    asker = Asker(model, batch_size, start())
+    asker = Asker(model, batch_size, _start(processes))
     own, control = ask_questions(asker, spread(asked, limit), source, place, max_new_tokens, blind)
     if asker.share[1] > 1:
         return
@@ -135,7 +127,7 @@ def _benchmarks(
     answers: Path | None,
     batch_size: int,
     blind: bool,
-    start: Callable[[], tuple[int, int]],
+    processes: int,
 ) -> None:
     from visper.evaluation.asking import Asker, answers_file, require_writable
     from visper.evaluation.benchmarks import find_benchmarks
@@ -148,7 +140,7 @@ def _benchmarks(
         require_writable(
             answers_file(model, benchmark.name, limit, answers), "give another folder with --answers FOLDER"
         )
-    asker = Asker(model, batch_size, start())
+    asker = Asker(model, batch_size, _start(processes))
     results = [run_benchmark(asker, benchmark, root, limit, blind, answers) for benchmark in chosen]
     found = [result for result in results if result is not None]
     if found:
