@@ -71,8 +71,7 @@ def check(
     from visper.data.images import background_of
     from visper.model.start import starting_processor
     from visper.target_store.build import build_targets
-    from visper.target_store.check import damaged_parts
-    from visper.target_store.open import build_command, open_targets
+    from visper.target_store.open import build_command, damaged_parts, open_targets
 
     console = Console(soft_wrap=True)
     geometry = settings.data.geometry.value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from visper.common.console import track
 from visper.common.errors import ConfigError, DataError
 from visper.common.ranks import first_decides
 from visper.config import Distillation
@@ -18,7 +19,7 @@ from visper.data.rows.table import Records
 from visper.distillation.teachers.base import Teacher
 from visper.target_store.fingerprint import Fingerprint, fingerprints
 from visper.target_store.quantize import TargetCodec
-from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folder_of, read_dtype
+from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folder_of, is_damaged, read_dtype
 
 
 class DecodedTargets(Teacher):
@@ -107,9 +108,7 @@ def open_targets(
     if distillation is None or place is None:
         return None
     remedy = build_command(place, arguments)
-    dtype = read_dtype(place)
-    if dtype is None:
-        raise ConfigError(f"distillation.targets: there is no target store at '{place}': run {remedy}")
+    dtype = _require_store(place, remedy)
     found = {}
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
         folder = find_folder(place, task, fingerprint, distillation.tasks[task].target.place, remedy)
@@ -121,6 +120,34 @@ def open_targets(
                 f"is {wanted}: leave it out, or build another store"
             )
     return TargetStore(found, remedy)
+
+
+def damaged_parts(
+    distillation: Distillation, geometry: str, background: tuple[int, int, int], store: Path, remedy: str
+) -> Iterator[Path]:
+    """The parts of the run's teachers that cannot be read or contain a target that does not match its checksum.
+
+    Every part is read completely. Arguments as in ``open_targets``.
+
+    Raises:
+        ConfigError: ``store`` is not a store, or has no targets of one of the run's teachers.
+    """
+    dtype = _require_store(store, remedy)
+    parts = []
+    for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
+        folder = find_folder(store, task, fingerprint, distillation.tasks[task].target.place, remedy)
+        codec = TargetCodec(StoredTeacher.read(folder).spec, dtype)
+        parts += [(part, codec) for part in sorted(folder.glob("*.safetensors"))]
+    for part, codec in track(parts, description="verifying checksums"):
+        if is_damaged(part, codec):
+            yield part
+
+
+def _require_store(place: Path, remedy: str) -> str:
+    dtype = read_dtype(place)
+    if dtype is None:
+        raise ConfigError(f"there is no target store at '{place}': run {remedy}")
+    return dtype
 
 
 def build_command(store: Path, arguments: Sequence[str] | None = None) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from visper.common.cache import key
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
@@ -111,11 +113,9 @@ def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Pat
         announce(
             console,
             "targets",
-            f"{task}: {missing:,} of {plan.images:,} images to compute; {shape}: {format_bytes(plan.sizes[task])}",
+            f"{task}: {missing:,} of {plan.images:,} images to compute; {shape}: {_size(plan.sizes[task])}",
         )
-    announce(
-        console, "disk", f"{format_bytes(plan.total)} to write, {format_bytes(_free_bytes(store))} free at '{store}'"
-    )
+    announce(console, "disk", f"{_size(plan.total)} to write, {_size(_free_bytes(store))} free at '{store}'")
 
 
 def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
@@ -124,17 +124,13 @@ def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
     if need > free:
         smaller = "" if dtype in ("int8", "fp8") else ", or --dtype int8, half the size of float16"
         raise ConfigError(
-            f"the targets to be computed take {format_bytes(need)}, but '{store}' has {format_bytes(free)} free: "
+            f"the targets to be computed take {_size(need)}, but '{store}' has {_size(free)} free: "
             f"choose another disk{smaller}"
         )
 
 
-def format_bytes(count: int) -> str:
-    """A size such as "1.50 GB", in powers of ten."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count / 1000:.1f} kB"
+def _size(count: int) -> str:
+    return decimal(count, precision=2)
 
 
 def _free_bytes(store: Path) -> int:
