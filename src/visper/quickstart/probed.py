@@ -110,14 +110,13 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
     """
     require_scorable(found.run, what, root)
     if what in SETS:
-        count = len(FILES[what](root, limit))
-        return [replace(one, images=count) for one in SETS[what](found, root, limit)]
+        return SETS[what](found, root, limit)
     folder = Path(what)
     if (folder / "held_out.npz").is_file():
-        judged = limit or JUDGED
-        return [replace(one, of=str(folder.resolve()), images=judged) for one in world_findings(found, folder, judged)]
-    files = images_below(folder)[:limit]
-    return [replace(one, of=str(folder.resolve()), images=len(files)) for one in cosine_findings(found, files)]
+        scored = [replace(one, images=limit or JUDGED) for one in world_findings(found, folder, limit or JUDGED)]
+    else:
+        scored = cosine_findings(found, images_below(folder)[:limit])
+    return [replace(one, of=str(folder.resolve())) for one in scored]
 
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:

@@ -126,8 +126,8 @@ def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     result = []
     for name, parts in columns.items():
         own, other, raw, constant = (grouped([[value] for value in torch.cat(part).tolist()]) for part in parts)
-        result.append(Finding(name, "centered cosine", own[0], {OTHER: other[0]}, interval=own[1]))
-        result.append(Finding(name, "cosine", raw[0], {MEAN: constant[0]}, interval=raw[1]))
+        result.append(Finding(name, "centered cosine", own[0], {OTHER: other[0]}, interval=own[1], images=len(files)))
+        result.append(Finding(name, "cosine", raw[0], {MEAN: constant[0]}, interval=raw[1], images=len(files)))
     return result
 
 
@@ -281,7 +281,7 @@ def _decoded(
         task = task_of(name)
         places = {OTHER: f"{name}/{OTHER}", MEAN: f"{task}/{MEAN}", TEACHER: f"{task}/{TEACHER}"}
         controls = {control: grouped(scores[place])[0] for control, place in places.items() if place in scores}
-        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval))
+        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval, images=len(files)))
     return result
 
 
