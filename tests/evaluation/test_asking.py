@@ -66,11 +66,11 @@ def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, 
     ask_all(lambda: student, PROMPTS, whole)
     asked = []
 
-    def counting(student, prompts, shown, length):
+    def counting(student, prompts, shown, length, generate):
         asked.extend(prompts)
         if len(asked) == 8:
             raise KeyboardInterrupt
-        return answer(student, prompts, shown, length)
+        return answer(student, prompts, shown, length, generate)
 
     answer = asking.answer
     monkeypatch.setattr(asking, "answer", counting)

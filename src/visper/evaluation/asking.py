@@ -47,10 +47,7 @@ class Answers:
 
     Args:
         file: file of all answers, written at the end. Until then, answers are appended to ``FILE.part-PROCESS``.
-        images: source of the images of the prompts.
         model: identity of the model and of its precision.
-        max_new_tokens: maximum length of an answer.
-        process: index of this process among those that ask.
     """
 
     def __init__(

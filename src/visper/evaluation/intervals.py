@@ -37,9 +37,6 @@ def wilson_grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     (Franco et al. 2019). Where the correlation inside groups cannot be estimated, because there is one group or all
     values are equal, each group counts as one value. Without groups of several values it is ``wilson``.
 
-    Args:
-        groups: one value or more each.
-
     Raises:
         ValueError: not a share, or no values.
     """

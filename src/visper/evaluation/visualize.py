@@ -39,9 +39,6 @@ def look(
     """One row per task: the image as the student sees it, then drawings of the teacher's target and each prediction.
 
     Args:
-        found: a pre-trained student with its teachers.
-        image: RGB.
-        prompt: the prompt beside the image.
         gallery: images among which the nearest are shown if a teacher cannot draw (a target of one token has no
             positions); without any, an empty tile says so.
     """

@@ -36,10 +36,6 @@ class WhileTraining:
     """Asks the same questions each time, and scores them as ``visper evaluate`` does.
 
     Args:
-        prompts: the prompts to ask.
-        images: source of their images.
-        max_new_tokens: maximum length of an answer.
-        score: scores all answers.
         blind: also ask each prompt with other prompts' images; the accuracy is the value ``blind``.
 
     Raises:

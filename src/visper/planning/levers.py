@@ -25,8 +25,6 @@ def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], F
     """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown.
 
     Args:
-        memory: the memory model of the run on its machine.
-        now: the run's own settings.
         model_of: returns the run's model, with LoRA if True.
     """
     limit = memory.machine.usable

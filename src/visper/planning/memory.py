@@ -90,7 +90,6 @@ class MemoryModel:
     """Calculates the memory of a run on one machine for any ``Settings``.
 
     Attributes:
-        run, machine, rows: the run, the machine, and the run's rows.
         specs, teachers: shapes of the targets and sizes of the teachers, by task.
         process: bytes of a process before it holds a model.
     """

@@ -23,7 +23,6 @@ def least_recomputation(run: Run, processes: int) -> tuple[float, str]:
     first change that makes it fit.
 
     Args:
-        run: the run to train.
         processes: the number of training processes, one per GPU; all GPUs are assumed to be the same.
     """
     from visper.planning.memory import Machine  # here: only GPUs need it, and every run imports this file

@@ -44,9 +44,7 @@ class Rows:
     """The rows of one epoch.
 
     Attributes:
-        count: the number of rows.
         sample: the measured rows; empty if lengths are assumed.
-        average: the average row.
         longest: the most tokens, supervised tokens and images of any row.
         images: images per row, on average.
         source: where the figures come from, as text.
@@ -112,9 +110,7 @@ def row_statistics(run: Run, start: Run, student: Student) -> Rows:
     """Counts and measures the rows of ``run``.
 
     Args:
-        run: the run whose rows are counted.
         start: the run that provides its student (``parameters.starting_point``); its processor encodes the rows.
-        student: that student, with or without weights.
 
     Raises:
         ConfigError: the rows are not on this machine, and at least one data set is not in ``PUBLISHED``.

@@ -102,10 +102,6 @@ class Published:
 def read_published(folder: Path, parameters: Iterable[str]) -> Published:
     """Reads the configuration of a checkpoint.
 
-    Args:
-        folder: the checkpoint's folder.
-        parameters: the names of its parameters.
-
     Raises:
         ConfigError: config.json is missing or cut short, or describes another architecture or a variant that visper's
             student does not support.

@@ -86,7 +86,6 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     """Builds the converted checkpoint without its weights.
 
     Args:
-        published: the checkpoint's configuration.
         output: the converted checkpoint's folder, for its run.
         encoder: hub id or folder that replaces the one in ``mm_vision_tower``.
         encoder_inside: the checkpoint has the encoder's weights, so that only its configuration is loaded.

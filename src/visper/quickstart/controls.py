@@ -65,8 +65,6 @@ def findings(
 
     Args:
         predicted: predictions for the judged scenes, in their order, by "task/layer".
-        sources: functions that give the targets, by task.
-        teachers: teachers that decode targets, by task.
         fit, judged: the two halves of the held-out scenes, see the top of this module.
     """
     found = []

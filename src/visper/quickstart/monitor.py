@@ -24,8 +24,6 @@ class PredictionMonitor(TrainerCallback):
     """Saves predictions at chosen steps as ``step_000100.npz``: an array ``[S, N, E]`` for every ``task/layer``.
 
     Args:
-        folder: the folder of these files.
-        images: held-out images.
         steps: optimizer steps after which to predict; 0 is before the first.
     """
 

@@ -43,10 +43,6 @@ def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str,
     """Probes every layer of a model for depth and classes: trained on a world's scenes, scored on held-out ones.
 
     Args:
-        model: the model's folder.
-        world: the world's folder.
-        bases: the folder of the teachers.
-        judged: number of held-out scenes that are judged.
         length: an override that sets the length of the training, such as ``optimization.epochs=2``.
         out: the probes' folder; finished results there are read.
     """
@@ -80,8 +76,6 @@ def require_apart(rows: Path, images: Path, what: str, root: Path, limit: int | 
     Scenes of a quickstart's world are in one file, apart from those that it trains on; they are not compared.
 
     Args:
-        rows: the rows that the heads are trained on.
-        images: folder of their images.
         what, root, limit: what is scored, as for ``score_on``.
 
     Raises:

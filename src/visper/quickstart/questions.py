@@ -158,8 +158,6 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     Balancing leaves about 1.5 questions of each kind per scene.
 
     Args:
-        scenes: the objects of each scene.
-        seed: seed of the drawing.
         per_kind: questions of each kind, at most; default: as many as the kind with the fewest has.
     """
     rng = np.random.default_rng([seed, 77])

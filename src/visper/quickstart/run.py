@@ -94,8 +94,6 @@ def quickstart(
     Args:
         out: the folder of all results: ``world/``, ``bases/``, ``pt/``, ``ift/``.
         seed: seed of the world, the projector and the order of the rows.
-        budget: ``FULL`` or ``FAST``.
-        console: where progress and results are printed.
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()

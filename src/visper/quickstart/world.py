@@ -37,8 +37,6 @@ def write_world(folder: Path, *, seed: int, scenes: int, held_out: int, per_kind
     """Writes a world to a new folder, complete or absent. The same arguments give the same files.
 
     Args:
-        seed: seed of scenes, questions and wording.
-        scenes, held_out: numbers of training scenes and of held-out scenes, for questions.
         per_kind: held-out questions of each kind, at most.
 
     Raises:

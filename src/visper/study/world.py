@@ -45,7 +45,6 @@ def write_study_world(
         scenes: number of scenes to pre-train and fine-tune on.
         more: number of scenes of ``pretrain_more.json``, which include those of ``pretrain.json``.
         labels: numbers of questions to fine-tune on.
-        held_out: number of held-out scenes.
         per_kind: approximate number of held-out questions of each kind.
     """
     with atomic_path(folder) as beside:

@@ -51,12 +51,10 @@ def build_targets(
     """Computes the targets that the store lacks for the run's images and teachers.
 
     Args:
-        run: the run whose data, geometry and teachers are used.
         out: the store's folder; created if it does not exist.
         dtype: a key of ``quantize.DTYPES``; default: the store's, float16 for a new one.
         batch: images per forward pass of a teacher.
         size_only: print what would be computed and how large it is, and write nothing.
-        quiet: print nothing.
 
     Raises:
         ConfigError: the run has no teachers, ``out`` is not a store, or the disk is too small.

@@ -51,8 +51,6 @@ class Fingerprint:
         """The fingerprint of a recipe's teacher.
 
         Args:
-            teacher: the task's target in the recipe.
-            geometry: geometry of the run's data.
             background: the RGB color that ``pad`` puts around an image.
         """
         options = json.loads(json.dumps(teacher.options))  # as read back from JSON: tuples become lists

@@ -43,7 +43,6 @@ class TargetStore:
     """The stored targets of a run's tasks.
 
     Args:
-        tasks: task -> the stored targets of its teacher.
         remedy: the command that computes missing targets, for messages.
     """
 
@@ -95,10 +94,7 @@ def open_targets(
     """Opens the store that the run names (``distillation.targets``), or ``store``; None if the run uses its teachers.
 
     Args:
-        distillation: the run's section.
-        geometry: geometry of the run's data.
         background: the RGB color that ``pad`` puts around an image.
-        store: open this store instead.
         arguments: see ``build_command``.
 
     Raises:
@@ -165,10 +161,8 @@ def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, re
     """The folder of a teacher's targets.
 
     Args:
-        store: the store's folder.
         task: name of the task, for messages.
         fingerprint: the teacher's; if its revision is unknown, the store's only targets of ``model`` are used.
-        model: the teacher's ``model`` in the recipe.
         remedy: the command that builds missing targets, for messages.
 
     Raises:

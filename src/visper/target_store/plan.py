@@ -67,11 +67,8 @@ def plan_build(
     """Compares the run's images with the store. Images that lack targets of the same tasks share parts, in row order.
 
     Args:
-        records: the run's rows.
-        store: its folder; need not exist.
         made_by: task -> fingerprint of its teacher.
         codecs: task -> codec of its targets.
-        quiet: show no progress.
     """
     first_place: dict[bytes, tuple[int, int]] = {}
     for place, own in digests_of(records, quiet).items():

@@ -46,11 +46,7 @@ def write_part(
     """Writes one part, completely or not at all.
 
     Args:
-        folder: folder of the teacher.
-        codec: codec of its targets.
-        digests: digests of the images.
         packed: each image's target ``[target_bytes]`` (``TargetCodec.pack``); None: the image cannot be decoded.
-        name: name of the part.
     """
     good = [(own, target) for own, target in zip(digests, packed, strict=True) if target is not None]
     stored = [target for _, target in good]

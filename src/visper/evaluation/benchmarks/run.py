@@ -60,9 +60,7 @@ def run_benchmark(
     """Asks this process's share of a benchmark. Returns the result, or None if there are several processes.
 
     Args:
-        root: root folder of all data sets.
         limit: maximum number of rows, see ``spread``.
-        blind: also ask each question with another question's image.
         folder: folder of the raw answers; default: in the model's, see ``answers_file``.
     """
     rows, images = benchmark.rows(root)

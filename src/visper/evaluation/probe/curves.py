@@ -122,7 +122,6 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
 
     Args:
         probes: name of a model -> its findings.
-        out: output file; its suffix determines the format.
 
     Raises:
         ConfigError: see ``require_drawable``.

@@ -101,10 +101,6 @@ def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) 
 def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     """Cosines with the teachers' targets over images that the probes were not trained on.
 
-    Args:
-        found: a model with trained heads.
-        files: images, at least two.
-
     Raises:
         DataError: fewer than two images.
     """
