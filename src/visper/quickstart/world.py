@@ -83,19 +83,22 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Records for each scene: a caption, two look-ups of all objects in different orders, and a look-up from a place to
-    a name."""
+    """Records for each scene, one for each pair of ``pretrain_pairs``."""
     for index, objects in enumerate(scenes):
-        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
-        pairs = [
-            (language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))], language.caption(objects)),
-            language.look_up(orders[0]),
-            language.look_up(orders[1]),
-            language.look_back(orders[2][0]),
-        ]
-        for number, (prompt, answer) in enumerate(pairs):
+        for number, (prompt, answer) in enumerate(pretrain_pairs(objects, rng)):
             said = f"{IMAGE}\n{prompt}" if rng.random() < 0.75 else f"{prompt}\n{IMAGE}"
             yield record(f"scene_{index:06d}_{number}", index, [(said, answer)])
+
+
+def pretrain_pairs(objects: Objects, rng: np.random.Generator, depth: bool = True) -> list[tuple[str, str]]:
+    """A caption, two look-ups of all objects in different orders, and a look-up from a place to a name."""
+    orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
+    return [
+        (str(rng.choice(language.CAPTION_PROMPTS)), language.caption(objects, depth)),
+        language.look_up(orders[0], depth),
+        language.look_up(orders[1], depth),
+        language.look_back(orders[2][0]),
+    ]
 
 
 def instruct_records(

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from visper.common.files import atomic_path
-from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, draw_questions
 from visper.quickstart.world import (
     HELD_OUT_SERIES,
@@ -26,6 +25,7 @@ from visper.quickstart.world import (
     evaluation_record,
     evaluation_records,
     image_first,
+    pretrain_pairs,
     record,
     write_json,
     write_split,
@@ -64,15 +64,7 @@ def write_study_world(
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One conversation per scene that never mentions depth."""
     for index, objects in enumerate(scenes):
-        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
-        prompt = language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))]
-        pairs = [
-            (prompt, language.caption(objects, depth=False)),
-            language.look_up(orders[0], depth=False),
-            language.look_up(orders[1], depth=False),
-            language.look_back(orders[2][0]),
-        ]
-        yield record(f"scene_{index:06d}", index, image_first(pairs))
+        yield record(f"scene_{index:06d}", index, image_first(pretrain_pairs(objects, rng, depth=False)))
 
 
 def instruct_records(

@@ -60,7 +60,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its name, the maximum length of an answer, the column of its overall score, and three functions."""
+    """A benchmark: its name, the maximum length of an answer, the column of its overall score, and its functions."""
 
     name: str
     max_new_tokens: int
@@ -69,9 +69,16 @@ class Benchmark:
     """Root folder of all data sets -> rows and images."""
     read: Callable[[Item, str], Reading]
     """Reads an answer; not called for questions without an answer."""
-    score: Callable[[Sequence[Item], Sequence[str | None]], list[Column]]
-    """Scores readings, given in the order of the items. The overall score is absent if the items have a part of it
-    only."""
+    mark: Callable[[Item, str | None], float]
+    """Marks a reading, 0..1."""
+    columns: Callable[[Sequence[Item], Sequence[float]], list[Column]] | None = None
+    """Scores of the items' marks; default: their mean, as the overall score. The overall score is absent if the items
+    have a part of it only."""
+
+    def score(self, items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
+        """Scores readings, given in the order of the items."""
+        marks = [self.mark(item, text) for item, text in zip(items, readings, strict=True)]
+        return self.columns(items, marks) if self.columns else [share(self.overall, items, marks)]
 
 
 def require_prepared(name: str, root: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
-from visper.config import Position, Run, Target, Task, load_run
+from visper.config import Position, Run, Target, load_run
 from visper.data.rows.formats import IMAGE_SUFFIXES
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -93,17 +93,14 @@ def probe_run(
 
 def _probed(target: Target, layers: int) -> dict[str, Any]:
     given = target.model_dump(mode="json", exclude_none=True) | PROBED_LEVELS.get(target.kind, {})
-    task = Task.model_validate(
-        {
-            "target": given,
-            "at": "sequence",
-            "layers": list(range(1, layers + 1)),
-            "head": {"kind": "resampler", "queries": "matrix"},
-            "loss": {"smooth_l1": 1.0},
-            "weight": 1.0,
-        }
-    )
-    return task.model_dump(mode="json")
+    return {
+        "target": given,
+        "at": "sequence",
+        "layers": list(range(1, layers + 1)),
+        "head": {"kind": "resampler", "queries": "matrix"},
+        "loss": {"smooth_l1": 1.0},
+        "weight": 1.0,
+    }
 
 
 def images_below(folder: Path) -> list[Path]:
