@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path, require_other_files
+from visper.cli.arguments import path_option, require_other_files
 from visper.common.console import Console
 from visper.common.errors import ConfigError
 
@@ -18,23 +18,18 @@ REMEDY = "repeat the command to continue: answers so far are kept"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     questions: Annotated[
-        Path | None,
-        typer.Option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]", parser=parse_path),
+        Path | None, path_option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="folder of the image paths; not needed for embedded images", parser=parse_path)
+        Path | None, path_option(help="folder of the image paths; not needed for embedded images")
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="cv-bench, mmstar, realworldqa, ok-vqa or all")] = None,
-    root: Annotated[Path, typer.Option(help="folder of all data sets, for benchmarks", parser=parse_path)] = Path(
-        "data"
-    ),
+    root: Annotated[Path, path_option(help="folder of all data sets, for benchmarks")] = Path("data"),
     protocol: Annotated[str, typer.Option(help="prompts, parsing and metrics of benchmarks: paper")] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions, evenly spaced")] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            help="JSONL file of the raw answers; for benchmarks, a folder; default: in MODEL/answers", parser=parse_path
-        ),
+        path_option(help="JSONL file of the raw answers; for benchmarks, a folder; default: in MODEL/answers"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions per batch")] = 32,
     max_new_tokens: Annotated[

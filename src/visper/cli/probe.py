@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path, require_other_files
+from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -18,14 +18,12 @@ REMEDY = "repeat the command to continue from the last checkpoint"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a model's folder or a hub id", metavar="MODEL")],
     tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe given by --teachers; repeatable")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
-    images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],
+    out: Annotated[Path, path_option("--out", "-o", help="the probe's folder")],
+    images: Annotated[Path, path_option(help="folder of images to train the heads on")],
     teachers: Annotated[
         str | None, typer.Option(help="recipe or run.yaml whose tasks name the teachers; default: the model's own")
     ] = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="JSON rows; train only on the images that they name", parser=parse_path)
-    ] = None,
+    rows: Annotated[Path | None, path_option(help="JSON rows; train only on the images that they name")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="train only on the first N images", metavar="N")] = None,
     score: Annotated[
         list[str] | None,
@@ -36,12 +34,8 @@ def run(
     score_limit: Annotated[
         int | None, typer.Option(min=1, help="score only on the first N images", metavar="N")
     ] = None,
-    root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
-        "data"
-    ),
-    beside: Annotated[
-        list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable", parser=parse_path)
-    ] = None,
+    root: Annotated[Path, path_option(help="folder of the data sets that --score names")] = Path("data"),
+    beside: Annotated[list[Path] | None, path_option(help="folder of another probe to draw; repeatable")] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_file),
