@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,12 @@ class DecodedTargets(Teacher):
         raise ValueError("stored targets cannot be drawn: build the teacher (visper.distillation.build_teacher)")
 
 
+@dataclass(frozen=True)
 class TargetStore:
-    """The stored targets of a run's tasks.
+    """The stored targets of a run's tasks. ``remedy`` is the command that computes missing ones, for messages."""
 
-    Args:
-        remedy: the command that computes missing targets, for messages.
-    """
-
-    def __init__(self, tasks: Mapping[str, TaskTargets], remedy: str) -> None:
-        self.tasks = dict(tasks)
-        self.remedy = remedy
+    tasks: Mapping[str, TaskTargets]
+    remedy: str
 
     def teachers(self) -> dict[str, Teacher]:
         """Task -> the module that training uses in place of its teacher."""
@@ -76,12 +73,8 @@ class TargetStore:
     def missing(self, digests: Iterable[bytes]) -> dict[str, list[bytes]]:
         """Task -> those of these images that the store lacks; tasks that lack none are left out."""
         wanted = list(dict.fromkeys(digests))
-        missing = {}
-        for task, targets in self.tasks.items():
-            lost = [own for own, known in zip(wanted, targets.known(wanted), strict=True) if not known]
-            if lost:
-                missing[task] = lost
-        return missing
+        missing = {task: targets.missing(wanted) for task, targets in self.tasks.items()}
+        return {task: lost for task, lost in missing.items() if lost}
 
 
 def open_targets(

@@ -76,7 +76,9 @@ def plan_build(
             first_place.setdefault(own, place)
     missing: dict[bytes, list[str]] = defaultdict(list)
     for task, fingerprint in made_by.items():
-        for own in _missing(list(first_place), folder_of(store, fingerprint), codecs[task].dtype):
+        folder, images = folder_of(store, fingerprint), list(first_place)
+        there = (folder / TEACHER).is_file()
+        for own in TaskTargets(folder, codecs[task].dtype).missing(images) if there else images:
             missing[own].append(task)
     groups: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
     for own in first_place:
@@ -93,13 +95,6 @@ def plan_build(
     return BuildPlan(
         len(first_place), tuple(parts), {task: count * codecs[task].target_bytes for task, count in counts.items()}
     )
-
-
-def _missing(digests: list[bytes], folder: Path, dtype: str) -> list[bytes]:
-    if not (folder / TEACHER).is_file():
-        return digests
-    known = TaskTargets(folder, dtype).known(digests)
-    return [own for own, is_known in zip(digests, known, strict=True) if not is_known]
 
 
 def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Path, console: Console) -> None:
