@@ -27,8 +27,7 @@ def run(
 
     from visper.common.console import Console
     from visper.evaluation.probe.curves import require_drawable
-    from visper.study.arms import ARMS
-    from visper.study.cells import FAST, FULL
+    from visper.study.arms import ARMS, FAST, FULL
     from visper.study.report import report
     from visper.study.run import study
 

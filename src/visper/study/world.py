@@ -30,35 +30,29 @@ from visper.quickstart.world import (
     write_json,
     write_split,
 )
+from visper.study.arms import Size
 
 NEAREST = "nearest"
 NEAREST_TEXT = "Which is closer to the camera ?"
 """A depth question about all objects at once; questions in training name the two objects to compare."""
 
 
-def write_study_world(
-    folder: Path, *, seed: int, scenes: int, more: int, labels: Sequence[int], held_out: int, per_kind: int
-) -> None:
-    """Writes the world atomically; the same arguments give the same files.
-
-    Args:
-        scenes: number of scenes to pre-train and fine-tune on.
-        more: number of scenes of ``pretrain_more.json``, which include those of ``pretrain.json``.
-        labels: numbers of questions to fine-tune on.
-        per_kind: approximate number of held-out questions of each kind.
-    """
+def write_study_world(folder: Path, seed: int, size: Size) -> None:
+    """Writes the world atomically; the same arguments give the same files."""
     with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
-        known = write_split(beside, "train", seed, more)
-        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+        known = write_split(beside, "train", seed, size.more)
+        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, size.held_out)
         rows = list(pretrain_records(known, np.random.default_rng([seed, 11])))
-        write_json(beside / "pretrain.json", rows[:scenes])
+        write_json(beside / "pretrain.json", rows[: size.scenes])
         write_json(beside / "pretrain_more.json", rows)
-        questions = draw_questions(known[:scenes], seed)
-        for number in labels:
+        questions = draw_questions(known[: size.scenes], seed)
+        for number in size.labels:
             write_json(beside / f"instruct_{number}.json", list(instruct_records(known, questions, seed, number)))
-        asks = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
-        write_json(beside / "questions.json", [*evaluation_records(asked, asks), *nearest_records(asked, per_kind)])
+        asks = draw_questions(asked, seed + HELD_OUT_SERIES, size.per_kind)
+        write_json(
+            beside / "questions.json", [*evaluation_records(asked, asks), *nearest_records(asked, size.per_kind)]
+        )
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
