@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visper.config import Engine
-from visper.planning.fake_run import FakeRun
 from visper.planning.memory import MemoryModel, Settings
 
 LIBRARIES = 0.7e9
@@ -31,9 +30,9 @@ class HostMemory:
         return self.first + (self.processes - 1) * self.other
 
 
-def host_memory(memory: MemoryModel, settings: Settings, model: FakeRun) -> dict[str, HostMemory]:
+def host_memory(memory: MemoryModel, settings: Settings) -> dict[str, HostMemory]:
     """Host memory by moment; empty on a CPU, where ``memory`` already is host memory."""
-    machine, engine = memory.machine, settings.engine
+    machine, engine, model = memory.machine, settings.engine, memory.model_of(settings.lora)
     if not machine.gpus:
         return {}
     teachers = 0.0 if settings.stored_targets else sum(teacher.weights for teacher in memory.teachers.values())

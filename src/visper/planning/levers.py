@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from visper.config import Engine, Stage
-from visper.planning.fake_run import FakeRun
 from visper.planning.memory import Memory, MemoryModel, Settings
 
 
@@ -21,20 +20,15 @@ class Lever:
     changes: str
 
 
-def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], FakeRun]) -> Lever | None:
-    """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown.
-
-    Args:
-        model_of: returns the run's model, with LoRA if True.
-    """
+def first_lever(memory: MemoryModel, now: Settings) -> Lever | None:
+    """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown."""
     limit = memory.machine.usable
     if limit is None:
         return None
     for other in sorted(_alternatives(memory, now), key=lambda other: sum(cost for cost, _ in _changes(now, other))):
-        model = model_of(other.lora)
-        if sum(memory.standing(other, model).values()) > limit:
+        if sum(memory.standing(other).values()) > limit:
             continue  # does not fit even without activations
-        found = memory.memory(other, model)
+        found = memory.memory(other)
         if found.total <= limit:
             return Lever(other, found, ", ".join(text for _, text in _changes(now, other)))
     return None

@@ -54,18 +54,17 @@ class Plan:
             settings = (run.lora or Lora.model_validate({})) if lora else None
             return FakeRun(run.model_copy(update={"lora": settings}), start, planned)
 
-        self._model_of = model_of
         self.model = model_of(run.lora is not None)
         self.parts = self.model.parts
         self.rows = row_statistics(run, start, self.model.student)
         # Loaded teachers are still in memory: on a CPU they are part of the training process.
         process = CUDA_CONTEXT if machine.gpus else _resident()
-        self._held = MemoryModel(run, machine, self.rows, self.specs, self.teachers, process)
+        self._held = MemoryModel(run, machine, self.rows, self.specs, self.teachers, process, model_of)
         del loaded
-        self.settings = self._held.decided(self.model)
-        self.memory = self._held.memory(self.settings, self.model)
-        self.host = host_memory(self._held, self.settings, self.model)
-        self.sent = self._held.sent(self.settings, self.model)
+        self.settings = self._held.decided()
+        self.memory = self._held.memory(self.settings)
+        self.host = host_memory(self._held, self.settings)
+        self.sent = self._held.sent(self.settings)
 
     @property
     def fits(self) -> bool:
@@ -75,7 +74,7 @@ class Plan:
     @cached_property
     def lever(self) -> Lever | None:
         """The first change that makes the run fit; None if it fits already or no change makes it fit."""
-        return None if self.fits else first_lever(self._held, self.settings, self._model_of)
+        return None if self.fits else first_lever(self._held, self.settings)
 
     @property
     def steps(self) -> int:
