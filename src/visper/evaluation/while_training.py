@@ -76,7 +76,7 @@ def evaluator_of(run: Run) -> Evaluator | None:
     """Builds what asks and draws during a run; None if the run does neither. Errors are raised before training.
 
     Raises:
-        ConfigError: see ``_asked``.
+        ConfigError: the benchmark is unknown or not prepared, or the limit is too small for its overall score.
         DataError: questions or held-out rows cannot be read, or their images are missing.
     """
     if run.evaluation is None or not (run.evaluation.asks or run.evaluation.draw):
@@ -103,12 +103,7 @@ def _drawn(run: Run) -> Draw:
 
 
 def _asked(run: Run) -> WhileTraining | None:
-    """Reads the questions of a run; None if it has none.
-
-    Raises:
-        ConfigError: the benchmark is unknown or not prepared, or the limit is too small for its overall score.
-        DataError: questions cannot be read, or their images are missing.
-    """
+    """Reads the questions of a run; None if it has none."""
     settings = run.evaluation
     if settings is None or not settings.asks:
         return None
@@ -137,11 +132,7 @@ def _asked(run: Run) -> WhileTraining | None:
 
 
 def _scorer(benchmark: Benchmark, items: Sequence[Item], num_rows: int) -> Scorer:
-    """Scores answers to some of a benchmark's rows.
-
-    Raises:
-        ConfigError: they are too few for its overall score.
-    """
+    """Scores answers to some of a benchmark's rows."""
 
     def columns_of(readings: Sequence[str | None]) -> dict[str, float]:
         values = {column.name: column.value for column in benchmark.score(items, readings)}

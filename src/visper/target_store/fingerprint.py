@@ -29,13 +29,10 @@ class Fingerprint:
     """Everything besides the image that determines a target.
 
     Attributes:
-        kind: kind of the teacher.
         revision: revision of its weights; None: a hub model whose commit neither the hub nor the local cache gave.
         options: the teacher's options that affect targets.
-        geometry: geometry in which the teacher sees the image.
         background: RGB color around the image, only for the geometry ``pad``.
         code: hash of the module of a class that is not in ``TEACHERS``.
-        computation: ``COMPUTATION``.
     """
 
     kind: str

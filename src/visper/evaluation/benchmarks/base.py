@@ -18,7 +18,6 @@ class Item:
     """One row of a benchmark.
 
     Attributes:
-        prompt: the complete prompt.
         answers: the right answer; in OK-VQA, the answer of each annotator.
         images: names of its images in the benchmark's source of images.
         kind: the task under which it is scored.

@@ -121,7 +121,6 @@ def write_rows(
     """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell its content).
 
     Args:
-        images: folder of the images, which are sorted by name.
         file: file of the rows; not written again if it has the same content.
         named_by: use only the images that the rows of this JSON file name, in their order.
         limit: use only this many images, from the first.
