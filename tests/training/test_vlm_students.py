@@ -45,7 +45,7 @@ from visper.model.vlm import build_vlm, build_vlm_processor
 from visper.planning.fake_run import FakeRun, fake_batch
 from visper.planning.fake_step import KnownPositions
 from visper.planning.memory import Machine
-from visper.planning.plan import plan
+from visper.planning.plan import Plan
 from visper.planning.row_statistics import RowLength
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
@@ -390,7 +390,7 @@ def test_a_run_is_planned_without_weights(family, folders, tmp_path):
     more = {"distillation": supervised_at_every_place(), "optimization": optimization}
     student = {"vlm": str(folders[family]), "max_pixels": None, "task_tokens": {"order": ["depth"], "per_task": 2}}
     run = run_of(tmp_path, folders[family], stage, student=student, **more)
-    found = plan(run, Machine(1, 80e9))
+    found = Plan(run, Machine(1, 80e9))
     assert found.rows.count == 10 and "640 x 480 pixels" in found.rows.source
     assert found.memory.parts["activations"] > 0 and found.fits
     parts = {part.part: part for part in found.parts}

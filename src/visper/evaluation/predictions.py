@@ -107,6 +107,16 @@ def predict_images(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
+def task_of(name: str) -> str:
+    """The task of a prediction's name, such as "depth" of "depth/20"."""
+    return name.partition("/")[0]
+
+
+def layer_of(name: str) -> int:
+    """The layer of a prediction's name, such as 20 of "depth/20"."""
+    return int(name.rpartition("/")[2])
+
+
 def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int = 100) -> Tensor:
     """A teacher's targets ``[S, N, E]`` (float32, CPU) for images already in the run's geometry."""
     parts = []

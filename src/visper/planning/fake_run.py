@@ -53,7 +53,6 @@ class FakeRun:
     """The training model of a run, built once and traced once for each kind of step.
 
     Args:
-        run: the run to plan.
         start: the run that provides its student (``parameters.starting_point``).
         specs: the shapes of the targets by task.
 

@@ -165,6 +165,8 @@ def join_processes(launch: Launch) -> PartialState:
     require_gpu_each()
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
+    if on_gpu:  # TF32. The Trainer's argument sets only torch's new flag; inductor then fails when it reads the old one
+        torch.set_float32_matmul_precision("high")
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
     count = torch.cuda.device_count()
     if processes.num_processes == 1 and count > 1:
