@@ -20,7 +20,7 @@ from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
 from visper.distillation.heads import LinearHead, TokenHead
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
 from visper.model import build_student
@@ -72,7 +72,7 @@ def plain(tiny_llm, tiny_encoder):
 
 def model_of(student, distillation, stage="ift", **optimization):
     teachers = build_teachers(distillation, "float32", student.task_token_ids)
-    model = build_training_model(student, Stage(stage), distillation, teachers)
+    model = build_training_model(student, Stage(stage), distillation, specs_of(teachers))
     settings = Optimization.model_validate({"global_batch": 4, "lr": 1e-3, **optimization})
     choose_trainable(model, Stage(stage), settings)
     return model.train()
@@ -265,7 +265,7 @@ def test_parts_are_added_to_the_stages_table(student):
 )
 def test_a_task_that_can_only_train_its_head_is_warned_of(student, at, stage, freeze, warned):
     settings, said = objective(at), StringIO()
-    model = build_training_model(student, Stage(stage), settings, build_teachers(settings, "float32"))
+    model = build_training_model(student, Stage(stage), settings, specs_of(build_teachers(settings, "float32")))
     optimization = Optimization(global_batch=4, lr=1e-3, precision="float32", freeze=freeze)
     set_trainable(model, Stage(stage), optimization, False, Console(file=said, width=500))
     text = f"warning     task 'depth' trains only its head: all that its states at {at} depend on is frozen"

@@ -21,13 +21,8 @@ from visper.data.images import cell_centers, visible_places
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as seen by the model's processor.
-
-    Attributes:
-        size: width and height in pixels.
-        tokens: number of image tokens.
-        alone: whether it is the only image of its row.
-        grid: its ``image_grid_thw`` ``[3]``, if the processor makes one.
+    """An image as seen by the model's processor: ``size`` is width and height in pixels, ``tokens`` its number of image
+    tokens, ``alone`` whether it is the only image of its row, ``grid`` its ``image_grid_thw`` ``[3]``, if there is one.
     """
 
     size: tuple[int, int]

@@ -39,9 +39,6 @@ class EmbeddingDistillation(nn.Module):
     Teachers are not part of this module: their targets come with the batch.
 
     Args:
-        tasks: task name -> task.
-        llm_width: width of the student's hidden states.
-        llm_layers: number of its decoder layers.
         init_logit_scale: initial value of each task's logit scale.
         text_keys: whether resamplers at task tokens also read the text after the image.
 

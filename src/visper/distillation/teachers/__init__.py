@@ -58,7 +58,8 @@ def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
         raise ValueError(
             f"teacher kind '{kind}' names {place}, expected a subclass of visper.distillation.teachers.Teacher"
         )
-    check_options(kind, options, tuple(signature(teacher_class).parameters)[1:])
+    accepted = list(signature(teacher_class).parameters)[1:]
+    check_options(f"teacher kind '{kind}'", options, dict.fromkeys(accepted, Any))
     return teacher_class
 
 
