@@ -92,7 +92,8 @@ class Rows:
 
     def _uniform(self, row: RowLength, rows: int, images_a_row: float) -> list[RowLength]:
         images = max(1, round(rows * images_a_row)) if images_a_row else 0
-        return [row._replace(images=images // rows + (at < images % rows)) for at in range(rows)]
+        shares = (images // rows + (at < images % rows) for at in range(rows))
+        return [RowLength(row.tokens, row.supervised, share) for share in shares]
 
 
 PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
