@@ -37,9 +37,10 @@ def main() -> None:
 
 
 def compare(rows: Path, images: Path, repeat: int, scratch: Path) -> None:
+    from visper.config import Source
     from visper.data.checks.digests import contents_of
     from visper.data.rows.parquet import write_parquet
-    from visper.data.rows.records import DropList, RowSource
+    from visper.data.rows.records import DropList
     from visper.data.rows.sources import open_records
 
     many = scratch / "rows.json"
@@ -51,7 +52,7 @@ def compare(rows: Path, images: Path, repeat: int, scratch: Path) -> None:
     print(f"{len(files):,} rows, {size:.0f} MB: written in {time.perf_counter() - start:.1f} s")
     for which in ("first", "again"):
         start = time.perf_counter()
-        parquet = open_records([RowSource(f"{scratch}/out/*.parquet", kind="parquet")], DropList())
+        parquet = open_records([Source.model_validate({"parquet": f"{scratch}/out/*.parquet"})], DropList())
         print(f"opened ({which}): {time.perf_counter() - start:.2f} s")
     indices = np.random.default_rng(0).integers(0, len(files), 4000).tolist()
     print("an image at random, Parquet:", microseconds(lambda i: contents_of(parquet, i), indices))

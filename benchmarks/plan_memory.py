@@ -26,9 +26,9 @@ from visper.config import Run, load_run
 def planned(run: Run) -> dict[str, Any]:
     """Planned bytes by part."""
     from visper.planning.memory import Machine
-    from visper.planning.plan import plan
+    from visper.planning.plan import Plan
 
-    memory = plan(run, Machine(0, None)).memory
+    memory = Plan(run, Machine(0, None)).memory
     return {"planned": memory.total, "parts": dict(memory.parts)}
 
 

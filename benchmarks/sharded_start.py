@@ -86,9 +86,9 @@ def planned(settings: dict[str, Any], processes: int) -> list[float]:
     """Planned MB of the first process and of the others."""
     from visper.planning.host import LIBRARIES
     from visper.planning.memory import Machine
-    from visper.planning.plan import plan
+    from visper.planning.plan import Plan
 
-    found = plan(Run.model_validate(settings), Machine(processes, None))
+    found = Plan(Run.model_validate(settings), Machine(processes, None))
     start = found.host["start or resume"]
     own = found.memory.parts["weights"] if settings["launch"]["engine"] == "fsdp" else 0.0
     return [round((held - LIBRARIES + own) / 1e6) for held in (start.first, start.other)]

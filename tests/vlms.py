@@ -13,7 +13,7 @@ from tests.tiny import byte_tokenizer
 
 FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
 
-_CHATML = (
+CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -31,7 +31,7 @@ _GEMMA = (
 )
 
 
-def _tokenizer(tokens: list[str], named: dict[str, str] | None = None) -> Any:
+def tokenizer_with(tokens: list[str], named: dict[str, str] | None = None) -> Any:
     """The byte tokenizer with more special tokens; ``named`` ones become its attributes."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, *(named or {}).values()]})
@@ -48,7 +48,7 @@ def _tokenizer(tokens: list[str], named: dict[str, str] | None = None) -> Any:
 
 
 def _onevision() -> Any:
-    tokenizer = _tokenizer(["<|im_start|>", "<|im_end|>", "<image>", "<video>"])
+    tokenizer = tokenizer_with(["<|im_start|>", "<|im_end|>", "<image>", "<video>"])
     images = t.LlavaOnevisionImageProcessor(
         size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 16], [16, 32], [32, 32]]
     )
@@ -58,23 +58,23 @@ def _onevision() -> Any:
         t.LlavaOnevisionVideoProcessor(),
         num_image_tokens=16,
         vision_feature_select_strategy="full",
-        chat_template=_CHATML.replace("IMAGE", "<image>\n"),
+        chat_template=CHATML.replace("IMAGE", "<image>\n"),
     )
 
 
-def _qwen(kind: Callable[..., Any], videos: Callable[..., Any]) -> Any:
+def qwen_processor(kind: Callable[..., Any], videos: Callable[..., Any]) -> Any:
     pads = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    tokenizer = _tokenizer(["<|im_start|>", "<|im_end|>", *pads])
+    tokenizer = tokenizer_with(["<|im_start|>", "<|im_end|>", *pads])
     images = t.Qwen2VLImageProcessor(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
-    template = _CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     return kind(images, tokenizer, videos(), chat_template=template)
 
 
 def _internvl() -> Any:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    tokenizer = _tokenizer(["<|im_start|>", "<|im_end|>"], {**named, "video_token": "<video>"})
+    tokenizer = tokenizer_with(["<|im_start|>", "<|im_end|>"], {**named, "video_token": "<video>"})
     images = t.GotOcr2ImageProcessor(size={"height": 16, "width": 16}, max_patches=4)
-    template = _CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
+    template = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
     return t.InternVLProcessor(
         images, tokenizer, t.InternVLVideoProcessor(), image_seq_length=4, chat_template=template
     )
@@ -84,21 +84,21 @@ def _smolvlm() -> Any:
     places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     marks = ["<fake_token_around_image>", "<global-img>", "<image>", "<video>", "<end_of_utterance>", "<|im_start|>"]
     images = t.SmolVLMImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    tokenizer = _tokenizer([*marks, *places])
+    tokenizer = tokenizer_with([*marks, *places])
     return t.SmolVLMProcessor(images, tokenizer, t.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=_SMOL)
 
 
 def _gemma3() -> Any:
     named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    tokenizer = _tokenizer(["<start_of_turn>", "<end_of_turn>"], named)
+    tokenizer = tokenizer_with(["<start_of_turn>", "<end_of_turn>"], named)
     images = t.Gemma3ImageProcessor(size={"height": 16, "width": 16})
     return t.Gemma3Processor(images, tokenizer, chat_template=_GEMMA, image_seq_length=4)
 
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava_onevision": _onevision,
-    "qwen2_5_vl": lambda: _qwen(t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
-    "qwen3_vl": lambda: _qwen(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
+    "qwen2_5_vl": lambda: qwen_processor(t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
+    "qwen3_vl": lambda: qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
     "internvl": _internvl,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
@@ -120,14 +120,19 @@ IDS = {
 def save_vlm(folder: Path, family: str) -> Path:
     """A model of ``family`` with random weights and its processor."""
     torch.manual_seed(0)
-    processor = PROCESSORS[family]()
     made: Any = MODELS[family][0]()
-    for name, token in IDS[family].items():
-        setattr(made.config, name, processor.tokenizer.convert_tokens_to_ids(token))
-    made.config.text_config.vocab_size = len(processor.tokenizer)
+    return save_made(folder, made.config, PROCESSORS[family](), IDS[family])
+
+
+def save_made(folder: Path, config: Any, processor: Any, ids: dict[str, str]) -> Path:
+    """A model with random weights and its processor; ``ids``: what its configuration names by id."""
+    torch.manual_seed(0)
+    for name, token in ids.items():
+        setattr(config, name, processor.tokenizer.convert_tokens_to_ids(token))
+    config.text_config.vocab_size = len(processor.tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(made.config.text_config, name, getattr(processor.tokenizer, name))
-    model: Any = type(made)(made.config)
+        setattr(config.text_config, name, getattr(processor.tokenizer, name))
+    model: Any = t.AutoModelForImageTextToText.from_config(config)
     _widen(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

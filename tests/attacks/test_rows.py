@@ -158,9 +158,9 @@ def survive(file: Path, images: Path, count: int) -> tuple[int, int]:
     records = open_records([(file, images)], drops)
     assert len(records) + len(drops) == count
     found = measure(records, encoder, quiet=True)
-    survey = keep_good(records, found, lost_images(records, found), drops)
-    assert len(survey.records) + len(drops) == count
-    loaded = [ConversationDataset(survey.records, encoder)[i] for i in range(len(survey.records))]
+    good, _ = keep_good(records, found, lost_images(records, found), drops)
+    assert len(good) + len(drops) == count
+    loaded = [ConversationDataset(good, encoder)[i] for i in range(len(good))]
     assert all(isinstance(one, Sample | Drop) for one in loaded)
     assert all(not one.images or one.images[0].size == (12, 8) for one in loaded if isinstance(one, Sample))
     drops.extend(one for one in loaded if isinstance(one, Drop))

@@ -12,14 +12,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.conftest import outside
-from tests.data.rows.test_records import read_records, survey
+from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
+from tests.records import records_of
 from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.dataset import ConversationDataset, require_images
 from visper.data.images import squashed, with_geometry
 from visper.data.rows.records import Drop, DropList, Record, Turn
+from visper.data.rows.sources import open_records
+from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
 
 
@@ -33,7 +36,7 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def records(tmp_path: Path) -> list[Record]:
+def records(tmp_path: Path) -> Records:
     """Image, text, missing image, truncated image, empty answer, image."""
     for i, name in enumerate(("a.jpg", "b.jpg", "cut.jpg")):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -48,7 +51,7 @@ def records(tmp_path: Path) -> list[Record]:
         {"id": 5, "image": "b.jpg", "conversations": conversation("What do you see?\n<image>", "A tree.")},
     ]
     (tmp_path / "mix.json").write_text(json.dumps(rows))
-    return read_records([(tmp_path / "mix.json", tmp_path)], DropList())
+    return open_records([(tmp_path / "mix.json", tmp_path)], DropList())
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def encoder() -> ConversationEncoder:
 
 
 @pytest.fixture
-def dataset(records: list[Record], encoder: ConversationEncoder) -> ConversationDataset:
+def dataset(records: Records, encoder: ConversationEncoder) -> ConversationDataset:
     return ConversationDataset(records, encoder)
 
 
@@ -106,7 +109,7 @@ def test_a_batch_of_bad_rows_alone_is_one_unsupervised_token(dataset: Conversati
     assert "pixel_values" not in batch
 
 
-def test_the_geometry_is_the_processors(records: list[Record], encoder: ConversationEncoder) -> None:
+def test_the_geometry_is_the_processors(records: Records, encoder: ConversationEncoder) -> None:
     encoder.processor.image_processor = with_geometry(encoder.processor.image_processor, "pad")
     sample = ConversationDataset(records, encoder)[0]
     assert isinstance(sample, Sample)
@@ -114,7 +117,7 @@ def test_the_geometry_is_the_processors(records: list[Record], encoder: Conversa
     assert image.shape == (3, 90, 90) and image[:, 0, 0].tolist() == [127, 127, 127]
 
 
-def test_an_image_over_the_limit_is_a_drop(records: list[Record], encoder: ConversationEncoder) -> None:
+def test_an_image_over_the_limit_is_a_drop(records: Records, encoder: ConversationEncoder) -> None:
     image = ConversationDataset(records, encoder)[0]
     assert isinstance(image, Sample)
     pixels = image.seen[0][0].numel()
@@ -143,44 +146,44 @@ def test_dataset_and_collator_can_be_sent_to_a_spawned_worker(dataset: Conversat
     assert torch.equal(collator([again[0]])["pixel_values"], collate(dataset, [0])["pixel_values"])
 
 
-def test_the_survey_finds_bad_rows_before_the_first_step(records: list[Record], encoder: ConversationEncoder) -> None:
+def test_the_survey_finds_bad_rows_before_the_first_step(records: Records, encoder: ConversationEncoder) -> None:
     drops = DropList()
-    found = survey(records, encoder, drops)
+    good, found = survey(records, encoder, drops)
     assert drops.counts() == {"missing image": 1, "no supervised token": 1}  # not the broken image: none is decoded
-    assert len(found.records) == len(found.lengths) == 6 - len(drops)
-    dataset = ConversationDataset(found.records, encoder)
+    assert len(good) == len(found.lengths) == 6 - len(drops)
+    dataset = ConversationDataset(good, encoder)
     kept = [(dataset[i], length) for i, length in enumerate(found.lengths)]
     assert all(isinstance(item, Drop) or len(item.input_ids) == length for item, length in kept)
 
 
-def test_cut_rows_are_counted(records: list[Record]) -> None:
+def test_cut_rows_are_counted(records: Records, tmp_path: Path) -> None:
     long = Record("long", (records[1].turns[0], Turn("assistant", "word " * 200)))
-    encoder = ConversationEncoder(make_processor(CHATML), 100)
-    assert survey([long, records[1]], encoder, DropList()).num_truncated == 1
-    dataset = ConversationDataset([long, records[1]], encoder)
+    encoder, both = ConversationEncoder(make_processor(CHATML), 100), records_of(tmp_path, [long, records[1]])
+    assert survey(both, encoder, DropList())[1].truncated.tolist() == [True, False]
+    dataset = ConversationDataset(both, encoder)
     assert collate(dataset, [0, 1])["num_truncated"] == 1
 
 
-def test_it_knows_which_rows_show_an_image(dataset: ConversationDataset) -> None:
-    assert dataset.has_image == [True, False, True, True, False, True]
+def test_rows_that_show_an_image_are_known(records: Records) -> None:
+    assert records.has_image.tolist() == [True, False, True, True, False, True]
 
 
 @pytest.mark.parametrize("name", ["pretrain.json", "instruct.json"])
 def test_real_photographs_pass(name: str, encoder: ConversationEncoder) -> None:
     folder = outside("photos")
     drops = DropList()
-    records = read_records([(folder / name, folder)], drops)
+    records = open_records([(folder / name, folder)], drops)
     encoder.max_tokens = 4096
-    found = survey(records, encoder, drops)
+    good, _ = survey(records, encoder, drops)
     assert len(drops) == 0
-    dataset = ConversationDataset(found.records, encoder)
+    dataset = ConversationDataset(good, encoder)
     rows = list(range(0, len(dataset), 40))
     batch = collate(dataset, rows)
     assert len(batch["sample_ids"]) == len(rows) and not batch["dropped"]
-    assert len(batch["pixel_values"]) == sum(dataset.has_image[i] for i in rows)
+    assert len(batch["pixel_values"]) == dataset.records.has_image[rows].sum()
 
 
-def test_rows_without_any_image_are_refused_where_images_are_trained(records: list[Record]) -> None:
+def test_rows_without_any_image_are_refused_where_images_are_trained(records: Records) -> None:
     require_images(records)
     with pytest.raises(DataError, match="none of the 2 rows has an image"):
-        require_images([records[1], records[4]])
+        require_images(records.select(np.array([1, 4])))

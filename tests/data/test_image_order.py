@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.records import records_of
+from visper.config import Source
 from visper.data.image_order import fill_micro_batches, image_groups, side_by_side
 from visper.data.rows.parquet import write_parquet
-from visper.data.rows.records import DropList, Record, RowSource, ShownImage, Turn
+from visper.data.rows.records import DropList, Record, ShownImage, Turn
 from visper.data.rows.sources import open_records
 from visper.data.sampler import Mixture, RowSampler
 
@@ -32,8 +34,9 @@ def steps(rows, size):
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
-def test_rows_of_one_image_have_one_number_and_rows_without_an_image_their_own():
-    numbers = image_groups([record("a", "x"), record("b", None), record("c", "y"), record("d", "x"), record("e", None)])
+def test_rows_of_one_image_have_one_number_and_rows_without_an_image_their_own(tmp_path):
+    named = [record("a", "x"), record("b", None), record("c", "y"), record("d", "x"), record("e", None)]
+    numbers = image_groups(records_of(tmp_path, named))
     assert numbers[0] == numbers[3] and len(set(numbers.tolist())) == 4
 
 
@@ -44,10 +47,10 @@ def test_rows_of_sources_are_grouped_within_each(tmp_path, embedded):
     for number, row in enumerate(rows[:6]):
         row["image"] = f"{number // 2}.png"
     (folder / "rows.json").write_text(json.dumps(rows))
-    source = RowSource(str(folder / "rows.json"), str(folder / "images"))
+    source = Source(json_file=str(folder / "rows.json"), images=str(folder / "images"))
     if embedded:
         write_parquet(open_records([source], DropList()), tmp_path / "out", DropList())
-        source = RowSource(f"{tmp_path}/out/*.parquet", kind="parquet")
+        source = Source(parquet=f"{tmp_path}/out/*.parquet")
     records = open_records([source, source], DropList())
     groups = image_groups(records)
     expected = [(record.id.split("/")[0], record.images[0].path if record.images else record.id) for record in records]

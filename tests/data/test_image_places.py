@@ -4,7 +4,8 @@ from visper.data.image_places import Shown, places_of
 
 
 def test_of_several_images_a_llava_onevision_shows_each_in_the_coordinates_of_the_image_not_of_its_padding():
-    onevision = SimpleNamespace(num_image_tokens=16, image_processor=SimpleNamespace(image_grid_pinpoints=[[8, 8]]))
+    images = SimpleNamespace(image_grid_pinpoints=[[8, 8]])
+    onevision = SimpleNamespace(num_image_tokens=16, image_processor=images, vision_aspect_ratio="anyres_max_9")
     places = places_of(onevision, Shown((40, 20), 17, alone=False))
     seen = ~places.isnan().any(-1)
     assert seen.nonzero().flatten().tolist() == list(range(4, 12))

@@ -1,12 +1,12 @@
 """An image becomes what its name says, the same for every decoder; a valid one keeps its bytes."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from tests.data.test_images import encoded
 from visper.common.errors import DataError
 from visper.data.checks.image_files import look
 from visper.data.decoding import open_image
@@ -14,12 +14,6 @@ from visper.data.normalize import make_canonical, mislabeled, reencode
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 SMOOTH = Image.fromarray(NOISE).resize((8, 6)).resize((40, 30), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def turned(orientation: int) -> Image.Exif:

@@ -53,7 +53,7 @@ def records(rows: Path) -> Records:
 def test_such_a_row_is_a_drop_of_the_survey_and_of_the_dataset(records: Records) -> None:
     encoder, drops = ConversationEncoder(make_processor(CHATML), 500), DropList()
     files = [str(folder / name) for _, _, folder, name in records.image_files()]
-    assert [record.images[0].path for record in survey(records, encoder, drops).records] == files[:2]
+    assert [record.images[0].path for record in survey(records, encoder, drops)[0]] == files[:2]
     assert drops.counts() == {OUTSIDE: 2}
     samples = list(map(ConversationDataset(records, encoder).__getitem__, range(4)))
     assert {i: s.reason for i, s in enumerate(samples) if isinstance(s, Drop)} == REFUSED

@@ -18,6 +18,7 @@ from tests.data.test_chat import CHATML, PROCESSORS, TASK_TOKENS, TEMPLATES, cha
 from tests.data.test_dataset import collate, small_pixels
 from visper.cli import app
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, digest, digests_of
 from visper.data.checks.report import check
@@ -26,7 +27,7 @@ from visper.data.dataset import ConversationDataset
 from visper.data.images import normalized_pixels, rgb_bytes, student_pixels
 from visper.data.rows.formats import parse_row
 from visper.data.rows.parquet import write_parquet
-from visper.data.rows.records import Drop, DropList, Record, RowSource, ShownImage, Turn
+from visper.data.rows.records import Drop, DropList, Record, ShownImage, Turn
 from visper.data.rows.sources import open_records
 
 A, B, IMAGE = "a.png", "b.png", {"type": "image"}
@@ -229,15 +230,15 @@ def test_stored_targets_come_one_an_image(rows: Path) -> None:
 
 def test_lengths_count_every_image(rows: Path) -> None:
     dataset = ConversationDataset(good(rows), ENCODER)
-    found = survey(dataset.records, ENCODER, DropList())
+    _, found = survey(dataset.records, ENCODER, DropList())
     samples = [dataset[i] for i in range(4)]
-    assert found.lengths == [len(sample.input_ids) for sample in samples if isinstance(sample, Sample)]
+    assert found.lengths.tolist() == [len(sample.input_ids) for sample in samples if isinstance(sample, Sample)]
 
 
 def test_a_row_with_one_bad_image_is_a_drop(rows: Path) -> None:
     records = open_records([(rows, rows.parent)], DropList())
     drops = DropList()
-    assert len(survey(records, ENCODER, drops).records) == 5
+    assert len(survey(records, ENCODER, drops)[0]) == 5
     assert [(drop.reason, drop.sample_id) for drop in drops] == [("missing image", "rows/4/lost")]
     dataset = ConversationDataset(records, ENCODER)
     lost, cut = [item for item in map(dataset.__getitem__, range(6)) if isinstance(item, Drop)]
@@ -264,7 +265,7 @@ def test_rows_come_back_from_parquet(rows: Path, tmp_path: Path) -> None:
     records, drops = open_records([(rows, rows.parent)], DropList()), DropList()
     write_parquet(records, tmp_path / "out", drops)
     assert drops.counts() == {"missing image": 1}
-    read = open_records([RowSource(f"{tmp_path}/out/*.parquet", kind="parquet")], drops)
+    read = open_records([Source(parquet=f"{tmp_path}/out/*.parquet")], drops)
     by_name = {record.id.split("/")[-1]: (i, record) for i, record in enumerate(records)}
     assert len(read) == 5
     for index, record in enumerate(read):
@@ -289,7 +290,7 @@ def test_columns_of_image_lists_become_samples(rows: Path, tmp_path: Path) -> No
     data = {"messages": said * 2, "images": images, "image": single}
     datasets.Dataset.from_dict(data, features=features).save_to_disk(str(tmp_path / "saved"))
     drops = DropList()
-    records = open_records([RowSource(str(tmp_path / "saved"), kind="hf")], drops)
+    records = open_records([Source(hf=str(tmp_path / "saved"))], drops)
     assert records.num_images.tolist() == [2, 1, 2, 1] and not len(drops)
     shown = [contents_of(records, i) for i in range(4)]
     assert shown == [[held[i]["bytes"] for i in row] for row in ([0, 1], [2], [0, 3], [1])]

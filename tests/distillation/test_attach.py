@@ -142,7 +142,7 @@ def test_rows_of_text_add_nothing_and_all_text_reaches_every_parameter(llava):
         # Another batch size takes other kernels: 1e-6 measured.
         torch.testing.assert_close(together[name], term, rtol=1e-5, atol=2e-6)
     only = {"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text}
-    _, terms = terms_of(distiller, model, only)
+    _, terms = terms_of(distiller, model, only, targets(0))
     distiller.total(terms).backward()
     assert all(term == 0 for term in terms.values())
     assert all(p.grad is not None and not p.grad.any() for p in distiller.parameters())
@@ -182,6 +182,8 @@ def test_mistakes_say_what_to_do(llava):
         model(**batch)
         with pytest.raises(ValueError, match=r"rows \[0\] have no image token \(id 90\)"):
             distiller(hidden, text, None, targets(1), image_rows=torch.tensor([0]))
+        with pytest.raises(ValueError, match=r"targets are given, but no row .* has an image token \(id 90\)"):
+            distiller(hidden, text, None, targets(2))  # before, zeros
         with pytest.raises(ValueError, match=r"layer 1 has states of .*one image token for each image feature"):
             distiller(hidden, batch["input_ids"][:, 1:], None, targets(2))
     with pytest.raises(ValueError, match=r"no states of layer 1: .*with distiller.tap"):

@@ -293,15 +293,3 @@ def test_missing_targets_are_named(objective, queries):
         objective(states(1), objective.read(layout([ROW])), queries, want, 1)
     with pytest.raises(ValueError, match="1 targets for 2 images"):
         objective(states(2), objective.read(layout([ROW, ROW])), queries, targets(1), 2)
-
-
-def mean_of_batch(predicted, target, mask=None):
-    return (predicted - target).abs().mean()
-
-
-def test_a_loss_of_ones_own_that_averages_over_images_is_refused(queries):
-    """Its value would be divided by the images twice."""
-    task = DistilledTask(SPECS["depth"], LAYERS["depth"], loss={f"{__name__}:mean_of_batch": 1.0})
-    objective = EmbeddingDistillation({"depth": task}, WIDTH, 4)
-    with pytest.raises(ValueError, match=r"mean_of_batch' returned shape \(\) for 2 images: return one number"):
-        objective(states(2), objective.read(layout([ROW, ROW])), queries, targets(2), 2)

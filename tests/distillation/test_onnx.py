@@ -120,6 +120,37 @@ def test_what_does_not_fit_the_model_is_named(tmp_path, options, message):
         build_teacher("onnx", save(tmp_path / "m.onnx"), **options)
 
 
+def changed(path, node, shape, kind=TensorProto.FLOAT):
+    """The model of ``save`` with another output, made by ``node`` from its map."""
+    model = onnx.load(save(path))
+    model.graph.node.append(node)
+    model.graph.output.pop()
+    model.graph.output.append(helper.make_tensor_value_info(node.output[0], kind, shape))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_map_of_one_channel_may_lack_the_axis_of_channels(tmp_path):
+    mean = helper.make_node("ReduceMean", ["doubled"], ["depth"], axes=[1], keepdims=0)
+    path, pixels = changed(tmp_path / "m.onnx", mean, ["n", 8, 8]), torch.rand(2, 3, 8, 8)
+    teacher = build_teacher("onnx", path, grid=4)
+    assert (teacher.spec.tokens, teacher.spec.width, teacher.spec.grid) == (16, 1, (4, 4))
+    depth = torch.nn.functional.avg_pool2d(expected(pixels).mean(1, keepdim=True), 2)
+    torch.testing.assert_close(teacher(pixels), depth.flatten(2).transpose(1, 2))
+
+
+def test_class_numbers_and_maps_of_another_layout_are_refused(tmp_path):
+    numbers = helper.make_node("ArgMax", ["doubled"], ["classes"], axis=1)
+    path = changed(tmp_path / "numbers.onnx", numbers, ["n", 1, 8, 8], TensorProto.INT64)
+    with pytest.raises(ValueError, match="class numbers, which cannot be averaged"):
+        build_teacher("onnx", path)
+    last = helper.make_node("Transpose", ["doubled"], ["map"], perm=[0, 2, 3, 1])
+    path = changed(tmp_path / "last.onnx", last, ["n", 8, 8, 4])
+    with pytest.raises(ValueError, match="set 'output_layout' to NHWC"):
+        build_teacher("onnx", path)
+    assert build_teacher("onnx", path, output_layout="NHWC").spec.width == 4
+
+
 def test_a_model_of_any_size_wants_one(tmp_path):
     path = save(tmp_path / "m.onnx", size="side")
     with pytest.raises(ValueError, match="set 'size' in pixels"):

@@ -122,6 +122,21 @@ def test_a_teacher_that_holds_its_weights_as_buffers_gets_images_in_their_precis
     assert teacher(pixels).dtype == torch.bfloat16
 
 
+def test_a_teacher_with_quantized_weights_gets_images_that_are_not_rounded():
+    class Quantized(PooledColors):
+        def __init__(self, model):
+            super().__init__(model)
+            integers = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+            self.register_parameter("integers", integers)
+
+        def encode(self, pixels):
+            assert pixels.is_floating_point()
+            return super().encode(pixels)
+
+    pixels = torch.rand(2, 3, 16, 16)
+    assert torch.equal(Quantized("colors")(pixels), PooledColors("colors")(pixels))
+
+
 def test_a_prediction_can_be_drawn_in_its_teachers_colors():
     target = torch.randn(2, 6, 5)
     torch.testing.assert_close(pca_images(target[:1], (2, 3), reference=target), pca_images(target, (2, 3))[:1])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,11 +66,11 @@ def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, 
     ask_all(lambda: student, PROMPTS, whole)
     asked = []
 
-    def counting(student, prompts, shown, length):
+    def counting(student, prompts, shown, length, generate):
         asked.extend(prompts)
         if len(asked) == 8:
             raise KeyboardInterrupt
-        return answer(student, prompts, shown, length)
+        return answer(student, prompts, shown, length, generate)
 
     answer = asking.answer
     monkeypatch.setattr(asking, "answer", counting)
@@ -89,7 +90,7 @@ def test_what_was_interrupted_goes_on_by_question_in_any_order(student, images, 
 @pytest.mark.parametrize("other", [("n", 4), ("m", 5)], ids=["another model", "longer answers"])
 def test_answers_of_another_model_or_length_are_not_met(other, images, tmp_path):
     kept = Answers(tmp_path / "a.jsonl", images, "m", 4)
-    kept.add(PROMPTS[:1], ["yes"])
+    kept.add({PROMPTS[0]: "yes"})
     assert Answers(tmp_path / "a.jsonl", images, "m", 4).get(PROMPTS[0]) == "yes"
     assert Answers(tmp_path / "a.jsonl", images, *other).get(PROMPTS[0]) is None
 
@@ -117,7 +118,7 @@ def asked(monkeypatch):
     """Pretends to answer with the color of the first image. Returns the texts that were asked."""
     texts = []
 
-    def answer(student, prompts, shown, length):
+    def answer(student, prompts, shown, length, generate):
         texts.extend(prompts)
         return [str(images[0].getpixel((0, 0))) for images in shown]
 
@@ -164,7 +165,7 @@ def test_what_a_command_does_not_ask_keeps_the_answers_of_earlier_ones(asked, im
 def test_an_interrupted_control_keeps_its_answers_when_only_the_questions_are_asked(asked, images, tmp_path):
     asker, file = Asker(str(tmp_path)), tmp_path / "a.jsonl"
     questions = [Question("what?", ("red",), (f"{i}.png",)) for i in range(2)]
-    asker.ask([questions[0].prompt(("1.png",))], images, file, 4)  # one answer of the control, in a part
+    asker.ask([replace(questions[0].prompt, images=("1.png",))], images, file, 4)  # an answer of the control, in a part
     ask_questions(asker, questions[:1], images, file, 4, blind=False)
     assert len(asked) == 2 and not list(tmp_path.glob("*.part-*"))
     ask_questions(asker, questions, images, file, 4, blind=True)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.published.names import published_name
 from visper.config import Stage, load_run
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.model import build_skeleton
 from visper.training.assemble import build_training_model
 
@@ -53,7 +53,7 @@ def test_published_checkpoints_fit_name_by_name(recipe, stage, checkpoint, golde
     run = load_run(recipe)
     student = build_skeleton(run.student)
     model = build_training_model(
-        student, stage, run.distillation if stage is Stage.PT else None, planned_teachers(run.distillation)
+        student, stage, run.distillation if stage is Stage.PT else None, planned_specs(run.distillation)
     )
     ours = {
         name.replace("vision_tower.vision_model.", "vision_tower."): tuple(p.shape)

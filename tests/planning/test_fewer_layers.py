@@ -8,8 +8,8 @@ from tests import tiny
 from tests.planning.test_plan import tiny_run, with_optimization
 from visper.planning import fake_run
 from visper.planning.fewer_layers import FewLayers, layers_to_trace
-from visper.planning.fit import Fit
 from visper.planning.memory import Machine
+from visper.planning.plan import Plan
 
 LAYERS = 14
 TASKS = tiny.distillation()
@@ -30,7 +30,7 @@ def deep_llm(tmp_path_factory):
 
 
 def found(run, accumulates):
-    fit = Fit(run, Machine(1, None))
+    fit = Plan(run, Machine(1, None))
     held = [fit.model.activations(fit.rows, 8, share, accumulates) for share in (0.0, 1.0)]
     return held, fit.model.row_flops(fit.rows), len(fit.model._kept)
 

@@ -7,7 +7,7 @@ from tests.planning.test_plan import tiny_run
 from visper.config import Engine
 from visper.planning.host import LIBRARIES
 from visper.planning.memory import Machine
-from visper.planning.plan import plan
+from visper.planning.plan import Plan
 from visper.training import run_stage
 from visper.training.checkpoint import STATE, checkpoints
 from visper.training.checkpoint_writer import ShardWriter
@@ -29,7 +29,7 @@ def test_a_checkpoint_holds_on_disk_and_copies_to_the_host_what_is_planned(
     run_stage(run)
     (folder,) = checkpoints(tmp_path / "out")
     written = [tensor for file in (folder / STATE).glob("*.safetensors") for tensor in load_file(file).values()]
-    found = plan(run, Machine(0, None))
+    found = Plan(run, Machine(0, None))
     planned = found.disk["a checkpoint, trainable weights"] + found.disk["a checkpoint, optimizer"]
     assert planned == sum(tensor.nbytes for tensor in written) == copied[0]
     assert planned == found.memory.parts["copy of a checkpoint that is being written"]
@@ -42,7 +42,7 @@ def test_host_memory_of_each_engine_by_hand(tmp_path, tiny_llm, tiny_encoder):
 
     def planned(gpus, **launch):
         changed = run.model_copy(update={"launch": run.launch.model_copy(update=launch)})
-        return plan(changed, Machine(gpus, 80e9, per_node=4))
+        return Plan(changed, Machine(gpus, 80e9, per_node=4))
 
     ddp, fsdp = planned(8), planned(8, engine=Engine.FSDP)
     copies = planned(8, engine=Engine.FSDP, replicas=2)

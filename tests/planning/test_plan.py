@@ -15,12 +15,12 @@ from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import Engine, Geometry, Run
 from visper.config import Student as StudentConfig
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.model import build_student, save_student
 from visper.planning.fake_run import FakeRun, fake_batch
 from visper.planning.fake_step import KnownPositions, LiveBytes, fake_parameters
 from visper.planning.memory import Machine
-from visper.planning.plan import plan
+from visper.planning.plan import Plan
 from visper.planning.row_statistics import RowLength
 from visper.training.flops import FlopMeter
 
@@ -58,18 +58,18 @@ def with_optimization(run, **changes):
 
 
 def test_rows_are_measured_where_they_are(run):
-    found = plan(run, Machine(1, 80e9, peak=1e15))
+    found = Plan(run, Machine(1, 80e9, peak=1e15))
     assert found.rows.count == 16 and found.rows.images == 0.75 and "tokenized" in found.rows.source
     assert found.steps == 2 and found.fits and found.lever is None
 
 
 def test_rows_longer_than_the_llms_positions_are_refused(run):
     with pytest.raises(ConfigError, match="4096 positions"):
-        plan(run.model_copy(update={"data": run.data.model_copy(update={"max_tokens": 5000})}), Machine(1, 80e9))
+        Plan(run.model_copy(update={"data": run.data.model_copy(update={"max_tokens": 5000})}), Machine(1, 80e9))
 
 
 def test_model_flops_of_two_rows_are_twice_those_of_one(run):
-    model, row, counted = FakeRun(run, run, planned_teachers(run.distillation)), RowLength(72, 17, 1), []
+    model, row, counted = FakeRun(run, run, planned_specs(run.distillation)), RowLength(72, 17, 1), []
     for rows in (1, 2):
         batch, sizes = fake_batch([row] * rows, model.student, model.model, model.run, model.fake)
         meter = FlopMeter()
@@ -113,7 +113,7 @@ def test_traced_activations_are_those_that_autograd_saves():
 @pytest.mark.slow
 def test_recomputation_lowers_memory_and_leaves_model_flops(run):
     kept, recomputed = (
-        plan(with_optimization(run, gradient_checkpointing=share), Machine(1, 80e9)) for share in (0.0, 1.0)
+        Plan(with_optimization(run, gradient_checkpointing=share), Machine(1, 80e9)) for share in (0.0, 1.0)
     )
     assert recomputed.memory.parts["activations"] < kept.memory.parts["activations"]
     assert recomputed.row_flops == kept.row_flops
@@ -123,7 +123,7 @@ def test_a_teacher_of_ones_own_is_loaded_and_its_flops_are_counted(run):
     settings = tiny.distillation()["tasks"]["depth"]
     settings["target"] = {"kind": "tests.planning.test_plan:LoadedColors", "model": "colors"}
     distillation = run.distillation.model_validate({"tasks": {"depth": settings}})
-    found = plan(run.model_copy(update={"distillation": distillation}), Machine(1, 80e9))
+    found = Plan(run.model_copy(update={"distillation": distillation}), Machine(1, 80e9))
     assert found.teacher_flops == 0.75 * 2 * 16 * 3 * 8  # three of four rows have an image: [16, 3] x [3, 8]
 
 
@@ -132,7 +132,7 @@ def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
     found = {}
     for engine in Engine:
         launch = run.launch.model_copy(update={"engine": engine})
-        found[engine] = plan(run.model_copy(update={"launch": launch}), Machine(8, 80e9)).memory.parts
+        found[engine] = Plan(run.model_copy(update={"launch": launch}), Machine(8, 80e9)).memory.parts
     alone = found.pop(Engine.DDP)
     assert {parts["optimizer"] for parts in found.values()} == {alone["optimizer"] / 8}
     assert found[Engine.ZERO2]["weights"] == alone["weights"]
@@ -142,12 +142,12 @@ def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
 @pytest.mark.slow
 def test_the_first_change_that_fits_is_found(run):
     run = with_optimization(run, gradient_checkpointing=1.0)
-    full = plan(run, Machine(1, 80e9)).memory.total
-    found = plan(run, Machine(1, full / 0.95 * 0.999))
+    full = Plan(run, Machine(1, 80e9)).memory.total
+    found = Plan(run, Machine(1, full / 0.95 * 0.999))
     assert not found.fits and found.lever is not None and found.lever.memory.total < full
     # By hand: half a micro-batch is the least slowdown of all changes, and frees 0.9 MB, where 0.7 is asked for.
     assert found.lever.settings.micro_batch == 4 and found.lever.changes == "optimization.micro_batch=4"
-    nothing = plan(run, Machine(1, 1e6))
+    nothing = Plan(run, Machine(1, 1e6))
     assert not nothing.fits and nothing.lever is None
 
 
@@ -163,7 +163,7 @@ def test_a_run_from_a_plain_llava_folder_is_planned(tmp_path, tiny_llm, tiny_enc
         distillation=None,
         start_from=str(tmp_path / "llava"),
     )
-    found = plan(run, Machine(1, 80e9))
+    found = Plan(run, Machine(1, 80e9))
     assert "tokenized" in found.rows.source and found.row_flops > 0
 
 
@@ -172,14 +172,14 @@ def test_an_llm_stored_in_half_precision_is_planned_as_training_reads_it(run, ti
     shutil.copytree(tiny_llm, half)
     LlamaForCausalLM.from_pretrained(tiny_llm).bfloat16().save_pretrained(half)
     stored = run.model_copy(update={"student": run.student.model_copy(update={"llm": str(half)})})
-    one, other = (plan(each, Machine(1, 80e9)).memory for each in (run, stored))
+    one, other = (Plan(each, Machine(1, 80e9)).memory for each in (run, stored))
     assert one == other
 
 
 def test_packed_rows_hold_less_than_padded_ones(tmp_path, tiny_llm, tiny_encoder):
     padded = tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None)
     packed = with_optimization(padded, packing=True)
-    held = [plan(each, Machine(1, 80e9)).memory.parts["activations"] for each in (padded, packed)]
+    held = [Plan(each, Machine(1, 80e9)).memory.parts["activations"] for each in (padded, packed)]
     assert held[1] < held[0]
 
 
@@ -198,11 +198,11 @@ def test_joined_rows_need_fewer_operations(tmp_path, tiny_llm, tiny_encoder):
         row["image"] = f"{number // 2}.png"
     Path(source.json_file).write_text(json.dumps(rows))
     joined = apart.model_copy(update={"data": apart.data.model_copy(update={"join_conversations": True})})
-    one, other = plan(apart, Machine(1, 80e9)), plan(joined, Machine(1, 80e9))
+    one, other = Plan(apart, Machine(1, 80e9)), Plan(joined, Machine(1, 80e9))
     images = sum("image" in row for row in rows)
     assert f"{images} of {len(rows)} show an image, in joined micro-batches {images // 2} are" in other.rows.source
     assert other.row_flops < one.row_flops and other.steps == one.steps
-    packed = plan(with_optimization(apart, packing=True), Machine(1, 80e9))  # the same rows, each with its image
+    packed = Plan(with_optimization(apart, packing=True), Machine(1, 80e9))  # the same rows, each with its image
     assert other.memory.parts["activations"] < packed.memory.parts["activations"]
 
 
@@ -212,7 +212,7 @@ def test_rows_of_several_images_are_counted_and_planned(stage, packing, tmp_path
     data = {"sources": [{"json": str(rows / "rows.json"), "images": str(rows / "images")}]}
     changes = {"stage": stage, "data": data, "distillation": tiny.distillation() if stage == "pt" else None}
     run = tiny_run(tmp_path / "one", tiny_llm, tiny_encoder, **changes)
-    found = plan(with_optimization(run, packing=packing), Machine(1, 80e9, peak=1e15))
+    found = Plan(with_optimization(run, packing=packing), Machine(1, 80e9, peak=1e15))
     assert found.rows.images == 1.5 and found.rows.longest.images == 3
     assert sorted({row.images for row in found.rows.sample}) == [0, 1, 2, 3]
     assert [row.images for row in found.rows.average_micro_batch(4)] == [2, 2, 1, 1]
@@ -227,7 +227,7 @@ def test_the_students_own_targets_are_planned_without_a_teacher(target, tmp_path
     changes = {"stage": "ift", "student": plain}
     with_own = tiny_run(tmp_path / "own", tiny_llm, tiny_encoder, distillation=tasks, **changes)
     without = tiny_run(tmp_path / "none", tiny_llm, tiny_encoder, distillation=None, **changes)
-    one, other = (plan(run, Machine(1, 80e9)) for run in (with_own, without))
+    one, other = (Plan(run, Machine(1, 80e9)) for run in (with_own, without))
     assert one.teacher_flops == 0 and one.row_flops > other.row_flops
     assert {part.part: part.total for part in one.parts}["predictors"] > 0
     assert not any("targets" in name for name in one.disk)
@@ -235,7 +235,7 @@ def test_the_students_own_targets_are_planned_without_a_teacher(target, tmp_path
 
 def test_what_is_sent_and_held_by_hand(run):
     def planned(**launch):
-        return plan(run.model_copy(update={"launch": run.launch.model_copy(update=launch)}), Machine(4, 80e9))
+        return Plan(run.model_copy(update={"launch": run.launch.model_copy(update=launch)}), Machine(4, 80e9))
 
     run = with_optimization(run, micro_batch=1)  # two micro-batches a step
     ddp, fsdp = planned(), planned(engine=Engine.FSDP)

@@ -12,8 +12,8 @@ from visper.common.errors import ConfigError
 from visper.planning import fake_run
 from visper.planning.fake_run import fake_batch
 from visper.planning.fake_step import step_activations
-from visper.planning.fit import Fit
 from visper.planning.memory import SHARES, USABLE, Machine
+from visper.planning.plan import Plan
 from visper.planning.recomputation import least_recomputation
 
 
@@ -23,7 +23,7 @@ def run(tmp_path, tiny_llm, tiny_encoder):
 
 
 def peak(run, share):
-    return Fit(with_optimization(run, gradient_checkpointing=share), Machine(1, None)).memory.total
+    return Plan(with_optimization(run, gradient_checkpointing=share), Machine(1, None)).memory.total
 
 
 def gpu(monkeypatch, bytes_usable, name="NVIDIA Imaginary 1"):
@@ -81,17 +81,17 @@ def test_a_model_that_cannot_be_traced_still_trains(run, monkeypatch):
 
 def test_a_plan_decides_as_training_does(run):
     none = peak(run, 0.0)
-    assert Fit(run, Machine(1, none / USABLE + 1)).settings.checkpointing == 0.0
-    assert Fit(run, Machine(1, none / USABLE - 1)).settings.checkpointing == SHARES[1]
-    assert Fit(run, Machine(1, None)).settings.checkpointing == 1.0  # memory not known
-    assert Fit(run, Machine(0, None)).settings.checkpointing == 0.0  # a CPU
+    assert Plan(run, Machine(1, none / USABLE + 1)).settings.checkpointing == 0.0
+    assert Plan(run, Machine(1, none / USABLE - 1)).settings.checkpointing == SHARES[1]
+    assert Plan(run, Machine(1, None)).settings.checkpointing == 1.0  # memory not known
+    assert Plan(run, Machine(0, None)).settings.checkpointing == 0.0  # a CPU
 
 
 @pytest.mark.parametrize("stage", [pytest.param("pt", marks=pytest.mark.slow), "ift"])
 def test_a_share_is_planned_at_least_as_traced(stage, tmp_path, tiny_llm, tiny_encoder):
     distillation = tiny.distillation() if stage == "pt" else None
     run = tiny_run(tmp_path, tiny_llm, tiny_encoder, stage=stage, distillation=distillation)
-    fit = Fit(with_optimization(run, gradient_checkpointing=0.5), Machine(1, None))
+    fit = Plan(with_optimization(run, gradient_checkpointing=0.5), Machine(1, None))
     found = fit.model.activations(fit.rows, 8, 0.5, accumulates=True)
     model = fit.model.model
     model.recompute_activations(0.5)

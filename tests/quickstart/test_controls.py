@@ -1,9 +1,13 @@
 """Findings beside their controls."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from visper.evaluation.probe.measures import centered_cosine
+from visper.evaluation.probe.measures import TEACHER, centered_cosine
+from visper.quickstart.controls import HeldOut, _drawn
 
 
 def test_the_common_layout_earns_no_cosine():
@@ -13,3 +17,37 @@ def test_the_common_layout_earns_no_cosine():
     assert plain > 0.9, "this is what an uncentered cosine would report for an unrelated prediction"
     assert abs(centered_cosine(other + mean, own + mean, mean).mean()) < 0.2
     assert centered_cosine(own + mean, own + mean, mean).tolist() == pytest.approx([1.0] * 30)
+
+
+def scenes(depth, classes, objects):
+    """Scenes of one row of two pixels."""
+    maps = (torch.tensor(values)[:, None] for values in (depth, classes, objects))
+    return HeldOut([], *maps)
+
+
+FIT = scenes([[1.0, 4.0], [4.0, 4.0]] * 2, [[0, 0], [0, 3], [2, 3], [0, 3]], [[0, 0], [0, 1], [1, 1], [0, 1]])
+JUDGED = scenes([[2.0, 2.0]], [[2, 1]], [[True, False]])
+
+
+@pytest.mark.parametrize(
+    ("head", "predicted", "target", "expected"),
+    [
+        # The mean map is [2, 4] meters.
+        ("depth", [1.0, 2.0], [2.0, 4.0], {"image": (0.25, 0.5, 0.5), "objects": (0.5, 0.0, 0.0)}),
+        # The most frequent classes are 0 and 3, those of objects 2 and 3.
+        ("classes", [2, 0], [2, 1], {"image": (0.5, 0.0, 1.0), "objects": (1.0, 1.0, 1.0)}),
+    ],
+)
+def test_a_map_is_judged_beside_a_guess_by_position_and_its_teacher(head, predicted, target, expected):
+    def decoded(values):
+        maps = torch.tensor(values)[None, None]  # [S, H, W]
+        return maps[:, None] if head == "depth" else F.one_hot(maps, 4).permute(0, 3, 1, 2)
+
+    config = SimpleNamespace(head=head)
+    teacher = SimpleNamespace(model=SimpleNamespace(config=config), decode_values=decoded)
+    found = _drawn("any/1", teacher, predicted, target, FIT, JUDGED)
+    assert [f.measure.rpartition(" ")[2] for f in found] == list(expected)
+    for finding, (value, guess, ceiling) in zip(found, expected.values(), strict=True):
+        blind = next(score for name, score in finding.controls.items() if name != TEACHER)
+        assert (finding.value, blind, finding.controls[TEACHER]) == pytest.approx((value, guess, ceiling))
+        assert finding.higher == (head == "classes")

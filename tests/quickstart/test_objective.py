@@ -9,7 +9,7 @@ from visper.common.errors import ConfigError
 from visper.config import Stage, load_run, recipe_names
 from visper.data.images import student_pixels
 from visper.distillation import gather_targets
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.evaluation.predictions import predict_images
 from visper.model.start import starting_student
 from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
@@ -53,7 +53,7 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     assert stage == str(load_run(name).stage)
     run, student = runs[stage], starting_student(runs["pt"])
     teachers = build_teachers(run.distillation, "float32", student.task_token_ids)
-    model = build_training_model(student, run.stage, run.distillation, teachers)
+    model = build_training_model(student, run.stage, run.distillation, specs_of(teachers))
     choose_trainable(model, run.stage, run.optimization)
     from PIL import Image
 

@@ -27,8 +27,8 @@ from visper.quickstart.scenes import draw_scene
 from visper.quickstart.tower import TowerTeacher
 from visper.study import cells as study_cells
 from visper.study import run as study_run
-from visper.study.arms import ARMS, FEEDING, NOTHING, PUBLISHED
-from visper.study.cells import FAST, FULL, Cell, needs, pre_training, train_whole
+from visper.study.arms import ARMS, FAST, FEEDING, FULL, NOTHING, PUBLISHED
+from visper.study.cells import Cell, needs, pre_training, train_whole
 from visper.study.controls import SCALE, ShuffledTeacher, StudyTower, save_tower
 from visper.study.report import compare, draw, labels_in_words, labels_needed, report
 from visper.study.run import finish, prepare_start, probe, require_upper_mark, study

@@ -156,7 +156,7 @@ def test_size_and_check_say_what_a_build_would_do(make, tmp_path):
     save_run(run, tmp_path / "run.yaml")
     arguments = [str(tmp_path / "run.yaml"), "--out", str(tmp_path / "store")]
     sized = CliRunner().invoke(app, ["targets", "build", *arguments, "--size", "--dtype", "int8"])
-    assert "6 of 6 images to compute; 16 x 8 int8, 160 bytes per image: 1.0 kB" in sized.output
+    assert "6 of 6 images to compute; 16 x 8 int8, 160 bytes per image: 960 bytes" in sized.output
     assert "free at" in sized.output and not (tmp_path / "store").exists()
     assert CliRunner().invoke(app, ["targets", "build", *arguments]).exit_code == 0
     checked = CliRunner().invoke(app, ["targets", "check", *arguments])
@@ -179,7 +179,7 @@ def test_the_command_that_a_refused_store_names_mends_it(make, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(make, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "_free_bytes", lambda out: 1000)
-    with pytest.raises(ConfigError, match=r"take 2\.8 kB, but '.*' has 1\.0 kB free: .*--dtype int8"):
+    with pytest.raises(ConfigError, match=r"take 2\.84 kB, but '.*' has 1\.00 kB free: .*--dtype int8"):
         build_targets(make("build"), tmp_path / "store", quiet=True)
     assert not [part for part in (tmp_path / "store").iterdir() if part.is_dir()]
 

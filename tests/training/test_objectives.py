@@ -19,8 +19,8 @@ from visper.config import Student as StudentConfig
 from visper.data.collator import Collator, Sample
 from visper.data.packing import PackingCollator
 from visper.distillation import Targets
-from visper.distillation.heads import LinearHead
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.heads import LinearHead, TokenHead
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
 from visper.model import build_student
@@ -45,7 +45,13 @@ POSITIONS = ("task_tokens", "image_tokens", "projector")
 def objective(at="image_tokens", head="linear", loss=None, target=None, **more):
     # 16 queries divide among 8 task tokens; a grid of 3 x 3 is laid on the student's 4 x 4 tokens.
     target = target or {**TEACHER, "grid": 4 if at == "task_tokens" else 3}
-    task = {"target": target, "at": at, "head": {"kind": head, **HEADS[head]}, "loss": loss or {"cosine": 1.0}, **more}
+    task = {
+        "target": target,
+        "at": at,
+        "head": {"kind": head, **HEADS.get(head, {})},
+        "loss": loss or {"cosine": 1.0},
+        **more,
+    }
     if at != "projector":
         task.setdefault("layers", [2, 4])
     return Distillation.model_validate({"tasks": {"depth": task}})
@@ -66,7 +72,7 @@ def plain(tiny_llm, tiny_encoder):
 
 def model_of(student, distillation, stage="ift", **optimization):
     teachers = build_teachers(distillation, "float32", student.task_token_ids)
-    model = build_training_model(student, Stage(stage), distillation, teachers)
+    model = build_training_model(student, Stage(stage), distillation, specs_of(teachers))
     settings = Optimization.model_validate({"global_batch": 4, "lr": 1e-3, **optimization})
     choose_trainable(model, Stage(stage), settings)
     return model.train()
@@ -259,7 +265,7 @@ def test_parts_are_added_to_the_stages_table(student):
 )
 def test_a_task_that_can_only_train_its_head_is_warned_of(student, at, stage, freeze, warned):
     settings, said = objective(at), StringIO()
-    model = build_training_model(student, Stage(stage), settings, build_teachers(settings, "float32"))
+    model = build_training_model(student, Stage(stage), settings, specs_of(build_teachers(settings, "float32")))
     optimization = Optimization(global_batch=4, lr=1e-3, precision="float32", freeze=freeze)
     set_trainable(model, Stage(stage), optimization, False, Console(file=said, width=500))
     text = f"warning     task 'depth' trains only its head: all that its states at {at} depend on is frozen"
@@ -397,8 +403,23 @@ def test_heads_of_a_task_of_similar_name_do_not_go_on_with_it(make, tmp_path):
             assert torch.allclose(ift[name], weights, atol=1e-6) == ("depth_metric" not in name), name
 
 
-def test_an_objective_in_fine_tuning_resumes_exactly(make, tmp_path):
-    distillation = objective(head="mlp", loss={"cosine": 1.0, "info_nce": 0.3}, schedule={"end": 0.8})
+class Centered(TokenHead):
+    """Subtracts a running mean, a buffer beside the layers."""
+
+    def __init__(self, llm_width, target):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(llm_width, target.width))
+        self.register_buffer("center", torch.zeros(llm_width))
+
+    def forward(self, states):
+        if self.training:
+            self.center = 0.5 * self.center + 0.5 * states.detach().float().mean((0, 1))
+        return self.layers(states - self.center)
+
+
+@pytest.mark.parametrize("head", ["mlp", f"{__name__}:Centered"])
+def test_an_objective_in_fine_tuning_resumes_exactly(make, tmp_path, head):
+    distillation = objective(head=head, loss={"cosine": 1.0, "info_nce": 0.3}, schedule={"end": 0.8})
     straight = make("straight", distillation=distillation)
     run_stage(straight)
     stopped = make("stopped", distillation=distillation)

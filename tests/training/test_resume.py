@@ -1,13 +1,14 @@
 """A checkpoint is continued in the order it was written in, or not at all."""
 
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from tests.records import records_of
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList, Record
 from visper.data.sampler import Mixture, RowSampler
@@ -17,8 +18,9 @@ from visper.training.stage_data import StageData
 ROWS = 12
 
 
-def data(ids: int = ROWS, **sampling: Any) -> StageData:
-    records = [Record(f"rows/{i}/{i}", ()) for i in range(ids)]
+def data(ids: int = ROWS, ending: str = "", **sampling: Any) -> StageData:
+    with TemporaryDirectory() as folder:
+        records = records_of(Path(folder), [Record(f"{i}{ending}", ()) for i in range(ids)])
     dataset = SimpleNamespace(records=records)
     return StageData(cast(Any, dataset), cast(Any, None), RowSampler(ids, **sampling), DropList(), ids)
 
@@ -57,7 +59,5 @@ def test_other_weights_are_another_order(tmp_path: Path) -> None:
 
 
 def test_as_many_other_rows_are_other_rows(tmp_path: Path) -> None:
-    one, other = data(), data()
-    records = [replace(record, id=record.id + "x") for record in other.dataset.records]
-    other.dataset.records = records
+    one, other = data(), data(ending="x")
     assert order_of(one)["rows"] == order_of(other)["rows"] and order_of(one) != order_of(other)

@@ -5,13 +5,13 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from tests.data.rows.test_records import read_records
 from tests.data.test_chat import CHATML, make_processor
 from visper.data.chat import ConversationEncoder
 from visper.data.collator import Collator
 from visper.data.dataset import ConversationDataset
 from visper.data.images import with_geometry
 from visper.data.rows.records import DropList
+from visper.data.rows.sources import open_records
 from visper.distillation.teachers import SquashedImage
 from visper.training.stage_data import seen_by_student
 
@@ -32,7 +32,7 @@ def test_a_teacher_of_the_students_size_gets_the_bytes_of_its_own_resize(tmp_pat
         Image.effect_noise(size, 90).convert("RGB").save(rows / "images" / f"{number}.png")
     processor = make_processor(CHATML)
     processor.image_processor = with_geometry(processor.image_processor, geometry)
-    records = read_records([(rows / "rows.json", rows / "images")], DropList())
+    records = open_records([(rows / "rows.json", rows / "images")], DropList())
     samples = list(map(ConversationDataset(records, ConversationEncoder(processor, 500)).__getitem__, range(4)))
     shared = seen_by_student(processor.image_processor, TEACHERS)
     assert shared == (frozenset() if geometry == "crop" else {"same"})

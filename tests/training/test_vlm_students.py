@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.records import records_of
 from tests.tiny import write_rows
 from tests.vlms import FAMILIES, save_vlm
 from visper.common.errors import ConfigError
@@ -30,7 +32,7 @@ from visper.data.packing import PackingCollator
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.data.vlm import ModelInputs, encoder_for
 from visper.distillation import Targets
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.evaluation import answer
 from visper.evaluation.ask import as_row
 from visper.evaluation.predictions import load_pre_trained, predict_images
@@ -43,7 +45,7 @@ from visper.model.vlm import build_vlm, build_vlm_processor
 from visper.planning.fake_run import FakeRun, fake_batch
 from visper.planning.fake_step import KnownPositions
 from visper.planning.memory import Machine
-from visper.planning.plan import plan
+from visper.planning.plan import Plan
 from visper.planning.row_statistics import RowLength
 from visper.training.assemble import build_training_model, choose_trainable
 from visper.training.attention import separate_samples
@@ -95,8 +97,9 @@ def rows(tmp_path: Path) -> list[Record]:
 
 
 def batch_of(student: Any, rows: list[Record], around: Any = lambda collator: collator) -> dict[str, Any]:
-    dataset = ConversationDataset(rows, encoder_for(student.processor))
-    samples = [dataset[i] for i in range(len(rows))]
+    with TemporaryDirectory() as folder:
+        dataset = ConversationDataset(records_of(Path(folder), rows), encoder_for(student.processor))
+        samples = [dataset[i] for i in range(len(rows))]
     assert all(isinstance(sample, Sample) for sample in samples), samples
     inputs = ModelInputs(student.processor, student.image_token_id)
     return dict(around(Collator(student.processor.tokenizer.pad_token_id, model_inputs=inputs))(samples))
@@ -387,7 +390,7 @@ def test_a_run_is_planned_without_weights(family, folders, tmp_path):
     more = {"distillation": supervised_at_every_place(), "optimization": optimization}
     student = {"vlm": str(folders[family]), "max_pixels": None, "task_tokens": {"order": ["depth"], "per_task": 2}}
     run = run_of(tmp_path, folders[family], stage, student=student, **more)
-    found = plan(run, Machine(1, 80e9))
+    found = Plan(run, Machine(1, 80e9))
     assert found.rows.count == 10 and "640 x 480 pixels" in found.rows.source
     assert found.memory.parts["activations"] > 0 and found.fits
     parts = {part.part: part for part in found.parts}
@@ -396,12 +399,12 @@ def test_a_run_is_planned_without_weights(family, folders, tmp_path):
     }
     student = build_vlm(run.student)
     assert parts["llm"].total == sum(p.numel() for _, p in parameters_of(student.model, "llm"))
-    model = FakeRun(run, run, planned_teachers(run.distillation))
+    model = FakeRun(run, run, planned_specs(run.distillation))
     rows = [RowLength(found.rows.average.tokens + 40, 5, 1), RowLength(50, 5, 0)]
     batch, sizes = fake_batch(rows, model.student, model.model, model.run, model.fake)
     with KnownPositions(model.fake):
         planned = costs_of(model.model, batch, sizes)
-    real = build_training_model(student, Stage(stage), run.distillation, planned_teachers(run.distillation))
+    real = build_training_model(student, Stage(stage), run.distillation, planned_specs(run.distillation))
     choose_trainable(real, Stage(stage), run.optimization)
     if packing:
         separate_samples(student.model.get_decoder())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -9,6 +10,11 @@ from visper.common.errors import ConfigError
 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Suffix of a drawing's file -> Pillow's name of its format."""
+
+PTChanges = Annotated[
+    list[str] | None, typer.Option("--set", help="a change to PT's run, such as a teacher's path; repeatable")
+]
+"""Overrides of the run of a PT."""
 
 
 def parse_path(text: str) -> Path:
@@ -19,6 +25,11 @@ def parse_path(text: str) -> Path:
         return Path(expand_path(text))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def path_option(*names: str, help: str) -> Any:
+    """An option that is a path."""
+    return typer.Option(*names, help=help, parser=parse_path)
 
 
 def parse_file(text: str) -> Path:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import path_option
 from visper.common.errors import ConfigError, DataError
 
 NAME = "chat"
@@ -16,9 +16,7 @@ def run(
     prompt: Annotated[str, typer.Option("--prompt", help="the question")],
     images: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--image", help="an image; several go to the `<image>` tags of the question in order", parser=parse_path
-        ),
+        path_option("--image", help="an image; several go to the `<image>` tags of the question in order"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="maximum length of the answer")] = 256,
 ) -> None:

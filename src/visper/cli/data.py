@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import path_option
 from visper.common.console import Console
 
 NAME = "data"
 app = typer.Typer(help="Data sets: list, download and check them.", no_args_is_help=True)
 
-Root = Annotated[Path, typer.Option("--root", help="folder of all data sets; 'data.root' of a run", parser=parse_path)]
+Root = Annotated[Path, path_option("--root", help="folder of all data sets; 'data.root' of a run")]
 
 
 @app.command("list")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path, require_other_files
+from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -20,13 +20,9 @@ What = Annotated[
         show_default=False,
     ),
 ]
-Images = Annotated[
-    Path | None, typer.Option("--images", help="folder of a conversation file's image paths", parser=parse_path)
-]
-Root = Annotated[Path, typer.Option("--root", help="folder of all data sets", parser=parse_path)]
-DropLists = Annotated[
-    list[Path] | None, typer.Option("--drop-list", help="file of rows to leave out; repeatable", parser=parse_path)
-]
+Images = Annotated[Path | None, path_option("--images", help="folder of a conversation file's image paths")]
+Root = Annotated[Path, path_option("--root", help="folder of all data sets")]
+DropLists = Annotated[list[Path] | None, path_option("--drop-list", help="file of rows to leave out; repeatable")]
 
 
 def check(
@@ -106,7 +102,7 @@ def _show(report: "Report", console: Console) -> None:
 
 def shard(
     what: What,
-    out: Annotated[Path, typer.Option("--out", help="a new folder", parser=parse_path)],
+    out: Annotated[Path, path_option("--out", help="a new folder")],
     images: Images = None,
     root: Root = Path("data"),
     drop_list: DropLists = None,

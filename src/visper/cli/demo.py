@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import PTChanges, path_option
 
 NAME = "demo"
 
@@ -13,14 +13,11 @@ NAME = "demo"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     look: Annotated[
-        Path | None,
-        typer.Option(help="output of the PT whose predictors are drawn; default: MODEL's own", parser=parse_path),
+        Path | None, path_option(help="output of the PT whose predictors are drawn; default: MODEL's own")
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="a change to PT's run, such as a teacher's path; repeatable")
-    ] = None,
+    overrides: PTChanges = None,
 ) -> None:
     """Serve a page to chat with a model about images and to see what its layers predict.
 

@@ -1,13 +1,13 @@
 """``visper evaluate``: accuracy on questions or public benchmarks."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path, require_other_files
+from visper.cli.arguments import path_option, require_other_files
 from visper.common.console import Console
 from visper.common.errors import ConfigError
 
@@ -18,23 +18,18 @@ REMEDY = "repeat the command to continue: answers so far are kept"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a LLaVA folder or a hub id", metavar="MODEL")],
     questions: Annotated[
-        Path | None,
-        typer.Option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]", parser=parse_path),
+        Path | None, path_option(help="JSON, JSONL or Parquet: question, answer[, image, kind, options, id]")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="folder of the image paths; not needed for embedded images", parser=parse_path)
+        Path | None, path_option(help="folder of the image paths; not needed for embedded images")
     ] = None,
     benchmark: Annotated[str | None, typer.Option(help="cv-bench, mmstar, realworldqa, ok-vqa or all")] = None,
-    root: Annotated[Path, typer.Option(help="folder of all data sets, for benchmarks", parser=parse_path)] = Path(
-        "data"
-    ),
+    root: Annotated[Path, path_option(help="folder of all data sets, for benchmarks")] = Path("data"),
     protocol: Annotated[str, typer.Option(help="prompts, parsing and metrics of benchmarks: paper")] = "paper",
     limit: Annotated[int | None, typer.Option(min=1, help="maximum number of questions, evenly spaced")] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(
-            help="JSONL file of the raw answers; for benchmarks, a folder; default: in MODEL/answers", parser=parse_path
-        ),
+        path_option(help="JSONL file of the raw answers; for benchmarks, a folder; default: in MODEL/answers"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="questions per batch")] = 32,
     max_new_tokens: Annotated[
@@ -55,29 +50,21 @@ def run(
 
     Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
     """
-    of_questions = {"--images": images, "--max-new-tokens": max_new_tokens}
-    _check_options(questions, benchmark, protocol, of_questions)
-    of_both = {"--answers": answers, "--root": root, "--limit": limit}
-    of_both |= {"--batch-size": batch_size, "--processes": processes}
-    options = {"--questions": questions, "--benchmark": benchmark, **of_questions, **of_both}
-    command = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    command += [] if blind is None else ["--blind" if blind else "--no-blind"]
-    start = partial(_start, processes, ["evaluate", model, *command])
+    _check_options(questions, benchmark, protocol, {"--images": images, "--max-new-tokens": max_new_tokens})
     if questions is not None:
-        _questions(
-            model, questions, images, limit, answers, batch_size, max_new_tokens or 32, blind is not False, start
-        )
+        length, control = max_new_tokens or 32, blind is not False
+        _questions(model, questions, images, limit, answers, batch_size, length, control, processes)
     elif benchmark is not None:
-        _benchmarks(model, benchmark, root, limit, answers, batch_size, bool(blind), start)
+        _benchmarks(model, benchmark, root, limit, answers, batch_size, bool(blind), processes)
 
 
-def _start(processes: int, command: list[str]) -> tuple[int, int]:
+def _start(processes: int) -> tuple[int, int]:
     """Starts the processes and waits for them, if there are several. Returns this process's share."""
     from visper.config import Launch
     from visper.evaluation.asking import own_share
     from visper.training import start_processes
 
-    started = start_processes(Launch(processes=processes), command, REMEDY)
+    started = start_processes(Launch(processes=processes), sys.argv[1:], REMEDY)
     return (0, 1) if started else own_share()  # the started processes have answered; this one scores
 
 
@@ -102,7 +89,7 @@ def _questions(
     batch_size: int,
     max_new_tokens: int,
     blind: bool,
-    start: Callable[[], tuple[int, int]],
+    processes: int,
 ) -> None:
     from visper.data.sampler import spread
     from visper.evaluation.asking import Asker, answers_file, require_writable
@@ -116,7 +103,7 @@ def _questions(
     place = answers or answers_file(model, questions.stem, limit)
     require_other_files({"the file of answers, --answers,": place}, questions)
     require_writable(place, "give another file with --answers FILE.jsonl")
-    asker = Asker(model, batch_size, start())
+    asker = Asker(model, batch_size, _start(processes))
     own, control = ask_questions(asker, spread(asked, limit), source, place, max_new_tokens, blind)
     if asker.share[1] > 1:
         return
@@ -135,7 +122,7 @@ def _benchmarks(
     answers: Path | None,
     batch_size: int,
     blind: bool,
-    start: Callable[[], tuple[int, int]],
+    processes: int,
 ) -> None:
     from visper.evaluation.asking import Asker, answers_file, require_writable
     from visper.evaluation.benchmarks import find_benchmarks
@@ -148,7 +135,7 @@ def _benchmarks(
         require_writable(
             answers_file(model, benchmark.name, limit, answers), "give another folder with --answers FOLDER"
         )
-    asker = Asker(model, batch_size, start())
+    asker = Asker(model, batch_size, _start(processes))
     results = [run_benchmark(asker, benchmark, root, limit, blind, answers) for benchmark in chosen]
     found = [result for result in results if result is not None]
     if found:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import PICTURES, parse_path, parse_picture, require_other_files
+from visper.cli.arguments import PICTURES, PTChanges, parse_path, parse_picture, path_option, require_other_files
 
 NAME = "look"
 
@@ -19,26 +19,19 @@ def run(
             parser=parse_path,
         ),
     ],
-    image: Annotated[Path, typer.Option("--image", help="an image", parser=parse_path)],
+    image: Annotated[Path, path_option("--image", help="an image")],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="the drawing to write, .png, .jpg or .webp", parser=parse_picture)
     ],
     predictors: Annotated[
-        Path | None,
-        typer.Option(help="draw MODEL, a later stage, with the predictors of this PT", parser=parse_path),
+        Path | None, path_option(help="draw MODEL, a later stage, with the predictors of this PT")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="text that goes with the image")] = None,
     gallery: Annotated[
         Path | None,
-        typer.Option(
-            help="images to show the nearest of if a teacher cannot draw; default: images of the run",
-            parser=parse_path,
-        ),
+        path_option(help="images to show the nearest of if a teacher cannot draw; default: images of the run"),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a change to PT's run, such as a teacher's path; repeatable"),
-    ] = None,
+    overrides: PTChanges = None,
 ) -> None:
     """Draw every tapped layer's prediction beside the teacher's own output.
 

@@ -1,5 +1,6 @@
 """``visper pipeline``: trains several stages in order."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -30,6 +31,6 @@ def run(
     require_separate_outputs(runs)
     if len({settings.launch.processes for settings in runs}) > 1:
         raise ConfigError("stages of a pipeline have different launch.processes: give --set launch.processes=N")
-    if start_processes(runs[0].launch, ["pipeline", *recipes, *(f"--set={change}" for change in overrides or [])]):
+    if start_processes(runs[0].launch, sys.argv[1:]):
         return
     run_pipeline(runs, evaluator_of, least_recomputation)

@@ -43,11 +43,11 @@ def run(
     memory = gpu_memory * 1e9 if gpu_memory else kind.memory_gb * 1e9 if kind else None
     with collector_paused():
         from visper.planning.memory import Machine
-        from visper.planning.plan import plan
+        from visper.planning.plan import Plan
 
-        found = plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
-    _show(found, gpu, hourly_price, Console())
-    _require_fit(found)
+        plan = Plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
+        _show(plan, gpu, hourly_price, Console())
+    _require_fit(plan)
 
 
 def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from visper.cli.arguments import parse_file, parse_path, require_other_files
+from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
 
 if TYPE_CHECKING:
@@ -18,14 +18,12 @@ REMEDY = "repeat the command to continue from the last checkpoint"
 def run(
     model: Annotated[str, typer.Argument(help="a stage's output, a model's folder or a hub id", metavar="MODEL")],
     tasks: Annotated[list[str], typer.Option("--task", help="a task of the recipe given by --teachers; repeatable")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the probe's folder", parser=parse_path)],
-    images: Annotated[Path, typer.Option(help="folder of images to train the heads on", parser=parse_path)],
+    out: Annotated[Path, path_option("--out", "-o", help="the probe's folder")],
+    images: Annotated[Path, path_option(help="folder of images to train the heads on")],
     teachers: Annotated[
         str | None, typer.Option(help="recipe or run.yaml whose tasks name the teachers; default: the model's own")
     ] = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="JSON rows; train only on the images that they name", parser=parse_path)
-    ] = None,
+    rows: Annotated[Path | None, path_option(help="JSON rows; train only on the images that they name")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="train only on the first N images", metavar="N")] = None,
     score: Annotated[
         list[str] | None,
@@ -36,12 +34,8 @@ def run(
     score_limit: Annotated[
         int | None, typer.Option(min=1, help="score only on the first N images", metavar="N")
     ] = None,
-    root: Annotated[Path, typer.Option(help="folder of the data sets that --score names", parser=parse_path)] = Path(
-        "data"
-    ),
-    beside: Annotated[
-        list[Path] | None, typer.Option(help="folder of another probe to draw; repeatable", parser=parse_path)
-    ] = None,
+    root: Annotated[Path, path_option(help="folder of the data sets that --score names")] = Path("data"),
+    beside: Annotated[list[Path] | None, path_option(help="folder of another probe to draw; repeatable")] = None,
     plot: Annotated[
         Path | None,
         typer.Option(help="file of the curves, .svg, .png or .pdf; default: curves.svg in --out", parser=parse_file),
@@ -58,28 +52,22 @@ def run(
     --images data/coco/train2017 --score da-2k`
     """
     from visper.evaluation.probe.curves import draw_curves, named_apart, read_findings
+    from visper.evaluation.probe.recipe import rows_file
 
     draws, plot = bool(score or beside or plot), plot or out / "curves.svg"
-    _check_files(out, plot if draws else None, teachers, rows)
+    recipe = out.parent / f"{out.name}.probe.yaml"
+    written = {"--plot": plot if draws else None, "the probe's recipe": recipe, "the probe's rows": rows_file(out)}
+    require_other_files(written, teachers, rows)
     drawn = named_apart([out, *(beside or [])])
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, out, score or [], root, beside or [], plot if draws else None)
-    finished = _write_rows(settings, out, images, rows, limit)
-    _check_apart(out, images, score or [], root, score_limit)
-    if not finished:
-        _train(settings, out)
+    if not _write_rows(settings, out, images, rows, limit, score or [], root, score_limit):
+        _train(settings, recipe)
     if score:
         _score(out, score, root, score_limit)
     if draws:
         draw_curves({name: read_findings(place) for name, place in drawn.items()}, plot)
         print(plot)
-
-
-def _check_files(out: Path, plot: Path | None, teachers: str | None, rows: Path | None) -> None:
-    from visper.evaluation.probe.recipe import rows_file
-
-    written = {"--plot": plot, "the probe's recipe": _recipe(out), "the probe's rows": rows_file(out)}
-    require_other_files(written, teachers, rows)
 
 
 def _settings(
@@ -111,37 +99,39 @@ def _check(settings: "Run", out: Path, score: list[str], root: Path, beside: lis
         require_drawable(plot)
 
 
-def _write_rows(settings: "Run", out: Path, images: Path, rows: Path | None, limit: int | None) -> bool:
-    """Writes the rows to train on. Returns whether the probe is finished; then they may not change."""
+def _write_rows(
+    settings: "Run",
+    out: Path,
+    images: Path,
+    rows: Path | None,
+    limit: int | None,
+    score: list[str],
+    root: Path,
+    score_limit: int | None,
+) -> bool:
+    """Writes the rows to train on, none of which may be scored on.
+
+    Returns whether the probe is finished; then its rows may not change.
+    """
     from visper.evaluation.probe.recipe import rows_file, write_rows
+    from visper.quickstart.probed import require_apart
     from visper.training import is_finished
 
     finished = is_finished(settings)
     write_rows(images, rows_file(out), rows, limit, fixed=finished)
+    for what in score:
+        require_apart(rows_file(out), images, what, root, score_limit)
     return finished
 
 
-def _check_apart(out: Path, images: Path, score: list[str], root: Path, limit: int | None) -> None:
-    from visper.evaluation.probe.recipe import rows_file
-    from visper.quickstart.probed import require_apart
-
-    for what in score:
-        require_apart(rows_file(out), images, what, root, limit)
-
-
-def _train(settings: "Run", out: Path) -> None:
+def _train(settings: "Run", recipe: Path) -> None:
     from visper.common.files import write_text
     from visper.config import run_text
     from visper.training import run_stage, start_processes
 
-    recipe = _recipe(out)
     write_text(recipe, run_text(settings))
     if not start_processes(settings.launch, ["train", str(recipe), "--resume"], REMEDY):
         run_stage(settings, resume=True)
-
-
-def _recipe(out: Path) -> Path:
-    return out.parent / f"{out.name}.probe.yaml"
 
 
 def _score(out: Path, score: list[str], root: Path, limit: int | None) -> None:

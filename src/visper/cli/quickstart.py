@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import path_option
 
 NAME = "quickstart"
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for all results", parser=parse_path)] = Path("visper-quickstart"),
+    out: Annotated[Path, path_option(help="folder for all results")] = Path("visper-quickstart"),
     seed: Annotated[int, typer.Option(help="seed of the world, the projector and the order of rows")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs, in two minutes")] = False,
     objective: Annotated[

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import path_option
 
 NAME = "study"
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="folder for all results", parser=parse_path)] = Path("visper-study"),
+    out: Annotated[Path, path_option(help="folder for all results")] = Path("visper-study"),
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds; a claim needs five")] = 5,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="an arm; repeatable. Default: all arms")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs")] = False,
@@ -27,8 +27,7 @@ def run(
 
     from visper.common.console import Console
     from visper.evaluation.probe.curves import require_drawable
-    from visper.study.arms import ARMS
-    from visper.study.cells import FAST, FULL
+    from visper.study.arms import ARMS, FAST, FULL
     from visper.study.report import report
     from visper.study.run import study
 

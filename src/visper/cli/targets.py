@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from visper.cli.arguments import parse_path
+from visper.cli.arguments import path_option
 from visper.common.console import Console
 
 NAME = "targets"
@@ -14,7 +14,7 @@ app = typer.Typer(help="Teachers' targets, computed once into a store that train
 
 Recipe = Annotated[str, typer.Argument(help="a YAML file or a shipped recipe's name", metavar="RUN.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes, such as data.geometry=pad")]
-Store = Annotated[Path, typer.Option("--out", help="the store's folder", parser=parse_path)]
+Store = Annotated[Path, path_option("--out", help="the store's folder")]
 
 
 class Dtype(str, Enum):
@@ -71,8 +71,7 @@ def check(
     from visper.data.images import background_of
     from visper.model.start import starting_processor
     from visper.target_store.build import build_targets
-    from visper.target_store.check import damaged_parts
-    from visper.target_store.open import build_command, open_targets
+    from visper.target_store.open import build_command, damaged_parts, open_targets
 
     console = Console(soft_wrap=True)
     geometry = settings.data.geometry.value

@@ -1,5 +1,6 @@
 """``visper train``: trains one stage."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -27,8 +28,7 @@ def run(
     from visper.planning.recomputation import least_recomputation
     from visper.training import run_stage, start_processes
 
-    options = [*(["--resume"] if resume else []), *(["--accept-changes"] if accept_changes else [])]
-    if start_processes(settings.launch, ["train", recipe, *(overrides or []), *options]):
+    if start_processes(settings.launch, sys.argv[1:]):
         return
     evaluator, choose = evaluator_of(settings), least_recomputation
     run_stage(settings, resume=resume, accept_changes=accept_changes, evaluator=evaluator, recomputation=choose)

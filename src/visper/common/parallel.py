@@ -34,8 +34,6 @@ def in_order(
     Args:
         function: picklable; an exception that it raises ends the iteration.
         items: picklable.
-        description: title of the progress bar.
-        quiet: no progress bar.
         workers: processes; default: one per core, or none for few items.
     """
     if workers is None:
@@ -54,7 +52,7 @@ def in_order(
         each,
         chunk,
         num_workers=workers,
-        collate_fn=_as_list,
+        collate_fn=list,
         worker_init_fn=end_with_parent,
         generator=torch.Generator(),
     )
@@ -119,10 +117,6 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 * 2**20)
-
-
-def _as_list(results: list[Result]) -> list[Result]:
-    return results
 
 
 class _Each(Generic[Item, Result]):

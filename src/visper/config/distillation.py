@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from visper.config.kinds import (
     OWN_TARGETS,
     TEACHERS,
+    TaskName,
     check_head,
+    check_losses,
     check_options,
-    check_task_name,
     class_place,
-    loss_name,
-    loss_place,
 )
 from visper.config.paths import PathText
-from visper.config.section import Choice, Section, without_nulls
+from visper.config.section import Choice, Section, WithoutNulls, without_nulls
 
 PUBLISHED_LOSS = {"smooth_l1": 1.0, "info_nce": 0.3}
 """The default losses of a task and their weights (paper, section 3)."""
@@ -64,7 +63,7 @@ class Target(Section):
         if self.model is None:
             raise ValueError(f"target '{self.kind}' needs 'model': a hub id, folder or file")
         if self.kind in TEACHERS:
-            check_options(self.kind, self.options, TEACHERS[self.kind].options)
+            check_options(f"teacher kind '{self.kind}'", self.options, TEACHERS[self.kind].options)
         return self
 
 
@@ -120,25 +119,16 @@ class Task(Section):
     at: Position = Field(Position.TASK_TOKENS, description="positions whose states are read")
     layers: tuple[PositiveInt, ...] = Field((), description="decoder layers tapped, counted from 1; none at projector")
     head: Head = Field(default_factory=lambda: Head.model_validate({}))
-    loss: dict[str, PositiveFloat] = Field(
+    loss: Annotated[dict[str, PositiveFloat], WithoutNulls] = Field(
         default_factory=lambda: dict(PUBLISHED_LOSS), min_length=1, description="key of LOSSES -> its weight"
     )
     weight: NonNegativeFloat = 0.5
     schedule: Schedule | None = None
 
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _without_removed(cls, loss: Any) -> Any:
-        return without_nulls(loss)
-
     @field_validator("loss")
     @classmethod
     def _known_losses(cls, loss: dict[str, float]) -> dict[str, float]:
-        for kind in loss:
-            loss_place(kind)
-        names = [loss_name(kind) for kind in loss]
-        if len(set(names)) < len(names):
-            raise ValueError(f"losses {list(loss)} share a name in the log: rename your own function")
+        check_losses(loss)
         return loss
 
     @model_validator(mode="after")
@@ -173,25 +163,13 @@ class Task(Section):
 class Distillation(Section):
     """The embedding losses, summed over tasks and layers: task weight x (weighted sum of the task's losses)."""
 
-    tasks: dict[str, Task] = Field(min_length=1)
+    tasks: Annotated[dict[TaskName, Task], WithoutNulls] = Field(min_length=1)
     init_logit_scale: float = 2.0
     text_keys: bool = Field(True, description="resamplers at task tokens also read the text's hidden states")
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="default: the run's")
     targets: PathText | None = Field(
         None, description="stored targets, written by `visper targets build`; no teacher is loaded"
     )
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _without_removed(cls, tasks: Any) -> Any:
-        return without_nulls(tasks)
-
-    @field_validator("tasks")
-    @classmethod
-    def _nameable(cls, tasks: dict[str, Task]) -> dict[str, Task]:
-        for name in tasks:
-            check_task_name(name)
-        return tasks
 
     @property
     def taught(self) -> dict[str, Task]:

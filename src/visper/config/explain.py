@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from visper.config.faults import expected, found
-from visper.config.paths import PathText
-from visper.config.schema import UNION_TAGS
-from visper.config.student import Student, VlmStudent
 
-STUDENTS: dict[str, type[BaseModel]] = {"Student": Student, "VlmStudent": VlmStudent}
-"""The kinds of students by the tags that pydantic puts into the location of a fault."""
-_UNION_MEMBER = re.compile(r"(literal|tuple)\[.*\]|\[key\]")
-"""Further parts of a location that are no keys: the members of a union, and the mark of a wrong key of a mapping."""
+Schema = dict[str, Any]
+_NO_KEY = re.compile(r"(literal|tuple)\[.*\]|\[key\]|Student|VlmStudent|number|word")
+"""Parts of a location that are no keys: members and tags of a union, and the mark of a wrong key of a mapping."""
 _OF_A_WHOLE = ("too_short", "literal_error")
 """Faults that follow from one of an entry: pydantic counts only valid entries, and a list is not a word of a union."""
 _LISTS, _MAPPINGS = ("tuple_type", "list_type"), ("dict_type", "model_type", "model_attributes_type")
@@ -32,29 +27,25 @@ def explain(error: ValidationError, name: str, model: type[BaseModel], given: An
         given: the validated data, to name the entries beside one that is incomplete.
     """
     faults: Any = error.errors()
-    places = [_place(fault["loc"]) for fault in faults]
+    whole = model.model_json_schema()
+    places = [[str(part) for part in fault["loc"] if not _NO_KEY.fullmatch(str(part))] for fault in faults]
     lines: dict[str, str] = {}
     for fault, place in zip(faults, places, strict=True):
         if fault["type"] in _OF_A_WHOLE and any(other[: len(place)] == place != other for other in places):
             continue  # the fault of an entry is listed
         shown = ".".join(place) or f"(the whole {model.__name__.lower()})"
+        last = fault["loc"][-1] if fault["loc"] else None
         if fault["type"] == "extra_forbidden":
-            valid = _keys_at(model, fault["loc"][:-1])
-            lines[shown] = f"{name}: unknown key '{shown}': {_hint(fault['loc'][-1], valid)}"
-        elif fault["loc"] and fault["loc"][-1] == "[key]":
+            lines[shown] = f"{name}: unknown key '{shown}': {_hint(last, _keys(_at(fault['loc'][:-1], whole)))}"
+        elif last == "[key]":
             lines[shown] = f"{name}: unknown key '{shown}': {expected(fault)}"
-        elif fault["type"] == "missing" and not isinstance(fault["loc"][-1], int):
-            lines[shown] = f"{name}: key '{shown}' is missing{_beside(fault['loc'], model, given)}"
+        elif fault["type"] == "missing" and not isinstance(last, int):
+            lines[shown] = f"{name}: key '{shown}' is missing{_beside(fault['loc'], whole, given)}"
         else:
             before = lines[shown].partition(", found ")[0] + " or " if shown in lines else f"{name}: key '{shown}': "
-            message = _message(fault, model)
+            message = _message(fault, whole)
             lines[shown] = before + (message.removeprefix("expected ") if shown in lines else message)
     return "\n".join(lines.values())
-
-
-def _place(location: Sequence[Any]) -> list[str]:
-    parts = (str(part) for part in location if part not in (*STUDENTS, *UNION_TAGS))
-    return [part for part in parts if not _UNION_MEMBER.fullmatch(part)]
 
 
 def _hint(key: Any, valid: list[str]) -> str:
@@ -62,10 +53,10 @@ def _hint(key: Any, valid: list[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(valid)}"
 
 
-def _beside(location: Sequence[Any], model: type[BaseModel], given: Any) -> str:
+def _beside(location: Sequence[Any], whole: Schema, given: Any) -> str:
     """For a missing key of a new entry of a mapping: the entries that may have been meant."""
     *parents, entry, _ = location if len(location) > 1 else (None, None)
-    if get_origin(next(_alternatives(_kind_at(model, parents)), None)) is not dict:
+    if not any(isinstance(one.get("additionalProperties"), dict) for one in _at(parents, whole)):
         return ""
     for parent in parents:
         given = given.get(parent) if isinstance(given, Mapping) else None
@@ -75,102 +66,66 @@ def _beside(location: Sequence[Any], model: type[BaseModel], given: Any) -> str:
     return f": '{entry}' is new, so it needs this key{known}" + (f". Did you mean '{near[0]}'?" if near else "")
 
 
-def _message(fault: Mapping[str, Any], model: type[BaseModel]) -> str:
+def _message(fault: Mapping[str, Any], whole: Schema) -> str:
     kind, value = fault["type"], fault["input"]
     if kind == "missing":  # an entry of a list of fixed length
         return f"expected {fault['loc'][-1] + 1} or more entries, found {found(value)}"
     text = expected(fault)
-    if kind == "literal_error" and fault["loc"][-1] in UNION_TAGS:
+    if kind == "literal_error" and fault["loc"][-1] == "word":
         text += " or a number"
     if kind in _LISTS:
-        text += _list_of(model, fault["loc"])
-    elif kind in _MAPPINGS:
-        keys = _keys_at(model, fault["loc"])
+        of_entries, remedy = _list_of(value, _at(fault["loc"], whole), whole)
+        return (
+            f"{text} of {of_entries}, found {'keys with values' if isinstance(value, dict) else found(value)}{remedy}"
+        )
+    if kind in _MAPPINGS:
+        keys = _keys(_at(fault["loc"], whole))
         text += f" ({', '.join(keys)})" if keys else ", as in {key: value}"
-    shown = "keys with values" if isinstance(value, dict) and kind in _LISTS else found(value)
-    text += f", found {shown}" if not isinstance(value, dict) or kind in _LISTS else ""
-    if kind == "string_type" and isinstance(value, (int, float)):
-        text += ": put it in quotes"
-    return text + (_bracketed(value, model, fault["loc"]) if kind in _LISTS else "")
+    text += f", found {found(value)}" if not isinstance(value, dict) else ""
+    return text + (": put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else "")
 
 
-def _list_of(model: type[BaseModel], location: Sequence[Any]) -> str:
-    item, length = _entries_at(model, location)
-    count = "" if length is None else f"{length} "
-    if item == PathText:
-        return f" of {count}paths"
-    if _section_in(item) is not None:
-        return f" of {count}entries with the keys {', '.join(_keys(_section_in(item)))}"
-    return f" of {count}numbers" if _is_number(item) else f" of {count}texts"
+def _list_of(value: Any, schemas: list[Schema], whole: Schema) -> tuple[str, str]:
+    """What a list has to contain, and how a single entry, given without its list, is written."""
+    several = next((one for one in schemas if one.get("type") == "array"), {})
+    fixed = several.get("prefixItems", [])
+    (item, *_) = _alternatives((fixed or [several.get("items", {})])[0], whole)
+    count, is_number = f"{len(fixed)} " if fixed else "", item.get("type") in ("integer", "number")
+    if "properties" in item:
+        remedy = ": put it in brackets, [{...}]" if isinstance(value, dict) else ": write [{KEY: VALUE, ...}]"
+        return f"{count}entries with the keys {', '.join(_keys([item]))}", remedy
+    kind = "paths" if item.get("format") == "path" else "numbers" if is_number else "texts"
+    if fixed or (is_number and not isinstance(value, (int, float))):
+        return f"{count}{kind}", ": write it as in [1, 2]"
+    return f"{count}{kind}", f": write [{value}]" if isinstance(value, (str, int, float)) else ""
 
 
-def _bracketed(value: Any, model: type[BaseModel], location: Sequence[Any]) -> str:
-    """How a single entry, given without its list, is written."""
-    item, length = _entries_at(model, location)
-    if _section_in(item) is not None:
-        return ": put it in brackets, [{...}]" if isinstance(value, dict) else ": write [{KEY: VALUE, ...}]"
-    if length is not None or (_is_number(item) and not isinstance(value, (int, float))):
-        return ": write it as in [1, 2]"
-    return f": write [{value}]" if isinstance(value, (str, int, float)) else ""
+def _keys(schemas: list[Schema]) -> list[str]:
+    """The keys of a section; none of a mapping with free keys."""
+    return [key for one in schemas for key in one.get("properties", ())]
 
 
-def _is_number(kind: Any) -> bool:
-    return any(one in (int, float) for one in _alternatives(kind))
-
-
-def _entries_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[Any, int | None]:
-    """The type of the entries of the list at ``location``, and their number if it is fixed."""
-    for kind in _alternatives(_kind_at(model, location)):
-        if get_origin(kind) in (tuple, list):
-            entries = get_args(kind)
-            return entries[0], None if get_origin(kind) is list or Ellipsis in entries else len(entries)
-    return str, None
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """The valid keys of the section at ``location``; empty if it is free-form."""
-    kind = _kind_at(model, location)
-    mapping = any(get_origin(one) is dict for one in _alternatives(kind))
-    return [] if mapping else _keys(_section_in(kind))
-
-
-def _keys(section: type[BaseModel] | None) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()] if section else []
-
-
-def _kind_at(model: type[BaseModel], location: Sequence[Any]) -> Any:
-    """The declared type of the value at ``location``; None if it is not declared."""
-    kind: Any = model
+def _at(location: Sequence[Any], whole: Schema) -> list[Schema]:
+    """The JSON schemas of the value at ``location``, several for a union."""
+    schemas = [whole]
     for part in location:
-        if part in STUDENTS:
-            kind = STUDENTS[part]
-        elif part not in UNION_TAGS and not _UNION_MEMBER.fullmatch(str(part)):
-            kind = next((inner for one in _alternatives(kind) for inner in _inner(one, part)), None)
-    return kind
+        inner = [found for one in schemas for entry in _inner(one, part) for found in _alternatives(entry, whole)]
+        schemas = inner or [one for one in schemas if one.get("title") == part] or schemas
+    return schemas
 
 
-def _inner(kind: Any, part: Any) -> Iterator[Any]:
-    """The type of a part of a value: a field of a section, an entry of a mapping or of a list."""
-    if get_origin(kind) is dict:
-        yield get_args(kind)[1]
-    elif get_origin(kind) in (tuple, list):
-        yield get_args(kind)[0]
-    elif get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel):
-        yield from (field.annotation for name, field in kind.model_fields.items() if part in (name, field.alias))
+def _inner(schema: Schema, part: Any) -> list[Schema]:
+    """The schema of a part of a value: a field of a section, an entry of a mapping or of a list."""
+    if isinstance(part, int):
+        entry = (schema.get("prefixItems") or [schema.get("items")])[0]
+    else:
+        entry = schema.get("properties", {}).get(part, schema.get("additionalProperties"))
+    return [entry] if isinstance(entry, dict) else []
 
 
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """The members of a union, or the type itself, without annotations and None."""
-    if get_origin(kind) is Annotated:
-        yield from _alternatives(get_args(kind)[0])
-    elif get_origin(kind) in (Union, UnionType):
-        for member in get_args(kind):
-            yield from _alternatives(member)
-    elif kind not in (None, NoneType):
-        yield kind
-
-
-def _section_in(kind: Any) -> type[BaseModel] | None:
-    # In Python 3.10, dict[str, X] is an instance of type, too.
-    sections = (one for one in _alternatives(kind) if get_origin(one) is None and isinstance(one, type))
-    return next((one for one in sections if issubclass(one, BaseModel)), None)
+def _alternatives(schema: Schema, whole: Schema) -> list[Schema]:
+    """The members of a union, or the schema itself, without references."""
+    if "$ref" in schema:
+        schema = whole["$defs"][schema["$ref"].rpartition("/")[2]]
+    members = schema.get("anyOf") or schema.get("oneOf")
+    return [one for member in members for one in _alternatives(member, whole)] if members else [schema]

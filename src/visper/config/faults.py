@@ -18,6 +18,7 @@ EXPECTED: Mapping[str, str] = {
     "greater_than_equal": "a number greater than or equal to {ge}",
     "less_than": "a number less than {lt}",
     "less_than_equal": "a number less than or equal to {le}",
+    **dict.fromkeys(("byte_size", "byte_size_unit"), "a size such as '18 GB'"),
     "finite_number": "a finite number",
     "too_short": "at least {min_length} entries",
     "too_long": "at most {max_length} entries",

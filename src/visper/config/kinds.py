@@ -7,50 +7,51 @@ A recipe is checked against these tables before torch is imported. A kind that i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from visper.config.faults import expected
 
 Count = Annotated[int, Ge(1)]
 
 
-class TeacherKind(NamedTuple):
-    """``place`` is the class as "module:Class"; ``options`` are its arguments except ``model`` (a test compares)."""
-
-    place: str
-    options: tuple[str, ...] = ()
-
-
-class HeadKind(NamedTuple):
-    """``place`` is the class as "module:Class"; ``options`` are its arguments in a recipe, with their types."""
+class Kind(NamedTuple):
+    """``place`` is the class as "module:Class"; ``options`` are its arguments in a recipe, with their types, or ``Any``
+    if the class checks the values itself."""
 
     place: str
     options: Mapping[str, Any] = {}
 
 
-_FEATURES = TeacherKind(
-    "visper.distillation.teachers.features:FeaturesTeacher", ("size", "layer", "trust_remote_code", "revision")
+def _unchecked(*options: str) -> Mapping[str, Any]:
+    return dict.fromkeys(options, Any)
+
+
+_FEATURES = Kind(
+    "visper.distillation.teachers.features:FeaturesTeacher",
+    _unchecked("size", "layer", "trust_remote_code", "revision"),
 )
-TEACHERS: Mapping[str, TeacherKind] = {
-    "onnx": TeacherKind(
+TEACHERS: Mapping[str, Kind] = {
+    "onnx": Kind(
         "visper.distillation.teachers.onnx:OnnxTeacher",
-        (
+        _unchecked(
             *("size", "layout", "mean", "std", "input", "output", "output_layout", "grid", "softmax"),
             *("draw", "threads"),
         ),
     ),
-    "depth_anything": TeacherKind(
-        "visper.distillation.teachers.depth_anything:DepthAnythingTeacher", ("size", "levels", "revision")
+    "depth_anything": Kind(
+        "visper.distillation.teachers.depth_anything:DepthAnythingTeacher", _unchecked("size", "levels", "revision")
     ),
-    "oneformer": TeacherKind("visper.distillation.teachers.oneformer:OneFormerTeacher", ("size", "draw", "revision")),
-    "unclip": TeacherKind(
+    "oneformer": Kind(
+        "visper.distillation.teachers.oneformer:OneFormerTeacher", _unchecked("size", "draw", "revision")
+    ),
+    "unclip": Kind(
         "visper.distillation.teachers.unclip:UnClipTeacher",
-        ("subfolder", "processor_subfolder", "draw", "steps", "revision"),
+        _unchecked("subfolder", "processor_subfolder", "draw", "steps", "revision"),
     ),
     "features": _FEATURES,
     "dinov2": _FEATURES,
@@ -60,8 +61,8 @@ TEACHERS: Mapping[str, TeacherKind] = {
 OWN_TARGETS = ("encoder", "projector")
 """Targets without a teacher: the input and the output of the student's own projector."""
 
-HEADS: Mapping[str, HeadKind] = {
-    "resampler": HeadKind(
+HEADS: Mapping[str, Kind] = {
+    "resampler": Kind(
         "visper.distillation.heads:ResamplerHead",
         {
             "queries": Literal["matrix", "states"],
@@ -74,12 +75,12 @@ HEADS: Mapping[str, HeadKind] = {
             "ff_mult": Count,
         },
     ),
-    "mlp": HeadKind(
+    "mlp": Kind(
         "visper.distillation.heads:MlpHead",
         {"depth": Count, "width": Count, "activation": Literal["gelu", "silu", "relu"]},
     ),
-    "linear": HeadKind("visper.distillation.heads:LinearHead"),
-    "none": HeadKind("visper.distillation.heads:NoHead"),
+    "linear": Kind("visper.distillation.heads:LinearHead"),
+    "none": Kind("visper.distillation.heads:NoHead"),
 }
 """Heads predict embeddings from hidden states. To add one, add a class to ``distillation/heads.py`` and a line here."""
 
@@ -113,6 +114,14 @@ def loss_place(kind: str) -> str:
     return LOSSES[kind] if kind in LOSSES else _own_place("loss", kind, list(LOSSES), "function")
 
 
+def check_losses(losses: Collection[str]) -> None:
+    """Raises ValueError for an unknown loss, or for two with the same name in the log."""
+    for kind in losses:
+        loss_place(kind)
+    if len({loss_name(kind) for kind in losses}) < len(losses):
+        raise ValueError(f"losses {list(losses)} share a name in the log: rename your own function")
+
+
 def loss_name(kind: str) -> str:
     """The name of a loss in the log: its key in ``LOSSES``, or the name of a custom function."""
     return kind.rsplit(":")[-1]
@@ -127,33 +136,33 @@ def _own_place(what: str, kind: str, known: list[str], member: str) -> str:
 def check_head(kind: str, options: Mapping[str, object]) -> None:
     """Raises ValueError for an unknown kind of head, an unknown option, or an option of the wrong type."""
     head_place(kind)
-    if kind not in HEADS:
-        return  # a custom class checks its own options when it is built
-    known = HEADS[kind].options
+    if kind in HEADS:  # a custom class checks its own options when it is built
+        check_options(f"head '{kind}'", options, HEADS[kind].options)
+
+
+def check_options(what: str, options: Mapping[str, object], known: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that is not in ``known`` (option -> its type), or of the wrong type."""
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"head '{kind}' has no option '{name}': " + nearest(name, list(known)))
+            raise ValueError(f"{what} has no option '{name}': " + nearest(name, list(known)))
         try:
             TypeAdapter(known[name]).validate_python(value, strict=True)
         except ValidationError as error:
             wanted = expected(error.errors()[0])
-            raise ValueError(f"head '{kind}': option '{name}': {wanted}, found {value!r}") from error
+            raise ValueError(f"{what}: option '{name}': {wanted}, found {value!r}") from error
 
 
-def check_options(kind: str, options: Mapping[str, object], known: tuple[str, ...]) -> None:
-    """Raises ValueError for an option that this kind of teacher does not have."""
-    for name in options:
-        if name not in known:
-            raise ValueError(f"teacher kind '{kind}' has no option '{name}': " + nearest(name, list(known)))
-
-
-def check_task_name(name: str) -> None:
-    """Raises ValueError for a task name that cannot be a key of torch's ``ModuleDict`` or ``ParameterDict``."""
+def check_task_name(name: str) -> str:
+    """``name``; raises ValueError if it cannot be a key of torch's ``ModuleDict`` or ``ParameterDict``."""
     if not name.isidentifier() or hasattr(dict, name):
         raise ValueError(
             f"'{name}' cannot name a task: use letters, digits and _, do not begin with a digit, and avoid names of "
             "dict methods, such as 'keys'"
         )
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(check_task_name)]
 
 
 def nearest(name: str, known: list[str]) -> str:

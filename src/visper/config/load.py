@@ -61,17 +61,27 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected keys with values, found {kind_of(content)}")
+    return content
+
+
 def read_recipe(name: str | Path, _seen: tuple[Path, ...] = (), _beside: Path | None = None) -> dict[str, Any]:
     """The recipe as plain data, merged with the recipes that it extends; not yet validated."""
     path = _find(str(name), _beside)
     if path in _seen:
         raise ConfigError(f"{path}: recipes extend each other in a circle")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected keys with values, found {kind_of(content)}")
+    content = read_mapping(path)
     given = content.pop("extends", None)
     parents = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):

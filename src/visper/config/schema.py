@@ -122,8 +122,7 @@ ShareOrAuto = Annotated[
     Annotated[float, Field(ge=0, le=1), Tag("number")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(_number_or_word),
 ]
-UNION_TAGS = ("number", "word")
-"""The tags of ``ShareOrAuto``, which pydantic puts into the location of a fault."""
+"""The tags are not keys: ``explain`` leaves them out of the places of faults."""
 
 
 class Optimization(Section):

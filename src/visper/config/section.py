@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Choice(str, Enum):
@@ -18,6 +18,9 @@ class Choice(str, Enum):
 def without_nulls(given: Any) -> Any:
     """A mapping without its nulls, by which a recipe removes keys of an extended one; other values are unchanged."""
     return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+WithoutNulls = BeforeValidator(without_nulls)
 
 
 class Section(BaseModel):

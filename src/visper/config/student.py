@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from visper.config.kinds import check_task_name
+from visper.config.kinds import TaskName
 from visper.config.paths import PathText, read_words
 from visper.config.section import Section, without_nulls
 
@@ -15,15 +15,13 @@ from visper.config.section import Section, without_nulls
 class TaskTokenLayout(Section):
     """The task tokens that follow the image tokens, in every stage and at inference (paper, section 3)."""
 
-    order: tuple[str, ...] = ("depth", "seg", "gen")
+    order: tuple[TaskName, ...] = ("depth", "seg", "gen")
     per_task: PositiveInt = 8
 
     @model_validator(mode="after")
     def _names_once(self) -> TaskTokenLayout:
         if len(set(self.order)) != len(self.order):
             raise ValueError(f"a task occurs twice in order {list(self.order)}: name each task once")
-        for name in self.order:
-            check_task_name(name)
         return self
 
 

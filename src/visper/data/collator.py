@@ -58,11 +58,8 @@ class Sample:
 class Sizes:
     """Token counts of a batch, kept on the host so that they need not be read from a GPU.
 
-    Attributes:
-        lengths: tokens of each sample, without padding.
-        supervised: number of supervised tokens.
-        image_tokens: tokens of all images.
-        pairs: pairs of tokens within a sample, including those that causal attention masks.
+    ``lengths`` are those of each sample without padding; ``pairs`` counts pairs of tokens within a sample, including
+    those that causal attention masks.
     """
 
     lengths: tuple[int, ...]
@@ -124,7 +121,6 @@ class Collator:
     """Builds a ``Batch``; picklable for loader processes.
 
     Args:
-        pad_token_id: pads rows on the right, never attended to.
         teachers: task -> its teacher's preprocessing.
         model_inputs: makes the inputs of a model with its own processor.
         as_student: tasks whose teacher gets the same bytes as the student, which are then made and sent once.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -35,7 +34,7 @@ from visper.data.images import (
     student_bytes,
 )
 from visper.data.rows.lengths import Lengths
-from visper.data.rows.records import Drop, DropList, Record
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.table import Records
 from visper.data.vlm import VlmEncoder, seen_geometry
 
@@ -47,7 +46,6 @@ class ConversationDataset(Dataset[Sample | Drop]):
     """Encodes each row on access.
 
     Args:
-        records: the rows.
         encoder: encodes texts; its processor's image processor makes the pixels, in the processor's geometry.
         stored: the bytes of an image file -> its stored targets by task, used instead of images for the teachers;
             raises DataError if there are none.
@@ -56,7 +54,7 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Records,
         encoder: ConversationEncoder,
         stored: StoredTargets | None = None,
         max_pixels: int = MAX_PIXELS,
@@ -83,8 +81,8 @@ class ConversationDataset(Dataset[Sample | Drop]):
             stored = [self.stored(held) for held in contents if held is not None] if self.stored is not None else []
         except DataError as error:
             return Drop(record.id, error.reason, error.detail)
-        source = self.records.source(index) if isinstance(self.records, Records) else 0
-        sample = Sample(record.id, encoded.input_ids, encoded.labels, truncated=encoded.truncated, source=source)
+        tokens = encoded.input_ids, encoded.labels
+        sample = Sample(record.id, *tokens, truncated=encoded.truncated, source=self.records.source(index))
         if not images:
             return sample
         seen = [rgb_bytes(arrange(image, self.geometry, self.background)) for image in images]
@@ -105,59 +103,30 @@ class ConversationDataset(Dataset[Sample | Drop]):
 
     @property
     def source_names(self) -> tuple[str, ...]:
-        """The names of the sources, by source number; empty for a single source or for records given by the caller."""
-        parts = self.records.parts if isinstance(self.records, Records) else ()
+        """The names of the sources, by source number; empty for a single source."""
+        parts = self.records.parts
         return tuple(part.name for part in parts) if len(parts) > 1 else ()
-
-    @property
-    def has_image(self) -> list[bool]:
-        """Which rows show an image."""
-        if isinstance(self.records, Records):
-            return list(self.records.has_image.tolist())
-        return [bool(record.images) for record in self.records]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """The result of checking every row: the good rows, their lengths in tokens, and the number of truncated ones.
-
-    ``num_text`` and ``num_unknown`` count the supervised tokens of each good row, see ``chat.Encoded``.
-    """
-
-    records: Sequence[Record]
-    lengths: list[int]
-    num_truncated: int
-    num_text: npt.NDArray[np.int32]
-    num_unknown: npt.NDArray[np.int32]
 
 
 def keep_good(
-    records: Sequence[Record], found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
-) -> Survey:
-    """The rows without a fault; the others are added to ``drops``.
-
-    Args:
-        found: result of ``lengths.measure``.
-        lost: result of ``lost_images``.
-    """
+    records: Records, found: Lengths, lost: Mapping[int, tuple[str, str]], drops: DropList
+) -> tuple[Records, Lengths]:
+    """The rows without a fault, and their lengths; those ``lost`` or that cannot be encoded are added to ``drops``."""
     bad = {**lost, **found.problems}
     for index in sorted(bad):
         drops.add(records[index].id, *bad[index])
     kept = np.ones(len(records), dtype=bool)
     kept[list(bad)] = False
-    good = records.select(kept) if isinstance(records, Records) else [records[i] for i in np.flatnonzero(kept).tolist()]
-    truncated = int(found.truncated[kept].sum())
-    return Survey(good, found.lengths[kept].tolist(), truncated, found.num_text[kept], found.num_unknown[kept])
+    return records.select(kept), found.select(kept)
 
 
-def require_images(records: Sequence[Record]) -> None:
+def require_images(records: Records) -> None:
     """Refuses data without any image, which would not train the projector.
 
     Raises:
         DataError: no row has an image.
     """
-    shown = records.has_image.any() if isinstance(records, Records) else any(record.images for record in records)
-    if not shown:
+    if not records.has_image.any():
         raise DataError(
             "no images",
             f"none of the {len(records)} rows has an image, but stage 'pt' trains the parts that read images: give "
@@ -165,14 +134,14 @@ def require_images(records: Sequence[Record]) -> None:
         )
 
 
-def lost_images(records: Sequence[Record], found: Lengths) -> dict[int, tuple[str, str]]:
+def lost_images(records: Records, found: Lengths) -> dict[int, tuple[str, str]]:
     """The rows that can be encoded but have a missing or empty image file: index -> reason, detail.
 
     Each file is checked once, however many rows show it; images in Parquet files were checked when these were written.
     Nothing is decoded: a broken image is found, and its row skipped, when the row is read.
     """
     rows: dict[tuple[Path, str], list[int]] = {}
-    for index, _, folder, name in records.image_files() if isinstance(records, Records) else _own_files(records):
+    for index, _, folder, name in records.image_files():
         if index not in found.problems:
             rows.setdefault((folder, name), []).append(index)
     with ThreadPoolExecutor(THREADS) as threads:
@@ -186,13 +155,6 @@ def lost_images(records: Sequence[Record], found: Lengths) -> dict[int, tuple[st
         except DataError as error:
             lost.update(dict.fromkeys(rows[place], (error.reason, error.detail)))
     return lost
-
-
-def _own_files(records: Sequence[Record]) -> Iterator[tuple[int, int, Path, str]]:
-    """``Records.image_files`` for records without an images folder, whose paths the caller has chosen."""
-    for index, record in enumerate(records):
-        paths = (Path(image.path) for image in record.images)
-        yield from ((index, number, path.parent, path.name) for number, path in enumerate(paths))
 
 
 def _has_content(place: tuple[Path, str]) -> bool:

@@ -9,19 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visper.data.rows.records import Record
 from visper.data.rows.table import Records
 
 
-def image_groups(records: Sequence[Record]) -> npt.NDArray[np.int64]:
+def image_groups(records: Records) -> npt.NDArray[np.int64]:
     """A group number for each row, ``[rows]``: equal for rows of one source with the same images, else unique."""
-    if isinstance(records, Records):
-        names = [(own, i) for i, part in enumerate(records.parts) for own in part.table.image_names()]
-        named = [names[row] for row in records.rows.tolist()]
-    else:
-        named = [(tuple(image.path for image in record.images), 0) for record in records]
+    names = [(own, i) for i, part in enumerate(records.parts) for own in part.table.image_names()]
     numbers: dict[object, int] = {}
-    keys = ((own, part) if own else row for row, (own, part) in enumerate(named))
+    keys = (names[row] if names[row][0] else at for at, row in enumerate(records.rows.tolist()))
     return np.asarray([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 

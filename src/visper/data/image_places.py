@@ -21,13 +21,8 @@ from visper.data.images import cell_centers, visible_places
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as seen by the model's processor.
-
-    Attributes:
-        size: width and height in pixels.
-        tokens: number of image tokens.
-        alone: whether it is the only image of its row.
-        grid: its ``image_grid_thw`` ``[3]``, if the processor makes one.
+    """An image as seen by the model's processor: ``size`` is width and height in pixels, ``tokens`` its number of image
+    tokens, ``alone`` whether it is the only image of its row, ``grid`` its ``image_grid_thw`` ``[3]``, if there is one.
     """
 
     size: tuple[int, int]
@@ -62,7 +57,7 @@ def places_of(processor: Any, shown: Shown) -> Tensor | None:
 
 def _rule(processor: Any) -> Callable[[Any, Shown], Tensor] | None:
     images = processor.image_processor
-    return next((rule for attribute, rule in _RULES.items() if hasattr(images, attribute)), None)
+    return next((rule for (own, of), rule in _RULES.items() if hasattr(images, own) and hasattr(processor, of)), None)
 
 
 def _tiles(rows: int, columns: int, tokens: int) -> Tensor:
@@ -133,11 +128,13 @@ def _views(processor: Any, shown: Shown) -> Tensor:
     return torch.cat((view, torch.full((shown.tokens - len(view), 2), float("nan"))))
 
 
-_RULES: dict[str, Callable[[Any, Shown], Tensor]] = {
-    "merge_size": _merged_patches,
-    "max_patches": _tiles_and_view,
-    "image_grid_pinpoints": _view_and_lines,
-    "max_image_size": _split_and_view,
-    "do_pan_and_scan": _views,
+_RULES: dict[tuple[str, str], Callable[[Any, Shown], Tensor]] = {
+    ("merge_size", "video_processor"): _merged_patches,
+    ("max_patches", "image_seq_length"): _tiles_and_view,
+    ("image_grid_pinpoints", "vision_aspect_ratio"): _view_and_lines,
+    ("max_image_size", "image_seq_len"): _split_and_view,
+    ("do_pan_and_scan", "image_seq_length"): _views,
 }
-"""An attribute that identifies a kind of image processor -> the places of its tokens."""
+"""An attribute of the image processor and one of the processor that together identify a family -> the places of its
+tokens. The first alone does not: LLaVA-NeXT, Aya Vision and Aria cut images in the same way but order their tokens
+differently."""

@@ -88,16 +88,20 @@ def build_image_processor(
     """A stock image processor that turns any image into ``[3, image_size, image_size]`` in a geometry.
 
     It is saved with the model, so inference sees the same images as training. With torch's bicubic resize it differs
-    from the published PIL code by at most one gray level, in less than one pixel in a hundred.
-
-    Args:
-        geometry: ``squash``, ``pad`` or ``crop``.
-        image_size: side of the square, pixels.
-        mean: the encoder's mean per channel, for values in 0..1.
-        std: the encoder's standard deviation per channel, for values in 0..1.
+    from the published PIL code by at most one gray level, in less than one pixel in a hundred. ``mean`` and
+    ``std`` are the encoder's, per channel, for values in 0..1.
     """
     _known(geometry)
-    return LlavaImageProcessor(image_mean=list(mean), image_std=list(std), **_geometry_options(geometry, image_size))
+    square, crop = {"height": image_size, "width": image_size}, geometry == "crop"
+    return LlavaImageProcessor(
+        image_mean=list(mean),
+        image_std=list(std),
+        size={"shortest_edge": image_size} if crop else square,
+        crop_size=square,
+        do_center_crop=crop,
+        do_pad=geometry == "pad",
+        resample=Image.Resampling.BICUBIC,
+    )
 
 
 def with_geometry(image_processor: Any, geometry: str) -> LlavaImageProcessor:
@@ -191,18 +195,6 @@ def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def _geometry_options(geometry: str, image_size: int) -> dict[str, Any]:
-    square = {"height": image_size, "width": image_size}
-    crop = geometry == "crop"
-    return {
-        "size": {"shortest_edge": image_size} if crop else square,
-        "crop_size": square,
-        "do_center_crop": crop,
-        "do_pad": geometry == "pad",
-        "resample": Image.Resampling.BICUBIC,
-    }
-
-
 def _entry(size: Any, key: str) -> int | None:
     return size.get(key) if isinstance(size, dict) else getattr(size, key, None)
 
@@ -230,7 +222,6 @@ def visible_places(size: tuple[int, int], tokens: int) -> torch.Tensor | None:
 
     Args:
         size: width and height before padding.
-        tokens: number of tokens.
     """
     side = math.isqrt(tokens)
     if side**2 != tokens:

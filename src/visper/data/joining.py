@@ -92,13 +92,7 @@ def _before_predictions(sample: Sample) -> int:
 
 @dataclass
 class JoiningCollator:
-    """A collator of packed batches in which conversations about one image are joined; picklable.
-
-    Args:
-        collator: makes the tensors.
-        image_token_id: see ``join``.
-        max_tokens: see ``join``.
-    """
+    """A collator of packed batches in which conversations about one image are joined (see ``join``); picklable."""
 
     collator: Collator
     image_token_id: int

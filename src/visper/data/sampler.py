@@ -81,8 +81,6 @@ class RowSampler(Sampler[int]):
     """Shuffled row indices, another order in every epoch.
 
     Args:
-        num_rows: rows of the dataset.
-        seed: the run's seed.
         lengths: tokens of each row, to put rows of similar length side by side; None: a plain shuffle.
         has_image: which rows have an image; with ``lengths``, each group has one modality.
         global_batch: size of the groups. An epoch is filled up to a multiple of it with rows from its start, so that

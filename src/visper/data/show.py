@@ -16,14 +16,7 @@ SUPERVISED_STYLE = "bold green"
 def show_sample(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int], image_token_id: int
 ) -> Text:
-    """The sample as text for a rich console: supervised tokens in bold green, image tokens as ``<image> x 576``.
-
-    Args:
-        tokenizer: the run's tokenizer.
-        input_ids: one row.
-        labels: one row of the same length; -100 where unsupervised.
-        image_token_id: the token whose repetitions are collapsed.
-    """
+    """The sample as text for a rich console: supervised tokens in bold green, image tokens as ``<image> x 576``."""
     text = Text()
     tokens = list(zip(input_ids, labels, strict=True))
     for (is_image, supervised), group in groupby(tokens, key=lambda t: (t[0] == image_token_id, t[1] != IGNORED)):

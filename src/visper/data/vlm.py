@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -45,10 +45,6 @@ def seen_geometry(processor: Any) -> str:
 class VlmEncoder(ConversationEncoder):
     """Encodes records with a model's own processor and chat template, and supervises the answers.
 
-    Args:
-        processor: the processor of an image-text-to-text model from transformers.
-        max_tokens: longest row. Only text is cut, from the end; images are kept.
-
     Raises:
         ConfigError: the processor has no chat template or no image token, or writes images as a text from which its
             tokenizer makes other tokens.
@@ -61,7 +57,7 @@ class VlmEncoder(ConversationEncoder):
                 f"{type(self.processor).__name__} of '{self.tokenizer.name_or_path}' has no chat template or no image "
                 "token: use the instruct version of the model"
             )
-        self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
+        self._cache_blocks()
         found = Counter(token for token in self._ids(self.image_text) if token in self._special_ids).most_common(1)
         if not found:
             raise ConfigError(
@@ -81,13 +77,13 @@ class VlmEncoder(ConversationEncoder):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._blocks = lru_cache(CACHED_ROWS)(self._make_blocks)
+        self._cache_blocks()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _make_blocks(self, sizes: tuple[tuple[int, int], ...]) -> list[str]:
-        return image_blocks(self.processor, sizes)
+    def _cache_blocks(self) -> None:
+        self._blocks = lru_cache(CACHED_ROWS)(partial(image_blocks, self.processor))
 
     def _tokens(
         self, record: Record, asks: bool, sizes: Sequence[tuple[int, int]] | None = None
@@ -158,11 +154,10 @@ def image_blocks(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[str]:
 
 
 class ModelInputs:
-    """Makes the inputs of a model besides ids and mask, for a micro-batch, with the model's own processor; picklable.
+    """Makes a model's inputs besides ids and mask, for a micro-batch, with the model's own processor; picklable.
 
-    Args:
-        processor: the processor of an image-text-to-text model from transformers.
-        image_token_id: the token that image features replace.
+    Raises:
+        ConfigError: the processor also makes tensors from the text, such as the masks of cross-attention (Mllama).
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
@@ -171,12 +166,7 @@ class ModelInputs:
         self._types = self._token_types()
 
     def __call__(self, input_ids: Tensor, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward.
-
-        Args:
-            input_ids: ``[B, L]``.
-            images: the images of each row that has any.
-        """
+        """Keyword arguments of the model's forward, for ids ``[B, L]`` and the images of each row that has any."""
         return (self.images(images) if images else {}) | self.token_types(input_ids)
 
     def token_types(self, input_ids: Tensor) -> dict[str, Tensor]:
@@ -189,7 +179,6 @@ class ModelInputs:
         """The point that each image token shows, ``[image tokens, 2]``, see ``collator.Batch``; None if unknown.
 
         Args:
-            images: the images of each row that has any.
             counts: the tokens of each image.
             made: the result of ``__call__`` for these images.
         """
@@ -204,15 +193,22 @@ class ModelInputs:
         """The tensors that depend only on the images."""
         return {name: value for name, value in self._made(images).items() if not _is_of_tokens(name)}
 
-    def _made(self, images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        texts = [self.processor.image_token * len(shown) for shown in images]
+    def _made(self, images: Sequence[Sequence[Image.Image]], behind: str = "") -> dict[str, Tensor]:
+        texts = [self.processor.image_token * len(shown) + behind for shown in images]
         shown = [list(row) for row in images]
         made = self.processor(text=texts, images=shown, return_tensors="pt", padding=True)
         return {name: torch.as_tensor(value) for name, value in made.items()}
 
     def _token_types(self) -> list[str]:
         """The names under which the model's forward takes masks of the image tokens."""
-        made = self._made([[Image.new("RGB", NOMINAL_SIZE)]])
+        blank = [[Image.new("RGB", NOMINAL_SIZE)]]
+        made, longer = self._made(blank), self._made(blank, behind=SENTINEL.format(0))
+        of_text = [name for name in made if not _is_of_tokens(name) and made[name].shape != longer[name].shape]
+        if of_text:
+            raise ConfigError(
+                f"{type(self.processor).__name__} makes '{of_text[0]}' from the text of a row, not only from its "
+                "images: this model is not supported"
+            )
         is_image = made["input_ids"] == self.image_token_id
         return [name for name, value in made.items() if "type_ids" in name and torch.equal(value == 1, is_image)]
 

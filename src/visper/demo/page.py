@@ -134,7 +134,6 @@ def serve(session: Session, host: str, port: int, wait: bool = True) -> str:
     """Serves the page until it is stopped. It never opens a public link.
 
     Args:
-        session: the loaded model.
         host, port: the address to listen on.
         wait: block until Ctrl-C, SIGTERM or SIGHUP, then delete the uploads.
 

@@ -217,6 +217,11 @@ class AttachedDistillation(nn.Module):
         )
         self._require_places(layout)
         given = {task: t if isinstance(t, Targets) else gather_targets(t) for task, t in targets.items()}
+        if not len(layout.rows) and any(len(target.own) for target in given.values()):
+            raise ValueError(
+                f"targets are given, but no row of input_ids has an image token (id {self.image_token_id}): pass the "
+                "ids given to the model, and targets [0, N, E] for a batch of text"
+            )
         queries = dict(self.task_tokens.queries if self.task_tokens is not None else self.queries)
         count = len(layout.rows) if num_images is None else num_images
         encoded = torch.cat([features.flatten(0, -2) for features in self._encoded]) if self._encoded else None

@@ -9,14 +9,14 @@ Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width
 from collections.abc import Collection
 from inspect import signature
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
 from visper.common.importing import import_named
 from visper.config import Head, Position
-from visper.config.kinds import head_place, nearest
+from visper.config.kinds import check_options, head_place
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers.base import TargetSpec
 
@@ -31,15 +31,7 @@ class TokenHead(nn.Module):
 
 
 class MlpHead(TokenHead):
-    """Linear layers with an activation between them.
-
-    Args:
-        llm_width: width of the hidden states.
-        target: shape of the target.
-        depth: number of linear layers.
-        width: width between them.
-        activation: a key of ``ACTIVATIONS``.
-    """
+    """``depth`` linear layers with an activation, a key of ``ACTIVATIONS``, between them; ``width`` is theirs."""
 
     def __init__(
         self, llm_width: int, target: TargetSpec, depth: int = 3, width: int = 2048, activation: str = "gelu"
@@ -81,8 +73,9 @@ class ResamplerHead(nn.Module):
         llm_width: width of the hidden states (D).
         target: shape of the teacher's embedding.
         latents: number of queries that the resampler owns; 0: queries are passed to ``forward``.
-        inner, mlp, depth, heads, head_width, ff_mult: see ``config.Head``.
+        inner, mlp: see ``config.Head``.
         queries, num_queries: used by ``query_source`` and ``query_rows``.
+        **shape: depth, heads, head_width and ff_mult of the resampler.
     """
 
     def __init__(
@@ -92,19 +85,14 @@ class ResamplerHead(nn.Module):
         latents: int = 0,
         inner: Literal["llm", "target"] = "target",
         mlp: bool = False,
-        depth: int = 1,
-        heads: int = 4,
-        head_width: int = 32,
-        ff_mult: int = 1,
         queries: Literal["matrix", "states"] | None = None,
         num_queries: int | None = None,
+        **shape: int,
     ) -> None:
         super().__init__()
         self.tokens = target.tokens
         width = {"llm": llm_width, "target": target.width}[inner]
-        self.resampler = PerceiverResampler(
-            llm_width, width, target.width, depth, heads, head_width, ff_mult, latents or None
-        )
+        self.resampler = PerceiverResampler(llm_width, width, target.width, num_latents=latents or None, **shape)
         width = target.width
         layers = [nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)] if mlp else []
         self.mlp = nn.Sequential(*layers)
@@ -133,10 +121,7 @@ def build_head(
         return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
     if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
         raise ValueError(f"head '{spec.kind}' is not a subclass of visper.distillation.heads.TokenHead: make it one")
-    accepted = list(signature(kind).parameters)[2:]
-    unknown = [name for name in spec.options if name not in accepted]
-    if unknown:
-        raise ValueError(f"head '{spec.kind}' has no option '{unknown[0]}': " + nearest(unknown[0], accepted))
+    check_options(f"head '{spec.kind}'", spec.options, dict.fromkeys(list(signature(kind).parameters)[2:], Any))
     head: TokenHead = kind(llm_width, target, **spec.options)
     return head.requires_grad_(not spec.frozen)
 

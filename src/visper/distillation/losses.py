@@ -88,7 +88,6 @@ def info_nce(
     Embeddings are flattened to one vector per sample; logits are cosines times ``min(exp(logit_scale), 100)``.
 
     Args:
-        predicted_BNE: predictions.
         pool_PNE: targets of the whole global batch; they receive no gradient.
         labels_B: for each sample, the row of its own target in the pool.
         logit_scale: trainable logarithm of the factor; a scalar or one element.

@@ -26,6 +26,7 @@ from visper.distillation.alignment import laid_on_grid, laid_on_tokens, pooled
 from visper.distillation.heads import ResamplerHead, build_head, query_source
 from visper.distillation.layout import Positions, TokenLayout
 from visper.distillation.losses import info_nce, loss_named
+from visper.distillation.own_parts import try_own_parts
 from visper.distillation.reading import Reading, reading_of, readings_of
 from visper.distillation.targets import Targets
 from visper.distillation.task import CONTRASTIVE, PROJECTED, DistilledTask, check_task
@@ -38,9 +39,6 @@ class EmbeddingDistillation(nn.Module):
     Teachers are not part of this module: their targets come with the batch.
 
     Args:
-        tasks: task name -> task.
-        llm_width: width of the student's hidden states.
-        llm_layers: number of its decoder layers.
         init_logit_scale: initial value of each task's logit scale.
         text_keys: whether resamplers at task tokens also read the text after the image.
 
@@ -50,7 +48,8 @@ class EmbeddingDistillation(nn.Module):
         logit_scales: ``[1]`` per task with InfoNCE.
 
     Raises:
-        ValueError: the model lacks a tapped layer, or a task's head cannot predict its target.
+        ValueError: the model lacks a tapped layer, a task's head cannot predict its target, or a head or loss of the
+            user's own does not work.
     """
 
     def __init__(
@@ -85,6 +84,7 @@ class EmbeddingDistillation(nn.Module):
                 if task.head_name(name, layer) not in self.predictors:
                     head = build_head(task.head, llm_width, task.target, task.at)
                     self.predictors[task.head_name(name, layer)] = head
+                    try_own_parts(name, task, head, self._losses, llm_width)
         scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
         # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
@@ -147,7 +147,6 @@ class EmbeddingDistillation(nn.Module):
                         value = self._contrastive(name, predicted[layer], given, pool, reading)
                     else:
                         value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
-                        _check_value(kind, value, images)
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
 
@@ -268,14 +267,6 @@ class EmbeddingDistillation(nn.Module):
 
 def _term(name: str, layer: int, kind: str) -> str:
     return f"{name}/{layer}/{loss_name(kind)}"
-
-
-def _check_value(kind: str, value: Tensor, images: int) -> None:
-    """Requires one value per image: a mean over the images would be divided by their number once more."""
-    if value.shape != (images,):
-        raise ValueError(
-            f"loss '{kind}' returned shape {tuple(value.shape)} for {images} images: return one number for each image"
-        )
 
 
 def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:

@@ -5,6 +5,7 @@ versions. They give the same values and gradients with and without (non-reentran
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,27 +30,19 @@ class HiddenStateTap:
     """
 
     def __init__(self, decoder: nn.Module, layers: Iterable[int]) -> None:
-        layers = tuple(layers)
         stack = getattr(decoder, "layers", None)
         if not isinstance(stack, nn.ModuleList):
             raise ValueError(f"{type(decoder).__name__} has no list 'layers': pass the model's get_decoder()")
-        self._first: nn.Module = stack[0]
-        self._modules: dict[int, nn.Module] = {}
-        for layer in layers:
-            if layer == 0:
-                continue
-            if not 1 <= layer <= len(stack):
-                raise ValueError(f"layer {layer} does not exist: the model has layers 1 to {len(stack)}")
-            self._modules[layer] = stack[layer - 1] if layer < len(stack) else _final_norm(decoder, layer)
-        self._reads_input = 0 in layers
+        self._modules = {layer: _module_of(decoder, stack, layer) for layer in layers}
         self._handles: list[RemovableHandle] = []
         self._caught: dict[int, Tensor] = {}
 
     def __enter__(self) -> dict[int, Tensor]:
-        if self._reads_input:
-            self._handles.append(self._first.register_forward_pre_hook(self._catch_input, with_kwargs=True))
         for layer, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._catcher(layer)))
+            if layer == 0:
+                self._handles.append(module.register_forward_pre_hook(self._catch_input, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(partial(self._catch, layer)))
         return self._caught
 
     def __exit__(self, *error: object) -> None:
@@ -61,14 +54,16 @@ class HiddenStateTap:
     def _catch_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._caught[0] = args[0] if args else kwargs["hidden_states"]
 
-    def _catcher(self, layer: int) -> Any:
-        def catch(module: nn.Module, args: Any, output: Any) -> None:
-            self._caught[layer] = output[0] if isinstance(output, tuple) else output
-
-        return catch
+    def _catch(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        self._caught[layer] = output[0] if isinstance(output, tuple) else output
 
 
-def _final_norm(decoder: nn.Module, layer: int) -> nn.Module:
+def _module_of(decoder: nn.Module, stack: nn.ModuleList, layer: int) -> nn.Module:
+    """The module whose output is the states of ``layer``; for 0, whose input."""
+    if not 0 <= layer <= len(stack):
+        raise ValueError(f"layer {layer} does not exist: the model has layers 1 to {len(stack)}")
+    if layer < len(stack):
+        return stack[max(0, layer - 1)]
     for name in FINAL_NORMS:
         norm = getattr(decoder, name, None)
         if isinstance(norm, nn.Module):

@@ -32,53 +32,49 @@ class Targets:
 @torch.no_grad()
 def gather_targets(
     own: Tensor,
-    group: dist.ProcessGroup | None = None,
     decode: Callable[[Tensor], Tensor] = torch.Tensor.float,
     counts: Sequence[int] | None = None,
 ) -> Targets:
     """Gathers every rank's targets, in rank order, into one pool on all ranks. No gradient flows through it.
 
-    Ranks may have different numbers of samples, including zero, but every rank of ``group`` (default: all) must call
-    this. Targets are sent in the dtype given and pooled in float32. In one process the pool is ``own``.
+    Ranks may have different numbers of samples, including zero, but every rank must call this. Targets are sent in the
+    dtype given and pooled in float32. In one process the pool is ``own``.
 
     Args:
         own: ``[B, N, E]``, or encoded targets ``[B, ...]``.
-        group: process group.
         decode: turns the gathered rows into targets ``[P, N, E]`` in float32.
         counts: see ``gather_rows``.
     """
     own = own.detach()
-    rows, start = gather_rows(own, group, counts)
+    rows, start = gather_rows(own, counts)
     pool, end = decode(rows), start + len(own)
     return Targets(pool[start:end], pool, torch.arange(start, end, device=own.device))
 
 
 @torch.no_grad()
-def gather_rows(
-    own: Tensor, group: dist.ProcessGroup | None = None, counts: Sequence[int] | None = None
-) -> tuple[Tensor, int]:
+def gather_rows(own: Tensor, counts: Sequence[int] | None = None) -> tuple[Tensor, int]:
     """The rows of all ranks, in rank order, and the index of this rank's first row. Every rank must call this.
 
     Args:
         counts: number of rows of each rank; None: gathered first, for which the host waits.
     """
-    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
         return own, 0
-    sizes = _row_counts(own, ranks, group) if counts is None else list(counts)
+    sizes = _row_counts(own, ranks) if counts is None else list(counts)
     # Collectives need equal shapes: pad to the longest, then cut. If no rank has samples, nothing is sent.
     padded = own.new_zeros(max(sizes), *own.shape[1:])
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(ranks)]
     if max(sizes):
-        dist.all_gather(parts, padded, group=group)
+        dist.all_gather(parts, padded)
     pool = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return pool, sum(sizes[: dist.get_rank(group)])
+    return pool, sum(sizes[: dist.get_rank()])
 
 
-def _row_counts(own: Tensor, ranks: int, group: dist.ProcessGroup | None) -> list[int]:
+def _row_counts(own: Tensor, ranks: int) -> list[int]:
     """The number of rows on each rank."""
     count = torch.tensor([len(own)], device=own.device)
     counts = [torch.zeros_like(count) for _ in range(ranks)]
-    dist.all_gather(counts, count, group=group)
+    dist.all_gather(counts, count)
     return [int(size) for size in torch.cat(counts).tolist()]

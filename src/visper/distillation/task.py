@@ -9,7 +9,7 @@ from torch import nn
 
 from visper.config import PUBLISHED_LOSS, Head, Position
 from visper.config import Task as TaskConfig
-from visper.config.kinds import check_task_name
+from visper.config.kinds import check_losses, check_task_name
 from visper.distillation.heads import check_head_fits, query_source
 from visper.distillation.teachers.base import TargetSpec
 
@@ -38,6 +38,9 @@ class DistilledTask:
     loss: Mapping[str, float] = field(default_factory=lambda: dict(PUBLISHED_LOSS))
     own: str | None = None
     end: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at", Position(self.at))  # a string, as in a recipe
 
     @classmethod
     def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
@@ -78,8 +81,11 @@ class DistilledTask:
 def check_task(name: str, task: DistilledTask, llm_width: int, llm_layers: int) -> None:
     """Raises ValueError if the model lacks a tapped layer or the head cannot predict the target."""
     check_task_name(name)
+    check_losses(task.loss)
     if hasattr(nn.ParameterDict, name):
         raise ValueError(f"task '{name}': torch modules reserve this name: choose another, such as '{name}_task'")
+    if not task.tapped or not task.loss:
+        raise ValueError(f"task '{name}' has no {'loss' if task.tapped else 'layers'}: it would train nothing")
     beyond = [layer for layer in task.layers if not 1 <= layer <= llm_layers]
     if beyond or len(set(task.layers)) != len(task.layers):
         raise ValueError(

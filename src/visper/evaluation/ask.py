@@ -96,7 +96,6 @@ def answer(
     """Greedy answers to a batch of questions.
 
     Args:
-        prompts: one question each.
         images: images of each question, in the order of its tags; may be empty.
         generate: used in place of the model's own method.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
@@ -46,10 +47,7 @@ class Answers:
 
     Args:
         file: file of all answers, written at the end. Until then, answers are appended to ``FILE.part-PROCESS``.
-        images: source of the images of the prompts.
         model: identity of the model and of its precision.
-        max_new_tokens: maximum length of an answer.
-        process: index of this process among those that ask.
     """
 
     def __init__(
@@ -74,14 +72,14 @@ class Answers:
         """The answer to a prompt; None if it has none yet."""
         return self._said.get(self.key(prompt))
 
-    def add(self, prompts: Sequence[Prompt], said: Sequence[str]) -> None:
+    def add(self, said: Mapping[Prompt, str]) -> None:
         """Saves the answers of a batch."""
         rows = [
             {"key": self.key(prompt), "model": self._model, "question": prompt.text, "said": text}
-            for prompt, text in zip(prompts, said, strict=True)
+            for prompt, text in said.items()
         ]
         self._said.update({row["key"]: row["said"] for row in rows})
-        if self.file is None:
+        if self.file is None or not rows:
             return
         make_folder(self.file.parent)
         with naming(self.file), self._part(self._process).open("a", encoding="utf-8") as part:
@@ -173,12 +171,29 @@ def ask_all(
             if stop.asked:
                 raise StoppedError(f"{progress.tasks[0].completed:.0f} of {len(todo)} questions were answered; run the "
                                    "same command again to ask the others")  # fmt: skip
-            opened = {prompt: open_images(answers.images, prompt.images) for prompt in batch}
-            shown = {prompt: images for prompt, images in opened.items() if images is not None}
-            if shown:
-                texts = [prompt.text for prompt in shown]
-                answers.add(list(shown), answer(student(), texts, list(shown.values()), answers.max_new_tokens))
+            answers.add(ask_batch(student, batch, answers.images, answers.max_new_tokens))
             progress.advance(bar, len(batch))
+
+
+def ask_batch(
+    student: Callable[[], Student],
+    batch: Sequence[Prompt],
+    images: ImageSource,
+    max_new_tokens: int,
+    generate: Callable[..., Tensor] | None = None,
+) -> dict[Prompt, str]:
+    """Greedy answers to a batch of prompts. Prompts with an unreadable image get none.
+
+    Args:
+        generate: see ``answer``.
+    """
+    opened = {prompt: _open(images, prompt.images) for prompt in batch}
+    shown = {prompt: own for prompt, own in opened.items() if own is not None}
+    if not shown:
+        return {}
+    texts = [prompt.text for prompt in shown]
+    said = answer(student(), texts, list(shown.values()), max_new_tokens, generate)
+    return dict(zip(shown, said, strict=True))
 
 
 def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
@@ -195,7 +210,7 @@ def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
             raise DataError(error.reason, f"question {number}, {prompt.text[:80]!r}: {error.detail}") from error
 
 
-def open_images(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
+def _open(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:
     """The images of a question; None, with a warning, if one cannot be read."""
     try:
         return [images.open(name) for name in names]
@@ -238,6 +253,14 @@ class Asker:
             announce(Console(), "asking", f"{todo} questions, {len(different) - todo} already answered{shared}")
         ask_all(self.student, prompts, answers, self.batch_size, self.share)
         return answers
+
+
+def blinded(prompts: Sequence[Prompt]) -> list[Prompt] | None:
+    """The prompts of the blind control, with the images of other prompts (``other_images``)."""
+    others = other_images([prompt.images for prompt in prompts])
+    if others is None:
+        return None
+    return [replace(prompt, images=names) for prompt, names in zip(prompts, others, strict=True)]
 
 
 def other_images(shown: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]] | None:

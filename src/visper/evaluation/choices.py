@@ -34,7 +34,6 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
     of a form, the first whose letter is an option's counts: "chair(s) (B)" means B.
 
     Args:
-        said: the answer.
         options: letter -> text, empty if it is not known.
     """
     texts = {letter: plain(text) for letter, text in options.items() if plain(text)}

@@ -22,7 +22,6 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], side: int = 128) -> Image.Imag
     """Rows of captioned images as one image. Rows may differ in length; rows without captions are set closer.
 
     Args:
-        rows: tiles, row by row.
         side: side of each tile in pixels; images are squashed to it.
     """
     tops = [CAPTION if any(caption for caption, _ in row) else 0 for row in rows]

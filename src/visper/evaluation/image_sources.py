@@ -94,8 +94,6 @@ def read_table(files: Sequence[Path], needed: Sequence[str], optional: Sequence[
     """Reads columns of Parquet files as one table of `datasets`.
 
     Args:
-        needed: columns that every file must have.
-        optional: columns that are read if every file has them.
         what: name of the data, at the beginning of error messages.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 
 Z = 1.959963984540054
@@ -37,9 +36,6 @@ def wilson_grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     The number of values is replaced by that of independent values with the same variance of the mean, if it is smaller
     (Franco et al. 2019). Where the correlation inside groups cannot be estimated, because there is one group or all
     values are equal, each group counts as one value. Without groups of several values it is ``wilson``.
-
-    Args:
-        groups: one value or more each.
 
     Raises:
         ValueError: not a share, or no values.
@@ -111,9 +107,9 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple
     points = [own - other for own, other in zip(ours, theirs, strict=True)]
     if len(points) < 2:
         raise ValueError(f"{len(points)} seeds give no interval: expected at least 2, and 5 for a claim")
-    half = t_quantile(len(points) - 1) * statistics.stdev(points) / math.sqrt(len(points))
-    mean = statistics.fmean(points)
-    return mean, (mean - half, mean + half)
+    mean, interval = grouped([[point] for point in points])
+    assert interval is not None
+    return mean, interval
 
 
 def t_quantile(freedom: int) -> float:

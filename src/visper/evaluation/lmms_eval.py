@@ -33,8 +33,6 @@ class VisperModel(lmms):
     """A student that answers greedily and in batches, as it does in ``visper evaluate`` for the same prompts.
 
     Args:
-        pretrained: a stage's output, a LLaVA folder or a hub id.
-        batch_size: questions per batch.
         device: ignored, as lmms-eval always passes one; a GPU is used if there is one.
     """
 

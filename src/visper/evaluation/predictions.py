@@ -20,7 +20,7 @@ from visper.common.manifest import require_undamaged
 from visper.config import Run, Stage, load_run
 from visper.data.vlm import ModelInputs
 from visper.distillation import Teacher
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.evaluation.ask import model_inputs
 from visper.model import Student, load_student
 from visper.model.student import read_added_tokens
@@ -61,7 +61,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
         teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
     except ConfigError as error:
         raise ConfigError(f"{error}\nif it has moved: --set distillation.tasks.TASK.target.model=PLACE") from error
-    model = build_training_model(student, run.stage, run.distillation, teachers, run.seed)
+    model = build_training_model(student, run.stage, run.distillation, specs_of(teachers), run.seed)
     model.read_vocabulary()  # a later stage may have trained its rows further than PT's queries
     require_undamaged(folder / "distillation")
     weights = load_file(folder / "distillation" / "weights.safetensors")
@@ -105,6 +105,16 @@ def predict_images(
         for name, value in model.predict(inputs, *of_images).items():
             parts.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def task_of(name: str) -> str:
+    """The task of a prediction's name, such as "depth" of "depth/20"."""
+    return name.partition("/")[0]
+
+
+def layer_of(name: str) -> int:
+    """The layer of a prediction's name, such as 20 of "depth/20"."""
+    return int(name.rpartition("/")[2])
 
 
 def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int = 100) -> Tensor:

@@ -101,11 +101,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
 
 
 def _refuse_misspelled(row: Mapping[str, Any], place: str) -> None:
-    """Other columns may be there, but one that looks like a missing optional column would silently change the question.
-
-    Raises:
-        DataError: there is one.
-    """
+    """Other columns may be there, but one like a missing optional column would silently change the question."""
     for name in OPTIONAL:
         if name in row:
             continue

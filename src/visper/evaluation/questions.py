@@ -9,7 +9,7 @@ from typing import Any
 
 from visper.common.errors import DataError
 from visper.common.files import write_text
-from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, lines, other_images
+from visper.evaluation.asking import Answers, Asker, Prompt, ask_all, blinded, lines
 from visper.evaluation.choices import LETTERS, ask_with_options, plain, read_choice
 from visper.evaluation.image_sources import ImageFolder, ImageSource
 from visper.model import Student
@@ -33,10 +33,11 @@ class Question:
     options: tuple[str, ...] = ()
     id: str = ""
 
-    def prompt(self, images: tuple[str, ...]) -> Prompt:
-        """The prompt, with the question's own images or others."""
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt, with the question's own images."""
         text = ask_with_options(self.question, self.options) if self.options else self.question
-        return Prompt(self.id, text, images)
+        return Prompt(self.id, text, self.images)
 
     def accepts(self, said: str) -> bool:
         """Whether an answer is right: equal to an accepted one except for case and punctuation at the ends, or the same
@@ -87,11 +88,10 @@ def evaluate(
             two different images; raised before the first question.
     """
     items = list(questions)
-    own = [question.images for question in items]
-    shown = other_images(own) if shuffle_images else own
-    if shown is None:
+    own = [question.prompt for question in items]
+    prompts = blinded(own) if shuffle_images else own
+    if prompts is None:
         raise DataError("no other images", "the blind control needs questions on at least two different images")
-    prompts = [question.prompt(names) for question, names in zip(items, shown, strict=True)]
     answers = Answers(None, ImageFolder(images), max_new_tokens=max_new_tokens)
     ask_all(lambda: student, prompts, answers, batch_size)
     return [judge(q, p.images, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
@@ -114,10 +114,9 @@ def ask_questions(
     Returns:
         The answers, and those of the blind control, or None if ``blind`` is off or fewer than two images differ.
     """
-    shown = [[question.images for question in questions]]
-    others = other_images(shown[0]) if blind else None
-    shown += [others] if others is not None else []
-    prompts = [[q.prompt(names) for q, names in zip(questions, own, strict=True)] for own in shown]
+    prompts = [[question.prompt for question in questions]]
+    control = blinded(prompts[0]) if blind else None
+    prompts += [control] if control is not None else []
     answers = asker.ask([prompt for part in prompts for prompt in part], images, file, max_new_tokens)
     judged = [[judge(q, p.images, answers.get(p)) for q, p in zip(questions, part, strict=True)] for part in prompts]
     if file is not None and asker.share == (0, 1):
@@ -128,7 +127,7 @@ def ask_questions(
                 for prompt, row in zip(part, rows, strict=True)
             ]
         )
-    return judged[0], judged[1] if others is not None else None
+    return judged[0], judged[1] if control is not None else None
 
 
 def save_answers(path: Path, answered: Iterable[Answered]) -> None:

@@ -50,7 +50,8 @@ def scores(answered: Iterable[Answered]) -> list[Score]:
     result = [_score(kind, [row for row in rows if row.kind == kind]) for kind in kinds]
     if len(kinds) < 2:
         return result
-    right, total, empty, constant = (sum(values) for values in zip(*map(_counts, result), strict=True))
+    counts = [(score.correct, score.total, score.empty, score.constant) for score in result]
+    right, total, empty, constant = map(sum, zip(*counts, strict=True))
     return [*result, Score(EVERYTHING, right, total, _interval(rows), empty, constant)]
 
 
@@ -70,10 +71,6 @@ def _score(kind: str, rows: list[Answered]) -> Score:
 
 def _interval(rows: Sequence[Answered]) -> tuple[float, float]:
     return wilson_grouped(by_images((float(row.correct) for row in rows), (row.images for row in rows)))
-
-
-def _counts(score: Score) -> tuple[int, int, int, int]:
-    return score.correct, score.total, score.empty, score.constant
 
 
 def show_scores(console: Console, rows: Sequence[Score], blind: Mapping[str, Score] | None = None) -> None:

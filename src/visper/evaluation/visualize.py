@@ -21,7 +21,7 @@ from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.unclip import nearest
 from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
-from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
+from visper.evaluation.predictions import PreTrained, layer_of, predict_images, task_of, teacher_targets
 
 PROMPT = "Describe the image concisely."
 """The prompt beside the image, as in LLaVA-558K."""
@@ -39,9 +39,6 @@ def look(
     """One row per task: the image as the student sees it, then drawings of the teacher's target and each prediction.
 
     Args:
-        found: a pre-trained student with its teachers.
-        image: RGB.
-        prompt: the prompt beside the image.
         gallery: images among which the nearest are shown if a teacher cannot draw (a target of one token has no
             positions); without any, an empty tile says so.
     """
@@ -50,7 +47,7 @@ def look(
     rows: list[list[Tile]] = []
     assert found.model.objective is not None
     for task in found.model.objective.tasks:
-        layers = {name.split("/")[1]: value for name, value in predicted.items() if name.split("/")[0] == task}
+        layers = {layer_of(name): value for name, value in predicted.items() if task_of(name) == task}
         teacher = found.teachers.get(task)
         if teacher is None or any(value.shape[1] != teacher.spec.tokens for value in layers.values()):
             rows.append([("image", seen), (f"{task}: predicts no map of a teacher, not drawable", BLANK)])

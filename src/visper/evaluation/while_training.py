@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -14,8 +13,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.sampler import spread
 from visper.distillation import Teacher
-from visper.evaluation.ask import answer
-from visper.evaluation.asking import Prompt, open_images, other_images, require_askable
+from visper.evaluation.asking import Prompt, ask_batch, blinded, require_askable
 from visper.evaluation.benchmarks import BENCHMARKS
 from visper.evaluation.benchmarks.base import Benchmark, Item
 from visper.evaluation.benchmarks.run import constant_readings, reading_of
@@ -38,10 +36,6 @@ class WhileTraining:
     """Asks the same questions each time, and scores them as ``visper evaluate`` does.
 
     Args:
-        prompts: the prompts to ask.
-        images: source of their images.
-        max_new_tokens: maximum length of an answer.
-        score: scores all answers.
         blind: also ask each prompt with other prompts' images; the accuracy is the value ``blind``.
 
     Raises:
@@ -53,7 +47,10 @@ class WhileTraining:
     ) -> None:
         require_askable(prompts, images)
         self._num_seen = len(prompts)
-        self.prompts = [*prompts, *(_blinded(prompts) if blind else ())]
+        control = blinded(prompts) if blind else []
+        if control is None:
+            raise DataError("no other images", "evaluation.blind needs at least two different images: leave it out")
+        self.prompts = [*prompts, *control]
         self.images = images
         self.max_new_tokens = max_new_tokens
         self._score = score
@@ -67,31 +64,19 @@ class WhileTraining:
         self, student: Student, share: tuple[int, int], generate: Callable[..., Tensor]
     ) -> Mapping[str, float]:
         """Asks this process's share of the prompts. Returns the accuracies over all, the same on every process."""
-        own = list(range(len(self.prompts)))[share[0] :: share[1]]
-        said: list[tuple[int, str]] = []
+        own = self.prompts[share[0] :: share[1]]
+        said: dict[Prompt, str] = {}
         for batch in (own[start : start + BATCH] for start in range(0, len(own), BATCH)):
-            opened = {at: open_images(self.images, self.prompts[at].images) for at in batch}
-            shown = {at: images for at, images in opened.items() if images is not None}
-            if shown:
-                texts = [self.prompts[at].text for at in shown]
-                found = answer(student, texts, list(shown.values()), self.max_new_tokens, generate)
-                said += zip(shown, found, strict=True)
-        everything = dict(gather_object(said) if share[1] > 1 else said)
-        return self.score([everything.get(at) for at in range(len(self.prompts))])
-
-
-def _blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    others = other_images([prompt.images for prompt in prompts])
-    if others is None:
-        raise DataError("no other images", "evaluation.blind needs at least two different images: leave it out")
-    return [replace(prompt, images=names) for prompt, names in zip(prompts, others, strict=True)]
+            said |= ask_batch(lambda: student, batch, self.images, self.max_new_tokens, generate)
+        everything = dict(gather_object(list(said.items()))) if share[1] > 1 else said
+        return self.score([everything.get(prompt) for prompt in self.prompts])
 
 
 def evaluator_of(run: Run) -> Evaluator | None:
     """Builds what asks and draws during a run; None if the run does neither. Errors are raised before training.
 
     Raises:
-        ConfigError: see ``_asked``.
+        ConfigError: the benchmark is unknown or not prepared, or the limit is too small for its overall score.
         DataError: questions or held-out rows cannot be read, or their images are missing.
     """
     if run.evaluation is None or not (run.evaluation.asks or run.evaluation.draw):
@@ -118,12 +103,7 @@ def _drawn(run: Run) -> Draw:
 
 
 def _asked(run: Run) -> WhileTraining | None:
-    """Reads the questions of a run; None if it has none.
-
-    Raises:
-        ConfigError: the benchmark is unknown or not prepared, or the limit is too small for its overall score.
-        DataError: questions cannot be read, or their images are missing.
-    """
+    """Reads the questions of a run; None if it has none."""
     settings = run.evaluation
     if settings is None or not settings.asks:
         return None
@@ -137,7 +117,7 @@ def _asked(run: Run) -> WhileTraining | None:
             kinds = {f"accuracy/{row.kind}": row.accuracy for row in table if row.kind != EVERYTHING}
             return {"accuracy": table[-1].accuracy, "constant": table[-1].constant / table[-1].total, **kinds}
 
-        prompts = [question.prompt(question.images) for question in questions]
+        prompts = [question.prompt for question in questions]
         return WhileTraining(prompts, images, settings.max_new_tokens, of_questions, settings.blind)
     if settings.benchmark not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
@@ -146,18 +126,13 @@ def _asked(run: Run) -> WhileTraining | None:
     rows, images = benchmark.rows(Path(run.data.root))
     items = spread(rows, settings.limit)
 
-    prompts = [Prompt(item.id, item.prompt, item.images) for item in items]
-    return WhileTraining(
-        prompts, images, benchmark.max_new_tokens, _scorer(benchmark, items, len(rows)), settings.blind
-    )
+    prompts = [item.shown for item in items]
+    score = _scorer(benchmark, items, len(rows))
+    return WhileTraining(prompts, images, benchmark.max_new_tokens, score, settings.blind)
 
 
 def _scorer(benchmark: Benchmark, items: Sequence[Item], num_rows: int) -> Scorer:
-    """Scores answers to some of a benchmark's rows.
-
-    Raises:
-        ConfigError: they are too few for its overall score.
-    """
+    """Scores answers to some of a benchmark's rows."""
 
     def columns_of(readings: Sequence[str | None]) -> dict[str, float]:
         values = {column.name: column.value for column in benchmark.score(items, readings)}

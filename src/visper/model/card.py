@@ -53,7 +53,6 @@ def write_card(folder: Path, license: str = "other", to: Path | None = None) -> 
     ``answers/``, in the folder or beside it, for these weights and all questions of a benchmark.
 
     Args:
-        folder: the model's folder.
         license: the hub's name of the license.
         to: the folder to write into; default: the model's.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from visper.config import Distillation, Run, Student, Target, VlmStudent
+from visper.config import Distillation, Run, Target, VlmStudent
 from visper.config.kinds import TEACHERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -46,24 +46,23 @@ def with_commits(run: Run, saved: Run | None = None) -> Run:
     """
     changes: dict[str, Any] = {}
     if run.student is not None:
-        changes["student"] = _student(run.student, saved.student if saved else None)
+        parts = ("vlm",) if isinstance(run.student, VlmStudent) else ("llm", "encoder")
+        before = saved.student if saved else None
+        found = {f"{part}_revision": _pinned(run.student, before, part, f"{part}_revision") for part in parts}
+        changes["student"] = run.student.model_copy(update=found)
     if run.start_from is not None:
-        before = saved.start_from_revision if saved and saved.start_from == run.start_from else None
-        wanted = run.start_from_revision or before
-        changes["start_from_revision"] = commit_of(run.start_from, wanted) or wanted
+        changes["start_from_revision"] = _pinned(run, saved, "start_from", "start_from_revision")
     if run.distillation is not None:
         changes["distillation"] = _distillation(run.distillation, saved.distillation if saved else None)
     return run.model_copy(update=changes)
 
 
-def _student(student: Student | VlmStudent, saved: Student | VlmStudent | None) -> Student | VlmStudent:
-    changes = {}
-    for part in ("vlm",) if isinstance(student, VlmStudent) else ("llm", "encoder"):
-        model, revision = getattr(student, part), getattr(student, f"{part}_revision")
-        if revision is None and saved is not None and getattr(saved, part, None) == model:
-            revision = getattr(saved, f"{part}_revision")
-        changes[f"{part}_revision"] = commit_of(model, revision) or revision
-    return student.model_copy(update=changes)
+def _pinned(section: Any, saved: Any, model: str, revision: str) -> str | None:
+    """The commit of the model in the field ``model``, at its revision, or else at the saved one of the same model."""
+    name, wanted = getattr(section, model), getattr(section, revision)
+    if wanted is None and getattr(saved, model, None) == name:
+        wanted = getattr(saved, revision)
+    return commit_of(name, wanted) or wanted
 
 
 def _distillation(distillation: Distillation, saved: Distillation | None) -> Distillation:
@@ -77,7 +76,4 @@ def _distillation(distillation: Distillation, saved: Distillation | None) -> Dis
 def _target(target: Target, saved: Target | None) -> Target:
     if target.model is None or target.kind not in TEACHERS or "revision" not in TEACHERS[target.kind].options:
         return target  # it loads no hub model, or does not support revisions
-    revision = target.revision
-    if revision is None and saved is not None and saved.model == target.model:
-        revision = saved.revision
-    return target.model_copy(update={"revision": commit_of(target.model, revision) or revision})
+    return target.model_copy(update={"revision": _pinned(target, saved, "model", "revision")})

@@ -7,11 +7,12 @@ Shape suffixes: B = samples, L = sequence, D = LLM width, T = all task tokens, Q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from visper.common.errors import ConfigError
 
@@ -27,9 +28,25 @@ def embed_scale(embedding: nn.Module) -> Tensor | float:
     Gemma rounds it to the table's precision: sqrt(2560) = 50.6 becomes 50.5 in bfloat16.
     """
     scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
-    return scale.to(weight.dtype).float() if isinstance(scale, Tensor) else scale
+    return scale.to(weight_of(embedding).dtype).float() if isinstance(scale, Tensor) else scale
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The table of an embedding, or the matrix of an output layer."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+def replace_rows(embedding: nn.Module, found: Callable[[], tuple[Tensor, Tensor]]) -> RemovableHandle:
+    """Makes ``embedding`` return other rows for some tokens; ``found`` gives their ids and rows at each lookup."""
+
+    def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
+        ids, rows = found()
+        matches = args[0][..., None] == ids
+        own_BLD = rows.to(looked_up_BLD.dtype)[matches.int().argmax(-1)]
+        return torch.where(matches.any(-1)[..., None], own_BLD, looked_up_BLD)
+
+    return embedding.register_forward_hook(replace)
 
 
 def random_rows(embedding: nn.Module, count: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
@@ -38,8 +55,7 @@ def random_rows(embedding: nn.Module, count: int, width: int, groups: int, gener
     A mean over g rows reduces the standard deviation by sqrt(g), so that of the rows is larger by this factor. For a
     model on the meta device, the result is a meta tensor.
     """
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(embedding)
     if weight.is_meta:
         return torch.empty(count, width, device="meta")
     spread = float(weight.detach().float().std() * embed_scale(embedding))
@@ -84,23 +100,14 @@ class TaskTokens(nn.Module):
         rows = [self.queries[task].unflatten(0, (len(task_ids), -1)).mean(dim=1) for task, task_ids in self.ids.items()]
         return torch.cat(rows)
 
-    def attach(self, embedding: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    def attach(self, embedding: nn.Module) -> RemovableHandle:
         """Replaces the looked-up rows of task tokens, with a forward hook on the input embedding."""
-
-        def replace(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
-            input_ids = args[0]
-            matches = input_ids[..., None] == self.token_ids
-            is_task = matches.any(-1)
-            rows = self.input_rows().to(looked_up_BLD.dtype)
-            return torch.where(is_task[..., None], rows[matches.int().argmax(-1)], looked_up_BLD)
-
-        return embedding.register_forward_hook(replace)
+        return replace_rows(embedding, lambda: (self.token_ids, self.input_rows()))
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module) -> None:
         """Writes the rows into the embedding table, so that the student no longer needs the hook."""
-        weight = embedding.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(embedding)
         weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
 
     @torch.no_grad()
@@ -121,8 +128,6 @@ class TaskTokens(nn.Module):
     @classmethod
     def frozen(cls, ids: Mapping[str, list[int]], embedding: nn.Module) -> TaskTokens:
         """Frozen task tokens of a trained student: their rows get no gradient in later stages."""
-        weight = embedding.weight
-        assert isinstance(weight, Tensor)
-        scale = embed_scale(embedding)
+        weight, scale = weight_of(embedding), embed_scale(embedding)
         tokens = cls(ids, {task: weight[torch.tensor(task_ids)].float() * scale for task, task_ids in ids.items()})
         return tokens.requires_grad_(False)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from visper.common.errors import ConfigError
-from visper.model.task_tokens import embed_scale
+from visper.model.task_tokens import embed_scale, replace_rows, weight_of
 
 
 def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
@@ -55,7 +55,7 @@ SPREAD = 0.3
 @torch.no_grad()
 def set_to_mean(layers: Sequence[nn.Module], rows: list[int], old_size: int) -> None:
     """Sets new rows of embedding and head to the mean of the first ``old_size`` rows. Tied tables are set only once."""
-    for table in {id(table): table for table in map(_weight, layers)}.values():
+    for table in {id(table): table for table in map(weight_of, layers)}.values():
         table[rows] = table[:old_size].float().mean(dim=0).to(table.dtype)
 
 
@@ -69,7 +69,7 @@ def move_apart(layers: Sequence[nn.Module], rows: Sequence[int], old_size: int) 
     not depend on the run's seed.
     """
     generator = torch.Generator().manual_seed(0)
-    for table in {id(table): table for table in map(_weight, layers)}.values():
+    for table in {id(table): table for table in map(weight_of, layers)}.values():
         deviations_D = table[:old_size].float().std(dim=0)
         noise_WD = torch.randn(len(rows), len(deviations_D), generator=generator).to(table.device) * deviations_D
         table[list(rows)] += (SPREAD * noise_WD).to(table.dtype)
@@ -79,8 +79,6 @@ class AddedWords(nn.Module):
     """Trainable embeddings of added words; forward hooks use them instead of the frozen LLM's rows.
 
     Args:
-        ids: the token ids of the words.
-        embedding: the LLM's input embedding.
         head: the LLM's output layer; if it is tied to the embedding, so are the words' embeddings.
     """
 
@@ -90,18 +88,12 @@ class AddedWords(nn.Module):
         super().__init__()
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         # float32 whatever the LLM's precision: their updates are small.
-        self.rows = nn.Parameter(_weight(embedding).detach()[self.ids].float())
-        tied = _weight(head) is _weight(embedding)
-        self.head_rows = None if tied else nn.Parameter(_weight(head).detach()[self.ids].float())
+        self.rows = nn.Parameter(weight_of(embedding).detach()[self.ids].float())
+        tied = weight_of(head) is weight_of(embedding)
+        self.head_rows = None if tied else nn.Parameter(weight_of(head).detach()[self.ids].float())
 
     def attach(self, embedding: nn.Module, head: nn.Module) -> list[RemovableHandle]:
         """Makes ``embedding`` and ``head`` use this module's rows for the words; returns the hooks."""
-
-        def look_up(module: nn.Module, args: tuple[Any, ...], looked_up_BLD: Tensor) -> Tensor:
-            matches_BLW = args[0][..., None] == self.ids
-            rows_WD = (self.rows * embed_scale(module)).to(looked_up_BLD.dtype)
-            own_BLD = rows_WD[matches_BLW.int().argmax(-1)]
-            return torch.where(matches_BLW.any(-1)[..., None], own_BLD, looked_up_BLD)
 
         def score(module: nn.Module, args: tuple[Any, ...], logits_V: Tensor) -> Tensor:
             bias = getattr(module, "bias", None)
@@ -109,16 +101,12 @@ class AddedWords(nn.Module):
             own_W = F.linear(args[0], rows_WD, None if bias is None else bias[self.ids])
             return logits_V.index_copy(-1, self.ids, own_W.to(logits_V.dtype))
 
-        return [embedding.register_forward_hook(look_up), head.register_forward_hook(score)]
+        looked_up = replace_rows(embedding, lambda: (self.ids, self.rows * embed_scale(embedding)))
+        return [looked_up, head.register_forward_hook(score)]
 
     @torch.no_grad()
     def write_back(self, embedding: nn.Module, head: nn.Module) -> None:
         """Writes the rows into the LLM, so that the student no longer needs the hooks."""
-        for table, rows in ((_weight(embedding), self.rows), (_weight(head), self.head_rows)):
+        for table, rows in ((weight_of(embedding), self.rows), (weight_of(head), self.head_rows)):
             if rows is not None:
                 table[self.ids.to(table.device)] = rows.to(table)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module.weight, Tensor)
-    return module.weight

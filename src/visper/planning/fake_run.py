@@ -19,8 +19,7 @@ from visper.data.chat import IGNORED
 from visper.data.collator import Collator, Sample, Sizes
 from visper.data.packing import PackingCollator
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, image_blocks
-from visper.distillation import Targets
-from visper.distillation.teachers.tasks import HasSpec
+from visper.distillation import Targets, TargetSpec
 from visper.model import Student
 from visper.model.parts import LLM
 from visper.model.start import reads_as_stored, require_positions
@@ -54,9 +53,8 @@ class FakeRun:
     """The training model of a run, built once and traced once for each kind of step.
 
     Args:
-        run: the run to plan.
         start: the run that provides its student (``parameters.starting_point``).
-        teachers: the shapes of the targets by task.
+        specs: the shapes of the targets by task.
 
     Attributes:
         parts: parameter counts by part.
@@ -71,7 +69,7 @@ class FakeRun:
         ConfigError: a configuration cannot be found, or the run's parts do not fit together.
     """
 
-    def __init__(self, run: Run, start: Run, teachers: Mapping[str, HasSpec]) -> None:
+    def __init__(self, run: Run, start: Run, specs: Mapping[str, TargetSpec]) -> None:
         attention = "sdpa" if run.optimization.attention in FUSED else run.optimization.attention
         optimization = run.optimization.model_copy(update={"attention": attention})
         self.run = run.model_copy(update={"optimization": optimization})
@@ -83,7 +81,7 @@ class FakeRun:
         require_positions(self.student, run.data.max_tokens)
         with torch.device("meta"):
             add_updates(run.lora, self.student)
-            self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, teachers)
+            self.model: TrainingModel = build_training_model(self.student, run.stage, run.distillation, specs)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         fake_parameters(self.model, self.fake)
         set_trainable(self.model, run.stage, run.optimization, run.lora is not None, Console(quiet=True))

@@ -32,17 +32,6 @@ DEVICE = torch.ops.prim.device.default
 """Two of three operations on fake tensors only read the device. Answering here saves a tenth of a trace's time."""
 INDEX = torch.ops.aten.index.Tensor
 
-__all__ = [
-    "FakeTensorMode",
-    "KnownPositions",
-    "LiveBytes",
-    "adamw",
-    "autocast",
-    "fake_parameters",
-    "state_of",
-    "step_activations",
-]
-
 
 class FakeTensorMode(fake_tensor.FakeTensorMode):
     """torch's mode, but it looks for GPUs once, not at every operation: a fifth of a trace's time on a CPU machine."""
@@ -87,7 +76,6 @@ class LiveBytes(KnownPositions):
     """Counts the bytes of all storages made while it is active and not yet freed: ``now``, and the peak, ``most``.
 
     Args:
-        fake: the mode that makes the tensors.
         known: earlier tensors, whose storages are not counted.
     """
 
@@ -174,12 +162,8 @@ def step_activations(
 
     Args:
         model: has fake parameters and is in training mode.
-        optimizer: from ``adamw``.
         batch: arguments of the model's forward pass; floating-point tensors are fake.
-        run: gives precision and clipping.
-        fake: the mode that made all of these.
         accumulates: gradients of an earlier micro-batch of the same step are already there.
-        watch: entered around the forward pass.
         few: runs some layers and adds what the others would hold; default: all layers run.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

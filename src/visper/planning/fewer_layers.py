@@ -29,7 +29,6 @@ def layers_to_trace(layers: Sequence[nn.Module], tapped: Collection[int]) -> lis
     All indices if the layers differ, if one next to an end is tapped, or if few layers would be skipped.
 
     Args:
-        layers: a decoder's layers.
         tapped: layers whose hidden states are read, counted from 1 (0: the input of the first layer).
     """
     count = len(layers)
@@ -75,7 +74,6 @@ class FewLayers:
     """Runs only some layers of a decoder, and calculates the peak memory with all of them.
 
     Args:
-        decoder: a decoder with ``layers``.
         kept: indices of the layers that run (``layers_to_trace``).
         gradient: bytes of the gradients that a layer's backward pass makes; 0 if they exist before it.
     """

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from visper.config import Engine
-from visper.planning.fake_run import FakeRun
 from visper.planning.memory import MemoryModel, Settings
 
 LIBRARIES = 0.7e9
@@ -31,21 +30,20 @@ class HostMemory:
         return self.first + (self.processes - 1) * self.other
 
 
-def host_memory(memory: MemoryModel, settings: Settings, model: FakeRun) -> dict[str, HostMemory]:
+def host_memory(memory: MemoryModel, settings: Settings) -> dict[str, HostMemory]:
     """Host memory by moment; empty on a CPU, where ``memory`` already is host memory."""
-    machine, engine = memory.machine, settings.engine
+    machine, engine, model = memory.machine, settings.engine, memory.model_of(settings.lora)
     if not machine.gpus:
         return {}
     teachers = 0.0 if settings.stored_targets else sum(teacher.weights for teacher in memory.teachers.values())
     shares = engine is Engine.FSDP and machine.gpus > 1  # only the first process reads the weights
-    starting = {"first": teachers + model.read, "other": teachers + (0.0 if shares else model.read)}
+    starting = teachers + model.read, teachers + (0.0 if shares else model.read)
     if engine in (Engine.ZERO2, Engine.ZERO3) and machine.gpus > 1:  # DeepSpeed writes its shards from the GPU
-        writing = {"first": 2 * model.saved, "other": 0.0}  # the gathered weights and their copy
+        writing = 2 * model.saved, 0.0  # the gathered weights and their copy
     else:
-        copied = (model.saved + model.moments) / memory.ways(settings)
-        writing = {"first": copied, "other": copied}
+        writing = ((model.saved + model.moments) / memory.ways(settings),) * 2
     processes = min(machine.gpus, machine.per_node)
     return {
-        moment: HostMemory(LIBRARIES + held["first"], LIBRARIES + held["other"], processes)
-        for moment, held in (("start or resume", starting), ("a checkpoint is written", writing))
+        moment: HostMemory(LIBRARIES + first, LIBRARIES + other, processes)
+        for moment, (first, other) in (("start or resume", starting), ("a checkpoint is written", writing))
     }

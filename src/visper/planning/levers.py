@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from visper.config import Engine, Stage
-from visper.planning.fake_run import FakeRun
 from visper.planning.memory import Memory, MemoryModel, Settings
 
 
@@ -21,24 +20,17 @@ class Lever:
     changes: str
 
 
-def first_lever(memory: MemoryModel, now: Settings, model_of: Callable[[bool], FakeRun]) -> Lever | None:
-    """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown.
-
-    Args:
-        memory: the memory model of the run on its machine.
-        now: the run's own settings.
-        model_of: returns the run's model, with LoRA if True.
-    """
+def first_lever(memory: MemoryModel, now: Settings) -> Lever | None:
+    """The change with the least slowdown that makes the run fit; None if none does, or if the limit is unknown."""
     limit = memory.machine.usable
     if limit is None:
         return None
-    for other in sorted(_alternatives(memory, now), key=lambda other: _cost(now, other)):
-        model = model_of(other.lora)
-        if sum(memory.standing(other, model).values()) > limit:
+    for other in sorted(_alternatives(memory, now), key=lambda other: sum(cost for cost, _ in _changes(now, other))):
+        if sum(memory.standing(other).values()) > limit:
             continue  # does not fit even without activations
-        found = memory.memory(other, model)
+        found = memory.memory(other)
         if found.total <= limit:
-            return Lever(other, found, describe(now, other))
+            return Lever(other, found, ", ".join(text for _, text in _changes(now, other)))
     return None
 
 
@@ -56,29 +48,19 @@ def _alternatives(memory: MemoryModel, now: Settings) -> Iterator[Settings]:
             yield found
 
 
-def _cost(now: Settings, other: Settings) -> float:
-    """Rough slowdown, used to order the alternatives. LoRA changes what is trained, so it comes last."""
-    return (
-        0.03 * math.log2(now.micro_batch / other.micro_batch)
-        + 0.33 * (other.checkpointing - now.checkpointing)
-        + 0.10 * (other.engine != now.engine)
-        + 0.05 * (other.stored_targets and not now.stored_targets)
-        + 1.00 * (other.lora and not now.lora)
-    )
+def _changes(now: Settings, other: Settings) -> Iterator[tuple[float, str]]:
+    """Each change from ``now`` to ``other``: its rough slowdown, and its text as a user sets it.
 
-
-def describe(now: Settings, other: Settings) -> str:
-    """The changes from ``now`` to ``other``, written as a user sets them."""
-    parts = []
+    LoRA changes what is trained, so it comes last.
+    """
     if other.micro_batch != now.micro_batch:
-        parts.append(f"optimization.micro_batch={other.micro_batch}")
-    if other.checkpointing > now.checkpointing:
-        slower = (other.checkpointing - now.checkpointing) / 3
-        parts.append(f"optimization.gradient_checkpointing={other.checkpointing:g} (about {slower:.0%} more time)")
+        yield 0.03 * math.log2(now.micro_batch / other.micro_batch), f"optimization.micro_batch={other.micro_batch}"
+    if more := other.checkpointing - now.checkpointing:
+        share = f"optimization.gradient_checkpointing={other.checkpointing:g}"
+        yield 0.33 * more, f"{share} (about {more / 3:.0%} more time)"
     if other.engine != now.engine:
-        parts.append(f"launch.engine={other.engine}")
-    if other.stored_targets and not now.stored_targets:
-        parts.append("distillation.targets=STORE (from `visper targets build`; no teacher in memory)")
-    if other.lora and not now.lora:
-        parts.append("'lora: {rank: 64}' (trains only low-rank updates of the LLM)")
-    return ", ".join(parts)
+        yield 0.10, f"launch.engine={other.engine}"
+    if other.stored_targets != now.stored_targets:
+        yield 0.05, "distillation.targets=STORE (from `visper targets build`; no teacher in memory)"
+    if other.lora != now.lora:
+        yield 1.00, "'lora: {rank: 64}' (trains only low-rank updates of the LLM)"

@@ -5,7 +5,7 @@ The memory of a step in one process is traced (``fake_run``); how the engines sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from visper.config import Engine, Run
@@ -90,9 +90,9 @@ class MemoryModel:
     """Calculates the memory of a run on one machine for any ``Settings``.
 
     Attributes:
-        run, machine, rows: the run, the machine, and the run's rows.
         specs, teachers: shapes of the targets and sizes of the teachers, by task.
         process: bytes of a process before it holds a model.
+        model_of: returns the run's training model, with LoRA if True.
     """
 
     run: Run
@@ -101,8 +101,9 @@ class MemoryModel:
     specs: Mapping[str, TargetSpec]
     teachers: Mapping[str, TeacherSize]
     process: float
+    model_of: Callable[[bool], FakeRun]
 
-    def decided(self, model: FakeRun) -> Settings:
+    def decided(self) -> Settings:
         """The run's settings, with ``gradient_checkpointing: auto`` resolved to the smallest share that fits.
 
         That is 0 on a CPU, and 1 if no share fits or the memory is not known.
@@ -114,11 +115,12 @@ class MemoryModel:
             return replace(settings, checkpointing=0.0)
         limit = self.machine.usable or 0.0
         tried = (replace(settings, checkpointing=share) for share in SHARES)
-        return next((other for other in tried if self.memory(other, model).total <= limit), settings)
+        return next((other for other in tried if self.memory(other).total <= limit), settings)
 
-    def memory(self, settings: Settings, model: FakeRun) -> Memory:
-        """Peak memory with ``settings``. ``model`` must have been built with their LoRA setting."""
-        held, ways = self.standing(settings, model), self.ways(settings)
+    def memory(self, settings: Settings) -> Memory:
+        """Peak memory with ``settings``."""
+        model = self.model_of(settings.lora)
+        held, ways = self.standing(settings), self.ways(settings)
         accumulates = self.run.optimization.global_batch > settings.micro_batch * self.machine.processes or ways > 1
         step = model.activations(self.rows, settings.micro_batch, settings.checkpointing, accumulates)
         teaching = max((teacher.activations for teacher in self.teachers.values()), default=0.0)
@@ -133,8 +135,9 @@ class MemoryModel:
             held["allocator, kernels (assumed)"] = CPU_CACHES * sum(held.values())
         return Memory({name: size for name, size in held.items() if size})
 
-    def standing(self, settings: Settings, model: FakeRun) -> dict[str, float]:
+    def standing(self, settings: Settings) -> dict[str, float]:
         """Bytes by part, without the activations of the student and its teachers."""
+        model = self.model_of(settings.lora)
         engine, ways, gpus = settings.engine, self.ways(settings), self.machine.gpus
         sharded = engine in SHARDED_WEIGHTS
         held = {"CUDA context" if gpus else "process": self.process}
@@ -161,12 +164,13 @@ class MemoryModel:
             held["gradients of the step"] = model.gradients if once else model.gradients / ways if copies else 0.0
         return held
 
-    def sent(self, settings: Settings, model: FakeRun) -> float | None:
+    def sent(self, settings: Settings) -> float | None:
         """Bytes that one process sends per optimizer step by ring collectives, without gathered targets.
 
         None for DeepSpeed's engines. FSDP gathers layers in the forward and in the backward pass, and everything else
         once.
         """
+        model = self.model_of(settings.lora)
         engine, ways, launch = settings.engine, self.ways(settings), self.run.launch
         if engine in (Engine.ZERO2, Engine.ZERO3):
             return None

@@ -11,7 +11,7 @@ import torch
 
 from visper.common.errors import ConfigError
 from visper.config import Run, Stage, VlmStudent, load_run, recipe_names
-from visper.distillation.teachers.tasks import planned_teachers
+from visper.distillation.teachers.tasks import planned_specs
 from visper.model import Student, build_skeleton, load_student
 from visper.model.vlm import build_vlm
 from visper.planning.fake_step import FakeTensorMode, fake_parameters
@@ -39,14 +39,14 @@ def part_sizes(run: Run) -> list[PartSize]:
     """
     first = first_stage(run)
     supervised = run if run.distillation is not None else first
-    teachers = planned_teachers(supervised.distillation)
+    specs = planned_specs(supervised.distillation)
     totals: dict[str, int] = {}
     trainable: dict[str, dict[Stage, int]] = {}
     for stage in Stage:  # PT comes first: it has the predictors and the full query matrices
         others: dict[str, Any] = {} if stage is run.stage else {"freeze": (), "train": (), "lr_overrides": {}}
         distillation = supervised.distillation if stage is supervised.stage else None
         with torch.device("meta"):
-            model = build_training_model(student_skeleton(first), stage, distillation, teachers)
+            model = build_training_model(student_skeleton(first), stage, distillation, specs)
         fake_parameters(model, FakeTensorMode(allow_non_fake_inputs=True))
         choose_trainable(model, stage, run.optimization.model_copy(update=others))
         for count in count_parts(model):

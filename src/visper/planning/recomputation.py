@@ -23,26 +23,24 @@ def least_recomputation(run: Run, processes: int) -> tuple[float, str]:
     first change that makes it fit.
 
     Args:
-        run: the run to train.
         processes: the number of training processes, one per GPU; all GPUs are assumed to be the same.
     """
-    from visper.planning.fit import Fit  # not at the top: only GPUs need it, and every training run imports this file
-    from visper.planning.memory import Machine
+    from visper.planning.memory import Machine  # here: only GPUs need it, and every run imports this file
+    from visper.planning.plan import Plan
 
     began, asked = time.process_time(), run.optimization.gradient_checkpointing == "auto"
     machine = Machine(processes, memory_of(torch.device("cuda", torch.cuda.current_device())))
     try:
-        fit = Fit(run, machine)
+        plan = Plan(run, machine)
     except Exception as error:
         logger.debug("memory cannot be estimated", exc_info=True)
         kind = "" if isinstance(error, VisperError) else f"{type(error).__name__}: "
         return 1.0, f"{'all layers: ' if asked else ''}memory cannot be estimated ({kind}{error})"
-    share = fit.settings.checkpointing
+    share = plan.settings.checkpointing
     assert machine.memory is not None
-    peak = f"estimated peak {fit.memory.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB"
-    if not fit.fits:
-        lever = fit.lever()
-        change = f"first change that fits: {lever.changes}" if lever else "no setting makes it fit"
+    peak = f"estimated peak {plan.memory.total / 1e9:.1f} of {machine.memory / 1e9:.0f} GB"
+    if not plan.fits:
+        change = f"first change that fits: {plan.lever.changes}" if plan.lever else "no setting makes it fit"
         how = "even if all layers are recomputed" if asked else f"with {share:g} of the layers recomputed"
         logger.warning(f"the run may not fit its GPU {how}: {peak}; {change}")
     return share, f"{share:g} of the layers: {peak} (found in {time.process_time() - began:.0f} CPU s)"

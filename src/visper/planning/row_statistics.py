@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,7 @@ MICRO_BATCHES = 10_000
 CHARACTERS_PER_TOKEN = 4
 
 
-@dataclass(frozen=True)
-class RowLength:
+class RowLength(NamedTuple):
     """One row: the number of its tokens (image and task tokens included), of its supervised tokens, of its images."""
 
     tokens: int
@@ -45,9 +44,7 @@ class Rows:
     """The rows of one epoch.
 
     Attributes:
-        count: the number of rows.
         sample: the measured rows; empty if lengths are assumed.
-        average: the average row.
         longest: the most tokens, supervised tokens and images of any row.
         images: images per row, on average.
         source: where the figures come from, as text.
@@ -95,7 +92,8 @@ class Rows:
 
     def _uniform(self, row: RowLength, rows: int, images_a_row: float) -> list[RowLength]:
         images = max(1, round(rows * images_a_row)) if images_a_row else 0
-        return [replace(row, images=images // rows + (at < images % rows)) for at in range(rows)]
+        shares = (images // rows + (at < images % rows) for at in range(rows))
+        return [RowLength(row.tokens, row.supervised, share) for share in shares]
 
 
 PUBLISHED: dict[str, tuple[int, int, int, int, int, float]] = {
@@ -113,9 +111,7 @@ def row_statistics(run: Run, start: Run, student: Student) -> Rows:
     """Counts and measures the rows of ``run``.
 
     Args:
-        run: the run whose rows are counted.
         start: the run that provides its student (``parameters.starting_point``); its processor encodes the rows.
-        student: that student, with or without weights.
 
     Raises:
         ConfigError: the rows are not on this machine, and at least one data set is not in ``PUBLISHED``.
@@ -170,18 +166,9 @@ def _measured(run: Run, start: Run, block: int) -> Rows:
 
 
 def _rows(count: int, lengths: Sequence[RowLength], longest: Sequence[RowLength], source: str) -> Rows:
-    def mean(values: Iterable[int]) -> float:
-        return sum(values) / len(lengths)
-
-    share = mean(row.images for row in lengths)
-    average = RowLength(
-        round(mean(row.tokens for row in lengths)), round(mean(row.supervised for row in lengths)), round(share)
-    )
-    seen = [*lengths, *longest]
-    most = RowLength(
-        max(row.tokens for row in seen), max(row.supervised for row in seen), max(row.images for row in seen)
-    )
-    return Rows(count, tuple(lengths), average, most, share, source)
+    means = np.mean(lengths, axis=0).tolist()
+    most = RowLength(*np.max([*lengths, *longest], axis=0).tolist())
+    return Rows(count, tuple(lengths), RowLength(*map(round, means)), most, means[-1], source)
 
 
 def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:

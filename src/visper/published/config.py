@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from visper.common.errors import ConfigError
 from visper.common.files import read_json_object
@@ -28,42 +27,29 @@ SUPPORTED = {
 }
 """Optional key -> supported values. A checkpoint with another value cannot be converted."""
 
+SIZES = {"depth": "depth", "heads": "num_heads", "head_width": "dim_head", "ff_mult": "ff_mult"}
+"""Size of a resampler -> its key in a section of the published configuration."""
+
 PER_TASK = 8
 """Task tokens per task, if the checkpoint has task tokens but its configuration does not give their number."""
 
 
-class Kind(str, Enum):
-    """The kind of checkpoint, by what was trained."""
-
-    PT = "pt"
-    IFT = "ift"
-    PROBE = "probe"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-_KINDS = {"ola": Kind.PT, "llava": Kind.IFT, "probe": Kind.PROBE}
+Kind = Literal["pt", "ift", "probe"]
+"""The kind of checkpoint, by what was trained."""
+_KINDS: dict[str, Kind] = {"ola": "pt", "llava": "ift", "probe": "probe"}
 _MODEL_TYPE = re.compile(r"(ola|llava|probe)(?:_\w+)?_(llama|phi3)")
 
 
 @dataclass(frozen=True)
 class Head:
-    """One task's predictors (PT) or probes: the target's shape, tapped layers counted from 1, the resampler's sizes."""
+    """One task's predictors (PT) or probes: the target's shape, tapped layers counted from 1, the resampler's sizes
+    by the names of ``config.Head``."""
 
     target: TargetSpec
     layers: tuple[int, ...]
     weight: float
     mlp: bool
-    depth: int
-    heads: int
-    head_width: int
-    ff_mult: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The resampler's sizes, by the names of ``config.Head``."""
-        return {"depth": self.depth, "heads": self.heads, "head_width": self.head_width, "ff_mult": self.ff_mult}
+    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -116,10 +102,6 @@ class Published:
 def read_published(folder: Path, parameters: Iterable[str]) -> Published:
     """Reads the configuration of a checkpoint.
 
-    Args:
-        folder: the checkpoint's folder.
-        parameters: the names of its parameters.
-
     Raises:
         ConfigError: config.json is missing or cut short, or describes another architecture or a variant that visper's
             student does not support.
@@ -139,16 +121,16 @@ def read_published(folder: Path, parameters: Iterable[str]) -> Published:
     kind = _KINDS[found.group(1)]
     _check(config, file, kind)
     special = [task for task in SECTIONS if f"model.special_{task}_tokens" in set(parameters)]
-    per_task = 0 if kind is Kind.PROBE else int(config.get("num_task_tokens", PER_TASK if special else 0))
-    mode = str(config.get("probe_mode" if kind is Kind.PROBE else "aux_mode", ""))
+    per_task = 0 if kind == "probe" else int(config.get("num_task_tokens", PER_TASK if special else 0))
+    mode = str(config.get("probe_mode" if kind == "probe" else "aux_mode", ""))
     named = tuple(mode.split("-")) if mode else ()
     tasks = named if per_task else ()
     strange = [task for task in named if task not in SECTIONS]
-    if strange or (not named and (kind is not Kind.IFT or per_task)):
-        key = "probe_mode" if kind is Kind.PROBE else "aux_mode"
+    if strange or (not named and (kind != "ift" or per_task)):
+        key = "probe_mode" if kind == "probe" else "aux_mode"
         raise ConfigError(f"{file}: {key} is '{mode}': expected the tasks in their order, such as 'depth-seg-gen'")
     rows = {t: per_task if t == "gen" else int(_section(config, t, file)["num_tokens"]) for t in tasks}
-    heads = {} if kind is Kind.IFT else {task: _head(config, task, kind, file) for task in named}
+    heads = {} if kind == "ift" else {task: _head(config, task, kind, file) for task in named}
     return Published(folder, config, kind, found.group(2), tasks, per_task, rows, heads)
 
 
@@ -164,7 +146,7 @@ def _check(config: Mapping[str, Any], file: Path, kind: Kind) -> None:
             )
     form = config.get("task_token_format", "expand_emb")
     # In PT the published code always takes the means of groups; in IFT only if this key is "expand_emb".
-    if form != "expand_emb" and not (form == "emb" and kind is not Kind.IFT):
+    if form != "expand_emb" and not (form == "emb" and kind != "ift"):
         raise ConfigError(
             f"{file}: task_token_format is '{form}': expected 'expand_emb' (a few tokens per task). If the checkpoint "
             "was trained with that format, correct the key in a copy of the folder"
@@ -186,17 +168,14 @@ def _head(config: Mapping[str, Any], task: str, kind: Kind, file: Path) -> Head:
         side = round(tokens**0.5)
         grid = (side, side) if tokens > 1 and side * side == tokens else None
         layers = list(range(1, int(config["num_hidden_layers"]) + 1))
-        if kind is Kind.PT:
+        if kind == "pt":
             layers = [int(layer) for layer in str(section[f"{prefix}_layer_indices"]).split("-")]
         return Head(
             target=TargetSpec(tokens, int(section["output_dim"]), grid),
             layers=tuple(layers),
             weight=float(section.get(f"{prefix}_loss_weight", 0.5)),
-            mlp=task == "depth" and kind is Kind.PT and bool(section.get("use_intermediate_depth", True)),
-            depth=int(section["depth"]),
-            heads=int(section["num_heads"]),
-            head_width=int(section["dim_head"]),
-            ff_mult=int(section["ff_mult"]),
+            mlp=task == "depth" and kind == "pt" and bool(section.get("use_intermediate_depth", True)),
+            sizes={name: int(section[theirs]) for name, theirs in SIZES.items()},
         )
     except KeyError as error:
         raise ConfigError(f"{file}: section '{SECTIONS[task][0]}' lacks key {error}: it describes the heads") from error

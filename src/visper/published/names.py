@@ -109,7 +109,6 @@ def account(
     Args:
         found: shapes of the checkpoint's parameters, by published name.
         slots: the expected parameters, by published name. A vocabulary table may have fewer rows than its slot.
-        source: the checkpoint, for errors.
         tower_elsewhere: the image encoder comes from its own checkpoint.
 
     Returns:

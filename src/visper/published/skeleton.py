@@ -32,7 +32,7 @@ from visper.config import Run, explain, load_run, read_recipe
 from visper.data.normalization import normalization_of
 from visper.distillation import EmbeddingDistillation
 from visper.model import Encoder, Student, assemble_student, load_encoder
-from visper.published.config import Kind, Published
+from visper.published.config import Published
 from visper.published.names import (
     DISTILLATION,
     MODEL,
@@ -86,7 +86,6 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     """Builds the converted checkpoint without its weights.
 
     Args:
-        published: the checkpoint's configuration.
         output: the converted checkpoint's folder, for its run.
         encoder: hub id or folder that replaces the one in ``mm_vision_tower``.
         encoder_inside: the checkpoint has the encoder's weights, so that only its configuration is loaded.
@@ -117,7 +116,7 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     state = dict(revert_weight_conversion(student.model, student.model.state_dict()))
     if llm_config.tie_word_embeddings:
         state.pop(OUTPUT_TABLE)
-    run = _run(published, settings.model_dump(), output) if published.kind is Kind.PT and published.tasks else None
+    run = _run(published, settings.model_dump(), output) if published.kind == "pt" and published.tasks else None
     probes = probe_settings(student.hidden_size, published.heads) if published.own_latents else {}
     layers = {task: head.layers for task, head in published.heads.items()}
     return Skeleton(student, state, run, probes, _head_shapes(published, student, run, probes), layers)
@@ -227,6 +226,6 @@ def _head_shapes(
     if probes:
         with torch.device("meta"):
             shapes = {f"predictors.{n}": tuple(t.shape) for n, t in build_probes(probes).state_dict().items()}
-        scales = published.heads if published.kind is Kind.PT else ()
+        scales = published.heads if published.kind == "pt" else ()
         return {PROBES: shapes | {f"logit_scales.{task}": () for task in scales}}
     return {None: queries} if queries else {}

@@ -48,7 +48,6 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
 
     Args:
         source: the checkpoint's folder or hub id.
-        output: the folder to write.
         encoder: hub id or folder of the image encoder, in place of the id in the checkpoint's ``mm_vision_tower``. Its
             weights are read only if the checkpoint has no encoder weights.
 

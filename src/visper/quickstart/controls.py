@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from visper.distillation.alignment import pooled
+from visper.evaluation.predictions import task_of
 from visper.evaluation.probe.measures import TEACHER, Finding, centered_cosine
 from visper.quickstart.objective import Source
 from visper.quickstart.tower import TowerTeacher
@@ -34,8 +35,9 @@ class HeldOut:
     objects: Tensor  # [S, H, W], True on named objects
 
     @classmethod
-    def read(cls, world: Path, limit: int) -> HeldOut:
-        """The first ``limit`` held-out scenes of a world."""
+    def halves(cls, world: Path, judged: int) -> tuple[HeldOut, HeldOut]:
+        """Two halves of a world's held-out scenes: ``judged`` scenes each, or fewer if the world has fewer."""
+        limit = 2 * judged
         with np.load(world / "held_out.npz") as arrays:
             names = [str(name) for name in arrays["images"][:limit]]
             depth = torch.from_numpy(arrays["depth"][:limit].astype(np.float32))
@@ -45,12 +47,11 @@ class HeldOut:
         for name in names:
             with Image.open(world / "images" / name) as file:
                 images.append(file.convert("RGB"))
-        return cls(images, depth, classes, objects)
-
-    def part(self, start: int, stop: int) -> HeldOut:
-        """The scenes from ``start`` up to, not including, ``stop``."""
-        cut = slice(start, stop)
-        return HeldOut(self.images[cut], self.depth[cut], self.classes[cut], self.objects[cut])
+        half = len(images) // 2
+        first, second = (
+            cls(images[cut], depth[cut], classes[cut], objects[cut]) for cut in (slice(half), slice(half, 2 * half))
+        )
+        return first, second
 
 
 def findings(
@@ -64,16 +65,13 @@ def findings(
 
     Args:
         predicted: predictions for the judged scenes, in their order, by "task/layer".
-        sources: functions that give the targets, by task.
-        teachers: teachers that decode targets, by task.
         fit, judged: the two halves of the held-out scenes, see the top of this module.
     """
     found = []
-    tasks = dict.fromkeys(name.split("/")[0] for name in predicted)
+    tasks = dict.fromkeys(map(task_of, predicted))
     targets = {task: (sources[task](fit.images), sources[task](judged.images)) for task in tasks}
     for name, values in predicted.items():
-        task = name.split("/")[0]
-        tokens = values.shape[1]
+        task, tokens = task_of(name), values.shape[1]
         fitted_SNE, target_SNE = targets[task]
         mean_NE = pooled(fitted_SNE, tokens).mean(0)
         shuffled = pooled(target_SNE.roll(len(target_SNE) // 2, dims=0), tokens)
@@ -91,32 +89,24 @@ def _drawn(
     """Compares decoded predictions with the exact maps; empty if the teacher's output is not a map."""
     head = teacher.model.config.head
     ours, ceiling = teacher.decode_values(values), teacher.decode_values(target)
-    on = judged.objects
     if head == "depth":
-        mean_map = fit.depth.log().mean(0).exp().expand_as(judged.depth)
-        result = []
-        for where, mask in (("image", torch.ones_like(on)), ("objects", on)):
-            error = [_relative_error(d, judged.depth, mask) for d in (ours[:, 0], mean_map, ceiling[:, 0])]
-            controls = {"mean map": error[1], TEACHER: error[2]}
-            result.append(Finding(name, f"depth error, {where}", error[0], controls, False))
-        return result
-    if head == "classes":
-        counts = F.one_hot(fit.classes).sum(0)
-        by_position = counts.argmax(-1).expand_as(judged.classes)
+        measure, control, exact = "depth error", "mean map", judged.depth
+        ours, ceiling = ours[:, 0], ceiling[:, 0]
+        anywhere = on_objects = fit.depth.log().mean(0).exp()
+    elif head == "classes":
+        measure, control, exact = "pixels right", "guess by position", judged.classes
+        ours, ceiling = ours.argmax(1), ceiling.argmax(1)
+        one_hot = F.one_hot(fit.classes)
+        anywhere = one_hot.sum(0).argmax(-1)
         # On object pixels, guess the most frequent *object* class at each position: the strongest blind guess.
-        object_counts = (F.one_hot(fit.classes) * fit.objects[..., None]).sum(0)
-        on_objects = object_counts.argmax(-1).expand_as(judged.classes)
-        result = []
-        for where, mask, guess in (("image", torch.ones_like(on), by_position), ("objects", on, on_objects)):
-            right = [
-                float((classes == judged.classes)[mask].float().mean())
-                for classes in (ours.argmax(1), guess, ceiling.argmax(1))
-            ]
-            controls = {"guess by position": right[1], TEACHER: right[2]}
-            result.append(Finding(name, f"pixels right, {where}", right[0], controls, True))
-        return result
-    return []
-
-
-def _relative_error(depth: Tensor, exact: Tensor, mask: Tensor) -> float:
-    return float(((depth - exact).abs() / exact)[mask].mean())
+        on_objects = (one_hot * fit.objects[..., None]).sum(0).argmax(-1)
+    else:
+        return []
+    found = []
+    places = (("image", torch.ones_like(judged.objects), anywhere), ("objects", judged.objects, on_objects))
+    for where, mask, guess in places:
+        maps = (ours, guess.expand_as(exact), ceiling)
+        scores = ((m - exact).abs() / exact if head == "depth" else (m == exact).float() for m in maps)
+        value, blind, best = (float(score[mask].mean()) for score in scores)
+        found.append(Finding(name, f"{measure}, {where}", value, {control: blind, TEACHER: best}, head != "depth"))
+    return found

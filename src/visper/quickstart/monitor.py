@@ -24,8 +24,6 @@ class PredictionMonitor(TrainerCallback):
     """Saves predictions at chosen steps as ``step_000100.npz``: an array ``[S, N, E]`` for every ``task/layer``.
 
     Args:
-        folder: the folder of these files.
-        images: held-out images.
         steps: optimizer steps after which to predict; 0 is before the first.
     """
 
@@ -34,15 +32,8 @@ class PredictionMonitor(TrainerCallback):
         self.images = list(images)
         self.steps = set(steps)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Saves predictions before the first step, if chosen."""
-        self._save(args, state, kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: TrainingModel, **others: Any) -> None:
         """Saves predictions after a chosen step."""
-        self._save(args, state, kwargs["model"])
-
-    def _save(self, args: Any, state: Any, model: TrainingModel) -> None:
         if state.global_step not in self.steps or not state.is_world_process_zero:
             return
         mode = model.training
@@ -53,6 +44,8 @@ class PredictionMonitor(TrainerCallback):
         with atomic_path(self.folder / f"step_{state.global_step:06d}.npz") as partial, partial.open("wb") as file:
             arrays: dict[str, Any] = {name.replace("/", "."): value.half().numpy() for name, value in predicted.items()}
             np.savez(file, **arrays)
+
+    on_train_begin = on_step_end
 
 
 def read_predictions(folder: Path) -> dict[int, dict[str, torch.Tensor]]:

@@ -84,7 +84,7 @@ def sources_of(run: Run, student: Student | None, teachers: Mapping[str, TowerTe
     for name, task in run.distillation.tasks.items():
         if task.target.own:
             assert student is not None
-            sources[name] = _OwnFeatures(student, task.target.kind)
+            sources[name] = partial(_own_features, student, task.target.kind)
         else:
             sources[name] = partial(teacher_targets, teachers[name])
     return sources
@@ -96,17 +96,11 @@ def drawing_teachers(run: Run) -> Mapping[str, TowerTeacher]:
     return {name: TowerTeacher(Path(task.target.place)) for name, task in run.distillation.taught.items()}
 
 
-class _OwnFeatures:
+@torch.no_grad()
+def _own_features(student: Student, kind: str, images: Sequence[Image.Image]) -> Tensor:
     """Features of the student's own encoder or projector, as targets."""
-
-    def __init__(self, student: Student, kind: str) -> None:
-        self.student, self.kind = student, kind
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        model: Any = self.student.model
-        processor = self.student.processor.image_processor
-        pixels = torch.stack([student_pixels(processor, image) for image in images])
-        with InputTap(model.get_submodule(modules_of(model, PROJECTOR)[0])) as encoded:
-            projected = torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
-            return (encoded[0] if self.kind == "encoder" else projected).float()
+    model: Any = student.model
+    pixels = torch.stack([student_pixels(student.processor.image_processor, image) for image in images])
+    with InputTap(model.get_submodule(modules_of(model, PROJECTOR)[0])) as encoded:
+        projected = torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+        return (encoded[0] if kind == "encoder" else projected).float()

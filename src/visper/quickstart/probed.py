@@ -43,10 +43,6 @@ def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str,
     """Probes every layer of a model for depth and classes: trained on a world's scenes, scored on held-out ones.
 
     Args:
-        model: the model's folder.
-        world: the world's folder.
-        bases: the folder of the teachers.
-        judged: number of held-out scenes that are judged.
         length: an override that sets the length of the training, such as ``optimization.epochs=2``.
         out: the probes' folder; finished results there are read.
     """
@@ -80,8 +76,6 @@ def require_apart(rows: Path, images: Path, what: str, root: Path, limit: int | 
     Scenes of a quickstart's world are in one file, apart from those that it trains on; they are not compared.
 
     Args:
-        rows: the rows that the heads are trained on.
-        images: folder of their images.
         what, root, limit: what is scored, as for ``score_on``.
 
     Raises:
@@ -110,21 +104,18 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
     """
     require_scorable(found.run, what, root)
     if what in SETS:
-        count = len(FILES[what](root, limit))
-        return [replace(one, images=count) for one in SETS[what](found, root, limit)]
+        return SETS[what](found, root, limit)
     folder = Path(what)
     if (folder / "held_out.npz").is_file():
-        judged = limit or JUDGED
-        return [replace(one, of=str(folder.resolve()), images=judged) for one in world_findings(found, folder, judged)]
-    files = images_below(folder)[:limit]
-    return [replace(one, of=str(folder.resolve()), images=len(files)) for one in cosine_findings(found, files)]
+        scored = [replace(one, images=limit or JUDGED) for one in world_findings(found, folder, limit or JUDGED)]
+    else:
+        scored = cosine_findings(found, images_below(folder)[:limit])
+    return [replace(one, of=str(folder.resolve())) for one in scored]
 
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:
     """Depth error and pixel accuracy against the exact maps of held-out scenes, and centered cosines."""
-    scenes = HeldOut.read(world, 2 * judged)
-    half = len(scenes.images) // 2
-    fit, rest = scenes.part(0, half), scenes.part(half, 2 * half)
+    fit, rest = HeldOut.halves(world, judged)
     teachers = drawing_teachers(found.run)
     predicted = predict_images(found.model, rest.images, PROMPT)
     return findings(predicted, sources_of(found.run, None, teachers), teachers, fit, rest)

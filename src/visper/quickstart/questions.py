@@ -11,6 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ Objects = Sequence[SceneObject]
 KINDS = ("count", "relation", "depth", "distance")
 CHANCE = {"count": 0.25, "relation": 0.5, "depth": 0.5, "distance": 0.5}
 PLURALS = {"sphere": "spheres", "box": "boxes", "cylinder": "cylinders"}
+NUM_CELLS = {"count": 4, "relation": 4, "depth": 8, "distance": 16}
+"""Cells among which questions are balanced: the answers of counts; for other kinds, what the cues say."""
 RELATION_PIXELS = 14.0
 DEPTH_RATIO = 1.25
 DISTANCE_RATIO = 1.5
@@ -78,7 +81,7 @@ class _Candidate:
     scene: int
     objects: tuple[int, ...]
     detail: str
-    cell: tuple[object, ...]
+    cell: tuple[Any, ...]
 
 
 def apart(one: SceneObject, two: SceneObject) -> float:
@@ -130,24 +133,16 @@ _CANDIDATES = {"count": _counts, "relation": _relations, "depth": _depths, "dist
 
 
 def _balanced(candidates: list[_Candidate], kind: str, rng: np.random.Generator) -> list[_Candidate]:
-    """Draws equally from all cells; for counts, from all answers among scenes with the same number of objects."""
-    cells: dict[tuple[object, ...], list[_Candidate]] = defaultdict(list)
+    """Draws equally from all cells: of scenes with the same number of objects for counts, of an axis for relations."""
+    cells: dict[tuple[Any, ...], list[_Candidate]] = defaultdict(list)
     for one in candidates:
         cells[one.cell].append(one)
-    if kind == "count":
-        groups: list[list[tuple[object, ...]]] = [
-            [(n, answer) for answer in range(4)] for n in sorted({int(str(cell[0])) for cell in cells})
-        ]
-    else:
-        axes = sorted({str(cell[0]) for cell in cells}) if kind == "relation" else [""]
-        bits = {"relation": 2, "depth": 3, "distance": 4}[kind]
-        flags = list(itertools.product([False, True], repeat=bits))
-        groups = [[((axis, *f) if axis else f) for f in flags] for axis in axes]
+    by_first = kind in ("count", "relation")
     chosen = []
-    for group in groups:
-        smallest = min(len(cells.get(tuple(cell), ())) for cell in group)
-        for cell in group:
-            members = cells.get(tuple(cell), [])
+    for _, group in itertools.groupby(sorted(cells), lambda cell: cell[:1] if by_first else ()):
+        drawn = [cells[cell] for cell in group]
+        smallest = min(map(len, drawn)) if len(drawn) == NUM_CELLS[kind] else 0
+        for members in drawn:
             chosen += [members[i] for i in rng.permutation(len(members))[:smallest]]
     return chosen
 
@@ -158,8 +153,6 @@ def draw_questions(scenes: Sequence[Objects], seed: int, per_kind: int | None = 
     Balancing leaves about 1.5 questions of each kind per scene.
 
     Args:
-        scenes: the objects of each scene.
-        seed: seed of the drawing.
         per_kind: questions of each kind, at most; default: as many as the kind with the fewest has.
     """
     rng = np.random.default_rng([seed, 77])

@@ -21,12 +21,11 @@ from PIL import Image
 from visper.common.files import atomic_path, write_text
 from visper.evaluation import Answered
 from visper.evaluation.contact_sheet import contact_sheet, images_of
-from visper.evaluation.predictions import teacher_targets
+from visper.evaluation.predictions import layer_of, task_of, teacher_targets
 from visper.quickstart.controls import HeldOut
 from visper.quickstart.monitor import read_predictions
 from visper.quickstart.objective import drawing_teachers
-from visper.quickstart.questions import CHANCE
-from visper.quickstart.run import BLIND, TRAINED, UNTRAINED, Budget, Result, read_log
+from visper.quickstart.run import Budget, Result, read_log
 
 SHOWN = 5
 """Number of scenes drawn in the report."""
@@ -89,27 +88,26 @@ def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
     if result.supervised is None:
         return {}
     teachers = drawing_teachers(result.runs[result.supervised])
-    held_out = HeldOut.read(result.world, 2 * budget.judged)
-    judged = held_out.part(budget.judged, 2 * budget.judged)
+    _, judged = HeldOut.halves(result.world, budget.judged)
     chosen = [len(judged.images) * i // SHOWN for i in range(SHOWN)]
     images = [judged.images[i] for i in chosen]
     monitored = read_predictions(result.out / "monitored")
     grids: dict[str, Grid] = {}
     for name in next(iter(monitored.values())):
-        task = name.split("/")[0]
+        task = task_of(name)
         teacher = teachers.get(task)
         if teacher is None or next(iter(monitored.values()))[name].shape[1] != teacher.spec.tokens:
             continue
         columns = [images, images_of(teacher.decode(teacher_targets(teacher, images)))]
         columns += [images_of(teacher.decode(values[name][chosen])) for values in monitored.values()]
-        header = ["image", f"{task} teacher", *(f"layer {name.split('/')[1]}, step {step}" for step in monitored)]
+        header = ["image", f"{task} teacher", *(f"layer {layer_of(name)}, step {step}" for step in monitored)]
         grids[name] = (header, [list(row) for row in zip(*columns, strict=True)])
     return grids
 
 
 def overview(grids: Mapping[str, Grid]) -> Image.Image:
     """One image: the input, then each task's teacher beside the last step of its last layer."""
-    last: dict[str, Grid] = {name.split("/")[0]: grid for name, grid in grids.items()}
+    last: dict[str, Grid] = {task_of(name): grid for name, grid in grids.items()}
     header, rows = ["image"], [[row[0]] for row in next(iter(last.values()))[1]]
     for task, (names, shown_rows) in last.items():
         header += [f"{task}: teacher", f"{task}: {names[-1].split(',')[0]}"]
@@ -121,21 +119,17 @@ def overview(grids: Mapping[str, Grid]) -> Image.Image:
 
 def scores_table(result: Result) -> dict[str, Any]:
     """Accuracy by kind beside the blind model, the untrained model, chance, and the cheap cues."""
-    blind = {row.kind: row for row in result.scores[BLIND]}
-    before = {row.kind: row for row in result.scores[UNTRAINED]}
     rows = []
-    for row in result.scores[TRAINED]:
-        low, high = row.interval
-        blind_low, blind_high = blind[row.kind].interval
-        cues = ", ".join(f"{name} {value:.0%}" for name, value in result.cues.get(row.kind, {}).items())
+    for row, blind, before, chance, cues in result.compared():
+        (low, high), (blind_low, blind_high) = row.interval, blind.interval
         rows.append(
             [
                 Cell(row.kind),
                 Cell(f"{row.accuracy:.1%} ({low:.1%} to {high:.1%})", "number " + _mark(low > blind_high)),
-                Cell(f"{blind[row.kind].accuracy:.1%} ({blind_low:.1%} to {blind_high:.1%})", "number"),
-                Cell(f"{before[row.kind].accuracy:.1%}", "number"),
-                Cell(f"{CHANCE[row.kind]:.0%}" if row.kind in CHANCE else "", "number"),
-                Cell(cues),
+                Cell(f"{blind.accuracy:.1%} ({blind_low:.1%} to {blind_high:.1%})", "number"),
+                Cell(f"{before.accuracy:.1%}", "number"),
+                Cell(chance, "number"),
+                Cell(", ".join(f"{name} {value:.0%}" for name, value in cues.items())),
             ]
         )
     header = ["kind", "trained", "blind: another image", "before training", "chance", "each cheap cue alone"]
@@ -144,18 +138,16 @@ def scores_table(result: Result) -> dict[str, Any]:
 
 def findings_table(result: Result) -> dict[str, Any]:
     """Every measure of every tapped layer; green if it beats all of its controls."""
-    rows = []
-    for finding in result.findings:
-        controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
-        rows.append(
-            [
-                Cell(finding.name),
-                Cell(finding.measure),
-                Cell(f"{finding.value:.3f}", "number " + _mark(finding.beats_controls)),
-                Cell("higher" if finding.higher else "lower"),
-                Cell(controls),
-            ]
-        )
+    rows = [
+        [
+            Cell(finding.name),
+            Cell(finding.measure),
+            Cell(f"{finding.value:.3f}", "number " + _mark(finding.beats_controls)),
+            Cell("higher" if finding.higher else "lower"),
+            Cell(finding.controls_text),
+        ]
+        for finding in result.findings
+    ]
     return {"header": ["layer", "measure", "prediction", "better", "controls"], "rows": rows}
 
 

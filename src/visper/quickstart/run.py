@@ -23,10 +23,12 @@ from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import atomic_path, write_text
 from visper.config import Run, Stage, load_run
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
+from visper.evaluation.probe.curves import findings_table
+from visper.evaluation.probe.measures import Finding
 from visper.model import load_student
 from visper.model.start import starting_student
 from visper.quickstart import BASES
-from visper.quickstart.controls import Finding, HeldOut, findings
+from visper.quickstart.controls import HeldOut, findings
 from visper.quickstart.monitor import PredictionMonitor, read_predictions
 from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
 from visper.quickstart.questions import CHANCE
@@ -73,6 +75,12 @@ class Result:
         """The stage with embedding losses."""
         return supervised_stage(self.runs)
 
+    def compared(self) -> Iterator[tuple[Score, Score, Score, str, dict[str, float]]]:
+        """By kind: the scores trained, blind and untrained, chance as text, and the accuracy of each cheap cue."""
+        for rows in zip(*(self.scores[name] for name in (TRAINED, BLIND, UNTRAINED)), strict=True):
+            kind = rows[0].kind
+            yield *rows, f"{CHANCE[kind]:.0%}" if kind in CHANCE else "", self.cues.get(kind, {})
+
 
 def quickstart(
     out: Path,
@@ -86,8 +94,6 @@ def quickstart(
     Args:
         out: the folder of all results: ``world/``, ``bases/``, ``pt/``, ``ift/``.
         seed: seed of the world, the projector and the order of the rows.
-        budget: ``FULL`` or ``FAST``.
-        console: where progress and results are printed.
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
     """
     console = console or Console()
@@ -97,8 +103,7 @@ def quickstart(
         copy_bases(out / "bases")
     runs = stage_runs(out, world, seed, budget, objective=objective)
     supervised = supervised_stage(runs)
-    held_out = HeldOut.read(world, 2 * budget.judged)
-    fit, judged = held_out.part(0, budget.judged), held_out.part(budget.judged, 2 * budget.judged)
+    fit, judged = HeldOut.halves(world, budget.judged)
     steps = monitored_steps(runs[supervised or "pt"])
     for stage, run in runs.items():
         if is_finished(run):
@@ -266,26 +271,20 @@ def save_result(result: Result) -> None:
 def show_result(result: Result, console: Console) -> None:
     """Prints the table of accuracies, and the predictions beside their controls."""
     table = Table("kind", "trained", "95 % interval", "blind", "untrained", "chance", "best cheap cue")
-    blind = {row.kind: row for row in result.scores[BLIND]}
-    before = {row.kind: row for row in result.scores[UNTRAINED]}
-    for row in result.scores[TRAINED]:
+    for row, blind, before, chance, cues in result.compared():
         low, high = row.interval
-        cue = max(result.cues.get(row.kind, {"": 0.0}).items(), key=lambda item: item[1])
+        best = max(cues, key=lambda cue: cues[cue], default=None)
         table.add_row(
             row.kind,
             f"{row.accuracy:.1%}",
             f"{low:.1%} to {high:.1%}",
-            f"{blind[row.kind].accuracy:.1%}",
-            f"{before[row.kind].accuracy:.1%}",
-            f"{CHANCE[row.kind]:.0%}" if row.kind in CHANCE else "",
-            f"{cue[0]} {cue[1]:.1%}" if cue[0] else "",
+            f"{blind.accuracy:.1%}",
+            f"{before.accuracy:.1%}",
+            chance,
+            f"{best} {cues[best]:.1%}" if best else "",
         )
     console.print(table)
-    drawn = Table("layer", "measure", "value", "controls")
-    for finding in result.findings:
-        controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
-        drawn.add_row(finding.name, finding.measure, f"{finding.value:.3f}", controls)
-    console.print(drawn)
+    console.print(findings_table(result.findings))
 
 
 class Stopwatch:
@@ -307,19 +306,11 @@ class Stopwatch:
             yield
             finished = True
         finally:
-            self._add(part, time.perf_counter() - wall, _cpu_seconds() - cpu, resumes)
-            self._save(part, finished)
-
-    def _add(self, part: str, wall: float, cpu: float, resumes: bool) -> None:
-        if part in self.finished:  # it takes no time now, or was measured before
-            return
-        self.wall[part] = wall + (self.wall.get(part, 0.0) if resumes else 0.0)
-        self.cpu[part] = cpu + (self.cpu.get(part, 0.0) if resumes else 0.0)
-
-    def _save(self, part: str, finished: bool) -> None:
-        if finished and part not in self.finished:
-            self.finished.append(part)
-        write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu, "finished": self.finished}))
+            if part not in self.finished:  # else it takes no time now, or was measured before
+                for taken, used in ((self.wall, time.perf_counter() - wall), (self.cpu, _cpu_seconds() - cpu)):
+                    taken[part] = used + (taken.get(part, 0.0) if resumes else 0.0)
+                self.finished += [part] if finished else []
+            write_text(self.file, json.dumps({"wall": self.wall, "cpu": self.cpu, "finished": self.finished}))
 
 
 def _cpu_seconds() -> float:

@@ -28,12 +28,6 @@ CLASS_COLORS = (
     (0.20, 0.45, 0.86),
     (0.95, 0.75, 0.15),
     (0.45, 0.25, 0.55),
-    (0.20, 0.65, 0.35),
-    (0.90, 0.50, 0.70),
-    (0.30, 0.75, 0.80),
-    (0.60, 0.60, 0.20),
-    (0.35, 0.35, 0.35),
-    (0.95, 0.95, 0.95),
 )
 
 
@@ -201,6 +195,6 @@ def nearness_images(depths: Tensor, near: float, far: float) -> Tensor:
 
 
 def class_images(classes: Tensor) -> Tensor:
-    """Class indices ``[B,H,W]`` -> color images ``[B,3,H,W]`` (the palette repeats beyond its 12 colors)."""
+    """Class indices ``[B,H,W]`` -> color images ``[B,3,H,W]`` (the palette repeats beyond its colors)."""
     palette = torch.tensor(CLASS_COLORS, device=classes.device)
     return palette[classes % len(palette)].permute(0, 3, 1, 2).contiguous()

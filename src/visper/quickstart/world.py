@@ -29,23 +29,15 @@ from visper.quickstart.scenes import Scene, draw_scene
 HELD_OUT_SERIES = 1_000_003
 """Added to a world's seed for its held-out scenes, so that no training series with a usual seed contains them."""
 IMAGE = "<image>"
+TURNS = 6
+"""Questions per conversation of ``instruct.json``, at most."""
 
 
-def write_world(
-    folder: Path, *, seed: int, scenes: int = 4000, held_out: int = 600, turns: int = 6, per_kind: int | None = 400
-) -> dict[str, dict[str, float]]:
-    """Writes a world to a folder. The same arguments give the same files.
+def write_world(folder: Path, *, seed: int, scenes: int, held_out: int, per_kind: int = 400) -> None:
+    """Writes a world to a new folder, complete or absent. The same arguments give the same files.
 
     Args:
-        folder: a new folder, complete or absent (it is written next to its place and renamed).
-        seed: seed of scenes, questions and wording.
-        scenes: number of training scenes.
-        held_out: number of held-out scenes, for questions.
-        turns: questions per conversation of ``instruct.json``, at most.
-        per_kind: held-out questions of each kind, at most; None: see ``draw_questions``.
-
-    Returns:
-        Accuracy of each cheap cue alone on the held-out questions, ``{kind: {cue: accuracy}}``.
+        per_kind: held-out questions of each kind, at most.
 
     Raises:
         FileExistsError: the folder exists.
@@ -58,13 +50,11 @@ def write_world(
         asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
         rng = np.random.default_rng([seed, 11])
         write_json(beside / "pretrain.json", list(pretrain_records(known, rng)))
-        write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng, turns)))
+        write_json(beside / "instruct.json", list(instruct_records(known, draw_questions(known, seed), rng)))
         questions = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
         write_json(beside / "questions.json", evaluation_records(asked, questions))
-        cues = cheap_cues(asked, questions)
-        sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": turns, "per_kind": per_kind}
-        write_json(beside / "world.json", {**sizes, "cheap_cues": cues})
-    return cues
+        sizes = {"seed": seed, "scenes": scenes, "held_out": held_out, "turns": TURNS, "per_kind": per_kind}
+        write_json(beside / "world.json", {**sizes, "cheap_cues": cheap_cues(asked, questions)})
 
 
 def image_name(split: str, index: int) -> str:
@@ -93,25 +83,28 @@ def write_split(folder: Path, split: str, seed: int, count: int) -> list[Objects
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
-    """Records for each scene: a caption, two look-ups of all objects in different orders, and a look-up from a place to
-    a name."""
+    """Records for each scene, one for each pair of ``pretrain_pairs``."""
     for index, objects in enumerate(scenes):
-        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
-        pairs = [
-            (language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))], language.caption(objects)),
-            language.look_up(orders[0]),
-            language.look_up(orders[1]),
-            language.look_back(orders[2][0]),
-        ]
-        for number, (prompt, answer) in enumerate(pairs):
+        for number, (prompt, answer) in enumerate(pretrain_pairs(objects, rng)):
             said = f"{IMAGE}\n{prompt}" if rng.random() < 0.75 else f"{prompt}\n{IMAGE}"
             yield record(f"scene_{index:06d}_{number}", index, [(said, answer)])
 
 
+def pretrain_pairs(objects: Objects, rng: np.random.Generator, depth: bool = True) -> list[tuple[str, str]]:
+    """A caption, two look-ups of all objects in different orders, and a look-up from a place to a name."""
+    orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
+    return [
+        (str(rng.choice(language.CAPTION_PROMPTS)), language.caption(objects, depth)),
+        language.look_up(orders[0], depth),
+        language.look_up(orders[1], depth),
+        language.look_back(orders[2][0]),
+    ]
+
+
 def instruct_records(
-    scenes: Sequence[Objects], questions: Sequence[Question], rng: np.random.Generator, turns: int
+    scenes: Sequence[Objects], questions: Sequence[Question], rng: np.random.Generator
 ) -> Iterator[dict[str, Any]]:
-    """For each scene, its questions and the counts of all its shapes, shuffled, in conversations of at most ``turns``.
+    """For each scene, its questions and the counts of all its shapes, shuffled, in conversations of at most ``TURNS``.
 
     The added counts are not balanced. They are needed because counting is learned slowest: with balanced counts alone
     (20 % of the turns) one seed of three answered them at chance, with these (30 %) none did.
@@ -123,22 +116,23 @@ def instruct_records(
         mine.update(count_turns(scenes[index], rng))
         turns_of = list(mine.items())
         pairs = [turns_of[i] for i in rng.permutation(len(turns_of))]
-        for number, start in enumerate(range(0, len(pairs), turns)):
-            (first, answer), *rest = pairs[start : start + turns]
-            yield record(f"scene_{index:06d}_{number}", index, [(f"{IMAGE}\n{first}", answer), *rest])
+        for number, start in enumerate(range(0, len(pairs), TURNS)):
+            yield record(f"scene_{index:06d}_{number}", index, image_first(pairs[start : start + TURNS]))
+
+
+def image_first(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A conversation's questions and answers, with the image's tag before the first question."""
+    (first, answer), *rest = pairs
+    return [(f"{IMAGE}\n{first}", answer), *rest]
 
 
 def evaluation_records(scenes: Sequence[Objects], questions: Sequence[Question]) -> list[dict[str, str]]:
     """The held-out questions as ``{image, question, answer, kind}``."""
-    return [
-        {
-            "image": image_name("held_out", q.scene),
-            "question": q.text(scenes[q.scene]),
-            "answer": q.answer,
-            "kind": q.kind,
-        }
-        for q in questions
-    ]
+    return [evaluation_record(q.scene, q.text(scenes[q.scene]), q.answer, q.kind) for q in questions]
+
+
+def evaluation_record(scene: int, question: str, answer: str, kind: str) -> dict[str, str]:
+    return {"image": image_name("held_out", scene), "question": question, "answer": answer, "kind": kind}
 
 
 def record(name: str, scene: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The arms of the study: each changes one thing in the same two recipes."""
+"""The arms of the study, each of which changes one thing in the same two recipes, and its sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from visper.config import load_run
@@ -55,3 +56,40 @@ ARMS = {
     )
 }
 """In the order in which they run for each seed; the first ones answer the main question."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a study.
+
+    Attributes:
+        scenes: scenes to pre-train on.
+        more: the same for the arm with more data.
+        held_out: scenes that no arm trains on.
+        per_kind: held-out questions of each kind.
+        start_steps: steps of the student that all arms start from.
+        pt_steps: steps of pre-training.
+        labels: number of questions to fine-tune on -> steps.
+        chosen_at: the number of labels at which weights are compared.
+        judged: held-out scenes on which predictions are compared with the teachers.
+        probed: number of seeds whose pre-trained models are probed.
+        margin: least gain in accuracy (0 to 1) of feature feeding over no supervision; below it the setting can
+            show nothing.
+    """
+
+    scenes: int
+    more: int
+    held_out: int
+    per_kind: int
+    start_steps: int
+    pt_steps: int
+    labels: Mapping[int, int]
+    chosen_at: int
+    judged: int
+    probed: int
+    probe_steps: int
+    margin: float
+
+
+FULL = Size(4000, 8000, 600, 250, 1000, 400, {250: 60, 1000: 120, 4000: 180, 16000: 300}, 1000, 150, 3, 500, 0.05)
+FAST = Size(60, 80, 30, 4, 4, 4, {20: 2, 40: 3}, 20, 8, 1, 2, -1.0)

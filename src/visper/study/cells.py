@@ -20,47 +20,9 @@ from visper.evaluation.probe.curves import SCORES, read_findings
 from visper.evaluation.probe.measures import Finding
 from visper.quickstart.probed import probe_world, world_findings
 from visper.quickstart.run import Stopwatch
-from visper.study.arms import ARMS, NOTHING, PUBLISHED, Arm
+from visper.study.arms import ARMS, NOTHING, PUBLISHED, Arm, Size
 from visper.study.world import write_study_world
 from visper.training import is_finished, run_stage
-
-
-@dataclass(frozen=True)
-class Size:
-    """Sizes of a study.
-
-    Attributes:
-        scenes: scenes to pre-train on.
-        more: the same for the arm with more data.
-        held_out: scenes that no arm trains on.
-        per_kind: held-out questions of each kind.
-        start_steps: steps of the student that all arms start from.
-        pt_steps: steps of pre-training.
-        labels: number of questions to fine-tune on -> steps.
-        chosen_at: the number of labels at which weights are compared.
-        judged: held-out scenes on which predictions are compared with the teachers.
-        probed: number of seeds whose pre-trained models are probed.
-        probe_steps: steps of the probes.
-        margin: least gain in accuracy (0 to 1) of feature feeding over no supervision; below it the setting can
-            show nothing.
-    """
-
-    scenes: int
-    more: int
-    held_out: int
-    per_kind: int
-    start_steps: int
-    pt_steps: int
-    labels: Mapping[int, int]
-    chosen_at: int
-    judged: int
-    probed: int
-    probe_steps: int
-    margin: float
-
-
-FULL = Size(4000, 8000, 600, 250, 1000, 400, {250: 60, 1000: 120, 4000: 180, 16000: 300}, 1000, 150, 3, 500, 0.05)
-FAST = Size(60, 80, 30, 4, 4, 4, {20: 2, 40: 3}, 20, 8, 1, 2, -1.0)
 
 
 @dataclass(frozen=True)
@@ -245,12 +207,4 @@ def prepare_world(cell: Cell, console: Console) -> None:
         if cell.world.exists():
             return
         announce(console, "world", f"{size.more} training scenes and {size.held_out} held-out scenes into {cell.world}")
-        write_study_world(
-            cell.world,
-            seed=cell.seed,
-            scenes=size.scenes,
-            more=size.more,
-            labels=tuple(size.labels),
-            held_out=size.held_out,
-            per_kind=size.per_kind,
-        )
+        write_study_world(cell.world, cell.seed, size)

@@ -131,9 +131,6 @@ def draw(results: Results, labels: Sequence[int], file: Path) -> None:
     """One panel per kind of question: accuracy over the number of labels, one line per arm, means over seeds.
 
     All panels show 0 to 1: an axis fitted to each panel would make half a point look large.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
     """
     require_drawable(file)
     from matplotlib.figure import Figure

@@ -22,8 +22,8 @@ from visper.evaluation.probe.curves import averaged
 from visper.evaluation.probe.measures import Finding
 from visper.quickstart.run import Stopwatch, copy_bases
 from visper.quickstart.scenes import draw_scene
-from visper.study.arms import ARMS, FEEDING, NOTHING, Arm
-from visper.study.cells import Cell, Size, finished, needs, prepare_world, probed, rows_of, train_whole
+from visper.study.arms import ARMS, FEEDING, NOTHING, Arm, Size
+from visper.study.cells import Cell, finished, needs, prepare_world, probed, rows_of, train_whole
 from visper.study.controls import save_fed, save_tower
 from visper.study.world import NEAREST
 from visper.training import is_finished
@@ -132,7 +132,7 @@ def require_upper_mark(out: Path, size: Size, console: Console) -> None:
         raise TrainingError(
             f"with {size.chosen_at} labels '{FEEDING}' answers {fed:.1%} of the questions, '{NOTHING}' {without:.1%}: "
             f"expected at least {100 * size.margin:.0f} points more, or the arms cannot be told apart; "
-            "pre-train longer (study.cells.FULL)"
+            "pre-train longer (study.arms.FULL)"
         )
 
 

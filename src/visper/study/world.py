@@ -18,62 +18,47 @@ from typing import Any
 import numpy as np
 
 from visper.common.files import atomic_path
-from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, draw_questions
 from visper.quickstart.world import (
     HELD_OUT_SERIES,
-    IMAGE,
+    TURNS,
+    evaluation_record,
     evaluation_records,
-    image_name,
+    image_first,
+    pretrain_pairs,
     record,
     write_json,
     write_split,
 )
+from visper.study.arms import Size
 
 NEAREST = "nearest"
 NEAREST_TEXT = "Which is closer to the camera ?"
 """A depth question about all objects at once; questions in training name the two objects to compare."""
-TURNS = 6
 
 
-def write_study_world(
-    folder: Path, *, seed: int, scenes: int, more: int, labels: Sequence[int], held_out: int, per_kind: int
-) -> None:
-    """Writes the world atomically; the same arguments give the same files.
-
-    Args:
-        scenes: number of scenes to pre-train and fine-tune on.
-        more: number of scenes of ``pretrain_more.json``, which include those of ``pretrain.json``.
-        labels: numbers of questions to fine-tune on.
-        held_out: number of held-out scenes.
-        per_kind: approximate number of held-out questions of each kind.
-    """
+def write_study_world(folder: Path, seed: int, size: Size) -> None:
+    """Writes the world atomically; the same arguments give the same files."""
     with atomic_path(folder) as beside:
         (beside / "images").mkdir(parents=True)
-        known = write_split(beside, "train", seed, more)
-        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)
+        known = write_split(beside, "train", seed, size.more)
+        asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, size.held_out)
         rows = list(pretrain_records(known, np.random.default_rng([seed, 11])))
-        write_json(beside / "pretrain.json", rows[:scenes])
+        write_json(beside / "pretrain.json", rows[: size.scenes])
         write_json(beside / "pretrain_more.json", rows)
-        questions = draw_questions(known[:scenes], seed)
-        for number in labels:
+        questions = draw_questions(known[: size.scenes], seed)
+        for number in size.labels:
             write_json(beside / f"instruct_{number}.json", list(instruct_records(known, questions, seed, number)))
-        asks = draw_questions(asked, seed + HELD_OUT_SERIES, per_kind)
-        write_json(beside / "questions.json", [*evaluation_records(asked, asks), *nearest_records(asked, per_kind)])
+        asks = draw_questions(asked, seed + HELD_OUT_SERIES, size.per_kind)
+        write_json(
+            beside / "questions.json", [*evaluation_records(asked, asks), *nearest_records(asked, size.per_kind)]
+        )
 
 
 def pretrain_records(scenes: Sequence[Objects], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One conversation per scene that never mentions depth."""
     for index, objects in enumerate(scenes):
-        orders = [[objects[i] for i in rng.permutation(len(objects))] for _ in range(3)]
-        prompt = language.CAPTION_PROMPTS[int(rng.integers(len(language.CAPTION_PROMPTS)))]
-        pairs = [
-            (f"{IMAGE}\n{prompt}", language.caption(objects, depth=False)),
-            language.look_up(orders[0], depth=False),
-            language.look_up(orders[1], depth=False),
-            language.look_back(orders[2][0]),
-        ]
-        yield record(f"scene_{index:06d}", index, pairs)
+        yield record(f"scene_{index:06d}", index, image_first(pretrain_pairs(objects, rng, depth=False)))
 
 
 def instruct_records(
@@ -88,8 +73,7 @@ def instruct_records(
         mine = by_scene[int(scene)]
         pairs = [(q.text(scenes[q.scene]), q.answer) for q in (mine[i] for i in rng.permutation(len(mine)))]
         for start in range(0, len(pairs), TURNS):
-            (first, answer), *rest = pairs[start : start + TURNS]
-            yield record(f"scene_{scene:06d}_{start}", int(scene), [(f"{IMAGE}\n{first}", answer), *rest])
+            yield record(f"scene_{scene:06d}_{start}", int(scene), image_first(pairs[start : start + TURNS]))
         number += len(mine)
         if number >= most:
             return
@@ -98,11 +82,6 @@ def instruct_records(
 def nearest_records(scenes: Sequence[Objects], most: int) -> list[dict[str, str]]:
     """One question per scene: which of all objects is nearest; the answer is its name."""
     return [
-        {
-            "image": image_name("held_out", index),
-            "question": NEAREST_TEXT,
-            "answer": min(objects, key=lambda thing: thing.depth).name,
-            "kind": NEAREST,
-        }
+        evaluation_record(index, NEAREST_TEXT, min(objects, key=lambda thing: thing.depth).name, NEAREST)
         for index, objects in enumerate(scenes[:most])
     ]

@@ -35,7 +35,7 @@ from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
-from visper.distillation.teachers.tasks import build_teachers, planned_teachers, teacher_dtype
+from visper.distillation.teachers.tasks import build_teachers, planned_specs, teacher_dtype
 from visper.model.start import starting_processor
 from visper.target_store.fingerprint import Fingerprint, fingerprints
 from visper.target_store.plan import BuildPlan, TargetPart, announce_plan, plan_build, refuse_full_disk
@@ -51,12 +51,10 @@ def build_targets(
     """Computes the targets that the store lacks for the run's images and teachers.
 
     Args:
-        run: the run whose data, geometry and teachers are used.
         out: the store's folder; created if it does not exist.
         dtype: a key of ``quantize.DTYPES``; default: the store's, float16 for a new one.
         batch: images per forward pass of a teacher.
         size_only: print what would be computed and how large it is, and write nothing.
-        quiet: print nothing.
 
     Raises:
         ConfigError: the run has no teachers, ``out`` is not a store, or the disk is too small.
@@ -72,14 +70,20 @@ def build_targets(
     dtype = dtype or read_dtype(out) or DEFAULT_DTYPE
     background = background_of(starting_processor(run).image_processor)
     made_by = fingerprints(run.distillation.tasks, run.data.geometry.value, background)
-    codecs = {task: TargetCodec(own.spec, dtype) for task, own in planned_teachers(run.distillation).items()}
+    codecs = {task: TargetCodec(spec, dtype) for task, spec in planned_specs(run.distillation).items()}
     records = _open_rows(run.data, console.quiet)
-    if size_only:
-        return _shared_plan(records, out, made_by, codecs, console)
 
+    def shared_plan() -> BuildPlan:
+        """The plan, made and printed by the first process and shared with all."""
+        plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet))
+        announce_plan(plan, codecs, out, console)
+        return plan
+
+    if size_only:
+        return shared_plan()
     _require_revisions(made_by, run.distillation)
     with _locked(out, dtype, state, console):
-        plan = _shared_plan(records, out, made_by, codecs, console)
+        plan = shared_plan()
         if not plan.parts:
             announce(console, "targets", f"nothing to do: '{out}' holds all {plan.images:,} images of '{run.name}'")
             return plan
@@ -118,19 +122,6 @@ def _locked(out: Path, dtype: str, state: PartialState, console: Console) -> Ite
         if state.is_main_process:
             remove_leftovers(out.rglob(".*"))
         yield
-
-
-def _shared_plan(
-    records: Records,
-    out: Path,
-    made_by: Mapping[str, Fingerprint],
-    codecs: Mapping[str, TargetCodec],
-    console: Console,
-) -> BuildPlan:
-    """The plan, made and printed by the first process and shared with all."""
-    plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet))
-    announce_plan(plan, codecs, out, console)
-    return plan
 
 
 @dataclass(frozen=True)
@@ -242,16 +233,14 @@ def _targets(
     return (next(found) if good else None for good in readable)
 
 
+@dataclass(frozen=True)
 class _Images(Dataset[Any]):
     """((row, number in the row), digest, tasks) -> task -> its teacher's input ``[3, h, w]``; None if not decodable."""
 
-    def __init__(
-        self, records: Records, geometry: str, background: tuple[int, int, int], preprocess: Mapping[str, Preprocess]
-    ) -> None:
-        self.records = records
-        self.geometry = geometry
-        self.background = background
-        self.preprocess = dict(preprocess)
+    records: Records
+    geometry: str
+    background: tuple[int, int, int]
+    preprocess: Mapping[str, Preprocess]
 
     def __getitem__(self, item: tuple[tuple[int, int], bytes, Sequence[str]]) -> dict[str, Tensor] | None:
         (row, number), own, tasks = item

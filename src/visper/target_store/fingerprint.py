@@ -29,13 +29,10 @@ class Fingerprint:
     """Everything besides the image that determines a target.
 
     Attributes:
-        kind: kind of the teacher.
         revision: revision of its weights; None: a hub model whose commit neither the hub nor the local cache gave.
         options: the teacher's options that affect targets.
-        geometry: geometry in which the teacher sees the image.
         background: RGB color around the image, only for the geometry ``pad``.
         code: hash of the module of a class that is not in ``TEACHERS``.
-        computation: ``COMPUTATION``.
     """
 
     kind: str
@@ -51,8 +48,6 @@ class Fingerprint:
         """The fingerprint of a recipe's teacher.
 
         Args:
-            teacher: the task's target in the recipe.
-            geometry: geometry of the run's data.
             background: the RGB color that ``pad`` puts around an image.
         """
         options = json.loads(json.dumps(teacher.options))  # as read back from JSON: tuples become lists

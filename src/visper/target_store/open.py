@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from visper.common.console import track
 from visper.common.errors import ConfigError, DataError
 from visper.common.ranks import first_decides
 from visper.config import Distillation
@@ -18,7 +20,7 @@ from visper.data.rows.table import Records
 from visper.distillation.teachers.base import Teacher
 from visper.target_store.fingerprint import Fingerprint, fingerprints
 from visper.target_store.quantize import TargetCodec
-from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folder_of, read_dtype
+from visper.target_store.store import TEACHER, StoredTeacher, TaskTargets, folder_of, is_damaged, read_dtype
 
 
 class DecodedTargets(Teacher):
@@ -38,17 +40,12 @@ class DecodedTargets(Teacher):
         raise ValueError("stored targets cannot be drawn: build the teacher (visper.distillation.build_teacher)")
 
 
+@dataclass(frozen=True)
 class TargetStore:
-    """The stored targets of a run's tasks.
+    """The stored targets of a run's tasks. ``remedy`` is the command that computes missing ones, for messages."""
 
-    Args:
-        tasks: task -> the stored targets of its teacher.
-        remedy: the command that computes missing targets, for messages.
-    """
-
-    def __init__(self, tasks: Mapping[str, TaskTargets], remedy: str) -> None:
-        self.tasks = dict(tasks)
-        self.remedy = remedy
+    tasks: Mapping[str, TaskTargets]
+    remedy: str
 
     def teachers(self) -> dict[str, Teacher]:
         """Task -> the module that training uses in place of its teacher."""
@@ -76,12 +73,8 @@ class TargetStore:
     def missing(self, digests: Iterable[bytes]) -> dict[str, list[bytes]]:
         """Task -> those of these images that the store lacks; tasks that lack none are left out."""
         wanted = list(dict.fromkeys(digests))
-        missing = {}
-        for task, targets in self.tasks.items():
-            lost = [own for own, known in zip(wanted, targets.known(wanted), strict=True) if not known]
-            if lost:
-                missing[task] = lost
-        return missing
+        missing = {task: targets.missing(wanted) for task, targets in self.tasks.items()}
+        return {task: lost for task, lost in missing.items() if lost}
 
 
 def open_targets(
@@ -94,10 +87,7 @@ def open_targets(
     """Opens the store that the run names (``distillation.targets``), or ``store``; None if the run uses its teachers.
 
     Args:
-        distillation: the run's section.
-        geometry: geometry of the run's data.
         background: the RGB color that ``pad`` puts around an image.
-        store: open this store instead.
         arguments: see ``build_command``.
 
     Raises:
@@ -107,9 +97,7 @@ def open_targets(
     if distillation is None or place is None:
         return None
     remedy = build_command(place, arguments)
-    dtype = read_dtype(place)
-    if dtype is None:
-        raise ConfigError(f"distillation.targets: there is no target store at '{place}': run {remedy}")
+    dtype = _require_store(place, remedy)
     found = {}
     for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
         folder = find_folder(place, task, fingerprint, distillation.tasks[task].target.place, remedy)
@@ -121,6 +109,34 @@ def open_targets(
                 f"is {wanted}: leave it out, or build another store"
             )
     return TargetStore(found, remedy)
+
+
+def damaged_parts(
+    distillation: Distillation, geometry: str, background: tuple[int, int, int], store: Path, remedy: str
+) -> Iterator[Path]:
+    """The parts of the run's teachers that cannot be read or contain a target that does not match its checksum.
+
+    Every part is read completely. Arguments as in ``open_targets``.
+
+    Raises:
+        ConfigError: ``store`` is not a store, or has no targets of one of the run's teachers.
+    """
+    dtype = _require_store(store, remedy)
+    parts = []
+    for task, fingerprint in fingerprints(distillation.tasks, geometry, background).items():
+        folder = find_folder(store, task, fingerprint, distillation.tasks[task].target.place, remedy)
+        codec = TargetCodec(StoredTeacher.read(folder).spec, dtype)
+        parts += [(part, codec) for part in sorted(folder.glob("*.safetensors"))]
+    for part, codec in track(parts, description="verifying checksums"):
+        if is_damaged(part, codec):
+            yield part
+
+
+def _require_store(place: Path, remedy: str) -> str:
+    dtype = read_dtype(place)
+    if dtype is None:
+        raise ConfigError(f"there is no target store at '{place}': run {remedy}")
+    return dtype
 
 
 def build_command(store: Path, arguments: Sequence[str] | None = None) -> str:
@@ -138,10 +154,8 @@ def find_folder(store: Path, task: str, fingerprint: Fingerprint, model: str, re
     """The folder of a teacher's targets.
 
     Args:
-        store: the store's folder.
         task: name of the task, for messages.
         fingerprint: the teacher's; if its revision is unknown, the store's only targets of ``model`` are used.
-        model: the teacher's ``model`` in the recipe.
         remedy: the command that builds missing targets, for messages.
 
     Raises:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from visper.common.cache import key
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
@@ -65,11 +67,8 @@ def plan_build(
     """Compares the run's images with the store. Images that lack targets of the same tasks share parts, in row order.
 
     Args:
-        records: the run's rows.
-        store: its folder; need not exist.
         made_by: task -> fingerprint of its teacher.
         codecs: task -> codec of its targets.
-        quiet: show no progress.
     """
     first_place: dict[bytes, tuple[int, int]] = {}
     for place, own in digests_of(records, quiet).items():
@@ -77,7 +76,9 @@ def plan_build(
             first_place.setdefault(own, place)
     missing: dict[bytes, list[str]] = defaultdict(list)
     for task, fingerprint in made_by.items():
-        for own in _missing(list(first_place), folder_of(store, fingerprint), codecs[task].dtype):
+        folder, images = folder_of(store, fingerprint), list(first_place)
+        there = (folder / TEACHER).is_file()
+        for own in TaskTargets(folder, codecs[task].dtype).missing(images) if there else images:
             missing[own].append(task)
     groups: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
     for own in first_place:
@@ -96,13 +97,6 @@ def plan_build(
     )
 
 
-def _missing(digests: list[bytes], folder: Path, dtype: str) -> list[bytes]:
-    if not (folder / TEACHER).is_file():
-        return digests
-    known = TaskTargets(folder, dtype).known(digests)
-    return [own for own, is_known in zip(digests, known, strict=True) if not is_known]
-
-
 def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Path, console: Console) -> None:
     """Prints the missing images and their size per task, then the total size and the free disk space."""
     for task, codec in codecs.items():
@@ -111,11 +105,9 @@ def announce_plan(plan: BuildPlan, codecs: Mapping[str, TargetCodec], store: Pat
         announce(
             console,
             "targets",
-            f"{task}: {missing:,} of {plan.images:,} images to compute; {shape}: {format_bytes(plan.sizes[task])}",
+            f"{task}: {missing:,} of {plan.images:,} images to compute; {shape}: {_size(plan.sizes[task])}",
         )
-    announce(
-        console, "disk", f"{format_bytes(plan.total)} to write, {format_bytes(_free_bytes(store))} free at '{store}'"
-    )
+    announce(console, "disk", f"{_size(plan.total)} to write, {_size(_free_bytes(store))} free at '{store}'")
 
 
 def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
@@ -124,17 +116,13 @@ def refuse_full_disk(plan: BuildPlan, store: Path, dtype: str) -> None:
     if need > free:
         smaller = "" if dtype in ("int8", "fp8") else ", or --dtype int8, half the size of float16"
         raise ConfigError(
-            f"the targets to be computed take {format_bytes(need)}, but '{store}' has {format_bytes(free)} free: "
+            f"the targets to be computed take {_size(need)}, but '{store}' has {_size(free)} free: "
             f"choose another disk{smaller}"
         )
 
 
-def format_bytes(count: int) -> str:
-    """A size such as "1.50 GB", in powers of ten."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count / 1000:.1f} kB"
+def _size(count: int) -> str:
+    return decimal(count, precision=2)
 
 
 def _free_bytes(store: Path) -> int:

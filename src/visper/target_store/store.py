@@ -46,11 +46,7 @@ def write_part(
     """Writes one part, completely or not at all.
 
     Args:
-        folder: folder of the teacher.
-        codec: codec of its targets.
-        digests: digests of the images.
         packed: each image's target ``[target_bytes]`` (``TargetCodec.pack``); None: the image cannot be decoded.
-        name: name of the part.
     """
     good = [(own, target) for own, target in zip(digests, packed, strict=True) if target is not None]
     stored = [target for _, target in good]
@@ -143,9 +139,10 @@ class TaskTargets:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def known(self, digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which images were computed, or found to be undecodable, ``[len(digests)]``."""
-        return np.asarray(self._rows(np.asarray(digests, dtype=self._digests.dtype)) >= 0)
+    def missing(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Those of these images that were neither computed nor found to be undecodable."""
+        rows = self._rows(np.asarray(digests, dtype=self._digests.dtype))
+        return [own for own, row in zip(digests, rows, strict=True) if row < 0]
 
     def read(self, image: bytes) -> Tensor | None:
         """The packed target ``[target_bytes]`` uint8 of the image with this digest; None if there is none.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_tf32_available
 
 from visper.common.errors import ConfigError
 from visper.config import Optimization, Run
@@ -54,7 +53,6 @@ def training_arguments(
         num_train_epochs=opt.epochs,
         max_steps=opt.max_steps or -1,
         bf16=opt.precision == "bfloat16" and deepspeed is None,  # DeepSpeed's own settings turn autocast on
-        tf32=True if on_gpu and is_torch_tf32_available() else None,
         use_cpu=not on_gpu and deepspeed is None,
         deepspeed=deepspeed,
         accelerator_config={"use_configured_state": deepspeed is not None, "non_blocking": on_gpu},

@@ -15,7 +15,6 @@ from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Optimization, Position, Stage, load_run
 from visper.distillation import EmbeddingDistillation, TargetSpec, check_head_fits, query_rows
-from visper.distillation.teachers.tasks import HasSpec
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
 from visper.model.parts import ENCODED, LLM, PROJECTOR, VISION, parameters_of
@@ -38,14 +37,14 @@ def build_training_model(
     student: Student,
     stage: Stage,
     distillation: Distillation | None = None,
-    teachers: Mapping[str, HasSpec] | None = None,
+    specs: Mapping[str, TargetSpec] | None = None,
     seed: int = 0,
     continues: bool = False,
 ) -> TrainingModel:
     """Combines student, task tokens, added words (in PT) and, with ``distillation``, the objective.
 
     Args:
-        teachers: task -> object with the ``spec`` of its targets; needed with ``distillation``.
+        specs: shape of the targets of each task with a teacher; needed with ``distillation``.
         seed: for the random initialization of the query matrices.
         continues: whether the student comes from an earlier stage, whose task tokens PT must keep.
 
@@ -60,14 +59,14 @@ def build_training_model(
     try:
         objective, rows = None, dict[str, int]()
         if distillation is not None:
-            objective, rows = _objective(student, distillation, teachers or {})
+            objective, rows = _objective(student, distillation, dict(specs or {}))
         return TrainingModel(student, _task_tokens(student, stage, rows, seed, continues), objective, words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def _objective(
-    student: Student, distillation: Distillation, teachers: Mapping[str, HasSpec]
+    student: Student, distillation: Distillation, specs: dict[str, TargetSpec]
 ) -> tuple[EmbeddingDistillation, dict[str, int]]:
     """The embedding losses, and the number of query matrix rows of each task that reads task tokens."""
     ids = student.task_token_ids
@@ -76,7 +75,6 @@ def _objective(
         raise ConfigError(
             f"the student has no task tokens for {missing}, only for {list(ids)}: supervise {missing} at image_tokens"
         )
-    specs = {task: teacher.spec for task, teacher in teachers.items()}
     for task, settings in distillation.tasks.items():
         by_place = settings.at is not Position.TASK_TOKENS and settings.head.kind != "resampler"
         if by_place and not settings.target.own and not student.knows_places:

@@ -26,12 +26,8 @@ MEASURED_ON = "measured_on"
 
 
 def measured_on(settings: Evaluation, rows: Records | None, order: Sequence[int]) -> str:
-    """A digest of the rows, or of the questions, that the value ``settings.measure`` is measured on.
-
-    Args:
-        rows: the rows of ``loss_on``.
-        order: indices of the rows that are measured.
-    """
+    """A digest of the rows, or of the questions, that the value ``settings.measure`` is measured on: the rows ``order``
+    of ``rows``, those of ``loss_on``."""
     if settings.higher_is_better:
         asked = [settings.questions, settings.images, settings.benchmark, settings.limit, settings.max_new_tokens]
         file = Path(settings.questions or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ class JsonlCallback(TrainerCallback):
     """Appends every log to ``log.jsonl``; a resumed run first removes the lines after its checkpoint.
 
     Args:
-        path: the file.
         of_evaluations: further entries of the lines with held-out values.
     """
 
-    def __init__(self, path: Path, of_evaluations: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, of_evaluations: Mapping[str, str]) -> None:
         self.path = path
-        self.of_evaluations = of_evaluations or {}
+        self.of_evaluations = of_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keeps the lines up to the step that training continues from."""
@@ -52,34 +51,28 @@ class JsonlCallback(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs, **more}) + "\n")
 
 
-class EpochCallback(TrainerCallback):
-    """Sets the sampler's epoch, also after a resume; the Trainer does not set it on every process's custom sampler."""
+class LoopCallback(TrainerCallback):
+    """What a stage's trainer does in the Trainer's loop.
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
+    Args:
+        sampler: its epoch is set here, also after a resume; the Trainer does not do so on every process.
+        clock: gives the monitor's clock.
+    """
+
+    def __init__(self, sampler: Sampler, clock: Callable[[], StepClock]) -> None:
+        self.sampler, self.clock = sampler, clock
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps to the intervals of the run: on a resume, the Trainer has taken those of the checkpoint."""
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds a small epsilon before rounding down, because ``state.epoch`` is a sum of float fractions."""
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))  # type: ignore[attr-defined]
 
-
-class IntervalCallback(TrainerCallback):
-    """Keeps to the intervals of the run: on a resume, the Trainer takes those of the checkpoint."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called after the checkpoint's state is read."""
-        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
-
-
-class OptimizerClock(TrainerCallback):
-    """Marks the end of the optimizer step on the monitor's clock."""
-
-    def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called right after the optimizer step, before the schedule, logs and checkpoints."""
-        self.clock.mark(OPTIMIZER)
+        self.clock().mark(OPTIMIZER)
 
 
 def console_callback() -> TrainerCallback:

@@ -104,15 +104,15 @@ def newest_undamaged(output: Path, console: Console) -> Path | None:
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that only a checkpoint can restore, by name.
 
-    These are the trainable parameters, the persistent buffers of modules that have some (batch statistics), and the
-    frozen heads, whose weights are random.
+    These are the trainable parameters, the persistent buffers of modules that have some (batch statistics) and of all
+    heads, and the frozen heads, whose weights are random.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith("objective.")}
     saved = model.state_dict().keys()
     buffers = {
         f"{place}.{name}": buffer
         for place, module in model.named_modules()
-        if any(p.requires_grad for p in module.parameters(recurse=False))
+        if place.startswith("objective.") or any(p.requires_grad for p in module.parameters(recurse=False))
         for name, buffer in module.named_buffers(recurse=False)
         if f"{place}.{name}" in saved
     }

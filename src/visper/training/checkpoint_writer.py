@@ -64,8 +64,6 @@ class CheckpointWriter:
     """Writes the checkpoints of a run. Every process creates one and must call its methods, except ``failed``.
 
     Args:
-        output: the run's folder.
-        keep: how many checkpoints are kept.
         first: whether this process moves checkpoints to their place.
         timeout: how long a process waits for another one.
     """

@@ -45,9 +45,6 @@ def compile_parts(model: TrainingModel, backend: Backend) -> None:
     """Compiles decoder layers and predictors for training; in evaluation mode they run uncompiled.
 
     Call it after sharding, which changes the classes of the layers. Weights keep their names.
-
-    Args:
-        backend: the backend of ``torch.compile``.
     """
     micro_batch = _MicroBatch()
     model.register_forward_pre_hook(micro_batch.begin)

@@ -28,7 +28,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.common.manifest import content_digest
 from visper.config import Run
 from visper.data.checks.digests import contents_of
-from visper.data.rows.records import DropList, Record
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.rows.table_digest import rows_digest
@@ -40,11 +40,9 @@ SAMPLED = 256
 _THREADS = 16
 
 
-def content_of(run: Run, records: Sequence[Record]) -> dict[str, str]:
+def content_of(run: Run, records: Records) -> dict[str, str]:
     """The digests of all local content of the run, by the description that error messages use."""
-    assert isinstance(records, Records), "the rows must come from open_records"
-    found = rows_content(records)
-    return found | _parts_content(run)
+    return rows_content(records) | _parts_content(run)
 
 
 def _parts_content(run: Run) -> dict[str, str]:
@@ -69,12 +67,8 @@ def require_same_content(output: Path, content: dict[str, str]) -> None:
     Raises:
         ConfigError: something has changed; the message names it.
     """
-    file = output / CONTENT
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
-    except (OSError, ValueError, AttributeError) as error:
-        changed = [f"unknown, because '{file}' cannot be read ({error})"]
+    before = _recorded(output)
+    changed = sorted(what for what in before.keys() | content.keys() if before.get(what) != content.get(what))
     if changed:
         raise ConfigError(
             f"changed since the run in '{output}' began: {', '.join(changed)}. Restore it, or continue with the "
@@ -121,7 +115,8 @@ def _recorded(output: Path) -> dict[str, str]:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"unknown whether the run in '{output}' was trained on the current content, because '{file}' cannot be "
-            f"read ({error}): restore the file, or remove '{output}' to train again"
+            f"read ({error}): restore the file, remove '{output}' to train again, or continue an unfinished run with "
+            "`visper train RUN.yaml --resume --accept-changes`"
         ) from error
 
 

@@ -34,7 +34,6 @@ class Counts:
     images: int
     dropped: int
     asked_to_stop: int
-    rows: int
     unlabeled: int
     tokens: int
     image_tokens: int
@@ -62,9 +61,8 @@ def count(
     supervised = sum(size.supervised for size in sizes)
     images = sum(len(batch["image_rows"]) for batch in batches)
     dropped = sum(len(batch.get("dropped", ())) for batch in batches)
-    rows = sum(len(batch["labels"]) for batch in batches)
     lengths = [sum(getattr(size, name) for size in sizes) for name in ("tokens", "image_tokens", "pairs")]
-    by_process = [[supervised, images, dropped, int(asked_to_stop), rows, unlabeled, *lengths, int(save_failed)]]
+    by_process = [[supervised, images, dropped, int(asked_to_stop), unlabeled, *lengths, int(save_failed)]]
     if accelerator.num_processes > 1:
         own = _sent(by_process, accelerator.device)
         by_process = cast("Tensor", accelerator.gather(own)).tolist()

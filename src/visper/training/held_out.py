@@ -24,9 +24,8 @@ from transformers import TrainerCallback
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
-from visper.config import EVALUATED, Data, Evaluation, Optimization
+from visper.config import EVALUATED, Evaluation, Optimization, Run
 from visper.data.checks.overlap import row_images, shared_images
-from visper.data.rows.table import Records
 from visper.data.sampler import spread
 from visper.distillation import Teacher
 from visper.model import Student
@@ -167,7 +166,6 @@ class HeldOut:
     def measured_on(self, processes: int) -> str:
         """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
         records = None if self.rows is None else self.rows.dataset.records
-        assert records is None or isinstance(records, Records), "the rows must come from open_records"
         return measured_on(self.settings, records, self.measured_order(processes))
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
@@ -199,8 +197,6 @@ class EvaluationCallback(TrainerCallback):
     """Evaluates every ``evaluation.every`` steps and after the last, logs the values, and keeps the best checkpoint.
 
     Args:
-        held_out: what is measured.
-        output: the run's folder.
         on: ``held_out.measured_on``, the same on all processes.
 
     Attributes:
@@ -289,9 +285,7 @@ def require_evaluator(evaluation: Evaluation | None, evaluator: Evaluator | None
 
 
 def held_out_rows(
-    settings: Evaluation,
-    data: Data,
-    optimization: Optimization,
+    run: Run,
     student: Student,
     teachers: Mapping[str, Teacher],
     targets: TargetStore | None,
@@ -299,13 +293,13 @@ def held_out_rows(
     console: Console,
 ) -> StageData | None:
     """The rows of ``loss_on``, read like the run's own, or None. Warns if the run also trains on their images."""
-    if not settings.loss_on:
+    settings = run.evaluation
+    if settings is None or not settings.loss_on:
         return None
     plain = {"sources": settings.loss_on, "group_by_length": False, "join_conversations": False, "drop_list": ()}
-    rows = build_data(
-        data.model_copy(update=plain), optimization, student, teachers, Console(quiet=True), 0, False, targets
-    )
-    _announce_rows(rows, settings, optimization.global_batch, console)
+    held_out = run.model_copy(update={"data": run.data.model_copy(update=plain)})
+    rows = build_data(held_out, student, teachers, targets, Console(quiet=True))
+    _announce_rows(rows, settings, run.optimization.global_batch, console)
     if PartialState().is_main_process:
         _warn_of_shared(rows, trained, settings.limit, console)
     return rows
@@ -330,7 +324,6 @@ def _announce_rows(rows: StageData, settings: Evaluation, batch: int, console: C
 def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Console) -> None:
     """Warns of images of the measured held-out rows that the run also trains on, whatever their names."""
     held_out, many = rows.dataset.records, trained.dataset.records
-    assert isinstance(held_out, Records) and isinstance(many, Records), "the rows must come from open_records"
     shared = shared_images(row_images(held_out, spread(range(len(held_out)), limit)), many)
     if shared:
         name, same = next(iter(shared.values()))

@@ -99,7 +99,6 @@ def save_adapter(run: Run, student: Student, model: nn.Module, folder: Path, con
     anything else, the result would not be the finished model: then nothing is written, and the log says why.
 
     Args:
-        student: the student with its updates, not merged yet.
         model: the training model; its trainable parameters are those that the run has changed.
     """
     from peft import get_peft_model_state_dict
@@ -160,14 +159,14 @@ def _start_of(run: Run) -> tuple[str | None, str | None]:
     return (run.student.vlm, run.student.vlm_revision) if isinstance(run.student, VlmStudent) else (None, None)
 
 
-def merge_updates(lora: Lora, student: Student, start_from: str | None, revision: str | None = None) -> Student:
+def merge_updates(run: Run, student: Student) -> Student:
     """The student with its updates merged into the LLM's weights, and peft's layers replaced by plain ones.
 
     If the LLM is quantized, the unquantized one is loaded and the updates are merged into that. Task tokens must be
     written into the vocabulary of the result, not before.
     """
-    if lora.quantize is not None:
-        student = _onto_unquantized(lora, student, start_from, revision)
+    if run.lora is not None and run.lora.quantize is not None:
+        student = _onto_unquantized(run, student)
     from peft.tuners.lora import LoraLayer
 
     modules: list[tuple[str, Any]] = list(student.model.named_modules())
@@ -180,10 +179,10 @@ def merge_updates(lora: Lora, student: Student, start_from: str | None, revision
     return student
 
 
-def _onto_unquantized(lora: Lora, quantized: Student, start_from: str | None, revision: str | None) -> Student:
-    assert start_from is not None
-    whole = load_student(start_from, revision=revision)
-    add_updates(lora, whole)
+def _onto_unquantized(run: Run, quantized: Student) -> Student:
+    assert run.start_from is not None
+    whole = load_student(run.start_from, revision=run.start_from_revision)
+    add_updates(run.lora, whole)
     # Trained parts are taken completely, because they may have buffers that training changes; they are not quantized.
     trained = {part_of(name) for name, p in quantized.model.named_parameters() if p.requires_grad} - {LLM}
     state = quantized.model.state_dict().items()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, broadcast, send_to_device
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -102,33 +102,30 @@ class DistillationMixin(Trainer):
         own = torch.tensor(sum(len(share["image_rows"]) for share in shares), device=self.args.device)
         images = self.accelerator.reduce(own, "sum")
         for batch, share, made in zip(batches, shares, targets, strict=True):
-            layout = {name: _moved(share[name], self.args.device) for name in ("image_rows", "image_tokens", "places")}
+            layout = {name: share[name] for name in ("image_rows", "image_tokens", "places")}
+            layout = send_to_device(layout, self.args.device)
             batch[SHARE] = {**layout, "targets": made, "num_images": images.clamp(min=1)}
         self.terms.add({"num_images": own}, self.state.global_step)
         return batches, num_items
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Any:
         """The trainer's own loss and, in training, this micro-batch's share of the embedding losses."""
         share = inputs.pop(SHARE, None)
         if share is None:
             assert not model.training, "training batches must come from get_batch_samples"
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, **options)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with self.distiller.tap() as hidden:
-            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+            found = super().compute_loss(model, inputs, return_outputs, **options)
             self._require_gradient(hidden, share)
             with self.accelerator.autocast():
                 terms = self.distiller(hidden, ids, mask, **share)
         self.terms.add({name: term.detach() for name, term in terms.items()}, self.state.global_step)
         total = self.distiller.total(terms, self.state.global_step / max(1, self.state.max_steps))
         # Gradients are averaged over processes, but each process's terms are a share of a sum.
-        total = total * self.accelerator.num_processes * self._divided_by(num_items_in_batch)
+        total = total * self.accelerator.num_processes * self._divided_by(options.get("num_items_in_batch"))
         loss, outputs = found if return_outputs else (found, None)
         return (loss + total, outputs) if return_outputs else loss + total
 
@@ -228,10 +225,6 @@ class DistillationMixin(Trainer):
         """Whether a task's targets are resampled to the image tokens by their positions in the image."""
         return any(task.by_place for task in self.distiller.objective.tasks.values())
 
-    def _knows_places(self) -> bool:
-        processor = self.processing_class
-        return isinstance(processor, LlavaProcessor) or knows_places(processor)
-
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.distiller.parameters() if parameter.requires_grad]
 
@@ -255,12 +248,12 @@ class DistillationMixin(Trainer):
             )
 
     def _refuse_what_would_be_wrong(self) -> None:
-        args, given = self.args, self.accelerator
-        if not isinstance(self.processing_class, ProcessorMixin):
+        args, given, processor = self.args, self.accelerator, self.processing_class
+        if not isinstance(processor, ProcessorMixin):
             raise ValueError(
-                f"processing_class is a {type(self.processing_class).__name__}: pass the processor of a "
-                "vision-language model"
+                f"processing_class is a {type(processor).__name__}: pass the processor of a vision-language model"
             )
+        placed = not self._by_place() or isinstance(processor, LlavaProcessor) or knows_places(processor)
         plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
         recompute = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
         wrong = {
@@ -277,7 +270,7 @@ class DistillationMixin(Trainer):
             "an optimizer of your own (pass optimizer_cls_and_kwargs)": self.optimizer is not None,
             f"optim={args.optim}": args.optim in _STEPS_IN_BACKWARD,
             "task tokens": self.distiller.task_tokens is not None,
-            "heads at image tokens (use a resampler) for this model": self._by_place() and not self._knows_places(),
+            "heads at image tokens (use a resampler) for this model": not placed,
         }
         refused = [name for name, is_wrong in wrong.items() if is_wrong]
         if refused:
@@ -304,10 +297,6 @@ class _ClipDistiller(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._trainer.distiller.parameters(), args.max_grad_norm)
-
-
-def _moved(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
 
 
 def _check_teachers(distiller: AttachedDistillation, teachers: Mapping[str, Teacher]) -> None:

@@ -95,8 +95,6 @@ class RunMonitor:
     """Monitors every micro-batch and step of one process.
 
     Args:
-        rules: which problems stop the run and which only warn.
-        accelerator: the trainer's accelerator.
         peak: peak FLOPs per second of a process's device; None if unknown, then no MFU is logged.
     """
 

@@ -23,15 +23,7 @@ Collate = Callable[[Sequence[Sample | Drop]], Batch]
 
 @dataclass
 class PositioningCollator:
-    """Wraps a collator and adds ``image_at`` and, with tasks, ``readings`` to its batches; picklable.
-
-    Args:
-        collator: creates the padded or packed batch.
-        image_token_id: the student's image token.
-        task_token_ids: the student's task tokens, by task.
-        tasks: the distillation tasks; empty without distillation.
-        text_keys: see ``EmbeddingDistillation``.
-    """
+    """Wraps a collator and adds ``image_at`` and, with tasks, ``readings`` to its batches; picklable."""
 
     collator: Collate
     image_token_id: int

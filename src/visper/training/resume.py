@@ -15,7 +15,6 @@ import torch
 from visper.common.cache import key
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList
-from visper.data.rows.table import Records
 from visper.training.stage_data import StageData
 
 ORDER = "order.json"
@@ -24,11 +23,8 @@ ORDER = "order.json"
 def order_of(data: StageData) -> dict[str, Any]:
     """Digests of everything that determines the order of the rows, apart from the run's own settings."""
     sampler, records = data.sampler, data.dataset.records
-    if isinstance(records, Records):
-        ids = ["\0".join(part.table.column("id").to_pylist()) for part in records.parts]
-        rows = key(*ids, records.rows.tobytes())
-    else:
-        rows = key(*(record.id for record in records))
+    ids = ["\0".join(part.table.column("id").to_pylist()) for part in records.parts]
+    rows = key(*ids, records.rows.tobytes())
     grouping = [] if sampler.lengths is None else [_bytes(sampler.lengths), _bytes(sampler.has_image)]
     grouping += [] if sampler.groups is None else [_bytes(sampler.groups)]
     found = {"rows": len(records), "rows_key": rows, "grouping": key(sampler.seed, *grouping)}

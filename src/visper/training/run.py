@@ -22,11 +22,12 @@ from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides, require_gpu_each, require_nccl, wait_for_all
 from visper.config import Engine, Launch, Run, Stage, save_run
+from visper.data.dataset import require_images
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
-from visper.distillation.teachers.tasks import build_teachers
+from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.model import Student, save_student
 from visper.model.card import write_card
 from visper.model.revisions import with_commits
@@ -69,7 +70,6 @@ from visper.training.parallel.fsdp import check_replicas, is_sharded, shard, uns
 from visper.training.recomputation import EstimateMemory, decide_recomputation
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
-from visper.training.stopping import StopRequest
 from visper.training.trackers import log_images, require_trackers, tensorboard
 from visper.training.trainer import StageTrainer
 
@@ -113,8 +113,9 @@ def run_stage(
 
         student = build_student(run, processes, console)
         teachers, targets = build_targets(run, student, console)
-        images_required = run.stage is Stage.PT
-        data = build_data(run.data, run.optimization, student, teachers, console, run.seed, images_required, targets)
+        data = build_data(run, student, teachers, targets, console)
+        if run.stage is Stage.PT:
+            require_images(data.dataset.records)
         content = first_decides(lambda: content_of(run, data.dataset.records))
         if checkpoint is not None:
             continue_rows(checkpoint, output, data)
@@ -164,6 +165,8 @@ def join_processes(launch: Launch) -> PartialState:
     require_gpu_each()
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
+    if on_gpu:  # TF32. The Trainer's argument sets only torch's new flag; inductor then fails when it reads the old one
+        torch.set_float32_matmul_precision("high")
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
     count = torch.cuda.device_count()
     if processes.num_processes == 1 and count > 1:
@@ -231,10 +234,14 @@ def build_model(
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
         add_updates(run.lora, student)
-        continues = run.start_from is not None
-        model = build_training_model(student, run.stage, run.distillation, teachers, run.seed, continues)
+        specs, continues = specs_of(teachers), run.start_from is not None
+        model = build_training_model(student, run.stage, run.distillation, specs, run.seed, continues)
     if not skeleton:
-        start_model(run, model, console)
+        if run.distillation is not None and run.start_from is not None:
+            continued = continue_objective(model, run.distillation, run.start_from)
+            new = len(run.distillation.tasks) - continued
+            announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
+        set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
     if run.optimization.recomputation:
         model.recompute_activations(run.optimization.recomputation)
     if shares:
@@ -255,15 +262,6 @@ def shares_weights(launch: Launch, processes: PartialState) -> bool:
     return launch.engine is Engine.FSDP and processes.num_processes > 1
 
 
-def start_model(run: Run, model: TrainingModel, console: Console) -> None:
-    """Loads the heads that the previous stage trained, sets what is trainable, and casts frozen parts."""
-    if run.distillation is not None and run.start_from is not None:
-        continued = continue_objective(model, run.distillation, run.start_from)
-        new = len(run.distillation.tasks) - continued
-        announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
-    set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
-
-
 def build_trainer(
     run: Run,
     model: TrainingModel,
@@ -277,7 +275,7 @@ def build_trainer(
     Call it after building the model: once the Trainer's arguments name ZeRO-3, transformers shards all models it loads.
     """
     output = Path(run.output)
-    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), None)
+    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), {})
     log = JsonlCallback(output / "log.jsonl", of_evaluations)
     watchers: list[TrainerCallback] = [log, console_callback(), *callbacks]
     board = None
@@ -286,9 +284,7 @@ def build_trainer(
         watchers.append(board)
     zero = zero_settings(run) if uses_zero(run.launch) else None
     arguments = training_arguments(run, output, processes.num_processes, zero)
-    trainer = StageTrainer(
-        model, arguments, data, teachers, run.optimization, run.logging, run.launch, output, StopRequest(), watchers
-    )
+    trainer = StageTrainer(model, arguments, data, teachers, run, watchers)
     trainer.remove_callback(PrinterCallback)
     for watcher in watchers:
         if isinstance(watcher, EvaluationCallback):
@@ -309,7 +305,7 @@ def evaluation_callback(
     """The callback that evaluates while the run trains; an empty list without ``run.evaluation``."""
     if run.evaluation is None:
         return []
-    rows = held_out_rows(run.evaluation, run.data, run.optimization, student, teachers, targets, data, console)
+    rows = held_out_rows(run, student, teachers, targets, data, console)
     held_out = HeldOut(run.evaluation, run.optimization, student, rows, evaluator)
     on = first_decides(lambda: held_out.measured_on(PartialState().num_processes))
     return [EvaluationCallback(held_out, Path(run.output), on)]
@@ -370,7 +366,7 @@ def finish(run: Run, student: Student, model: TrainingModel, console: Console) -
     output = Path(run.output)
     if run.lora is not None:
         save_adapter(run, student, model, output / ADAPTER, console)
-        student = merge_updates(run.lora, student, run.start_from, run.start_from_revision)
+        student = merge_updates(run, student)
     if model.task_tokens is not None:
         model.task_tokens.write_back(student.model.get_input_embeddings())
     if model.words is not None:

@@ -10,18 +10,18 @@ from typing import Any
 from visper.common.console import Console, announce
 from visper.common.errors import DataError
 from visper.common.ranks import first_decides, first_goes_first
-from visper.config import Data, Optimization
+from visper.config import Data, Run
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.unknown_words import unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.collator import Collator, Preprocess, Sample
-from visper.data.dataset import ConversationDataset, Survey, keep_good, lost_images, require_images
+from visper.data.dataset import ConversationDataset, keep_good, lost_images
 from visper.data.image_order import image_groups
 from visper.data.images import geometry_of, output_size
 from visper.data.joining import JoiningCollator
 from visper.data.packing import PackingCollator
-from visper.data.rows.lengths import measure
-from visper.data.rows.records import Drop, DropList, Record
+from visper.data.rows.lengths import Lengths, measure
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import mixture_of, open_records
 from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
@@ -60,48 +60,36 @@ class StageData:
 
 
 def build_data(
-    settings: Data,
-    optimization: Optimization,
-    student: Student,
-    teachers: Mapping[str, Teacher],
-    console: Console,
-    seed: int = 0,
-    images_required: bool = False,
-    targets: TargetStore | None = None,
+    run: Run, student: Student, teachers: Mapping[str, Teacher], targets: TargetStore | None, console: Console
 ) -> StageData:
-    """Opens and surveys the rows, and shows one decoded sample with its supervised text in color.
+    """Opens and surveys the rows of ``run.data``, and shows one decoded sample with its supervised text in color.
 
     Args:
-        settings: the rows to read.
-        optimization: batch sizes and packing.
         student: its processor makes tokens and pixels.
         teachers: task -> teacher, whose ``preprocess`` is used; not needed with ``targets``.
-        console: shows counts and the sample.
-        seed: determines the order of the rows.
-        images_required: raise an error if no row has an image.
         targets: stored targets, which are loaded instead of the teachers' images.
 
     Raises:
         DataError: a source is missing, the share of bad rows exceeds ``data.drop_limit``, or the share of words that
             the tokenizer does not know exceeds ``data.unknown_limit``.
     """
+    settings = run.data
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
     encoder = encoder_for(student.processor, settings.max_tokens)
-    survey, total = _surveyed_rows(settings, encoder, drops, console)
-    records = survey.records
+    records, found, total = _surveyed_rows(settings, encoder, drops, console)
     _require_rows(settings, records, drops, total)
     for warning in unread_images(records):
         announce(console, "warning", warning)
-    if images_required:
-        require_images(records)
-    _check_words(settings, survey, encoder, console)
+    unknown = unknown_words(records, found, encoder).check(settings.unknown_limit)
+    if unknown is not None:
+        announce(console, "warning", unknown)
     if targets is not None:
         require_targets(targets, records, console.quiet)
     dataset = ConversationDataset(records, encoder, None if targets is None else targets.lookup, settings.max_pixels)
-    sampler = _sampler(settings, optimization, dataset, survey, seed)
+    sampler = _sampler(run, dataset, found)
     preprocess = {task: teacher.preprocess for task, teacher in teachers.items()} if targets is None else {}
-    collator = _collator(settings, optimization, student, preprocess)
-    announce(console, "data", _summary(dataset, total, drops, survey))
+    collator = _collator(run, student, preprocess)
+    announce(console, "data", _summary(dataset, total, drops, found))
     _announce_mixture(sampler, console)
     _announce_joined(dataset, sampler, console)
     _show_first(dataset, sampler, student, console)
@@ -110,8 +98,8 @@ def build_data(
 
 def _surveyed_rows(
     settings: Data, encoder: ConversationEncoder, drops: DropList, console: Console
-) -> tuple[Survey, int]:
-    """The survey of the rows to train on, and the total number of rows.
+) -> tuple[Records, Lengths, int]:
+    """The rows to train on, their lengths, and the total number of rows.
 
     The first process reads and measures the rows and checks the image files; the others read its cache and get the
     result of its file check.
@@ -121,16 +109,15 @@ def _surveyed_rows(
         found = measure(records, encoder, console.quiet)
     total = len(records) + len(drops)
     lost = first_decides(lambda: lost_images(records, found))
-    return keep_good(records, found, lost, drops), total
+    return *keep_good(records, found, lost, drops), total
 
 
-def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, total: int) -> None:
+def _require_rows(settings: Data, records: Records, drops: DropList, total: int) -> None:
     drops.check(total, settings.drop_limit)
     if not records:
         places = ", ".join(f"'{source.place}'" for source in row_files(settings))
         why = f"none of the {total} rows can be used" if total else "the data has no rows"
         raise DataError("no rows", f"{why}: check {places} with `visper data check`")
-    assert isinstance(records, Records), "the rows must come from open_records"
     used = set(records.part_numbers.tolist())
     for number, part in enumerate(records.parts):
         if number not in used:  # with a wrong images folder, for example; the other sources may keep it below the limit
@@ -141,33 +128,22 @@ def _require_rows(settings: Data, records: Sequence[Record], drops: DropList, to
             )
 
 
-def _check_words(settings: Data, survey: Survey, encoder: ConversationEncoder, console: Console) -> None:
-    unknown = unknown_words(survey.records, survey.num_text, survey.num_unknown, encoder)
-    warning = unknown.check(settings.unknown_limit)
-    if warning is not None:
-        announce(console, "warning", warning)
-
-
-def _sampler(
-    settings: Data, optimization: Optimization, dataset: ConversationDataset, survey: Survey, seed: int
-) -> RowSampler:
-    lengths = survey.lengths if settings.group_by_length else None
-    has_image = dataset.has_image if lengths else None
+def _sampler(run: Run, dataset: ConversationDataset, found: Lengths) -> RowSampler:
+    lengths = found.lengths.tolist() if run.data.group_by_length else None
+    has_image = dataset.records.has_image.tolist() if lengths else None
     mixture = mixture_of(dataset.records)
-    groups = image_groups(dataset.records).tolist() if settings.join_conversations else None
-    batch, micro_batch = optimization.global_batch, optimization.micro_batch
-    return RowSampler(len(dataset), seed, lengths, has_image, batch, mixture, groups, micro_batch)
+    groups = image_groups(dataset.records).tolist() if run.data.join_conversations else None
+    batch, micro_batch = run.optimization.global_batch, run.optimization.micro_batch
+    return RowSampler(len(dataset), run.seed, lengths, has_image, batch, mixture, groups, micro_batch)
 
 
-def _collator(
-    settings: Data, optimization: Optimization, student: Student, preprocess: Mapping[str, Preprocess]
-) -> AnyCollator:
+def _collator(run: Run, student: Student, preprocess: Mapping[str, Preprocess]) -> AnyCollator:
     inputs = None if student.is_llava else ModelInputs(student.processor, student.image_token_id)
     shared = seen_by_student(student.processor.image_processor, preprocess) if student.is_llava else frozenset()
     padded = Collator(student.processor.tokenizer.pad_token_id, dict(preprocess), inputs, shared)
-    if settings.join_conversations:
-        return JoiningCollator(padded, student.image_token_id, settings.max_tokens)
-    return PackingCollator(padded) if optimization.packing else padded
+    if run.data.join_conversations:
+        return JoiningCollator(padded, student.image_token_id, run.data.max_tokens)
+    return PackingCollator(padded) if run.optimization.packing else padded
 
 
 def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) -> frozenset[str]:
@@ -178,12 +154,12 @@ def seen_by_student(image_processor: Any, preprocess: Mapping[str, Preprocess]) 
     return frozenset(task for task, see in preprocess.items() if type(see) is SquashedImage and see.size == size)
 
 
-def _summary(dataset: ConversationDataset, total: int, drops: DropList, survey: Survey) -> str:
+def _summary(dataset: ConversationDataset, total: int, drops: DropList, found: Lengths) -> str:
     left_out = "".join(f", {count} {reason}" for reason, count in drops.counts().items())
     left_out += f", {len(drops.agreed)} by drop list" if drops.agreed else ""
-    shown = sum(dataset.has_image)
+    shown = int(dataset.records.has_image.sum())
     images = f"{shown} with images, {len(dataset) - shown} without"
-    return f"{len(dataset)} of {total} rows{left_out}; {images}; text cut in {survey.num_truncated}"
+    return f"{len(dataset)} of {total} rows{left_out}; {images}; text cut in {int(found.truncated.sum())}"
 
 
 def _announce_mixture(sampler: RowSampler, console: Console) -> None:
@@ -197,13 +173,13 @@ def _announce_mixture(sampler: RowSampler, console: Console) -> None:
 def _announce_joined(dataset: ConversationDataset, sampler: RowSampler, console: Console) -> None:
     if sampler.groups is None or console.quiet:
         return
-    rows, images = sampler.images_read(dataset.has_image)
+    rows, images = sampler.images_read(dataset.records.has_image.tolist())
     shown = f"{rows} conversations about an image share {int(images.sum())} images"
     announce(console, "joined", f"{shown} in an epoch's micro-batches of {sampler.micro_batch}")
 
 
 def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Student, console: Console) -> None:
-    has_image = dataset.has_image
+    has_image = dataset.records.has_image
     order = sorted(sampler, key=lambda index: not has_image[index])
     drop: Drop | None = None
     for index in order:

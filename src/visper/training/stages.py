@@ -6,7 +6,6 @@ VPT the complete model; IFT the projector and the LLM. Task tokens are frozen af
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from visper.common.errors import ConfigError
 from visper.config import Optimization, Position, Stage
+from visper.config.kinds import nearest
 from visper.model.parts import PLACES, VISION, parameters_of
 
 TRAINABLE: dict[Stage, tuple[str, ...]] = {
@@ -149,11 +149,7 @@ def freeze_unused_vision(model: nn.Module, image: Mapping[str, torch.Tensor]) ->
     """Freezes encoder parameters that the projected features do not depend on, and returns their names.
 
     The projector may read a layer before the last, so later layers never get a gradient. If they stayed trainable, DDP
-    would fail, and so would resuming a sharded optimizer.
-
-    Args:
-        model: a model with ``get_image_features``.
-        image: the model's inputs for any image (``Student.blank_image``).
+    would fail, and so would resuming a sharded optimizer. ``image``: the model's inputs for any image.
     """
     trainable = {name: p for name, p in parameters_of(model, VISION) if p.requires_grad}
     total = feature_sum(model, image)
@@ -181,10 +177,9 @@ def check_rates(optimization: Optimization, stage: Stage, model: nn.Module) -> N
     trainable = [count.part for count in count_parts(model) if count.trainable]
     for part in optimization.lr_overrides:
         if part not in trainable:
-            near = difflib.get_close_matches(part, trainable, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(trainable)}"
             raise ConfigError(
-                f"optimization.lr_overrides names '{part}', which this run's stage '{stage}' does not train: {hint}"
+                f"optimization.lr_overrides names '{part}', which this run's stage '{stage}' does not train: "
+                + nearest(part, trainable)
             )
 
 

@@ -12,8 +12,8 @@ from transformers import LlavaProcessor
 
 from visper.data.checks.digests import image_id
 from visper.data.collator import Preprocess
-from visper.data.images import arrange, background_of, geometry_of, places_seen, rgb_bytes, stacked
-from visper.data.vlm import ModelInputs, image_blocks
+from visper.data.images import arrange, background_of, places_seen, rgb_bytes, stacked
+from visper.data.vlm import ModelInputs, image_blocks, seen_geometry
 
 SHARE = "distillation"
 """Batch key of the added entries."""
@@ -26,9 +26,6 @@ class TeacherCollator:
 
     Args:
         collator: creates the model's batch.
-        preprocess: the preprocessing of each task's teacher.
-        processor: the model's processor.
-        image_token_id: the token whose embeddings are replaced by image features.
         by_place: whether a task needs the position of each token in the image, see ``TokenLayout.places``.
     """
 
@@ -44,9 +41,9 @@ class TeacherCollator:
         self.preprocess = dict(preprocess)
         self.processor = processor
         self.image_token_id = image_token_id
-        is_llava = isinstance(processor, LlavaProcessor)
-        self._geometry = geometry_of(processor.image_processor) if is_llava else "squash"
-        self._inputs = ModelInputs(processor, image_token_id) if by_place and not is_llava else None
+        self._geometry = seen_geometry(processor)
+        own = by_place and not isinstance(processor, LlavaProcessor)
+        self._inputs = ModelInputs(processor, image_token_id) if own else None
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
         """The collator's batch with ``batch[SHARE]`` added.

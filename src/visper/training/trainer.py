@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from visper.common.ranks import wait_for_all
-from visper.config import Engine, Launch, Logging, Optimization
+from visper.config import Engine, Run
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
-from visper.training.callbacks import EpochCallback, IntervalCallback, OptimizerClock
+from visper.training.callbacks import LoopCallback
 from visper.training.checkpoint_writer import CheckpointWriter
 from visper.training.flops import can_count, known_peak
 from visper.training.global_batch import SourceSums, TermSums
@@ -44,15 +44,7 @@ class StageTrainer(Trainer):
 
     Args:
         model: moved to the device and wrapped here, unless it is sharded already.
-        args: see ``training_arguments``.
-        data: rows, sampler, collator.
         teachers: task -> frozen teacher; outside the model, so they are in no optimizer and no checkpoint.
-        optimization: learning rates by part.
-        logging: the monitor's rules, and the number of checkpoints to keep.
-        launch: engine and timeout.
-        output: the run's folder.
-        stop: ends training early on a signal.
-        callbacks: additional callbacks.
     """
 
     def __init__(
@@ -61,19 +53,13 @@ class StageTrainer(Trainer):
         args: TrainingArguments,
         data: StageData,
         teachers: Mapping[str, Teacher],
-        optimization: Optimization,
-        logging: Logging,
-        launch: Launch,
-        output: Path,
-        stop: StopRequest,
-        callbacks: Sequence[TrainerCallback] = (),
+        run: Run,
+        callbacks: Sequence[TrainerCallback],
     ) -> None:
         self.data = data
         self.teachers = dict(teachers)
-        self.optimization = optimization
-        self.launch = launch
-        self.output = output
-        self.stop = stop
+        self.optimization, self.launch, self.output = run.optimization, run.launch, Path(run.output)
+        self.stop = StopRequest()
         self.terms = TermSums()
         names = data.dataset.source_names
         self.sources = SourceSums(names) if names else None
@@ -85,17 +71,16 @@ class StageTrainer(Trainer):
             args=args,
             train_dataset=data.dataset,
             data_collator=model.with_positions(data.collator),
-            callbacks=[EpochCallback(data.sampler), IntervalCallback(), stop, *callbacks],
+            callbacks=[LoopCallback(data.sampler, lambda: self.monitor.clock), self.stop, *callbacks],
         )
         # The loss below is already a share of the global batch: the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        timeout = timedelta(minutes=launch.timeout_minutes)
-        self.writer = CheckpointWriter(output, logging.keep_checkpoints, self.is_world_process_zero(), timeout)
+        timeout, keep = timedelta(minutes=run.launch.timeout_minutes), run.logging.keep_checkpoints
+        self.writer = CheckpointWriter(self.output, keep, self.is_world_process_zero(), timeout)
         peak = known_peak(self.accelerator.device)
         counted = peak is not None and can_count(model.student.get_decoder())
-        self.monitor = RunMonitor(logging.monitor, self.accelerator, peak if counted else None)
-        self.add_callback(OptimizerClock(self.monitor.clock))
+        self.monitor = RunMonitor(run.logging.monitor, self.accelerator, peak if counted else None)
         for teacher in self.teachers.values():
             teacher.to(self.args.device)
         if self.sharded:
@@ -140,13 +125,7 @@ class StageTrainer(Trainer):
         global_batch.prepare(batches, counts, targets, progress)
         return batches, counts.divisors[0]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """This process's share of the global loss times the number of processes, because gradients are averaged."""
         given = {key: value for key, value in inputs.items() if key in FORWARD_KEYS}
         with self._counting(inputs):
@@ -189,7 +168,7 @@ class StageTrainer(Trainer):
         one process, this is the only time in a step that the host waits for its device. The rates to be logged are read
         here too: when the Trainer logs, they are already those of the next step.
         """
-        self.rates = self._learning_rates()
+        self.rates = {f"lr_{own['part']}": float(own["lr"]) for own in self.optimizer.param_groups if "part" in own}
         norm = super()._get_grad_norm(model, grad_norm)
         norm = full_tensor(norm) if isinstance(norm, Tensor) else norm
         skipped = not self.monitor.settle(self.state.global_step + 1, norm)
@@ -231,11 +210,6 @@ class StageTrainer(Trainer):
             decayed = set(self.get_decay_parameter_names(self._bare()))
             self.optimizer = kind(parameter_groups(self.optimization, self._bare(), decayed), **options)
         return super().create_optimizer(model)
-
-    def _learning_rates(self) -> dict[str, float]:
-        optimizer: Any = getattr(self, "optimizer", None)
-        groups = optimizer.param_groups if optimizer is not None else ()
-        return {f"lr_{group['part']}": float(group["lr"]) for group in groups if "part" in group}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term (summed over processes, averaged over the steps since the last log) and monitoring values."""

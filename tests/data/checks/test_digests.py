@@ -5,10 +5,11 @@ import os
 import pytest
 
 from tests import tiny
+from visper.config import Source
 from visper.data.checks import digests
 from visper.data.checks.digests import LOCKFILE, contents_of, digest, digests_of
 from visper.data.rows.parquet import write_parquet
-from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 
 
@@ -43,5 +44,5 @@ def test_files_are_hashed_once_until_they_change(records, tmp_path, monkeypatch)
 
 def test_images_in_parquet_files_have_the_digests_of_their_files(records, tmp_path):
     write_parquet(records, tmp_path / "parquet", DropList(), seed=3)
-    embedded = open_records([RowSource(f"{tmp_path}/parquet/*.parquet", kind="parquet")], DropList())
+    embedded = open_records([Source(parquet=f"{tmp_path}/parquet/*.parquet")], DropList())
     assert sorted(digests_of(embedded).values()) == sorted(digests_of(records).values())

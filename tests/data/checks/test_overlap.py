@@ -6,10 +6,11 @@ import shutil
 import pytest
 
 from tests import tiny
+from visper.config import Source
 from visper.data.checks import overlap
 from visper.data.checks.overlap import file_images, row_images, shared_images
 from visper.data.rows.parquet import write_parquet
-from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 
 
@@ -26,7 +27,7 @@ def records(rows):
 @pytest.fixture
 def embedded(records, tmp_path):
     write_parquet(records, tmp_path / "parquet", DropList())
-    return open_records([RowSource(str(tmp_path / "parquet" / "*.parquet"), kind="parquet")], DropList())
+    return open_records([Source(parquet=str(tmp_path / "parquet" / "*.parquet"))], DropList())
 
 
 def test_a_copy_is_found_in_files_and_in_parquet(rows, records, embedded, tmp_path):
@@ -59,7 +60,7 @@ def test_only_images_of_an_equal_size_are_hashed(rows, tmp_path, monkeypatch, co
         (rows / "rows.json").write_text(json.dumps(written))
     records = open_records([(rows / "rows.json", rows / "images")], DropList())
     write_parquet(records, tmp_path / "parquet", DropList())
-    embedded = open_records([RowSource(str(tmp_path / "parquet" / "*.parquet"), kind="parquet")], DropList())
+    embedded = open_records([Source(parquet=str(tmp_path / "parquet" / "*.parquet"))], DropList())
     few, hashed = file_images([file]), []
     monkeypatch.setattr(overlap, "digest", lambda content: hashed.append(content) or content)
     assert list(shared_images(few, records).values()) == [(str(file), str(file))]

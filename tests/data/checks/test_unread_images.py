@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from tests.data.rows.test_hugging_face import EMBEDDED
 from tests.data.rows.test_records import row
 from visper.cli import app
+from visper.config import Source
 from visper.data.checks.unread_images import unread_images
 from visper.data.rows.formats import unread_image
-from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 
 TURNS = row("What?", "A cat.")["conversations"]
@@ -46,21 +47,21 @@ def test_other_values_and_rows_that_say_that_they_have_no_image_are_not(more: di
     assert unread_image({"conversations": TURNS, **more}) is None
 
 
-def source(folder: Path, kind: str, key: str, values: list[Any], feature: Any) -> RowSource:
+def source(folder: Path, kind: str, key: str, values: list[Any], feature: Any) -> Source:
     if kind in ("json", "jsonl"):
         rows = [{"conversations": TURNS} | ({key: value} if value else {}) for value in values]
         text = json.dumps(rows) if kind == "json" else "".join(json.dumps(one) + "\n" for one in rows)
         (folder / f"rows.{kind}").write_text(text)
-        return RowSource(str(folder / f"rows.{kind}"), str(folder))
+        return Source(json_file=str(folder / f"rows.{kind}"), images=str(folder))
     text_of = datasets.Value("string")
     features = datasets.Features({"conversations": [{"from": text_of, "value": text_of}], key: feature})
     found = datasets.Dataset.from_dict({"conversations": [TURNS] * len(values), key: values}, features=features)
     images = str(folder) if isinstance(values[0], str) else None
     if kind == "hf":
         found.save_to_disk(str(folder / "rows"))
-        return RowSource(str(folder / "rows"), images, "hf")
+        return Source(hf=str(folder / "rows"), images=images)
     found.to_parquet(str(folder / "rows.parquet"))
-    return RowSource(str(folder / "rows.parquet"), images, "parquet")
+    return Source(parquet=str(folder / "rows.parquet"), images=images)
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "hf", "embedded"])
@@ -80,7 +81,7 @@ def test_every_kind_of_source_is_warned_of(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["json", "parquet"])
 def test_a_mapped_column_and_rows_of_text_are_not_warned_of(tmp_path: Path, kind: str) -> None:
     given = source(tmp_path, kind, "img", ["a.jpg", None], datasets.Value("string"))
-    mapped = RowSource(given.place, given.images, given.kind, {"image": "img"})
+    mapped = given.model_copy(update={"columns": {"image": "img"}})
     assert unread_images(open_records([mapped], DropList())) == []
     (tmp_path / "text").mkdir()
     text = source(tmp_path / "text", kind, "topic", ["cats", "dogs"], datasets.Value("string"))

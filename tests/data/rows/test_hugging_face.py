@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, digest, digests_of
 from visper.data.collator import Sample
@@ -23,7 +24,7 @@ from visper.data.dataset import ConversationDataset
 from visper.data.image_order import image_groups
 from visper.data.rows import hugging_face
 from visper.data.rows.formats import CAPTION_QUESTION
-from visper.data.rows.records import DropList, RowSource, ShownImage
+from visper.data.rows.records import DropList, ShownImage
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 
@@ -46,24 +47,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def write(folder: Path, kind: str, rows: dict[str, list[Any]], features: Any = None) -> RowSource:
+def write(folder: Path, kind: str, rows: dict[str, list[Any]], features: Any = None) -> Source:
     content = datasets.Dataset.from_dict(rows, features=features)
     if kind == "saved":
         content.save_to_disk(str(folder / "set"))
-        return RowSource(str(folder / "set"), kind="hf")
+        return Source(hf=str(folder / "set"))
     if kind == "saved splits":
         datasets.DatasetDict(train=content, test=content.select([0])).save_to_disk(str(folder / "set"))
-        return RowSource(str(folder / "set"), kind="hf")
+        return Source(hf=str(folder / "set"))
     (folder / "set").mkdir()
     half = len(content) // 2
     content.select(range(half)).to_parquet(str(folder / "set" / "train-0.parquet"))
     content.select(range(half, len(content))).to_parquet(str(folder / "set" / "train-1.parquet"))
     if kind == "folder":
-        return RowSource(str(folder / "set"), kind="hf")
-    return RowSource(str(folder / "set" / "train-*.parquet"), kind="parquet")
+        return Source(hf=str(folder / "set"))
+    return Source(parquet=str(folder / "set" / "train-*.parquet"))
 
 
-def opened(source: RowSource) -> tuple[Records, DropList]:
+def opened(source: Source) -> tuple[Records, DropList]:
     drops = DropList()
     return open_records([source], drops), drops
 
@@ -112,7 +113,7 @@ def test_llava_captions_and_messages_give_the_same_records(tmp_path: Path) -> No
         (tmp_path / own).mkdir()
         source = write(tmp_path / own, "parquet", rows)
         columns = {"messages": "dialog", "image": "file"} if own == "renamed" else {}
-        records, drops = opened(RowSource(source.place, str(tmp_path), "parquet", columns))
+        records, drops = opened(Source(parquet=source.place, images=str(tmp_path), columns=columns))
         assert not len(drops)
         found.append([(record.turns, record.images) for record in records])
         assert isinstance(ConversationDataset(records, ConversationEncoder(make_processor(CHATML), 500))[0], Sample)
@@ -124,7 +125,7 @@ def test_captions_are_answers_to_one_question(tmp_path: Path) -> None:
     rows = {"image": [EMBEDDED[0], None], "caption": ["A cat.", "Nothing."]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     source = write(tmp_path, "saved", rows, features)
-    records, drops = opened(RowSource(source.place, kind="hf", columns={"text": "caption"}))
+    records, drops = opened(Source(hf=source.place, columns={"text": "caption"}))
     assert [turn.text for turn in records[0].turns] == [CAPTION_QUESTION, "A cat."]
     assert drops.counts() == {"no image": 1}
 
@@ -154,7 +155,7 @@ def of_names(folder: Path, names: list[list[str | None]], contents: list[bytes] 
     file = folder / "rows.parquet"
     table = pa.Table.from_pydict({"conversations": [shown] * len(names), "images": images}, features.arrow_schema)
     pq.write_table(table, file)
-    return opened(RowSource(str(file), kind="parquet"))[0]
+    return opened(Source(parquet=str(file)))[0]
 
 
 def test_rows_of_different_embedded_images_are_different_groups(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has \['prompt', 'answer'\]; expected 'conversations'.*columns: \{messages: "):
         opened(source)
     with pytest.raises(DataError, match=r"'columns' names \['dialog'\], but it has \['prompt', 'answer'\]"):
-        opened(RowSource(source.place, kind="hf", columns={"messages": "dialog"}))
+        opened(Source(hf=source.place, columns={"messages": "dialog"}))
 
 
 def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
@@ -206,16 +207,16 @@ def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: py
         raise ConnectionError("Couldn't reach 'me/mine' on the Hub")
 
     with pytest.raises(DataError, match="expected Parquet files"):
-        opened(RowSource(str(tmp_path / "*.parquet"), kind="parquet"))
+        opened(Source(parquet=str(tmp_path / "*.parquet")))
     (tmp_path / "x.parquet").write_bytes(b"not Parquet")
     with pytest.raises(DataError, match="are all of them Parquet files"):
-        opened(RowSource(str(tmp_path / "x.parquet"), kind="parquet"))
+        opened(Source(parquet=str(tmp_path / "x.parquet")))
     source = write(tmp_path, "folder", {"messages": [MESSAGES] * 2})
     with pytest.raises(DataError, match="split 'validation'"):
-        opened(RowSource(source.place, kind="hf", split="validation"))
+        opened(Source(hf=source.place, split="validation"))
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match="hf download --repo-type dataset me/mine --local-dir"):
-        opened(RowSource("me/mine", kind="hf"))
+        opened(Source(hf="me/mine"))
 
 
 def test_rows_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,13 @@ from tests.conftest import outside
 from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import GROUP_ROWS, write_parquet
-from visper.data.rows.records import DropList, RowSource
+from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 
@@ -33,7 +34,7 @@ def from_files(rows: Path) -> Records:
 
 
 def from_parquet(folder: Path, drops: DropList | None = None) -> Records:
-    return open_records([RowSource(f"{folder}/*.parquet", kind="parquet")], drops or DropList())
+    return open_records([Source(parquet=f"{folder}/*.parquet")], drops or DropList())
 
 
 def own_id(sample_id: str) -> str:
@@ -106,7 +107,7 @@ def test_real_photographs_survive(tmp_path: Path) -> None:
     parquet = from_parquet(tmp_path / "out", drops)
     assert len(parquet) == len(records) and not len(drops)
     encoder = ConversationEncoder(make_processor(CHATML), 4096)
-    assert len(survey(parquet, encoder, drops).records) == len(records)
+    assert len(survey(parquet, encoder, drops)[0]) == len(records)
     by_id = {own_id(record.id): record for record in records}
     for index in range(0, len(parquet), 7):
         images = by_id[own_id(parquet[index].id)].images

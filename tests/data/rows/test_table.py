@@ -17,11 +17,12 @@ from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, make_processor
 from visper.common.cache import cache_folder, hub_cache_remedy
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.rows import lengths, table
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import encoder_key, measure
-from visper.data.rows.records import Drop, DropList, RowSource
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import RecordTable, open_table
 
@@ -171,21 +172,22 @@ def test_lengths_are_those_of_the_encoder_and_counted_once(
 ) -> None:
     drops = DropList()
     records = open_records(mixed(tmp_path), drops)
-    found = survey(records, encoder, drops)
+    good, found = survey(records, encoder, drops)
     assert drops.counts() == {"not a row": 1, "no supervised token": 1}
-    assert found.lengths == [len(encoder.encode(record).input_ids) for record in found.records]
+    assert found.lengths.tolist() == [len(encoder.encode(record).input_ids) for record in good]
     monkeypatch.setattr(lengths, "in_order", lambda *_: pytest.fail("counted again"))
-    assert survey(records, encoder, DropList()).lengths == found.lengths
+    assert survey(records, encoder, DropList())[1].lengths.tolist() == found.lengths.tolist()
 
 
 def test_lengths_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, encoder: ConversationEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = open_records(mixed(tmp_path), DropList())
-    alone = measure(list(records), encoder, quiet=True)
+    alone = measure(records, encoder, quiet=True)
+    records.parts[0].table.path.with_name(f"{records.parts[0].table.path.stem}.{encoder_key(encoder)}.lengths").unlink()
     monkeypatch.setattr("visper.common.parallel.FEW", 1)
     monkeypatch.setattr("visper.common.parallel.num_cores", lambda: 3)
-    together = measure(list(records), encoder, quiet=True)
+    together = measure(records, encoder, quiet=True)
     assert together.lengths.tolist() == alone.lengths.tolist() and together.problems == alone.problems
 
 
@@ -241,7 +243,7 @@ def test_a_missing_source_says_what_its_path_is_relative_to(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     readers: list[Callable[[str], Any]] = [
         lambda name: open_records([(name, ".")], DropList()),
-        lambda name: open_records([RowSource(name, kind="parquet")], DropList()),
+        lambda name: open_records([Source(parquet=name)], DropList()),
         lambda name: DropList.read(Path(name)),
         lambda name: list(read_rows(Path(name))),
     ]

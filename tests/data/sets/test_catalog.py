@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 from tests.data.sets.test_prepare import own_set
 from visper.cli import app
 from visper.common.errors import ConfigError
-from visper.config import load_run, recipe_names
-from visper.data.rows.records import RowSource
+from visper.config import Source, load_run, recipe_names
 from visper.data.sets.catalog import missing, read_set, row_files, set_names, with_needs
 
 
@@ -52,7 +51,7 @@ def test_a_set_that_is_there_gives_its_rows_and_their_folder(tmp_path):
     with pytest.raises(ConfigError, match="missing LLaVA-Pretrain/images"):
         row_files(data)
     (tmp_path / "LLaVA-Pretrain" / "images" / "00000").mkdir()
-    assert row_files(data) == [RowSource(str(rows), str(tmp_path / "LLaVA-Pretrain" / "images"))]
+    assert row_files(data) == [Source(json_file=str(rows), images=str(tmp_path / "LLaVA-Pretrain" / "images"))]
 
 
 def test_an_interrupted_preparation_is_not_taken_for_a_whole_one(tmp_path):

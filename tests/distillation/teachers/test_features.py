@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, SiglipConfig, SiglipModel
+from transformers import AutoConfig, AutoModel, SiglipConfig, SiglipModel
 
 from tests import tiny_teachers
 from visper.distillation.teachers import build_teacher, target_spec
@@ -79,3 +79,31 @@ def test_faults_say_what_to_do(tmp_path):
     ragged = tiny_teachers.save_vision(tmp_path / "naflex", "siglip2_vision_model", num_patches=4)
     with pytest.raises(ValueError, match="ragged patches"):
         build_teacher("features", ragged)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("yolos", {"image_size": [28, 28]}), ("vit_mae", {"mask_ratio": 0.0})])
+def test_an_encoder_whose_last_tokens_are_not_its_patches_in_order_is_refused(tmp_path, family, changes):
+    folder = tiny_teachers.save_vision(tmp_path, family, **changes)
+    with pytest.raises(ValueError, match=r"the last 4 tokens of .* are not its patches in order"):
+        build_teacher("features", folder)
+
+
+def test_sams_inner_layers_have_the_grid_of_their_patches(tmp_path):
+    more = {"output_channels": 6, "mlp_dim": 16, "window_size": 1, "global_attn_indexes": [1]}
+    folder = tiny_teachers.save_vision(tmp_path, "sam_vision_model", **more)
+    for layer, width in ((None, 6), (-2, 16)):
+        teacher = build_teacher("features", folder, layer=layer)
+        assert (teacher.spec.grid, teacher.spec.width) == ((2, 2), width)
+    assert target_spec("features", folder).width == 6
+    pixels = torch.rand(1, 3, 28, 28)
+    with torch.no_grad():
+        inner = AutoModel.from_pretrained(folder).eval()(pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(teacher(pixels)[:, 1], inner[:, 0, 1])
+
+
+def test_an_encoder_without_a_patch_size_is_read_at_a_layer_that_gives_a_map(tmp_path):
+    stages = {"hidden_sizes": [4, 4, 8, 12], "depths": [1, 1, 1, 1], "image_size": 64}
+    folder = tiny_teachers.save(AutoModel.from_config(AutoConfig.for_model("dinov3_convnext", **stages)), tmp_path)
+    with pytest.raises(ValueError, match="set 'layer' to one whose output is a map"):
+        build_teacher("features", folder)
+    assert build_teacher("features", folder, layer=-1).spec.grid == (2, 2)

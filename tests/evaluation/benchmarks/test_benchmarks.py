@@ -54,7 +54,7 @@ def asker(tmp_path, monkeypatch):
     """A model that says what ``SAID`` says, by the place of the question in the benchmark; blind, always nothing."""
     said, lengths = {}, {}
 
-    def answer(student, prompts, shown, length):
+    def answer(student, prompts, shown, length, generate):
         lengths.update(dict.fromkeys(prompts, length))
         return [said.get((prompt, image.tobytes()), "") for prompt, (image,) in zip(prompts, shown, strict=True)]
 

@@ -5,7 +5,7 @@ import pytest
 from visper.evaluation.benchmarks import BENCHMARKS
 from visper.evaluation.benchmarks.base import Item
 from visper.evaluation.benchmarks.mmstar import OPTIONS
-from visper.evaluation.benchmarks.ok_vqa import accuracy
+from visper.evaluation.benchmarks.ok_vqa import mark
 from visper.evaluation.benchmarks.vqa_text import normalize
 
 CV = Item("q", ("B",), (), options={"A": "2", "B": "blue box"})
@@ -82,9 +82,9 @@ def test_vqa_normal_form(text, normal):
 
 
 def test_vqa_accuracy_leaves_each_annotator_out_in_turn():
-    answers = ["race"] * 6 + ["motocross"] * 2 + ["ride", "bike"]
-    assert accuracy(answers, "race") == 1.0
+    item = Item("what?", ("race",) * 6 + ("motocross",) * 2 + ("ride", "bike"), ("a.jpg",))
+    assert mark(item, "race") == 1.0
     # Two of ten said it: for these one other did (1/3), for the other eight two did (2/3).
-    assert accuracy(answers, "motocross") == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
-    assert accuracy(answers, "ride") == pytest.approx(9 / 3 / 10)
-    assert accuracy(answers, "swim") == accuracy(answers, None) == 0.0
+    assert mark(item, "motocross") == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    assert mark(item, "ride") == pytest.approx(9 / 3 / 10)
+    assert mark(item, "swim") == mark(item, None) == 0.0

@@ -17,7 +17,7 @@ from visper.common.errors import ConfigError
 from visper.config import load_run
 from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, named_apart, read_findings, titles
 from visper.evaluation.probe.measures import Finding
-from visper.evaluation.probe.recipe import probe_run, teacher_targets_of
+from visper.evaluation.probe.recipe import images_below, probe_run, teacher_targets_of
 from visper.training import run_stage
 
 SMALL = ["optimization.global_batch=4", "optimization.precision=float32", "data.workers=0"]
@@ -112,6 +112,15 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     }
     probe(probed, out, "--score", tmp_path / "held-out", "--score-limit", 2)
     assert read_findings(out)[: len(both)] == both
+
+
+def test_images_are_the_files_that_rows_may_name(tmp_path):
+    for name in ("a.tif", "b.AVIF", "c.jpeg", "d.txt"):
+        (tmp_path / name).touch()
+    assert [file.name for file in images_below(tmp_path)] == ["a.tif", "b.AVIF", "c.jpeg"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"none' has no images \(\.jpg, .*give a folder with images"):
+        images_below(tmp_path / "none")
 
 
 def test_images_that_are_trained_on_are_not_scored(probed, tmp_path):  # noqa: F811

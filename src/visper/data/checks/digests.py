@@ -6,7 +6,7 @@ Digests of files are kept on disk (``kept``); a file is hashed again only if it 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import inside
 from visper.data.checks.kept import of_files
-from visper.data.rows.records import Record
 from visper.data.rows.table import Records
 
 DIGEST_BYTES = 16
@@ -33,14 +32,12 @@ def image_id(content: bytes) -> int:
     return int.from_bytes(digest(content)[:8], "little", signed=True)
 
 
-def contents_of(records: Sequence[Record], index: int) -> list[bytes | None]:
+def contents_of(records: Records, index: int) -> list[bytes | None]:
     """The bytes of a row's images, embedded or read from files; None for a file that does not exist.
 
     Raises:
         DataError: a file is not inside its source's images folder, or an image is not embedded in its source.
     """
-    if not isinstance(records, Records):
-        return [_read_file(Path(image.path)) for image in records[index].images]
     part, row = records.place(index)
     images = part.table.images(row)
     if part.images is not None:

@@ -47,9 +47,9 @@ def look_at_all(
     folder: Path,
     names: Sequence[str],
     kept: Path,
-    quiet: bool = False,
-    workers: int | None = None,
-    max_pixels: int = MAX_PIXELS,
+    quiet: bool,
+    workers: int | None,
+    max_pixels: int,
 ) -> dict[str, Verdict]:
     """The verdict on every file by its path; earlier ones are read from ``kept``. Files outside the folder stay closed.
 
@@ -57,9 +57,6 @@ def look_at_all(
         folder: the images folder.
         names: files in it, each once.
         kept: file of verdicts, see ``kept.of_files``.
-        quiet: no progress bar.
-        workers: processes; default: one per core, or none for few files.
-        max_pixels: a larger image counts as huge.
     """
     new = partial(_verdicts, max_pixels=max_pixels, quiet=quiet, workers=workers)
     found, outside = of_files([(folder, name) for name in names], kept, new)
@@ -72,6 +69,6 @@ def _verdicts(paths: list[str], max_pixels: int, quiet: bool, workers: int | Non
         yield [verdict.format, verdict.reason, verdict.detail]
 
 
-def verdicts_file(folder: Path, root: Path, max_pixels: int = MAX_PIXELS) -> Path:
+def verdicts_file(folder: Path, root: Path, max_pixels: int) -> Path:
     """The file for verdicts on the images under ``root``; it differs by version of the decoding code and by limit."""
     return folder / f"images-{key(str(root.resolve()), max_pixels, code_key(decoding))}.jsonl"

@@ -32,7 +32,6 @@ from visper.data.rows.table import ROLE_LETTERS, Part, Records, RecordTable, ope
 
 if TYPE_CHECKING:
     from visper.data.chat import ConversationEncoder
-    from visper.data.rows.lengths import Lengths
 
 TOTAL = "total"
 TEXT_ONLY = "(text only)"
@@ -146,10 +145,7 @@ def check(
     """Checks every row and every image of one conversation file.
 
     Args:
-        file: ``.json`` or ``.jsonl``.
-        images: folder that its image paths are relative to.
         encoder: a run's encoder; None: what is cut off or unknown to a tokenizer is not checked.
-        quiet: no progress bar.
         workers: processes; default: one per core.
         name: the source's name in drop lists; default: the file's, as in a run that reads only this file.
         max_pixels: a larger image counts as huge.
@@ -164,15 +160,16 @@ def check(
     names = table.image_names()
     named = {image: str(images / image) for own in names for image in own}
     kept = verdicts_file(cache_folder(file.resolve().parent), images, max_pixels)
-    by_file = look_at_all(images, list(named), kept, quiet, workers, max_pixels)
-    report.verdicts = by_file
+    report.verdicts = look_at_all(images, list(named), kept, quiet, workers, max_pixels)
     _note_images(report, named)
     records = Records([Part(name, table, images)])
     report.warnings = unread_images(records)
     found = None
     if encoder is not None:
-        found = _measure(records, encoder, quiet)
-        report.unknown = unknown_words(records, found.num_text, found.num_unknown, encoder, None)
+        from visper.data.rows.lengths import measure  # imports torch and transformers, not needed for rows and images
+
+        found = measure(records, encoder, quiet)
+        report.unknown = unknown_words(records, found, encoder, None)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
         source, sample_id = source_of(next(iter(names[row]), None)), f"{name}/{row}/{table.value('id', row)}"
@@ -185,7 +182,7 @@ def check(
             report.note(source, "answer tokens", count=int(found.num_text[index]))
             report.note(source, "unknown tokens", count=int(found.num_unknown[index]))
         problem = unsupervised(_answers(table, row)) if found is None else found.problems.get(index)
-        faults = _faults(problem, [by_file[named[image]] for image in names[row]])
+        faults = _faults(problem, [report.verdicts[named[image]] for image in names[row]])
         for reason, detail in faults.items():
             report.note(source, reason, sample_id)
             report.drops.add(sample_id, reason, detail)
@@ -200,12 +197,6 @@ def _note_bad_rows(report: Report, drops: Iterable[Drop]) -> None:
         report.note(NO_CONVERSATION, "rows")
         report.note(NO_CONVERSATION, drop.reason, drop.sample_id)
         report.note(NO_CONVERSATION, "unusable")
-
-
-def _measure(records: Records, encoder: ConversationEncoder, quiet: bool) -> Lengths:
-    from visper.data.rows.lengths import measure  # imports torch and transformers, not needed to check rows and images
-
-    return measure(records, encoder, quiet)
 
 
 def _note_images(report: Report, named: Mapping[str, str]) -> None:

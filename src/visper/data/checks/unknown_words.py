@@ -9,15 +9,14 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from visper.common.errors import DataError
-from visper.data.rows.records import Record
+from visper.data.rows.table import Records
 
 if TYPE_CHECKING:
     from visper.data.chat import ConversationEncoder
+    from visper.data.rows.lengths import Lengths
 
-Counts = npt.NDArray[np.int32]
 WARN_PAST = 0.01
 """Share of unknown tokens above which a run warns."""
 EXAMPLES = 8
@@ -62,23 +61,17 @@ class UnknownWords:
 
 
 def unknown_words(
-    records: Sequence[Record],
-    num_text: Counts,
-    num_unknown: Counts,
-    encoder: ConversationEncoder,
-    look_up: int | None = ROWS_FOR_EXAMPLES,
+    records: Records, found: Lengths, encoder: ConversationEncoder, look_up: int | None = ROWS_FOR_EXAMPLES
 ) -> UnknownWords:
     """Adds up the token counts of ``records``, and finds their unknown words.
 
     Args:
-        num_text: supervised tokens of each row, from ``lengths.measure``.
-        num_unknown: unknown ones among them.
-        encoder: the run's encoder.
         look_up: number of rows with unknown tokens to read again for their words; None: all of them.
     """
-    rows = np.flatnonzero(num_unknown)[:look_up].tolist()
+    rows = np.flatnonzero(found.num_unknown)[:look_up].tolist()
     words = Counter(word for row in rows for word in encoder.unknown_words(records[row]))
-    return UnknownWords(int(num_text.sum()), int(num_unknown.sum()), tuple(word for word, _ in words.most_common()))
+    num_text, num_unknown = int(found.num_text.sum()), int(found.num_unknown.sum())
+    return UnknownWords(num_text, num_unknown, tuple(word for word, _ in words.most_common()))
 
 
 def total_of(parts: Sequence[UnknownWords]) -> UnknownWords:

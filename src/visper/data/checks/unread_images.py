@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 
-from visper.data.rows.records import Record
 from visper.data.rows.table import Records
 
 
-def unread_images(records: Sequence[Record]) -> list[str]:
+def unread_images(records: Records) -> list[str]:
     """A warning for each source and key, see ``formats.unread_image``; reads no rows if there are none."""
-    if not isinstance(records, Records):
-        return []
     warnings = []
     for number, part in enumerate(records.parts):
         column = part.table.column("unread_image")

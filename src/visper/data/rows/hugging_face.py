@@ -22,21 +22,19 @@ from visper.common.cache import cache_folder, code_key, identity
 from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import place_of
+from visper.config import Source
 from visper.data.rows.formats import FIELDS, MEDIA_KEYS, Embedded, NotEmbedded
-from visper.data.rows.records import RowSource
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
 _IMAGE_FIELDS = ("image", "images")
 _AT_ONCE = 1000
 
 
-def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
+def open_hub(source: Source, name: str, quiet: bool) -> Part:
     """Opens a data set on the hub, a folder of data files, or a folder written by ``Dataset.save_to_disk``.
 
     Args:
-        source: a source of kind ``hf``.
         name: the source's name in the ids of its rows.
-        quiet: no progress bar.
 
     Raises:
         DataError: it cannot be loaded, or its columns do not fit a format; the message says how to map them.
@@ -57,7 +55,7 @@ def open_hub(source: RowSource, name: str, quiet: bool) -> Part:
     return _as_part(found, source, name, quiet)
 
 
-def open_parquet(source: RowSource, name: str, quiet: bool) -> Part:
+def open_parquet(source: Source, name: str, quiet: bool) -> Part:
     """Opens Parquet files given by a path or pattern, in the order of their names; see ``open_hub``."""
     files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
     if not files:
@@ -94,7 +92,7 @@ def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
+def _as_part(found: Any, source: Source, name: str, quiet: bool) -> Part:
     used = _columns_of(found, source)
     unread = _unread_columns(found, used)
     found = found.select_columns([*used.values(), *unread]).with_format("arrow")
@@ -115,7 +113,7 @@ def _as_part(found: Any, source: RowSource, name: str, quiet: bool) -> Part:
     return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)
 
 
-def _columns_of(found: Any, source: RowSource) -> dict[str, str]:
+def _columns_of(found: Any, source: Source) -> dict[str, str]:
     """Field -> column for the columns that are read.
 
     Raises:

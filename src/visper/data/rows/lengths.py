@@ -41,16 +41,18 @@ Measured = tuple[int, bool, int, int, str | None, str | None]
 
 @dataclass(frozen=True)
 class Lengths:
-    """The result of encoding, one entry per row: tokens (0: the row cannot be encoded), and whether text was cut.
+    """The result of encoding, one entry per row; the counts are those of ``chat.Encoded``."""
 
-    ``num_text`` and ``num_unknown`` count supervised tokens, see ``chat.Encoded``.
-    """
-
-    lengths: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]  # in tokens; 0: the row cannot be encoded
     truncated: npt.NDArray[np.bool_]
     num_text: npt.NDArray[np.int32]
     num_unknown: npt.NDArray[np.int32]
     problems: dict[int, tuple[str, str]]  # index -> reason, detail
+
+    def select(self, kept: npt.NDArray[np.bool_]) -> Lengths:
+        """The entries of the rows in ``kept``, which have no problems."""
+        text, unknown = self.num_text[kept], self.num_unknown[kept]
+        return Lengths(self.lengths[kept], self.truncated[kept], text, unknown, {})
 
     @classmethod
     def of(cls, table: pa.Table) -> Lengths:
@@ -65,10 +67,8 @@ class Lengths:
         )
 
 
-def measure(records: Sequence[Record], encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
-    """Encodes every row. Results for ``Records`` are cached for later runs."""
-    if not isinstance(records, Records):
-        return Lengths.of(_measured(records, encoder, quiet))
+def measure(records: Records, encoder: ConversationEncoder, quiet: bool = False) -> Lengths:
+    """Encodes every row. Results are cached for later runs."""
     whole = pa.concat_tables([_kept(part, encoder, quiet) for part in records.parts])
     return Lengths.of(whole.take(pa.array(records.rows)))
 

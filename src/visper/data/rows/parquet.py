@@ -44,7 +44,6 @@ def write_parquet(
         out: a new folder; it appears only when it is complete.
         drops: rows with a missing or empty image file are added to it.
         file_bytes: approximate bytes of images per file.
-        quiet: no progress bar.
 
     Returns:
         The number of rows in each file.

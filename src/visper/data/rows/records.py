@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.common.files import place_of, write_text
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """A source of rows and how to read it, for ``sources.open_records``.
-
-    Attributes:
-        place: a JSON file, a hub data set or its folder, or a pattern of Parquet files.
-        images: folder that image paths are relative to; None: the images are embedded in the source.
-        kind: the kind of ``place``.
-        columns: field of ``formats.FIELDS`` -> its name in the source, where that differs.
-        weight: expected number of times that each row occurs in an epoch.
-    """
-
-    place: str
-    images: str | None = None
-    kind: Literal["json", "hf", "parquet"] = "json"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    split: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,19 +11,20 @@ import numpy.typing as npt
 import torch
 
 from visper.common.errors import DataError
+from visper.config import Source
 from visper.data.rows.hugging_face import open_hub, open_parquet
-from visper.data.rows.records import DropList, Record, RowSource, source_names
+from visper.data.rows.records import DropList, source_names
 from visper.data.rows.table import Part, Records, open_table
 from visper.data.sampler import Mixture
 
 
 def open_records(
-    sources: Sequence[RowSource | tuple[str | Path, str | Path]], drops: DropList, quiet: bool = True
+    sources: Sequence[Source | tuple[str | Path, str | Path]], drops: DropList, quiet: bool = True
 ) -> Records:
     """The good rows of all sources, in order; each is read on access.
 
     Args:
-        sources: row sources, or pairs of a JSON file and its images folder.
+        sources: sources other than sets, or pairs of a JSON file and its images folder.
         drops: bad rows are added to it; rows that it has ``agreed`` on are left out without being added.
         quiet: no progress bar when a source is read for the first time.
 
@@ -31,7 +32,8 @@ def open_records(
         DataError: a source cannot be read, or an agreed drop names a row that does not exist.
     """
     given = [
-        source if isinstance(source, RowSource) else RowSource(str(source[0]), str(source[1])) for source in sources
+        one if isinstance(one, Source) else Source.model_construct(json_file=str(one[0]), images=str(one[1]))
+        for one in sources
     ]
     names = source_names([Path(source.place) for source in given])
     parts = [
@@ -44,16 +46,20 @@ def open_records(
     return records.select(~np.isin(records.rows, agreed)) if len(agreed) else records
 
 
-def _open(source: RowSource, name: str, quiet: bool) -> Part:
+def _open(source: Source, name: str, quiet: bool) -> Part:
     if source.kind == "json":
         assert source.images is not None
-        return Part(name, open_table(Path(source.place), quiet, source.columns), Path(source.images))
+        return Part(
+            name,
+            open_table(Path(source.place), quiet, {str(field): own for field, own in source.columns.items()}),
+            Path(source.images),
+        )
     return (open_hub if source.kind == "hf" else open_parquet)(source, name, quiet)
 
 
-def mixture_of(records: Sequence[Record]) -> Mixture | None:
+def mixture_of(records: Records) -> Mixture | None:
     """How often each source's rows occur in an epoch; None if every row occurs once."""
-    if not isinstance(records, Records) or all(part.weight == 1 for part in records.parts):
+    if all(part.weight == 1 for part in records.parts):
         return None
     return Mixture(torch.from_numpy(records.part_numbers), tuple(part.weight for part in records.parts))
 

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import difflib
 import posixpath
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
 
-from visper.common.errors import ConfigError, DataError, kind_of
-from visper.config import Data, explain
+from visper.common.errors import ConfigError, DataError
+from visper.config import Data, Source, explain
+from visper.config.load import read_mapping
+from visper.config.section import Section
 from visper.data.rows.json_rows import is_json_name
-from visper.data.rows.records import RowSource
 from visper.data.sets.archives import relative_path
 from visper.data.sets.lockfile import LOCKFILE, Lockfile
 
 ARCHIVES = "archives"
 """Folder under the root for archives until they are deleted; an archive that a user puts there is used."""
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def _relative(path: str) -> str:
@@ -41,28 +39,10 @@ def _file_or_folder(path: str) -> str:
     return _relative(path) + ("/" if path.endswith("/") else "")
 
 
-def _size(text: str) -> str:
-    _in_bytes(text)
-    return text
-
-
-def _in_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B|B)", text)
-    if match is None:
-        raise ValueError("expected a size such as '18 GB'")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
 Inside = Annotated[str, AfterValidator(_relative)]
 
 
-class Part(BaseModel):
-    """A part of a set's description; rejects unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Origin(Part):
+class Origin(Section):
     """One source of a file: ``url``, ``hub`` + ``path``, or a local ``path`` (relative to the YAML file).
 
     On the hub, ``path`` may be a pattern: if the download's ``file`` is a folder, all matching files are taken.
@@ -88,7 +68,7 @@ class Origin(Part):
         return self.url is None and self.hub is None
 
 
-class Unpack(Part):
+class Unpack(Section):
     """A rule for unpacking: which members of an archive go where."""
 
     to: Inside = Field(description="target folder under the root")
@@ -106,12 +86,12 @@ class Unpack(Part):
         return [self.to]
 
 
-class Download(Part):
+class Download(Section):
     """One file, or several in a folder (``file`` ends with '/'), put under the root, or in ``archives/`` to unpack."""
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
     sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
-    size: Annotated[str, AfterValidator(_size)] | None = Field(None, description="approximate, for lists and checks")
+    size: ByteSize | None = Field(None, description="approximate, for lists and checks")
     exact_bytes: PositiveInt | None = Field(None, alias="bytes", description="published size")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")
@@ -141,21 +121,21 @@ class Download(Part):
     @property
     def estimate(self) -> int | None:
         """The size in bytes, exact or approximate; None if unknown."""
-        return self.exact_bytes or (_in_bytes(self.size) if self.size else None)
+        return self.exact_bytes or self.size
 
     def place(self, root: Path, name: str) -> Path:
         """The path of one of its files."""
         return root / ARCHIVES / name if self.unpack else root / name
 
 
-class Rows(Part):
+class Rows(Section):
     """A conversation file and its images folder, both under the root."""
 
     json_file: Inside = Field(alias="json")
     images: Inside = "."
 
 
-class DataSet(Part):
+class DataSet(Section):
     """One entry of the catalogue."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -191,12 +171,7 @@ def read_set(name: str) -> tuple[DataSet, Path]:
         hint = f"; did you mean '{near[0]}'?" if near else "."
         raise ConfigError(f"no data set '{name}': neither in the catalogue nor a YAML file{hint} "
                           "`visper data list` shows them")  # fmt: skip
-    try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected keys with values, found {kind_of(content)}")
+    content = read_mapping(file)
     try:
         return DataSet.model_validate(content), file.parent
     except ValidationError as error:
@@ -270,26 +245,21 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
     return lines
 
 
-def row_files(data: Data) -> list[RowSource]:
-    """The row sources of ``data.sources``, in order; a set may have several files.
+def row_files(data: Data) -> list[Source]:
+    """``data.sources`` in order, with each set replaced by its files.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
     """
-    found: list[RowSource] = []
+    found: list[Source] = []
     for source in data.sources:
-        if source.data_set is not None:
-            files = _rows_of(source.data_set, Path(data.root))
-            found += [RowSource(file, images, weight=source.weight) for file, images in files]
-        else:
-            options = {
-                name: getattr(source, name) for name in ("images", "columns", "split", "subset", "revision", "weight")
-            }
-            found.append(RowSource(source.place, kind=source.kind, **options))
+        files = [] if source.data_set is None else _rows_of(source.data_set, Path(data.root))
+        changes = [{"data_set": None, "json_file": str(file), "images": str(images)} for file, images in files]
+        found += [source.model_copy(update=change) for change in changes] or [source]
     return found
 
 
-def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str | None]]:
+def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
     sets = [data_set for data_set, _ in with_needs(name)]
     rows = [part for data_set in sets for part in data_set.rows]
     if not rows:
@@ -304,7 +274,7 @@ def _rows_of(name: str, root: Path, whole: bool = True) -> list[tuple[str, str |
             f"data set '{name}' is not complete under '{root}': missing {_some(absent)}. "
             f"Run `visper data prepare {name} --root {root}`, or set 'data.root' to its folder"
         )
-    return [(str(root / part.json_file), str(root / part.images)) for part in rows]
+    return [(root / part.json_file, root / part.images) for part in rows]
 
 
 def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -> list[tuple[Path, Path]]:
@@ -326,7 +296,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
     if images is not None:
         read_set(name)  # raises if it is none
         raise ConfigError(f"'{name}' is a data set with its own images: omit --images, or give a .json file")
-    return [(Path(file), Path(str(folder))) for file, folder in _rows_of(name, root, whole)]
+    return _rows_of(name, root, whole)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

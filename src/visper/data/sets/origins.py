@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_url
@@ -21,18 +22,21 @@ def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
     Raises:
         SourceError: the origin has no such file or cannot be reached.
     """
+    published = Remote("", "", bytes=download.exact_bytes, sha256=download.sha256 or origin.sha256, md5=download.md5)
     if origin.url is not None:
-        return [_remote(download, origin, download.name_of(origin.url), without_queries(origin.url), url=origin.url)]
+        return [
+            replace(published, name=download.name_of(origin.url), source=without_queries(origin.url), url=origin.url)
+        ]
     if origin.hub is not None:
-        return _on_hub(download, origin, origin.hub, str(origin.path))
+        return _on_hub(download, origin, published)
     local = folder / str(origin.path)
     if not local.exists():
         raise SourceError(f"'{local}' does not exist")
-    return [_remote(download, origin, download.name_of(local.name), str(origin.path), local=local)]
+    return [replace(published, name=download.name_of(local.name), source=str(origin.path), local=local)]
 
 
-def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -> list[Remote]:
-    api = HfApi()
+def _on_hub(download: Download, origin: Origin, published: Remote) -> list[Remote]:
+    api, repository = HfApi(), str(origin.hub)
     try:
         listing = api.dataset_info(repository, revision=origin.revision, files_metadata=True)
         headers = build_hf_headers()
@@ -40,40 +44,20 @@ def _on_hub(download: Download, origin: Origin, repository: str, pattern: str) -
         raise SourceError(f"the hub cannot list it: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     found = []
     for file in sorted(listing.siblings or [], key=lambda file: file.rfilename):
-        if not fnmatch.fnmatchcase(file.rfilename, pattern):
-            continue
-        name = download.name_of(file.rfilename)
-        address = hf_hub_url(
-            repository, file.rfilename, repo_type="dataset", revision=origin.revision, endpoint=api.endpoint
-        )
-        sha256 = file.lfs.sha256 if file.lfs is not None else None
-        source = f"hub:{repository}/{file.rfilename}"
-        found.append(_remote(download, origin, name, source, address, None, headers, file.size, sha256))
+        if fnmatch.fnmatchcase(file.rfilename, str(origin.path)):
+            place = {"repo_type": "dataset", "revision": origin.revision, "endpoint": api.endpoint}
+            remote = replace(
+                published,
+                name=download.name_of(file.rfilename),
+                source=f"hub:{repository}/{file.rfilename}",
+                url=hf_hub_url(repository, file.rfilename, **place),
+                headers=headers,
+                bytes=published.bytes or file.size,
+                sha256=published.sha256 or (file.lfs.sha256 if file.lfs is not None else None),
+            )
+            found.append(remote)
     if not found:
-        raise SourceError(f"no file of '{repository}' on the hub matches '{pattern}'")
+        raise SourceError(f"no file of '{repository}' on the hub matches '{origin.path}'")
     if len({remote.name for remote in found}) != len(found):
-        raise SourceError(f"{len(found)} files match '{pattern}' but would get the same name: '{found[0].name}'")
+        raise SourceError(f"{len(found)} files match '{origin.path}' but would get the same name: '{found[0].name}'")
     return found
-
-
-def _remote(
-    download: Download,
-    origin: Origin,
-    name: str,
-    source: str,
-    url: str = "",
-    local: Path | None = None,
-    headers: dict[str, str] | None = None,
-    size: int | None = None,
-    sha256: str | None = None,
-) -> Remote:
-    return Remote(
-        name,
-        source,
-        url,
-        local,
-        headers or {},
-        bytes=download.exact_bytes or size,
-        sha256=download.sha256 or origin.sha256 or sha256,
-        md5=download.md5,
-    )

@@ -62,19 +62,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Request:
-    """A request to unpack a download.
-
-    Attributes:
-        download: the download.
-        folder: the folder that its local paths are relative to.
-        names: the needed paths under the root; None: all.
-        last: whether this is the last request for its archives in this run.
-    """
+    """A request to unpack a download."""
 
     download: Download
-    folder: Path
-    names: set[str] | None
-    last: bool = True
+    folder: Path  # its local paths are relative to it
+    names: set[str] | None  # the needed paths under the root; None: all
+    last: bool = True  # of the requests for its archives in this run
 
 
 class Unpacker:

@@ -35,7 +35,11 @@ def build_teacher(kind: str, model: str | Path, **options: Any) -> Teacher:
         ImportError: the kind needs a package that is not installed; the message names the extra.
     """
     with _explained(kind, model):
-        return _class_of(kind, options)(model, **options).freeze()
+        teacher = _class_of(kind, options)(model, **options)
+    missing = [name for name in ("spec", "preprocess") if not hasattr(teacher, name)]
+    if missing:
+        raise ValueError(f"teacher kind '{kind}' has no '{missing[0]}': set it in __init__ (docs/teachers.md)")
+    return teacher.freeze()
 
 
 def target_spec(kind: str, model: str | Path, **options: Any) -> TargetSpec:
@@ -54,7 +58,8 @@ def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
         raise ValueError(
             f"teacher kind '{kind}' names {place}, expected a subclass of visper.distillation.teachers.Teacher"
         )
-    check_options(kind, options, tuple(signature(teacher_class).parameters)[1:])
+    accepted = list(signature(teacher_class).parameters)[1:]
+    check_options(f"teacher kind '{kind}'", options, dict.fromkeys(accepted, Any))
     return teacher_class
 
 

@@ -132,8 +132,8 @@ class Teacher(nn.Module, ABC):
         needs them.
         """
         pixels = self._normalized(pixels)
-        buffers = (buffer for buffer in self.buffers() if buffer.is_floating_point())
-        weight = next(chain(self.parameters(), buffers), pixels)
+        own = chain(self.parameters(), self.buffers())  # quantized weights are integers
+        weight = next((tensor for tensor in own if tensor.is_floating_point()), pixels)
         target_BNE = self.encode(pixels.to(weight.device, weight.dtype))
         found, expected = tuple(target_BNE.shape), (len(pixels), self.spec.tokens, self.spec.width)
         if found != expected:

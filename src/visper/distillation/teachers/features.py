@@ -59,9 +59,12 @@ class FeaturesTeacher(Teacher):
         self.preprocess = squashed_as_trained(model, (size, size), revision=revision)
         self.freeze()
         # A trial run shows which tokens are patches, and whether the layer exists.
+        blank = torch.zeros(1, 3, size, size, dtype=self.encoder.dtype)
         with torch.no_grad():
-            states = self._states(torch.zeros(1, 3, size, size, dtype=self.encoder.dtype))
-        rows, columns = self._grid(states, size)
+            states = self._states(blank)
+            rows, columns = self._grid(states, size)
+            if states.ndim == 3:
+                self._require_patches_last(blank, rows * columns)
         self.spec = TargetSpec(rows * columns, states.shape[1 if states.ndim == 4 else 2], (rows, columns))
 
     @classmethod
@@ -72,7 +75,8 @@ class FeaturesTeacher(Teacher):
         config = getattr(config, "vision_config", config)
         # Encoders whose stages merge patches list a depth or width for each stage.
         in_stages = hasattr(config, "depths") or hasattr(config, "hidden_sizes")
-        if in_stages or not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
+        has_neck = hasattr(config, "output_channels")  # SAM's output is narrower than its layers
+        if in_stages or has_neck or not hasattr(config, "patch_size") or not hasattr(config, "hidden_size"):
             return cls(model, size=size, **options).spec
         side = divided(size or _side(config.image_size), _side(config.patch_size), "features")
         return TargetSpec(side * side, int(config.hidden_size), (side, side))
@@ -85,20 +89,23 @@ class FeaturesTeacher(Teacher):
 
     def _states(self, pixels: Tensor) -> Tensor:
         if self.layer is None:
-            last: Tensor = self.encoder(pixels, **self.extras).last_hidden_state
-            return last
+            return _channels_first(self.encoder(pixels, **self.extras).last_hidden_state)
         states = self.encoder(pixels, output_hidden_states=True, **self.extras).hidden_states
         if not -len(states) <= self.layer < len(states):
             raise ValueError(
                 f"'layer' is {self.layer}, but {type(self.encoder).__name__} has hidden states 0 (embeddings) to "
                 f"{len(states) - 1}: choose one of them"
             )
-        chosen: Tensor = states[self.layer]
-        return chosen
+        return _channels_first(states[self.layer])
 
     def _grid(self, states: Tensor, size: int) -> tuple[int, int]:
         if states.ndim == 4:
             return states.shape[2], states.shape[3]
+        if not hasattr(self.encoder.config, "patch_size"):
+            raise ValueError(
+                f"{type(self.encoder).__name__} gives a row of {states.shape[1]} tokens and no patch size: set 'layer' "
+                "to one whose output is a map, such as -1, or choose another encoder"
+            )
         side = divided(size, _side(self.encoder.config.patch_size), "features")
         if states.shape[1] < side * side:
             raise ValueError(
@@ -106,6 +113,29 @@ class FeaturesTeacher(Teacher):
                 f"than its {side} x {side} patches: it merges or drops some, and has no grid; choose another encoder"
             )
         return side, side
+
+    def _require_patches_last(self, blank: Tensor, tokens: int) -> None:
+        """Refuses encoders that put other tokens behind the patches (YOLOS) or shuffle the patches (ViT-MAE).
+
+        Before the first layer, a token depends on its own patch alone, so that other tokens are the same in all images.
+        """
+        ramp = torch.linspace(-1, 1, blank.shape[-1], dtype=blank.dtype).expand_as(blank)
+        images = torch.cat((blank, ramp, ramp))
+        states = self.encoder(images, output_hidden_states=True, **self.extras).hidden_states
+        if not states or states[0].ndim != 3:
+            return
+        first, second, again = states[0][:, -tokens:]
+        if bool((first == second).all(-1).any()) or not torch.allclose(second, again):
+            raise ValueError(
+                f"the last {tokens} tokens of {type(self.encoder).__name__} are not its patches in order: it puts "
+                "other tokens behind them, or shuffles them; choose another encoder"
+            )
+
+
+def _channels_first(states: Tensor) -> Tensor:
+    """Maps ``[B, H, W, C]`` (inner layers of SAM) as ``[B, C, H, W]``; images are square, so their maps are too."""
+    last = states.ndim == 4 and states.shape[1] == states.shape[2] != states.shape[3]
+    return states.permute(0, 3, 1, 2) if last else states
 
 
 def _side(value: Any) -> int:

@@ -21,8 +21,8 @@ from visper.distillation.teachers.segment_maps import class_colors
 class OnnxTeacher(Teacher):
     """Runs an ONNX model on the CPU and pools its output to a grid of tokens.
 
-    An output ``[B, C, H, W]`` (or ``[B, H, W, C]``) becomes ``rows * columns`` tokens of width C; ``[B, N, C]`` is
-    taken as it is; ``[B, C]`` is one token.
+    An output ``[B, C, H, W]`` (or ``[B, H, W, C]``) becomes ``rows * columns`` tokens of width C, and ``[B, H, W]`` of
+    the image's size tokens of width 1; any other ``[B, N, C]`` is taken as it is; ``[B, C]`` is one token.
 
     Args:
         model: the ``.onnx`` file.
@@ -40,7 +40,7 @@ class OnnxTeacher(Teacher):
         threads: number of threads of the runtime; default: torch's.
 
     Raises:
-        ValueError: the file cannot be loaded, or a name or size does not fit the model.
+        ValueError: the file cannot be loaded, a name, size or layout does not fit the model, or the output is integers.
     """
 
     def __init__(
@@ -98,9 +98,17 @@ class OnnxTeacher(Teacher):
         given = pixels.float().cpu()
         given = given.permute(0, 2, 3, 1) if self.channels_last else given
         given = given.expand(self.batch, -1, -1, -1) if self.batch and len(given) == 1 else given
-        values = torch.from_numpy(self._run(given.contiguous().numpy()))[: len(pixels)].float()
-        grid = None
+        values = torch.from_numpy(self._run(given.contiguous().numpy()))[: len(pixels)]
+        if values.dtype in (torch.int64, torch.int32, torch.bool):
+            raise ValueError(
+                f"output '{self.output}' has values of type {values.dtype}, such as class numbers, which cannot be "
+                "averaged: set 'output' to the tensor before, with a number for each class"
+            )
+        values, grid = values.float(), None
+        if values.dim() == 3 and values.shape[1:] == pixels.shape[2:]:  # a map of one channel, such as depth
+            values = values.unsqueeze(3 if self.map_last else 1)
         if values.dim() == 4:
+            self._require_layout(values.shape, pixels.shape)
             values = values.permute(0, 3, 1, 2) if self.map_last else values
             values = values.softmax(1) if self.softmax else values
             grid = self.grid or (values.shape[2], values.shape[3])
@@ -115,6 +123,16 @@ class OnnxTeacher(Teacher):
                 f"{'; or leave out grid for [B, C] or [B, N, C]' if self.grid else ', [B, N, C] or [B, C]'}"
             )
         return values, values.shape[2], grid
+
+    def _require_layout(self, found: torch.Size, given: torch.Size) -> None:
+        """Refuses a map that has the image's shape only if its channels are elsewhere than ``output_layout`` says."""
+        last, first = found[1] * given[3] == found[2] * given[2], found[2] * given[3] == found[3] * given[2]
+        if (first, last) == ((True, False) if self.map_last else (False, True)):
+            raise ValueError(
+                f"output '{self.output}' has shape {tuple(found)}, of which output_layout "
+                f"{'NHWC' if self.map_last else 'NCHW'} makes a map of another shape than the image's: set "
+                f"'output_layout' to {'NCHW' if self.map_last else 'NHWC'}"
+            )
 
     def _run(self, given: np.ndarray) -> np.ndarray:
         try:

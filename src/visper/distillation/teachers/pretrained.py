@@ -11,11 +11,9 @@ from visper.distillation.teachers.base import SquashedImage
 
 
 def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any) -> SquashedImage:
-    """Preprocessing to ``size``, normalized as by the model's saved image processor.
+    """Preprocessing to ``size`` (height, width), normalized as by the model's saved image processor.
 
     Args:
-        model: hub id or folder.
-        size: height and width in pixels.
         **options: for ``from_pretrained``, such as ``subfolder``.
 
     Raises:

@@ -25,17 +25,11 @@ def class_colors(classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One image's segments.
+    """One image's segments."""
 
-    Attributes:
-        segments: ``[H, W]`` long, the number of the segment at each pixel; 0 for no segment.
-        classes: number of a segment -> its class.
-        names: class -> its name.
-    """
-
-    segments: Tensor
-    classes: dict[int, int]
-    names: dict[int, str]
+    segments: Tensor  # [H, W] long, the number of the segment at each pixel; 0 for no segment
+    classes: dict[int, int]  # number of a segment -> its class
+    names: dict[int, str]  # class -> its name
 
 
 def segment_images(found: Sequence[Segmentation], borders: bool) -> Tensor:

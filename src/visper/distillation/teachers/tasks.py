@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -21,7 +19,6 @@ def teacher_dtype(distillation: Distillation, precision: str) -> str:
     """The precision of the teachers on this machine, a key of ``DTYPES``.
 
     Args:
-        distillation: its ``teacher_dtype`` is used if it is set.
         precision: the run's training precision, the default on a GPU.
     """
     # ONNX models and the quickstart's towers do not support half precision on the CPU.
@@ -34,8 +31,6 @@ def build_teachers(
     """The frozen teachers by task; empty without ``distillation``.
 
     Args:
-        distillation: the run's section.
-        precision: see ``teacher_dtype``.
         task_token_ids: per task, the ids of its task tokens, if the student is already known.
 
     Raises:
@@ -62,31 +57,22 @@ def build_teachers(
     return teachers
 
 
-class HasSpec(Protocol):
-    """The part of a teacher that the objective needs: the shape of its targets."""
-
-    @property
-    def spec(self) -> TargetSpec: ...
+def specs_of(teachers: Mapping[str, Teacher]) -> dict[str, TargetSpec]:
+    """The shape of each task's target."""
+    return {task: teacher.spec for task, teacher in teachers.items()}
 
 
-@dataclass(frozen=True)
-class PlannedTeacher:
-    """A teacher that is not loaded: only the shape of its targets is known."""
-
-    spec: TargetSpec
-
-
-def planned_teachers(distillation: Distillation | None) -> dict[str, PlannedTeacher]:
+def planned_specs(distillation: Distillation | None) -> dict[str, TargetSpec]:
     """The shape of each task's target, read from a configuration if the kind of teacher supports it.
 
     Raises:
         ConfigError: a teacher's configuration cannot be loaded; the message names task, kind and model.
     """
-    teachers = {}
+    specs = {}
     for task, settings in (distillation.taught if distillation else {}).items():
         teacher = settings.target
         try:
-            teachers[task] = PlannedTeacher(target_spec(teacher.kind, teacher.place, **teacher.options))
+            specs[task] = target_spec(teacher.kind, teacher.place, **teacher.options)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"task '{task}': {teacher.kind} teacher '{teacher.model}': {error}") from error
-    return teachers
+    return specs

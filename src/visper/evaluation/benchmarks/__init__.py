@@ -7,10 +7,10 @@ from visper.evaluation.benchmarks.base import Benchmark
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("cv-bench", 128, "CV-Bench", cv_bench.rows, cv_bench.read, cv_bench.score),
-        Benchmark("mmstar", 128, "MMStar", mmstar.rows, mmstar.read, mmstar.score),
-        Benchmark("realworldqa", 16, "RWQA", realworldqa.rows, realworldqa.read, realworldqa.score),
-        Benchmark("ok-vqa", 32, "OK-VQA", ok_vqa.rows, ok_vqa.read, ok_vqa.score),
+        Benchmark("cv-bench", 128, "CV-Bench", cv_bench.rows, cv_bench.read, cv_bench.mark, cv_bench.columns),
+        Benchmark("mmstar", 128, "MMStar", mmstar.rows, mmstar.read, mmstar.mark),
+        Benchmark("realworldqa", 16, "RWQA", realworldqa.rows, realworldqa.read, realworldqa.mark),
+        Benchmark("ok-vqa", 32, "OK-VQA", ok_vqa.rows, ok_vqa.read, ok_vqa.mark),
     )
 }
 """Benchmarks by the name that `visper data prepare` takes."""

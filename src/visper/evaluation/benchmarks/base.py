@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visper.common.errors import ConfigError, DataError
 from visper.data.sets.catalog import missing, with_needs
+from visper.evaluation.asking import Prompt
 from visper.evaluation.image_sources import ImageSource, TableImages, read_table
 from visper.evaluation.intervals import by_images, weighted, wilson_grouped
 
@@ -17,7 +18,6 @@ class Item:
     """One row of a benchmark.
 
     Attributes:
-        prompt: the complete prompt.
         answers: the right answer; in OK-VQA, the answer of each annotator.
         images: names of its images in the benchmark's source of images.
         kind: the task under which it is scored.
@@ -32,6 +32,11 @@ class Item:
     source: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     id: str = ""
+
+    @property
+    def shown(self) -> Prompt:
+        """Its text with its images."""
+        return Prompt(self.id, self.prompt, self.images)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its name, the maximum length of an answer, the column of its overall score, and three functions."""
+    """A benchmark: its name, the maximum length of an answer, the column of its overall score, and its functions."""
 
     name: str
     max_new_tokens: int
@@ -63,9 +68,16 @@ class Benchmark:
     """Root folder of all data sets -> rows and images."""
     read: Callable[[Item, str], Reading]
     """Reads an answer; not called for questions without an answer."""
-    score: Callable[[Sequence[Item], Sequence[str | None]], list[Column]]
-    """Scores readings, given in the order of the items. The overall score is absent if the items have a part of it
-    only."""
+    mark: Callable[[Item, str | None], float]
+    """Marks a reading, 0..1."""
+    columns: Callable[[Sequence[Item], Sequence[float]], list[Column]] | None = None
+    """Scores of the items' marks; default: their mean, as the overall score. The overall score is absent if the items
+    have a part of it only."""
+
+    def score(self, items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
+        """Scores readings, given in the order of the items."""
+        marks = [self.mark(item, text) for item, text in zip(items, readings, strict=True)]
+        return self.columns(items, marks) if self.columns else [share(self.overall, items, marks)]
 
 
 def require_prepared(name: str, root: Path) -> None:

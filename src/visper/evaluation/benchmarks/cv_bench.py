@@ -44,18 +44,22 @@ def read(item: Item, said: str) -> Reading:
     return Reading(read_choice(said, item.options), published)
 
 
-def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
+def mark(item: Item, text: str | None) -> float:
+    """Whether the right option was read."""
+    return float(text == item.answers[0])
+
+
+def columns(items: Sequence[Item], marks: Sequence[float]) -> list[Column]:
     """The four tasks; 2D = mean(ADE20K, COCO), 3D = Omni3D, CV-Bench = mean(2D, 3D). Scores without questions are left
     out."""
-    marks = [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)]
 
     def of(name: str, attribute: str) -> list[Column]:
         own = [number for number, item in enumerate(items) if getattr(item, attribute) == name]
         return [share(name, [items[number] for number in own], [marks[number] for number in own])] if own else []
 
-    columns = [column for task in TASKS for column in of(task, "kind")]
+    found = [column for task in TASKS for column in of(task, "kind")]
     sides = []
     for name, sources in (("2D", FLAT), ("3D", DEEP)):
         parts = [part for source in sources for part in of(source, "source")]
         sides += [mean(name, parts)] if len(parts) == len(sources) else []
-    return [*columns, *sides, *([mean("CV-Bench", sides)] if len(sides) == 2 else [])]
+    return [*found, *sides, *([mean("CV-Bench", sides)] if len(sides) == 2 else [])]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
+from visper.evaluation.benchmarks.base import Item, Reading, read_parquet
 from visper.evaluation.choices import read_choice
 from visper.evaluation.image_sources import ImageSource
 
@@ -39,7 +38,6 @@ def read(item: Item, said: str) -> Reading:
     return Reading(read_choice(said, item.options), match[1].upper() if match else None)
 
 
-def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
-    """Share of right answers. (The published code divides by 1,500, however many were asked.)"""
-    marks = [float(text == item.answers[0]) for item, text in zip(items, readings, strict=True)]
-    return [share("MMStar", items, marks)]
+def mark(item: Item, text: str | None) -> float:
+    """Whether the right option was read. (The published code divides by 1,500, however many were asked.)"""
+    return float(text == item.answers[0])

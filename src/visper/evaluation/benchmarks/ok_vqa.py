@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visper.common.errors import DataError
-from visper.evaluation.benchmarks.base import Column, Item, Reading, require_prepared, share
+from visper.evaluation.benchmarks.base import Item, Reading, require_prepared
 from visper.evaluation.benchmarks.vqa_text import normalize
 from visper.evaluation.image_sources import ImageFolder, ImageSource
 
@@ -57,14 +57,8 @@ def read(item: Item, said: str) -> Reading:
     return Reading(text, text)
 
 
-def accuracy(answers: Sequence[str], text: str | None) -> float:
+def mark(item: Item, text: str | None) -> float:
     """VQA accuracy: the mean, over the annotators, of min(1, matches among the other nine / 3)."""
-    normal = [normalize(answer) for answer in answers]
+    normal = [normalize(answer) for answer in item.answers]
     matches = sum(answer == text for answer in normal)
     return sum(min(1.0, (matches - (answer == text)) / 3) for answer in normal) / len(normal)
-
-
-def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
-    """Mean VQA accuracy."""
-    marks = [accuracy(item.answers, text) for item, text in zip(items, readings, strict=True)]
-    return [share("OK-VQA", items, marks)]

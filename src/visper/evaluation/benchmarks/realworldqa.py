@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
 from pathlib import Path
 
-from visper.evaluation.benchmarks.base import Column, Item, Reading, read_parquet, share
+from visper.evaluation.benchmarks.base import Item, Reading, read_parquet
 from visper.evaluation.benchmarks.vqa_text import NUMBERS
 from visper.evaluation.choices import LETTERS, read_choice
 from visper.evaluation.image_sources import ImageSource
@@ -47,7 +46,6 @@ def bare(text: str) -> str:
     return text.translate(_SIGNS).strip().upper()
 
 
-def score(items: Sequence[Item], readings: Sequence[str | None]) -> list[Column]:
-    """Share of right answers."""
-    marks = [float(text == bare(item.answers[0])) for item, text in zip(items, readings, strict=True)]
-    return [share("RWQA", items, marks)]
+def mark(item: Item, text: str | None) -> float:
+    """Whether the reading is the right answer."""
+    return float(text == bare(item.answers[0]))

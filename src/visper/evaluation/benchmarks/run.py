@@ -16,7 +16,7 @@ from visper.common.console import Console
 from visper.common.files import write_text
 from visper.common.manifest import model_digest
 from visper.data.sampler import spread
-from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, other_images
+from visper.evaluation.asking import Answers, Asker, Prompt, answers_file, blinded
 from visper.evaluation.benchmarks.base import Benchmark, Column, Item, Reading, mean
 from visper.evaluation.benchmarks.published_scores import AVERAGE, COLUMNS, PAPER, YARDSTICKS
 from visper.model.student import student_place
@@ -60,26 +60,21 @@ def run_benchmark(
     """Asks this process's share of a benchmark. Returns the result, or None if there are several processes.
 
     Args:
-        root: root folder of all data sets.
         limit: maximum number of rows, see ``spread``.
-        blind: also ask each question with another question's image.
         folder: folder of the raw answers; default: in the model's, see ``answers_file``.
     """
     rows, images = benchmark.rows(root)
     items = spread(rows, limit)
     file = answers_file(asker.model, benchmark.name, limit, folder)
-    own = [Prompt(item.id, item.prompt, item.images) for item in items]
-    others = other_images([item.images for item in items]) if blind else None
-    swapped = [
-        Prompt(item.id, item.prompt, names) for item, names in zip(items, others or [], strict=others is not None)
-    ]
+    own = [item.shown for item in items]
+    swapped = (blinded(own) if blind else None) or []
     answers = asker.ask([*own, *swapped], images, file, benchmark.max_new_tokens)
     if asker.share[1] > 1:
         return None
-    read = [reading_of(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, own, strict=True)]
-    read_blind = [
-        reading_of(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, swapped, strict=False)
-    ]
+    read, read_blind = (
+        [reading_of(benchmark, item, answers.get(prompt)) for item, prompt in zip(items, prompts, strict=False)]
+        for prompts in (own, swapped)
+    )
     answers.finish([*_lines(answers, items, own, read, False), *_lines(answers, items, swapped, read_blind, True)])
     said = [answers.get(prompt) for prompt in own]
     return Result(

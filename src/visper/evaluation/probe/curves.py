@@ -92,14 +92,14 @@ def titles(findings: Iterable[Finding]) -> dict[tuple[str, str, str | None, int]
 
 def findings_table(findings: Sequence[Finding]) -> Table:
     """One line per layer and measure, with the controls."""
-    table = Table("task/layer", "measure", "value (95 %)", "controls")
+    value = "value (95 %)" if any(finding.interval for finding in findings) else "value"
+    table = Table("task/layer", "measure", value, "controls")
     title = titles(findings)
     for finding in findings:
-        controls = ", ".join(f"{name} {value:.3f}" for name, value in finding.controls.items())
         value = f"{finding.value:.3f}"
         if finding.interval is not None:
             value += " ({:.3f} to {:.3f})".format(*finding.interval)
-        table.add_row(finding.name, title[finding.kind], value, controls)
+        table.add_row(finding.name, title[finding.kind], value, finding.controls_text)
     return table
 
 
@@ -122,7 +122,6 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
 
     Args:
         probes: name of a model -> its findings.
-        out: output file; its suffix determines the format.
 
     Raises:
         ConfigError: see ``require_drawable``.

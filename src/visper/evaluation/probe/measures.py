@@ -30,7 +30,7 @@ from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
 from visper.distillation.teachers.oneformer import OneFormerTeacher
 from visper.evaluation.intervals import grouped
-from visper.evaluation.predictions import PreTrained, predict_images, teacher_targets
+from visper.evaluation.predictions import PreTrained, layer_of, predict_images, task_of, teacher_targets
 from visper.evaluation.visualize import PROMPT
 
 BATCH = 16
@@ -69,7 +69,7 @@ class Finding:
     @property
     def task(self) -> str:
         """The task of ``name``."""
-        return self.name.split("/")[0]
+        return task_of(self.name)
 
     @property
     def kind(self) -> tuple[str, str, str | None, int]:
@@ -79,7 +79,12 @@ class Finding:
     @property
     def layer(self) -> int:
         """The layer of ``name``."""
-        return int(self.name.split("/")[1])
+        return layer_of(self.name)
+
+    @property
+    def controls_text(self) -> str:
+        """The controls, as the tables show them."""
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.controls.items())
 
     @property
     def beats_controls(self) -> bool:
@@ -96,10 +101,6 @@ def centered_cosine(predicted_SNE: Tensor, target_SNE: Tensor, mean_NE: Tensor) 
 def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     """Cosines with the teachers' targets over images that the probes were not trained on.
 
-    Args:
-        found: a model with trained heads.
-        files: images, at least two.
-
     Raises:
         DataError: fewer than two images.
     """
@@ -109,7 +110,7 @@ def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     columns: dict[str, tuple[list[Tensor], ...]] = {}
     for _, predicted, targets in _batches(found, files, "cosines"):
         for name, values in predicted.items():
-            target, mean = targets[name.split("/")[0]], means[name.split("/")[0]]
+            target, mean = targets[task_of(name)], means[task_of(name)]
             rows = (
                 centered_cosine(values, target, mean),
                 centered_cosine(values.roll(1, 0), target, mean) if len(values) > 1 else torch.empty(0),
@@ -121,8 +122,8 @@ def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
     result = []
     for name, parts in columns.items():
         own, other, raw, constant = (grouped([[value] for value in torch.cat(part).tolist()]) for part in parts)
-        result.append(Finding(name, "centered cosine", own[0], {OTHER: other[0]}, interval=own[1]))
-        result.append(Finding(name, "cosine", raw[0], {MEAN: constant[0]}, interval=raw[1]))
+        result.append(Finding(name, "centered cosine", own[0], {OTHER: other[0]}, interval=own[1], images=len(files)))
+        result.append(Finding(name, "cosine", raw[0], {MEAN: constant[0]}, interval=raw[1], images=len(files)))
     return result
 
 
@@ -190,13 +191,10 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     files = da2k_files(root, limit)
     pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
 
-    def right(depth_HW: Tensor, file: Path) -> list[bool]:
-        return [
-            bool(_at(depth_HW, pair.first) >= _at(depth_HW, pair.second)) == pair.first_closer for pair in pairs[file]
-        ]
-
     def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
-        return [float(one) for one in right(teacher.decode(values)[0, 0], file)]
+        depth = teacher.decode(values)[0, 0]
+        closer = [bool(_at(depth, pair.first) >= _at(depth, pair.second)) for pair in pairs[file]]
+        return [float(said == pair.first_closer) for said, pair in zip(closer, pairs[file], strict=True)]
 
     first = [pair.first_closer for each in pairs.values() for pair in each]
     constant = {"always the first point": sum(first) / len(first)}
@@ -258,28 +256,28 @@ def _decoded(
     means = _mean_targets(found, files[:MEAN_OF])
     scores: dict[str, list[list[float]]] = {}
 
-    def add(name: str, task: str, values: Tensor, seen: Image.Image, file: Path) -> None:
-        scores.setdefault(name, []).append(score(found.teachers[task], values, seen, file))
+    def add(name: str, values: Tensor, seen: Image.Image, file: Path) -> None:
+        scores.setdefault(name, []).append(score(found.teachers[task_of(name)], values, seen, file))
 
     last: dict[str, Tensor] = {}
     for batch, predicted, targets in _batches(found, files, measure):
         for at, (file, seen) in enumerate(batch):
-            own = {name: values[at : at + 1] for name, values in predicted.items() if name.split("/")[0] in tasks}
+            own = {name: values[at : at + 1] for name, values in predicted.items() if task_of(name) in tasks}
             for task in tasks:
-                add(f"{task}/{TEACHER}", task, targets[task][at : at + 1], seen, file)
-                add(f"{task}/{MEAN}", task, means[task][None], seen, file)
+                add(f"{task}/{TEACHER}", targets[task][at : at + 1], seen, file)
+                add(f"{task}/{MEAN}", means[task][None], seen, file)
             for name, values in own.items():
-                add(name, name.split("/")[0], values, seen, file)
+                add(name, values, seen, file)
                 if name in last:
-                    add(f"{name}/{OTHER}", name.split("/")[0], last[name], seen, file)
+                    add(f"{name}/{OTHER}", last[name], seen, file)
             last = own
     result = []
     for name in last:
         value, interval = grouped(scores[name])
-        task = name.split("/")[0]
+        task = task_of(name)
         places = {OTHER: f"{name}/{OTHER}", MEAN: f"{task}/{MEAN}", TEACHER: f"{task}/{TEACHER}"}
         controls = {control: grouped(scores[place])[0] for control, place in places.items() if place in scores}
-        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval))
+        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval, images=len(files)))
     return result
 
 

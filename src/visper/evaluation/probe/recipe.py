@@ -14,14 +14,14 @@ from typing import Any
 
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
-from visper.config import Position, Run, Target, Task, load_run
+from visper.config import Position, Run, Target, load_run
+from visper.data.rows.formats import IMAGE_SUFFIXES
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.evaluation.visualize import PROMPT
 from visper.model.hub import sizes_of
 from visper.model.student import student_place
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tiff")
 MAX_TOKENS = 4096
 """Maximum length of a row: an image, its task tokens and a prompt."""
 
@@ -93,17 +93,14 @@ def probe_run(
 
 def _probed(target: Target, layers: int) -> dict[str, Any]:
     given = target.model_dump(mode="json", exclude_none=True) | PROBED_LEVELS.get(target.kind, {})
-    task = Task.model_validate(
-        {
-            "target": given,
-            "at": "sequence",
-            "layers": list(range(1, layers + 1)),
-            "head": {"kind": "resampler", "queries": "matrix"},
-            "loss": {"smooth_l1": 1.0},
-            "weight": 1.0,
-        }
-    )
-    return task.model_dump(mode="json")
+    return {
+        "target": given,
+        "at": "sequence",
+        "layers": list(range(1, layers + 1)),
+        "head": {"kind": "resampler", "queries": "matrix"},
+        "loss": {"smooth_l1": 1.0},
+        "weight": 1.0,
+    }
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -124,7 +121,6 @@ def write_rows(
     """Writes a row for each image below a folder: one prompt and the answer "." (a caption would tell its content).
 
     Args:
-        images: folder of the images, which are sorted by name.
         file: file of the rows; not written again if it has the same content.
         named_by: use only the images that the rows of this JSON file name, in their order.
         limit: use only this many images, from the first.

@@ -98,11 +98,9 @@ def prepare_for_zero(launch: Launch, model: TrainingModel) -> None:
 
 
 def save_zero_checkpoint(engine: Any, folder: Path, launch: Launch, processes: int, first: bool) -> None:
-    """Writes DeepSpeed's checkpoint of trainable weights and optimizer state. Every process must call.
+    """Writes DeepSpeed's checkpoint of trainable weights and optimizer state; the ``first`` process writes ``WRITER``.
 
-    Args:
-        engine: the DeepSpeed engine that wraps the model.
-        first: whether this is the first process, which also writes ``WRITER``.
+    Every process must call.
     """
     engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
     if first:

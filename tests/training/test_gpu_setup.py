@@ -1,0 +1,34 @@
+"""What a run sets up for a GPU, on a machine that has none."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests import tiny
+from visper.config import load_run
+from visper.training.arguments import training_arguments
+from visper.training.run import join_processes
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one GPU, as far as torch is asked. Restores the precision of products."""
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("visper.training.run.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_is_on_for_those_who_read_the_old_flag_too(gpu, monkeypatch, tmp_path, tiny_llm, tiny_encoder):
+    """Inductor and flex attention read it, and torch refuses that after the Trainer's ``tf32`` has set the new one."""
+    given = []
+    monkeypatch.setattr("visper.training.arguments.TrainingArguments", lambda **options: given.append(options))
+    run = load_run(tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=1))
+    join_processes(run.launch)
+    training_arguments(run, tmp_path, 1)
+    assert given[0].get("tf32") is None
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high"
