@@ -110,14 +110,6 @@ class TaskTokens(nn.Module):
         weight = weight_of(embedding)
         weight[self.token_ids.to(weight.device)] = (self.input_rows() / embed_scale(embedding)).to(weight)
 
-    @torch.no_grad()
-    def move_to_vocabulary(self, embedding: nn.Module) -> None:
-        """Shifts the queries so that the rows of the task tokens are those of a trained student's vocabulary."""
-        kept = TaskTokens.frozen(self.ids, embedding)
-        for task, own_QD in self.queries.items():
-            groups = own_QD.unflatten(0, (len(self.ids[task]), -1))
-            groups += (kept.queries[task] - groups.mean(dim=1))[:, None]
-
     @classmethod
     def of_vocabulary(cls, ids: Mapping[str, list[int]], embedding: nn.Module, rows: Mapping[str, int]) -> TaskTokens:
         """Trainable task tokens of a trained student; repeats each token's embedding to ``rows`` queries per task."""

@@ -39,14 +39,12 @@ def build_training_model(
     distillation: Distillation | None = None,
     specs: Mapping[str, TargetSpec] | None = None,
     seed: int = 0,
-    continues: bool = False,
 ) -> TrainingModel:
     """Combines student, task tokens, added words (in PT) and, with ``distillation``, the objective.
 
     Args:
         specs: shape of the targets of each task with a teacher; needed with ``distillation``.
         seed: for the random initialization of the query matrices.
-        continues: whether the student comes from an earlier stage, whose task tokens PT must keep.
 
     Raises:
         ConfigError: a task names a layer that the model does not have, a target that its head cannot predict, or task
@@ -60,7 +58,7 @@ def build_training_model(
         objective, rows = None, dict[str, int]()
         if distillation is not None:
             objective, rows = _objective(student, distillation, dict(specs or {}))
-        return TrainingModel(student, _task_tokens(student, stage, rows, seed, continues), objective, words)
+        return TrainingModel(student, _task_tokens(student, stage, rows, seed), objective, words)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -106,36 +104,31 @@ def own_target(student: Student, kind: str) -> TargetSpec:
     return TargetSpec(student.num_image_tokens, width, own=True)
 
 
-def _task_tokens(
-    student: Student, stage: Stage, rows: Mapping[str, int], seed: int, continues: bool
-) -> TaskTokens | None:
-    """New query matrices in PT. Later stages take them from the vocabulary: trainable with ``rows``, frozen without."""
+def _task_tokens(student: Student, stage: Stage, rows: Mapping[str, int], seed: int) -> TaskTokens | None:
+    """New task tokens in PT. Later stages take them from the vocabulary: trainable with ``rows``, frozen without."""
     ids, embedding = student.task_token_ids, student.model.get_input_embeddings()
     if not ids:
         return None
     if stage is Stage.PT:
-        tokens = TaskTokens(ids, initial_queries(student, rows, torch.Generator().manual_seed(seed)))
-        if continues:
-            tokens.move_to_vocabulary(embedding)
-        return tokens
+        return TaskTokens(ids, initial_queries(student, rows, torch.Generator().manual_seed(seed)))
     return TaskTokens.of_vocabulary(ids, embedding, rows) if rows else TaskTokens.frozen(ids, embedding)
 
 
-def continue_objective(model: TrainingModel, distillation: Distillation, start_from: str) -> int:
+def continue_objective(model: TrainingModel, distillation: Distillation, start_from: str) -> list[str]:
     """Loads heads and queries of the previous stage for tasks whose target, head, position and layers are unchanged.
 
     Returns:
-        How many tasks continue with trained heads; the others keep their new heads.
+        The tasks that continue with trained heads; the others keep their new heads.
     """
     place = Path(start_from).parent if Path(start_from).name == "model" else Path(start_from)
     saved_run = place / "distillation" / "run.yaml"
     if not saved_run.is_file():
-        return 0
+        return []
     before = load_run(saved_run).distillation
     assert before is not None and model.objective is not None
     state = model.state_dict()
     weights = load_file(place / "distillation" / "weights.safetensors")
-    found, continued = dict[str, torch.Tensor](), 0
+    found, continued = dict[str, torch.Tensor](), list[str]()
     for name, task in distillation.tasks.items():
         old = before.tasks.get(name)
         if old is None or (old.target, old.head, old.at, old.layers) != (task.target, task.head, task.at, task.layers):
@@ -144,7 +137,7 @@ def continue_objective(model: TrainingModel, distillation: Distillation, start_f
         others = (f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
         saved = {n: t for n, t in weights.items() if n.startswith(heads) or n in others}
         found |= {n: t for n, t in saved.items() if n in state and state[n].shape == t.shape}
-        continued += 1
+        continued.append(name)
     model.load_state_dict(found, strict=False)
     return continued
 

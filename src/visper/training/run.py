@@ -234,13 +234,9 @@ def build_model(
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
         add_updates(run.lora, student)
-        specs, continues = specs_of(teachers), run.start_from is not None
-        model = build_training_model(student, run.stage, run.distillation, specs, run.seed, continues)
+        model = build_training_model(student, run.stage, run.distillation, specs_of(teachers), run.seed)
     if not skeleton:
-        if run.distillation is not None and run.start_from is not None:
-            continued = continue_objective(model, run.distillation, run.start_from)
-            new = len(run.distillation.tasks) - continued
-            announce(console, "heads", f"{continued} tasks continue from {run.start_from}, {new} are new")
+        continue_training(run, model, student, console)
         set_trainable(model, run.stage, run.optimization, run.lora is not None, console)
     if run.optimization.recomputation:
         model.recompute_activations(run.optimization.recomputation)
@@ -255,6 +251,20 @@ def build_model(
         compile_parts(model, run.optimization.compile)
         announce(console, "compiled", f"the LLM's layers and the predictors, by {run.optimization.compile}")
     return model
+
+
+def continue_training(run: Run, model: TrainingModel, student: Student, console: Console) -> None:
+    """Loads the heads and queries of the previous stage where they still fit, and says what is new."""
+    if run.start_from is None:
+        return
+    continued: list[str] = []
+    if run.distillation is not None:
+        continued = continue_objective(model, run.distillation, run.start_from)
+        new = len(run.distillation.tasks) - len(continued)
+        announce(console, "heads", f"{len(continued)} tasks continue from {run.start_from}, {new} are new")
+    drawn = [task for task in student.task_token_ids if task not in continued]
+    if run.stage is Stage.PT and drawn:
+        announce(console, "task tokens", f"new for {', '.join(drawn)}: this stage does not keep those of the start")
 
 
 def shares_weights(launch: Launch, processes: PartialState) -> bool:
