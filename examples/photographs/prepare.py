@@ -95,7 +95,7 @@ def shuffle_targets(store: Path, out: Path, shuffled: Sequence[bytes], kept: Seq
     claim_store(out, dtype)
     for folder in sorted(file.parent for file in store.glob(f"*/{TEACHER}")):
         targets = TaskTargets(folder, dtype)
-        missing = int((~targets.known(list(others))).sum())
+        missing = len(targets.missing(list(others)))
         if missing:
             raise SystemExit(f"'{folder}' lacks {missing} of the images: build the targets first")
         StoredTeacher.read(folder).write(out / folder.name)

@@ -99,7 +99,7 @@ def test_a_micro_batch_stays_on_its_gpu_and_reads_nothing_from_it(
     processes = join_processes(run.launch)
     student = build_student(run, processes, console)
     teachers, store = build_targets(run, student, console)
-    data = build_data(run.data, run.optimization, student, teachers, console, run.seed, False, store)
+    data = build_data(run, student, teachers, store, console)
     model = build_model(run, student, teachers, processes, console).train()
     collate = model.with_positions(data.collator)
     batches = [collate([data.dataset[row] for row in rows]) for rows in (range(4), range(4, 8))]

@@ -111,7 +111,10 @@ def _rows_there(run: Run) -> dict[str, str]:
 def _recorded(output: Path) -> dict[str, str]:
     file = output / CONTENT
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        recorded: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(recorded, dict):
+            raise TypeError("expected keys with digests")
+        return recorded
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"unknown whether the run in '{output}' was trained on the current content, because '{file}' cannot be "
