@@ -192,4 +192,4 @@ def _show_first(dataset: ConversationDataset, sampler: RowSampler, student: Stud
         console.print(show_sample(tokenizer, sample.input_ids, sample.labels, student.image_token_id))
         return
     assert drop is not None, "there are rows"
-    raise DataError("no rows", f"not one could be loaded, the first not because of {drop.reason}: {drop.detail}")
+    raise DataError("no rows", f"not one could be loaded; the first: {drop.reason}, {drop.detail}")
