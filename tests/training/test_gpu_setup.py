@@ -23,7 +23,7 @@ def gpu(monkeypatch):
 
 
 def test_tf32_is_on_for_those_who_read_the_old_flag_too(gpu, monkeypatch, tmp_path, tiny_llm, tiny_encoder):
-    """Inductor and flex attention read it, and torch refuses that after the Trainer's ``tf32`` has set the new one."""
+    """Torch 2.9's inductor reads it, and torch refuses that after the Trainer's ``tf32`` has set the new one."""
     given = []
     monkeypatch.setattr("visper.training.arguments.TrainingArguments", lambda **options: given.append(options))
     run = load_run(tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=1))

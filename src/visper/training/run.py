@@ -165,7 +165,7 @@ def join_processes(launch: Launch) -> PartialState:
     require_gpu_each()
     timeout = timedelta(minutes=launch.timeout_minutes)
     on_gpu = torch.cuda.is_available()
-    if on_gpu:  # TF32. The Trainer's argument sets only torch's new flag; inductor then fails when it reads the old one
+    if on_gpu:  # TF32: the Trainer sets only torch's new flag, and torch 2.9's inductor cannot read the old one then
         torch.set_float32_matmul_precision("high")
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
     count = torch.cuda.device_count()
