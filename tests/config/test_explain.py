@@ -69,6 +69,13 @@ def test_every_field_of_a_run_is_explained_without_python() -> None:
     assert explained > 3 * len(places) // 2
 
 
+def test_a_refused_name_is_explained_once() -> None:
+    with pytest.raises(ConfigError, match=r"^[^\n]*unknown key 'distillation.tasks.2x': '2x' cannot name[^\n]*$"):
+        load_run(RECIPE, ["distillation.tasks.2x.layers=[3]"])
+    with pytest.raises(ConfigError, match=r"student\.task_tokens\.order\.0': '2x' cannot name a task(?!.*found)"):
+        load_run(RECIPE, ["student.task_tokens.order=[2x]"])
+
+
 def test_a_misspelled_task_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'edge' is new, so it needs this key; known: depth, seg, gen$"):
         load_run(RECIPE, ["distillation.tasks.edge.layers=[3]"])

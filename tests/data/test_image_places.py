@@ -11,3 +11,9 @@ def test_of_several_images_a_llava_onevision_shows_each_in_the_coordinates_of_th
     assert seen.nonzero().flatten().tolist() == list(range(4, 12))
     assert places[seen][:, 1].tolist() == [0.25] * 4 + [0.75] * 4
     assert places[seen][:4, 0].tolist() == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_ovis2_which_shows_the_view_first_is_not_taken_for_internvl():
+    images = SimpleNamespace(max_patches=4, min_patches=1, size={"height": 8, "width": 8})
+    ovis = SimpleNamespace(image_processor=images, image_seq_length=4, image_token="<image>", image_token_id=3)
+    assert places_of(ovis, Shown((16, 8), 12, alone=True)) is None

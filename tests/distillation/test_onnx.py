@@ -144,6 +144,9 @@ def test_class_numbers_and_maps_of_another_layout_are_refused(tmp_path):
     path = changed(tmp_path / "numbers.onnx", numbers, ["n", 1, 8, 8], TensorProto.INT64)
     with pytest.raises(ValueError, match="class numbers, which cannot be averaged"):
         build_teacher("onnx", path)
+    small = helper.make_node("Cast", ["doubled"], ["small"], to=TensorProto.UINT8)
+    with pytest.raises(ValueError, match="class numbers, which cannot be averaged"):
+        build_teacher("onnx", changed(tmp_path / "small.onnx", small, ["n", 4, 8, 8], TensorProto.UINT8))
     last = helper.make_node("Transpose", ["doubled"], ["map"], perm=[0, 2, 3, 1])
     path = changed(tmp_path / "last.onnx", last, ["n", 8, 8, 4])
     with pytest.raises(ValueError, match="set 'output_layout' to NHWC"):

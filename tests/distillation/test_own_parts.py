@@ -106,6 +106,42 @@ def test_a_head_of_another_width_may_be_compared_by_its_gram_matrix():
     build(head="OneChannel", loss={"gram": 1.0})
 
 
+class ForEachPlace(Own):
+    """Has an embedding for each of a 2 x 2 grid of states."""
+
+    def __init__(self, llm_width, target):
+        super().__init__(llm_width, target)
+        self.places = torch.nn.Parameter(torch.zeros(target.tokens, self.width))
+
+    def forward(self, states):
+        return super().forward(states) + self.places
+
+
+class Wider(Own):
+    width = 5
+
+
+def relational(predicted, target, mask=None):
+    """Compares similarities of tokens, whatever the widths; makes a tensor on the default device."""
+    own, other = (values @ values.transpose(1, 2) for values in (predicted, target))
+    return (own - other).abs().mean((1, 2)) * torch.ones(len(own)).to(own.device)
+
+
+def test_a_head_for_a_known_number_of_states_and_one_of_another_width_are_built():
+    build(head="ForEachPlace")
+    build(head="Wider", loss="relational")
+    for loss, message in (("own_loss", "cannot be used"), ({"cosine": 1.0}, "makes .* expected")):
+        with pytest.raises(ValueError, match=message):
+            build(head="Wider", loss=loss)
+
+
+def test_parts_are_tried_where_a_model_is_built_without_values():
+    with torch.device("meta"):
+        build(loss="relational")
+        with pytest.raises(ValueError, match="return one number for each image"):
+            build(loss="scalar")
+
+
 class NoSpec(Teacher):
     def __init__(self, model):
         super().__init__()

@@ -106,7 +106,7 @@ def test_a_teacher_of_ones_own_is_its_code_too():
     assert Fingerprint.of(Target(kind="features", model="a"), "squash", GRAY).code is None
 
 
-def test_our_preprocessing_gives_the_pixels_of_computation_4(tmp_path):
+def test_our_preprocessing_gives_the_pixels_of_computation_5(tmp_path):
     """Where this fails for an intended change, raise ``fingerprint.COMPUTATION`` and write the new values."""
     rows, columns = np.mgrid[:40, :60]
     picture = np.stack((rows * 6, columns * 4, (rows * columns) % 256), -1).astype(np.uint8)
@@ -116,7 +116,7 @@ def test_our_preprocessing_gives_the_pixels_of_computation_4(tmp_path):
     arranged = {geometry: arrange(image, geometry, GRAY) for geometry in ("squash", "pad", "crop")}
     found = {geometry: look.normalize(look(rgb_bytes(seen))[None])[0] for geometry, seen in arranged.items()}
     sums = {name: [round(float(v), 2) for v in pixels.mean((1, 2))] for name, pixels in found.items()}
-    assert fingerprint.COMPUTATION == 4
+    assert fingerprint.COMPUTATION == 5
     assert {name: pytest.approx(values, abs=0.011) for name, values in PROBE.items()} == sums
     assert all(pixels.shape == (3, 8, 12) and pixels.dtype == torch.float32 for pixels in found.values())
 

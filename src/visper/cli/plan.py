@@ -47,7 +47,7 @@ def run(
 
         plan = Plan(settings, Machine(gpus, memory, kind.peak if kind else None, gpus_per_node))
         _show(plan, gpu, hourly_price, Console())
-    _require_fit(plan)
+        _require_fit(plan)
 
 
 def _show(plan: "Plan", gpu: str, price: float | None, console: Console) -> None:

@@ -75,7 +75,8 @@ class Head(Section):
             at the image's in a model without task tokens). Default: "states" for one-token targets, else "matrix".
         inner: width inside the resampler: the LLM's, or the target's (default).
         mlp: adds a Linear-ReLU-Linear after the resampler.
-        num_queries: rows of the query matrix; default: the target's tokens ("states": the number of task tokens).
+        num_queries: rows of the query matrix, at task tokens only; default: the target's tokens ("states": the number
+            of task tokens).
         depth, heads, head_width, ff_mult: layers, attention heads, width per head, feed-forward multiple.
     Options of "mlp": depth (number of linear layers), width (between them), activation.
     """

@@ -29,10 +29,13 @@ def explain(error: ValidationError, name: str, model: type[BaseModel], given: An
     faults: Any = error.errors()
     whole = model.model_json_schema()
     places = [[str(part) for part in fault["loc"] if not _NO_KEY.fullmatch(str(part))] for fault in faults]
+    refused = [place for fault, place in zip(faults, places, strict=True) if fault["loc"][-1:] == ("[key]",)]
     lines: dict[str, str] = {}
     for fault, place in zip(faults, places, strict=True):
         if fault["type"] in _OF_A_WHOLE and any(other[: len(place)] == place != other for other in places):
             continue  # the fault of an entry is listed
+        if any(place[: len(key)] == key != place for key in refused):
+            continue  # what is under a key that is refused anyway
         shown = ".".join(place) or f"(the whole {model.__name__.lower()})"
         last = fault["loc"][-1] if fault["loc"] else None
         if fault["type"] == "extra_forbidden":
@@ -81,7 +84,8 @@ def _message(fault: Mapping[str, Any], whole: Schema) -> str:
     if kind in _MAPPINGS:
         keys = _keys(_at(fault["loc"], whole))
         text += f" ({', '.join(keys)})" if keys else ", as in {key: value}"
-    text += f", found {found(value)}" if not isinstance(value, dict) else ""
+    named = isinstance(value, dict) or (kind == "value_error" and repr(value) in text)  # by a check of our own
+    text += "" if named else f", found {found(value)}"
     return text + (": put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else "")
 
 

@@ -32,7 +32,7 @@ class Student(Section):
     llm_revision: str | None = Field(None, description="commit, tag or branch of a hub id; default: its main branch")
     encoder: PathText = Field(description="image encoder: hub id or folder")
     encoder_revision: str | None = Field(None, description="the same for the encoder")
-    feature_layer: int = Field(-2, description="encoder layer that the projector reads; negative: from the end")
+    feature_layer: int = Field(-2, description="encoder layer that the projector reads, from 1; negative: from the end")
     image_size: PositiveInt | None = Field(None, description="side length in pixels; default: the encoder's own")
     system_prompt: str | None = Field(None, description="used if a conversation has no system turn")
     task_tokens: TaskTokenLayout | None = Field(TaskTokenLayout(), description="null: a plain LLaVA student")

@@ -130,11 +130,11 @@ def _views(processor: Any, shown: Shown) -> Tensor:
 
 _RULES: dict[tuple[str, str], Callable[[Any, Shown], Tensor]] = {
     ("merge_size", "video_processor"): _merged_patches,
-    ("max_patches", "image_seq_length"): _tiles_and_view,
+    ("max_patches", "end_image_token_id"): _tiles_and_view,
     ("image_grid_pinpoints", "vision_aspect_ratio"): _view_and_lines,
     ("max_image_size", "image_seq_len"): _split_and_view,
     ("do_pan_and_scan", "image_seq_length"): _views,
 }
 """An attribute of the image processor and one of the processor that together identify a family -> the places of its
-tokens. The first alone does not: LLaVA-NeXT, Aya Vision and Aria cut images in the same way but order their tokens
-differently."""
+tokens. The first alone does not: LLaVA-NeXT, Aya Vision, Aria and Ovis2 cut images in the same way but order their
+tokens differently."""

@@ -83,6 +83,7 @@ class ResamplerHead(nn.Module):
         llm_width: int,
         target: TargetSpec,
         latents: int = 0,
+        *,
         inner: Literal["llm", "target"] = "target",
         mlp: bool = False,
         queries: Literal["matrix", "states"] | None = None,

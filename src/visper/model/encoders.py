@@ -180,7 +180,8 @@ def load_encoder(
     if feature_layer == 0 or not -len(states) <= feature_layer < len(states):
         layers = len(states) - 1
         raise ConfigError(
-            f"encoder '{name}' has {layers} layers, but feature_layer is {feature_layer}: choose an existing layer"
+            f"encoder '{name}' has {layers} layers, but feature_layer is {feature_layer}: choose 1 to {layers}, or "
+            f"-1 to {-layers} from the end"
         )
     tokens = states[feature_layer][1]
     patch = int(model.config.patch_size)

@@ -73,6 +73,7 @@ class Size:
         chosen_at: the number of labels at which weights are compared.
         judged: held-out scenes on which predictions are compared with the teachers.
         probed: number of seeds whose pre-trained models are probed.
+        probe_steps: steps of such a probe.
         margin: least gain in accuracy (0 to 1) of feature feeding over no supervision; below it the setting can
             show nothing.
     """

@@ -15,7 +15,7 @@ from visper.config import Target, Task
 from visper.config.kinds import TEACHERS
 from visper.model.revisions import HUB_ID, commit_of
 
-COMPUTATION = 4
+COMPUTATION = 5
 """Increase this when a change to visper's own code (``open_image``, ``arrange``, ``squashed``, ``normalization_of``, a
 teacher's ``encode``) changes the target of an image: targets stored before are then not found. A test compares the
 pixels."""

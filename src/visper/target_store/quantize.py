@@ -79,7 +79,11 @@ class TargetCodec:
         return (scaled.round() if self.dtype == "int8" else scaled).to(DTYPES[self.dtype]), scale
 
     def pack(self, targets_BNE: Tensor) -> Tensor:
-        """Encodes targets and packs them with their scales: ``[B, target_bytes]`` uint8 on the CPU."""
+        """Encodes targets and packs them with their scales: ``[B, target_bytes]`` uint8 on the CPU.
+
+        Raises:
+            ValueError: see ``encode``.
+        """
         values, scales = self.encode(targets_BNE)
         parts = [values] if scales is None else [scales, values]
         return torch.cat([part.contiguous().view(torch.uint8).flatten(1) for part in parts], 1).cpu()

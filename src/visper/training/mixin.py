@@ -109,23 +109,27 @@ class DistillationMixin(Trainer):
         return batches, num_items
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The trainer's own loss and, in training, this micro-batch's share of the embedding losses."""
         share = inputs.pop(SHARE, None)
         if share is None:
             assert not model.training, "training batches must come from get_batch_samples"
-            return super().compute_loss(model, inputs, return_outputs, **options)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         with self.distiller.tap() as hidden:
-            found = super().compute_loss(model, inputs, return_outputs, **options)
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
             self._require_gradient(hidden, share)
             with self.accelerator.autocast():
                 terms = self.distiller(hidden, ids, mask, **share)
         self.terms.add({name: term.detach() for name, term in terms.items()}, self.state.global_step)
         total = self.distiller.total(terms, self.state.global_step / max(1, self.state.max_steps))
         # Gradients are averaged over processes, but each process's terms are a share of a sum.
-        total = total * self.accelerator.num_processes * self._divided_by(options.get("num_items_in_batch"))
+        total = total * self.accelerator.num_processes * self._divided_by(num_items_in_batch)
         loss, outputs = found if return_outputs else (found, None)
         return (loss + total, outputs) if return_outputs else loss + total
 

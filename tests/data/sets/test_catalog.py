@@ -93,6 +93,8 @@ def test_a_source_is_a_set_or_a_file_with_its_folder(source):
         ({"downloads": [{"file": "../a", "sources": [{"path": "b"}]}]}, "expected a path inside the root"),
         ({"downloads": [{"file": "a", "sources": [{"url": "ftp://a"}]}]}, r"sources\.0\.url"),
         ({"downloads": [{"file": "a", "sources": [{"path": "b"}], "size": "much"}]}, "a size such as '18 GB'"),
+        ({"downloads": [{"file": "a", "sources": [{"path": "b"}], "size": 18}]}, "a size such as '18 GB'"),
+        ({"downloads": [{"file": "a", "sources": [{"path": "b"}], "size": "18"}]}, "a size such as '18 GB'"),
         ({"downloads": [{"file": "a", "sources": [{"path": "b"}], "unpack": [{"too": "x"}]}]}, "did you mean 'to'"),
         ({"downloads": [{"file": "a", "sources": [{"path": "b"}], "md5": "00"}]}, r"downloads\.0\.md5"),
     ],

@@ -142,7 +142,7 @@ def check(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Report:
-    """Checks every row and every image of one conversation file.
+    """Checks every row and every image of one conversation file (``.json`` or ``.jsonl``).
 
     Args:
         encoder: a run's encoder; None: what is cut off or unknown to a tokenizer is not checked.

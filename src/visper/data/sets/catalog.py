@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
 
 from visper.common.errors import ConfigError, DataError
 from visper.config import Data, Source, explain
@@ -37,6 +37,12 @@ def _relative(path: str) -> str:
 
 def _file_or_folder(path: str) -> str:
     return _relative(path) + ("/" if path.endswith("/") else "")
+
+
+def _with_unit(size: Any) -> Any:
+    if not isinstance(size, str) or not size.strip().endswith(("B", "b")):
+        raise ValueError("expected a size such as '18 GB'")
+    return size
 
 
 Inside = Annotated[str, AfterValidator(_relative)]
@@ -91,7 +97,9 @@ class Download(Section):
 
     file: Annotated[str, AfterValidator(_file_or_folder)]
     sources: tuple[Origin, ...] = Field(min_length=1, description="tried in order")
-    size: ByteSize | None = Field(None, description="approximate, for lists and checks")
+    size: Annotated[ByteSize, BeforeValidator(_with_unit)] | None = Field(
+        None, description="approximate, for lists and checks"
+    )
     exact_bytes: PositiveInt | None = Field(None, alias="bytes", description="published size")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     md5: str | None = Field(None, pattern="^[0-9a-f]{32}$")

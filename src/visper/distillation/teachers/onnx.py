@@ -99,7 +99,7 @@ class OnnxTeacher(Teacher):
         given = given.permute(0, 2, 3, 1) if self.channels_last else given
         given = given.expand(self.batch, -1, -1, -1) if self.batch and len(given) == 1 else given
         values = torch.from_numpy(self._run(given.contiguous().numpy()))[: len(pixels)]
-        if values.dtype in (torch.int64, torch.int32, torch.bool):
+        if not values.is_floating_point():
             raise ValueError(
                 f"output '{self.output}' has values of type {values.dtype}, such as class numbers, which cannot be "
                 "averaged: set 'output' to the tensor before, with a number for each class"
