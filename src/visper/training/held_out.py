@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
+from visper.common.ranks import first_decides
 from visper.config import EVALUATED, Evaluation, Optimization, Run
 from visper.data.checks.overlap import row_images, shared_images
 from visper.data.sampler import spread
@@ -220,7 +221,8 @@ class EvaluationCallback(TrainerCallback):
         """
         self.held_out.require_measure(self.trainer.accelerator.unwrap_model(self.trainer.model))
         measure, others = self.held_out.settings.measure, 0
-        for value, step, on in earlier_values(self.output, measure, state.global_step):
+        # Read by the first process, whose own callback has already cut off a line that a power failure left torn.
+        for value, step, on in first_decides(lambda: [*earlier_values(self.output, measure, state.global_step)]):
             if on == self.on:
                 self._take(value, step)
             else:
@@ -313,7 +315,8 @@ def batch_sizes(rows: int, batch: int) -> list[int]:
 def _announce_rows(rows: StageData, settings: Evaluation, batch: int, console: Console) -> None:
     """Says how many rows are measured and, if they are not full global batches, in what batches they are compared."""
     count = min(settings.limit, len(rows.dataset))
-    sizes = batch_sizes(count, batch)
+    count -= count % PartialState().num_processes  # see ``measured_order``
+    sizes = batch_sizes(count, batch) or [batch]
     text = f"losses on {count} held-out rows"
     if sizes[-1] != batch:
         parts = f"{len(sizes) - 1} x {batch} and {sizes[-1]}" if len(sizes) > 1 else str(count)
