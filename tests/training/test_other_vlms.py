@@ -10,7 +10,7 @@ import transformers as t
 from PIL import Image
 
 from tests.distillation.vlms import PATCHES, QWEN_VISION, ROPE, TEXT, VISION, WIDTH
-from tests.training.test_vlm_students import batch_of, question, run_of
+from tests.training.test_vlm_students import batch_of, changes_by_distance, image_of, question, run_of
 from tests.vlms import CHATML, qwen_processor, save_made, tokenizer_with
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
@@ -121,11 +121,6 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build_vlm(VlmStudent(vlm=str(folder)))
 
 
-def image_of(width: int, height: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(100, 130, (height, width, 3), generator=generator, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("student", [*PLACED, *NOT_PLACED], indirect=True, ids=lambda made: made.__name__)
 def test_the_loss_is_the_models_own(student, tmp_path):
     for name, size in {"wide": (40, 24), "tall": (20, 50)}.items():
@@ -145,30 +140,13 @@ def test_the_loss_is_the_models_own(student, tmp_path):
 @pytest.mark.parametrize("size", [(64, 32), (48, 64)])
 def test_an_image_token_lies_where_its_feature_changes_with_the_image(student, size):
     """Attention in the encoder, which mixes places, is turned off: only the tokens of the changed place may change."""
-    inputs = ModelInputs(student.processor, student.image_token_id)
     language = {id(module) for module in student.model.get_decoder().modules()}
     for module in student.model.modules():
         if type(module).__name__.endswith("Attention") and id(module) not in language:
             module.register_forward_hook(
                 lambda _, __, out: (out[0] * 0, *out[1:]) if isinstance(out, tuple) else out * 0
             )
-    (width, height), plain = size, image_of(*size)
-
-    @torch.no_grad()
-    def features(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = [[Image.fromarray(pixels.numpy())]]
-        made = inputs.images(images)
-        found = torch.cat(list(student.model.get_image_features(**made).pooler_output)).flatten(0, -2)
-        places = inputs.places(images, [len(found)], made)
-        assert places is not None
-        return found, places
-
-    before, places = features(plain)
-    for row, column in ((0, 0), (1, 3), (3, 2)):
-        changed = plain.clone()
-        changed[row * height // 4 : (row + 1) * height // 4, column * width // 4 : (column + 1) * width // 4] = 255
-        change = (features(changed)[0] - before).norm(dim=1)
-        distance = (places - torch.tensor(((column + 0.5) / 4, (row + 0.5) / 4))).abs().amax(1)
+    for change, distance in changes_by_distance(student, size):
         # Half the changed quarter and half a token, of at most half the image.
         assert distance[change > change.max() / 3].max() <= 0.125 + 0.25
 
