@@ -3,7 +3,7 @@
     python benchmarks/logits_memory.py --out benchmarks/results/logits-memory.json
 
 A vocabulary of 128k, 650 positions per row of which 20 are supervised. ``full`` is what a causal LM of transformers
-does with labels; ``ours`` is ``TrainingModel.next_token_loss``. Each runs in its own process, forward and backward to
+does with labels; ``ours`` is ``visper.training.next_token``. Each runs in its own process, forward and backward to
 the hidden states. Measured is the peak of resident memory above what the process held before (including head and
 states).
 """
@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from visper.training.module import TrainingModel
+from visper.data.collator import supervised_places
+from visper.training.next_token import next_token_loss
 
 POSITIONS, SUPERVISED = 650, 20
 
@@ -46,11 +46,10 @@ def measure(kind: str, rows: int, words: int, width: int) -> dict[str, float]:
     if kind == "full":
         loss = ForCausalLMLoss(head(states), labels, words, num_items_in_batch=torch.tensor(rows * SUPERVISED))
     else:
-        student = SimpleNamespace(get_output_embeddings=lambda: head)
-        holder = SimpleNamespace(student=student, silent_ids=torch.empty(0, dtype=torch.long))
-        holder._can_fuse_head = lambda states: False
-        holder._cross_entropy = lambda *part: TrainingModel._cross_entropy(holder, *part)  # type: ignore[arg-type]
-        loss = TrainingModel.next_token_loss(holder, states, labels) / (rows * SUPERVISED)  # type: ignore[arg-type]
+        at = supervised_places(labels)
+        wanted = labels.flatten()[at + 1]
+        total = next_token_loss(states.flatten(0, 1)[at], wanted, head, torch.empty(0, dtype=torch.long), fuse=False)
+        loss = total / (rows * SUPERVISED)
     loss.backward()
     seconds = time.process_time() - start
     return {"peak_mib": resident("VmHWM") - before, "cpu_seconds": seconds, "loss": float(loss.detach())}

@@ -194,7 +194,7 @@ def test_the_loss_scores_added_words_by_their_trained_rows(tmp_path, tiny_encode
     logits = (states[0, :-1] @ weight.T).index_fill_(1, model.silent_ids, float("-inf"))
     expected = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
     for at_once in (2048, 2):
-        monkeypatch.setattr("visper.training.module.LOGIT_ROWS", at_once)
+        monkeypatch.setattr("visper.training.next_token.LOGIT_ROWS", at_once)
         torch.testing.assert_close(model.next_token_loss(states, labels), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -77,26 +77,16 @@ def test_logits_in_parts_give_the_same_loss_and_gradients(model, monkeypatch, fu
     if fused and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("torch 2.15 brings it")
     if not fused:
-        monkeypatch.setattr(TrainingModel, "_can_fuse_head", lambda *_: False)
+        monkeypatch.setattr("visper.training.next_token.can_fuse", lambda *_: False)
     if tied:
         model.student.lm_head.weight = model.student.get_input_embeddings().weight
     apply_stage(model, "ift", lacks=("task_tokens.*",))
     batch = batch_of(model)
     whole, expected = model(**batch)["ntp"], gradients(model, batch)
-    monkeypatch.setattr("visper.training.module.LOGIT_ROWS", 4)
+    monkeypatch.setattr("visper.training.next_token.LOGIT_ROWS", 4)
     torch.testing.assert_close(model(**batch)["ntp"], whole, rtol=1e-6, atol=0)
     for name, gradient in gradients(model, batch).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
-
-
-def test_the_fused_head_is_used_in_plain_float32_only(model):
-    states = torch.zeros(1, 32)
-    assert model._can_fuse_head(states) is hasattr(torch.nn.functional, "linear_cross_entropy")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not model._can_fuse_head(states)
-    assert not model._can_fuse_head(states.bfloat16())
-    model.student.lm_head.to(torch.bfloat16)
-    assert not model._can_fuse_head(states)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -15,14 +15,12 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from visper.common.compat import is_partitioned, recompute_layers
+from visper.common.compat import recompute_layers
 from visper.config import Position
 from visper.data.collator import supervised_places
 from visper.data.images import normalized_pixels
@@ -31,6 +29,7 @@ from visper.model import AddedWords, Student, TaskTokens
 from visper.model.known import logit_cap
 from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
 from visper.training.attention import forwarding, own_positions, packing_arguments, padded_arguments
+from visper.training.next_token import next_token_loss
 from visper.training.positions import Collate, PositioningCollator, image_positions, samples_of
 from visper.training.row_attention import FLASH_KEYS
 from visper.training.stages import feature_sum
@@ -44,8 +43,6 @@ LOSS_KEYS = frozenset(("supervised_at", "readings", "num_tokens", "num_images", 
 PACKING_KEYS = frozenset(("position_ids", "lengths", "prefixes", "branches", *FLASH_KEYS))
 FORWARD_KEYS = {"input_ids", "attention_mask", "labels"} | IMAGE_KEYS | LOSS_KEYS | PACKING_KEYS
 """Keys of a collated batch that ``TrainingModel.forward`` takes."""
-LOGIT_ROWS = 2048
-"""Positions whose logits are in memory at once: 1 GB in float32 for a vocabulary of 128k."""
 
 
 class TrainingModel(nn.Module):
@@ -272,51 +269,16 @@ class TrainingModel(nn.Module):
     def next_token_loss(
         self, hidden_BLD: Tensor, labels_BL: Tensor, supervised_at_T: Tensor | None = None, each: bool = False
     ) -> Tensor:
-        """Cross-entropy summed over supervised tokens; logits are computed for those only, ``LOGIT_ROWS`` at a time.
-
-        With a vocabulary of 128k, the logits of a batch of long answers would otherwise fill a GPU. Image and task
-        tokens are inputs, never answers: they are excluded from the softmax, so that their rows of a tied head get no
-        gradient from it. With ``each``, the losses are returned per token, ``[T]``.
-        """
+        """Cross-entropy summed over supervised tokens; with ``each``, per token, ``[T]``."""
         at_T = supervised_places(labels_BL) if supervised_at_T is None else supervised_at_T
-        states_TD, wanted_T = hidden_BLD.flatten(0, 1)[at_T], labels_BL.flatten()[at_T + 1]
-        reduction = "none" if each else "sum"
-        if len(states_TD) <= LOGIT_ROWS:
-            return self._cross_entropy(states_TD, wanted_T, reduction)
-        if self._can_fuse_head(states_TD):
-            weight_VD = self.student.get_output_embeddings().weight
-            bias_V = weight_VD.new_zeros(len(weight_VD)).index_fill_(0, self.silent_ids, float("-inf"))
-            chunks = nn.LinearCrossEntropyOptions()
-            fused: Tensor = F.linear_cross_entropy(
-                states_TD, weight_VD, wanted_T, linear_bias=bias_V, reduction=reduction, options=chunks
-            )
-            return fused
-        parts = zip(states_TD.split(LOGIT_ROWS), wanted_T.split(LOGIT_ROWS), strict=True)
-        found = [checkpoint(self._cross_entropy, *part, reduction, use_reentrant=False) for part in parts]
-        return torch.cat(found) if each else torch.stack(found).sum()
-
-    def _cross_entropy(self, states_TD: Tensor, wanted_T: Tensor, reduction: str) -> Tensor:
-        logits: Tensor = self.student.get_output_embeddings()(states_TD).float()
-        if self.logit_cap is not None:
-            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
-        return F.cross_entropy(logits.index_fill_(1, self.silent_ids, float("-inf")), wanted_T, reduction=reduction)
-
-    def _can_fuse_head(self, states_TD: Tensor) -> bool:
-        """Whether ``F.linear_cross_entropy`` (torch 2.15) may replace head and loss: in plain float32 only.
-
-        In bfloat16 it sums the loss in bfloat16 (off by 1e-3), and it ignores autocast (docs/speed.md).
-        """
-        head = self.student.get_output_embeddings()
-        return (
-            hasattr(F, "linear_cross_entropy")
-            and type(head) is nn.Linear
-            and head.bias is None
-            and self.words is None  # scored by a hook of the head
-            and self.logit_cap is None
-            and states_TD.dtype == head.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled(states_TD.device.type)
-            and not isinstance(self, FSDPModule)
-            and not is_partitioned(head.weight)
+        return next_token_loss(
+            hidden_BLD.flatten(0, 1)[at_T],
+            labels_BL.flatten()[at_T + 1],
+            self.student.get_output_embeddings(),
+            self.silent_ids,
+            self.logit_cap,
+            fuse=self.words is None and not isinstance(self, FSDPModule),  # added words are scored by a hook
+            each=each,
         )
 
     @contextlib.contextmanager
