@@ -1,22 +1,20 @@
 """The configuration of a run: typed, validated, without importing torch."""
 
+from visper.config.data import Data, Geometry, Source
 from visper.config.distillation import PUBLISHED_LOSS, Distillation, Head, Position, Target, Task
 from visper.config.explain import explain
 from visper.config.load import load_run, parse_overrides, read_recipe, recipe_names, run_text, save_run
 from visper.config.schema import (
     EVALUATED,
     JOINING_ATTENTION,
-    Data,
     Engine,
     Evaluation,
-    Geometry,
     Launch,
     Logging,
     Lora,
     Monitor,
     Optimization,
     Run,
-    Source,
     Stage,
 )
 from visper.config.student import Student, TaskTokenLayout, VlmStudent

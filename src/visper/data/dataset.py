@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from visper.common.errors import DataError
 from visper.common.files import inside
-from visper.config.schema import MAX_PIXELS
+from visper.config.data import MAX_PIXELS
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, image_id
 from visper.data.collator import Sample

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from visper.common.errors import DataError
-from visper.config.schema import MAX_PIXELS
+from visper.config.data import MAX_PIXELS
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's names of the formats that are opened, by content; Pillow opens a camera's MPO as JPEG. Vector formats are

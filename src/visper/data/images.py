@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import LlavaImageProcessor
 
-from visper.config.schema import MAX_PIXELS
+from visper.config.data import MAX_PIXELS
 from visper.data.decoding import open_image as open_image  # re-exported: callers need both
 
 GEOMETRIES = ("squash", "pad", "crop")

@@ -26,7 +26,7 @@ from visper.common.lock import locked_by_first
 from visper.common.parallel import end_with_parent
 from visper.common.ranks import first_decides, first_goes_first, require_gpu_each, require_nccl, wait_for_all
 from visper.config import Data, Distillation, Run
-from visper.config.schema import MOST_PIXELS
+from visper.config.data import MOST_PIXELS
 from visper.data.checks.digests import contents_of, digest
 from visper.data.collator import Preprocess
 from visper.data.images import arrange, background_of, open_image, rgb_bytes, stacked

@@ -10,7 +10,7 @@ from pathlib import Path
 from visper.common.cache import code_key, key
 from visper.common.errors import DataError
 from visper.common.parallel import in_order
-from visper.config.schema import MAX_PIXELS
+from visper.config.data import MAX_PIXELS
 from visper.data import decoding
 from visper.data.checks.kept import of_files
 from visper.data.decoding import opened

@@ -21,7 +21,7 @@ from visper.common.cache import cache_folder, key
 from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
-from visper.config.schema import MAX_PIXELS
+from visper.config.data import MAX_PIXELS
 from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.checks.unread_images import unread_images
