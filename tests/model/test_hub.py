@@ -44,7 +44,14 @@ def test_a_folder_that_is_misspelled_is_named_before_the_hub(monkeypatch, tmp_pa
         load_student("runs/ptt")
     with pytest.raises(ConfigError) as error, loading("student.llm", "runs/pt"):
         raise OSError("damaged")
-    assert "there is no" not in str(error.value)
+    assert str(error.value) == "student.llm: cannot load 'runs/pt': damaged."
+
+
+@pytest.mark.parametrize("name", ["runs/ift/model", "../llm", "/data/llm"])
+def test_a_path_to_no_folder_is_not_taken_for_a_hub_id(name):
+    with pytest.raises(ConfigError, match=r"there is no folder '/.*/(llm|model)'. Use an existing") as error:
+        sizes_of(name, "student.llm")
+    assert "hf download" not in str(error.value)
 
 
 @pytest.fixture

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from visper.common.cache import hub_cache_remedy
@@ -53,6 +60,10 @@ def remedy(name: str, error: OSError) -> str:
         link = link.__cause__
     reason = first_line(error)
     place, here = Path(name), ""
+    if place.is_dir():
+        return reason
+    if not _may_be_hub_id(name):
+        return f"there is no folder '{place.absolute()}'. Use an existing folder, or a hub id such as OWNER/NAME"
     if "/" in name and place.parent.is_dir() and not place.exists():
         here = f"there is no '{place.name}' in the folder '{place.parent}'; as the id of a hub model: "
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated" in reason:
@@ -69,6 +80,14 @@ def remedy(name: str, error: OSError) -> str:
         f"{here}{reason} Use an existing folder or a hub id. Without network: run `hf download {name}` on a machine "
         "with network, then use the folder it creates"
     )
+
+
+def _may_be_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def stored_file(model: str, name: str, revision: str | None = None) -> Path | None:

@@ -192,7 +192,7 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
 
 def _reason(folder: str | Path, error: Exception) -> str:
     """For a hub id, why it cannot be loaded, and what to do; for a folder, only why."""
-    return first_line(error) if Path(folder).is_dir() or not isinstance(error, OSError) else remedy(str(folder), error)
+    return remedy(str(folder), error) if isinstance(error, OSError) else first_line(error)
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
