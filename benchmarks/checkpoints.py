@@ -129,6 +129,8 @@ def worker(rank: int, folder: Path, processes: int, work: str, engine: str, laye
 
 def measure(processes: int, engine: str, layers: int, width: int, parent: Path | None) -> dict[str, Any]:
     """Both measurements of one engine: each key's values for all processes, and the size on disk."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=parent))
     result: dict[str, Any] = {"engine": engine, "processes": processes}
     for work in ("write", "resume"):

@@ -78,7 +78,7 @@ def main() -> None:
         found = []
         for steps in (SHORT, LONG):
             command = [sys.executable, __file__, str(quickstart), arm, str(steps)]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found.append(json.loads(said.splitlines()[-1]))
         step = (found[1]["seconds"] - found[0]["seconds"]) / (LONG - SHORT)
         plain = plain or step

@@ -53,10 +53,10 @@ def fill(folder: Path, codec: TargetCodec, parts: int, each: int) -> None:
     """Writes parts of ``each`` random targets to one teacher's folder."""
     StoredTeacher(MADE_BY, codec.spec, "float32", "none", {}).write(folder)
     generator = torch.Generator().manual_seed(0)
-    targets = list(torch.randn(each, codec.spec.tokens, codec.spec.width, generator=generator))
+    packed = list(codec.pack(torch.randn(each, codec.spec.tokens, codec.spec.width, generator=generator)))
     for part in range(parts):
         digests = [number.to_bytes(16, "big") for number in range(part * each, (part + 1) * each)]
-        write_part(folder, codec, digests, targets, f"{part:016x}")
+        write_part(folder, codec, digests, packed, f"{part:016x}")
 
 
 def timed(read: Callable[[int], Any], order: list[int]) -> dict[str, float]:
@@ -73,7 +73,7 @@ def access(root: Path, gigabytes: float) -> Iterator[dict[str, Any]]:
     """Times random reads of depth targets, cold and warm, by the store and by numpy's memmap of the same files."""
     for dtype in ("float16", "int8"):
         codec = TargetCodec(PUBLISHED["depth"], dtype)
-        folder, each = root / dtype, (512 << 20) // codec.target_bytes
+        folder, each = root / dtype, min(512 << 20, int(gigabytes * 1e9)) // codec.target_bytes
         parts = max(1, round(gigabytes * 1e9 / (each * codec.target_bytes)))
         if not folder.is_dir():
             fill(folder, codec, parts, each)
