@@ -126,12 +126,13 @@ def test_sharded_layers_compile_each_alone_and_train_as_one_process_without(make
 
 
 @pytest.mark.slow
-def test_shards_gathered_in_bfloat16_train_close_to_float32_and_stay_in_float32(make):  # noqa: F811
+@pytest.mark.parametrize("stage", ["pt", "vpt"])
+def test_shards_gathered_in_bfloat16_train_close_to_float32_and_stay_in_float32(stage, make):  # noqa: F811
     """Largest relative difference of a term seen 1.4e-3, of the gradients' norm 2.7e-3; one process differs as much."""
-    exact = make("pt", "float32", images=3)
+    exact = make(stage, "float32", images=3)
     train(exact)
     launch = {"processes": 2, "engine": "fsdp"}
-    half = make("pt", "bfloat16", images=3, optimization={"precision": "bfloat16"}, launch=launch)
+    half = make(stage, "bfloat16", images=3, optimization={"precision": "bfloat16"}, launch=launch)
     train(half)
     for a, b in zip(logs(exact), logs(half), strict=True):
         assert b == pytest.approx(a, rel=1e-2)
