@@ -202,6 +202,20 @@ def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
         opened(source)
 
 
+def test_an_image_folder_is_read_with_its_folder_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "Red."}')
+    _, drops = opened(Source(hf="photos"))
+    assert [drop.detail for drop in drops] == [
+        f"'{folder}/a.png' is given without its bytes: give 'images', its folder"
+    ]
+    records, drops = opened(Source(hf="photos", images="photos"))
+    assert not list(drops) and contents_of(records, 0) == [(folder / "a.png").read_bytes()]
+
+
 def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'me/mine' on the Hub")
