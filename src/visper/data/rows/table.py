@@ -146,12 +146,14 @@ def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None
     """
     before = identity(file)
     columns = dict(columns or {})
-    place = cache_folder(file.resolve().parent) / f"{file.name}-{table_key(before, columns)}.arrow"
+    state = f"{file.name}-{table_key(before)}"
+    mapped = f"-{key(json.dumps(columns, sort_keys=True))}" if columns else ""
+    place = cache_folder(file.resolve().parent) / f"{state}{mapped}.arrow"
     if not place.is_file():
         counted = track(read_rows(file), description=f"reading {file.name}", quiet=quiet)
         rows = (cells(rename(row, columns)) for row in counted)
         write_table(rows, place, lambda: _refuse_change(file, before))
-        _forget(place, file.name)
+        _forget(place.parent, file.name, state)
     return RecordTable(place)
 
 
@@ -185,12 +187,15 @@ def _refuse_change(file: Path, before: str) -> None:
         raise DataError("changing file", f"'{file}' changed while it was read: wait until it is complete")
 
 
-def _forget(kept: Path, name: str) -> None:
-    """Removes cached tables of former versions of the file. Processes that still have one mapped keep its content."""
-    if kept.parent.name != FOLDER:
+def _forget(folder: Path, name: str, state: str) -> None:
+    """Removes cached tables of other states of the file. Processes that still have one mapped keep its content.
+
+    Tables of the same state with other ``columns`` are kept: a run may read the file under several.
+    """
+    if folder.name != FOLDER:
         return  # a cache for several folders may contain another file of the same name
-    for old in kept.parent.iterdir():
-        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\..*", old.name) and not old.name.startswith(kept.stem):
+    for old in folder.iterdir():
+        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}[-.].*", old.name) and not old.name.startswith(state):
             old.unlink(missing_ok=True)
 
 
