@@ -106,7 +106,11 @@ class Report:
         Findings that no source has are left out. Sources that do not fit follow in further tables.
         """
         reasons = [what for what in self.counts[TOTAL] if what not in FINDINGS]
-        shown = [what for what in (*FINDINGS, *reasons) if self.counts[TOTAL][what] or what in ("rows", "unusable")]
+        shown = [
+            what
+            for what in (*FINDINGS[:-1], *reasons, FINDINGS[-1])
+            if self.counts[TOTAL][what] or what in ("rows", "unusable")
+        ]
         sources = [TOTAL, *sorted(self.counts.keys() - {TOTAL})]
         while sources:
             table = Table("", title=self.file.name, box=None, pad_edge=False)
