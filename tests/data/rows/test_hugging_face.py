@@ -202,6 +202,15 @@ def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
         opened(source)
 
 
+def test_a_folder_of_parquet_is_named_by_a_pattern_and_a_file_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "v[1]").mkdir()
+    write(tmp_path / "v[1]", "parquet", {"messages": [TEXT] * 2})
+    folder = tmp_path / "v[1]" / "set"
+    assert len(opened(Source(parquet=str(folder / "train-0.parquet")))[0]) == 1
+    with pytest.raises(DataError, match=r"expected Parquet files, such as '.*/set/\*\.parquet'"):
+        opened(Source(parquet=str(folder)))
+
+
 def test_an_image_folder_is_read_with_its_folder_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"

@@ -57,9 +57,11 @@ def open_hub(source: Source, name: str, quiet: bool) -> Part:
 
 def open_parquet(source: Source, name: str, quiet: bool) -> Part:
     """Opens Parquet files given by a path or pattern, in the order of their names; see ``open_hub``."""
-    files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
-    if not files:
-        raise DataError("no such file", f"{place_of(source.place)}: expected Parquet files; check 'data.sources'")
+    given = Path(source.place)
+    files = [source.place] if given.is_file() else sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+    if not files or given.is_dir():
+        expected = f"Parquet files, such as '{given / '*.parquet'}'" if given.is_dir() else "Parquet files"
+        raise DataError("no such file", f"{place_of(source.place)}: expected {expected}; check 'data.sources'")
     return _as_part(load_parquet(files, f"'{source.place}'", quiet), source, name, quiet)
 
 
@@ -72,7 +74,9 @@ def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[
     import datasets
 
     with _loading(what, "; are all of them Parquet files of one schema?", quiet):
-        return datasets.load_dataset("parquet", data_files=files, split="train", columns=columns)
+        return datasets.load_dataset(
+            "parquet", data_files=list(map(glob.escape, files)), split="train", columns=columns
+        )
 
 
 @contextmanager
