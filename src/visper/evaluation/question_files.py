@@ -114,12 +114,12 @@ def _refuse_misspelled(row: Mapping[str, Any], place: str) -> None:
         if name in row:
             continue
         others = {other: row[other] for other in row if other not in (*NEEDED, *OPTIONAL)}
-        near = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)
-        near += filter(None, [unread_image(others)]) if name == "image" else []
-        if near:
+        alike = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)
+        near = next(iter(alike), unread_image(others) if name == "image" else None)
+        if near is not None:
             raise DataError(
                 "unread column",
-                f"{place} has '{near[0]}', which is not read, and no '{name}': rename the column, or "
+                f"{place} has '{near}', which is not read, and no '{name}': rename the column, or "
                 f"add '{name}', null where there is none",
             )
 

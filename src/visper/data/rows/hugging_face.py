@@ -264,12 +264,14 @@ class EmbeddedImages:
         values = [column[0].as_py() for column in self.columns[row].columns]
         listed = [image for value in values for image in (value if isinstance(value, list) else [value])]
         images = [image for image in listed if image not in (None, {"bytes": None, "path": None})]
-        contents = [image.get("bytes") if isinstance(image, dict) else image for image in images]
-        for image, content in zip(images, contents, strict=True):
+        contents: list[bytes] = []
+        for image in images:
+            content = image.get("bytes") if isinstance(image, dict) else image
             if not isinstance(content, bytes):
                 raise DataError(
                     "image not embedded", f"row {row} has {str(image)[:200]}: expected the bytes of an image"
                 )
+            contents.append(content)
         return contents
 
     def rows_with_sizes(self, sizes: set[int]) -> list[int]:
