@@ -23,7 +23,7 @@ from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import place_of
 from visper.config import Source
-from visper.data.rows.formats import FIELDS, MEDIA_KEYS, Embedded, NotEmbedded
+from visper.data.rows.formats import FIELDS, MEDIA_KEYS, OBJECTS, Embedded, NotEmbedded
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
 _IMAGE_FIELDS = ("image", "images")
@@ -127,7 +127,7 @@ def _columns_of(found: Any, source: Source) -> dict[str, str]:
     """
     columns = source.columns
     absent = [own for own in columns.values() if own not in found.column_names]
-    own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS) if field in found.column_names}
+    own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS, OBJECTS) if field in found.column_names}
     used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
     captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
     if absent or not (captions or "conversations" in used or "messages" in used):
