@@ -78,6 +78,8 @@ def test_a_recipe_is_checked_as_its_runs_read_it(tmp_path, tiny_llm, tiny_encode
         "missing image",
         "no supervised token",
     ]
+    alone = ("data", "check", rows / "captions.json", "--images", rows / "images", "--run", recipe)
+    assert "2 of 3 rows are unusable" in call(*alone, *(each for one in changes for each in ("--set", one)))[1]
     with pytest.raises(ConfigError, match="give conversations or a data set, or only --run"):
         call("data", "check")
 

@@ -99,7 +99,8 @@ def _sources(what: str | None, images: Path | None, root: Path, settings: "Run |
     from visper.data.sets.catalog import row_files, sources_of
 
     if what is not None:
-        return [json_source(*pair) for pair in sources_of(what, images, root, whole=False)]
+        of_run = settings.data.sources if settings is not None else ()
+        return [json_source(*pair, of_run) for pair in sources_of(what, images, root, whole=False)]
     if settings is None or images is not None:
         raise ConfigError("give conversations or a data set, or only --run, to check every source of that recipe")
     return row_files(settings.data, whole=False)

@@ -28,9 +28,14 @@ def open_parts(sources: Sequence[Source], quiet: bool = True) -> list[Part]:
     ]
 
 
-def json_source(file: str | Path, images: str | Path) -> Source:
-    """A JSON file and its images folder, which may be any paths."""
-    return Source.model_construct(json_file=str(file), images=str(images))
+def json_source(file: str | Path, images: str | Path, like: Sequence[Source] = ()) -> Source:
+    """A JSON file and its images folder, which may be any paths.
+
+    Args:
+        like: the sources of a run; if the file is one of them, it is read with that one's ``columns``.
+    """
+    same = (one.columns for one in like if one.json_file and Path(one.json_file).resolve() == Path(file).resolve())
+    return Source.model_construct(json_file=str(file), images=str(images), columns=next(same, {}))
 
 
 def _open(source: Source, name: str, quiet: bool) -> Part:
