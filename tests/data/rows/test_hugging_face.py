@@ -234,6 +234,12 @@ def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: py
     (tmp_path / "x.parquet").write_bytes(b"not Parquet")
     with pytest.raises(DataError, match="are all of them Parquet files"):
         opened(Source(parquet=str(tmp_path / "x.parquet")))
+    for number, column in enumerate(("text", "caption")):
+        pq.write_table(pa.table({"image": ["a.png"], column: ["A cat."]}), tmp_path / f"mixed-{number}.parquet")
+    with pytest.raises(
+        DataError, match=r"because column names don't match; are all of them Parquet files of one schema"
+    ):
+        opened(Source(parquet=str(tmp_path / "mixed-*.parquet")))
     source = write(tmp_path, "folder", {"messages": [MESSAGES] * 2})
     with pytest.raises(DataError, match="split 'validation'"):
         opened(Source(hf=source.place, split="validation"))

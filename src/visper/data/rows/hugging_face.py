@@ -28,6 +28,7 @@ from visper.data.rows.table import Part, RecordTable, cells, table_key, write_ta
 
 _IMAGE_FIELDS = ("image", "images")
 _AT_ONCE = 1000
+_LONGEST_REASON = 1000  # characters
 
 
 def open_hub(source: Source, name: str, quiet: bool) -> Part:
@@ -90,7 +91,9 @@ def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        raise DataError("cannot be loaded", f"{what}: {error}{remedy}") from error
+        says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        why = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise DataError("cannot be loaded", f"{what}: {why[:_LONGEST_REASON]}{remedy}") from error
     finally:
         if not before:
             datasets.enable_progress_bars()
