@@ -198,7 +198,7 @@ def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
 
 def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path, "saved", {"messages": [MESSAGES], "image": ["a.png"]})
-    with pytest.raises(DataError, match="its column 'image' contains paths: give 'images'"):
+    with pytest.raises(DataError, match="its column 'image' contains texts: give 'images'"):
         opened(source)
 
 

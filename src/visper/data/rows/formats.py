@@ -266,7 +266,7 @@ def _file_name(image: Any) -> str:
     if not isinstance(image, str):
         raise DataError("bad image path", f"expected a path, found {kind_of(image)}")
     if "://" in image or image.startswith("data:"):
-        raise DataError("bad image path", f"expected a file, found the URL {image[:80]!r}: download it first")
+        raise DataError("bad image path", f"expected a file, found {image[:80]!r}: save the image as a file first")
     longest = max(len(part.encode("utf-8", "replace")) for part in image.split("/"))
     if _HALF_PAIR.search(image) or "\0" in image or longest > _LONGEST_NAME:
         raise DataError("bad image path", f"{image[:80]!r} cannot be the name of a file")

@@ -107,7 +107,7 @@ def _as_part(found: Any, source: Source, name: str, quiet: bool) -> Part:
     folder = source.images
     paths = [own for own in shown if folder is None and _holds_text(found.features.arrow_schema.field(own).type)]
     if paths:
-        why = f"its column '{paths[0]}' contains paths: give 'images', the folder that they are relative to"
+        why = f"its column '{paths[0]}' contains texts: give 'images', the folder of these paths, or embed the images"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
     code = code_key(sys.modules[__name__])  # it names embedded images
