@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from visper.data.checks.report import Report, check
+from visper.data.rows.parts import json_source, open_parts
 from visper.data.rows.records import Record
 from visper.data.rows.table import ROLE_LETTERS, Part, Records, RecordTable, write_table
 
@@ -18,3 +21,9 @@ def records_of(folder: Path, records: Sequence[Record]) -> Records:
         rows.append({"id": record.id, **first, "image_tags": len(images), "roles": roles, "texts": texts})
     write_table(rows, folder / "own.arrow")
     return Records([Part("own", RecordTable(folder / "own.arrow"), Path("/"))])
+
+
+def check_file(file: Path, images: Path, *given: Any, **options: Any) -> Report:
+    """``check`` of a JSON file."""
+    (part,) = open_parts([json_source(file, images)])
+    return check(file, part, *given, quiet=True, **options)

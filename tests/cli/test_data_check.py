@@ -3,16 +3,19 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests import tiny
 from tests.data.sets import published, server
 from tests.data.sets.published import image
 from tests.data.sets.test_prepare import QUICK
 from visper.cli import app, main
 from visper.common.errors import ConfigError, DataError
-from visper.config import Run
+from visper.config import Run, load_run
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.training import run_stage
@@ -41,6 +44,44 @@ def test_the_report_and_the_drop_list_are_written_although_nobody_reads_the_outp
     asked = ("data", "check", tmp_path / "rows.json", "--images", tmp_path)
     assert call(*asked, "--report", written[0], "--drop", written[1])[0] == 1
     assert all(file.is_file() for file in written)
+
+
+def test_a_recipe_is_checked_as_its_runs_read_it(tmp_path, tiny_llm, tiny_encoder):
+    recipe = tiny.write_recipe(tmp_path, "ift", tiny_llm, tiny_encoder, max_steps=4)
+    rows = tmp_path / "rows"
+    held = {name: (rows / "images" / f"{name}.png").read_bytes() for name in "012"}
+    (rows / "captions.json").write_text(json.dumps([{"pic": f"{n}.png", "cap": "a" * n} for n in (0, 1, 99)]))
+    images = [{"bytes": held["0"]}, {"bytes": held["1"][:99]}, {"bytes": b""}, {"path": "2.png"}, None]
+    asked = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "thing"}]
+    table = [{"image": image and {"bytes": None, "path": None} | image, "messages": asked} for image in images]
+    pq.write_table(pa.Table.from_pylist(table), rows / "held.parquet")
+    sources = [
+        {
+            "json": str(rows / "captions.json"),
+            "images": str(rows / "images"),
+            "columns": {"image": "pic", "text": "cap"},
+        },
+        {"parquet": str(rows / "held.parquet")},
+    ]
+    changes = [f"data.sources={json.dumps(sources)}", "data.drop_limit=1"]
+    found = tmp_path / "found.jsonl"
+    code, _ = call(
+        "data", "check", "--run", recipe, "--drop", found, *(each for one in changes for each in ("--set", one))
+    )
+    run_stage(load_run(recipe, changes))
+    dropped = {drop.sample_id: drop.reason for drop in DropList.read(tmp_path / "ift" / "dropped.jsonl")}
+    assert code == 1 and {drop.sample_id: drop.reason for drop in DropList.read(found)} == dropped
+    assert sorted(dropped.values()) == [
+        "broken image",
+        "empty image file",
+        "image not embedded",
+        "missing image",
+        "no supervised token",
+    ]
+    alone = ("data", "check", rows / "captions.json", "--images", rows / "images", "--run", recipe)
+    assert "2 of 3 rows are unusable" in call(*alone, *(each for one in changes for each in ("--set", one)))[1]
+    with pytest.raises(ConfigError, match="give conversations or a data set, or only --run"):
+        call("data", "check")
 
 
 def totals(report: Path, source: str) -> dict[str, int]:

@@ -8,11 +8,12 @@ from PIL import Image
 
 from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
+from tests.records import check_file
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, digests_of
-from visper.data.checks.report import check, repair
+from visper.data.checks.report import repair
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import write_parquet
 from visper.data.rows.records import Drop, DropList
@@ -70,7 +71,7 @@ def test_its_image_is_not_hashed_nor_read_nor_written_into_parquet(records: Reco
 
 def test_repair_writes_nothing_outside_and_fetches_nothing_there(rows: Path) -> None:
     before = (rows.parent / "away" / "gif.jpg").read_bytes()
-    report = check(rows, rows.parent / "images", quiet=True)
+    report = check_file(rows, rows.parent / "images")
     assert report.drops.counts() == {OUTSIDE: 3} and report.counts["total"]["mislabeled image"] == 0
     fetched: list[Path] = []
     mended, lost = repair([report], fetched.extend)

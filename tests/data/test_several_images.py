@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, PROCESSORS, TASK_TOKENS, TEMPLATES, chat, make_processor, supervised
 from tests.data.test_dataset import collate, small_pixels
+from tests.records import check_file
 from visper.cli import app
 from visper.common.errors import DataError
 from visper.config import Source
 from visper.data.chat import ConversationEncoder
 from visper.data.checks.digests import contents_of, digest, digests_of
-from visper.data.checks.report import check
 from visper.data.collator import Collator, Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.images import normalized_pixels, rgb_bytes, student_pixels
@@ -247,7 +247,7 @@ def test_a_row_with_one_bad_image_is_a_drop(rows: Path) -> None:
 
 
 def test_the_check_looks_at_every_image_of_a_row(rows: Path) -> None:
-    report = check(rows, rows.parent, ENCODER, quiet=True)
+    report = check_file(rows, rows.parent, ENCODER)
     assert report.drops.counts() == {"images and tags differ": 1, "missing image": 1, "broken image": 1}
     total = report.counts["total"]
     assert (total["rows"], total["images"], total["images present"], total["unusable"]) == (7, 6, 5, 3)

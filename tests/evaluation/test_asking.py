@@ -263,3 +263,11 @@ def test_no_image_of_a_question_is_in_its_blind_control():
 def test_absent_images_are_named_before_a_model_is_loaded(images):
     with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'no\.png'"):
         ask_all(no_student, [Prompt("", "what?", ("no.png",))], Answers(None, images))
+
+
+def test_what_cannot_be_a_path_is_refused_as_in_rows_and_in_short(images):
+    with pytest.raises(
+        DataError, match=r"bad image path: question 0, 'what\?': .* cannot be the name of a file"
+    ) as error:
+        ask_all(no_student, [Prompt("", "what?", ("iVBORw0KGgo" * 10_000,))], Answers(None, images))
+    assert len(str(error.value)) < 500

@@ -46,6 +46,18 @@ def test_options_are_asked_with_a_letter_each():
         ("The number of chair(s) is (B)", "B"),  # no option S
         ("Answer: x, so the answer is B", "B"),
         ("The chair(s) and box(es)", "A"),
+        ("'B'", "B"),  # MMStar's prompt asks for "answer letter 'A' only"
+        ("**B**", "B"),
+        ("`b`", "B"),
+        ("**B**: sphere", "B"),
+        ("The answer is **B**.", "B"),
+        ("The answer is: B", "B"),
+        ("The answer is 'B' because", "B"),
+        ("The answer is: **B. sphere**", "B"),
+        ("Answer: **B**", "B"),
+        ("**The correct choice is:** B)", "B"),
+        ("The answer is a 'box'", "A"),
+        ("The answer is: I'm not sure", None),
     ],
 )
 def test_an_answer_means_one_option_or_none(said, letter):

@@ -112,12 +112,57 @@ def test_questions_without_a_kind_among_others_are_no_total(tmp_path):
         ("imgae", "has 'imgae', which is not read, and no 'image': rename the column"),
         ("images", "has 'images', which is not read, and no 'image'"),
         ("choices", "has 'choices', which is not read, and no 'options'"),
+        ("photo", "has 'photo', which is not read, and no 'image': rename the column, or add 'image', null where"),
     ],
 )
 def test_a_column_under_another_name_is_refused(column, message, tmp_path):
-    rows = [{"question": "?", "answer": "a"}, {"question": "?", "answer": "a", column: ["1.png"]}]
+    rows = [
+        {"question": "?", "answer": "a"},
+        {"question": "?", "answer": "a", column: ["a"] if column == "choices" else ["1.png"]},
+    ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=re.escape(f"question 1 {message}")):
+        open_questions(tmp_path / "q.json", None)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("images", ["1.png"]),
+        ("choices", ["a", "b"]),
+        ("photo", {"bytes": b"", "path": None}),
+        ("photo", [{"bytes": b"", "path": None}]),
+        ("photo", b""),
+    ],
+)
+def test_a_column_of_parquet_under_another_name_is_refused(column, value, tmp_path):
+    row = {"question": "?", "answer": "a", column: value}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=rf"q\.parquet' has '{column}', which is not read"):
+        open_questions(tmp_path / "q.parquet", None)
+    named = {"image": None, "options": None}
+    pq.write_table(pa.Table.from_pylist([row | named]), tmp_path / "q.parquet")
+    assert open_questions(tmp_path / "q.parquet", None)[0] == [Question("?", ("a",))]
+
+
+@pytest.mark.parametrize("image", [{"bytes": None, "path": "a.png"}, [{"bytes": None, "path": "a.png"}], 5])
+def test_an_image_without_its_bytes_is_no_question_without_an_image(image, tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"question": "?", "answer": "a", "image": image}]), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=r"image not embedded: row 0 has .*: expected the bytes of an image"):
+        open_questions(tmp_path / "q.parquet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "message"),
+    [
+        ("null", '"a"', "expected question (a text)"),
+        ('"?"', "NaN", "expected a text or"),
+        ('"?"', "true", "expected a"),
+    ],
+)
+def test_what_is_neither_text_nor_number_is_refused(question, answer, message, tmp_path):
+    (tmp_path / "q.json").write_text(f'[{{"question": {question}, "answer": {answer}}}]')
+    with pytest.raises(DataError, match=re.escape(message)):
         open_questions(tmp_path / "q.json", None)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from visper.common.errors import DataError
 from visper.config import Geometry
 from visper.config import Student as StudentConfig
 from visper.data.chat import ConversationEncoder
+from visper.data.decoding import open_image
 from visper.data.rows.records import Record, ShownImage, Turn
 from visper.evaluation import Question, evaluate, read_questions, scores
 from visper.evaluation.ask import answer, model_inputs
@@ -115,6 +117,21 @@ def test_questions_of_several_images_are_answered_alike_in_any_batch(student, tm
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "I;16"])
+def test_an_image_of_any_mode_is_shown_as_training_shows_its_file(student, mode, tmp_path):
+    values = np.arange(64).reshape(8, 8)
+    if mode == "I;16":
+        image = Image.fromarray((values * 900).astype(np.uint16))
+    else:
+        image = Image.fromarray(values.astype(np.uint8), "L").convert("RGBA")
+        image.putalpha(Image.fromarray((values * 4).astype(np.uint8), "L"))
+        image = image.quantize(8) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "odd.png")
+    file = Image.open(tmp_path / "odd.png")
+    given, read = (model_inputs(student.processor, ["?"], [[own]]) for own in (file, open_image(tmp_path / "odd.png")))
+    assert file.mode == mode and given["pixel_values"].equal(read["pixel_values"])
 
 
 def test_chat_shows_the_images_in_the_order_of_their_options(student, tmp_path):

@@ -8,17 +8,17 @@ import typer
 
 from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
+from visper.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from visper.config import Run, Source
     from visper.data.checks.report import Report
 
-What = Annotated[
-    str,
-    typer.Argument(
-        help="conversations (.json, .jsonl), or a data set: a name of `visper data list` or your own YAML file",
-        metavar="FILE.json|NAME|FILE.yaml",
-        show_default=False,
-    ),
+_WHAT = "conversations (.json, .jsonl), or a data set: a name of `visper data list` or your own YAML file"
+_NAMES = "FILE.json|NAME|FILE.yaml"
+What = Annotated[str, typer.Argument(help=_WHAT, metavar=_NAMES, show_default=False)]
+Checked = Annotated[
+    str | None, typer.Argument(help=f"{_WHAT}; default: all sources of --run", metavar=_NAMES, show_default=False)
 ]
 Images = Annotated[Path | None, path_option("--images", help="folder of a conversation file's image paths")]
 Root = Annotated[Path, path_option("--root", help="folder of all data sets")]
@@ -26,7 +26,7 @@ DropLists = Annotated[list[Path] | None, path_option("--drop-list", help="file o
 
 
 def check(
-    what: What,
+    what: Checked = None,
     images: Images = None,
     root: Root = Path("data"),
     run: Annotated[str | None, typer.Option("--run", help="a recipe whose tokenizer and limits apply")] = None,
@@ -48,26 +48,27 @@ def check(
     Safe to interrupt and repeat: files that were checked before are not checked again.
 
     Example: `visper data check llava-665k --root data --report report.json --drop dropped.jsonl`
+
+    Example: `visper data check --run mine.yaml`, every source of a recipe as training reads it
     """
     from visper.config import load_run
     from visper.data.checks import report as checking
-    from visper.data.checks.unknown_words import total_of
-    from visper.data.rows.records import DropList, source_names
-    from visper.data.sets.catalog import sources_of
+    from visper.data.rows.parts import open_parts
+    from visper.data.rows.records import DropList
 
     console = Console()
-    sources = sources_of(what, images, root, whole=False)
-    require_other_files({"--report": report, "--drop": drop}, what, run, *(file for file, _ in sources))
-    named = list(zip(source_names([file for file, _ in sources]), sources, strict=True))
     settings = load_run(run, overrides or []) if run is not None else None
+    sources = _sources(what, images, root, settings)
+    require_other_files({"--report": report, "--drop": drop}, what, run, *(source.place for source in sources))
     by = {"encoder": _encoder(settings), "max_pixels": settings.data.max_pixels} if settings is not None else {}
 
     def look() -> list[checking.Report]:
-        return [checking.check(*source, workers=workers, name=name, **by) for name, source in named]
+        opened = zip(sources, open_parts(sources, quiet=False), strict=True)
+        return [checking.check(source.place, part, workers=workers, **by) for source, part in opened]
 
     found = look()
     if repair:
-        mended, lost = checking.repair(found, None if images is not None else _fetch_from(what, root, console))
+        mended, lost = checking.repair(found, None if what is None or images else _fetch_from(what, root, console))
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
         console.print(f"mended {mended} images{rest}")
         found = look()
@@ -79,11 +80,30 @@ def check(
         drops.write(drop)
     for part in found:
         _show(part, console)
-    unknown = total_of([part.unknown for part in found])
-    if settings is not None and unknown.num_unknown:
-        console.print(unknown.check(settings.data.unknown_limit) or str(unknown), highlight=False)
+    if settings is not None:
+        _show_unknown(found, settings.data.unknown_limit, console)
     if len(drops):
         raise typer.Exit(1)
+
+
+def _show_unknown(found: "list[Report]", limit: float, console: Console) -> None:
+    from visper.data.checks.unknown_words import total_of
+
+    unknown = total_of([part.unknown for part in found])
+    if unknown.num_unknown:
+        console.print(unknown.check(limit) or str(unknown), highlight=False)
+
+
+def _sources(what: str | None, images: Path | None, root: Path, settings: "Run | None") -> "list[Source]":
+    from visper.data.rows.parts import json_source
+    from visper.data.sets.catalog import row_files, sources_of
+
+    if what is not None:
+        of_run = settings.data.sources if settings is not None else ()
+        return [json_source(*pair, of_run) for pair in sources_of(what, images, root, whole=False)]
+    if settings is None or images is not None:
+        raise ConfigError("give conversations or a data set, or only --run, to check every source of that recipe")
+    return row_files(settings.data, whole=False)
 
 
 def _show(report: "Report", console: Console) -> None:

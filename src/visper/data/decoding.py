@@ -71,7 +71,7 @@ def open_image(
         image.seek(0)
         image.load()
         turn = turn_of(image)
-        return _to_rgb(image if turn is None else image.transpose(turn), ground)
+        return to_rgb(image if turn is None else image.transpose(turn), ground)
 
 
 @contextmanager
@@ -144,7 +144,8 @@ def _refused_format(path: Path, content: bytes | None) -> str | None:
     return next((name for magic, name in _REFUSED.items() if start.startswith(magic)), None)
 
 
-def _to_rgb(image: Image.Image, ground: tuple[int, int, int] | None) -> Image.Image:
+def to_rgb(image: Image.Image, ground: tuple[int, int, int] | None = WHITE) -> Image.Image:
+    """A decoded image of any mode as RGB, by the rules of ``open_image``; one that is RGB is returned itself."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image).convert("RGB")
     if image.mode == "RGB" and "transparency" not in image.info:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
+from visper.data.decoding import to_rgb
 from visper.data.images import student_pixels
 from visper.data.rows.formats import parse_row
 from visper.data.rows.records import Record
@@ -63,7 +64,7 @@ def row_inputs(processor: Any, records: Sequence[Record], images: Sequence[Seque
         return pad_sequence(values, batch_first=True, padding_value=filling, padding_side="left")
 
     inputs = {"input_ids": padded(rows, padding), "attention_mask": padded([torch.ones_like(row) for row in rows], 0)}
-    shown = [[image.convert("RGB") for image in own] for own in images if own]
+    shown = [[to_rgb(image) for image in own] for own in images if own]
     if isinstance(encoder, VlmEncoder):
         inputs |= ModelInputs(processor, encoder.image_token_id)(inputs["input_ids"], shown)
     elif shown:
@@ -96,7 +97,8 @@ def answer(
     """Greedy answers to a batch of questions.
 
     Args:
-        images: images of each question, in the order of its tags; may be empty.
+        images: upright images of each question (``visper.data.images.open_image``), in the order of its tags; may be
+            empty.
         generate: used in place of the model's own method.
 
     Returns:

@@ -198,16 +198,16 @@ def ask_batch(
 
 def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
     """Raises DataError if an image is missing or a prompt is invalid."""
-    absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
-    if absent:
-        raise DataError(
-            "missing images", f"{len(absent)} images of the questions do not exist, the first is '{absent[0]}'"
-        )
     for number, prompt in enumerate(prompts):
         try:
             as_row(prompt.text, prompt.images)
         except DataError as error:
             raise DataError(error.reason, f"question {number}, {prompt.text[:80]!r}: {error.detail}") from error
+    absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
+    if absent:
+        raise DataError(
+            "missing images", f"{len(absent)} images of the questions do not exist, the first is '{absent[0]}'"
+        )
 
 
 def _open(images: ImageSource, names: Sequence[str]) -> list[Image.Image] | None:

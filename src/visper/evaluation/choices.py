@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 LETTERS = string.ascii_uppercase
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 _IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_FIRST = re.compile(r"\A\W*(?:option\s+)?([A-Za-z])\s*(?:[).:,\]]|$)", re.IGNORECASE)
+_MARKS = r"[\s*`'\"’”]*"  # behind a letter in bold, code or quotes: **B**, `B`, 'B'
+_FIRST = re.compile(rf"\A\W*(?:option\s+)?([A-Za-z]){_MARKS}(?:[).:,\]]|$)", re.IGNORECASE)
 _NAMED = re.compile(
-    r"\b(?i:answer|option|choice)(?:\s+(?i:is)|\s*:)?\s*\W?(?:([A-Za-z])(?=\s*(?:[).:,;\]]|$))|([B-Z])\b(?!['’]))"
+    r"\b(?i:answer|option|choice)(?:\s+(?i:is))?[\s:=*`'\"‘“(\[-]*"
+    rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w))"
 )
 _LETTER_THEN_TEXT = re.compile(r"\A\W*([B-Z])\s|\A\W*(A)\s+(?=[A-Z\d])")
 _ENDS = string.punctuation + " "

@@ -97,7 +97,7 @@ def as_question(parts: Sequence[dict[str, Any]], task: str) -> tuple[str, list[I
     other = {part["type"] for part in parts} - {"text", "image"}
     if other:
         raise ConfigError(f"task '{task}' sends {', '.join(sorted(other))}: the model 'visper' reads text and images")
-    images = [part["url"].convert("RGB") for part in parts if part["type"] == "image"]
+    images = [part["url"] for part in parts if part["type"] == "image"]
     texts = [part["text"] for part in parts if part["type"] == "text"]
     if len(images) > 1 and sum(text.count(IMAGE_TAG) for text in texts) != len(images):
         texts = [IMAGE_TAG if part["type"] == "image" else part["text"] for part in parts]

@@ -8,7 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from visper.common.errors import ConfigError, DataError
+from visper.data.rows.formats import unread_image
+from visper.data.rows.hugging_face import holds_images
 from visper.data.rows.json_rows import is_json_name, read_rows
 from visper.evaluation.choices import LETTERS, plain
 from visper.evaluation.image_sources import ImageFolder, ImageSource, TableImages, read_table
@@ -56,6 +60,10 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         questions = read_questions(path)
     else:
         table = read_table([path], NEEDED, OPTIONAL, "questions")
+        kinds = {field.name: field.type for field in pq.read_schema(path)}
+        _refuse_misspelled(
+            {own: {"bytes": ""} if holds_images(kind) else None for own, kind in kinds.items()}, f"'{path}'"
+        )
         if "image" not in table.column_names or _is_text(table.features["image"]):
             questions = _questions(path, table)
         else:
@@ -77,15 +85,15 @@ def _is_text(feature: Any) -> bool:
 def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
     questions: list[Question] = []
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or any(name not in row for name in NEEDED):
-            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected question and answer")
+        if not isinstance(row, dict) or "answer" not in row or not isinstance(row.get("question"), str):
+            raise DataError(f"{path}: question {number} is {str(row)[:80]!r}: expected question (a text) and answer")
         place = f"'{path}', question {number}"
         _refuse_misspelled(row, place)
         options = _options(row.get("options"), place)
         answers = _accepted(row["answer"], place)
         questions.append(
             Question(
-                str(row["question"]),
+                row["question"],
                 _right_option(answers, options, place) if options else answers,
                 _images(row.get("image"), place),
                 EVERYTHING if row.get("kind") is None else str(row["kind"]),
@@ -105,19 +113,27 @@ def _refuse_misspelled(row: Mapping[str, Any], place: str) -> None:
     for name in OPTIONAL:
         if name in row:
             continue
-        others = [other for other in row if other not in (*NEEDED, *OPTIONAL)]
-        near = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)
-        if near:
+        others = {other: row[other] for other in row if other not in (*NEEDED, *OPTIONAL)}
+        alike = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)
+        near = next(iter(alike), unread_image(others) if name == "image" else None)
+        if near is not None:
             raise DataError(
-                "unread column", f"{place} has '{near[0]}', which is not read, and no '{name}': rename the column"
+                "unread column",
+                f"{place} has '{near}', which is not read, and no '{name}': rename the column, or "
+                f"add '{name}', null where there is none",
             )
 
 
 def _accepted(answer: Any, place: str) -> tuple[str, ...]:
     answers = answer if isinstance(answer, list) else [answer]
-    if not answers or not all(isinstance(one, (str, int, float)) and str(one).strip() for one in answers):
+    if not answers or not all(map(_is_answer, answers)):
         raise DataError("no answer", f"{place}: 'answer' is {str(answer)[:80]!r}: expected a text or a list of texts")
     return tuple(str(one) for one in answers)
+
+
+def _is_answer(one: Any) -> bool:
+    """Whether a value is a text or a number: not a bool, which may mean "True" or "yes", and not NaN."""
+    return isinstance(one, (str, int, float)) and not isinstance(one, bool) and one == one and bool(str(one).strip())
 
 
 def _options(options: Any, place: str) -> tuple[str, ...]:

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 from tests.conftest import outside
 from tests.data.rows.test_records import row, survey
 from tests.data.test_chat import CHATML, make_processor
+from tests.records import check_file
 from visper.cli import app
 from visper.common.console import Console, printable
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.checks import image_files as verdicts
 from visper.data.checks.image_files import look
-from visper.data.checks.report import FINDINGS, NO_CONVERSATION, TEXT_ONLY, TOTAL, Report, check, repair, source_of
+from visper.data.checks.report import FINDINGS, NO_CONVERSATION, TEXT_ONLY, TOTAL, Report, repair, source_of
 from visper.data.images import open_image
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
@@ -65,7 +66,7 @@ ENCODER = ConversationEncoder(make_processor(CHATML), 500)
 
 
 def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> None:
-    report = check(*faulty, ENCODER, quiet=True)
+    report = check_file(*faulty, ENCODER)
     total = dict(report.counts[TOTAL])
     assert total == {
         "rows": 13,
@@ -98,8 +99,8 @@ def test_every_fault_is_counted_under_its_name(faulty: tuple[Path, Path]) -> Non
 
 
 def test_without_a_tokenizer_the_same_rows_are_unusable(faulty: tuple[Path, Path]) -> None:
-    report = check(*faulty, quiet=True)
-    assert dict(report.counts[TOTAL]) == dict(check(*faulty, ENCODER, quiet=True).counts[TOTAL])
+    report = check_file(*faulty)
+    assert dict(report.counts[TOTAL]) == dict(check_file(*faulty, ENCODER).counts[TOTAL])
     assert not report.encoded
 
 
@@ -134,7 +135,7 @@ def test_a_check_leaves_out_the_rows_without_an_answer_that_training_leaves_out(
     (tmp_path / "mix.json").write_text(json.dumps(rows))
     drops = DropList()
     survey(open_records([(tmp_path / "mix.json", tmp_path)], drops), ENCODER, drops)
-    report = check(tmp_path / "mix.json", tmp_path, ENCODER if with_encoder else None, quiet=True)
+    report = check_file(tmp_path / "mix.json", tmp_path, ENCODER if with_encoder else None)
     assert list(report.drops) == list(drops) and len(drops) == 3
 
 
@@ -145,10 +146,10 @@ def test_repair_mends_names_and_asks_for_what_is_lost(faulty: tuple[Path, Path])
         asked.extend(path.name for path in paths)
         (faulty[1] / "ocr/lost.jpg").write_bytes(picture("JPEG", 5))
 
-    mended, lost = repair([check(*faulty, quiet=True)], fetch)
+    mended, lost = repair([check_file(*faulty)], fetch)
     assert mended == 2 and sorted(asked) == ["cut.jpg", "empty.jpg", "lost.jpg", "page.jpg"]
     assert len(lost) == 3
-    again = check(*faulty, quiet=True)
+    again = check_file(*faulty)
     assert again.counts[TOTAL]["mislabeled image"] == again.counts[TOTAL]["missing image"] == 0
     with Image.open(faulty[1] / "ocr/gif.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (90, 60))
@@ -165,16 +166,16 @@ def test_a_check_goes_on_where_it_was_stopped(faulty: tuple[Path, Path], monkeyp
 
     monkeypatch.setattr(verdicts, "look", watched)
     with pytest.raises(KeyboardInterrupt):
-        check(*faulty, quiet=True)
+        check_file(*faulty)
     first = list(looked)
     looked[:] = ["", "", "", ""]  # no longer three: goes on
-    report = check(*faulty, quiet=True)
+    report = check_file(*faulty)
     assert len(looked) - 4 == 7 - len(first)
     looked[:] = ["", "", "", ""]
-    assert check(*faulty, quiet=True).counts == report.counts
+    assert check_file(*faulty).counts == report.counts
     assert looked[4:] == [str(faulty[1] / "ocr/lost.jpg")], "on a missing file nothing is kept"
     (faulty[1] / "coco/a.jpg").write_bytes(b"")
-    assert check(*faulty, quiet=True).counts["coco"]["empty image file"] == 2
+    assert check_file(*faulty).counts["coco"]["empty image file"] == 2
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -226,7 +227,7 @@ def test_the_command_reports_writes_a_drop_list_and_fails(faulty: tuple[Path, Pa
 def test_real_photographs_are_sound(name: str, rows: int | None) -> None:
     folder = outside("photos")
     encoder = ConversationEncoder(make_processor(CHATML), 4096)
-    report = check(folder / name, folder, encoder, quiet=True, workers=0)
+    report = check_file(folder / name, folder, encoder, workers=0)
     assert isinstance(report, Report)
     assert report.counts[TOTAL]["unusable"] == 0 and len(report.drops) == 0
     assert rows is None or report.counts[TOTAL]["rows"] == report.counts[TOTAL]["images"] == rows

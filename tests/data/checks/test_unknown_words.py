@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 from tests.data.rows.test_records import row
 from tests.data.test_chat import CHATML, make_processor, record
+from tests.records import check_file
 from tools.quickstart_bases.vocabulary import new_tokenizer
 from visper.cli import app
 from visper.common.errors import DataError
 from visper.config import Run
 from visper.data.chat import ConversationEncoder
 from visper.data.chat_template import student_template
-from visper.data.checks.report import TOTAL, check
+from visper.data.checks.report import TOTAL
 from visper.data.checks.unknown_words import UnknownWords
 from visper.data.images import build_image_processor
 from visper.training import run_stage
@@ -56,7 +57,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_share_is_that_of_supervised_text(rows: Path) -> None:
-    report = check(rows, rows.parent, ConversationEncoder(processor_of(new_tokenizer()), 500), quiet=True)
+    report = check_file(rows, rows.parent, ConversationEncoder(processor_of(new_tokenizer()), 500))
     assert (report.unknown.num_text, report.unknown.num_unknown) == (NUM_TEXT, NUM_UNKNOWN)
     assert (report.counts[TOTAL]["answer tokens"], report.counts[TOTAL]["unknown tokens"]) == (NUM_TEXT, NUM_UNKNOWN)
     found = ["teal", "hexagon", "two", "zebras", "graze", "mostly", "cloudy", "an", "umbrella"]

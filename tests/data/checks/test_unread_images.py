@@ -8,7 +8,7 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from tests.data.rows.test_hugging_face import EMBEDDED
+from tests.data.rows.test_hugging_face import EMBEDDED, PNGS
 from tests.data.rows.test_records import row
 from visper.cli import app
 from visper.config import Source
@@ -64,11 +64,14 @@ def source(folder: Path, kind: str, key: str, values: list[Any], feature: Any) -
     return Source(parquet=str(folder / "rows.parquet"), images=images)
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "hf", "embedded"])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet", "hf", "embedded", "binary"])
 def test_every_kind_of_source_is_warned_of(tmp_path: Path, kind: str) -> None:
-    values = EMBEDDED[:2] if kind == "embedded" else ["a.jpg", "b.jpg"]
-    feature = datasets.Image() if kind == "embedded" else datasets.Value("string")
-    given = source(tmp_path, "hf" if kind == "embedded" else kind, "img", [*values, None], feature)
+    held: dict[str, tuple[list[Any], Any]] = {
+        "embedded": (EMBEDDED[:2], datasets.Image()),
+        "binary": (PNGS[:2], datasets.Value("binary")),
+    }
+    values, feature = held.get(kind, (["a.jpg", "b.jpg"], datasets.Value("string")))
+    given = source(tmp_path, "hf" if kind in held else kind, "img", [*values, None], feature)
     records = open_records([given], DropList())
     assert len(records) == 3 and not records.has_image.any()
     (warning,) = unread_images(records)

@@ -109,6 +109,11 @@ def test_a_turn_may_be_marked_to_be_trained(keys: dict[str, Any]) -> None:
         (row("<image> What?", "A.", images=[]), "media without a file"),
         (row("What?\n<image>", "A.", image=None), "media without a file"),
         (row("<video>\nWhat?", "A."), "media without a file"),
+        (row("Picture 1: <img>demo/a.JPG</img>\nWhat?", "A."), "media without a file"),  # Qwen-VL
+        (
+            row("<image>Find <ref-object>", "<bbox>", image="a.jpg", objects={"bbox": [[1, 2, 3, 4]]}),
+            "unfilled placeholder",
+        ),
         (row("Hi", "Hi", "What is said? <audio>", "A."), "media without a file"),
         (messages([IMAGE, WHAT]), "media without a file"),
         (row("What?", "A.", video="a.mp4"), "media other than images"),

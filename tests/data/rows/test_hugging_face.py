@@ -198,8 +198,31 @@ def test_columns_of_no_format_are_named(tmp_path: Path) -> None:
 
 def test_paths_without_a_folder_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path, "saved", {"messages": [MESSAGES], "image": ["a.png"]})
-    with pytest.raises(DataError, match="its column 'image' contains paths: give 'images'"):
+    with pytest.raises(DataError, match="its column 'image' contains texts: give 'images'"):
         opened(source)
+
+
+def test_a_folder_of_parquet_is_named_by_a_pattern_and_a_file_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "v[1]").mkdir()
+    write(tmp_path / "v[1]", "parquet", {"messages": [TEXT] * 2})
+    folder = tmp_path / "v[1]" / "set"
+    assert len(opened(Source(parquet=str(folder / "train-0.parquet")))[0]) == 1
+    with pytest.raises(DataError, match=r"expected Parquet files, such as '.*/set/\*\.parquet'"):
+        opened(Source(parquet=str(folder)))
+
+
+def test_an_image_folder_is_read_with_its_folder_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "Red."}')
+    _, drops = opened(Source(hf="photos"))
+    assert [drop.detail for drop in drops] == [
+        f"'{folder}/a.png' is given without its bytes: give 'images', its folder"
+    ]
+    records, drops = opened(Source(hf="photos", images="photos"))
+    assert not list(drops) and contents_of(records, 0) == [(folder / "a.png").read_bytes()]
 
 
 def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +234,12 @@ def test_what_cannot_be_loaded_says_how_to_go_on(tmp_path: Path, monkeypatch: py
     (tmp_path / "x.parquet").write_bytes(b"not Parquet")
     with pytest.raises(DataError, match="are all of them Parquet files"):
         opened(Source(parquet=str(tmp_path / "x.parquet")))
+    for number, column in enumerate(("text", "caption")):
+        pq.write_table(pa.table({"image": ["a.png"], column: ["A cat."]}), tmp_path / f"mixed-{number}.parquet")
+    with pytest.raises(
+        DataError, match=r"because column names don't match; are all of them Parquet files of one schema"
+    ):
+        opened(Source(parquet=str(tmp_path / "mixed-*.parquet")))
     source = write(tmp_path, "folder", {"messages": [MESSAGES] * 2})
     with pytest.raises(DataError, match="split 'validation'"):
         opened(Source(hf=source.place, split="validation"))

@@ -1,6 +1,8 @@
 """A row read from a Parquet file equals the row that was written, in this library and other readers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -61,11 +63,44 @@ def test_every_sample_comes_back_the_same(rows: Path, tmp_path: Path) -> None:
     assert not expected
 
 
+def test_conversations_come_back_with_their_white_space_and_places(rows: Path, tmp_path: Path) -> None:
+    image, answer = {"type": "image"}, {"role": "assistant", "content": "A <image> b\n"}
+    contents: list[Any] = [
+        [
+            {"type": "text", "text": " is "},
+            image,
+            {"type": "text", "text": "\nor "},
+            image,
+            {"type": "text", "text": "?\n"},
+        ],
+        [image, {"type": "text", "text": "\nwhat? "}],
+        [image],
+        " <image> or <image>\n",
+        "what <image>",
+        "no tag ",
+        "text with <image> inside ",
+        " ",
+    ]
+    counts = [2, 1, 1, 2, 1, 1, 0, 1]
+    written = [
+        {"images": ["0.png", "1.png"][:count], "messages": [{"role": "user", "content": content}, answer]}
+        for content, count in zip(contents, counts, strict=True)
+    ]
+    (rows / "rows.json").write_text(json.dumps([row | {"id": i} for i, row in enumerate(written)]))
+    write_parquet(from_files(rows), tmp_path / "out", DropList())
+    found = {own_id(record.id): record for record in from_parquet(tmp_path / "out")}
+    assert len(found) == len(written)
+    for record in from_files(rows):
+        again = found[own_id(record.id)]
+        assert again.turns == record.turns
+        assert [(image.turn, image.at) for image in again.images] == [(image.turn, image.at) for image in record.images]
+
+
 def test_datasets_reads_images_and_conversations(rows: Path, tmp_path: Path) -> None:
     write_parquet(from_files(rows), tmp_path / "out", DropList())
     found = datasets.load_dataset("parquet", data_files=f"{tmp_path}/out/*.parquet", split="train")
     row = next(row for row in found if row["image"] is not None)
-    assert isinstance(row["image"], Image.Image) and row["conversations"][0]["value"].startswith("<image>")
+    assert isinstance(row["image"], Image.Image) and row["messages"][0]["content"][0]["type"] == "image"
 
 
 def test_the_order_is_shuffled_by_the_seed(rows: Path, tmp_path: Path) -> None:

@@ -102,6 +102,26 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(open_table(file)) == 1
 
 
+def test_a_file_read_under_two_columns_keeps_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VISPER_CACHE")
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.jpg", "short": "A cat.", "long": "A cat on a mat."}]))
+    tables = [open_table(tmp_path / "rows.json", columns={"text": text}) for text in ("short", "long")]
+    again = [pickle.loads(pickle.dumps(table)) for table in tables]
+    assert [table.value("texts", 0)[1] for table in again] == ["A cat.", "A cat on a mat."]
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "a.jpg", "short": "A dog."}]))
+    open_table(tmp_path / "rows.json", columns={"text": "short"})
+    assert [table.path.is_file() for table in tables] == [False, False]
+
+
+def test_a_mapped_field_is_not_read_under_its_own_name(tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "text": "alt", "caption": "A cat."}, {"image": "b.jpg", "text": "alt"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    table = open_table(tmp_path / "rows.json", columns={"text": "caption"})
+    assert table.value("texts", 0)[1] == "A cat." and table.good_rows().tolist() == [0]
+    with pytest.raises(DataError, match=r"'columns' names \['captoin'\], but no row of .*rows.json' has them"):
+        open_table(tmp_path / "rows.json", columns={"text": "captoin"})
+
+
 def test_a_broken_file_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISPER_CACHE")
     (tmp_path / "x.json").write_text("[" + json.dumps(row("Q", "A")) + ",")

@@ -46,6 +46,7 @@ OPEN = Item("How many?", ("2",), None)
         ("realworldqa", WAY, "left", "A", "LEFT"),
         ("realworldqa", WAY, "Not sure", None, "C"),  # "No" inside a word
         ("realworldqa", OPEN, "Two", "2", "2"),
+        ("realworldqa", OPEN, "two.", "2", "TWO"),
         ("realworldqa", OPEN, "2.", "2", "2"),
         ("realworldqa", OPEN, "", "", ""),
         # OK-VQA: VQA's normal form.

@@ -1,4 +1,4 @@
-"""``visper data check``: a report on a conversation file and its images, counted per source.
+"""``visper data check``: a report on a source of rows and its images, counted per folder.
 
 A row is *unusable* if training would leave it out: it is not a conversation, an image is missing, empty or cannot be
 decoded, or none of its tokens would be supervised: every answer is empty or, for the tokenizer of a given run, cut off.
@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.table import Table
 
-from visper.common.cache import cache_folder, key
+from visper.common.cache import key
 from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.config.data import MAX_PIXELS
-from visper.data.checks.image_files import Verdict, look, look_at_all, verdicts_file
+from visper.data.checks.image_files import Verdict, look, look_at_all, look_at_embedded, verdicts_file
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.normalize import reencode
 from visper.data.rows.formats import IMAGE_TAG
-from visper.data.rows.records import Drop, DropList, is_supervised, source_names, unsupervised
-from visper.data.rows.table import ROLE_LETTERS, Part, Records, RecordTable, open_table
+from visper.data.rows.records import Drop, DropList, is_supervised, unsupervised
+from visper.data.rows.table import ROLE_LETTERS, Part, Records, RecordTable
 
 if TYPE_CHECKING:
     from visper.data.chat import ConversationEncoder
@@ -106,7 +106,11 @@ class Report:
         Findings that no source has are left out. Sources that do not fit follow in further tables.
         """
         reasons = [what for what in self.counts[TOTAL] if what not in FINDINGS]
-        shown = [what for what in (*FINDINGS, *reasons) if self.counts[TOTAL][what] or what in ("rows", "unusable")]
+        shown = [
+            what
+            for what in (*FINDINGS[:-1], *reasons, FINDINGS[-1])
+            if self.counts[TOTAL][what] or what in ("rows", "unusable")
+        ]
         sources = [TOTAL, *sorted(self.counts.keys() - {TOTAL})]
         while sources:
             table = Table("", title=self.file.name, box=None, pad_edge=False)
@@ -134,35 +138,38 @@ def source_of(image: str | None) -> str:
 
 
 def check(
-    file: Path,
-    images: Path,
+    place: str | Path,
+    part: Part,
     encoder: ConversationEncoder | None = None,
     quiet: bool = False,
     workers: int | None = None,
-    name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Report:
-    """Checks every row and every image of one conversation file (``.json`` or ``.jsonl``).
+    """Checks every row and every image of one source.
 
     Args:
+        place: where the source is, for the report.
+        part: the source, under the name that drop lists use.
         encoder: a run's encoder; None: what is cut off or unknown to a tokenizer is not checked.
         workers: processes; default: one per core.
-        name: the source's name in drop lists; default: the file's, as in a run that reads only this file.
         max_pixels: a larger image counts as huge.
-
-    Raises:
-        DataError: the file is missing or is not a list of rows.
     """
-    table = open_table(file, quiet)
-    name = name or source_names([file])[0]
-    report = Report(file, encoded=encoder is not None)
+    name, table, folder = part.name, part.table, part.images
+    report = Report(Path(place), encoded=encoder is not None)
     _note_bad_rows(report, table.drops(name))
     names = table.image_names()
-    named = {image: str(images / image) for own in names for image in own}
-    kept = verdicts_file(cache_folder(file.resolve().parent), images, max_pixels)
-    report.verdicts = look_at_all(images, list(named), kept, quiet, workers, max_pixels)
-    _note_images(report, named)
-    records = Records([Part(name, table, images)])
+    records = Records([part])
+    if folder is not None:
+        named = {image: str(folder / image) for own in names for image in own}
+        kept = verdicts_file(table.path.parent, folder, max_pixels)
+        report.verdicts = look_at_all(folder, list(named), kept, quiet, workers, max_pixels)
+        _note_images(report, {image: (path, report.verdicts[path]) for image, path in named.items()})
+        shown = [[report.verdicts[named[image]] for image in names[row]] for row in records.rows.tolist()]
+    else:
+        shown = list(look_at_embedded(records, quiet, workers, max_pixels))
+        both = zip(records.rows.tolist(), shown, strict=True)
+        held = {image: verdict for row, own in both for image, verdict in zip(names[row], own, strict=False)}
+        _note_images(report, {image: (image, verdict) for image, verdict in held.items()})
     report.warnings = unread_images(records)
     found = None
     if encoder is not None:
@@ -182,7 +189,7 @@ def check(
             report.note(source, "answer tokens", count=int(found.num_text[index]))
             report.note(source, "unknown tokens", count=int(found.num_unknown[index]))
         problem = unsupervised(_answers(table, row)) if found is None else found.problems.get(index)
-        faults = _faults(problem, [report.verdicts[named[image]] for image in names[row]])
+        faults = _faults(problem, shown[index])
         for reason, detail in faults.items():
             report.note(source, reason, sample_id)
             report.drops.add(sample_id, reason, detail)
@@ -199,9 +206,9 @@ def _note_bad_rows(report: Report, drops: Iterable[Drop]) -> None:
         report.note(NO_CONVERSATION, "unusable")
 
 
-def _note_images(report: Report, named: Mapping[str, str]) -> None:
-    for image, path in named.items():
-        verdict = report.verdicts[path]
+def _note_images(report: Report, found: Mapping[str, tuple[str, Verdict]]) -> None:
+    """Counts images, given by their name: where each is, and its verdict."""
+    for image, (path, verdict) in found.items():
         report.note(source_of(image), "images")
         if verdict.reason != "missing image":
             report.note(source_of(image), "images present")

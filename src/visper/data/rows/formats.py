@@ -36,6 +36,8 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text")
 """The keys of a row that are read, under these names or mapped by a source's ``columns``."""
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
+OBJECTS = "objects"
+"""The key of ms-swift's rows for the values of their placeholders."""
 TURN_WEIGHTS = ("weight", "loss", "train", "training")
 """Keys with which other libraries mark turns that are not trained (OpenAI, ms-swift, axolotl)."""
 IMAGE_SUFFIXES = (
@@ -48,6 +50,8 @@ Part = tuple[int, Any]
 """An image part: number of characters of the turn's text before it, and the image that it names, if any."""
 _MEDIA_TAG = "(?:<image>|<video>|<audio>)"
 _SHOWS_MEDIA = re.compile(rf"\s*{_MEDIA_TAG}|.*{_MEDIA_TAG}\s*\Z", re.DOTALL)
+_IMAGE_IN_TEXT = re.compile(rf"<img>[^<>\n]+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})</img>", re.IGNORECASE)
+_PLACEHOLDER = re.compile("<bbox>|<ref-object>")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SWAPPED = "; if user and model are swapped, exchange 'human' and 'gpt' ('user' and 'assistant')"
 _LONGEST_NAME = 255  # bytes, on every usual file system
@@ -94,6 +98,10 @@ def parse(row: Any) -> Parsed:
         if row.get(name):
             raise DataError("media other than images", f"the row has '{name}': only images are read")
     turns, parts = _conversation(row)
+    if row.get(OBJECTS) and any(_PLACEHOLDER.search(turn.text) for turn in turns):
+        raise DataError(
+            "unfilled placeholder", f"'{OBJECTS}' is not read: write its values in place of <bbox>, <ref-object>"
+        )
     listed = [*_listed(row.get("image")), *_listed(row.get("images"))]
     placed = [_place_images(turn, named) for turn, named in zip(turns, parts, strict=True)]
     places = [(i, at, name) for i, (_, own) in enumerate(placed) for at, name in own]
@@ -213,11 +221,12 @@ def read_turn(turn: Any) -> tuple[Turn, list[Part]]:
 
 
 def _refuse_unseen_media(turns: list[Turn], parts: int, remedy: str) -> None:
-    """Refuses an image part, or a tag at the start or end of a turn; elsewhere in a text, a tag is just text."""
+    """Refuses an image part, Qwen-VL's ``<img>PATH</img>``, and a tag at the start or end of a turn; elsewhere, a tag
+    is just text."""
     if parts:
         raise DataError("media without a file", f"a message has an image part, but the row names no image{remedy}")
     for turn in turns:
-        if turn.role == "user" and _SHOWS_MEDIA.match(turn.text):
+        if turn.role == "user" and (_SHOWS_MEDIA.match(turn.text) or _IMAGE_IN_TEXT.search(turn.text)):
             raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}{remedy}")
 
 
@@ -257,7 +266,7 @@ def _file_name(image: Any) -> str:
     if not isinstance(image, str):
         raise DataError("bad image path", f"expected a path, found {kind_of(image)}")
     if "://" in image or image.startswith("data:"):
-        raise DataError("bad image path", f"expected a file, found the URL {image[:80]!r}: download it first")
+        raise DataError("bad image path", f"expected a file, found {image[:80]!r}: save the image as a file first")
     longest = max(len(part.encode("utf-8", "replace")) for part in image.split("/"))
     if _HALF_PAIR.search(image) or "\0" in image or longest > _LONGEST_NAME:
         raise DataError("bad image path", f"{image[:80]!r} cannot be the name of a file")

@@ -23,11 +23,12 @@ from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import place_of
 from visper.config import Source
-from visper.data.rows.formats import FIELDS, MEDIA_KEYS, Embedded, NotEmbedded
+from visper.data.rows.formats import FIELDS, MEDIA_KEYS, OBJECTS, Embedded, NotEmbedded
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
 _IMAGE_FIELDS = ("image", "images")
 _AT_ONCE = 1000
+_LONGEST_REASON = 1000  # characters
 
 
 def open_hub(source: Source, name: str, quiet: bool) -> Part:
@@ -57,9 +58,11 @@ def open_hub(source: Source, name: str, quiet: bool) -> Part:
 
 def open_parquet(source: Source, name: str, quiet: bool) -> Part:
     """Opens Parquet files given by a path or pattern, in the order of their names; see ``open_hub``."""
-    files = sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
-    if not files:
-        raise DataError("no such file", f"{place_of(source.place)}: expected Parquet files; check 'data.sources'")
+    given = Path(source.place)
+    files = [source.place] if given.is_file() else sorted(glob.glob(source.place, recursive=True))  # noqa: PTH207 (the pattern may be absolute)
+    if not files or given.is_dir():
+        expected = f"Parquet files, such as '{given / '*.parquet'}'" if given.is_dir() else "Parquet files"
+        raise DataError("no such file", f"{place_of(source.place)}: expected {expected}; check 'data.sources'")
     return _as_part(load_parquet(files, f"'{source.place}'", quiet), source, name, quiet)
 
 
@@ -72,7 +75,9 @@ def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[
     import datasets
 
     with _loading(what, "; are all of them Parquet files of one schema?", quiet):
-        return datasets.load_dataset("parquet", data_files=files, split="train", columns=columns)
+        return datasets.load_dataset(
+            "parquet", data_files=list(map(glob.escape, files)), split="train", columns=columns
+        )
 
 
 @contextmanager
@@ -86,7 +91,9 @@ def _loading(what: str, remedy: str, quiet: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        raise DataError("cannot be loaded", f"{what}: {error}{remedy}") from error
+        says_nothing = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        why = " ".join(str(error.__cause__ if says_nothing else error).split())
+        raise DataError("cannot be loaded", f"{what}: {why[:_LONGEST_REASON]}{remedy}") from error
     finally:
         if not before:
             datasets.enable_progress_bars()
@@ -97,20 +104,22 @@ def _as_part(found: Any, source: Source, name: str, quiet: bool) -> Part:
     unread = _unread_columns(found, used)
     found = found.select_columns([*used.values(), *unread]).with_format("arrow")
     shown = [used[field] for field in _IMAGE_FIELDS if field in used]
-    embedded = source.images is None
-    paths = [own for own in shown if embedded and _holds_text(found.features.arrow_schema.field(own).type)]
+    folder = source.images
+    paths = [own for own in shown if folder is None and _holds_text(found.features.arrow_schema.field(own).type)]
     if paths:
-        why = f"its column '{paths[0]}' contains paths: give 'images', the folder that they are relative to"
+        why = f"its column '{paths[0]}' contains texts: give 'images', the folder of these paths, or embed the images"
         raise DataError("no images folder", f"'{source.place}': {why}")
     files = [Path(file["filename"]) for file in found.cache_files]
     code = code_key(sys.modules[__name__])  # it names embedded images
-    key = table_key(used, f"{source.split} {len(found)} {embedded} {unread}", code, *map(identity, files))
+    key = table_key(
+        used, f"{source.split} {len(found)} {folder and _bases(folder)} {unread}", code, *map(identity, files)
+    )
     table = cache_folder(files[0].parent if files else Path()) / f"{name.replace('/', '-')}-{key}.arrow"
     if not table.is_file():
-        rows = track(_rows(found, used, unread, embedded), description=f"reading {name}", total=len(found), quiet=quiet)
+        rows = track(_rows(found, used, unread, folder), description=f"reading {name}", total=len(found), quiet=quiet)
         write_table(map(cells, rows), table)
-    images = EmbeddedImages(found.select_columns(shown)) if shown and embedded else None
-    return Part(name, RecordTable(table), None if source.images is None else Path(source.images), images)
+    images = EmbeddedImages(found.select_columns(shown)) if shown and folder is None else None
+    return Part(name, RecordTable(table), None if folder is None else Path(folder), images)
 
 
 def _columns_of(found: Any, source: Source) -> dict[str, str]:
@@ -121,7 +130,7 @@ def _columns_of(found: Any, source: Source) -> dict[str, str]:
     """
     columns = source.columns
     absent = [own for own in columns.values() if own not in found.column_names]
-    own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS) if field in found.column_names}
+    own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS, OBJECTS) if field in found.column_names}
     used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
     captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
     if absent or not (captions or "conversations" in used or "messages" in used):
@@ -140,15 +149,15 @@ def _unread_columns(found: Any, used: Mapping[str, str]) -> list[str]:
         return []
     kinds = {field.name: field.type for field in found.features.arrow_schema}
     others = [own for own in found.column_names if own not in (*used.values(), *FIELDS)]
-    return [own for own in others if _holds_text(kinds[own]) or _is_image(_item(kinds[own]))]
+    return [own for own in others if _holds_text(kinds[own]) or holds_images(kinds[own])]
 
 
-def _rows(found: Any, used: Mapping[str, str], unread: list[str], embedded: bool) -> Iterator[dict[str, Any]]:
+def _rows(found: Any, used: Mapping[str, str], unread: list[str], folder: str | None) -> Iterator[dict[str, Any]]:
     start, sizes = 0, dict[str, int]()
     for batch in found.iter(_AT_ONCE):
         own_names = [f"embedded-{row}" for row in range(start, start + batch.num_rows)]
         values = [
-            _image_names(batch.column(own).combine_chunks(), embedded, own_names, sizes)
+            _image_names(batch.column(own).combine_chunks(), folder, own_names, sizes)
             if field in (*_IMAGE_FIELDS, *MEDIA_KEYS)
             else batch.column(own).to_pylist()
             for field, own in used.items()
@@ -162,13 +171,14 @@ def _unread_values(column: Any, own_names: Sequence[str]) -> list[Any]:
     """Texts as they are, embedded images as the kind of value that a JSON row would have, without their bytes."""
     if _holds_text(column.type):
         return list(column.to_pylist())
-    return [{"bytes": ""} if named else None for named in _image_names(column, True, own_names, {})]
+    return [{"bytes": ""} if named else None for named in _image_names(column, None, own_names, {})]
 
 
-def _image_names(column: Any, embedded: bool, own_names: Sequence[str], sizes: dict[str, int]) -> list[Any]:
+def _image_names(column: Any, folder: str | None, own_names: Sequence[str], sizes: dict[str, int]) -> list[Any]:
     """The names of images, without copying their bytes. Images of different names are taken for different images.
 
     Args:
+        folder: the images folder; None: the images are embedded.
         own_names: the name of each row, for images without a path; in a list, its place is added.
         sizes: path -> number of bytes of its first image; extended here. Other images may have the same path, because
             `datasets` cuts off the folder when it uploads files: another size is added to the name.
@@ -178,7 +188,7 @@ def _image_names(column: Any, embedded: bool, own_names: Sequence[str], sizes: d
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         counts = pc.list_value_length(column).to_pylist()
         inner = [f"{name}-{at}" for name, n in zip(own_names, counts, strict=True) for at in range(n or 0)]
-        flat = iter(_image_names(pc.list_flatten(column), embedded, inner, sizes))
+        flat = iter(_image_names(pc.list_flatten(column), folder, inner, sizes))
         return [None if n is None else [next(flat) for _ in range(n)] for n in counts]
     if _is_binary(column.type):
         there = pc.is_valid(column).to_pylist()
@@ -186,14 +196,23 @@ def _image_names(column: Any, embedded: bool, own_names: Sequence[str], sizes: d
     if not _is_image(column.type):
         return list(column.to_pylist())
     paths = pc.struct_field(column, "path").to_pylist()
-    if not embedded:
-        return paths
+    if folder is not None:
+        return [path and _below(folder, path) for path in paths]
     lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
     there = pc.is_valid(column).to_pylist()
     return [
         None if not row or (length is None and path is None) else _name_of(path, length, name, sizes)
         for row, length, path, name in zip(there, lengths, paths, own_names, strict=True)
     ]
+
+
+def _below(folder: str, path: str) -> str:
+    """A path relative to the images folder: `datasets` makes those of an image folder's files absolute."""
+    return next((path.removeprefix(base) for base in _bases(folder) if path.startswith(base)), path)
+
+
+def _bases(folder: str) -> tuple[str, str]:
+    return os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.realpath(folder), "")  # noqa: PTH100, PTH118
 
 
 def _name_of(path: str | None, length: int | None, own_name: str, sizes: dict[str, int]) -> str:
@@ -210,6 +229,11 @@ def _name_of(path: str | None, length: int | None, own_name: str, sizes: dict[st
 def _holds_text(kind: Any) -> bool:
     inner = _item(kind)
     return bool(pa.types.is_string(inner) or pa.types.is_large_string(inner))
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether a column of this Arrow type could contain images, alone or in lists."""
+    return _is_image(_item(kind)) or _is_binary(_item(kind))
 
 
 def _item(kind: Any) -> Any:
@@ -235,11 +259,23 @@ class EmbeddedImages:
         self.columns = columns
 
     def __call__(self, row: int) -> list[bytes]:
-        """The bytes of the row's images, in order."""
+        """The bytes of the row's images, in order.
+
+        Raises:
+            DataError: one is given without its bytes.
+        """
         values = [column[0].as_py() for column in self.columns[row].columns]
-        images = [image for value in values for image in (value if isinstance(value, list) else [value])]
-        contents = (image["bytes"] if isinstance(image, dict) else image for image in images)
-        return [content for content in contents if isinstance(content, bytes)]
+        listed = [image for value in values for image in (value if isinstance(value, list) else [value])]
+        images = [image for image in listed if image not in (None, {"bytes": None, "path": None})]
+        contents: list[bytes] = []
+        for image in images:
+            content = image.get("bytes") if isinstance(image, dict) else image
+            if not isinstance(content, bytes):
+                raise DataError(
+                    "image not embedded", f"row {row} has {str(image)[:200]}: expected the bytes of an image"
+                )
+            contents.append(content)
+        return contents
 
     def rows_with_sizes(self, sizes: set[int]) -> list[int]:
         """The rows with an image whose number of bytes is in ``sizes``; no image is read, only the offsets."""

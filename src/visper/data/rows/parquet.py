@@ -1,13 +1,13 @@
 """Writes rows and their images into a few Parquet files, for file systems that are slow with many small files.
 
-Images are stored in the hub's layout (a struct of bytes and path), which `datasets`, the hub's viewer and other readers
-open; training reads the files as ``{parquet: FOLDER/*.parquet}``. `datasets` memory-maps them, so any process can read
-any row by its number, and the order of rows and resuming work as for every other source.
+Images are stored in the hub's layout (a struct of bytes and path), conversations as ``messages`` with content parts.
+`datasets`, the hub's viewer and other readers open both; training reads the files as ``{parquet: FOLDER/*.parquet}``.
+`datasets` memory-maps them, so any process can read any row by its number, and the order of rows and resuming work as
+for every other source.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -22,14 +22,12 @@ from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import atomic_path
 from visper.data.checks.digests import contents_of
-from visper.data.rows.formats import IMAGE_TAG
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
 
 FILE_BYTES = 256 << 20
 GROUP_ROWS = 100
 """Rows per row group, the unit that readers load; the hub uses this number for images."""
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 _THREADS = 16
 
 
@@ -71,7 +69,8 @@ def _schema(column: str) -> pa.Schema:
     from datasets import Features, Image, Value
 
     text, image = Value("string"), [Image()] if column == "images" else Image()
-    return Features({"id": text, column: image, "conversations": [{"from": text, "value": text}]}).arrow_schema
+    content = [{"type": text, "text": text}]
+    return Features({"id": text, column: image, "messages": [{"role": text, "content": content}]}).arrow_schema
 
 
 def _write_file(
@@ -119,25 +118,22 @@ def _row(records: Records, index: int, column: str) -> dict[str, Any] | Drop:
             return Drop(record.id, "missing image", f"'{image.path}': expected a file")
         if not content:
             return Drop(record.id, "empty image file", f"'{image.path}' has no bytes: fetch it again")
-    # The text of a row without tags is left unchanged.
-    texts = _tagged(record) if part.table.value("image_tags", place) else [turn.text for turn in record.turns]
     names = (image.path for image in part.table.images(place))
     images = [{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)]
     return {
         "id": part.table.value("id", place),
         column: images if column == "images" else next(iter(images), None),
-        "conversations": [
-            {"from": _SPEAKERS[turn.role], "value": text} for turn, text in zip(record.turns, texts, strict=True)
-        ],
+        "messages": [{"role": turn.role, "content": _parts(record, i)} for i, turn in enumerate(record.turns)],
     }
 
 
-def _tagged(record: Record) -> list[str]:
-    """The turns' texts with image tags: a turn's only image on a line before its text, several at their places."""
-    texts = [turn.text for turn in record.turns]
-    counts = Counter(image.turn for image in record.images)
-    for image in reversed(record.images):
-        text = texts[image.turn]
-        alone = counts[image.turn] == 1
-        texts[image.turn] = f"{IMAGE_TAG}\n{text}" if alone else f"{text[: image.at]}{IMAGE_TAG}{text[image.at :]}"
-    return texts
+def _parts(record: Record, number: int) -> list[dict[str, str]]:
+    """A turn as content parts. Tags in a text would not do: the whitespace around such a text is not read."""
+    text, at = record.turns[number].text, 0
+    parts = []
+    for image in record.images:
+        if image.turn == number:
+            parts += [{"type": "text", "text": text[at : image.at]}, {"type": "image"}]
+            at = image.at
+    parts.append({"type": "text", "text": text[at:]})
+    return [part for part in parts if part.get("text") != "" or len(parts) == 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 
 from visper.common.errors import DataError
 from visper.config import Source
-from visper.data.rows.hugging_face import open_hub, open_parquet
-from visper.data.rows.records import DropList, source_names
-from visper.data.rows.table import Part, Records, open_table
+from visper.data.rows.parts import json_source, open_parts
+from visper.data.rows.records import DropList
+from visper.data.rows.table import Records
 from visper.data.sampler import Mixture
 
 
@@ -31,30 +30,13 @@ def open_records(
     Raises:
         DataError: a source cannot be read, or an agreed drop names a row that does not exist.
     """
-    given = [
-        one if isinstance(one, Source) else Source.model_construct(json_file=str(one[0]), images=str(one[1]))
-        for one in sources
-    ]
-    names = source_names([Path(source.place) for source in given])
-    parts = [
-        replace(_open(source, name, quiet), weight=source.weight) for name, source in zip(names, given, strict=True)
-    ]
+    given = [one if isinstance(one, Source) else json_source(*one) for one in sources]
+    parts = open_parts(given, quiet)
     records = Records(parts)
     agreed = _agreed_rows(records, drops)
     for part in parts:
         drops.extend(drop for drop in part.table.drops(part.name) if drop.sample_id not in drops.agreed)
     return records.select(~np.isin(records.rows, agreed)) if len(agreed) else records
-
-
-def _open(source: Source, name: str, quiet: bool) -> Part:
-    if source.kind == "json":
-        assert source.images is not None
-        return Part(
-            name,
-            open_table(Path(source.place), quiet, {str(field): own for field, own in source.columns.items()}),
-            Path(source.images),
-        )
-    return (open_hub if source.kind == "hf" else open_parquet)(source, name, quiet)
 
 
 def mixture_of(records: Records) -> Mixture | None:
@@ -79,6 +61,6 @@ def _agreed_rows(records: Records, drops: DropList) -> npt.NDArray[np.int64]:
         raise DataError(
             "drop list of other data",
             f"{len(strange)} of its {len(drops.agreed)} rows are not in the run's sources; the first is "
-            f"'{strange[0]}': check the sources again (`visper data check FILE --images DIR --drop LIST`)",
+            f"'{strange[0]}': check the sources again (`visper data check --run RECIPE --drop LIST`)",
         )
     return np.asarray(found, dtype=np.int64)

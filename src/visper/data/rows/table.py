@@ -146,12 +146,22 @@ def open_table(file: Path, quiet: bool = True, columns: Mapping[str, str] | None
     """
     before = identity(file)
     columns = dict(columns or {})
-    place = cache_folder(file.resolve().parent) / f"{file.name}-{table_key(before, columns)}.arrow"
+    state = f"{file.name}-{table_key(before)}"
+    mapped = f"-{key(json.dumps(columns, sort_keys=True))}" if columns else ""
+    place = cache_folder(file.resolve().parent) / f"{state}{mapped}.arrow"
     if not place.is_file():
-        counted = track(read_rows(file), description=f"reading {file.name}", quiet=quiet)
-        rows = (cells(rename(row, columns)) for row in counted)
-        write_table(rows, place, lambda: _refuse_change(file, before))
-        _forget(place, file.name)
+        absent = set(columns.values())
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in track(read_rows(file), description=f"reading {file.name}", quiet=quiet):
+                absent.difference_update(row if isinstance(row, dict) else ())
+                yield cells(rename(row, columns))
+            if absent:
+                raise DataError("unknown columns", f"'columns' names {sorted(absent)}, but no row of '{file}' has them")
+            _refuse_change(file, before)
+
+        write_table(rows(), place)
+        _forget(place.parent, file.name, state)
     return RecordTable(place)
 
 
@@ -161,23 +171,23 @@ def table_key(*parts: str | Mapping[str, str]) -> str:
 
 
 def rename(row: Any, columns: Mapping[str, str]) -> Any:
-    """The row with its keys renamed by ``columns`` (field -> key in the row)."""
+    """The row with its keys renamed by ``columns`` (field -> key in the row), without its own keys of those fields."""
     if not columns or not isinstance(row, dict):
         return row
-    taken = {own: row[own] for own in columns.values() if own in row}
-    return {k: v for k, v in row.items() if k not in taken} | {
-        f: taken[own] for f, own in columns.items() if own in taken
-    }
+    others = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
+    return others | {field: row[own] for field, own in columns.items() if own in row}
 
 
-def write_table(rows: Iterable[dict[str, Any]], place: Path, last: Callable[[], None] = lambda: None) -> None:
-    """Writes rows of ``SCHEMA`` to ``place``, atomically; ``last`` is called at the end and may raise to discard it."""
+def write_table(rows: Iterable[dict[str, Any]], place: Path) -> None:
+    """Writes rows of ``SCHEMA`` to ``place``, atomically; an error that ``rows`` raises discards them."""
     cells = iter(rows)
-    with atomic_path(place) as partial:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            while batch := list(islice(cells, BATCH_ROWS)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
-        last()
+    with (
+        atomic_path(place) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        while batch := list(islice(cells, BATCH_ROWS)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
 
 
 def _refuse_change(file: Path, before: str) -> None:
@@ -185,12 +195,15 @@ def _refuse_change(file: Path, before: str) -> None:
         raise DataError("changing file", f"'{file}' changed while it was read: wait until it is complete")
 
 
-def _forget(kept: Path, name: str) -> None:
-    """Removes cached tables of former versions of the file. Processes that still have one mapped keep its content."""
-    if kept.parent.name != FOLDER:
+def _forget(folder: Path, name: str, state: str) -> None:
+    """Removes cached tables of other states of the file. Processes that still have one mapped keep its content.
+
+    Tables of the same state with other ``columns`` are kept: a run may read the file under several.
+    """
+    if folder.name != FOLDER:
         return  # a cache for several folders may contain another file of the same name
-    for old in kept.parent.iterdir():
-        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}\..*", old.name) and not old.name.startswith(kept.stem):
+    for old in folder.iterdir():
+        if re.fullmatch(re.escape(name) + r"-[0-9a-f]{16}[-.].*", old.name) and not old.name.startswith(state):
             old.unlink(missing_ok=True)
 
 

@@ -253,15 +253,18 @@ def listing(names: Sequence[str], root: Path) -> list[Listed]:
     return lines
 
 
-def row_files(data: Data) -> list[Source]:
+def row_files(data: Data, whole: bool = True) -> list[Source]:
     """``data.sources`` in order, with each set replaced by its files.
+
+    Args:
+        whole: require a set's images, not only its rows.
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
     """
     found: list[Source] = []
     for source in data.sources:
-        files = [] if source.data_set is None else _rows_of(source.data_set, Path(data.root))
+        files = [] if source.data_set is None else _rows_of(source.data_set, Path(data.root), whole)
         changes = [{"data_set": None, "json_file": str(file), "images": str(images)} for file, images in files]
         found += [source.model_copy(update=change) for change in changes] or [source]
     return found

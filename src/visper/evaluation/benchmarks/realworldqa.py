@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visper.evaluation.benchmarks.base import Item, Reading, read_parquet
 from visper.evaluation.benchmarks.vqa_text import NUMBERS
-from visper.evaluation.choices import LETTERS, read_choice
+from visper.evaluation.choices import LETTERS, plain, read_choice
 from visper.evaluation.image_sources import ImageSource
 
 _OPTION = re.compile(r"\b([A-Z])\.\s+([^\n]*)")
@@ -32,13 +32,13 @@ def read(item: Item, said: str) -> Reading:
     The published reader searches the answer, without punctuation, for an option's text, case-sensitively and even
     inside a word; if it finds none, it takes the answer itself.
     """
-    said = NUMBERS.get(said.strip().lower(), said)
+    ours, said = (NUMBERS.get(form, said) for form in (plain(said), said.strip().lower()))
     cleaned = re.sub(r"[^\w\s]", "", said).strip()
     # It numbers the options it finds, whatever letters they have; of equal texts the last counts.
     texts = dict(zip((text.strip() for _, text in _OPTION.findall(item.prompt)), LETTERS, strict=False))
     found = re.search("|".join(map(re.escape, texts)), cleaned)
     published = bare(texts.get(found[0], cleaned) if found else cleaned)
-    return Reading(read_choice(said, item.options) if item.options else bare(said), published)
+    return Reading(read_choice(ours, item.options) if item.options else bare(ours), published)
 
 
 def bare(text: str) -> str:
