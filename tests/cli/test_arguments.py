@@ -34,7 +34,7 @@ def test_a_command_never_overwrites_what_it_reads(arguments, message, tmp_path, 
     for name in ("q.json", "q.jsonl", "answers/q.jsonl", "p.probe-rows.json"):
         (tmp_path / name).write_text('{"question": "what?", "answer": "red"}' if name.endswith("l") else ROWS)
     for name in ("r.yaml", "p.probe.yaml"):
-        (tmp_path / name).write_text("name: mine")
+        (tmp_path / name).write_text("extends: quickstart/pt")
     (tmp_path / "link.jsonl").symlink_to("q.jsonl")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
