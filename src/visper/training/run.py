@@ -38,7 +38,7 @@ from visper.training.assemble import build_training_model, continue_objective, s
 from visper.training.attention import choose_attention
 from visper.training.best import MEASURED_ON, best_checkpoint
 from visper.training.callbacks import JsonlCallback, console_callback
-from visper.training.checkpoint import is_last, newest_undamaged, require_finite
+from visper.training.checkpoint import is_last, require_finite
 from visper.training.compilation import compile_parts, require_compiler
 from visper.training.content import content_of, require_same_content
 from visper.training.held_out import (
@@ -56,6 +56,7 @@ from visper.training.output import (
     claim_output,
     is_finished,
     naming_saved_weights,
+    newest_own,
     require_separate_outputs,
     saved_run,
 )
@@ -107,7 +108,7 @@ def run_stage(
     with locked_by_first(output, console), explaining_full_memory():
         run = open_output(run, resume)
         run = decide_recomputation(run, processes, recomputation, console)
-        checkpoint = first_decides(lambda: newest_undamaged(output, console)) if resume else None
+        checkpoint = first_decides(lambda: newest_own(run, output, console)) if resume else None
         check_split(run.optimization, processes.num_processes)
         torch.manual_seed(run.seed)
 
