@@ -141,16 +141,16 @@ def run_pipeline(
     evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
     recomputation: EstimateMemory | None = None,
 ) -> None:
-    """Trains stages in order; skips finished ones and resumes interrupted ones.
+    """Trains stages in order; skips finished ones, whose weights the first process verifies; resumes interrupted ones.
 
     Raises:
         ConfigError: two stages have the same output, or see ``run_stage``.
     """
     require_separate_outputs(runs)
-    console = Console()
     for run in runs:
-        if is_finished(run):
-            announce(console, "finished", f"{run.name}: {run.output}")
+        processes = join_processes(run.launch)
+        if first_decides(partial(is_finished, run)):
+            announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
         run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
 
