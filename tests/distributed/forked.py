@@ -28,7 +28,7 @@ def run_forked(function, arguments, count):
 
 
 def train_forked(recipe, arguments, timeout, verb="train"):
-    """``visper train``, or another command, in as many processes as the run asks for. Returns each process's exit code, and their output.
+    """``visper train``, or another command, in as many processes as the run asks for. Returns exit codes and output.
 
     Processes that still run after ``timeout`` seconds, or half a minute after another has failed, are killed.
     """
