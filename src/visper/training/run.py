@@ -119,7 +119,7 @@ def run_stage(
             require_images(data.dataset.records)
         content = first_decides(lambda: content_of(run, data.dataset.records))
         if checkpoint is not None:
-            continue_rows(checkpoint, output, data)
+            continue_rows(checkpoint, data)
             if not accept_changes:
                 first_decides(lambda: require_same_content(output, content))
         model = build_model(run, student, teachers, processes, console)
@@ -322,14 +322,14 @@ def evaluation_callback(
     return [EvaluationCallback(held_out, Path(run.output), on)]
 
 
-def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
-    """Drops from ``data`` the rows that were found bad before the checkpoint.
+def continue_rows(checkpoint: Path, data: StageData) -> None:
+    """Drops from ``data`` the rows that were found bad before the checkpoint; later ones may be good by now.
 
     Raises:
         ConfigError: the checkpoint was written with other rows or in another order.
     """
     require_same_order(checkpoint, data)
-    before = DropList.read(output / DROPPED)
+    before = DropList.read(checkpoint / DROPPED)
     data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 

@@ -223,13 +223,16 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the run and the order of its rows. The Trainer calls this first when it saves a checkpoint, then
-        ``_save_optimizer_and_scheduler``, which writes the tensors.
+        """Writes the run, the order of its rows and the dropped ones.
+
+        The Trainer calls this first when it saves a checkpoint, then ``_save_optimizer_and_scheduler``, which writes
+        the tensors.
         """
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_order(folder, self.data)
+            self.data.drops.write(folder / DROPPED)
             save_run(self.run, folder / RUN)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
