@@ -24,7 +24,7 @@ def output(tmp_path_factory, tiny_llm, tiny_encoder):
 
 
 def files_of(folder):
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
 
 
 def flip(file, chance):

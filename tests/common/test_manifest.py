@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from visper.common import manifest
 from visper.common.errors import DataError
 from visper.common.manifest import MANIFEST, digest_of, find_damage, require_undamaged, write_manifest
 
@@ -64,3 +65,19 @@ def test_what_is_not_named_may_change(folder: Path) -> None:
     write_manifest(folder, "b")
     (folder / "a").unlink()
     assert find_damage(folder) is None
+
+
+def test_weights_that_were_not_written_with_it_are_named(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    assert find_damage(folder) is None
+    (folder / "deep" / "shard-00003.safetensors").touch()
+    assert find_damage(folder) == "'deep/shard-00003.safetensors' was not written with its other files"
+
+
+def test_a_file_of_another_user_is_not_damaged(folder: Path, monkeypatch) -> None:
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(manifest, "digest_of", refuse)  # tests may run as root, who may read everything
+    with pytest.raises(PermissionError):
+        find_damage(folder)

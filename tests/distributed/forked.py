@@ -27,8 +27,8 @@ def run_forked(function, arguments, count):
     start_processes(function, arguments, count, start_method="forkserver")
 
 
-def train_forked(recipe, arguments, timeout):
-    """``visper train`` in as many processes as the run asks for. Returns each process's exit code, and their output.
+def train_forked(recipe, arguments, timeout, verb="train"):
+    """``visper train``, or another command, in as many processes as the run asks for. Returns exit codes and output.
 
     Processes that still run after ``timeout`` seconds, or half a minute after another has failed, are killed.
     """
@@ -43,7 +43,7 @@ def train_forked(recipe, arguments, timeout):
     for rank, output in enumerate(outputs):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         environment = place | {name: str(value) for name, value in ranks.items()} if count > 1 else {}
-        command = ["visper", "train", str(recipe), *overrides, *options]
+        command = ["visper", verb, str(recipe), *overrides, *options]
         process = FORKS.Process(target=_visper, args=(command, environment, str(output)))
         process.start()
         started.append(process)

@@ -164,6 +164,18 @@ def wait_for(condition, run):
         time.sleep(0.002)
 
 
+def test_the_first_process_looks_for_finished_stages(make):
+    recipe = make("ift", "ift", optimization={"max_steps": 1}, launch={"processes": 2})
+    for _ in range(2):
+        codes, said = train_forked(recipe, (), WAIT, "pipeline")
+        assert codes == [0, 0], said[-3000:]
+    assert said.count("finished") == 1
+    shard = next((recipe.with_suffix("") / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    codes, said = train_forked(recipe, (), WAIT, "pipeline")
+    assert codes == [2, 2] and said.count("damaged folder") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [9, 3], ids=["both ranks see", "some ranks see no image"])
 def test_two_ranks_equal_one_under_every_engine(images, make):

@@ -62,6 +62,11 @@ def llm(tiny_llm: Path, tmp_path: Path) -> Path:
     return tmp_path / "llm"
 
 
+def test_a_processor_shows_no_bar_for_weights_that_it_does_not_need(tiny_llm, tiny_encoder, capfd):
+    processor_of(tiny_llm, tiny_encoder, lambda llm: None)
+    assert "Loading weights" not in capfd.readouterr().err
+
+
 USABLE = {
     "several named": named(default=CHAT_TEMPLATE, tool_use=OTHER),
     "one named default": named(default=CHAT_TEMPLATE),

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from tests.planning.test_plan import tiny_run
+from tests.planning.test_plan import tiny_run, with_optimization
 from visper.config import Engine
 from visper.planning.host import LIBRARIES
 from visper.planning.memory import Machine
@@ -38,7 +38,7 @@ def test_a_checkpoint_holds_on_disk_and_copies_to_the_host_what_is_planned(
 
 
 def test_host_memory_of_each_engine_by_hand(tmp_path, tiny_llm, tiny_encoder):
-    run = tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None)
+    run = with_optimization(tiny_run(tmp_path, tiny_llm, tiny_encoder, distillation=None), global_batch=64)
 
     def planned(gpus, **launch):
         changed = run.model_copy(update={"launch": run.launch.model_copy(update=launch)})

@@ -63,6 +63,21 @@ def test_rows_are_measured_where_they_are(run):
     assert found.steps == 2 and found.fits and found.lever is None
 
 
+@pytest.mark.parametrize(("changes", "steps"), [({}, 8), ({"max_steps": 3}, 3), ({"max_steps": 50}, 50)])
+def test_steps_are_those_of_training(run, changes, steps):
+    """Each epoch's last batch is filled up: 16 rows are 3 batches of 6. ``max_steps`` replaces ``epochs``."""
+    optimization = {"global_batch": 6, "micro_batch": 6, "epochs": 2.5, **changes}
+    assert Plan(with_optimization(run, **optimization), Machine(0, None)).steps == steps
+
+
+def test_what_training_would_refuse_is_not_planned(run):
+    with pytest.raises(ConfigError, match="not a multiple of micro_batch 8 x 2 processes"):
+        Plan(run, Machine(2, 80e9))
+    launch = run.launch.model_copy(update={"engine": Engine.FSDP, "replicas": 2})
+    with pytest.raises(ConfigError, match=r"launch\.replicas is 2, which gives each copy of the model 1\.5"):
+        Plan(with_optimization(run, micro_batch=1, global_batch=6).model_copy(update={"launch": launch}), Machine(3, 1))
+
+
 def test_rows_longer_than_the_llms_positions_are_refused(run):
     with pytest.raises(ConfigError, match="4096 positions"):
         Plan(run.model_copy(update={"data": run.data.model_copy(update={"max_tokens": 5000})}), Machine(1, 80e9))
@@ -129,7 +144,7 @@ def test_a_teacher_of_ones_own_is_loaded_and_its_flops_are_counted(run):
 
 @pytest.mark.slow
 def test_every_engine_has_a_figure_and_sharding_lowers_it(run):
-    found = {}
+    run, found = with_optimization(run, global_batch=64), {}
     for engine in Engine:
         launch = run.launch.model_copy(update={"engine": engine})
         found[engine] = Plan(run.model_copy(update={"launch": launch}), Machine(8, 80e9)).memory.parts

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         study_run._require_same(tmp_path, FAST)
 
 
+class Closed(StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
 @pytest.mark.slow
 def test_a_comparison_runs_whole_and_reads_what_is_finished(tmp_path, monkeypatch):
     arms = (NOTHING, PUBLISHED, "gram in IFT")
@@ -247,7 +255,8 @@ def test_a_comparison_runs_whole_and_reads_what_is_finished(tmp_path, monkeypatc
     assert set(first[PUBLISHED][0]["cosines"]) == {"depth/2", "depth/4", "seg/2", "seg/3", "gen/3", "gen/4"}
     steps = first[PUBLISHED][0]["steps"]
     assert steps == {"pt": 4, "ift-20": 2, "ift-40": 3}
-    report(first, probes, list(FAST.labels), tmp_path, QUIET)
+    with pytest.raises((BrokenPipeError, SystemExit)):  # as in `| head`: everything has been written
+        report(first, probes, list(FAST.labels), tmp_path, Console(file=Closed()))
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("curves.svg", "probes.svg"))
     assert set(probes) == {NOTHING, PUBLISHED} and {f.name for f in probes[NOTHING]} >= {"depth/1", "seg/4"}
     content = json.loads((tmp_path / "report.json").read_text())

@@ -15,11 +15,12 @@ from tests import tiny
 from visper.common.console import Console
 from visper.common.errors import ConfigError, DataError, TrainingError
 from visper.common.manifest import MANIFEST, find_damage
-from visper.config import load_run
+from visper.config import load_run, save_run
 from visper.model import load_student
 from visper.training import checkpoint, run_stage
 from visper.training.checkpoint import FOLDER, STAGING, checkpoints, complete, newest_undamaged
 from visper.training.checkpoint_writer import CheckpointWriter, ShardWriter
+from visper.training.output import newest_own
 
 
 def save(output: Path, *steps: int, keep: int = 9) -> None:
@@ -61,6 +62,15 @@ def test_one_without_its_manifest_is_incomplete(tmp_path: Path) -> None:
     assert newest_undamaged(tmp_path, Console(quiet=True)) == tmp_path / FOLDER / "checkpoint-2"
 
 
+def test_one_that_was_copied_from_another_run_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    run = load_run("quickstart/pt", [f"output={tmp_path}"])
+    assert newest_own(run, tmp_path, Console(quiet=True)) == tmp_path / FOLDER / "checkpoint-2"
+    save_run(run.model_copy(update={"seed": 7}), tmp_path / FOLDER / "checkpoint-2" / "run.yaml")
+    with pytest.raises(ConfigError, match="checkpoint-2' is of another run: seed is 7 there, 0 here"):
+        newest_own(run, tmp_path, Console(quiet=True))
+
+
 def test_with_none_left_the_error_says_what_to_do_each_time(tmp_path: Path) -> None:
     assert newest_undamaged(tmp_path, Console(quiet=True)) is None
     save(tmp_path, 2)
@@ -96,6 +106,8 @@ def test_shards_are_written_without_a_copy_in_python(tmp_path: Path) -> None:
     tracemalloc.stop()
     (shard,) = tmp_path.glob("*.safetensors")
     assert torch.equal(load_file(shard)["weight"], state["weight"]) and peak < 1 << 24
+    (tmp_path / "any").touch()
+    assert shard.stat().st_mode == (tmp_path / "any").stat().st_mode  # safetensors' own only their owner can read
 
 
 def test_a_run_goes_on_from_the_one_before_and_ends_as_if_nothing_had_happened(
@@ -110,6 +122,7 @@ def test_a_run_goes_on_from_the_one_before_and_ends_as_if_nothing_had_happened(
     entries = json.loads((folder / MANIFEST).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     (shard,) = (name for name in entries if name.endswith(".safetensors"))
+    assert load_run(folder / "run.yaml") == load_run(output / "run.yaml")
     assert entries.keys() | {MANIFEST} == files
     (output / "model").rename(tmp_path / "finished")
     flip(folder / shard, (folder / shard).stat().st_size // 2)

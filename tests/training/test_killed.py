@@ -21,7 +21,7 @@ SEED = int(os.environ.get("VISPER_KILL_SEED", "0"))
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
 def test_killed_at_random_moments(stage, tmp_path, tiny_encoder):
-    """PT and IFT with dropout, IFT with loader processes, VPT with a CNN whose batch statistics learn."""
+    """PT and IFT with dropout, IFT with loader processes, VPT with a CNN."""
     llm = tiny.save_llm(tmp_path / "llm")
     config = AutoConfig.from_pretrained(llm)
     config.attention_dropout = 0.1

@@ -547,14 +547,19 @@ def test_bad_rows_and_images_are_skipped_counted_and_named(make, rows, tmp_path)
     assert len(dropped) == 2 and len({row["reason"] for row in dropped}) == 2
 
 
-def test_rows_found_bad_while_training_are_still_named_after_a_resume(make, monkeypatch, tmp_path):
+def test_rows_found_bad_before_the_checkpoint_are_still_named_after_a_resume(make, monkeypatch, tmp_path):
+    """Those found bad later are read again: they may be good by now, as after a failure of the disk."""
     cut_behind(monkeypatch, 3)
     run = make("ift", data={"drop_limit": 0.1})
     with pytest.raises(Stop):
         run_stage(run)
     monkeypatch.undo()
     found = DropList([Drop("rows/1/1", "unreadable image", "while loading")])
-    found.write(tmp_path / "ift" / "dropped.jsonl")
+    checkpoint = tmp_path / "ift" / "checkpoints" / "checkpoint-2"
+    found.write(checkpoint / "dropped.jsonl")
+    write_manifest(checkpoint)
+    later = [Drop(f"rows/{row}/{row}", "missing image", "while loading") for row in range(2, 9)]
+    DropList([*found, *later]).write(tmp_path / "ift" / "dropped.jsonl")
     run_stage(run, resume=True)
     assert DropList.read(tmp_path / "ift" / "dropped.jsonl") == list(found)
 

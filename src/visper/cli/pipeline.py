@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 NAME = "pipeline"
+REMEDY = "repeat the command: finished stages are skipped and interrupted ones continued"
 
 
 def run(
@@ -31,6 +32,6 @@ def run(
     require_separate_outputs(runs)
     if len({settings.launch.processes for settings in runs}) > 1:
         raise ConfigError("stages of a pipeline have different launch.processes: give --set launch.processes=N")
-    if start_processes(runs[0].launch, sys.argv[1:]):
+    if start_processes(runs[0].launch, sys.argv[1:], REMEDY):
         return
     run_pipeline(runs, evaluator_of, least_recomputation)

@@ -98,13 +98,14 @@ def assemble_student(
     return student
 
 
+@without_loading_bars()
 def build_processor(config: StudentConfig, geometry: Geometry) -> LlavaProcessor:
-    """The processor that ``build_student`` gives the student, without loading the LLM.
+    """The processor that ``build_student`` gives the student, without reading weights.
 
     Raises:
         ConfigError: a part cannot be loaded, or the tokenizer has no chat template.
     """
-    tokenizer, encoder = _reading_parts(config)
+    tokenizer, encoder = _reading_parts(config, device_map="meta")
     _, task_names = _extend_vocabulary(tokenizer, config)
     return _processor(tokenizer, encoder, task_names, config.system_prompt, geometry)
 

@@ -6,6 +6,7 @@ assumptions.
 
 from __future__ import annotations
 
+import math
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from visper.planning.memory import CUDA_CONTEXT, Machine, MemoryModel
 from visper.planning.parameters import starting_point
 from visper.planning.row_statistics import row_statistics
 from visper.planning.teachers import measure_teachers
+from visper.training.arguments import check_split
+from visper.training.parallel.fsdp import check_replicas
 
 ASSUMED_MFU = 0.4
 """Share of a GPU's peak FLOPs that a run reaches. Assumed: 0.35 to 0.5 is usual for models of this size."""
@@ -38,11 +41,14 @@ class Plan:
         sent: bytes that one process sends per optimizer step; None if not known.
 
     Raises:
-        ConfigError: a configuration cannot be found, or the rows cannot be counted.
+        ConfigError: the global batch cannot be split over the machine's processes, a configuration cannot be found, or
+            the rows cannot be counted.
         ValueError: a teacher cannot be loaded.
     """
 
     def __init__(self, run: Run, machine: Machine) -> None:
+        check_split(run.optimization, machine.processes)
+        check_replicas(run.launch.replicas, machine.processes)
         start = starting_point(run)
         self.run, self.machine = run, machine
         self.specs = planned_specs(run.distillation)
@@ -77,10 +83,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Optimizer steps of the run. The last batch of an epoch is filled with rows from the epoch's start."""
         opt = self.run.optimization
-        steps = -(-self.rows.count * opt.epochs // opt.global_batch)
-        return int(min(steps, opt.max_steps) if opt.max_steps else steps)
+        return opt.max_steps or math.ceil(opt.epochs * math.ceil(self.rows.count / opt.global_batch))
 
     @cached_property
     def row_flops(self) -> float:

@@ -90,7 +90,7 @@ def labels_in_words(needed: float, labels: Sequence[int]) -> str:
 def report(
     results: Results, probes: Mapping[str, Sequence[Finding]], labels: Sequence[int], out: Path, console: Console
 ) -> None:
-    """Prints the tables and writes them to ``out/report.json``; draws ``out/curves.svg`` and ``out/probes.svg``.
+    """Writes ``out/report.json``, draws ``out/curves.svg`` and ``out/probes.svg``, then prints the tables.
 
     Args:
         probes: arm -> probe scores of every layer after pre-training.
@@ -100,19 +100,11 @@ def report(
     """
     baselines = [arm for arm in (NOTHING, SHUFFLED) if arm in results]
     rows = {number: {base: compare(results, number, base) for base in baselines} for number in labels}
-    for number in labels:
-        console.print(_accuracy_table(results, number))
-        for base in baselines:
-            console.print(_difference_table(rows[number][base], base, number))
     most = max(labels)
     needed = {
         arm: {kind: labels_needed(curve, base) for kind, (curve, base) in _curves(results, arm, labels, most).items()}
         for arm in results
     }
-    table = Table("arm", *next(iter(needed.values())), title=f"labels needed for the accuracy of '{NOTHING}' at {most}")
-    for arm, kinds in needed.items():
-        table.add_row(arm, *(labels_in_words(value, labels) for value in kinds.values()))
-    console.print(table)
     content = {
         "accuracies": {arm: {n: accuracies(results, arm, n) for n in labels} for arm in results},
         "differences": {n: {base: [vars(row) for row in found] for base, found in rows[n].items()} for n in labels},
@@ -122,9 +114,17 @@ def report(
         "cosines": {arm: {seed: row["cosines"] for seed, row in seeds.items()} for arm, seeds in results.items()},
         "probes": {arm: [asdict(finding) for finding in found] for arm, found in probes.items()},
     }
-    write_text(out / "report.json", json.dumps(content, indent=1))
+    write_text(out / "report.json", json.dumps(content, indent=1))  # first: printing fails in `| head`
     draw(results, labels, out / "curves.svg")
     draw_curves(probes, out / "probes.svg")
+    for number in labels:
+        console.print(_accuracy_table(results, number))
+        for base in baselines:
+            console.print(_difference_table(rows[number][base], base, number))
+    table = Table("arm", *next(iter(needed.values())), title=f"labels needed for the accuracy of '{NOTHING}' at {most}")
+    for arm, kinds in needed.items():
+        table.add_row(arm, *(labels_in_words(value, labels) for value in kinds.values()))
+    console.print(table)
 
 
 def draw(results: Results, labels: Sequence[int], file: Path) -> None:

@@ -27,7 +27,7 @@ from torch.futures import Future as TorchFuture
 
 from visper.common.compat import shard_metadata
 from visper.common.errors import TrainingError
-from visper.common.files import flush
+from visper.common.files import atomic_path
 from visper.common.ranks import first_decides, naming_lost_processes
 from visper.training import checkpoint
 
@@ -53,8 +53,8 @@ class ShardWriter(HuggingFaceStorageWriter):
             tensors[item.index.fqn] = tensor.detach().contiguous()
         if tensors:
             file = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}.safetensors"
-            save_file(tensors, file, metadata=shard_metadata(offsets))
-            flush(file)
+            with atomic_path(file) as partial:
+                save_file(tensors, partial, metadata=shard_metadata(offsets))
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result([])  # the metadata is in the shards, so nothing is left to finish
         return done

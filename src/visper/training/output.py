@@ -27,13 +27,14 @@ from typing import Any
 
 import yaml
 
+from visper.common.console import Console
 from visper.common.errors import ConfigError, TrainingError
 from visper.common.files import is_leftover, refuse_dangling_link, remove_leftovers, write_text
 from visper.common.lock import HOLDER, LOCK
 from visper.common.manifest import require_undamaged
 from visper.config import Run, load_run, run_text
 from visper.model.revisions import with_commits
-from visper.training.checkpoint import FOLDER, STAGING, checkpoints
+from visper.training.checkpoint import FOLDER, STAGING, checkpoints, newest_undamaged
 from visper.training.content import CONTENT, require_finished_with
 
 MAY_DIFFER = (
@@ -51,6 +52,8 @@ MAY_DIFFER = (
     "optimization.compile",
 )
 """Keys that may change when a run is resumed: they set how it is split, logged and stored, not what it computes."""
+RUN = "run.yaml"
+"""The resolved run, in the output folder and in each of its checkpoints."""
 DROPPED = "dropped.jsonl"
 SHOWN = 5
 """Maximum number of differing keys named in a message."""
@@ -70,7 +73,7 @@ def is_finished(run: Run) -> bool:
     """
     output = Path(run.output)
     saved = _refuse_other(run, output)
-    if not (output / "model" / "run.yaml").is_file():
+    if not (output / "model" / RUN).is_file():
         return False
     require_finished_with(run)
     _require_weights_of(run, saved)
@@ -127,7 +130,7 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
         )
     if checkpoints(output) and not resume:
         raise ConfigError(f"output '{output}' holds checkpoints of this run: add --resume, or choose another output")
-    if not output.exists() or (output / "run.yaml").exists():
+    if not output.exists() or (output / RUN).exists():
         return
     files = [path for path in output.iterdir() if path.name not in (LOCK, HOLDER) and path.suffix not in LOG_SUFFIXES]
     foreign = [path.name for path in files if not is_leftover(path)]
@@ -143,14 +146,26 @@ def claim_output(run: Run, output: Path, content: dict[str, str]) -> None:
     remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
     write_text(output / CONTENT, json.dumps(content, indent=1))
-    write_text(output / "run.yaml", run_text(run))
+    write_text(output / RUN, run_text(run))
 
 
 def saved_run(output: Path) -> Run | None:
     """The run that has completed a step in the output folder; None if there is none, so the folder may be reused."""
     if not checkpoints(output) and not (output / "model").exists() and not (output / LOG).exists():
         return None
-    return load_run(output / "run.yaml") if (output / "run.yaml").is_file() else None
+    return load_run(output / RUN) if (output / RUN).is_file() else None
+
+
+def newest_own(run: Run, output: Path, console: Console) -> Path | None:
+    """``newest_undamaged``, unless it was copied from another run, whose learning rates it would go on with.
+
+    Raises:
+        ConfigError: all are damaged, or the newest was written with other settings; the message names them.
+    """
+    found = newest_undamaged(output, console)
+    if found is not None and (found / RUN).is_file():  # earlier versions wrote none
+        _require_same(run, load_run(found / RUN), f"checkpoint '{found}' is of")
+    return found
 
 
 @contextmanager
@@ -172,8 +187,12 @@ def naming_saved_weights(output: Path) -> Iterator[None]:
 def _refuse_other(run: Run, output: Path) -> Run | None:
     """The run that the folder holds, if any. Raises ConfigError if it is another one."""
     saved = saved_run(output)
-    if saved is None:
-        return None
+    if saved is not None:
+        _require_same(run, saved, f"output '{output}' holds")
+    return saved
+
+
+def _require_same(run: Run, saved: Run, what: str) -> None:
     there, here = (_flat(one.model_dump(mode="json", by_alias=True)) for one in (saved, with_commits(run, saved)))
     different = [
         f"{key} is {_shown(there.get(key))} there, {_shown(here.get(key))} here"
@@ -183,10 +202,9 @@ def _refuse_other(run: Run, output: Path) -> Run | None:
     if different:
         more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         raise ConfigError(
-            f"output '{output}' holds another run: {'; '.join(different[:SHOWN])}{more}. Choose another output, or set "
-            "these keys as in its run.yaml"
+            f"{what} another run: {'; '.join(different[:SHOWN])}{more}. Choose another output, or set these keys as in "
+            "its run.yaml"
         )
-    return saved
 
 
 def _shown(value: Any) -> str:

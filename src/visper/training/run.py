@@ -38,7 +38,7 @@ from visper.training.assemble import build_training_model, continue_objective, s
 from visper.training.attention import choose_attention
 from visper.training.best import MEASURED_ON, best_checkpoint
 from visper.training.callbacks import JsonlCallback, console_callback
-from visper.training.checkpoint import is_last, newest_undamaged, require_finite
+from visper.training.checkpoint import is_last, require_finite
 from visper.training.compilation import compile_parts, require_compiler
 from visper.training.content import content_of, require_same_content
 from visper.training.held_out import (
@@ -56,6 +56,7 @@ from visper.training.output import (
     claim_output,
     is_finished,
     naming_saved_weights,
+    newest_own,
     require_separate_outputs,
     saved_run,
 )
@@ -107,7 +108,7 @@ def run_stage(
     with locked_by_first(output, console), explaining_full_memory():
         run = open_output(run, resume)
         run = decide_recomputation(run, processes, recomputation, console)
-        checkpoint = first_decides(lambda: newest_undamaged(output, console)) if resume else None
+        checkpoint = first_decides(lambda: newest_own(run, output, console)) if resume else None
         check_split(run.optimization, processes.num_processes)
         torch.manual_seed(run.seed)
 
@@ -118,7 +119,7 @@ def run_stage(
             require_images(data.dataset.records)
         content = first_decides(lambda: content_of(run, data.dataset.records))
         if checkpoint is not None:
-            continue_rows(checkpoint, output, data)
+            continue_rows(checkpoint, data)
             if not accept_changes:
                 first_decides(lambda: require_same_content(output, content))
         model = build_model(run, student, teachers, processes, console)
@@ -140,16 +141,16 @@ def run_pipeline(
     evaluator_of: Callable[[Run], Evaluator | None] = lambda run: None,
     recomputation: EstimateMemory | None = None,
 ) -> None:
-    """Trains stages in order; skips finished ones and resumes interrupted ones.
+    """Trains stages in order; skips finished ones, whose weights the first process verifies; resumes interrupted ones.
 
     Raises:
         ConfigError: two stages have the same output, or see ``run_stage``.
     """
     require_separate_outputs(runs)
-    console = Console()
     for run in runs:
-        if is_finished(run):
-            announce(console, "finished", f"{run.name}: {run.output}")
+        processes = join_processes(run.launch)
+        if first_decides(partial(is_finished, run)):
+            announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
         run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
 
@@ -321,14 +322,14 @@ def evaluation_callback(
     return [EvaluationCallback(held_out, Path(run.output), on)]
 
 
-def continue_rows(checkpoint: Path, output: Path, data: StageData) -> None:
-    """Drops from ``data`` the rows that were found bad before the checkpoint.
+def continue_rows(checkpoint: Path, data: StageData) -> None:
+    """Drops from ``data`` the rows that were found bad before the checkpoint; later ones may be good by now.
 
     Raises:
         ConfigError: the checkpoint was written with other rows or in another order.
     """
     require_same_order(checkpoint, data)
-    before = DropList.read(output / DROPPED)
+    before = DropList.read(checkpoint / DROPPED)
     data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 

@@ -25,9 +25,9 @@ class StopRequest(TrainerCallback):
         self.agreed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Requests a checkpoint and the end of training."""
+        """Requests a line for the steps since the last log, a checkpoint and the end of training."""
         if self.agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from visper.common.ranks import wait_for_all
-from visper.config import Engine, Run
+from visper.config import Engine, Run, save_run
 from visper.distillation import Teacher
 from visper.training import checkpoint, global_batch
 from visper.training.callbacks import LoopCallback
@@ -30,7 +30,7 @@ from visper.training.flops import can_count, known_peak
 from visper.training.global_batch import SourceSums, TermSums
 from visper.training.module import FORWARD_KEYS, TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import BACKWARD, DATA, FORWARD, REST, TEACHER, RunMonitor
-from visper.training.output import DROPPED
+from visper.training.output import DROPPED, RUN
 from visper.training.parallel.deepspeed import save_zero_checkpoint
 from visper.training.parallel.fsdp import choose_reduction, full_tensor, full_tensors, is_sharded
 from visper.training.resume import write_order
@@ -58,7 +58,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.data = data
         self.teachers = dict(teachers)
-        self.optimization, self.launch, self.output = run.optimization, run.launch, Path(run.output)
+        self.run, self.optimization, self.launch, self.output = run, run.optimization, run.launch, Path(run.output)
         self.stop = StopRequest()
         self.terms = TermSums()
         names = data.dataset.source_names
@@ -223,13 +223,17 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the order of the rows. The Trainer calls this first when it saves a checkpoint, then
-        ``_save_optimizer_and_scheduler``, which writes the tensors.
+        """Writes the run, the order of its rows and the dropped ones.
+
+        The Trainer calls this first when it saves a checkpoint, then ``_save_optimizer_and_scheduler``, which writes
+        the tensors.
         """
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             write_order(folder, self.data)
+            self.data.drops.write(folder / DROPPED)
+            save_run(self.run, folder / RUN)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         folder, first = Path(output_dir), self.args.should_save
