@@ -64,9 +64,10 @@ def test_one_without_its_manifest_is_incomplete(tmp_path: Path) -> None:
 
 def test_one_that_was_copied_from_another_run_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    run = load_run("quickstart/pt", [f"output={tmp_path}"])
-    assert newest_own(run, tmp_path, Console(quiet=True)) == tmp_path / FOLDER / "checkpoint-2"
-    save_run(run.model_copy(update={"seed": 7}), tmp_path / FOLDER / "checkpoint-2" / "run.yaml")
+    run, checkpoint = load_run("quickstart/pt", [f"output={tmp_path}"]), tmp_path / FOLDER / "checkpoint-2"
+    save_run(run, checkpoint / "run.yaml")
+    assert newest_own(run, tmp_path, Console(quiet=True)) == checkpoint
+    save_run(run.model_copy(update={"seed": 7}), checkpoint / "run.yaml")
     with pytest.raises(ConfigError, match="checkpoint-2' is of another run: seed is 7 there, 0 here"):
         newest_own(run, tmp_path, Console(quiet=True))
 

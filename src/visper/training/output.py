@@ -163,7 +163,7 @@ def newest_own(run: Run, output: Path, console: Console) -> Path | None:
         ConfigError: all are damaged, or the newest was written with other settings; the message names them.
     """
     found = newest_undamaged(output, console)
-    if found is not None and (found / RUN).is_file():  # earlier versions wrote none
+    if found is not None:
         _require_same(run, load_run(found / RUN), f"checkpoint '{found}' is of")
     return found
 
