@@ -134,7 +134,7 @@ class EmbeddingDistillation(nn.Module):
             reading = readings[name]
             images = len(reading.positions.rows)
             if task.own is None:
-                given = _target_of(name, targets, images)
+                given = _target_of(name, task, targets, images)
                 target = self._fitted(task, given.own, reading)
             else:
                 given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
@@ -269,15 +269,18 @@ def _term(name: str, layer: int, kind: str) -> str:
     return f"{name}/{layer}/{loss_name(kind)}"
 
 
-def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:
+def _target_of(name: str, task: DistilledTask, targets: Mapping[str, Targets], images: int) -> Targets:
     if name not in targets:
         raise ValueError(
             f"the batch has targets of {list(targets)} but none of '{name}': give the targets of every task"
         )
-    target = targets[name]
-    if len(target.own) != images:
-        raise ValueError(f"task '{name}': {len(target.own)} targets for {images} images: give one per image")
-    return target
+    found, expected = tuple(targets[name].own.shape), (images, task.target.tokens, task.target.width)
+    if found != expected:
+        raise ValueError(
+            f"task '{name}': the targets are {found}, expected {expected}: give one per image, in the shape that the "
+            "task was attached with"
+        )
+    return targets[name]
 
 
 def _own_target(
