@@ -113,8 +113,9 @@ def attach(
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
-    objective = EmbeddingDistillation(tasks, facts.width, layers, init_logit_scale, text_keys)
     ids = {task: list(task_ids) for task, task_ids in (task_token_ids or {}).items()}
+    counts = {facts.square_tokens, *map(len, ids.values())} if facts.square_tokens else ()
+    objective = EmbeddingDistillation(tasks, facts.width, layers, init_logit_scale, text_keys, counts)
     reads_tokens = [task for task, settings in tasks.items() if settings.at is Position.TASK_TOKENS]
     without = [task for task in reads_tokens if task not in ids and (ids or tasks[task].head.kind != "resampler")]
     if without:

@@ -84,7 +84,8 @@ def _objective(
             specs[task] = own_target(student, settings.target.kind)
         per_task = len(ids.get(task, ())) or None
         check_head_fits(task, settings.head, specs[task], settings.at, per_task, settings.loss)
-    objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers)
+    counts = {student.num_image_tokens, *map(len, ids.values())}
+    objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers, counts)
     tasks = {task: distillation.tasks[task] for task in distillation.at_task_tokens}
     return objective, {task: query_rows(own.head, specs[task], len(ids[task])) for task, own in tasks.items()}
 
