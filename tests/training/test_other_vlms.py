@@ -15,7 +15,7 @@ from tests.vlms import CHATML, qwen_processor, save_made, tokenizer_with
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
 from visper.data.vlm import ModelInputs
-from visper.model.vlm import build_vlm
+from visper.model.vlm import build_vlm, limit_pixels
 from visper.training.module import TrainingModel
 from visper.training.run import run_stage
 
@@ -113,6 +113,15 @@ def paligemma() -> Made:
 
 PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_5, glm4v, idefics3)
 NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision)
+
+
+@pytest.mark.parametrize("made", [qwen2_vl, qwen3_5, glm4v], ids=lambda made: made.__name__)
+def test_max_pixels_is_an_images_area(made):
+    processor = made()[1]
+    for limit, expected in ((512, 384), (4096, 3456)):  # cells of 8 x 8 pixels
+        limit_pixels(processor, limit)
+        (grid,) = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")["image_grid_thw"]
+        assert int(grid.prod()) * 16 == expected
 
 
 @pytest.fixture(scope="module")
