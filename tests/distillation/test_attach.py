@@ -252,6 +252,14 @@ def test_a_task_has_only_values_that_a_recipe_may_have(wrong):
         DistilledTask(**{"target": SPECS["seg"], "layers": (2,), **wrong})
 
 
+def test_a_last_layer_without_final_norm_is_refused_when_attached(llava):
+    model = llava[1]
+    model.get_decoder().last = model.get_decoder().norm
+    del model.get_decoder().norm
+    with pytest.raises(ValueError, match=r"layer 3 is the last .* has no final norm named"):
+        attach(model, TASKS)
+
+
 def test_tokens_that_are_not_known_to_be_a_square_need_places():
     task = DistilledTask(SPECS["seg"], (2,), Head(kind="linear"), at=Position.IMAGE_TOKENS, loss={"cosine": 1.0})
     for family, model_square in (("llava", 16), ("gemma3", 4), ("qwen3_vl", None), ("internvl", None)):

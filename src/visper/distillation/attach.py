@@ -109,7 +109,7 @@ def attach(
         seed: seed of the initial queries.
 
     Raises:
-        ValueError: a fact is missing, the model lacks a tapped layer, or only some of the tasks have task tokens.
+        ValueError: a fact is missing, a layer cannot be tapped, or only some of the tasks have task tokens.
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
@@ -168,6 +168,7 @@ class AttachedDistillation(nn.Module):
         self.square_tokens = facts.square_tokens
         # In a partial, so that the model is not registered as a submodule.
         self._tap: Callable[[], HiddenStateTap] = functools.partial(HiddenStateTap, facts.decoder, objective.layers)
+        self._tap()  # raises if a layer cannot be tapped
         self._tap_encoder: Callable[[], InputTap] | None = None
         if objective.reads_encoder:
             assert facts.projector is not None
