@@ -209,7 +209,7 @@ def terms_of(loss, image_tokens):
 def test_a_loss_without_mask_is_refused_where_some_tokens_do_not_count():
     terms_of("own_loss", (4, 4))
     terms_of("masked_loss", (4, 3))
-    with pytest.raises(ValueError, match="own_loss' ignores its mask"):
+    with pytest.raises(ConfigError, match="own_loss' ignores its mask"):
         terms_of("own_loss", (4, 3))
 
 

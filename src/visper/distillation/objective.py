@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visper.common.errors import ConfigError
 from visper.config import Distillation, Position
 from visper.config.kinds import loss_name
 from visper.distillation.alignment import laid_on_grid, laid_on_tokens, pooled
@@ -150,7 +151,7 @@ class EmbeddingDistillation(nn.Module):
             pool, mask = self._common_pool(task, given, reading), _loss_mask(task, reading)
             ignoring = self._without_mask & task.loss.keys()
             if ignoring and mask is not None and not mask.all():
-                raise ValueError(
+                raise ConfigError(
                     f"task '{name}': loss '{min(ignoring)}' ignores its mask, but not all tokens of this batch count: "
                     "leave out those where the mask is False (docs/extending.md has an example)"
                 )
