@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
@@ -48,7 +48,7 @@ class DistilledTask:
     @classmethod
     def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
         """The task of a recipe, with a target of the given shape."""
-        own = config.target.kind if config.target.own else None
+        own: Any = config.target.kind if config.target.own else None  # a key of OWN_TARGETS
         end = None if config.schedule is None else config.schedule.end
         return cls(target, config.layers, config.head, config.weight, config.at, config.loss, own, end)
 
