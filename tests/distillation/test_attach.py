@@ -1,5 +1,7 @@
 """Distillation of any vision-language model of transformers by three facts: decoder layers, image token, width."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -168,7 +170,7 @@ def test_rows_with_several_images_have_a_target_each_or_are_left_out(llava):
     ids = torch.tensor([row, [1, *[IMAGE] * 16, *range(10, 29)]])
     several = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == IMAGE, -100)}
     several["pixel_values"] = torch.randn(3, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"3 targets for 2 images: give one per image"):
+    with pytest.raises(ValueError, match=r"the targets are \(3, .*expected \(2, .*give one per image"):
         terms_of(distiller, model, several, targets(3))
     for rows in ([0, 0, 1], [0, 1], [1]):
         terms = terms_of(distiller, model, several, targets(len(rows)), image_rows=torch.tensor(rows))[1]
@@ -190,6 +192,72 @@ def test_mistakes_say_what_to_do(llava):
         distiller({}, batch["input_ids"], None, targets(2))
     with pytest.raises(ValueError, match="the model has layers 1 to 3"):
         attach(model, {"seg": DistilledTask(SPECS["seg"], (4,), published_predictors()["seg"])})
+
+
+def summed(predicted, target, mask=None):
+    """An own loss, which compares whatever torch broadcasts."""
+    return (predicted - target).abs().mean((1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6), (2, 4, 1), (2, 9, 6), (2, 6, 2, 2), (2, 6)])
+@pytest.mark.parametrize("at", ["task_tokens", "image_tokens"])
+def test_targets_of_another_shape_are_refused_whatever_the_loss(shape, at):
+    model, batch = build("llava")
+    head = {"kind": "resampler" if at == "task_tokens" else "linear"}
+    task = DistilledTask(SPECS["depth"], [1], head, at=at, loss={f"{__name__}:summed": 1.0})
+    with pytest.raises(ValueError, match=rf"the targets are {re.escape(str(shape))}, expected \(2, 4, 6\)"):
+        terms_of(attach(model, {"depth": task}), model, batch, {"depth": torch.zeros(shape)})
+
+
+def test_rows_and_counts_may_be_lists(llava):
+    distiller, model, batch = llava
+    expected = terms_of(distiller, model, batch)[1]
+    assert terms_of(distiller, model, batch, image_rows=[0, 1], image_tokens=[16, 16])[1] == expected
+    assert terms_of(distiller, model, batch, image_rows=torch.tensor([0, 1], dtype=torch.int32))[1] == expected
+    with pytest.raises(ValueError, match="list images in row order"):
+        terms_of(distiller, model, batch, image_rows=[1, 0])
+    with pytest.raises(ValueError, match=r"rows \[2\] have no image token"):
+        terms_of(distiller, model, batch, image_rows=[0, 2])
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (torch.rand(31, 2), r"places are \(31, 2\), expected \(32, 2\)"),
+        (torch.rand(32, 2) * 336, "divide pixels by the image's width and height"),
+    ],
+)
+def test_places_that_are_no_points_of_the_image_are_refused(llava, places, message):
+    _, model, batch = llava
+    distiller = attach(model, {"seg": DistilledTask(SPECS["seg"], (2,), {"kind": "linear"}, at="image_tokens")})
+    with pytest.raises(ValueError, match=message):
+        terms_of(distiller, model, batch, {"seg": targets(2)["seg"]}, places=places)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"head": "linear"},
+        {"head": {"kind": "lineer"}},
+        {"loss": {"mse": -1.0}},
+        {"own": "encodr"},
+        {"end": 0},
+        {"at": "image_token"},
+        {"layers": 3},
+        {"weight": -0.5},
+    ],
+)
+def test_a_task_has_only_values_that_a_recipe_may_have(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DistilledTask(**{"target": SPECS["seg"], "layers": (2,), **wrong})
+
+
+def test_a_last_layer_without_final_norm_is_refused_when_attached(llava):
+    model = llava[1]
+    model.get_decoder().last = model.get_decoder().norm
+    del model.get_decoder().norm
+    with pytest.raises(ValueError, match=r"layer 3 is the last .* has no final norm named"):
+        attach(model, TASKS)
 
 
 def test_tokens_that_are_not_known_to_be_a_square_need_places():

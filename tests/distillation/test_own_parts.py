@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from visper.config import Head, Position
-from visper.distillation import DistilledTask, TargetSpec, TokenHead
+from tests import tiny
+from visper.common.errors import ConfigError
+from visper.config import Distillation, Head, Position
+from visper.distillation import DistilledTask, Targets, TargetSpec, TokenHead
+from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.teachers import SquashedImage, Teacher, build_teacher
+from visper.distillation.teachers.tasks import build_teachers
 
 HERE = "tests.distillation.test_own_parts"
 TARGET = TargetSpec(4, 3, (2, 2))
@@ -40,8 +44,51 @@ class Pair(Own):
         return super().forward(states), None
 
 
+class Detached(Own):
+    @torch.no_grad()
+    def forward(self, states):
+        return super().forward(states)
+
+
+class Silent(Own):
+    forward = torch.nn.Module.forward
+
+
+class Broken(Own):
+    def forward(self, states):
+        return super().forward(states[..., :5])
+
+
+class NoTarget(TokenHead):
+    def __init__(self, llm_width):
+        super().__init__()
+
+
+class NeedsOption(Own):
+    def __init__(self, llm_width, target, depth):
+        super().__init__(llm_width, target)
+
+
 def own_loss(predicted, target, mask=None):
     return (predicted - target).abs().mean((1, 2))
+
+
+def masked_loss(predicted, target, mask=None):
+    distance = (predicted - target).abs().mean(-1)
+    seen = torch.ones_like(distance) if mask is None else mask.float()
+    return (distance * seen).sum(1) / seen.sum(1)
+
+
+def rounded(predicted, target, mask=None):
+    return own_loss(predicted, target).round().long()
+
+
+def of_target(predicted, target, mask=None):
+    return own_loss(target, target.mean(1, keepdim=True))
+
+
+def in_numpy(predicted, target, mask=None):
+    return own_loss(predicted, target).detach().numpy()
 
 
 def scalar(predicted, target, mask=None):
@@ -82,6 +129,14 @@ def test_right_parts_are_built_as_without_the_trial():
         ({"head": "OneChannel"}, r"makes \(2, 3, 1\) of states \(2, 3, 8\): expected \(2, 3, 3\)"),
         ({"head": "OneToken"}, r"makes \(2, 1, 3\) of states \(2, 3, 8\): expected \(2, 3, 3\)"),
         ({"head": "Pair"}, "head .*Pair' cannot be used .*'tuple' object"),
+        ({"head": "Detached"}, "head .*Detached' gives a result without gradient"),
+        ({"head": "Broken", "counts": (16,)}, "head .*Broken' cannot be used .*shapes cannot be multiplied"),
+        ({"head": "Silent", "counts": (16,)}, "head .*Silent' cannot be used .*missing the required .forward"),
+        ({"head": "NoTarget"}, "head .*NoTarget' must be built from llm_width, target and .*too many positional"),
+        ({"head": "NeedsOption"}, "head .*NeedsOption' must be built from .*missing a required argument: 'depth'"),
+        ({"loss": "rounded"}, "loss .*rounded' gives a result without gradient"),
+        ({"loss": "of_target"}, "loss .*of_target' gives a result without gradient"),
+        ({"loss": "in_numpy"}, "loss .*in_numpy' cannot be used .*'numpy.ndarray' object"),
         ({"loss": "scalar"}, r"loss .*scalar' returns shape \(\) for 2 images: return one number for each image"),
         ({"loss": "per_token"}, r"returns shape \(2, 4\) for 2 images"),
         ({"loss": "without_mask"}, "cannot be used .*takes 2 positional arguments but 3 were given"),
@@ -135,6 +190,29 @@ def test_a_head_for_a_known_number_of_states_and_one_of_another_width_are_built(
             build(head="Wider", loss=loss)
 
 
+def test_a_head_for_a_number_of_states_that_is_not_known_is_built():
+    build(head="Broken")  # not known
+    build(head="ForEachPlace", counts=(16,))
+
+
+def terms_of(loss, image_tokens):
+    """Of two rows with an image each; targets are mapped onto the image tokens."""
+    count = max(image_tokens)
+    ids = torch.tensor([[9] * tokens + [1] * (count - tokens) for tokens in image_tokens])
+    layout = TokenLayout.from_ids(ids, None, 9, {}, places=torch.full((sum(image_tokens), 2), 0.5))
+    objective = build(loss=loss)
+    targets = torch.zeros(2, 4, 3)
+    given = {"own": Targets(targets, targets, torch.arange(2))}
+    return objective({1: torch.randn(2, count, 8)}, objective.read(layout), {}, given, 2)
+
+
+def test_a_loss_without_mask_is_refused_where_some_tokens_do_not_count():
+    terms_of("own_loss", (4, 4))
+    terms_of("masked_loss", (4, 3))
+    with pytest.raises(ConfigError, match="own_loss' ignores its mask"):
+        terms_of("own_loss", (4, 3))
+
+
 def test_parts_are_tried_where_a_model_is_built_without_values():
     with torch.device("meta"):
         build(loss="relational")
@@ -158,7 +236,71 @@ class NoPreprocess(NoSpec):
         del self.preprocess
 
 
-@pytest.mark.parametrize(("kind", "missing"), [("NoSpec", "spec"), ("NoPreprocess", "preprocess")])
-def test_a_teacher_that_sets_too_little_is_refused(kind, missing):
-    with pytest.raises(ValueError, match=f"has no '{missing}': set it in __init__"):
+class NeedsSize(NoSpec):
+    def __init__(self, model, size):
+        super().__init__(model)
+
+
+class NoEncode(Teacher):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("NoSpec", "has no 'spec': set it in __init__"),
+        ("NoPreprocess", "has no 'preprocess': set it in __init__"),
+        ("NeedsSize", "must be built from model and .*missing a required argument: 'size'"),
+        ("NoEncode", "has no encode: define it"),
+    ],
+)
+def test_a_teacher_that_sets_too_little_is_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
         build_teacher(f"{HERE}:{kind}", "none")
+
+
+class Right(tiny.PooledColors):
+    """Takes options by name, as ``PooledColors`` does."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+
+
+class OtherShape(Right):
+    def encode(self, pixels):
+        return super().encode(pixels).transpose(1, 2)
+
+
+class OneForAll(Right):
+    def encode(self, pixels):
+        return super().encode(pixels)[:1]
+
+
+class Arrays(Right):
+    def encode(self, pixels):
+        return super().encode(pixels).numpy()
+
+
+class AnySize(Right):
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.preprocess = torch.Tensor.float
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("OtherShape", r"gave targets of shape \(2, 8, 4\), but its spec says \(2, 4, 8\)"),
+        ("OneForAll", r"gave targets of shape \(1, 4, 8\), but its spec says \(2, 4, 8\)"),
+        ("Arrays", "fails on a test image .*'numpy.ndarray' object"),
+        ("AnySize", "fails on a test image .*equal size"),
+    ],
+)
+def test_a_teacher_that_breaks_its_spec_is_refused_before_the_rows_are_read(kind, message):
+    def settings(name):
+        target = {"kind": f"{HERE}:{name}", "model": "none", "grid": 2}
+        return Distillation.model_validate({"tasks": {"own": {"target": target, "layers": [1]}}})
+
+    assert build_teachers(settings("Right"), "float32")["own"].spec == TargetSpec(4, 8, (2, 2))
+    with pytest.raises(ConfigError, match=f"task 'own': cannot load .*{message}"):
+        build_teachers(settings(kind), "float32")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import Lfm2Config, Lfm2Model, LlamaConfig, LlamaModel
 
 from visper.distillation import HiddenStateTap
 
@@ -29,6 +29,16 @@ def test_states_equal_the_models_own_counted_from_one(decoder):
 def test_state_of_the_last_layer_is_after_the_final_norm(decoder):
     with HiddenStateTap(decoder, (3,)) as hidden:
         assert torch.equal(decoder(IDS).last_hidden_state, hidden[3])
+
+
+def test_lfm2_calls_its_final_norm_by_another_name():
+    config = Lfm2Config(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    decoder = Lfm2Model(config).eval()
+    with HiddenStateTap(decoder, (2,)) as hidden:
+        assert torch.equal(decoder(IDS).last_hidden_state, hidden[2])
 
 
 def gradients(decoder):

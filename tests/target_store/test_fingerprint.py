@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from visper.common.errors import ConfigError
 from visper.config import Target
 from visper.data.images import arrange, open_image, rgb_bytes
 from visper.distillation.teachers import SquashedImage
@@ -38,6 +39,11 @@ def test_weights_configuration_options_and_geometry_change_the_key(folder):
     (folder / "model.safetensors").write_bytes(b"weightz")
     keys.add(key_of(folder))
     assert len(keys) == 7
+
+
+def test_a_teacher_of_a_script_or_notebook_is_refused(folder):
+    with pytest.raises(ConfigError, match="move the class from the script or notebook to a module"):
+        key_of(folder, kind="__main__:Mine")
 
 
 def test_place_notes_drawing_and_a_color_that_is_not_used_do_not(folder, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from visper.common.errors import ConfigError
 from visper.distillation import TargetSpec
 from visper.target_store.quantize import DTYPES, TargetCodec
 
@@ -67,9 +68,9 @@ def test_published_sizes_in_bytes():
 
 
 def test_what_cannot_be_kept_is_refused():
-    with pytest.raises(ValueError, match=r"beyond float16's 65504.*float32 or fp8"):
+    with pytest.raises(ConfigError, match=r"beyond float16's 65504.*float32 or fp8"):
         TargetCodec(SPEC, "float16").encode(torch.full((1, 20, 7), 1e5))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ConfigError, match="not finite"):
         TargetCodec(SPEC, "int8").encode(torch.full((1, 20, 7), float("nan")))
     with pytest.raises(ValueError, match="choose one of float32, float16, int8, fp8"):
         TargetCodec(SPEC, "int4")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainingArguments
 
 from tests import tiny
 from tests.vlms import FAMILIES, PROCESSORS, save_vlm
@@ -194,6 +194,30 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, family):
     other = make_trainer(student, tmp_path, own={"depth": teachers()["depth"]}, **settings)
     with pytest.raises(ValueError, match=r"belongs to other tasks: \d+ parameters differ"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
+def test_the_best_model_comes_with_its_distiller(tmp_path, family):
+    """``llava_onevision`` is saved under other names than its own, which the Trainer does not translate back."""
+    by_step = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **options):
+            by_step[state.global_step] = weights_of(trainer)
+
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    evaluates |= {"metric_for_best_model": "loss", "greater_is_better": True}  # a falling loss: the first is "best"
+    trainer = make_trainer(
+        save_vlm(tmp_path / "student", family),
+        tmp_path,
+        load_best_model_at_end=True,
+        extra={"eval_dataset": Dataset.from_list(ROWS), "callbacks": [Keep()]},
+        **evaluates,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    for name, value in weights_of(trainer).items():
+        assert torch.equal(value, by_step[1][name]), name
 
 
 def test_adapters_resume_exactly(tmp_path):

@@ -14,8 +14,8 @@ from tests.training.test_vlm_students import batch_of, changes_by_distance, imag
 from tests.vlms import CHATML, qwen_processor, save_made, tokenizer_with
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
-from visper.data.vlm import ModelInputs
-from visper.model.vlm import build_vlm
+from visper.data.vlm import ModelInputs, encoder_for
+from visper.model.vlm import build_vlm, limit_pixels
 from visper.training.module import TrainingModel
 from visper.training.run import run_stage
 
@@ -113,6 +113,22 @@ def paligemma() -> Made:
 
 PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_5, glm4v, idefics3)
 NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision)
+
+
+def test_a_processor_that_is_called_in_another_way_is_refused_not_its_image():
+    tokenizer = tokenizer_with([*MARKS, "<img>", "</img>", "<imgpad>"])
+    images = t.GotOcr2ImageProcessor(size={"height": 16, "width": 16})
+    with pytest.raises(ConfigError, match=r"GotOcr2Processor .* this model is not supported \(Nested images are only"):
+        encoder_for(t.GotOcr2Processor(images, tokenizer, chat_template=CHATML.replace("IMAGE", "<imgpad>")))
+
+
+@pytest.mark.parametrize("made", [qwen2_vl, qwen3_5, glm4v], ids=lambda made: made.__name__)
+def test_max_pixels_is_an_images_area(made):
+    processor = made()[1]
+    for limit, expected in ((512, 384), (4096, 3456)):  # cells of 8 x 8 pixels
+        limit_pixels(processor, limit)
+        (grid,) = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")["image_grid_thw"]
+        assert int(grid.prod()) * 16 == expected
 
 
 @pytest.fixture(scope="module")

@@ -440,6 +440,20 @@ def test_a_failed_start_leaves_nothing_and_its_run_may_be_changed(make, tmp_path
     run_stage(make("pt"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"nowhere:loss": 1.0}}, "loss 'nowhere:loss' cannot be loaded: no module 'nowhere'"),
+        ({"layers": [9]}, "the model has layers 1 to 4"),
+    ],
+)
+def test_an_objective_that_cannot_be_built_is_refused_before_the_rows_are_read(make, monkeypatch, changes, message):
+    monkeypatch.setattr("visper.training.run.build_data", None)
+    tasks = tiny.distillation()["tasks"]
+    with pytest.raises(ConfigError, match=message):
+        run_stage(make("pt", distillation={"tasks": {**tasks, "depth": {**tasks["depth"], **changes}}}))
+
+
 def test_one_run_at_a_time_is_in_an_output_and_leaves_no_lock(make, tmp_path):
     with locked(tmp_path / "pt", Console(quiet=True)):
         before = {path.name for path in (tmp_path / "pt").iterdir()}

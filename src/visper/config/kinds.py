@@ -7,8 +7,9 @@ A recipe is checked against these tables before torch is imported. A kind that i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge
@@ -150,6 +151,19 @@ def check_options(what: str, options: Mapping[str, object], known: Mapping[str, 
         except ValidationError as error:
             wanted = expected(error.errors()[0])
             raise ValueError(f"{what}: option '{name}': {wanted}, found {value!r}") from error
+
+
+def check_arguments(what: str, own: Callable[..., Any], given: Sequence[str], options: Mapping[str, object]) -> None:
+    """Raises ValueError if ``own``, a class of the user's, does not take the arguments ``given`` and these options."""
+    parameters = signature(own).parameters
+    if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_options(what, options, dict.fromkeys(list(parameters)[len(given) :], Any))
+    try:
+        signature(own).bind(*given, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"{what} must be built from {', '.join(given)} and its options in the recipe: {error}"
+        ) from error
 
 
 def check_task_name(name: str) -> str:

@@ -58,7 +58,14 @@ class VlmEncoder(ConversationEncoder):
                 "token: use the instruct version of the model"
             )
         self._cache_blocks()
-        found = Counter(token for token in self._ids(self.image_text) if token in self._special_ids).most_common(1)
+        try:
+            text = self.image_text
+        except DataError as error:  # a size that no model rejects: it rejects the call (GOT-OCR2, Qianfan-OCR)
+            raise ConfigError(
+                f"{type(self.processor).__name__} does not accept a row of text and images in the common way of "
+                f"transformers: this model is not supported ({error.__cause__})"
+            ) from error
+        found = Counter(token for token in self._ids(text) if token in self._special_ids).most_common(1)
         if not found:
             raise ConfigError(
                 f"the tokenizer '{self.tokenizer.name_or_path}' has no special token for image features: this model "

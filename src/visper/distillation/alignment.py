@@ -46,6 +46,8 @@ class TokenPlaces:
         else:
             points = list(layout.places.split([int(count) for count in counts]))
             side = None
+            if bool(((layout.places - 0.5).abs() > 1).any()):  # rounding may lead a little beyond the image
+                raise ValueError("places have points beyond 0..1: divide pixels by the image's width and height")
         padded = torch.nn.utils.rnn.pad_sequence(points, batch_first=True, padding_value=float("nan"))
         seen = ~padded.isnan().any(-1)
         return cls(padded.nan_to_num(0.5), None if side is not None else seen, side)

@@ -15,7 +15,7 @@ Shape suffixes: B = rows, L = sequence, D = width, S = images, N = teacher token
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,12 +109,13 @@ def attach(
         seed: seed of the initial queries.
 
     Raises:
-        ValueError: a fact is missing, the model lacks a tapped layer, or only some of the tasks have task tokens.
+        ValueError: a fact is missing, a layer cannot be tapped, or only some of the tasks have task tokens.
     """
     facts = facts or ModelFacts.of(model)
     layers = len(facts.decoder.layers)  # type: ignore[arg-type]
-    objective = EmbeddingDistillation(tasks, facts.width, layers, init_logit_scale, text_keys)
     ids = {task: list(task_ids) for task, task_ids in (task_token_ids or {}).items()}
+    counts = {facts.square_tokens, *map(len, ids.values())} if facts.square_tokens else ()
+    objective = EmbeddingDistillation(tasks, facts.width, layers, init_logit_scale, text_keys, counts)
     reads_tokens = [task for task, settings in tasks.items() if settings.at is Position.TASK_TOKENS]
     without = [task for task in reads_tokens if task not in ids and (ids or tasks[task].head.kind != "resampler")]
     if without:
@@ -167,6 +168,7 @@ class AttachedDistillation(nn.Module):
         self.square_tokens = facts.square_tokens
         # In a partial, so that the model is not registered as a submodule.
         self._tap: Callable[[], HiddenStateTap] = functools.partial(HiddenStateTap, facts.decoder, objective.layers)
+        self._tap()  # raises if a layer cannot be tapped
         self._tap_encoder: Callable[[], InputTap] | None = None
         if objective.reads_encoder:
             assert facts.projector is not None
@@ -186,9 +188,9 @@ class AttachedDistillation(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         targets: Mapping[str, Targets | Tensor],
-        image_rows: Tensor | None = None,
+        image_rows: Tensor | Sequence[int] | None = None,
         num_images: Tensor | int | None = None,
-        image_tokens: Tensor | None = None,
+        image_tokens: Tensor | Sequence[int] | None = None,
         samples: Tensor | None = None,
         places: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -200,7 +202,7 @@ class AttachedDistillation(nn.Module):
             targets: task -> the teacher's embeddings ``[S, N, E]`` of the images, in the order of ``image_rows``;
                 plain tensors are gathered over all ranks.
             image_rows: ``[S]`` ascending, the row of each image to distill; a row with n images appears n times, and
-                rows may be left out. Default: every row with image tokens has one image.
+                rows may be left out. Default: every row with image tokens has one image. Or a list, as image_tokens.
             num_images: divisor of the terms, the number of images in the *global* batch; default: S, which is right in
                 one process without gradient accumulation.
             image_tokens, samples, places: see ``TokenLayout.from_ids``. Needed, in this order, for rows with several
@@ -211,9 +213,13 @@ class AttachedDistillation(nn.Module):
                 states are of other sequences than ``input_ids``, or targets need ``places`` that are not given.
         """
         ids = self.task_tokens.ids if self.task_tokens is not None else {}
-        self._check(hidden, input_ids, image_rows)
+        rows, tokens = (
+            None if given is None else torch.as_tensor(given, dtype=torch.long, device=input_ids.device)
+            for given in (image_rows, image_tokens)
+        )
+        self._check(hidden, input_ids, rows)
         layout = TokenLayout.from_ids(
-            input_ids, attention_mask, self.image_token_id, ids, image_rows, image_tokens, samples, places
+            input_ids, attention_mask, self.image_token_id, ids, rows, tokens, samples, places
         )
         self._require_places(layout)
         given = {task: t if isinstance(t, Targets) else gather_targets(t) for task, t in targets.items()}
@@ -250,7 +256,8 @@ class AttachedDistillation(nn.Module):
                     "processor makes them)"
                 )
         has_image = (input_ids == self.image_token_id).any(1)
-        without = [row for row in ([] if image_rows is None else image_rows.tolist()) if not has_image[row]]
+        given = [] if image_rows is None else image_rows.tolist()
+        without = [row for row in given if not (0 <= row < len(has_image) and has_image[row])]
         if without:
             raise ValueError(
                 f"rows {without} have no image token (id {self.image_token_id}): leave them out of image_rows"

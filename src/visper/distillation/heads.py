@@ -7,16 +7,15 @@ Shape suffixes: B = images, K = keys (hidden states), Q = queries, D = LLM width
 """
 
 from collections.abc import Collection
-from inspect import signature
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
 from visper.common.importing import import_named
 from visper.config import Head, Position
-from visper.config.kinds import check_options, head_place
+from visper.config.kinds import check_arguments, head_place
 from visper.distillation.resampler import PerceiverResampler
 from visper.distillation.teachers.base import TargetSpec
 
@@ -122,7 +121,7 @@ def build_head(
         return ResamplerHead(llm_width, target, latents, **spec.options).requires_grad_(not spec.frozen)
     if not (isinstance(kind, type) and issubclass(kind, TokenHead)):
         raise ValueError(f"head '{spec.kind}' is not a subclass of visper.distillation.heads.TokenHead: make it one")
-    check_options(f"head '{spec.kind}'", spec.options, dict.fromkeys(list(signature(kind).parameters)[2:], Any))
+    check_arguments(f"head '{spec.kind}'", kind, ("llm_width", "target"), spec.options)
     head: TokenHead = kind(llm_width, target, **spec.options)
     return head.requires_grad_(not spec.frozen)
 

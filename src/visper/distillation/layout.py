@@ -110,8 +110,12 @@ class TokenLayout:
         if len(numbers) != len(found) or not torch.equal(rows[numbers], found[:, 0]):
             raise ValueError(
                 f"image_tokens of the images in rows {rows.tolist()} are {image_tokens.tolist()}, but these rows have "
-                f"{chosen.sum(1)[rows].tolist()} image tokens (id {image_token_id}): take ids and counts from the same "
-                "processor, and never truncate an image's tokens"
+                f"{chosen.sum(1)[rows].tolist()} image tokens (id {image_token_id}): list images in row order, take "
+                "ids and counts from the same processor, and never truncate an image's tokens"
+            )
+        if places is not None and places.shape != (len(found), 2):
+            raise ValueError(
+                f"places are {tuple(places.shape)}, expected {(len(found), 2)}: give (x, y) of each image token"
             )
         owner = torch.full_like(input_ids, -1)
         owner[chosen] = numbers

@@ -13,13 +13,14 @@ image tokens of all images, M = targets, N = teacher tokens, E = teacher width, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visper.common.errors import ConfigError
 from visper.config import Distillation, Position
 from visper.config.kinds import loss_name
 from visper.distillation.alignment import laid_on_grid, laid_on_tokens, pooled
@@ -41,6 +42,7 @@ class EmbeddingDistillation(nn.Module):
     Args:
         init_logit_scale: initial value of each task's logit scale.
         text_keys: whether resamplers at task tokens also read the text after the image.
+        counts: the numbers of image and task tokens, if they are known, for the trial of the user's own heads.
 
     Attributes:
         layers: every tapped layer, ascending; includes ``PROJECTED`` if a task reads the projector.
@@ -59,6 +61,7 @@ class EmbeddingDistillation(nn.Module):
         llm_layers: int,
         init_logit_scale: float = 2.0,
         text_keys: bool = True,
+        counts: Collection[int] = (),
     ) -> None:
         super().__init__()
         for name, task in tasks.items():
@@ -78,13 +81,15 @@ class EmbeddingDistillation(nn.Module):
         self.text_keys = text_keys
         self.recompute = False
         """Whether to recompute heads in the backward pass; their activations are as large as the LLM's."""
+        self._without_mask: set[str] = set()
         self.predictors = nn.ModuleDict()
         for name, task in tasks.items():
             for layer in task.tapped:
                 if task.head_name(name, layer) not in self.predictors:
                     head = build_head(task.head, llm_width, task.target, task.at)
                     self.predictors[task.head_name(name, layer)] = head
-                    try_own_parts(name, task, head, self._losses, llm_width)
+                    if layer == task.tapped[0]:
+                        self._without_mask |= try_own_parts(name, task, head, self._losses, llm_width, counts)
         scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
         # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
@@ -93,11 +98,16 @@ class EmbeddingDistillation(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: Distillation, targets: Mapping[str, TargetSpec], llm_width: int, llm_layers: int
+        cls,
+        config: Distillation,
+        targets: Mapping[str, TargetSpec],
+        llm_width: int,
+        llm_layers: int,
+        counts: Collection[int] = (),
     ) -> EmbeddingDistillation:
         """The objective of a run; ``targets`` has the shape of each task's target."""
         tasks = {name: DistilledTask.of(task, targets[name]) for name, task in config.tasks.items()}
-        return cls(tasks, llm_width, llm_layers, config.init_logit_scale, config.text_keys)
+        return cls(tasks, llm_width, llm_layers, config.init_logit_scale, config.text_keys, counts)
 
     @property
     def reads_encoder(self) -> bool:
@@ -134,11 +144,17 @@ class EmbeddingDistillation(nn.Module):
             reading = readings[name]
             images = len(reading.positions.rows)
             if task.own is None:
-                given = _target_of(name, targets, images)
+                given = _target_of(name, task, targets, images)
                 target = self._fitted(task, given.own, reading)
             else:
                 given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
-            pool = self._common_pool(task, given, reading)
+            pool, mask = self._common_pool(task, given, reading), _loss_mask(task, reading)
+            ignoring = self._without_mask & task.loss.keys()
+            if ignoring and mask is not None and not mask.all():
+                raise ConfigError(
+                    f"task '{name}': loss '{min(ignoring)}' ignores its mask, but not all tokens of this batch count: "
+                    "leave out those where the mask is False (docs/extending.md has an example)"
+                )
             predicted = self._predicted(name, hidden, queries, reading)
             for layer in task.tapped:
                 for kind in task.loss:
@@ -146,7 +162,7 @@ class EmbeddingDistillation(nn.Module):
                         assert given is not None
                         value = self._contrastive(name, predicted[layer], given, pool, reading)
                     else:
-                        value = self._losses[kind](predicted[layer], target, _loss_mask(task, reading))
+                        value = self._losses[kind](predicted[layer], target, mask)
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
 
@@ -269,15 +285,18 @@ def _term(name: str, layer: int, kind: str) -> str:
     return f"{name}/{layer}/{loss_name(kind)}"
 
 
-def _target_of(name: str, targets: Mapping[str, Targets], images: int) -> Targets:
+def _target_of(name: str, task: DistilledTask, targets: Mapping[str, Targets], images: int) -> Targets:
     if name not in targets:
         raise ValueError(
             f"the batch has targets of {list(targets)} but none of '{name}': give the targets of every task"
         )
-    target = targets[name]
-    if len(target.own) != images:
-        raise ValueError(f"task '{name}': {len(target.own)} targets for {images} images: give one per image")
-    return target
+    found, expected = tuple(targets[name].own.shape), (images, task.target.tokens, task.target.width)
+    if found != expected:
+        raise ValueError(
+            f"task '{name}': the targets are {found}, expected {expected}: give one per image, in the shape that the "
+            "task was attached with"
+        )
+    return targets[name]
 
 
 def _own_target(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f")
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "ln_f", "embedding_norm")
 """Attribute names that decoders use for the norm after the last layer."""
 
 

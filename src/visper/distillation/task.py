@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from visper.config import PUBLISHED_LOSS, Head, Position
@@ -21,31 +24,31 @@ PROJECTED = 0
 
 @dataclass(frozen=True)
 class DistilledTask:
-    """A task of the objective. Attributes not listed here are those of ``config.Task``.
+    """A task of the objective. Attributes not listed here are those of ``config.Task``; values are as in a recipe.
 
     Attributes:
         target: shape of the target.
         layers: decoder layers, counted from 1; empty at the projector.
         own: the student's module whose features are the target, "encoder" or "projector"; None: a teacher's target.
         end: share of the steps after which the weight has fallen to zero; None: the weight is constant.
+
+    Raises:
+        ValueError: an attribute has a value that a recipe could not have.
     """
 
     target: TargetSpec
     layers: tuple[int, ...] = ()
     head: Head = field(default_factory=lambda: Head.model_validate({}))
-    weight: float = 0.5
+    weight: NonNegativeFloat = 0.5
     at: Position = Position.TASK_TOKENS
-    loss: Mapping[str, float] = field(default_factory=lambda: dict(PUBLISHED_LOSS))
-    own: str | None = None
-    end: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "at", Position(self.at))  # a string, as in a recipe
+    loss: Mapping[str, PositiveFloat] = field(default_factory=lambda: dict(PUBLISHED_LOSS))
+    own: Literal["encoder", "projector"] | None = None
+    end: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @classmethod
     def of(cls, config: TaskConfig, target: TargetSpec) -> DistilledTask:
         """The task of a recipe, with a target of the given shape."""
-        own = config.target.kind if config.target.own else None
+        own: Any = config.target.kind if config.target.own else None  # a key of OWN_TARGETS
         end = None if config.schedule is None else config.schedule.end
         return cls(target, config.layers, config.head, config.weight, config.at, config.loss, own, end)
 

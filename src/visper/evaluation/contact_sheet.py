@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from visper.common.errors import ConfigError
+
 GAP, CAPTION = 6, 24
 """Pixels between tiles, and height of a caption above its tile."""
 
@@ -52,6 +54,12 @@ def with_note(sheet: Image.Image, note: str) -> Image.Image:
 
 
 def images_of(drawn: Tensor) -> list[Image.Image]:
-    """Converts a teacher's drawings ``[B, 3, H, W]`` in 0..1 to images."""
+    """Converts a teacher's drawings ``[B, 3, H, W]`` in 0..1 to images.
+
+    Raises:
+        ConfigError: they have another shape; a ``decode`` of the user's own makes them.
+    """
+    if drawn.ndim != 4 or drawn.shape[1] != 3:
+        raise ConfigError(f"the teacher's 'decode' drew {tuple(drawn.shape)}, expected images [B, 3, H, W] in 0..1")
     values = (drawn.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]

@@ -119,10 +119,13 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
 
 def _limit_area(images: Any, max_pixels: int) -> None:
     """Qwen: any size between a smallest and a largest area, which transformers calls edges."""
-    smallest = (images.patch_size * images.merge_size) ** 2
-    _require(max_pixels, smallest)
-    shortest = min(images.size["shortest_edge"], max_pixels)
-    images.size = type(images.size)(shortest_edge=shortest, longest_edge=max_pixels)
+    side = images.patch_size * images.merge_size
+    _require(max_pixels, side**2)
+    shortest, area = min(images.size["shortest_edge"], max_pixels), (64 * side) ** 2
+    images.size = type(images.size)(shortest_edge=shortest, longest_edge=area)
+    # GLM-4V counts an image as two frames, so that a limit allows half the area.
+    frames = round(area / (images.get_number_of_image_patches(128 * side, 128 * side) * images.patch_size**2))
+    images.size = type(images.size)(shortest_edge=shortest, longest_edge=frames * max_pixels)
 
 
 def _limit_tiles(images: Any, max_pixels: int) -> None:

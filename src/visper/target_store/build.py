@@ -143,13 +143,13 @@ def _open_outputs(
 ) -> dict[str, _Output]:
     """Loads the teachers and writes their ``teacher.json``; refuses to mix precisions in one folder."""
     outputs = {}
-    for task, teacher in build_teachers(distillation, precision).items():
+    for task, teacher in build_teachers(distillation, precision, device=state.device).items():
         folder, spec = folder_of(out, made_by[task]), codecs[task].spec
         if teacher.spec != spec:
             raise ConfigError(
                 f"task '{task}': the teacher has targets {teacher.spec}, but its configuration says {spec}"
             )
-        outputs[task] = _Output(teacher.to(state.device), folder, codecs[task])
+        outputs[task] = _Output(teacher, folder, codecs[task])
         described = StoredTeacher(
             made_by[task],
             spec,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visper.common.errors import ConfigError
 from visper.distillation.teachers.base import TargetSpec
 
 DTYPES: dict[str, torch.dtype] = {
@@ -59,16 +60,16 @@ class TargetCodec:
         """Values ``[B, N, E]`` in ``dtype`` and, for eight bits, scales ``[B, *scales]`` float32.
 
         Raises:
-            ValueError: a target is not finite, or too large for float16.
+            ConfigError: a target is not finite, or too large for float16.
         """
         targets_BNE = targets_BNE.detach().float()
         if not torch.isfinite(targets_BNE).all():
-            raise ValueError("the teacher returned a target that is not finite: try distillation.teacher_dtype=float32")
+            raise ConfigError("a target of the teacher is not finite: try distillation.teacher_dtype=float32")
         if self.dtype not in LARGEST:
             values = targets_BNE.to(DTYPES[self.dtype])
             if not torch.isfinite(values).all():
                 largest = float(targets_BNE.abs().max())
-                raise ValueError(
+                raise ConfigError(
                     f"a target value of {largest:.3g} is beyond float16's 65504: store targets as float32 or fp8"
                 )
             return values, None

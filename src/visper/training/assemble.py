@@ -14,7 +14,7 @@ from visper.common.compat import merge_in_one_precision
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Optimization, Position, Stage, load_run
-from visper.distillation import EmbeddingDistillation, TargetSpec, check_head_fits, query_rows
+from visper.distillation import EmbeddingDistillation, HiddenStateTap, TargetSpec, check_head_fits, query_rows
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
 from visper.model.encoders import BATCH_NORMS
 from visper.model.parts import ENCODED, LLM, PROJECTOR, VISION, parameters_of
@@ -84,7 +84,9 @@ def _objective(
             specs[task] = own_target(student, settings.target.kind)
         per_task = len(ids.get(task, ())) or None
         check_head_fits(task, settings.head, specs[task], settings.at, per_task, settings.loss)
-    objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers)
+    counts = {student.num_image_tokens, *map(len, ids.values())}
+    objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers, counts)
+    HiddenStateTap(student.model.get_decoder(), objective.layers)  # raises if a layer cannot be tapped
     tasks = {task: distillation.tasks[task] for task in distillation.at_task_tokens}
     return objective, {task: query_rows(own.head, specs[task], len(ids[task])) for task, own in tasks.items()}
 

@@ -185,7 +185,7 @@ class DistillationMixin(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """Trains as the trainer does; when resuming, also loads the distiller's weights from the checkpoint.
+        """Trains as the trainer does; a checkpoint that it loads, first or best, also sets the distiller's weights.
 
         Raises:
             ValueError: the checkpoint was saved without a distiller, or with other tasks.
@@ -193,9 +193,16 @@ class DistillationMixin(Trainer):
         chosen = resume_from_checkpoint
         folder = get_last_checkpoint(str(self.args.output_dir)) if chosen is True else chosen
         if folder:
-            self._load_distiller(Path(folder) / WEIGHTS)
-            self._load_renamed(Path(folder))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            self._load(Path(folder))
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load(Path(self.state.best_model_checkpoint))
+        return output
+
+    def _load(self, checkpoint: Path) -> None:
+        """Loads what the Trainer does not load from a checkpoint."""
+        self._load_distiller(checkpoint / WEIGHTS)
+        self._load_renamed(checkpoint)
 
     def _load_distiller(self, file: Path) -> None:
         if not file.exists():
@@ -214,8 +221,8 @@ class DistillationMixin(Trainer):
         """Loads the model's weights from a checkpoint that uses other parameter names than the model.
 
         transformers saves some models (LLaVA-OneVision, Qwen2.5-VL, InternVL, Gemma 3) under the parameter names of
-        older versions. Its Trainer does not translate them back on resume: it would continue from the initial weights,
-        with a warning (5.17 to 5.23).
+        older versions. Its Trainer does not translate them back (5.17 to 5.23): it would warn, resume from the
+        initial weights, and end with the last instead of the best ones.
         """
         names: set[str] = set()
         for file in folder.glob("model*.safetensors"):

@@ -114,6 +114,7 @@ def run_stage(
 
         student = build_student(run, processes, console)
         teachers, targets = build_targets(run, student, console)
+        model = build_model(run, student, teachers, processes, console)  # its errors come before the rows are read
         data = build_data(run, student, teachers, targets, console)
         if run.stage is Stage.PT:
             require_images(data.dataset.records)
@@ -122,7 +123,6 @@ def run_stage(
             continue_rows(checkpoint, data)
             if not accept_changes:
                 first_decides(lambda: require_same_content(output, content))
-        model = build_model(run, student, teachers, processes, console)
         if processes.is_main_process:
             claim_output(run, output, content)
         evaluations = evaluation_callback(run, student, teachers, targets, data, evaluator, console)
@@ -219,7 +219,8 @@ def build_targets(run: Run, student: Student, console: Console) -> tuple[dict[st
     background = background_of(student.processor.image_processor)
     store = open_targets(run.distillation, run.data.geometry.value, background)
     if store is None:
-        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
+        precision, device = run.optimization.precision, PartialState().device
+        teachers = build_teachers(run.distillation, precision, student.task_token_ids, device)
     else:
         teachers = dict(store.teachers())
     for task, teacher in teachers.items():

@@ -107,3 +107,9 @@ def test_an_encoder_without_a_patch_size_is_read_at_a_layer_that_gives_a_map(tmp
     with pytest.raises(ValueError, match="set 'layer' to one whose output is a map"):
         build_teacher("features", folder)
     assert build_teacher("features", folder, layer=-1).spec.grid == (2, 2)
+
+
+def test_a_size_that_the_encoder_rejects_is_named(tmp_path):
+    folder = tiny_teachers.save_vision(tmp_path / "aimv2", "aimv2_vision_model")  # its positions are for one size
+    with pytest.raises(ValueError, match=r"does not accept images of 56 px .*remove 'size' to use its own 28"):
+        build_teacher("features", folder, size=56)

@@ -1,6 +1,7 @@
 """``visper probe``: refusals come before training, a probe is trained as a run, finished probes stay what they are."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -163,6 +164,12 @@ def test_a_probe_of_a_probe_is_refused(probed, tmp_path):  # noqa: F811
     targets = teacher_targets_of(load_run(probed / "teachers.yaml"), ["depth"], "the test's recipe")
     with pytest.raises(ConfigError, match=r"is itself a probe: give the model that it probed, '.*student"):
         probe_run(probed / "out", tmp_path / "out", targets, probed / "prompts.json", probed / "rows" / "images")
+    # Its run says so, not the position of its heads: any run may read the whole sequence.
+    shutil.copytree(probed / "out" / "model", tmp_path / "trained" / "model")
+    file = tmp_path / "trained" / "model" / "run.yaml"
+    file.write_text(re.sub(r"- llm\n", "- vision\n", file.read_text()))
+    run = probe_run(tmp_path / "trained", tmp_path / "out", targets, probed / "prompts.json", probed / "rows")
+    assert run.start_from == str(tmp_path / "trained" / "model")
 
 
 def test_probes_in_folders_of_one_name_are_told_apart(tmp_path):

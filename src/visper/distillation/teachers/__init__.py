@@ -5,13 +5,12 @@ A kind's module is imported only when it is used, so that the packages of other 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from visper.common.console import without_loading_bars
 from visper.common.importing import import_named
-from visper.config.kinds import TEACHERS, check_options, class_place
+from visper.config.kinds import TEACHERS, check_arguments, class_place
 from visper.distillation.teachers.base import SquashedImage, TargetSpec, Teacher, pca_images
 from visper.model.hub import remedy
 
@@ -58,8 +57,9 @@ def _class_of(kind: str, options: Mapping[str, Any]) -> type[Teacher]:
         raise ValueError(
             f"teacher kind '{kind}' names {place}, expected a subclass of visper.distillation.teachers.Teacher"
         )
-    accepted = list(signature(teacher_class).parameters)[1:]
-    check_options(f"teacher kind '{kind}'", options, dict.fromkeys(accepted, Any))
+    if abstract := getattr(teacher_class, "__abstractmethods__", None):
+        raise ValueError(f"teacher kind '{kind}' has no {', '.join(sorted(abstract))}: define it (docs/teachers.md)")
+    check_arguments(f"teacher kind '{kind}'", teacher_class, ("model",), options)
     return teacher_class
 
 

@@ -61,7 +61,13 @@ class FeaturesTeacher(Teacher):
         # A trial run shows which tokens are patches, and whether the layer exists.
         blank = torch.zeros(1, 3, size, size, dtype=self.encoder.dtype)
         with torch.no_grad():
-            states = self._states(blank)
+            try:
+                states = self._states(blank)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{type(self.encoder).__name__} does not accept images of {size} px ({error}): remove "
+                    f"'size' to use its own {own}"
+                ) from error
             rows, columns = self._grid(states, size)
             if states.ndim == 3:
                 self._require_patches_last(blank, rows * columns)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from PIL import Image
 
 from visper.common.errors import ConfigError
 from visper.config import Distillation
+from visper.config.kinds import TEACHERS
 from visper.distillation.heads import check_head_fits
 from visper.distillation.teachers import build_teacher, target_spec
 from visper.distillation.teachers.base import TargetSpec, Teacher
@@ -26,16 +28,21 @@ def teacher_dtype(distillation: Distillation, precision: str) -> str:
 
 
 def build_teachers(
-    distillation: Distillation | None, precision: str, task_token_ids: Mapping[str, Sequence[int]] | None = None
+    distillation: Distillation | None,
+    precision: str,
+    task_token_ids: Mapping[str, Sequence[int]] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Teacher]:
     """The frozen teachers by task; empty without ``distillation``.
 
     Args:
         task_token_ids: per task, the ids of its task tokens, if the student is already known.
+        device: where they run.
 
     Raises:
-        ConfigError: a teacher cannot be loaded (the message names task, kind and model), or the task's head cannot
-            predict its target. Raised here, before the rows of the data are read.
+        ConfigError: a teacher cannot be loaded (the message names task, kind and model), one of the user's own does not
+            do what its spec says, or the task's head cannot predict its target. Raised here, before the rows of the
+            data are read.
     """
     if distillation is None:
         return {}
@@ -44,7 +51,9 @@ def build_teachers(
     for task, settings in distillation.taught.items():
         teacher = settings.target
         try:
-            teachers[task] = build_teacher(teacher.kind, teacher.place, **teacher.options).to(dtype)
+            teachers[task] = build_teacher(teacher.kind, teacher.place, **teacher.options).to(device, dtype)
+            if teacher.kind not in TEACHERS:
+                _try(teachers[task])
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"task '{task}': cannot load the {teacher.kind} teacher '{teacher.model}': {error}"
@@ -55,6 +64,20 @@ def build_teachers(
         except ValueError as error:
             raise ConfigError(str(error)) from error
     return teachers
+
+
+def _try(teacher: Teacher) -> None:
+    """Runs a teacher of the user's own on two images of different shapes.
+
+    Raises:
+        ValueError: it fails, or its targets are not of its spec's shape.
+    """
+    gray = Image.linear_gradient("L").convert("RGB")
+    try:
+        teacher(teacher.see([gray.resize((64, 48)), gray.resize((48, 64))]))
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"it fails on a test image (docs/teachers.md has an example): {what}") from error
 
 
 def specs_of(teachers: Mapping[str, Teacher]) -> dict[str, TargetSpec]:

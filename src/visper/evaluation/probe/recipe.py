@@ -84,7 +84,8 @@ def probe_run(
     made = run_of(model)
     if made is not None:
         tasks = made.distillation.tasks.values() if made.distillation else ()
-        if any(task.at is Position.SEQUENCE for task in tasks):
+        frozen = "llm" in made.optimization.freeze
+        if frozen and any(task.at is Position.SEQUENCE for task in tasks):
             raise ConfigError(f"'{model}' is itself a probe: give the model that it probed, '{made.start_from}'")
         changes["data"]["geometry"] = made.data.geometry.value
         changes["optimization"] = {"precision": made.optimization.precision}
