@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from visper.common.console import Console
 from visper.config import Run
-from visper.training.run import build_model, build_student, join_processes
+from visper.training.parallel.join import join_processes
+from visper.training.run import build_model, build_student
 
 BASES = resources.files("visper.quickstart") / "bases"
 

@@ -15,7 +15,8 @@ from visper.config import load_run
 from visper.model import save_student
 from visper.model.start import starting_student
 from visper.training.parallel.fsdp import full_tensors
-from visper.training.run import build_model, build_student, build_targets, join_processes
+from visper.training.parallel.join import join_processes
+from visper.training.run import build_model, build_student, build_targets
 
 QUIET = Console(quiet=True)
 

@@ -18,7 +18,8 @@ from visper.config import Run
 from visper.distillation import build_teacher
 from visper.training.global_batch import teacher_targets
 from visper.training.module import FORWARD_KEYS
-from visper.training.run import build_data, build_model, build_student, build_targets, join_processes
+from visper.training.parallel.join import join_processes
+from visper.training.run import build_data, build_model, build_student, build_targets
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.11", reason="torch 2.9 aborts, 2.10 was not tried")
 GPU = torch.device("cuda:0")

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from visper.config import load_run
 from visper.training.arguments import training_arguments
-from visper.training.run import join_processes
+from visper.training.parallel.join import join_processes
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def gpu(monkeypatch):
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("visper.training.run.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("visper.training.parallel.join.PartialState", lambda **_: SimpleNamespace(num_processes=1))
     yield
     torch.set_float32_matmul_precision(before)
 

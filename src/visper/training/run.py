@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError, StoppedError
+from visper.common.errors import StoppedError
 from visper.common.files import atomic_path
 from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
-from visper.common.ranks import first_decides, require_gpu_each, require_nccl, wait_for_all
+from visper.common.ranks import first_decides, wait_for_all
 from visper.config import Engine, Launch, Run, Stage, save_run
 from visper.data.dataset import require_images
 from visper.data.images import background_of
@@ -65,9 +64,9 @@ from visper.training.parallel.deepspeed import (
     require_same_writer,
     uses_zero,
     zero_settings,
-    zero_state,
 )
-from visper.training.parallel.fsdp import check_replicas, is_sharded, shard, unshard
+from visper.training.parallel.fsdp import is_sharded, shard, unshard
+from visper.training.parallel.join import join_processes
 from visper.training.recomputation import EstimateMemory, decide_recomputation
 from visper.training.resume import require_same_order
 from visper.training.stage_data import StageData, build_data
@@ -153,30 +152,6 @@ def run_pipeline(
             announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
         run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
-
-
-def join_processes(launch: Launch) -> PartialState:
-    """Initializes distributed training and returns this process's state.
-
-    Raises:
-        ConfigError: one process sees several GPUs, several share one, torch lacks NCCL, or ``launch.replicas`` does not
-            divide the number of processes.
-    """
-    require_nccl()
-    require_gpu_each()
-    timeout = timedelta(minutes=launch.timeout_minutes)
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:  # TF32: the Trainer sets only torch's new flag, and torch 2.9's inductor cannot read the old one then
-        torch.set_float32_matmul_precision("high")
-    processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
-    count = torch.cuda.device_count()
-    if processes.num_processes == 1 and count > 1:
-        raise ConfigError(
-            f"one process sees {count} GPUs: start one process per GPU (`torchrun --nproc-per-node {count} -m visper "
-            "train ...`), or make only one visible (CUDA_VISIBLE_DEVICES=0)"
-        )
-    check_replicas(launch.replicas, processes.num_processes)
-    return processes
 
 
 def open_output(run: Run, resume: bool) -> Run:
