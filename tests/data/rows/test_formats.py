@@ -27,6 +27,12 @@ def messages(content: Any, answer: Any = "A cat.", **keys: Any) -> dict[str, Any
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **keys}
 
 
+def pairs(*texts: Any, **keys: Any) -> dict[str, Any]:
+    """A row as in The Cauldron and FineVision."""
+    asked = zip(texts[::2], texts[1::2], strict=True)
+    return {"texts": [{"user": user, "assistant": answer, "source": "vqa"} for user, answer in asked], **keys}
+
+
 IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
 
 
@@ -44,6 +50,8 @@ IMAGE, WHAT = {"type": "image"}, {"type": "text", "text": "What?"}
         messages([{"type": "image", "image": "a.jpg"}, WHAT]),
         messages([{"type": "image", "path": "a.jpg", "image": None}, WHAT], images=[]),
         {"conversations": messages("<image>What?")["messages"], "image": ["a.jpg"]},
+        pairs("What?", "A cat.", images=["a.jpg"]),
+        pairs("<image>What?", "A cat.", image="a.jpg"),
     ],
 )
 def test_every_way_to_write_a_row_gives_one_record(content: dict[str, Any]) -> None:
@@ -76,6 +84,17 @@ def test_a_caption_answers_one_question() -> None:
     assert record.turns == (Turn("user", CAPTION_QUESTION), Turn("assistant", "A cat.")) and turn_of_image(record) == 0
 
 
+def test_all_images_of_pairs_come_first_unless_tags_place_them() -> None:
+    record = parse(pairs("Same?", "No.", "Why?", "Color.", images=["a.jpg", "b.jpg"]))
+    assert [(image.path, image.turn, image.at) for image in record.images] == [
+        ("images/a.jpg", 0, 0),
+        ("images/b.jpg", 0, 1),
+    ]
+    assert record.turns[0].text == "\n\nSame?"
+    tagged = parse(pairs("<image> or <image>?", "The first.", images=["a.jpg", "b.jpg"]))
+    assert tagged.turns[0].text == " or ?" and [image.at for image in tagged.images] == [0, 4]
+
+
 def marked(**keys: Any) -> dict[str, Any]:
     """A conversation with these keys beside its first answer."""
     content = messages("What?")
@@ -97,6 +116,10 @@ def test_a_turn_may_be_marked_to_be_trained(keys: dict[str, Any]) -> None:
         (row("What?", "A.", image=7), "bad image path"),
         (row("What?"), "no answer"),
         ({"id": 1}, "no conversation"),
+        (pairs(images=["a.jpg", "b.jpg"]), "no conversation"),
+        (pairs(None, "A.", images=["a.jpg", "b.jpg"]), "bad turn"),
+        (pairs("What?", None, image="a.jpg"), "bad turn"),
+        ({"image": "a.jpg", "texts": ["A cat."]}, "no conversation"),
         ({"id": 1, "conversations": []}, "no conversation"),
         ({"id": 1, "conversations": [{"from": "gpt", "value": "Hi"}]}, "turns do not alternate"),
         ({"id": 1, "conversations": [{"from": "human", "value": "a"}] * 2}, "turns do not alternate"),

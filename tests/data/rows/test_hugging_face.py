@@ -121,6 +121,17 @@ def test_llava_captions_and_messages_give_the_same_records(tmp_path: Path) -> No
     assert found[0][0][1] == (ShownImage(str(tmp_path / "0.png"), 0),)
 
 
+def test_pairs_of_question_and_answer_with_several_images(tmp_path: Path) -> None:
+    pair = {"user": "Same?", "assistant": "No."}
+    rows = {"images": [EMBEDDED[:2], EMBEDDED[2:], []], "texts": [[pair, pair], [pair], [pair]], "source": ["a"] * 3}
+    texts = [{key: datasets.Value("string") for key in pair}]
+    features = {"images": datasets.List(datasets.Image()), "texts": texts, "source": datasets.Value("string")}
+    records, drops = opened(write(tmp_path, "folder", rows, datasets.Features(features)))
+    assert [len(record.images) for record in records] == [2, 1, 0] and not len(drops)
+    assert [turn.text for turn in records[0].turns] == ["\n\nSame?", "No.", "Same?", "No."]
+    assert contents_of(records, 0) == PNGS[:2] and contents_of(records, 1) == PNGS[2:]
+
+
 def test_captions_are_answers_to_one_question(tmp_path: Path) -> None:
     rows = {"image": [EMBEDDED[0], None], "caption": ["A cat.", "Nothing."]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})

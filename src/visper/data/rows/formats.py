@@ -1,7 +1,8 @@
-"""Parses rows into records. A row has one of three formats:
+"""Parses rows into records. A row has one of four formats:
 
     LLaVA     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", ...}]}
     messages  {"images": ["a.jpg"], "messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+    pairs     {"images": ["a.jpg"], "texts": [{"user": "What?", "assistant": "..."}]}   (The Cauldron, FineVision)
     caption   {"image": "a.jpg", "text": "A cat on a mat."}
 
 Each may have ``image`` or ``images``, with a path or a list of paths, and ``system``, the system turn of a conversation
@@ -18,10 +19,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from visper.common.errors import DataError, kind_of
 from visper.common.files import OUTSIDE
+from visper.config.data import RowField
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.records import Record, ShownImage, Turn
 
@@ -33,7 +35,7 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-FIELDS = ("id", "image", "images", "conversations", "messages", "system", "text")
+FIELDS = get_args(RowField)
 """The keys of a row that are read, under these names or mapped by a source's ``columns``."""
 MEDIA_KEYS = ("video", "videos", "audio", "audios")
 OBJECTS = "objects"
@@ -152,6 +154,8 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
     said = row.get("conversations")
     if said is None:
         said = row.get("messages")
+    if said is None and isinstance(row.get("texts"), list) and all(isinstance(pair, dict) for pair in row["texts"]):
+        said = _turns_of_pairs(row)
     if said is None and isinstance(row.get("text"), str):
         if not (row.get("image") or row.get("images")):
             raise DataError("no image", f"the row is a caption ('text') without an image{_remedy(row)}")
@@ -179,6 +183,16 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
         why = alone if first.role == "assistant" else "the conversation has no turn by the model"
         raise DataError("no answer", why)
     return turns, [parts for _, parts in read]
+
+
+def _turns_of_pairs(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Questions and answers as turns. If they have no tag, all images come before the first question."""
+    turns = [{"role": role, "content": pair.get(role)} for pair in row["texts"] for role in ("user", "assistant")]
+    questions = [turn["content"] for turn in turns[::2]]
+    images = len(_listed(row.get("image"))) + len(_listed(row.get("images")))
+    if images > 1 and questions and all(isinstance(said, str) and IMAGE_TAG not in said for said in questions):
+        turns[0]["content"] = f"{IMAGE_TAG}\n" * images + questions[0]
+    return turns
 
 
 def read_turn(turn: Any) -> tuple[Turn, list[Part]]:

@@ -133,12 +133,13 @@ def _columns_of(found: Any, source: Source) -> dict[str, str]:
     own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS, OBJECTS) if field in found.column_names}
     used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
     captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
-    if absent or not (captions or "conversations" in used or "messages" in used):
+    if absent or not (captions or used.keys() & {"conversations", "messages", "texts"}):
         lacking = f"'columns' names {absent}, but" if absent else "its columns do not fit a format of rows:"
         raise DataError(
             "unknown columns",
-            f"'{source.place}': {lacking} it has {list(found.column_names)}; expected 'conversations', or 'messages', "
-            "or 'image' and 'text'. Map them, for example with columns: {messages: YOUR_COLUMN, image: YOUR_COLUMN}",
+            f"'{source.place}': {lacking} it has {list(found.column_names)}; expected 'conversations', 'messages' or "
+            "'texts', or 'image' and 'text'. Map them, for example with columns: {messages: YOUR_COLUMN, image: "
+            "YOUR_COLUMN}",
         )
     return used
 

@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (`git lfs pull`)",
     b"<": "an HTML or XML page: download the file again",
 }
-_CONVERSATION, _SHOWN_KEYS = {"conversations", "messages"}, 8
+_CONVERSATION, _SHOWN_KEYS = {"conversations", "messages", "texts"}, 8
 _space = re.compile(r"[ \t\n\r]*").match
 _LONGEST_NUMBER = 4000  # digits; Python refuses to parse integers of more than 4300
 
