@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.vlms import save_vlm
 from visper.common.errors import ConfigError
-from visper.config import Distillation, Head, Position
+from visper.config import Distillation, Head, Position, Stage, VlmStudent
 from visper.distillation import DistilledTask, Targets, TargetSpec, TokenHead
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.teachers import SquashedImage, Teacher, build_teacher
 from visper.distillation.teachers.tasks import build_teachers
+from visper.model.vlm import build_vlm
+from visper.training.assemble import build_training_model
 
 HERE = "tests.distillation.test_own_parts"
 TARGET = TargetSpec(4, 3, (2, 2))
@@ -172,6 +175,13 @@ class ForEachPlace(Own):
         return super().forward(states) + self.places
 
 
+class ForOneSize(ForEachPlace):
+    """Has an embedding for each token of images of one size."""
+
+    def __init__(self, llm_width, target):
+        super().__init__(llm_width, TargetSpec(20, target.width))
+
+
 class Wider(Own):
     width = 5
 
@@ -193,6 +203,16 @@ def test_a_head_for_a_known_number_of_states_and_one_of_another_width_are_built(
 def test_a_head_for_a_number_of_states_that_is_not_known_is_built():
     build(head="Broken")  # not known
     build(head="ForEachPlace", counts=(16,))
+
+
+def test_a_head_for_the_one_size_of_the_data_is_built_for_a_model_of_any_sizes(tmp_path):
+    student = build_vlm(VlmStudent(vlm=str(save_vlm(tmp_path / "vlm", "qwen3_vl"))))
+    target = {"kind": f"{HERE}:Right", "model": "none"}
+    head = {"kind": f"{HERE}:ForOneSize"}
+    task = {"target": target, "at": "image_tokens", "layers": [1], "head": head, "loss": {"mse": 1.0}}
+    settings = Distillation.model_validate({"tasks": {"own": task}})
+    assert student.num_image_tokens == 12  # of an image of nominal size
+    build_training_model(student, Stage.IFT, settings, {"own": TARGET})
 
 
 def terms_of(loss, image_tokens):
