@@ -82,6 +82,16 @@ def masked_loss(predicted, target, mask=None):
     return (distance * seen).sum(1) / seen.sum(1)
 
 
+def sampled(predicted, target, mask=None):
+    """Compares along a random direction."""
+    direction = torch.randn(predicted.shape[-1], 1)
+    return masked_loss(predicted @ direction, target @ direction, mask)
+
+
+def beyond_margin(predicted, target, mask=None):
+    return ((predicted - target).abs() - 3).relu().mean((1, 2))
+
+
 def rounded(predicted, target, mask=None):
     return own_loss(predicted, target).round().long()
 
@@ -229,8 +239,19 @@ def terms_of(loss, image_tokens):
 def test_a_loss_without_mask_is_refused_where_some_tokens_do_not_count():
     terms_of("own_loss", (4, 4))
     terms_of("masked_loss", (4, 3))
-    with pytest.raises(ConfigError, match="own_loss' ignores its mask"):
-        terms_of("own_loss", (4, 3))
+    terms_of("sampled", (4, 3))
+    for loss in ("own_loss", "beyond_margin"):
+        with pytest.raises(ConfigError, match=f"{loss}' ignores its mask"):
+            terms_of(loss, (4, 3))
+
+
+def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
+    torch.manual_seed(3)
+    build(loss="masked_loss")
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    build(loss="sampled")
+    assert torch.rand(1) == expected
 
 
 def test_parts_are_tried_where_a_model_is_built_without_values():
