@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tiny
 from tests.vlms import save_vlm
@@ -252,6 +253,12 @@ def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
     torch.manual_seed(3)
     build(loss="sampled")
     assert torch.rand(1) == expected
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="as in test_fake_gpu")
+def test_a_head_is_tried_on_the_device_where_it_is_built():
+    with FakeTensorMode(), torch.device("cuda:0"):
+        build(loss={"mse": 1.0}, counts=(16,))
 
 
 def test_parts_are_tried_where_a_model_is_built_without_values():

@@ -65,13 +65,15 @@ def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, coun
     Its number of states depends on the student, and it may have a parameter or a grid for each.
     """
     failed: ValueError | None = None
-    if task.head.kind in HEADS or any(own.is_meta for own in (*head.parameters(), *head.buffers())):
+    devices = [own.device for own in (*head.parameters(), *head.buffers())] or [torch.device("cpu")]
+    if task.head.kind in HEADS or torch.device("meta") in devices:
         return None
     what, width = f"task '{name}': head '{task.head.kind}'", task.target.width
     for states in (STATES, task.target.tokens, *counts):
-        given = _random(IMAGES, states, llm_width)
+        given = _random(IMAGES, states, llm_width).to(devices[0])
         try:
-            found = tuple(_made(what, head.eval(), given).shape)
+            with devices[0]:
+                found = tuple(_made(what, head.eval(), given).shape)
         except ValueError as error:
             if isinstance(error.__cause__, (IndexError, RuntimeError)):
                 failed = error
