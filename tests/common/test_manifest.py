@@ -69,6 +69,8 @@ def test_what_is_not_named_may_change(folder: Path) -> None:
 
 def test_weights_that_were_not_written_with_it_are_named(folder: Path) -> None:
     (folder / "notes.txt").touch()
+    (folder / "tuned").mkdir()  # a folder of the user's beside the weights
+    (folder / "tuned" / "model.safetensors").touch()
     assert find_damage(folder) is None
     (folder / "deep" / "shard-00003.safetensors").touch()
     assert find_damage(folder) == "'deep/shard-00003.safetensors' was not written with its other files"

@@ -245,6 +245,7 @@ def test_places_that_are_no_points_of_the_image_are_refused(llava, places, messa
         {"at": "image_token"},
         {"layers": 3},
         {"weight": -0.5},
+        {"wieght": 0.1},
     ],
 )
 def test_a_task_has_only_values_that_a_recipe_may_have(wrong):

@@ -164,9 +164,10 @@ def test_a_model_of_any_size_wants_one(tmp_path):
 def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no ONNX model at"):
         build_teacher("onnx", tmp_path / "absent.onnx")
-    (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="cannot be loaded as an ONNX model"):
-        build_teacher("onnx", tmp_path / "broken.onnx")
+    for content in (b"not a model", b""):
+        (tmp_path / "broken.onnx").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be loaded as an ONNX model"):
+            build_teacher("onnx", tmp_path / "broken.onnx")
 
 
 def test_a_published_segmentation_network_is_a_teacher(beside_project):

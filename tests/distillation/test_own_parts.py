@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import tiny
+from tests.vlms import save_vlm
 from visper.common.errors import ConfigError
-from visper.config import Distillation, Head, Position
+from visper.config import Distillation, Head, Position, Stage, VlmStudent
 from visper.distillation import DistilledTask, Targets, TargetSpec, TokenHead
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.teachers import SquashedImage, Teacher, build_teacher
 from visper.distillation.teachers.tasks import build_teachers
+from visper.model.vlm import build_vlm
+from visper.training.assemble import build_training_model
 
 HERE = "tests.distillation.test_own_parts"
 TARGET = TargetSpec(4, 3, (2, 2))
@@ -77,6 +81,16 @@ def masked_loss(predicted, target, mask=None):
     distance = (predicted - target).abs().mean(-1)
     seen = torch.ones_like(distance) if mask is None else mask.float()
     return (distance * seen).sum(1) / seen.sum(1)
+
+
+def sampled(predicted, target, mask=None):
+    """Compares along a random direction."""
+    direction = torch.randn(predicted.shape[-1], 1)
+    return masked_loss(predicted @ direction, target @ direction, mask)
+
+
+def beyond_margin(predicted, target, mask=None):
+    return ((predicted - target).abs() - 3).relu().mean((1, 2))
 
 
 def rounded(predicted, target, mask=None):
@@ -172,6 +186,13 @@ class ForEachPlace(Own):
         return super().forward(states) + self.places
 
 
+class ForOneSize(ForEachPlace):
+    """Has an embedding for each token of images of one size."""
+
+    def __init__(self, llm_width, target):
+        super().__init__(llm_width, TargetSpec(20, target.width))
+
+
 class Wider(Own):
     width = 5
 
@@ -195,6 +216,16 @@ def test_a_head_for_a_number_of_states_that_is_not_known_is_built():
     build(head="ForEachPlace", counts=(16,))
 
 
+def test_a_head_for_the_one_size_of_the_data_is_built_for_a_model_of_any_sizes(tmp_path):
+    student = build_vlm(VlmStudent(vlm=str(save_vlm(tmp_path / "vlm", "qwen3_vl"))))
+    target = {"kind": f"{HERE}:Right", "model": "none"}
+    head = {"kind": f"{HERE}:ForOneSize"}
+    task = {"target": target, "at": "image_tokens", "layers": [1], "head": head, "loss": {"mse": 1.0}}
+    settings = Distillation.model_validate({"tasks": {"own": task}})
+    assert student.num_image_tokens == 12  # of an image of nominal size
+    build_training_model(student, Stage.IFT, settings, {"own": TARGET})
+
+
 def terms_of(loss, image_tokens):
     """Of two rows with an image each; targets are mapped onto the image tokens."""
     count = max(image_tokens)
@@ -209,8 +240,25 @@ def terms_of(loss, image_tokens):
 def test_a_loss_without_mask_is_refused_where_some_tokens_do_not_count():
     terms_of("own_loss", (4, 4))
     terms_of("masked_loss", (4, 3))
-    with pytest.raises(ConfigError, match="own_loss' ignores its mask"):
-        terms_of("own_loss", (4, 3))
+    terms_of("sampled", (4, 3))
+    for loss in ("own_loss", "beyond_margin"):
+        with pytest.raises(ConfigError, match=f"{loss}' ignores its mask"):
+            terms_of(loss, (4, 3))
+
+
+def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
+    torch.manual_seed(3)
+    build(loss="masked_loss")
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    build(loss="sampled")
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="as in test_fake_gpu")
+def test_a_head_is_tried_on_the_device_where_it_is_built():
+    with FakeTensorMode(), torch.device("cuda:0"):
+        build(loss={"mse": 1.0}, counts=(16,))
 
 
 def test_parts_are_tried_where_a_model_is_built_without_values():

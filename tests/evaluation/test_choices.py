@@ -50,6 +50,8 @@ def test_options_are_asked_with_a_letter_each():
         ("**B**", "B"),
         ("`b`", "B"),
         ("**B**: sphere", "B"),
+        ("**B** is right", "B"),
+        ("'B' because", "B"),
         ("The answer is **B**.", "B"),
         ("The answer is: B", "B"),
         ("The answer is 'B' because", "B"),

@@ -133,6 +133,7 @@ def test_a_column_under_another_name_is_refused(column, message, tmp_path):
         ("photo", {"bytes": b"", "path": None}),
         ("photo", [{"bytes": b"", "path": None}]),
         ("photo", b""),
+        ("photo", "1.png"),
     ],
 )
 def test_a_column_of_parquet_under_another_name_is_refused(column, value, tmp_path):
@@ -167,7 +168,7 @@ def test_what_is_neither_text_nor_number_is_refused(question, answer, message, t
 
 
 def test_other_columns_may_be_there(tmp_path):
-    rows = [{"question": "?", "answer": "a", "image": "1.png", "images": 1, "source": "web", "difficulty": 2}]
+    rows = [{"question": "?", "answer": "a", "image": "1.png", "images": 1, "source": "web", "idx": 2, "uid": "x"}]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     assert len(open_questions(tmp_path / "q.json", tmp_path)[0]) == 1
 

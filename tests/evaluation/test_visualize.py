@@ -13,6 +13,7 @@ from tests import tiny, tiny_teachers
 from visper.cli import app
 from visper.common.errors import ConfigError, DataError
 from visper.config import Data, load_run
+from visper.evaluation import predictions
 from visper.evaluation.predictions import load_pre_trained, predict_images, teacher_targets
 from visper.evaluation.visualize import first_images, folder_gallery, look, needs_gallery
 from visper.training import run_stage
@@ -49,6 +50,16 @@ def trained(tmp_path_factory, tiny_llm, tiny_encoder):
 @pytest.fixture(scope="module")
 def image():
     return Image.fromarray(np.random.default_rng(5).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+
+
+def test_teachers_are_tried_on_the_device_where_they_run(trained, monkeypatch):
+    def build(*given):
+        raise ConfigError(f"on {given[-1]}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(predictions, "build_teachers", build)
+    with pytest.raises(ConfigError, match="on cuda"):
+        load_pre_trained(trained)
 
 
 def test_predictors_and_queries_are_those_that_were_saved(trained):

@@ -45,6 +45,12 @@ def test_a_folder_that_is_misspelled_is_named_before_the_hub(monkeypatch, tmp_pa
     with pytest.raises(ConfigError) as error, loading("student.llm", "runs/pt"):
         raise OSError("damaged")
     assert str(error.value) == "student.llm: cannot load 'runs/pt': damaged."
+    (tmp_path / "weights.pt").touch()
+    with (
+        pytest.raises(ConfigError, match=r"weights\.pt': no labels\.$"),
+        loading("edges", str(tmp_path / "weights.pt")),
+    ):
+        raise OSError("no labels")
 
 
 @pytest.mark.parametrize("name", ["runs/ift/model", "../llm", "/data/llm"])

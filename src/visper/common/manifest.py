@@ -91,8 +91,8 @@ def write_manifest(folder: Path, pattern: str = "*") -> None:
 def find_damage(folder: Path) -> str | None:
     """The first difference between a folder and its manifest, or None. Reads every file that the manifest lists.
 
-    Weights that it does not list count, too: those left from what was in the folder before a copy was restored would be
-    loaded with the others.
+    Weights that it does not list, beside those that it does, count too: those left from what was in the folder before a
+    copy was restored would be loaded with the others.
 
     Raises:
         PermissionError: this user may not read a file, which says nothing about its content.
@@ -108,9 +108,10 @@ def find_damage(folder: Path) -> str | None:
                 return f"'{name}' has {size} bytes, expected {entry['bytes']}"
             if digest_of(file) != entry["xxh3"]:
                 return f"the content of '{name}' has changed since it was written"
-        for file in folder.rglob(WEIGHTS_ONLY):
-            if (name := file.relative_to(folder).as_posix()) not in entries:
-                return f"'{name}' was not written with its other files"
+        for place in {(folder / name).parent for name in entries}:
+            for file in place.glob(WEIGHTS_ONLY):
+                if (name := file.relative_to(folder).as_posix()) not in entries:
+                    return f"'{name}' was not written with its other files"
     except PermissionError:
         raise
     except FileNotFoundError:

@@ -46,9 +46,9 @@ def try_own_parts(
 
 def _reads_mask(what: str, loss: Loss, task: DistilledTask, predicted: int) -> bool:
     tokens, width = task.target.tokens, task.target.width
-    values, target = _random(IMAGES, tokens, predicted), _random(IMAGES, tokens, width)
+    values, target = _random(IMAGES, tokens, predicted), _random(IMAGES, tokens, width, seed=1)
     mask = torch.arange(tokens).expand(IMAGES, -1) >= (tokens > 1)  # all but the first token, if there are others
-    others = values.where(mask[..., None], 1.0)
+    others = values.where(mask[..., None], 10.0)
     found = [
         _made(what, loss, *given) for given in ((values, target, None), (values, target, mask), (others, target, mask))
     ]
@@ -65,13 +65,15 @@ def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, coun
     Its number of states depends on the student, and it may have a parameter or a grid for each.
     """
     failed: ValueError | None = None
-    if task.head.kind in HEADS or any(own.is_meta for own in (*head.parameters(), *head.buffers())):
+    devices = [own.device for own in (*head.parameters(), *head.buffers())] or [torch.device("cpu")]
+    if task.head.kind in HEADS or torch.device("meta") in devices:
         return None
     what, width = f"task '{name}': head '{task.head.kind}'", task.target.width
     for states in (STATES, task.target.tokens, *counts):
-        given = _random(IMAGES, states, llm_width)
+        given = _random(IMAGES, states, llm_width).to(devices[0])
         try:
-            found = tuple(_made(what, head.eval(), given).shape)
+            with devices[0]:
+                found = tuple(_made(what, head.eval(), given).shape)
         except ValueError as error:
             if isinstance(error.__cause__, (IndexError, RuntimeError)):
                 failed = error
@@ -93,13 +95,15 @@ def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, coun
     return None
 
 
-def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _made(what: str, part: Callable[..., Tensor], first: Tensor, *more: Tensor | None) -> Tensor:
     try:
-        made = part(first.clone().requires_grad_().clone(), *more)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)  # a loss may sample, each time the same
+            made = part(first.clone().requires_grad_().clone(), *more)
         _, learns = made.shape, made.requires_grad
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

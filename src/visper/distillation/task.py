@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -22,7 +22,7 @@ PROJECTED = 0
 """Layer number of the decoder's input, which at image tokens is the projector's output."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DistilledTask:
     """A task of the objective. Attributes not listed here are those of ``config.Task``; values are as in a recipe.
 
@@ -33,7 +33,7 @@ class DistilledTask:
         end: share of the steps after which the weight has fallen to zero; None: the weight is constant.
 
     Raises:
-        ValueError: an attribute has a value that a recipe could not have.
+        ValueError: an attribute is unknown, or has a value that a recipe could not have.
     """
 
     target: TargetSpec

@@ -15,7 +15,7 @@ _NAMED = re.compile(
     r"\b(?i:answer|option|choice)(?:\s+(?i:is))?[\s:=*`'\"‘“(\[-]*"
     rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w))"
 )
-_LETTER_THEN_TEXT = re.compile(r"\A\W*([B-Z])\s|\A\W*(A)\s+(?=[A-Z\d])")
+_LETTER_THEN_TEXT = re.compile(r"\A\W*([B-Z])[*`'\"’”]*\s|\A\W*(A)\s+(?=[A-Z\d])")
 _ENDS = string.punctuation + " "
 _NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]+))?")
 _NUMBERS_INSIDE = re.compile(rf"(?<![\w.]){_NUMBER.pattern}(?!\w|\.[0-9])")

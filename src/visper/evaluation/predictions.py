@@ -51,14 +51,14 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
     """
     folder = predictors_folder(output)
     run = load_run(folder / "distillation" / "run.yaml", overrides)
-    on_gpu = torch.cuda.is_available()
-    half = on_gpu and run.optimization.precision == "bfloat16"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = device == "cuda" and run.optimization.precision == "bfloat16"
     if student is None:
         student = load_student(folder, torch.bfloat16 if half else torch.float32)
     else:
         _require_fit(student, folder)
     try:
-        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids)
+        teachers = build_teachers(run.distillation, run.optimization.precision, student.task_token_ids, device)
     except ConfigError as error:
         raise ConfigError(f"{error}\nif it has moved: --set distillation.tasks.TASK.target.model=PLACE") from error
     model = build_training_model(student, run.stage, run.distillation, specs_of(teachers), run.seed)
@@ -78,8 +78,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
         raise ConfigError(
             f"the predictors in '{folder / 'distillation'}' were trained with teachers of other shapes: {error}"
         ) from error
-    device = "cuda" if on_gpu else "cpu"
-    return PreTrained(run, model.to(device).eval(), {task: teacher.to(device) for task, teacher in teachers.items()})
+    return PreTrained(run, model.to(device).eval(), teachers)
 
 
 def predict_images(

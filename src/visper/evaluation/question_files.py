@@ -60,10 +60,7 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         questions = read_questions(path)
     else:
         table = read_table([path], NEEDED, OPTIONAL, "questions")
-        kinds = {field.name: field.type for field in pq.read_schema(path)}
-        _refuse_misspelled(
-            {own: {"bytes": ""} if holds_images(kind) else None for own, kind in kinds.items()}, f"'{path}'"
-        )
+        _refuse_misspelled(_first_row(path), f"'{path}'")
         if "image" not in table.column_names or _is_text(table.features["image"]):
             questions = _questions(path, table)
         else:
@@ -76,6 +73,15 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
     if images is not None and not any(question.images for question in questions):
         raise ConfigError(f"no question of '{path}' has an 'image': remove --images, or add the column")
     return questions, ImageFolder(images or Path())
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    """All columns of a Parquet file's first row, embedded images as a JSON row would have them."""
+    with pq.ParquetFile(path) as file:
+        embedded = {field.name: {"bytes": ""} for field in file.schema_arrow if holds_images(field.type)}
+        others = [name for name in file.schema_arrow.names if name not in embedded]
+        first = next(file.iter_batches(1, columns=others), None)
+        return {**embedded, **(dict.fromkeys(others) if first is None else first.to_pylist()[0])}
 
 
 def _is_text(feature: Any) -> bool:
@@ -111,7 +117,7 @@ def _questions(path: Path, rows: Iterable[Any]) -> list[Question]:
 def _refuse_misspelled(row: Mapping[str, Any], place: str) -> None:
     """Other columns may be there, but one like a missing optional column would silently change the question."""
     for name in OPTIONAL:
-        if name in row:
+        if name in row or name == "id":
             continue
         others = {other: row[other] for other in row if other not in (*NEEDED, *OPTIONAL)}
         alike = [other for other in others if other in ALIKE.get(name, ())] or get_close_matches(name, others, 1, 0.75)

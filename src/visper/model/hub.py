@@ -60,7 +60,7 @@ def remedy(name: str, error: OSError) -> str:
         link = link.__cause__
     reason = first_line(error)
     place, here = Path(name), ""
-    if place.is_dir():
+    if place.exists():
         return reason
     if not _may_be_hub_id(name):
         return f"there is no folder '{place.absolute()}'. Use an existing folder, or a hub id such as OWNER/NAME"

@@ -84,7 +84,7 @@ def _objective(
             specs[task] = own_target(student, settings.target.kind)
         per_task = len(ids.get(task, ())) or None
         check_head_fits(task, settings.head, specs[task], settings.at, per_task, settings.loss)
-    counts = {student.num_image_tokens, *map(len, ids.values())}
+    counts = {student.num_image_tokens, *map(len, ids.values())} if student.is_llava else ()  # else they differ
     objective = EmbeddingDistillation.from_config(distillation, specs, student.hidden_size, student.num_layers, counts)
     HiddenStateTap(student.model.get_decoder(), objective.layers)  # raises if a layer cannot be tapped
     tasks = {task: distillation.tasks[task] for task in distillation.at_task_tokens}

@@ -10,7 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidProtobuf, RuntimeException
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+    RuntimeException,
+)
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -153,7 +160,7 @@ def _session(path: Path, output: str | None, threads: int | None) -> Any:
     providers = ["CPUExecutionProvider"]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)
-    except (Fail, InvalidProtobuf) as error:
+    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented) as error:
         raise ValueError(f"'{path}' cannot be loaded as an ONNX model: {error}") from error
     if output is None or output in [known.name for known in session.get_outputs()]:
         return session
