@@ -514,6 +514,27 @@ def test_stages_of_one_output_are_refused_before_the_first_trains(make, tmp_path
     assert not (tmp_path / "pt").exists()
 
 
+def test_a_later_stage_that_cannot_start_is_refused_before_the_first_trains(make, rows, tmp_path):
+    run_pipeline([make("ift")])
+    gone = {"sources": [{"json": str(tmp_path / "gone.json"), "images": str(rows / "images")}]}
+    for message, last in {
+        r"no folder '.*nowhere'": make("ift", "new", start="nowhere"),
+        r"no such file: '.*gone\.json'": make("ift", "new", data=gone),
+        r"optimization\.lr is .* there": make("ift", optimization={"lr": 0.5}),
+    }.items():
+        with pytest.raises((ConfigError, DataError), match=message):
+            run_pipeline([make("pt"), last])
+    assert not (tmp_path / "pt").exists()
+
+
+def test_a_finished_stage_is_compared_again_when_the_one_before_it_has_trained(make, tmp_path):
+    second = make("ift", start="pt")
+    run_pipeline([make("pt"), second])
+    shutil.rmtree(tmp_path / "pt")
+    with pytest.raises(ConfigError, match=r"changed since it began: start_from"):
+        run_pipeline([make("pt", seed=1), second])
+
+
 def test_a_finished_stage_is_kept_only_if_it_is_undamaged(make, tmp_path):
     run = make("ift")
     run_pipeline([run])
@@ -723,7 +744,8 @@ def test_logged_values_are_means_over_the_steps_that_were_not_skipped(make, monk
     rules = {"monitor": {"non_finite": "skip"}}
     for name, every in (("each", 1), ("pairs", 2)):
         run_stage(make("ift", name=name, logging={"every": every, **rules}))
-    each, pairs = (logs_of(make("ift", name=name))[:-1] for name in ("each", "pairs"))
+    (*each, summary), (*pairs, _) = (logs_of(make("ift", name=name)) for name in ("each", "pairs"))
+    assert "train_loss" not in summary  # the Trainer's mean, to which a skipped step adds 0
     assert [log.get("skipped", 0) for log in each] == [int(step in skipped) for step in (1, 2, 3, 4)]
     for before, log in zip([{"step": 0}, *pairs], pairs, strict=False):
         steps = range(before["step"] + 1, log["step"] + 1)

@@ -30,7 +30,7 @@ from visper.distillation.teachers.tasks import build_teachers, specs_of
 from visper.model import Student, save_student
 from visper.model.card import write_card
 from visper.model.revisions import with_commits
-from visper.model.start import require_positions, starting_student
+from visper.model.start import require_positions, starting_processor, starting_student
 from visper.target_store.open import TargetStore, open_targets
 from visper.training.arguments import check_split, training_arguments
 from visper.training.assemble import build_training_model, continue_objective, set_trainable, to_bfloat16
@@ -146,12 +146,36 @@ def run_pipeline(
         ConfigError: two stages have the same output, or see ``run_stage``.
     """
     require_separate_outputs(runs)
-    for run in runs:
+    join_processes(runs[0].launch)
+    finished = first_decides(partial(_check_stages, runs))
+    for number, run in enumerate(runs):
         processes = join_processes(run.launch)
-        if first_decides(partial(is_finished, run)):
+        # A stage is compared again if an earlier one has trained since: that may be where it starts from.
+        if finished[number] and (all(finished[:number]) or first_decides(partial(is_finished, run))):
             announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
         run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
+
+
+def _check_stages(runs: Sequence[Run]) -> list[bool]:
+    """Whether each stage is finished; the others' outputs, data and starts are checked before the first one trains.
+
+    Raises:
+        ConfigError: a stage cannot be trained or skipped, or starts from what neither exists nor is made before it.
+        DataError: a stage's rows do not exist, or a finished model is damaged.
+    """
+    finished: list[bool] = []
+    made: set[Path] = set()
+    for run in runs:
+        finished.append(is_finished(run))
+        if not finished[-1]:
+            check_output(run, Path(run.output), resume=True)
+            row_files(run.data)
+            start = Path(run.start_from or "").resolve()
+            if made.isdisjoint((start, start.parent)):
+                starting_processor(run)
+        made.add(Path(run.output).resolve())
+    return finished
 
 
 def open_output(run: Run, resume: bool) -> Run:

@@ -213,6 +213,8 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term (summed over processes, averaged over the steps since the last log) and monitoring values."""
+        if self._skips:
+            logs.pop("train_loss", None)  # the Trainer's mean over the run, in which a skipped loss counts as 0
         step = self.state.global_step
         steps = self.terms.steps(step)
         if "loss" in logs and steps > 0:

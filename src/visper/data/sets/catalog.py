@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveInt, ValidationError, model_validator
 
+from visper.common.cache import identity
 from visper.common.errors import ConfigError, DataError
 from visper.config import Data, Source, explain
 from visper.config.load import read_mapping
@@ -261,12 +262,16 @@ def row_files(data: Data, whole: bool = True) -> list[Source]:
 
     Raises:
         ConfigError: a set is unknown, has no rows to train on, or is not under ``data.root``.
+        DataError: a JSON file does not exist.
     """
     found: list[Source] = []
     for source in data.sources:
         files = [] if source.data_set is None else _rows_of(source.data_set, Path(data.root), whole)
         changes = [{"data_set": None, "json_file": str(file), "images": str(images)} for file, images in files]
         found += [source.model_copy(update=change) for change in changes] or [source]
+    for source in found:
+        if source.kind == "json":
+            identity(Path(source.place))  # it costs little and names a missing file
     return found
 
 
