@@ -406,12 +406,13 @@ def test_a_full_gpu_is_one_line_that_says_what_to_change(make, monkeypatch):
 
 def test_an_output_with_another_run_is_refused_and_untouched(make, tmp_path):
     run_stage(make("pt"))
-    before = weights_of(tmp_path / "pt" / "model")
+    before, other = weights_of(tmp_path / "pt" / "model"), tmp_path / "a.json"
+    other.write_text("[]")
     with pytest.raises(ConfigError, match="holds another run: seed is 0 there, 7 here"):
         run_stage(make("pt", seed=7))
     with pytest.raises(ConfigError, match=r"data\.sources is \[\{json: .*rows\.json, .* here\. Choose") as error:
-        run_stage(make("pt", data={"sources": [{"json": "a.json", "images": "b"}], "workers": 0}))
-    assert "there, [{json: a.json, images: b, weight: 1.0}] here" in str(error.value)
+        run_stage(make("pt", data={"sources": [{"json": str(other), "images": "b"}], "workers": 0}))
+    assert f"there, [{{json: {other}, images: b, weight: 1.0}}] here" in str(error.value)
     with pytest.raises(ConfigError, match="finished"):
         run_stage(make("pt"))
     assert all(torch.equal(value, before[name]) for name, value in weights_of(tmp_path / "pt" / "model").items())
