@@ -89,6 +89,19 @@ def test_chat_answers(trained):
     assert call(*asked, "--max-new-tokens", "3").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "out", "--prompt", "what?", "--max-new-tokens", "0"),
+        ("quickstart", "--seed", "-1"),
+        ("data", "shard", "rows.json", "--out", "shards", "--seed", "-1"),
+    ],
+)
+def test_a_number_that_nothing_can_use_is_refused_at_once(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2 and arguments[-2] in result.output
+
+
 def test_chat_without_an_image_says_that_none_is_shown(trained, capsys):
     result = call("chat", str(trained / "out"), "--prompt", "In HTML, <image> is what?", "--max-new-tokens", "3")
     assert result.exit_code == 0 and "the model answers from the text alone" in result.stderr

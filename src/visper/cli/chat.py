@@ -18,7 +18,7 @@ def run(
         list[Path] | None,
         path_option("--image", help="an image; several go to the `<image>` tags of the question in order"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="maximum length of the answer")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum length of the answer")] = 256,
 ) -> None:
     """Ask a model about one or several images.
 

@@ -127,7 +127,7 @@ def shard(
     root: Root = Path("data"),
     drop_list: DropLists = None,
     file_mb: Annotated[int, typer.Option(min=1, help="approximate size of the images in a file, in MiB")] = 256,
-    seed: Annotated[int, typer.Option(help="seed of the order of the rows")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the order of the rows")] = 0,
 ) -> None:
     """Write a data set as a few shuffled Parquet files; train with `data.sources=[{parquet: FOLDER/*.parquet}]`.
 

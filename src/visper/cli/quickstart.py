@@ -13,7 +13,7 @@ NAME = "quickstart"
 
 def run(
     out: Annotated[Path, path_option(help="folder for all results")] = Path("visper-quickstart"),
-    seed: Annotated[int, typer.Option(help="seed of the world, the projector and the order of rows")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the world, the projector and the order of rows")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs, in two minutes")] = False,
     objective: Annotated[
         str | None, typer.Option(help="a recipe whose embedding losses replace the quickstart's, e.g. visual/viral")
