@@ -12,8 +12,6 @@ from visper.config.section import Choice, Section
 MAX_PIXELS, MOST_PIXELS = 89_478_485, 178_956_970
 """Default and largest value of ``data.max_pixels``: a decoded image then takes 268 or 537 MB. Above these numbers
 Pillow warns of a decompression bomb or refuses it, whatever the run allows."""
-
-
 RowField = Literal["id", "image", "images", "conversations", "messages", "texts", "system", "text"]
 """A key of a row that is read (``data.rows.formats``)."""
 
@@ -36,8 +34,8 @@ class Source(Section):
     hf: PathText | None = Field(None, description="data set on the hub, or a folder that contains one")
     parquet: PathText | None = Field(None, description="Parquet file, or a pattern for several")
     images: PathText | None = Field(None, description="folder that image paths are relative to")
-    columns: dict[Literal["id", "image", "images", "conversations", "messages", "texts", "system", "text"], str] = (
-        Field(default_factory=dict, description="field -> its name in the rows, where that differs")
+    columns: dict[RowField, str] = Field(
+        default_factory=dict, description="field -> its name in the rows, where that differs"
     )
     split: str | None = Field(None, description="for 'hf'; default: train")
     subset: str | None = Field(None, description="for 'hf', if the data set has several")
