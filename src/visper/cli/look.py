@@ -14,7 +14,7 @@ def run(
     model: Annotated[
         Path,
         typer.Argument(
-            help="the output of a finished PT or, with --predictors, of a later stage",
+            help="the output of a stage with 'distillation', usually PT; with --predictors, of a later one",
             metavar="MODEL",
             parser=parse_path,
         ),
