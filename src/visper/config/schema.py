@@ -253,7 +253,7 @@ class Run(Section):
         if (self.student is None) == (self.start_from is None):
             given = "neither" if self.student is None else "both"
             raise ValueError(
-                f"found {given} of 'student' (for a first stage) and 'start_from' (the previous stage): give one of them"
+                f"found {given} of 'student' (a first stage) and 'start_from' (the previous stage): give one of them"
             )
         if self.data.join_conversations and self.distillation is not None:
             raise ValueError("joining is not supported with distillation: set data.join_conversations=false")
