@@ -16,7 +16,7 @@ from visper.evaluation.visualize import look
 from visper.model.start import starting_student
 from visper.quickstart.controls import HeldOut, findings
 from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
-from visper.quickstart.run import FAST, copy_bases, stage_runs, supervised_stage
+from visper.quickstart.run import FAST, copy_bases, quickstart, stage_runs, supervised_stage
 from visper.training.assemble import build_training_model, choose_trainable
 
 VISUAL = [name for name in recipe_names() if name.startswith("visual/")]
@@ -77,6 +77,7 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     assert look(PreTrained(run, model, drawing), images[0]).height >= len(run.distillation.tasks) * 384
 
 
-def test_a_recipe_without_an_objective_is_refused(bases):
+def test_a_recipe_without_an_objective_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="expected a recipe of stage pt or ift with 'distillation'"):
-        scaled_objective("llama3-8b-vit-l/ift", bases)
+        quickstart(tmp_path / "out", budget=FAST, objective="llama3-8b-vit-l/ift")
+    assert not (tmp_path / "out").exists()
