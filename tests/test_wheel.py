@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_file_and_nothing_else(wheel):
     expected = files(SOURCES)
     data = {name for name in expected if not name.endswith(".py")}
-    assert len(data) > 50, "recipes, catalogue, bases"
+    assert len(data) > 50, "recipes, catalog, bases"
     assert {name for name in wheel if ".dist-info/" not in name} == expected
 
 

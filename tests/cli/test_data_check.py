@@ -114,7 +114,7 @@ def test_llava_665k_is_prepared_damaged_checked_and_repaired(shelf, tmp_path):
 
     shelf.requests.clear()
     code, said = call(*check, "--repair")
-    assert code == 1 and "mended 4 images; 2 cannot be" in said and "3 of 14 rows are unusable" in said
+    assert code == 1 and "repaired 4 images; 2 cannot be" in said and "3 of 14 rows are unusable" in said
     assert (root / "gqa/images/1.jpg").read_bytes() == image(21)
     assert (root / "vg/VG_100K/1.jpg").read_bytes() == image(41)
     assert not any("train2017" in path for path, *_ in shelf.requests), "re-encoded, not fetched"
@@ -183,7 +183,7 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
     code, said = call("data", "check", mine, "--root", root)
     assert code == 1 and "1 of 850 rows are unusable" in said
     code, said = call("data", "check", mine, "--root", root, "--repair")
-    assert code == 0 and "mended 1 images" in said and lost.read_bytes() == whole
+    assert code == 0 and "repaired 1 images" in said and lost.read_bytes() == whole
 
     parquet = tmp_path / "parquet"
     code, said = call("data", "shard", mine, "--root", root, "--out", parquet, "--file-mb", 4)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from visper.evaluation.probe.measures import TEACHER, centered_cosine
+from visper.quickstart import probed
 from visper.quickstart.controls import HeldOut, _drawn
 
 
@@ -51,3 +52,14 @@ def test_a_map_is_judged_beside_a_guess_by_position_and_its_teacher(head, predic
         blind = next(score for name, score in finding.controls.items() if name != TEACHER)
         assert (finding.value, blind, finding.controls[TEACHER]) == pytest.approx((value, guess, ceiling))
         assert finding.higher == (head == "classes")
+
+
+def test_scores_on_a_world_say_how_many_scenes_it_had_to_judge(monkeypatch):
+    targets = torch.randn(3, 5, 4)
+    world = HeldOut([None] * 3, *[torch.ones(3, 1, 2)] * 3)
+    monkeypatch.setattr(HeldOut, "halves", lambda folder, judged: (world, world))
+    monkeypatch.setattr(probed, "drawing_teachers", lambda run: {})
+    monkeypatch.setattr(probed, "sources_of", lambda *given: {"depth": lambda images: targets})
+    monkeypatch.setattr(probed, "predict_images", lambda *given: {"depth/1": targets})
+    (found,) = probed.world_findings(SimpleNamespace(run=None, model=None), "world", 300)
+    assert (found.images, found.value) == (3, pytest.approx(1.0))

@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from visper.common.errors import ConfigError
 from visper.config import Stage, load_run, recipe_names
 from visper.data.images import student_pixels
 from visper.distillation import gather_targets
 from visper.distillation.teachers.tasks import build_teachers, specs_of
-from visper.evaluation.predictions import predict_images
+from visper.evaluation.predictions import PreTrained, predict_images
+from visper.evaluation.visualize import look
 from visper.model.start import starting_student
+from visper.quickstart.controls import HeldOut, findings
 from visper.quickstart.objective import drawing_teachers, scaled_objective, sources_of
-from visper.quickstart.run import FAST, copy_bases, stage_runs, supervised_stage
+from visper.quickstart.run import FAST, copy_bases, quickstart, stage_runs, supervised_stage
 from visper.training.assemble import build_training_model, choose_trainable
 
 VISUAL = [name for name in recipe_names() if name.startswith("visual/")]
@@ -55,8 +58,6 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     teachers = build_teachers(run.distillation, "float32", student.task_token_ids)
     model = build_training_model(student, run.stage, run.distillation, specs_of(teachers))
     choose_trainable(model, run.stage, run.optimization)
-    from PIL import Image
-
     images = [Image.effect_noise((96, 96), 80 + 40 * i).convert("RGB") for i in range(2)]
     pixels = torch.stack([student_pixels(student.processor.image_processor, image) for image in images])
     block = [student.image_token_id] * model.config.image_seq_length
@@ -67,11 +68,16 @@ def test_every_objective_trains_the_quickstarts_student_and_is_compared_with_its
     found["loss"].backward()
     terms = {term: value for term, value in found.items() if term.count("/") == 2}
     assert terms and all(value > 0 for value in terms.values())
-    sources = sources_of(run, student, drawing_teachers(run))
-    for place, values in predict_images(model.eval(), images, "What?").items():
-        assert values.shape[:2] == sources[place.split("/")[0]](images).shape[:2]
+    drawing = drawing_teachers(run)
+    maps = torch.ones(2, 96, 96)
+    scenes = HeldOut(images, maps, maps.long(), maps.bool())
+    predicted = predict_images(model.eval(), images, "What?")
+    found = findings(predicted, sources_of(run, student, drawing), drawing, scenes, scenes)
+    assert {finding.name for finding in found} == set(predicted)
+    assert look(PreTrained(run, model, drawing), images[0]).height >= len(run.distillation.tasks) * 384
 
 
-def test_a_recipe_without_an_objective_is_refused(bases):
+def test_a_recipe_without_an_objective_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="expected a recipe of stage pt or ift with 'distillation'"):
-        scaled_objective("llama3-8b-vit-l/ift", bases)
+        quickstart(tmp_path / "out", budget=FAST, objective="llama3-8b-vit-l/ift")
+    assert not (tmp_path / "out").exists()

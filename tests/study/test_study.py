@@ -144,6 +144,13 @@ def test_differences_are_paired_by_seed():
     assert depth.high - depth.mean == pytest.approx(12.7062 * math.sqrt(2) / math.sqrt(2), rel=1e-4)
 
 
+def test_one_seed_has_no_table_of_differences(tmp_path):
+    cell = {0: {"labels": {"20": {"depth": [50, 100]}}, "cosines": {}}}
+    probes = {NOTHING: [Finding("depth/1", "cosine", 0.1, {})]}
+    report({NOTHING: cell, PUBLISHED: cell}, probes, [20], tmp_path, Console(file=(shown := StringIO()), width=200))
+    assert shown.getvalue().count("arm") == 2  # accuracies and labels needed
+
+
 def test_a_cell_that_another_process_runs_is_left_to_it_at_first(tmp_path, monkeypatch):
     ran = []
 

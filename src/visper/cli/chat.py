@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Ask a model about one or several images.
 
-    Example: `visper chat runs/quickstart/ift --image scene.png --prompt "What is in the image?"`
+    Example: `visper chat visper-quickstart/ift --image scene.png --prompt "What is in the picture ?"`
     """
     from visper.common.console import Console
     from visper.data.images import open_image

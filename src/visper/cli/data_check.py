@@ -70,7 +70,7 @@ def check(
     if repair:
         mended, lost = checking.repair(found, None if what is None or images else _fetch_from(what, root, console))
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
-        console.print(f"mended {mended} images{rest}")
+        console.print(f"repaired {mended} images{rest}")
         found = look()
     # Written first: printing fails if nobody reads to the end, as in `| head`.
     if report is not None:

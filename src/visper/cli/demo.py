@@ -21,7 +21,7 @@ def run(
 ) -> None:
     """Serve a page to chat with a model about images and to see what its layers predict.
 
-    Example: `visper demo runs/quickstart/ift --look runs/quickstart/pt`
+    Example: `visper demo visper-quickstart/ift --look visper-quickstart/pt`
     """
     from visper.demo.page import serve
     from visper.demo.session import Session

@@ -48,7 +48,8 @@ def run(
 
     Raw answers are saved as they are generated: repeat the command to continue after an interruption.
 
-    Example: `visper evaluate runs/quickstart/ift --questions world/questions.json --images world/images`
+    Example: `visper evaluate visper-quickstart/ift --questions visper-quickstart/world/questions.json
+    --images visper-quickstart/world/images`
     """
     _check_options(questions, benchmark, protocol, {"--images": images, "--max-new-tokens": max_new_tokens})
     if questions is not None:

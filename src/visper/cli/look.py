@@ -14,7 +14,7 @@ def run(
     model: Annotated[
         Path,
         typer.Argument(
-            help="the output of a finished PT or, with --predictors, of a later stage",
+            help="the output of a stage with 'distillation', usually PT; with --predictors, of a later one",
             metavar="MODEL",
             parser=parse_path,
         ),
@@ -35,7 +35,7 @@ def run(
 ) -> None:
     """Draw every tapped layer's prediction beside the teacher's own output.
 
-    Example: `visper look runs/quickstart/pt --image scene.png -o seen.png`
+    Example: `visper look visper-quickstart/pt --image scene.png -o seen.png`
     """
     from visper.common.files import atomic_path
     from visper.data.images import open_image

@@ -23,7 +23,7 @@ def run(
 
     Log in first: `hf auth login`.
 
-    Example: `visper push runs/quickstart/ift someone/my-model --license apache-2.0 --dry-run`
+    Example: `visper push visper-quickstart/ift someone/my-model --license apache-2.0 --dry-run`
     """
     from visper.model.push import prepare_upload, require_repo, upload
 

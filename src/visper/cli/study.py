@@ -13,7 +13,7 @@ NAME = "study"
 
 def run(
     out: Annotated[Path, path_option(help="folder for all results")] = Path("visper-study"),
-    seeds: Annotated[int, typer.Option(min=1, help="number of seeds; a claim needs five")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds; intervals need two, a claim five")] = 5,
     arms: Annotated[list[str] | None, typer.Option("--arm", help="an arm; repeatable. Default: all arms")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="only check that everything runs")] = False,
 ) -> None:

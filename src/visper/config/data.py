@@ -25,10 +25,10 @@ class Geometry(Choice):
 
 
 class Source(Section):
-    """A source of rows: a set of the catalogue, a JSON file, a hub data set, or Parquet files."""
+    """A source of rows: a set of the catalog, a JSON file, a hub data set, or Parquet files."""
 
     data_set: PathText | None = Field(
-        None, alias="set", description="name in the catalogue, or a YAML file like its entries"
+        None, alias="set", description="name in the catalog, or a YAML file like its entries"
     )
     json_file: PathText | None = Field(None, alias="json", description=".json or .jsonl, optionally .gz; with 'images'")
     hf: PathText | None = Field(None, description="data set on the hub, or a folder that contains one")
@@ -58,7 +58,7 @@ class Source(Section):
 
     @property
     def kind(self) -> Literal["json", "hf", "parquet"]:
-        """The kind of source; a set of the catalogue consists of JSON files."""
+        """The kind of source; a set of the catalog consists of JSON files."""
         kinds: tuple[Literal["hf", "parquet"], ...] = ("hf", "parquet")
         return next((name for name in kinds if getattr(self, name) is not None), "json")
 

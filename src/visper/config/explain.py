@@ -36,7 +36,7 @@ def explain(error: ValidationError, name: str, model: type[BaseModel], given: An
             continue  # the fault of an entry is listed
         if any(place[: len(key)] == key != place for key in refused):
             continue  # what is under a key that is refused anyway
-        shown = ".".join(place) or f"(the whole {model.__name__.lower()})"
+        shown = ".".join(place)
         last = fault["loc"][-1] if fault["loc"] else None
         if fault["type"] == "extra_forbidden":
             lines[shown] = f"{name}: unknown key '{shown}': {_hint(last, _keys(_at(fault['loc'][:-1], whole)))}"
@@ -45,7 +45,8 @@ def explain(error: ValidationError, name: str, model: type[BaseModel], given: An
         elif fault["type"] == "missing" and not isinstance(last, int):
             lines[shown] = f"{name}: key '{shown}' is missing{_beside(fault['loc'], whole, given)}"
         else:
-            before = lines[shown].partition(", found ")[0] + " or " if shown in lines else f"{name}: key '{shown}': "
+            start = f"{name}: key '{shown}': " if shown else f"{name}: "  # without a key: keys that exclude each other
+            before = lines[shown].partition(", found ")[0] + " or " if shown in lines else start
             message = _message(fault, whole)
             lines[shown] = before + (message.removeprefix("expected ") if shown in lines else message)
     return "\n".join(lines.values())

@@ -251,7 +251,10 @@ class Run(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Run:
         if (self.student is None) == (self.start_from is None):
-            raise ValueError("give either 'student' (a first stage) or 'start_from' (the previous stage), not both")
+            given = "neither" if self.student is None else "both"
+            raise ValueError(
+                f"found {given} of 'student' (a first stage) and 'start_from' (the previous stage): give one of them"
+            )
         if self.data.join_conversations and self.distillation is not None:
             raise ValueError("joining is not supported with distillation: set data.join_conversations=false")
         if self.data.join_conversations and self.optimization.attention not in (None, *JOINING_ATTENTION):

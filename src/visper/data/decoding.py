@@ -116,8 +116,8 @@ def _where_it_ends(path: Path) -> str:
     there = next(folder for folder in full.parents if os.path.isdir(folder))  # noqa: PTH112 - never raises
     start = f" ('{path}' is relative to the current folder)" if full != path else ""
     return (
-        f"'{full}' is not a file{start}; its last existing folder is '{there}'. Image paths are relative to the "
-        "'images' folder of their source: is it the right one, and are all archives unpacked there?"
+        f"'{full}' is not a file{start}; its last existing folder is '{there}'. Image paths in rows are relative "
+        "to the 'images' folder of their source: check that folder, and that all archives are unpacked there"
     )
 
 

@@ -116,6 +116,11 @@ def layer_of(name: str) -> int:
     return int(name.rpartition("/")[2])
 
 
+def predicts_target(values_SNE: Tensor, teacher: Teacher) -> bool:
+    """Whether predictions have the shape of the teacher's target. Under the loss gram they may have another width."""
+    return values_SNE.shape[1:] == (teacher.spec.tokens, teacher.spec.width)
+
+
 def teacher_targets(teacher: Teacher, images: Sequence[Image.Image], batch: int = 100) -> Tensor:
     """A teacher's targets ``[S, N, E]`` (float32, CPU) for images already in the run's geometry."""
     parts = []

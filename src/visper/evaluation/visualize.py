@@ -21,7 +21,14 @@ from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.unclip import nearest
 from visper.evaluation.contact_sheet import Tile, contact_sheet, images_of
-from visper.evaluation.predictions import PreTrained, layer_of, predict_images, task_of, teacher_targets
+from visper.evaluation.predictions import (
+    PreTrained,
+    layer_of,
+    predict_images,
+    predicts_target,
+    task_of,
+    teacher_targets,
+)
 
 PROMPT = "Describe the image concisely."
 """The prompt beside the image, as in LLaVA-558K."""
@@ -49,8 +56,8 @@ def look(
     for task in found.model.objective.tasks:
         layers = {layer_of(name): value for name, value in predicted.items() if task_of(name) == task}
         teacher = found.teachers.get(task)
-        if teacher is None or any(value.shape[1] != teacher.spec.tokens for value in layers.values()):
-            rows.append([("image", seen), (f"{task}: predicts no map of a teacher, not drawable", BLANK)])
+        if teacher is None or not all(predicts_target(value, teacher) for value in layers.values()):
+            rows.append([("image", seen), (f"{task}: does not predict a teacher's target, not drawable", BLANK)])
             continue
         target = teacher_targets(teacher, [seen])
         embeddings = torch.cat((target, *layers.values()))

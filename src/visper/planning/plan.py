@@ -124,7 +124,7 @@ class Plan:
             disk[f"data, archives{least}"] = disk[f"data, unpacked, about{least}"] = known
         floats = sum(spec.tokens * spec.width for spec in self.specs.values())
         if floats:
-            disk["targets, if stored in fp16"] = rows.count * rows.images * floats * 2
+            disk["targets, if stored as float16"] = rows.count * rows.images * floats * 2
         weights, moments = model.saved, model.moments
         if run.launch.engine is Engine.ZERO2:  # adds the module's weights and the optimizer's float32 copy
             weights *= 3

@@ -72,12 +72,15 @@ def findings(
     targets = {task: (sources[task](fit.images), sources[task](judged.images)) for task in tasks}
     for name, values in predicted.items():
         task, tokens = task_of(name), values.shape[1]
-        fitted_SNE, target_SNE = targets[task]
-        mean_NE = pooled(fitted_SNE, tokens).mean(0)
-        shuffled = pooled(target_SNE.roll(len(target_SNE) // 2, dims=0), tokens)
-        cosine = float(centered_cosine(values, pooled(target_SNE, tokens), mean_NE).mean())
-        control = {"another scene's target": float(centered_cosine(values, shuffled, mean_NE).mean())}
-        found.append(Finding(name, "cosine without the mean target", cosine, control, True))
+        target_SNE = targets[task][1]
+        ours, fitted, own = values, *(pooled(part, tokens) for part in targets[task])
+        measure = "cosine without the mean target"
+        if values.shape[2] != target_SNE.shape[2]:  # allowed under the loss gram, which compares only these matrices
+            measure = "cosine of Gram matrices without the mean target's"
+            ours, fitted, own = (unit @ unit.mT for unit in (F.normalize(part, dim=-1) for part in (ours, fitted, own)))
+        other, mean = own.roll(len(own) // 2, dims=0), fitted.mean(0)
+        cosine, control = (float(centered_cosine(ours, one, mean).mean()) for one in (own, other))
+        found.append(Finding(name, measure, cosine, {"another scene's target": control}, True))
         if task in teachers and values.shape == target_SNE.shape:
             found.extend(_drawn(name, teachers[task], values, target_SNE, fit, judged))
     return found

@@ -107,15 +107,20 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
         return SETS[what](found, root, limit)
     folder = Path(what)
     if (folder / "held_out.npz").is_file():
-        scored = [replace(one, images=limit or JUDGED) for one in world_findings(found, folder, limit or JUDGED)]
+        scored = world_findings(found, folder, limit or JUDGED)
     else:
         scored = cosine_findings(found, images_below(folder)[:limit])
     return [replace(one, of=str(folder.resolve())) for one in scored]
 
 
 def world_findings(found: PreTrained, world: Path, judged: int) -> list[Finding]:
-    """Depth error and pixel accuracy against the exact maps of held-out scenes, and centered cosines."""
+    """Depth error and pixel accuracy against the exact maps of held-out scenes, and centered cosines.
+
+    Args:
+        judged: maximum number of judged scenes; see ``HeldOut.halves``.
+    """
     fit, rest = HeldOut.halves(world, judged)
     teachers = drawing_teachers(found.run)
     predicted = predict_images(found.model, rest.images, PROMPT)
-    return findings(predicted, sources_of(found.run, None, teachers), teachers, fit, rest)
+    scored = findings(predicted, sources_of(found.run, None, teachers), teachers, fit, rest)
+    return [replace(one, images=len(rest.images)) for one in scored]

@@ -21,7 +21,7 @@ from PIL import Image
 from visper.common.files import atomic_path, write_text
 from visper.evaluation import Answered
 from visper.evaluation.contact_sheet import contact_sheet, images_of
-from visper.evaluation.predictions import layer_of, task_of, teacher_targets
+from visper.evaluation.predictions import layer_of, predicts_target, task_of, teacher_targets
 from visper.quickstart.controls import HeldOut
 from visper.quickstart.monitor import read_predictions
 from visper.quickstart.objective import drawing_teachers
@@ -96,7 +96,7 @@ def prediction_grids(result: Result, budget: Budget) -> dict[str, Grid]:
     for name in next(iter(monitored.values())):
         task = task_of(name)
         teacher = teachers.get(task)
-        if teacher is None or next(iter(monitored.values()))[name].shape[1] != teacher.spec.tokens:
+        if teacher is None or not predicts_target(next(iter(monitored.values()))[name], teacher):
             continue
         columns = [images, images_of(teacher.decode(teacher_targets(teacher, images)))]
         columns += [images_of(teacher.decode(values[name][chosen])) for values in monitored.values()]

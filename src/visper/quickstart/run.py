@@ -95,8 +95,13 @@ def quickstart(
         out: the folder of all results: ``world/``, ``bases/``, ``pt/``, ``ift/``.
         seed: seed of the world, the projector and the order of the rows.
         objective: a recipe whose embedding losses, scaled to this student, replace the quickstart's own.
+
+    Raises:
+        ConfigError: ``objective`` has no losses for the quickstart's stages, or the world has another seed or size.
     """
     console = console or Console()
+    if objective is not None:
+        scaled_objective(objective, BASES)  # refuses other recipes before the world is rendered
     seconds = Stopwatch(out / "seconds.json")
     with seconds("world"):
         world = prepare_world(out / "world", seed, budget, console)

@@ -119,7 +119,7 @@ def report(
     draw_curves(probes, out / "probes.svg")
     for number in labels:
         console.print(_accuracy_table(results, number))
-        for base in baselines:
+        for base in (base for base in baselines if rows[number][base]):  # intervals need two seeds
             console.print(_difference_table(rows[number][base], base, number))
     table = Table("arm", *next(iter(needed.values())), title=f"labels needed for the accuracy of '{NOTHING}' at {most}")
     for arm, kinds in needed.items():

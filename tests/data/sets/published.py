@@ -1,4 +1,4 @@
-"""The catalogue's own entries, pointed at a server of this machine: small archives in every published layout."""
+"""The catalog's own entries, pointed at a server of this machine: small archives in every published layout."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def rows(*images: str | None) -> bytes:
 
 
 def use_server(shelf, folder: Path, monkeypatch) -> None:
-    """The shipped catalogue with its servers replaced; hashes and sizes of the real files taken out."""
+    """The shipped catalog with its servers replaced; hashes and sizes of the real files taken out."""
     folder.mkdir()
     for file in sets._shipped().glob("*.yaml"):
         text = re.sub(r"https?://([^\"'\s}]+)", lambda found: f"{shelf.address}/{found[1]}", file.read_text())
@@ -118,7 +118,7 @@ def put_llava_665k(shelf, ocr: str = "zip with a folder") -> None:
 
 
 def put_others(shelf, chunks: bool = True) -> None:
-    """Every other entry of the catalogue."""
+    """Every other entry of the catalog."""
     pretrain = HUB.format("liuhaotian/LLaVA-Pretrain")
     shelf.put(pretrain + "blip_laion_cc_sbu_558k.json", rows("00453/004539375.jpg", "00659/1.jpg"))
     shelf.put(

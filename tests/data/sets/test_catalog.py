@@ -1,4 +1,4 @@
-"""The catalogue is valid, recipes name its entries, and an error about a missing set gives the command for it."""
+"""The catalog is valid, recipes name its entries, and an error about a missing set gives the command for it."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_no_two_downloads_share_a_place():
     assert len(set(files)) == len(files)
 
 
-def test_the_catalogue_is_read_without_torch():
+def test_the_catalog_is_read_without_torch():
     code = (
         "import sys, pathlib; from visper.data.sets.catalog import listing; listing(['llava-665k'], pathlib.Path('x'))"
     )

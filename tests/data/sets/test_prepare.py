@@ -153,7 +153,7 @@ def test_allava_comes_from_the_one_archive_where_there_are_no_chunks(shelf, root
     assert tree(root) == {name for name in LAYOUTS["allava-caption"] if "laion" in name}
 
 
-def test_every_entry_of_the_catalogue_is_tested():
+def test_every_entry_of_the_catalog_is_tested():
     parts = {need for name in (*LAYOUTS, "llava-665k") for need in read_set(name)[0].needs}
     assert set(set_names()) == {*LAYOUTS, "llava-665k"} | parts
 

@@ -1,4 +1,4 @@
-"""How answers are read, rule by rule, and where the published readers read otherwise."""
+"""How answers are read, rule by rule, and where the published parsers read otherwise."""
 
 import pytest
 
@@ -53,7 +53,7 @@ OPEN = Item("How many?", ("2",), None)
         ("ok-vqa", CV, "The Dog.", "dog", "dog"),
     ],
 )
-def test_an_answer_is_read_and_the_published_reader_known(name, item, said, read, published):
+def test_an_answer_is_read_and_the_published_parser_known(name, item, said, read, published):
     reading = BENCHMARKS[name].read(item, said)
     assert (reading.text, reading.published) == (read, published)
 

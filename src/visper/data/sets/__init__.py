@@ -1,1 +1,1 @@
-"""Data sets by name: the catalogue, downloading and unpacking."""
+"""Data sets by name: the catalog, downloading and unpacking."""

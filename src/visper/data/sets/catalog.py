@@ -1,6 +1,6 @@
 """Descriptions of data sets: where files come from, what they contain, where each belongs under the root.
 
-The catalogue is a folder of YAML files (``catalogue/``); a user's own set is another such file. This module does not
+The catalog is a folder of YAML files (``catalogue/``); a user's own set is another such file. This module does not
 use the network: ``prepare`` downloads what the files describe, and ``row_files`` tells a run where its rows are.
 """
 
@@ -145,7 +145,7 @@ class Rows(Section):
 
 
 class DataSet(Section):
-    """One entry of the catalogue."""
+    """One entry of the catalog."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     title: str
@@ -159,12 +159,12 @@ class DataSet(Section):
 
 
 def set_names() -> list[str]:
-    """The names of the catalogue's sets."""
+    """The names of the catalog's sets."""
     return sorted(file.stem for file in _shipped().glob("*.yaml"))
 
 
 def read_set(name: str) -> tuple[DataSet, Path]:
-    """A set of the catalogue or of a YAML file, and the folder that its local paths are relative to.
+    """A set of the catalog or of a YAML file, and the folder that its local paths are relative to.
 
     Raises:
         ConfigError: the set does not exist, or its description is wrong; lists every fault with file and key.
@@ -178,7 +178,7 @@ def read_set(name: str) -> tuple[DataSet, Path]:
     if not file.is_file():
         near = difflib.get_close_matches(name, set_names(), n=1, cutoff=0.4)
         hint = f"; did you mean '{near[0]}'?" if near else "."
-        raise ConfigError(f"no data set '{name}': neither in the catalogue nor a YAML file{hint} "
+        raise ConfigError(f"no data set '{name}': neither in the catalog nor a YAML file{hint} "
                           "`visper data list` shows them")  # fmt: skip
     content = read_mapping(file)
     try:
@@ -297,7 +297,7 @@ def sources_of(name: str, images: Path | None, root: Path, whole: bool = True) -
     """The conversation files of a name given on the command line, each with its images folder.
 
     Args:
-        name: a conversation file (.json or .jsonl), a set of the catalogue, or a YAML file like its entries.
+        name: a conversation file (.json or .jsonl), a set of the catalog, or a YAML file like its entries.
         images: images folder of a conversation file; must be None for a set.
         root: folder of the sets.
         whole: require a set's images, not only its rows.

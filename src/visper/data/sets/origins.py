@@ -17,7 +17,7 @@ HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidati
 
 
 def remotes(download: Download, origin: Origin, folder: Path) -> list[Remote]:
-    """The files that one origin has for a download, with the sizes and hashes published there or in the catalogue.
+    """The files that one origin has for a download, with the sizes and hashes published there or in the catalog.
 
     Raises:
         SourceError: the origin has no such file or cannot be reached.

@@ -57,7 +57,7 @@ def prepare(
     """Downloads and unpacks a set and the sets it needs. Safe to kill at any moment and to repeat; a second run waits.
 
     Args:
-        name: a set of the catalogue, or a YAML file like its entries.
+        name: a set of the catalog, or a YAML file like its entries.
         root: the folder of all data sets.
         everything: unpack all members, not only those that the rows name.
         drop_archives: delete archives once all their members are unpacked.

@@ -41,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer means to our robust reader (``text``) and to the published one. None: it cannot be right."""
+    """What an answer means to our robust parser (``text``) and to the published one. None: it cannot be right."""
 
     text: str | None
     published: str | None

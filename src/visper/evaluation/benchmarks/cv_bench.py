@@ -34,7 +34,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 
 
 def read(item: Item, said: str) -> Reading:
-    """The published reader takes the first "(B)", else the first character. For an answer with a bracket but no "(B)"
+    """The published parser takes the first "(B)", else the first character. For an answer with a bracket but no "(B)"
     it reuses the reading of the row before, and it fails on an empty answer: both are None here."""
     if "(" in said:
         match = re.search(r"\(([A-Z])\)", said)

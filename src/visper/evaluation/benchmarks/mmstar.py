@@ -33,7 +33,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 
 
 def read(item: Item, said: str) -> Reading:
-    """The published reader takes the character at the start, or after "(", "option " or "the answer is "."""
+    """The published parser takes the character at the start, or after "(", "option " or "the answer is "."""
     match = _PUBLISHED.match(said.lower().strip())
     return Reading(read_choice(said, item.options), match[1].upper() if match else None)
 

@@ -52,7 +52,7 @@ def _entries(file: Path, key: str, fields: Sequence[str]) -> list[dict[str, Any]
 
 
 def read(item: Item, said: str) -> Reading:
-    """VQA's normal form, the same as the published reader's."""
+    """VQA's normal form, the same as the published parser's."""
     text = normalize(said)
     return Reading(text, text)
 

@@ -29,7 +29,7 @@ def rows(root: Path) -> tuple[list[Item], ImageSource]:
 def read(item: Item, said: str) -> Reading:
     """Options by letter or text; otherwise number words become digits, and case and punctuation do not count.
 
-    The published reader searches the answer, without punctuation, for an option's text, case-sensitively and even
+    The published parser searches the answer, without punctuation, for an option's text, case-sensitively and even
     inside a word; if it finds none, it takes the answer itself.
     """
     ours, said = (NUMBERS.get(form, said) for form in (plain(said), said.strip().lower()))

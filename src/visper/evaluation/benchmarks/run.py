@@ -29,10 +29,10 @@ class Result:
     """A model's scores on one benchmark.
 
     Attributes:
-        columns: scores of the answers by our robust reader.
-        published: scores of the same answers by the published reader.
+        columns: scores of the answers by our robust parser.
+        published: scores of the same answers by the published parser.
         blind: scores with other questions' images; empty without a blind control.
-        read_otherwise: number of answers that the published reader reads differently.
+        read_otherwise: number of answers that the published parser reads differently.
         empty: number of answers without any text.
         unanswered: number of questions whose image could not be read; they count as wrong.
     """
@@ -137,7 +137,7 @@ def show_results(console: Console, results: Sequence[Result]) -> None:
     own = [*(column for result in results for column in result.columns), *([total] if total is not None else [])]
     published = {column.name: column.value for result in results for column in result.published}
     blind = {column.name: column.value for result in results for column in result.blind}
-    table = Table("score", "%", "95 % interval", "published reader", *(["blind"] if blind else []), "questions")
+    table = Table("score", "%", "95 % interval", "published parser", *(["blind"] if blind else []), "questions")
     for column in own:
         low, high = column.interval
         cells = [f"{100 * column.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", _percent(published, column.name)]
@@ -160,7 +160,7 @@ def show_results(console: Console, results: Sequence[Result]) -> None:
         part = "" if result.asked == result.of else f" of {result.of} (the scores are not benchmark results)"
         console.print(
             f"{result.name}: {result.asked}{part} asked, {result.empty} answers empty, {result.unanswered} images "
-            f"unreadable, {result.read_otherwise} answers that the published reader reads differently; raw answers: "
+            f"unreadable, {result.read_otherwise} answers that the published parser reads differently; raw answers: "
             f"{result.answers}"
         )
 
@@ -188,7 +188,7 @@ def save_results(file: Path, results: Sequence[Result], model: str) -> None:
             "scores": {
                 c.name: {"score": c.value, "interval": c.interval, "questions": c.total} for c in result.columns
             },
-            "published_reader": {c.name: c.value for c in result.published},
+            "published_parser": {c.name: c.value for c in result.published},
             "blind": {c.name: c.value for c in result.blind},
         }
         for result in results
