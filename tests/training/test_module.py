@@ -122,7 +122,8 @@ def test_recomputed_layers_drop_what_their_forward_pass_dropped(model, dropping,
     if backend:
         compile_parts(model, backend)
     found = []
-    for share in (0.0, 0.5, 1.0):
+    # Each new share is compiled again, which takes long; at 0.5, some layers are recomputed and some are not.
+    for share in (0.0, 0.5) if backend else (0.0, 0.5, 1.0):
         if share:
             model.recompute_activations(share)
         torch.manual_seed(3)
