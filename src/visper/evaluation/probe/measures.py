@@ -172,10 +172,10 @@ def coco_files(root: Path, limit: int | None = None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two points (x, y) in 0..1, and whether the first is the closer one."""
+    """Two points, (y, x) in pixels of the upright image, and whether the first is the closer one."""
 
-    first: tuple[float, float]
-    second: tuple[float, float]
+    first: Sequence[float]
+    second: Sequence[float]
     first_closer: bool
 
 
@@ -189,11 +189,11 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     require_set(found.run, DA2K, root)
     marks = read_json_object(folder / "annotations.json")
     files = da2k_files(root, limit)
-    pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
+    pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()]) for file in files}
 
     def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
         depth = teacher.decode(values)[0, 0]
-        closer = [bool(_at(depth, pair.first) >= _at(depth, pair.second)) for pair in pairs[file]]
+        closer = [bool(_at(depth, pair.first, seen) >= _at(depth, pair.second, seen)) for pair in pairs[file]]
         return [float(said == pair.first_closer) for said, pair in zip(closer, pairs[file], strict=True)]
 
     first = [pair.first_closer for each in pairs.values() for pair in each]
@@ -300,19 +300,17 @@ def _batches(
         yield list(zip(chosen, seen, strict=True)), predicted, targets
 
 
-def _pairs(marks: Sequence[Mapping[str, Any]], file: Path) -> list[Pair]:
-    with Image.open(file) as image:
-        width, height = image.size
-
-    def place(point: Sequence[float]) -> tuple[float, float]:
-        return point[1] / width, point[0] / height  # [y, x] in pixels
-
-    return [Pair(place(m["point1"]), place(m["point2"]), m["closer_point"] == "point1") for m in marks]
+def _pairs(marks: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    return [Pair(m["point1"], m["point2"], m["closer_point"] == "point1") for m in marks]
 
 
-def _at(values_HW: Tensor, point: tuple[float, float]) -> Tensor:
-    height, width = values_HW.shape
-    return values_HW[min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)]
+def _at(values_HW: Tensor, point: Sequence[float], image: Image.Image) -> Tensor:
+    """The value at a point (y, x) of ``image``, which the values cover."""
+    y, x = (
+        min(int(place / pixels * cells), cells - 1)
+        for place, pixels, cells in zip(point, (image.height, image.width), values_HW.shape, strict=True)
+    )
+    return values_HW[y, x]
 
 
 def _class_map(file: Path, labels: Mapping[int, int], size: Sequence[int]) -> Tensor:
