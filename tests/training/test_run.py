@@ -884,8 +884,9 @@ def test_relative_paths_of_a_recipe_are_relative_to_the_current_folder(
     assert (tmp_path / "out" / "dropped.jsonl").read_text() == (tmp_path / "drop.jsonl").read_text()
 
 
-def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm):
-    run = make("ift", optimization={"max_steps": 1})
+@pytest.mark.parametrize("steps", [{"max_steps": 1}, {"max_steps": None, "global_batch": 16, "micro_batch": 8}])
+def test_a_run_of_one_step_trains(make, tmp_path, tiny_llm, steps):
+    run = make("ift", optimization=steps)
     run_stage(run)
     assert logs_of(run)[0]["learning_rate"] == run.optimization.lr
     name = "model.layers.0.mlp.up_proj.weight"

@@ -44,8 +44,7 @@ def training_arguments(
         gradient_accumulation_steps=opt.global_batch // (opt.micro_batch * world_size),
         learning_rate=opt.lr,
         lr_scheduler_type=opt.schedule,
-        # The Trainer rounds warmup up, so a run of a single step would have learning rate 0.
-        warmup_steps=0 if opt.max_steps == 1 else opt.warmup_ratio,
+        warmup_steps=opt.warmup_ratio,  # below 1: a share of the steps
         weight_decay=opt.weight_decay,
         adam_beta1=opt.betas[0],
         adam_beta2=opt.betas[1],

@@ -211,6 +211,12 @@ class StageTrainer(Trainer):
             self.optimizer = kind(parameter_groups(self.optimization, self._bare(), decayed), **options)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's, without warmup in a run of one step: warmup is rounded up, and begins with a rate of 0."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every term (summed over processes, averaged over the steps since the last log) and monitoring values."""
         if self._skips:

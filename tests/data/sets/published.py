@@ -126,9 +126,9 @@ def put_others(shelf, chunks: bool = True) -> None:
         zipped({"00453/004539375.jpg": image(1), "00659/1.jpg": image(2), "00000/0.jpg": image(3)}),
     )
     allava = HUB.format("FreedomIntelligence/ALLaVA-4V")
-    names = [f"allava/allava_laion/images/{n}.jpeg" for n in (1, 2)]
+    names = [f"allava_laion/images/{n}.jpeg" for n in (1, 2)]
     shelf.put(allava + "allava_laion/ALLaVA-Caption-LAION-4V.json", rows(*names))
-    vflan = [f"allava/allava_vflan/images/images_191task_1k/{n}.jpg" for n in ("a+b", "c d")]
+    vflan = [f"allava_vflan/images/images_191task_1k/{n}.jpg" for n in ("a+b", "c d")]
     shelf.put(allava + "allava_vflan/ALLaVA-Caption-VFLAN-4V.json", rows(*vflan, vflan[0]))
     if chunks:
         for n in (1, 2, 3):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from tests import tiny, tiny_teachers
@@ -130,7 +130,7 @@ def test_da2k_counts_the_pairs_whose_order_the_decoded_depth_has(probed, tmp_pat
     found = load_pre_trained(probed / "out")
     for finding in da2k_findings(found, tmp_path):
         assert finding.name.startswith("depth/") and finding.value in (0, 1 / 3, 2 / 3, 1)
-        assert finding.controls["always the first point"] == 1 and {"mean target", "teacher"} < set(finding.controls)
+        assert {"ties to the second point", "mean target", "teacher"} < set(finding.controls)
         assert finding.interval is not None and finding.interval[0] <= finding.value <= finding.interval[1]
     with pytest.raises(ConfigError, match="visper data prepare da-2k --root"):
         da2k_findings(found, tmp_path / "elsewhere")
@@ -155,14 +155,18 @@ def test_coco_compares_the_segments_with_the_panoptic_map(probed, tmp_path):
         assert set(finding.controls) == {"other image's prediction", "mean target", "teacher"}
 
 
-def test_the_nearer_point_is_the_brighter_one_and_ties_go_to_the_first(probed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_nearer_point_is_the_brighter_one_and_ties_go_to_the_first(probed, tmp_path, monkeypatch, turned):
     folder = tmp_path / "eval" / "DA-2K"
     folder.mkdir(parents=True)
-    Image.new("RGB", (40, 20)).save(folder / "a.png")
-    left, right, right_below = [2, 3], [2, 36], [18, 36]  # [y, x]
+    turn = Image.Exif()
+    turn[ExifTags.Base.Orientation] = 6  # the points are those of the upright image
+    Image.new("RGB", (20, 40) if turned else (40, 20)).save(folder / "a.png", **({"exif": turn} if turned else {}))
+    left, right, right_below = [2, 25], [2, 36], [18, 36]  # [y, x]
     marks = [
         {"point1": right, "point2": left, "closer_point": "point1"},  # right
         {"point1": left, "point2": right_below, "closer_point": "point2"},  # right
+        {"point1": left, "point2": right, "closer_point": "point2"},  # right
         {"point1": left, "point2": right, "closer_point": "point1"},  # wrong
         {"point1": right, "point2": right_below, "closer_point": "point1"},  # a tie, right
     ]
@@ -171,8 +175,8 @@ def test_the_nearer_point_is_the_brighter_one_and_ties_go_to_the_first(probed, t
     near_at_the_right = torch.linspace(0, 1, 56).expand(1, 3, 56, 56)
     monkeypatch.setattr(found.teachers["depth"], "decode", lambda values: near_at_the_right)
     for finding in da2k_findings(found, tmp_path):
-        assert (finding.value, finding.controls["teacher"]) == (0.75, 0.75)
-        assert finding.controls["always the first point"] == 0.75 and finding.interval is None
+        assert (finding.value, finding.controls["teacher"]) == (0.8, 0.8)
+        assert finding.controls["ties to the second point"] == 0.6 and finding.interval is None
 
 
 def test_categories_are_classes_in_their_order(probed, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
-from visper.evaluation.probe.measures import OTHER, Finding
+from visper.evaluation.probe.measures import OTHER, TIES_WRONG, Finding
 
 FORMATS = (".svg", ".png", ".pdf")
 COLUMNS = 3
@@ -148,7 +148,7 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
             axis.fill_between(layers, low, high, color=line.get_color(), alpha=0.2)
             for control in own[0].controls:
                 values = [f.controls[control] for f in own]
-                same = control != OTHER  # the same for all models, such as the teacher's score
+                same = control not in (OTHER, TIES_WRONG)  # the same for all models, such as the teacher's score
                 axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
                 if same and model == next(iter(probes)):
                     axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")

@@ -35,6 +35,7 @@ from visper.evaluation.visualize import PROMPT
 
 BATCH = 16
 TEACHER, OTHER, MEAN = "teacher", "other image's prediction", "mean target"
+TIES_WRONG = "ties to the second point"
 MEAN_OF = 512
 """Number of images for the mean target whose map is scored as a control."""
 DA2K, COCO = "da-2k", "coco-panoptic-val2017"
@@ -172,15 +173,18 @@ def coco_files(root: Path, limit: int | None = None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two points (x, y) in 0..1, and whether the first is the closer one."""
+    """Two points, (y, x) in pixels of the upright image, and whether the first is the closer one."""
 
-    first: tuple[float, float]
-    second: tuple[float, float]
+    first: Sequence[float]
+    second: Sequence[float]
     first_closer: bool
 
 
 def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
     """DA-2K: share of pairs that the decoded depth puts in the right order; ties go to the first point.
+
+    The first is the closer one in all published pairs, so a flat map is right everywhere; the control with ties to the
+    second point shows how much of a score comes from ties.
 
     Raises:
         ConfigError: see ``require_set``.
@@ -189,16 +193,16 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     require_set(found.run, DA2K, root)
     marks = read_json_object(folder / "annotations.json")
     files = da2k_files(root, limit)
-    pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()], file) for file in files}
+    pairs = {file: _pairs(marks[file.relative_to(folder).as_posix()]) for file in files}
 
-    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
+    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> dict[str, list[float]]:
         depth = teacher.decode(values)[0, 0]
-        closer = [bool(_at(depth, pair.first) >= _at(depth, pair.second)) for pair in pairs[file]]
-        return [float(said == pair.first_closer) for said, pair in zip(closer, pairs[file], strict=True)]
+        ahead = [float(_at(depth, pair.first, seen) - _at(depth, pair.second, seen)) for pair in pairs[file]]
+        closer = [pair.first_closer for pair in pairs[file]]
+        rules = {"": [by >= 0 for by in ahead], TIES_WRONG: [by > 0 for by in ahead]}
+        return {rule: [float(a == b) for a, b in zip(said, closer, strict=True)] for rule, said in rules.items()}
 
-    first = [pair.first_closer for each in pairs.values() for pair in each]
-    constant = {"always the first point": sum(first) / len(first)}
-    return _decoded(found, files, "DA-2K", score, constant, DepthAnythingTeacher)
+    return _decoded(found, files, "DA-2K", score, DepthAnythingTeacher)
 
 
 def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
@@ -217,15 +221,15 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
     marks = {Path(one["file_name"]).stem: one for one in table["annotations"]}
     files = coco_files(root, limit)
 
-    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> list[float]:
+    def score(teacher: Teacher, values: Tensor, seen: Image.Image, file: Path) -> dict[str, list[float]]:
         assert isinstance(teacher, OneFormerTeacher)
         (drawn,) = teacher.segment(values, teacher.see([seen]), "semantic")
         mark = marks[file.stem]
         labels = {one["id"]: numbers[one["category_id"]] for one in mark["segments_info"]}
         exact = _class_map(folder / "panoptic_val2017" / mark["file_name"], labels, drawn.segments.shape)
-        return [mean_iou(drawn.segments.cpu() - 1, exact)]
+        return {"": [mean_iou(drawn.segments.cpu() - 1, exact)]}
 
-    return _decoded(found, files, "mIoU", score, {}, OneFormerTeacher)
+    return _decoded(found, files, "mIoU", score, OneFormerTeacher)
 
 
 def mean_iou(predicted_HW: Tensor, exact_HW: Tensor, ignored: int = 255) -> float:
@@ -239,8 +243,9 @@ def mean_iou(predicted_HW: Tensor, exact_HW: Tensor, ignored: int = 255) -> floa
     return sum(shares) / len(shares) if shares else 0.0
 
 
-Score = Callable[[Teacher, Tensor, Image.Image, Path], list[float]]
-"""Teacher, one image's embedding ``[1, N, E]``, the image as the model sees it, its file -> scores."""
+Score = Callable[[Teacher, Tensor, Image.Image, Path], dict[str, list[float]]]
+"""Teacher, one image's embedding ``[1, N, E]``, the image as the model sees it, its file -> scores, under "", and by
+other rules, each under its name, as controls."""
 
 
 def _decoded(
@@ -248,7 +253,6 @@ def _decoded(
     files: Sequence[Path],
     measure: str,
     score: Score,
-    constant: Mapping[str, float],
     kind: type[Teacher],
 ) -> list[Finding]:
     """Mean scores of layers, for tasks with this kind of teacher; controls: its own, its mean, another image's."""
@@ -257,7 +261,8 @@ def _decoded(
     scores: dict[str, list[list[float]]] = {}
 
     def add(name: str, values: Tensor, seen: Image.Image, file: Path) -> None:
-        scores.setdefault(name, []).append(score(found.teachers[task_of(name)], values, seen, file))
+        for rule, values_of in score(found.teachers[task_of(name)], values, seen, file).items():
+            scores.setdefault(f"{name}/{rule}" if rule else name, []).append(values_of)
 
     last: dict[str, Tensor] = {}
     for batch, predicted, targets in _batches(found, files, measure):
@@ -275,9 +280,10 @@ def _decoded(
     for name in last:
         value, interval = grouped(scores[name])
         task = task_of(name)
-        places = {OTHER: f"{name}/{OTHER}", MEAN: f"{task}/{MEAN}", TEACHER: f"{task}/{TEACHER}"}
+        places = {rule: f"{name}/{rule}" for rule in (TIES_WRONG, OTHER)}
+        places |= {control: f"{task}/{control}" for control in (MEAN, TEACHER)}
         controls = {control: grouped(scores[place])[0] for control, place in places.items() if place in scores}
-        result.append(Finding(name, measure, value, {**constant, **controls}, interval=interval, images=len(files)))
+        result.append(Finding(name, measure, value, controls, interval=interval, images=len(files)))
     return result
 
 
@@ -300,19 +306,17 @@ def _batches(
         yield list(zip(chosen, seen, strict=True)), predicted, targets
 
 
-def _pairs(marks: Sequence[Mapping[str, Any]], file: Path) -> list[Pair]:
-    with Image.open(file) as image:
-        width, height = image.size
-
-    def place(point: Sequence[float]) -> tuple[float, float]:
-        return point[1] / width, point[0] / height  # [y, x] in pixels
-
-    return [Pair(place(m["point1"]), place(m["point2"]), m["closer_point"] == "point1") for m in marks]
+def _pairs(marks: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    return [Pair(m["point1"], m["point2"], m["closer_point"] == "point1") for m in marks]
 
 
-def _at(values_HW: Tensor, point: tuple[float, float]) -> Tensor:
-    height, width = values_HW.shape
-    return values_HW[min(int(point[1] * height), height - 1), min(int(point[0] * width), width - 1)]
+def _at(values_HW: Tensor, point: Sequence[float], image: Image.Image) -> Tensor:
+    """The value at a point (y, x) of ``image``, which the values cover."""
+    y, x = (
+        min(int(place / pixels * cells), cells - 1)
+        for place, pixels, cells in zip(point, (image.height, image.width), values_HW.shape, strict=True)
+    )
+    return values_HW[y, x]
 
 
 def _class_map(file: Path, labels: Mapping[int, int], size: Sequence[int]) -> Tensor:
