@@ -102,6 +102,11 @@ def test_a_number_that_nothing_can_use_is_refused_at_once(arguments):
     assert result.exit_code == 2 and arguments[-2] in result.output
 
 
+def test_chat_refuses_a_prompt_longer_than_the_positions(trained):
+    with pytest.raises(DataError, match="leave no room for an answer: shorten --prompt"):
+        call("chat", str(trained / "out"), "--prompt", "what is it? " * 500)
+
+
 def test_chat_without_an_image_says_that_none_is_shown(trained, capsys):
     result = call("chat", str(trained / "out"), "--prompt", "In HTML, <image> is what?", "--max-new-tokens", "3")
     assert result.exit_code == 0 and "the model answers from the text alone" in result.stderr

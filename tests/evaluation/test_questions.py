@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +92,17 @@ def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path)
     answered = evaluate(student, asked, tmp_path, max_new_tokens=2)
     assert answered[0].said is None and not answered[0].correct and answered[1].said is not None
     assert scores(answered)[0].total == 2
+
+
+def test_a_question_longer_than_the_positions_is_not_answered_and_the_others_as_without_it(student, monkeypatch):
+    short, long, longer = "what?", "what is it? " * 40, "what is it? " * 80
+    (alone,) = answer(student, [short], [[]], 16)
+    used = model_inputs(student.processor, [long], [[]])["input_ids"].shape[1]
+    monkeypatch.setattr(student.model.config.get_text_config(), "max_position_embeddings", used + 5)
+    said = answer(student, [short, longer, long], [[], [], []], 16)
+    assert said == [alone, None, *answer(student, [long], [[]], 5)]
+    answered = evaluate(student, [Question(text, ("red",)) for text in (short, longer)], Path())
+    assert [row.said is None for row in answered] == [False, True] and scores(answered)[0].unanswered == 1
 
 
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):

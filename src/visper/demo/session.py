@@ -17,7 +17,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.data.images import open_image
 from visper.evaluation import load_to_ask
-from visper.evaluation.ask import as_conversation, row_inputs
+from visper.evaluation.ask import as_conversation, room_for_answers, row_inputs
 from visper.evaluation.contact_sheet import with_note
 from visper.evaluation.predictions import PreTrained, load_pre_trained, other_weights_note, predictors_folder
 from visper.evaluation.visualize import PROMPT, first_images, look, needs_gallery
@@ -83,9 +83,9 @@ class Session:
         record = as_conversation(texts, ["image"] * len(images))
         model, processor = self.student.model, self.student.processor
         inputs = row_inputs(processor, [record], [images]).to(model.device, model.dtype)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = length if positions is None else positions - inputs["input_ids"].shape[1]
+        (room,) = room_for_answers(self.student, inputs)
         if room < 1:
+            positions = room + inputs["input_ids"].shape[1]
             raise DataError("too long", f"the conversation fills the model's {positions} positions: start a new one")
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling: dict[str, Any] = {"do_sample": False}

@@ -145,7 +145,9 @@ def ask_all(
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Asks the prompts that have no answer yet, greedily and in batches. Prompts with an unreadable image get none.
+    """Asks the prompts that have no answer yet, greedily and in batches.
+
+    Prompts with an unreadable image and those that are longer than the LLM's positions get none.
 
     Args:
         student: returns the student; called only if there is something to ask.
@@ -182,7 +184,7 @@ def ask_batch(
     max_new_tokens: int,
     generate: Callable[..., Tensor] | None = None,
 ) -> dict[Prompt, str]:
-    """Greedy answers to a batch of prompts. Prompts with an unreadable image get none.
+    """Greedy answers to a batch of prompts. Prompts with an unreadable image and too long ones get none.
 
     Args:
         generate: see ``answer``.
@@ -193,7 +195,7 @@ def ask_batch(
         return {}
     texts = [prompt.text for prompt in shown]
     said = answer(student(), texts, list(shown.values()), max_new_tokens, generate)
-    return dict(zip(shown, said, strict=True))
+    return {prompt: text for prompt, text in zip(shown, said, strict=True) if text is not None}
 
 
 def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:

@@ -51,7 +51,7 @@ class Question:
 class Answered:
     """A question with the images that were shown and the student's raw answer.
 
-    ``said`` is None if an image could not be read: the question counts as asked, but not answered.
+    ``said`` is None if an image cannot be read or the question is too long: it counts as asked, but not answered.
     """
 
     images: tuple[str, ...]
