@@ -4,6 +4,8 @@ import json
 import os
 from importlib.metadata import version
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -94,6 +96,7 @@ def test_chat_answers(trained):
     [
         ("chat", "out", "--prompt", "what?", "--max-new-tokens", "0"),
         ("quickstart", "--seed", "-1"),
+        ("data", "check", "rows.json", "--workers", "0"),
         ("data", "shard", "rows.json", "--out", "shards", "--seed", "-1"),
     ],
 )
@@ -190,6 +193,12 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
         (["train", "llama3-8b-vit-l/pt", "optimization.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
         (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
+        (["train", "llama3-8b-vit-l/pt", "--accept-changes"], "add --resume"),
+        (["data", "check", "HERE/some.json", "--images", "HERE", "--set", "seed=1"], "changes the recipe of --run"),
+        (["demo", "HERE", "--set", "seed=1"], "name it with --look"),
+        (["probe", "HERE", "--task", "a", "-o", "HERE/p", "--images", "HERE", "--score-limit", "9"], "is for --score"),
+        (["push", "HERE", "me/mine", "--base", "a/b"], "--base is for adapters"),
+        (["evaluate", "/nowhere", "--questions", "HERE/in/own.parquet", "--images", "HERE"], "contains its images"),
         (["recipes", "photographs/pt", "--parameters"], "models/"),
         (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
@@ -218,6 +227,9 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
 def test_mistakes_are_one_message_and_exit_code_two(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "some.json").write_text('[{"question": "what?", "answer": "red"}]')
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    embedded = {"question": ["what?"], "answer": ["red"], "image": [(tmp_path / "a.png").read_bytes()]}
+    pq.write_table(pa.table(embedded), tmp_path / "in" / "own.parquet")
     arguments = [argument.replace("HERE", str(tmp_path)) for argument in arguments]
     message = message.replace("HERE", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["visper", *arguments])

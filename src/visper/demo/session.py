@@ -43,6 +43,8 @@ class Session:
     def __init__(self, model: str, predictors: Path | None = None, overrides: Sequence[str] = ()) -> None:
         if predictors is None and any((f / "distillation").is_dir() for f in (Path(model), Path(model).parent)):
             predictors = Path(model)
+        if predictors is None and overrides:
+            raise ConfigError("--set changes the run of the predictors, and this model has none: name it with --look")
         self.predictors = None if predictors is None else predictors_folder(predictors)
         self.warning = None if self.predictors is None else other_weights_note(self.predictors, model)
         self.name = model
