@@ -110,6 +110,17 @@ def test_absent_images_are_named_before_the_first_question(student, tmp_path):
         evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
 
 
+def test_copies_of_an_image_are_one_image_for_the_blind_control_and_the_intervals(student, tmp_path):
+    for name, color in (("a", "red"), ("b", "red"), ("c", "blue"), ("d", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+    asked = [Question("what?", ("red",), (f"{name}.png",)) for name in "acbd"]
+    own, blind = (evaluate(student, asked, tmp_path, shuffle_images=other, max_new_tokens=2) for other in (False, True))
+    assert [row.images for row in own] == [("a.png",), ("c.png",)] * 2
+    assert [row.images for row in blind] == [("c.png",), ("a.png",)] * 2
+    with pytest.raises(DataError, match="at least two different images"):
+        evaluate(student, asked[::2], tmp_path, shuffle_images=True)
+
+
 def test_questions_of_several_images_are_answered_alike_in_any_batch(student, tmp_path):
     for color in ("red", "blue", "green"):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
