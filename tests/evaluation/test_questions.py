@@ -76,6 +76,13 @@ def test_a_question_with_two_tags_is_named_before_the_first_is_asked(student, tm
         evaluate(student, asked, tmp_path)
 
 
+def test_a_models_own_beams_and_sampling_do_not_change_its_answers(student, monkeypatch):
+    greedy = answer(student, ["What is this?"], [[]], 12)
+    for name, value in {"num_beams": 4, "do_sample": True, "temperature": 5.0}.items():
+        monkeypatch.setattr(student.model.generation_config, name, value)
+    assert answer(student, ["What is this?"], [[]], 12) == greedy
+
+
 def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_is_left_alone(student):
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "right"

@@ -17,7 +17,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.data.images import open_image
 from visper.evaluation import load_to_ask
-from visper.evaluation.ask import as_conversation, room_for_answers, row_inputs
+from visper.evaluation.ask import GREEDY, as_conversation, room_for_answers, row_inputs
 from visper.evaluation.contact_sheet import with_note
 from visper.evaluation.predictions import PreTrained, load_pre_trained, other_weights_note, predictors_folder
 from visper.evaluation.visualize import PROMPT, first_images, look, needs_gallery
@@ -90,9 +90,9 @@ class Session:
             positions = room + inputs["input_ids"].shape[1]
             raise DataError("too long", f"the conversation fills the model's {positions} positions: start a new one")
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling = GREEDY
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.7}
+            sampling = {**GREEDY, "do_sample": True, "temperature": temperature, "top_p": 0.7}
         failed: list[Exception] = []
         left = threading.Event()
 

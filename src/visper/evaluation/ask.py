@@ -25,6 +25,9 @@ from visper.model import Student, load_student
 
 logger = logging.getLogger(__name__)
 
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+"""Greedy decoding, also of a model whose own generation settings are sampling or beams."""
+
 
 def as_row(question: str, images: Sequence[str]) -> Record:
     """A question as a row of training data without an answer, so that the rules of training rows apply to it.
@@ -132,6 +135,6 @@ def answer(
         return [None]
     inputs = inputs.to(student.model.device, student.model.dtype)
     length = min(max_new_tokens, *room)
-    generated = (generate or student.model.generate)(**inputs, max_new_tokens=length, do_sample=False)
+    generated = (generate or student.model.generate)(**inputs, max_new_tokens=length, **GREEDY)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]
