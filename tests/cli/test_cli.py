@@ -306,7 +306,7 @@ def test_data_is_checked_with_a_runs_tokenizer_then_written_to_parquet_and_train
     tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
     assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
     made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(parquet))
-    assert made.exit_code == 0 and "4 rows in 1 files" in made.output
+    assert made.exit_code == 0 and "4 rows in 1 file:" in made.output
     source = f"data.sources=[{{parquet: {parquet}/*.parquet}}]"
     assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0
 

@@ -113,7 +113,7 @@ def test_a_question_longer_than_the_positions_is_not_answered_and_the_others_as_
 
 
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):
-    with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'nowhere\.png'"):
+    with pytest.raises(DataError, match=r"1 image of the questions cannot be found, the first is 'nowhere\.png'"):
         evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from visper.config import Run, Source
@@ -69,7 +69,7 @@ def check(
     if repair:
         mended, lost = checking.repair(found, None if what is None or images else _fetch_from(what, root, console))
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
-        console.print(f"mended {mended} images{rest}")
+        console.print(f"mended {counted(mended, 'image')}{rest}")
         found = look()
     # Written first: printing fails if nobody reads to the end, as in `| head`.
     if report is not None:
@@ -151,7 +151,9 @@ def shard(
     for warning in unread_images(records):
         Console().print(f"warning: {warning}", highlight=False)
     counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False)
-    Console().print(f"{sum(counts):,} rows in {len(counts)} files: {out}; left out: {drops.counts() or 0}")
+    Console().print(
+        f"{counted(sum(counts), 'row')} in {counted(len(counts), 'file')}: {out}; left out: {drops.counts() or 0}"
+    )
 
 
 def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:

@@ -64,6 +64,11 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 file", "2 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's message, as a sentence."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

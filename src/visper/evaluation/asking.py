@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
-from visper.common.errors import ConfigError, DataError, StoppedError
+from visper.common.errors import ConfigError, DataError, StoppedError, counted
 from visper.common.files import make_folder, naming, write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
@@ -208,7 +208,8 @@ def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
     absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
     if absent:
         raise DataError(
-            "missing images", f"{len(absent)} images of the questions do not exist, the first is '{absent[0]}'"
+            "missing images",
+            f"{counted(len(absent), 'image')} of the questions cannot be found, the first is '{absent[0]}'",
         )
 
 
@@ -252,7 +253,9 @@ class Asker:
         process, processes = self.share
         if process == 0 and todo:
             shared = f", in {processes} processes" if processes > 1 else ""
-            announce(Console(), "asking", f"{todo} questions, {len(different) - todo} already answered{shared}")
+            announce(
+                Console(), "asking", f"{counted(todo, 'question')}, {len(different) - todo} already answered{shared}"
+            )
         ask_all(self.student, prompts, answers, self.batch_size, self.share)
         return answers
 
