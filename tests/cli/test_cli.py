@@ -4,6 +4,8 @@ import json
 import os
 from importlib.metadata import version
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -94,12 +96,18 @@ def test_chat_answers(trained):
     [
         ("chat", "out", "--prompt", "what?", "--max-new-tokens", "0"),
         ("quickstart", "--seed", "-1"),
+        ("data", "check", "rows.json", "--workers", "0"),
         ("data", "shard", "rows.json", "--out", "shards", "--seed", "-1"),
     ],
 )
 def test_a_number_that_nothing_can_use_is_refused_at_once(arguments):
     result = call(*arguments)
     assert result.exit_code == 2 and arguments[-2] in result.output
+
+
+def test_chat_refuses_a_prompt_longer_than_the_positions(trained):
+    with pytest.raises(DataError, match="leave no room for an answer: shorten --prompt"):
+        call("chat", str(trained / "out"), "--prompt", "what is it? " * 500)
 
 
 def test_chat_without_an_image_says_that_none_is_shown(trained, capsys):
@@ -185,6 +193,12 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
         (["train", "llama3-8b-vit-l/pt", "optimization.lrr=1"], "did you mean 'lr'?"),
         (["train", "llama3-8b-vit-l/pt", "distillation.tasks=[1]"], "distillation.tasks"),
         (["train", "llama3-8b-vit-l/pt", "name=[a"], "not valid YAML"),
+        (["train", "llama3-8b-vit-l/pt", "--accept-changes"], "add --resume"),
+        (["data", "check", "HERE/some.json", "--images", "HERE", "--set", "seed=1"], "changes the recipe of --run"),
+        (["demo", "HERE", "--set", "seed=1"], "name it with --look"),
+        (["probe", "HERE", "--task", "a", "-o", "HERE/p", "--images", "HERE", "--score-limit", "9"], "is for --score"),
+        (["push", "HERE", "me/mine", "--base", "a/b"], "--base is for adapters"),
+        (["evaluate", "/nowhere", "--questions", "HERE/in/own.parquet", "--images", "HERE"], "contains its images"),
         (["recipes", "photographs/pt", "--parameters"], "models/"),
         (["recipes", "--parameters"], "name it"),
         (["chat", "/nowhere/at/all", "--prompt", "x"], "/nowhere/at/all"),
@@ -213,6 +227,9 @@ def test_evaluate_scores_a_benchmark_on_a_real_model(trained, tmp_path):
 def test_mistakes_are_one_message_and_exit_code_two(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "some.json").write_text('[{"question": "what?", "answer": "red"}]')
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    embedded = {"question": ["what?"], "answer": ["red"], "image": [(tmp_path / "a.png").read_bytes()]}
+    pq.write_table(pa.table(embedded), tmp_path / "in" / "own.parquet")
     arguments = [argument.replace("HERE", str(tmp_path)) for argument in arguments]
     message = message.replace("HERE", str(tmp_path))
     monkeypatch.setattr("sys.argv", ["visper", *arguments])
@@ -289,7 +306,7 @@ def test_data_is_checked_with_a_runs_tokenizer_then_written_to_parquet_and_train
     tight = call(*file, "--run", str(recipe), "--set", "data.max_tokens=50", "--drop", str(drops))
     assert tight.exit_code == 1 and "12 of 16 rows are unusable" in tight.output
     made = call("data", "shard", *file[2:], "--drop-list", str(drops), "--out", str(parquet))
-    assert made.exit_code == 0 and "4 rows in 1 files" in made.output
+    assert made.exit_code == 0 and "4 rows in 1 file:" in made.output
     source = f"data.sources=[{{parquet: {parquet}/*.parquet}}]"
     assert call("train", str(recipe), source, f"output={tmp_path / 'out'}").exit_code == 0
 

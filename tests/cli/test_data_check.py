@@ -183,7 +183,7 @@ def test_the_photographs_go_all_the_way(beside_project, tmp_path, tiny_llm, tiny
     code, said = call("data", "check", mine, "--root", root)
     assert code == 1 and "1 of 850 rows are unusable" in said
     code, said = call("data", "check", mine, "--root", root, "--repair")
-    assert code == 0 and "repaired 1 images" in said and lost.read_bytes() == whole
+    assert code == 0 and "repaired 1 image " in said and lost.read_bytes() == whole
 
     parquet = tmp_path / "parquet"
     code, said = call("data", "shard", mine, "--root", root, "--out", parquet, "--file-mb", 4)

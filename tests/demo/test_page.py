@@ -165,6 +165,12 @@ def test_a_model_of_other_layers_is_refused(trained):
         load_pre_trained(trained / "pt", student=student)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_a_model_that_was_made_to_search_with_beams_is_streamed(session, image, monkeypatch, temperature):
+    monkeypatch.setattr(session.student.model.generation_config, "num_beams", 3)
+    assert list(session.reply(["What is this?"], image, temperature, 4))
+
+
 def test_a_conversation_longer_than_the_context_is_refused(session, image):
     with pytest.raises(DataError, match="fills the model's 1024 positions: start a new one"):
         list(session.reply(["many " * 1100], image, 0.0, 4))

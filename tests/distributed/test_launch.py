@@ -116,10 +116,12 @@ def test_a_second_ctrl_c_kills(start):
 def test_when_one_process_fails_the_others_are_stopped(start, tmp_path):
     run = start(FAILS)
     said, _ = run.communicate(timeout=WAIT_S)
-    assert run.returncode == 1 and "process 1 of 2 ended with exit code 3" in said
+    assert run.returncode == 3 and "process 1 of 2 ended with exit code 3" in said, "its own code"
     assert has_ended(tmp_path, "0")
 
 
 def test_a_process_that_was_killed_is_said_to_have_left_no_message(start):
-    said, _ = start(KILLED).communicate(timeout=WAIT_S)
+    run = start(KILLED)
+    said, _ = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 137, "as a shell reports a process that was killed"
     assert "process 1 of 2 ended with exit code -9" in said and "see dmesg" in said and "its own message" not in said

@@ -261,7 +261,7 @@ def test_no_image_of_a_question_is_in_its_blind_control():
 
 
 def test_absent_images_are_named_before_a_model_is_loaded(images):
-    with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'no\.png'"):
+    with pytest.raises(DataError, match=r"1 image of the questions cannot be found, the first is 'no\.png'"):
         ask_all(no_student, [Prompt("", "what?", ("no.png",))], Answers(None, images))
 
 

@@ -59,6 +59,13 @@ def test_options_are_asked_with_a_letter_each():
         ("Answer: **B**", "B"),
         ("**The correct choice is:** B)", "B"),
         ("The answer is a 'box'", "A"),
+        ("The answer is **A** because of its color", "A"),  # marked, as "B" would be read
+        ("The answer is 'A' because", "A"),
+        ("The answer is A because of its color", "A"),
+        ("**A** is right", "A"),
+        ("A because of its color", "A"),
+        ("The answer is A sphere", "B"),
+        ("*A sphere* is there", "B"),
         ("The answer is: I'm not sure", None),
     ],
 )
@@ -70,6 +77,10 @@ def test_an_answer_means_one_option_or_none(said, letter):
     ("text", "form"),
     [
         (" (A). ", "a"),
+        ("“Cat”…", "cat"),
+        ("猫。", "猫"),
+        ("نعم؟", "نعم"),
+        ("cafe\u0301", "café"),
         ("The  Box!", "the box"),
         ("?", "?"),
         ("-5", "-5"),

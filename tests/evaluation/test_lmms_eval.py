@@ -114,6 +114,12 @@ def test_batched_answers_are_those_of_visper_evaluate_in_the_order_asked(module,
     assert sorted(row[2] for row in model.kept) == sorted(together)
 
 
+def test_a_question_longer_than_the_positions_is_answered_empty(module, folder, caplog):
+    documents = [{"text": "what is it? " * length, "images": []} for length in (1, 500)]
+    _, said = asked(module, folder, 2, documents)
+    assert said[0] and said[1] == "" and "is not answered: the LLM has 4,096 positions" in caplog.text
+
+
 def test_answers_end_before_a_tasks_stop_text(module, folder):
     _, whole = asked(module, folder, 4, until=[])
     stop = next(text[2] for text in whole if len(text) > 3)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,13 @@ def test_a_question_with_two_tags_is_named_before_the_first_is_asked(student, tm
         evaluate(student, asked, tmp_path)
 
 
+def test_a_models_own_beams_and_sampling_do_not_change_its_answers(student, monkeypatch):
+    greedy = answer(student, ["What is this?"], [[]], 12)
+    for name, value in {"num_beams": 4, "do_sample": True, "temperature": 5.0}.items():
+        monkeypatch.setattr(student.model.generation_config, name, value)
+    assert answer(student, ["What is this?"], [[]], 12) == greedy
+
+
 def test_questions_of_different_length_are_padded_on_the_left_and_the_tokenizer_is_left_alone(student):
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "right"
@@ -93,9 +101,31 @@ def test_an_unreadable_image_counts_as_asked_and_not_answered(student, tmp_path)
     assert scores(answered)[0].total == 2
 
 
+def test_a_question_longer_than_the_positions_is_not_answered_and_the_others_as_without_it(student, monkeypatch):
+    short, long, longer = "what?", "what is it? " * 40, "what is it? " * 80
+    (alone,) = answer(student, [short], [[]], 16)
+    used = model_inputs(student.processor, [long], [[]])["input_ids"].shape[1]
+    monkeypatch.setattr(student.model.config.get_text_config(), "max_position_embeddings", used + 5)
+    said = answer(student, [short, longer, long], [[], [], []], 16)
+    assert said == [alone, None, *answer(student, [long], [[]], 5)]
+    answered = evaluate(student, [Question(text, ("red",)) for text in (short, longer)], Path())
+    assert [row.said is None for row in answered] == [False, True] and scores(answered)[0].unanswered == 1
+
+
 def test_absent_images_are_named_before_the_first_question(student, tmp_path):
-    with pytest.raises(DataError, match=r"1 images of the questions do not exist, the first is 'nowhere\.png'"):
+    with pytest.raises(DataError, match=r"1 image of the questions cannot be found, the first is 'nowhere\.png'"):
         evaluate(student, [Question("what?", ("red",), ("nowhere.png",))], tmp_path)
+
+
+def test_copies_of_an_image_are_one_image_for_the_blind_control_and_the_intervals(student, tmp_path):
+    for name, color in (("a", "red"), ("b", "red"), ("c", "blue"), ("d", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+    asked = [Question("what?", ("red",), (f"{name}.png",)) for name in "acbd"]
+    own, blind = (evaluate(student, asked, tmp_path, shuffle_images=other, max_new_tokens=2) for other in (False, True))
+    assert [row.images for row in own] == [("a.png",), ("c.png",)] * 2
+    assert [row.images for row in blind] == [("c.png",), ("a.png",)] * 2
+    with pytest.raises(DataError, match="at least two different images"):
+        evaluate(student, asked[::2], tmp_path, shuffle_images=True)
 
 
 def test_questions_of_several_images_are_answered_alike_in_any_batch(student, tmp_path):

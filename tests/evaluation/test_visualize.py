@@ -229,5 +229,5 @@ def test_broken_weights_are_never_half_read(trained, tmp_path):
     save_file(weights, tmp_path / "distillation" / "weights.safetensors")
     (tmp_path / "distillation" / "run.yaml").write_text((trained / "run.yaml").read_text())
     (tmp_path / "model").symlink_to(trained / "model")
-    with pytest.raises(ConfigError, match=r"1 weights differ, such as 'objective.logit_scales.depth'"):
+    with pytest.raises(ConfigError, match=r"differ in 1 weight, such as 'objective.logit_scales.depth'"):
         load_pre_trained(tmp_path)

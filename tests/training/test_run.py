@@ -509,6 +509,11 @@ def test_pipeline_skips_what_is_finished(make, capsys):
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_pipeline_of_no_stages_is_refused():
+    with pytest.raises(ConfigError, match="a pipeline of no stages"):
+        run_pipeline([])
+
+
 def test_stages_of_one_output_are_refused_before_the_first_trains(make, tmp_path):
     with pytest.raises(ConfigError, match=r"'pt' and 'ift' have the same output"):
         run_pipeline([make("pt"), make("ift").model_copy(update={"output": str(tmp_path / "ift" / ".." / "pt")})])

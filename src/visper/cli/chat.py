@@ -33,6 +33,8 @@ def run(
     if not shown:
         Console(stderr=True).print("no --image: the model answers from the text alone", style="dim")
     said = answer(load_to_ask(model), [prompt], [shown], max_new_tokens)[0]
+    if said is None:
+        raise DataError("too long", "the prompt and its images leave no room for an answer: shorten --prompt")
     Console(soft_wrap=True).print(said, highlight=False)
 
 

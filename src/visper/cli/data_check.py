@@ -8,7 +8,7 @@ import typer
 
 from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from visper.config import Run, Source
@@ -39,7 +39,7 @@ def check(
         bool,
         typer.Option("--repair", help="re-encode images whose extension is wrong; fetch a data set's missing images"),
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="processes; default: one per core")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")] = None,
 ) -> None:
     """Count usable, missing, broken and odd rows and images of each source. Exit code 1: training would drop rows.
 
@@ -51,13 +51,12 @@ def check(
 
     Example: `visper data check --run mine.yaml`, every source of a recipe as training reads it
     """
-    from visper.config import load_run
     from visper.data.checks import report as checking
     from visper.data.rows.parts import open_parts
     from visper.data.rows.records import DropList
 
     console = Console()
-    settings = load_run(run, overrides or []) if run is not None else None
+    settings = _settings(run, overrides or [])
     sources = _sources(what, images, root, settings)
     require_other_files({"--report": report, "--drop": drop}, what, run, *(source.place for source in sources))
     by = {"encoder": _encoder(settings), "max_pixels": settings.data.max_pixels} if settings is not None else {}
@@ -70,7 +69,7 @@ def check(
     if repair:
         mended, lost = checking.repair(found, None if what is None or images else _fetch_from(what, root, console))
         rest = f"; {len(lost)} cannot be, first {lost[0].sample_id}: {lost[0].reason}" if lost else ""
-        console.print(f"repaired {mended} images{rest}")
+        console.print(f"repaired {counted(mended, 'image')}{rest}")
         found = look()
     # Written first: printing fails if nobody reads to the end, as in `| head`.
     if report is not None:
@@ -84,6 +83,14 @@ def check(
         _show_unknown(found, settings.data.unknown_limit, console)
     if len(drops):
         raise typer.Exit(1)
+
+
+def _settings(run: str | None, overrides: list[str]) -> "Run | None":
+    from visper.config import load_run
+
+    if run is None and overrides:
+        raise ConfigError("--set changes the recipe of --run: name it, or remove --set")
+    return load_run(run, overrides) if run is not None else None
 
 
 def _show_unknown(found: "list[Report]", limit: float, console: Console) -> None:
@@ -144,7 +151,9 @@ def shard(
     for warning in unread_images(records):
         Console().print(f"warning: {warning}", highlight=False)
     counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False)
-    Console().print(f"{sum(counts):,} rows in {len(counts)} files: {out}; left out: {drops.counts() or 0}")
+    Console().print(
+        f"{counted(sum(counts), 'row')} in {counted(len(counts), 'file')}: {out}; left out: {drops.counts() or 0}"
+    )
 
 
 def _fetch_from(name: str, root: Path, console: Console) -> Callable[[list[Path]], None]:

@@ -7,6 +7,7 @@ import typer
 
 from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
+from visper.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from visper.config import Run
@@ -54,6 +55,8 @@ def run(
     from visper.evaluation.probe.curves import draw_curves, named_apart, read_findings
     from visper.evaluation.probe.recipe import rows_file
 
+    if score_limit is not None and not score:
+        raise ConfigError("--score-limit is for --score, which is missing")
     draws, plot = bool(score or beside or plot), plot or out / "curves.svg"
     recipe = out.parent / f"{out.name}.probe.yaml"
     written = {"--plot": plot if draws else None, "the probe's recipe": recipe, "the probe's rows": rows_file(out)}
@@ -83,7 +86,6 @@ def _settings(
 
 def _check(settings: "Run", out: Path, score: list[str], root: Path, beside: list[Path], plot: Path | None) -> None:
     """Checks everything that scoring and drawing need, because training takes hours before they start."""
-    from visper.common.errors import ConfigError
     from visper.evaluation.probe.curves import SCORES, read_findings, require_drawable
     from visper.quickstart.probed import require_scorable
 

@@ -8,6 +8,7 @@ import typer
 
 from visper.cli.arguments import path_option
 from visper.common.console import Console
+from visper.common.errors import counted
 
 NAME = "targets"
 app = typer.Typer(help="Teachers' targets, computed once into a store that training reads.", no_args_is_help=True)
@@ -82,7 +83,8 @@ def check(
         for part in damaged:
             console.print(f"damaged: {part}")
         if damaged:
-            console.print(f"remove the {len(damaged)} damaged files, then run {remedy} to compute their targets again")
+            files = counted(len(damaged), "damaged file")
+            console.print(f"remove the {files}, then run {remedy} to compute the lost targets again")
             raise typer.Exit(1)
     open_targets(settings.distillation, geometry, background, out, arguments)
     plan = build_targets(settings, out, size_only=True)

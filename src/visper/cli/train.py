@@ -20,8 +20,11 @@ def run(
 
     Example: `visper train llama3-8b-vit-l/pt optimization.micro_batch=8 --resume`
     """
+    from visper.common.errors import ConfigError
     from visper.config import load_run
 
+    if accept_changes and not resume:
+        raise ConfigError("--accept-changes is for a run that continues: add --resume, or remove it")
     settings = load_run(recipe, overrides or [])
 
     from visper.evaluation.while_training import evaluator_of

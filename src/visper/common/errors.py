@@ -7,13 +7,13 @@ shows its traceback.
 from __future__ import annotations
 
 import signal
-from typing import Any, ClassVar
+from typing import Any
 
 
 class VisperError(Exception):
     """An error that the user can act on; the command line prints only its message."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
     shared = False
     """Whether every process of the run raises it, so that only the first one prints it."""
 
@@ -46,9 +46,15 @@ class StoppedError(VisperError, RuntimeError):
 
 
 class ProcessFailedError(VisperError, RuntimeError):
-    """A process of the run failed, and the launcher has stopped the others."""
+    """A process of the run failed, and the launcher has stopped the others.
 
-    exit_code = 1
+    Args:
+        code: the process's exit code, or minus the number of the signal that ended it.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = code if code > 0 else 128 - code
 
 
 def kind_of(value: Any) -> str:
@@ -56,6 +62,11 @@ def kind_of(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number"}
     kinds |= {float: "a number", type(None): "nothing"}
     return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 file", "2 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from visper.common.errors import ConfigError, DataError
 from visper.config import load_run
 from visper.data.images import open_image
 from visper.evaluation import load_to_ask
-from visper.evaluation.ask import as_conversation, row_inputs
+from visper.evaluation.ask import GREEDY, as_conversation, room_for_answers, row_inputs
 from visper.evaluation.contact_sheet import with_note
 from visper.evaluation.predictions import PreTrained, load_pre_trained, other_weights_note, predictors_folder
 from visper.evaluation.visualize import PROMPT, first_images, look, needs_gallery
@@ -43,6 +43,8 @@ class Session:
     def __init__(self, model: str, predictors: Path | None = None, overrides: Sequence[str] = ()) -> None:
         if predictors is None and any((f / "distillation").is_dir() for f in (Path(model), Path(model).parent)):
             predictors = Path(model)
+        if predictors is None and overrides:
+            raise ConfigError("--set changes the run of the predictors, and this model has none: name it with --look")
         self.predictors = None if predictors is None else predictors_folder(predictors)
         self.warning = None if self.predictors is None else other_weights_note(self.predictors, model)
         self.name = model
@@ -83,14 +85,14 @@ class Session:
         record = as_conversation(texts, ["image"] * len(images))
         model, processor = self.student.model, self.student.processor
         inputs = row_inputs(processor, [record], [images]).to(model.device, model.dtype)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = length if positions is None else positions - inputs["input_ids"].shape[1]
+        (room,) = room_for_answers(self.student, inputs)
         if room < 1:
+            positions = room + inputs["input_ids"].shape[1]
             raise DataError("too long", f"the conversation fills the model's {positions} positions: start a new one")
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling = GREEDY
         if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.7}
+            sampling = {**GREEDY, "do_sample": True, "temperature": temperature, "top_p": 0.7}
         failed: list[Exception] = []
         left = threading.Event()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,11 @@ from visper.data.rows.formats import parse_row
 from visper.data.rows.records import Record
 from visper.data.vlm import ModelInputs, VlmEncoder, encoder_for
 from visper.model import Student, load_student
+
+logger = logging.getLogger(__name__)
+
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+"""Greedy decoding, also of a model whose own generation settings are sampling or beams."""
 
 
 def as_row(question: str, images: Sequence[str]) -> Record:
@@ -86,6 +93,13 @@ def load_to_ask(folder: str | Path) -> Student:
     return student
 
 
+def room_for_answers(student: Student, inputs: BatchFeature) -> list[int]:
+    """The number of the LLM's positions that each prompt leaves for its answer; below 1 if the prompt is too long."""
+    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    room: list[int] = (positions - inputs["attention_mask"].sum(1)).tolist()
+    return room
+
+
 @torch.no_grad()
 def answer(
     student: Student,
@@ -93,7 +107,7 @@ def answer(
     images: Sequence[Sequence[Image.Image]],
     max_new_tokens: int = 64,
     generate: Callable[..., Tensor] | None = None,
-) -> list[str]:
+) -> list[str | None]:
     """Greedy answers to a batch of questions.
 
     Args:
@@ -102,12 +116,25 @@ def answer(
         generate: used in place of the model's own method.
 
     Returns:
-        The answers' texts, without special tokens, stripped.
+        The answers' texts, without special tokens, stripped. None, with a warning, for a question that leaves no
+        position of the LLM for its answer.
 
     Raises:
         DataError: see ``as_row``.
     """
-    inputs = model_inputs(student.processor, prompts, images).to(student.model.device, student.model.dtype)
-    generated = (generate or student.model.generate)(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    inputs = model_inputs(student.processor, prompts, images)
+    room = room_for_answers(student, inputs)
+    if min(room) < max_new_tokens and len(prompts) > 1:
+        # One by one, because the room of one question must not shorten the answers to others.
+        pairs = zip(prompts, images, strict=True)
+        return [answer(student, [text], [own], max_new_tokens, generate)[0] for text, own in pairs]
+    if min(room) < 1:
+        tokens = inputs["input_ids"].shape[1]
+        positions = tokens + min(room)
+        logger.warning("%s", f"a question of {tokens:,} tokens is not answered: the LLM has {positions:,} positions")
+        return [None]
+    inputs = inputs.to(student.model.device, student.model.dtype)
+    length = min(max_new_tokens, *room)
+    generated = (generate or student.model.generate)(**inputs, max_new_tokens=length, **GREEDY)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in student.processor.batch_decode(new, skip_special_tokens=True)]

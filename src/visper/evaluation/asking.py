@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
-from visper.common.errors import ConfigError, DataError, StoppedError
+from visper.common.errors import ConfigError, DataError, StoppedError, counted
 from visper.common.files import make_folder, naming, write_text
 from visper.evaluation.ask import answer, as_row, load_to_ask, precision
 from visper.evaluation.image_sources import ImageSource
@@ -145,7 +145,9 @@ def ask_all(
     batch_size: int = 32,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Asks the prompts that have no answer yet, greedily and in batches. Prompts with an unreadable image get none.
+    """Asks the prompts that have no answer yet, greedily and in batches.
+
+    Prompts with an unreadable image and those that are longer than the LLM's positions get none.
 
     Args:
         student: returns the student; called only if there is something to ask.
@@ -182,7 +184,7 @@ def ask_batch(
     max_new_tokens: int,
     generate: Callable[..., Tensor] | None = None,
 ) -> dict[Prompt, str]:
-    """Greedy answers to a batch of prompts. Prompts with an unreadable image get none.
+    """Greedy answers to a batch of prompts. Prompts with an unreadable image and too long ones get none.
 
     Args:
         generate: see ``answer``.
@@ -193,7 +195,7 @@ def ask_batch(
         return {}
     texts = [prompt.text for prompt in shown]
     said = answer(student(), texts, list(shown.values()), max_new_tokens, generate)
-    return dict(zip(shown, said, strict=True))
+    return {prompt: text for prompt, text in zip(shown, said, strict=True) if text is not None}
 
 
 def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
@@ -206,7 +208,8 @@ def require_askable(prompts: Sequence[Prompt], images: ImageSource) -> None:
     absent = images.absent(sorted({name for prompt in prompts for name in prompt.images}))
     if absent:
         raise DataError(
-            "missing images", f"{len(absent)} images of the questions do not exist, the first is '{absent[0]}'"
+            "missing images",
+            f"{counted(len(absent), 'image')} of the questions cannot be found, the first is '{absent[0]}'",
         )
 
 
@@ -250,7 +253,9 @@ class Asker:
         process, processes = self.share
         if process == 0 and todo:
             shared = f", in {processes} processes" if processes > 1 else ""
-            announce(Console(), "asking", f"{todo} questions, {len(different) - todo} already answered{shared}")
+            announce(
+                Console(), "asking", f"{counted(todo, 'question')}, {len(different) - todo} already answered{shared}"
+            )
         ask_all(self.student, prompts, answers, self.batch_size, self.share)
         return answers
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 LETTERS = string.ascii_uppercase
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 _IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
+_OPENING, _CLOSING = r"[*`'\"‘“]", r"[*`'\"’”]"
+_NO_ARTICLE = r"(?=\s+(?:because|since|as|is)\b)"  # behind an A, which no noun follows
 _MARKS = r"[\s*`'\"’”]*"  # behind a letter in bold, code or quotes: **B**, `B`, 'B'
 _FIRST = re.compile(rf"\A\W*(?:option\s+)?([A-Za-z]){_MARKS}(?:[).:,\]]|$)", re.IGNORECASE)
 _NAMED = re.compile(
     r"\b(?i:answer|option|choice)(?:\s+(?i:is))?[\s:=*`'\"‘“(\[-]*"
-    rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w))"
+    rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w)|(?<={_OPENING})(A)(?={_CLOSING})|(A){_NO_ARTICLE})"
 )
-_LETTER_THEN_TEXT = re.compile(r"\A\W*([B-Z])[*`'\"’”]*\s|\A\W*(A)\s+(?=[A-Z\d])")
-_ENDS = string.punctuation + " "
+_LETTER_THEN_TEXT = re.compile(
+    rf"\A\W*([B-Z])[*`'\"’”]*\s|\A\s*{_OPENING}+(A){_CLOSING}+\s|\A\W*(A)(?:\s+(?=[A-Z\d])|{_NO_ARTICLE})"
+)
+_ENDS = string.punctuation + " ‘’“”«»…。，、！？；：（）「」『』؟،؛¿¡"
 _NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]+))?")
 _NUMBERS_INSIDE = re.compile(rf"(?<![\w.]){_NUMBER.pattern}(?!\w|\.[0-9])")
 
@@ -32,8 +37,9 @@ def read_choice(said: str, options: Mapping[str, str]) -> str | None:
 
     These forms are tried in order: only the text of an option; "(B)" anywhere; a letter at the start, followed by
     punctuation or nothing ("b", "B.", "Option B:"); "the answer is B"; a capital letter followed by text ("B the box",
-    but not "A box", whose A is an article); the text of exactly one option anywhere in the answer. Of several matches
-    of a form, the first whose letter is an option's counts: "chair(s) (B)" means B.
+    but not "A box", whose A is an article; in "**A** box" and "A because" it is the letter); the text of exactly one
+    option anywhere in the answer. Of several matches of a form, the first whose letter is an option's counts:
+    "chair(s) (B)" means B.
 
     Args:
         options: letter -> text, empty if it is not known.
@@ -66,6 +72,7 @@ def plain(text: str) -> str:
     Lower case, single spaces, no punctuation at the ends unless there is nothing else. A sign or point before a number
     is kept, and so are plus signs and hashes behind a letter (``C++``). A number alone is written in one form.
     """
+    text = unicodedata.normalize("NFC", text)  # an accent may be a character of its own
     spaced = re.sub(r"\s+", " ", text.lower().replace("\N{MINUS SIGN}", "-")).strip()
     words = spaced.strip(_ENDS)
     if not words:

@@ -17,7 +17,7 @@ from visper.data.images import open_image
 
 
 class ImageSource(Protocol):
-    """Opens images by the names in the questions; different names are different images."""
+    """Opens images by the names in the questions."""
 
     def open(self, name: str) -> Image.Image:
         """The image in RGB. Raises DataError if it cannot be read."""

@@ -52,6 +52,9 @@ class VisperModel(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests, each cut before the first stop text of its task.
 
+        A question that is longer than the LLM's positions gets a warning and an empty answer, so that it counts as
+        wrong and does not end the evaluation.
+
         Raises:
             ConfigError: a task asks for sampling or beams, or for a conversation of several turns.
             DataError: a question does not have as many image tags as images.
@@ -70,7 +73,7 @@ class VisperModel(lmms):
         for (max_new_tokens, stops), batch in track(batches, description="asking", quiet=self.rank != 0):
             texts, images = zip(*(self._question(requests[number].args) for number in batch), strict=True)
             for number, text in zip(batch, answer(self.student, texts, images, max_new_tokens), strict=True):
-                answers[number] = _cut(text, stops)
+                answers[number] = _cut(text or "", stops)
                 context, _, options = requests[number].args[:3]
                 self.cache_hook.add_partial("generate_until", (context, options), answers[number])
         return answers

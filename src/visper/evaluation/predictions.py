@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, LlavaProcessor
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 from visper.common.manifest import require_undamaged
 from visper.config import Run, Stage, load_run
 from visper.data.vlm import ModelInputs
@@ -70,7 +70,7 @@ def load_pre_trained(output: str | Path, overrides: Sequence[str] = (), student:
         different = sorted(needed ^ set(weights))
         raise ConfigError(
             f"'{folder / 'distillation'}' was saved with other tasks, layers or predictors than those of its run.yaml "
-            f"(with your changes): {len(different)} weights differ, such as '{different[0]}'"
+            f"(with your changes): they differ in {counted(len(different), 'weight')}, such as '{different[0]}'"
         )
     try:
         model.load_state_dict(weights, strict=False)

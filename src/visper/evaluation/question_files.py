@@ -46,7 +46,7 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
         images: folder of the image paths.
 
     Raises:
-        ConfigError: images are paths and ``images`` is not given, or it is given and no question has an image.
+        ConfigError: images are paths and ``images`` is not given, or it is given and not needed.
         DataError: the file or a question is not of the expected form; the message names the question.
     """
     if path.is_dir():
@@ -65,6 +65,8 @@ def open_questions(path: Path, images: Path | None) -> tuple[list[Question], Ima
             questions = _questions(path, table)
         else:
             source = TableImages(table, "image")
+            if images is not None:
+                raise ConfigError(f"'{path}' contains its images: remove --images")
             rows = table.remove_columns("image")
             named = ({**row, "image": list(names)} for row, names in zip(rows, source.names, strict=True))
             return _questions(path, named), source

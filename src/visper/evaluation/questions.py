@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Question:
 class Answered:
     """A question with the images that were shown and the student's raw answer.
 
-    ``said`` is None if an image could not be read: the question counts as asked, but not answered.
+    ``said`` is None if an image cannot be read or the question is too long: it counts as asked, but not answered.
     """
 
     images: tuple[str, ...]
@@ -61,6 +61,19 @@ class Answered:
     said: str | None
     correct: bool
     id: str = ""
+
+
+def by_content(questions: Iterable[Question], images: ImageSource) -> list[Question]:
+    """The questions, with one name for all images of the same content.
+
+    Otherwise the blind control may show a question's own image, and intervals take its copies as independent.
+    """
+    first: dict[str, str] = {}
+
+    def name_of(image: str) -> str:
+        return first.setdefault(images.digest(image) or image, image)
+
+    return [replace(question, images=tuple(map(name_of, question.images))) for question in questions]
 
 
 def judge(question: Question, images: tuple[str, ...], said: str | None) -> Answered:
@@ -87,12 +100,13 @@ def evaluate(
         DataError: an image is missing or outside the folder, a question is invalid, or the blind control has fewer than
             two different images; raised before the first question.
     """
-    items = list(questions)
+    source = ImageFolder(images)
+    items = by_content(questions, source)
     own = [question.prompt for question in items]
     prompts = blinded(own) if shuffle_images else own
     if prompts is None:
         raise DataError("no other images", "the blind control needs questions on at least two different images")
-    answers = Answers(None, ImageFolder(images), max_new_tokens=max_new_tokens)
+    answers = Answers(None, source, max_new_tokens=max_new_tokens)
     ask_all(lambda: student, prompts, answers, batch_size)
     return [judge(q, p.images, answers.get(p)) for q, p in zip(items, prompts, strict=True)]
 
@@ -114,6 +128,7 @@ def ask_questions(
     Returns:
         The answers, and those of the blind control, or None if ``blind`` is off or fewer than two images differ.
     """
+    questions = by_content(questions, images)
     prompts = [[question.prompt for question in questions]]
     control = blinded(prompts[0]) if blind else None
     prompts += [control] if control is not None else []

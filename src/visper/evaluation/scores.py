@@ -25,6 +25,7 @@ class Score:
     Attributes:
         interval: Wilson's, 0..1; it allows for the questions of one image being right or wrong together.
         empty: number of answers without any text.
+        unanswered: number of questions that were not answered, because an image cannot be read or they are too long.
         constant: number of right answers of the best constant answer; over all kinds, of each kind's own.
         constant_answer: the best constant answer; empty over several kinds.
     """
@@ -36,6 +37,7 @@ class Score:
     empty: int = 0
     constant: int = 0
     constant_answer: str = ""
+    unanswered: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -50,9 +52,9 @@ def scores(answered: Iterable[Answered]) -> list[Score]:
     result = [_score(kind, [row for row in rows if row.kind == kind]) for kind in kinds]
     if len(kinds) < 2:
         return result
-    counts = [(score.correct, score.total, score.empty, score.constant) for score in result]
-    right, total, empty, constant = map(sum, zip(*counts, strict=True))
-    return [*result, Score(EVERYTHING, right, total, _interval(rows), empty, constant)]
+    counts = [(score.correct, score.total, score.empty, score.constant, score.unanswered) for score in result]
+    right, total, empty, constant, unanswered = map(sum, zip(*counts, strict=True))
+    return [*result, Score(EVERYTHING, right, total, _interval(rows), empty, constant, unanswered=unanswered)]
 
 
 def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
@@ -66,7 +68,8 @@ def blind_scores(control: Sequence[Answered] | None) -> dict[str, Score] | None:
 def _score(kind: str, rows: list[Answered]) -> Score:
     empty = sum(row.said is not None and not row.said.strip() for row in rows)
     ((answer, constant),) = Counter(one for row in rows for one in set(map(plain, row.expected))).most_common(1)
-    return Score(kind, sum(row.correct for row in rows), len(rows), _interval(rows), empty, constant, answer)
+    right, unanswered = sum(row.correct for row in rows), sum(row.said is None for row in rows)
+    return Score(kind, right, len(rows), _interval(rows), empty, constant, answer, unanswered)
 
 
 def _interval(rows: Sequence[Answered]) -> tuple[float, float]:
@@ -100,3 +103,6 @@ def show_scores(console: Console, rows: Sequence[Score], blind: Mapping[str, Sco
     if rows and rows[-1].empty > rows[-1].total * EMPTY_SHARE:
         why = ": does the tokenizer know the words of the answers, and was the model trained to answer such questions?"
         console.print(Text.assemble((f"{rows[-1].empty} of {rows[-1].total} answers are empty", "yellow"), why))
+    if rows and rows[-1].unanswered:
+        said = f"{rows[-1].unanswered} of {rows[-1].total} questions were not answered and count as wrong"
+        console.print(Text.assemble((said, "yellow"), ": an image cannot be read, or the question is too long"))

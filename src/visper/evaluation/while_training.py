@@ -20,7 +20,7 @@ from visper.evaluation.benchmarks.run import constant_readings, reading_of
 from visper.evaluation.image_sources import ImageSource
 from visper.evaluation.predictions import PreTrained
 from visper.evaluation.question_files import open_questions
-from visper.evaluation.questions import judge
+from visper.evaluation.questions import by_content, judge
 from visper.evaluation.scores import EVERYTHING, scores
 from visper.evaluation.visualize import first_images, look
 from visper.model import Student
@@ -110,7 +110,7 @@ def _asked(run: Run) -> WhileTraining | None:
     if settings.questions is not None:
         folder = None if settings.images is None else Path(settings.images)
         all_questions, images = open_questions(Path(settings.questions), folder)
-        questions = spread(all_questions, settings.limit)
+        questions = by_content(spread(all_questions, settings.limit), images)
 
         def of_questions(said: Sequence[str | None]) -> dict[str, float]:
             table = scores(judge(q, q.images, text) for q, text in zip(questions, said, strict=True))

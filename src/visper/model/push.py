@@ -39,10 +39,12 @@ def prepare_upload(model: Path, license: str = "other", base: str | None = None)
         base: hub id of an adapter's base model; needed if the adapter names a folder of this machine.
 
     Raises:
-        ConfigError: there is no such folder, or an adapter's base is not on the hub.
+        ConfigError: there is no such folder, an adapter's base is not on the hub, or a model has a base.
         DataError: a file is damaged.
     """
     adapter = (model / ADAPTER_CONFIG).is_file()
+    if base is not None and not adapter:
+        raise ConfigError(f"--base is for adapters, and '{model}' is none: remove --base")
     place = model if adapter else Path(student_place(model))
     if not place.is_dir():
         raise ConfigError(f"'{model}' is not a folder: use a stage's output, a model folder or an adapter's folder")

@@ -82,11 +82,13 @@ def is_finished(run: Run) -> bool:
 
 
 def require_separate_outputs(runs: Sequence[Run]) -> None:
-    """Checks that no two runs have the same output folder.
+    """Checks that there are runs, and that no two have the same output folder.
 
     Raises:
-        ConfigError: names the runs and the folder.
+        ConfigError: there are none, or it names the runs and the folder.
     """
+    if not runs:
+        raise ConfigError("a pipeline of no stages: give the runs of its stages, in order")
     places: dict[Path, Run] = {}
     for run in runs:
         other = places.setdefault(Path(run.output).resolve(), run)

@@ -143,7 +143,7 @@ def run_pipeline(
     """Trains stages in order; skips finished ones, whose weights the first process verifies; resumes interrupted ones.
 
     Raises:
-        ConfigError: two stages have the same output, or see ``run_stage``.
+        ConfigError: there are no stages, two have the same output, or see ``run_stage``.
     """
     require_separate_outputs(runs)
     join_processes(runs[0].launch)

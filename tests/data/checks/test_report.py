@@ -220,7 +220,7 @@ def test_the_command_reports_writes_a_drop_list_and_fails(faulty: tuple[Path, Pa
     assert written["files"][0]["sources"]["ocr"]["missing image"] == 1
     assert len(DropList.read(drops)) == 6
     mended = CliRunner().invoke(app, [*command, "--repair"])
-    assert mended.exit_code == 1 and "repaired 1 images; 4 cannot be" in mended.output
+    assert mended.exit_code == 1 and "repaired 1 image; 4 cannot be" in mended.output
 
 
 @pytest.mark.parametrize(("name", "rows"), [("pretrain.json", 850), ("instruct.json", None)])

@@ -72,7 +72,7 @@ def test_a_teacher_that_would_be_random_in_part_is_refused(unclip_folder, tmp_pa
     weights = load_file(folder / "image_encoder" / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "image_encoder" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of CLIPVisionModelWithProjection, such as 'visual_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 weight of CLIPVisionModelWithProjection, such as 'visual_proj"):
         build_teacher("unclip", folder, subfolder="image_encoder")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers.image_processing_base import ImageProcessingMixin
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 from visper.data.normalization import normalization_of
 from visper.distillation.teachers.base import SquashedImage
 
@@ -42,8 +42,8 @@ def load_complete(kind: Any, model: str | Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"'{model}' lacks {len(missing)} weights of {kind.__name__}, such as '{missing[0]}': give a model of the "
-            "teacher's 'kind'"
+            f"'{model}' lacks {counted(len(missing), 'weight')} of {kind.__name__}, such as '{missing[0]}': give a "
+            "model of the teacher's 'kind'"
         )
     return found
 

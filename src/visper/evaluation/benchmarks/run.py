@@ -34,7 +34,7 @@ class Result:
         blind: scores with other questions' images; empty without a blind control.
         read_otherwise: number of answers that the published parser reads differently.
         empty: number of answers without any text.
-        unanswered: number of questions whose image could not be read; they count as wrong.
+        unanswered: number of questions whose image cannot be read or that are too long; they count as wrong.
     """
 
     name: str
@@ -159,9 +159,9 @@ def show_results(console: Console, results: Sequence[Result]) -> None:
     for result in results:
         part = "" if result.asked == result.of else f" of {result.of} (the scores are not benchmark results)"
         console.print(
-            f"{result.name}: {result.asked}{part} asked, {result.empty} answers empty, {result.unanswered} images "
-            f"unreadable, {result.read_otherwise} answers that the published parser reads differently; raw answers: "
-            f"{result.answers}"
+            f"{result.name}: {result.asked}{part} asked, {result.unanswered} not answered (image unreadable, or too "
+            f"long), {result.empty} answers empty, {result.read_otherwise} answers that the published parser reads "
+            f"differently; raw answers: {result.answers}"
         )
 
 

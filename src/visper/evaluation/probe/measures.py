@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from visper.common.console import track
-from visper.common.errors import ConfigError, DataError
+from visper.common.errors import ConfigError, DataError, counted
 from visper.common.files import read_json_object
 from visper.config import Geometry, Run
 from visper.data.images import arrange, background_of, open_image
@@ -106,7 +106,7 @@ def cosine_findings(found: PreTrained, files: Sequence[Path]) -> list[Finding]:
         DataError: fewer than two images.
     """
     if len(files) < 2:
-        raise DataError("no images", f"{len(files)} images to score on: give at least two, for the control")
+        raise DataError("no images", f"{counted(len(files), 'image')} to score on: give at least two, for the control")
     means = _mean_targets(found, files)
     columns: dict[str, tuple[list[Tensor], ...]] = {}
     for _, predicted, targets in _batches(found, files, "cosines"):

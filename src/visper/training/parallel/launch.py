@@ -168,4 +168,4 @@ def _report(
         why = "it was killed by SIGKILL, probably because the machine ran out of memory (see dmesg)"
     if received:
         raise StoppedError(f"stopped by {received[0].name}, but {ended}, so it did not save: {remedy}")
-    raise ProcessFailedError(f"{ended}, the others were stopped: {why}. Fix the cause; {remedy}")
+    raise ProcessFailedError(f"{ended}, the others were stopped: {why}. Fix the cause; {remedy}", code)
