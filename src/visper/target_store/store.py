@@ -6,7 +6,8 @@ Layout::
     depth_anything-0f3a.../          one folder per teacher; the name ends with the key of its fingerprint
         teacher.json                 fingerprint, shape and precision of these targets
         5b2e....safetensors          a part, named after the images it covers: targets [n, N, E], their scales and
-                                     checksums [n]; digests [n, 16] of the images, and of images that cannot be decoded
+                                     checksums [n]; digests [n, 16] of the images, and of images that cannot be decoded;
+                                     the name of its folder, since another teacher's part may have its name and shapes
 
 A part is complete or absent. A target is looked up by the digest of the image's encoded bytes, in the folder of its
 teacher's fingerprint: for a changed image or teacher none is found, whatever its name.
@@ -35,7 +36,7 @@ from visper.distillation.teachers.base import TargetSpec
 from visper.target_store.fingerprint import Fingerprint
 from visper.target_store.quantize import DTYPES, TargetCodec
 
-FORMAT = "visper-targets-2"
+FORMAT = "visper-targets-3"
 STORE, TEACHER = "store.json", "teacher.json"
 _UNREADABLE = -1
 
@@ -61,7 +62,7 @@ def write_part(
     if scales is not None:
         tensors["scales"] = scales
     with atomic_path(folder / f"{name}.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT})
+        save_file(tensors, partial, metadata={"format": FORMAT, "teacher": folder.name})
         # safetensors makes files that only their owner can read: give them the JSON files' mode, for shared stores.
         partial.chmod((folder / TEACHER).stat().st_mode & 0o777)
 
@@ -180,19 +181,21 @@ def open_part(file: Path, codec: TargetCodec) -> Any:
     """A part, memory-mapped.
 
     Raises:
-        ConfigError: it is cut short or otherwise damaged, or has another format.
+        ConfigError: it is cut short or otherwise damaged, has another format, or belongs to another teacher.
     """
     again = "remove the file and build the targets again"
     try:
         part = safe_open(file, "pt")
-        found = (part.metadata() or {}).get("format")
+        written = part.metadata() or {}
         targets = part.get_slice("targets")
         shape, rows = targets.get_shape(), part.get_slice("checksums").get_shape()[0]
         kind = part.get_slice("targets")[:0].dtype
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'{file}' cannot be read: {error}; {again}") from error
-    if found != FORMAT:
+    if (found := written.get("format")) != FORMAT:
         raise ConfigError(f"'{file}' has the format {found!r}, expected {FORMAT!r}: {again}")
+    if (found := written.get("teacher")) != file.parent.name:
+        raise ConfigError(f"'{file}' holds targets of {found!r}, expected those of '{file.parent.name}': {again}")
     expected = [rows, codec.spec.tokens, codec.spec.width]
     if shape != expected or kind != DTYPES[codec.dtype]:
         raise ConfigError(f"'{file}' holds targets {shape} {kind}, expected {expected} {codec.dtype}: {again}")
