@@ -320,7 +320,9 @@ def test_a_part_of_another_teacher_is_refused(make, tmp_path):
     there, copied = next((a, b) for a in own for b in other if a.stat().st_size == b.stat().st_size)
     assert there.name == copied.name
     shutil.copy(copied, there)
-    with pytest.raises(ConfigError, match=f"{there.name}' holds targets of '{copied.parent.name}', .*remove the file"):
+    with pytest.raises(
+        ConfigError, match=f"{there.name}' has the format '.* of {copied.parent.name}', .*remove the file"
+    ):
         run_stage(make("run", tmp_path / "colors"))
 
 

@@ -62,9 +62,14 @@ def write_part(
     if scales is not None:
         tensors["scales"] = scales
     with atomic_path(folder / f"{name}.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "teacher": folder.name})
+        save_file(tensors, partial, metadata={"format": _format_in(folder)})
         # safetensors makes files that only their owner can read: give them the JSON files' mode, for shared stores.
         partial.chmod((folder / TEACHER).stat().st_mode & 0o777)
+
+
+def _format_in(folder: Path) -> str:
+    """What a part in a teacher's folder says of itself, as one value: safetensors writes several in random order."""
+    return f"{FORMAT} of {folder.name}"
 
 
 def _as_tensor(digests: list[bytes]) -> Tensor:
@@ -186,16 +191,14 @@ def open_part(file: Path, codec: TargetCodec) -> Any:
     again = "remove the file and build the targets again"
     try:
         part = safe_open(file, "pt")
-        written = part.metadata() or {}
+        found = (part.metadata() or {}).get("format")
         targets = part.get_slice("targets")
         shape, rows = targets.get_shape(), part.get_slice("checksums").get_shape()[0]
         kind = part.get_slice("targets")[:0].dtype
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'{file}' cannot be read: {error}; {again}") from error
-    if (found := written.get("format")) != FORMAT:
-        raise ConfigError(f"'{file}' has the format {found!r}, expected {FORMAT!r}: {again}")
-    if (found := written.get("teacher")) != file.parent.name:
-        raise ConfigError(f"'{file}' holds targets of {found!r}, expected those of '{file.parent.name}': {again}")
+    if found != _format_in(file.parent):
+        raise ConfigError(f"'{file}' has the format {found!r}, expected {_format_in(file.parent)!r}: {again}")
     expected = [rows, codec.spec.tokens, codec.spec.width]
     if shape != expected or kind != DTYPES[codec.dtype]:
         raise ConfigError(f"'{file}' holds targets {shape} {kind}, expected {expected} {codec.dtype}: {again}")
