@@ -106,7 +106,7 @@ def test_an_override_needs_an_equals_sign():
         ("distillation.tasks.depth.target.sise=3", "'depth_anything' has no option 'sise': did you mean 'size'"),
         ("optimization.lr=.inf", "expected a finite number, found inf"),
         ("optimization.lr_overrides={projector: .nan}", "lr_overrides.projector': expected a finite number, found nan"),
-        ("start_from=x", "not both"),
+        ("start_from=x", "found both of 'student'"),
         ("student.task_tokens.order=[seg, gen]", "have no task tokens"),
     ],
 )

@@ -312,6 +312,20 @@ def test_a_part_that_is_broken_is_named(make, tmp_path):
     assert (part.parent / TEACHER).is_file() and part.is_file()
 
 
+def test_a_part_of_another_teacher_is_refused(make, tmp_path):
+    """Parts are named after their images alone, so two teachers' parts have one name, and may have one shape."""
+    for name in ("colors", "other colors"):
+        build_targets(make("build", teacher={"model": name}), tmp_path / name, quiet=True)
+    own, other = (sorted((tmp_path / name).glob("*/*.safetensors")) for name in ("colors", "other colors"))
+    there, copied = next((a, b) for a in own for b in other if a.stat().st_size == b.stat().st_size)
+    assert there.name == copied.name
+    shutil.copy(copied, there)
+    with pytest.raises(
+        ConfigError, match=f"{there.name}' has the format '.* of {copied.parent.name}', .*remove the file"
+    ):
+        run_stage(make("run", tmp_path / "colors"))
+
+
 def test_check_names_damaged_parts_and_training_drops_their_rows(make, tmp_path):
     """One bit of one stored value flipped, in a file whose header is intact."""
     run = make("build")

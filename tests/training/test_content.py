@@ -1,6 +1,7 @@
 """A run is continued with the rows, images and weights that it began with, or not at all, unless told so."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from visper.data.rows import table
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.sets.catalog import row_files
+from visper.target_store.store import claim_store
 from visper.training import is_finished, run_pipeline, run_stage
 from visper.training.content import CONTENT, content_of, require_same_content
 from visper.training.output import claim_output
@@ -91,6 +93,18 @@ def test_the_stage_before_is_content(run: Run, tmp_path: Path) -> None:
     change_weights(Path(run.output) / "model")
     with pytest.raises(ConfigError, match=r"began: start_from '.*/pt/model'\."):
         require_same_content(tmp_path, content(later))
+
+
+def test_stored_targets_built_again_in_another_dtype_are_refused(run: Run, tmp_path: Path) -> None:
+    assert run.distillation is not None
+    targets = {"targets": str(tmp_path / "targets")}
+    stored = run.model_copy(update={"distillation": run.distillation.model_copy(update=targets)})
+    claim_store(tmp_path / "targets", "float16")
+    (tmp_path / CONTENT).write_text(json.dumps(content(stored)))
+    shutil.rmtree(tmp_path / "targets")
+    claim_store(tmp_path / "targets", "int8")
+    with pytest.raises(ConfigError, match=r"began: distillation\.targets '.*/targets/store\.json'\."):
+        require_same_content(tmp_path, content(stored))
 
 
 def test_a_stage_finished_from_something_else_is_not_skipped(run: Run, tmp_path: Path) -> None:

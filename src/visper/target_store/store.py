@@ -6,7 +6,8 @@ Layout::
     depth_anything-0f3a.../          one folder per teacher; the name ends with the key of its fingerprint
         teacher.json                 fingerprint, shape and precision of these targets
         5b2e....safetensors          a part, named after the images it covers: targets [n, N, E], their scales and
-                                     checksums [n]; digests [n, 16] of the images, and of images that cannot be decoded
+                                     checksums [n]; digests [n, 16] of the images, and of images that cannot be decoded;
+                                     the name of its folder, since another teacher's part may have its name and shapes
 
 A part is complete or absent. A target is looked up by the digest of the image's encoded bytes, in the folder of its
 teacher's fingerprint: for a changed image or teacher none is found, whatever its name.
@@ -35,7 +36,7 @@ from visper.distillation.teachers.base import TargetSpec
 from visper.target_store.fingerprint import Fingerprint
 from visper.target_store.quantize import DTYPES, TargetCodec
 
-FORMAT = "visper-targets-2"
+FORMAT = "visper-targets-3"
 STORE, TEACHER = "store.json", "teacher.json"
 _UNREADABLE = -1
 
@@ -61,9 +62,14 @@ def write_part(
     if scales is not None:
         tensors["scales"] = scales
     with atomic_path(folder / f"{name}.safetensors") as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT})
+        save_file(tensors, partial, metadata={"format": _format_in(folder)})
         # safetensors makes files that only their owner can read: give them the JSON files' mode, for shared stores.
         partial.chmod((folder / TEACHER).stat().st_mode & 0o777)
+
+
+def _format_in(folder: Path) -> str:
+    """What a part in a teacher's folder says of itself, as one value: safetensors writes several in random order."""
+    return f"{FORMAT} of {folder.name}"
 
 
 def _as_tensor(digests: list[bytes]) -> Tensor:
@@ -180,7 +186,7 @@ def open_part(file: Path, codec: TargetCodec) -> Any:
     """A part, memory-mapped.
 
     Raises:
-        ConfigError: it is cut short or otherwise damaged, or has another format.
+        ConfigError: it is cut short or otherwise damaged, has another format, or belongs to another teacher.
     """
     again = "remove the file and build the targets again"
     try:
@@ -191,8 +197,8 @@ def open_part(file: Path, codec: TargetCodec) -> Any:
         kind = part.get_slice("targets")[:0].dtype
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'{file}' cannot be read: {error}; {again}") from error
-    if found != FORMAT:
-        raise ConfigError(f"'{file}' has the format {found!r}, expected {FORMAT!r}: {again}")
+    if found != _format_in(file.parent):
+        raise ConfigError(f"'{file}' has the format {found!r}, expected {_format_in(file.parent)!r}: {again}")
     expected = [rows, codec.spec.tokens, codec.spec.width]
     if shape != expected or kind != DTYPES[codec.dtype]:
         raise ConfigError(f"'{file}' holds targets {shape} {kind}, expected {expected} {codec.dtype}: {again}")

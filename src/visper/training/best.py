@@ -12,7 +12,7 @@ from pathlib import Path
 
 from visper.common.cache import key
 from visper.common.errors import TrainingError
-from visper.common.manifest import digest_of
+from visper.common.manifest import digest_of, find_damage
 from visper.config import Evaluation
 from visper.data.rows.table import Records
 from visper.training.checkpoint import FOLDER, checkpoint_name
@@ -54,7 +54,8 @@ def best_checkpoint(output: Path, measure: str, on: str) -> Path:
         on: digest of what the run measures now, see ``measured_on``.
 
     Raises:
-        TrainingError: no evaluation gave a finite value of this measure, or it was measured on something else.
+        TrainingError: no evaluation gave a finite value of this measure, it was measured on something else, or the
+            checkpoint, which may be much older than the newest one, is damaged or was removed.
     """
     best = json.loads((output / BEST).read_text(encoding="utf-8")) if (output / BEST).is_file() else {}
     if best.get("measure") != measure:
@@ -64,4 +65,10 @@ def best_checkpoint(output: Path, measure: str, on: str) -> Path:
             f"the best checkpoint of '{output}' by {measure} was chosen on other rows or questions than 'evaluation' "
             "names now: set 'evaluation' as it was, or set evaluation.use_best=false and add --resume"
         )
-    return output / FOLDER / str(best["checkpoint"])
+    found = output / FOLDER / str(best["checkpoint"])
+    if (damage := find_damage(found)) is not None:
+        raise TrainingError(
+            f"the best checkpoint by {measure}, '{found}', is damaged or was removed ({damage}): restore it, or set "
+            "evaluation.use_best=false and add --resume to finish with the last weights"
+        )
+    return found

@@ -7,6 +7,7 @@ run is not taken for the result of content that has changed since.
 - the images of ``SAMPLED`` evenly spaced rows, since reading all images of a large set takes minutes. This detects that
   all images were replaced, but rarely that a single one was;
 - the drop lists;
+- the dtype of stored targets, which may have been built again in another;
 - each local folder or file that weights are loaded from. The first process reads it at every start, at the speed of the
   disk; loading then reads it from the page cache.
 
@@ -34,6 +35,7 @@ from visper.data.rows.table import Records
 from visper.data.rows.table_digest import rows_digest
 from visper.data.sets.catalog import row_files
 from visper.model.student import student_place
+from visper.target_store.store import STORE
 
 CONTENT = "content.json"
 SAMPLED = 256
@@ -129,6 +131,8 @@ def _parts(run: Run) -> Iterator[tuple[str, str]]:
     if run.start_from is not None:
         yield "start_from", student_place(run.start_from)
     yield from (("data.drop_list", place) for place in run.data.drop_list)
+    if run.distillation is not None and run.distillation.targets is not None:
+        yield "distillation.targets", str(Path(run.distillation.targets) / STORE)
     for task, settings in (run.distillation.tasks if run.distillation else {}).items():
         if settings.target.model is not None:
             yield f"the teacher of '{task}'", settings.target.model

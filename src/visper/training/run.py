@@ -363,7 +363,8 @@ def train(
                 "to continue, add --resume (visper pipeline: repeat the command)"
             )
     if evaluations is not None and evaluations.held_out.settings.use_best:
-        best = best_checkpoint(trainer.output, evaluations.held_out.settings.measure, evaluations.on)
+        measure = evaluations.held_out.settings.measure
+        best = first_decides(lambda: best_checkpoint(trainer.output, measure, evaluations.on))
         trainer.restore(best)
         announce(console, "best", f"the finished model has the weights of {best.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)
