@@ -36,6 +36,14 @@ def test_published_settings_of_pre_training():
     }
 
 
+@pytest.mark.parametrize("encoder", ["vit-l", "convnext-xxl"])
+def test_system_prompts_are_those_of_the_published_conversation_templates(encoder):
+    """``llava_llama_3`` and ``llava_phi_3`` of the published code, which differ."""
+    llama, phi3 = (load_run(f"{llm}-{encoder}/pt").student.system_prompt for llm in ("llama3-8b", "phi3-mini"))
+    assert llama.startswith("A chat between a curious user and an artificial intelligence assistant. ")
+    assert phi3 == "You are a helpful AI assistant."
+
+
 def test_a_recipe_is_read_without_torch():
     code = f"import sys; from visper.config import load_run; load_run('{RECIPE}'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

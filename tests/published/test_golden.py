@@ -172,6 +172,15 @@ def test_variants(golden, tmp_path, variant):
     assert golden.distance(ours, variants[f"{variant}/last_hidden_mean"][real]) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("llm", "prompt"), [("llama", "A chat between a curious user"), ("phi3", "You are a helpful AI assistant.")]
+)
+def test_system_prompt_is_that_of_the_llms_published_template(golden, tmp_path, llm, prompt):
+    converted = Converted(golden, tmp_path, "phi3" if llm == "phi3" else "", model_type=f"ola_{llm}")
+    said = converted.student.processor.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert prompt in said
+
+
 @pytest.mark.parametrize("text", [True, False])
 def test_pt_without_task_tokens_keeps_its_heads_as_probes(golden, tmp_path, text):
     variant = "no_task_tokens" if text else "no_task_tokens_pass_text_false"

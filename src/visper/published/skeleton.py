@@ -45,8 +45,8 @@ from visper.published.names import (
 )
 from visper.published.probes import build_probes, probe_settings
 
-PROMPT_RECIPE = "llama3-8b-vit-l/pt"
-"""The recipe that holds the system prompt with which every published model was trained."""
+PROMPT_RECIPES = {"llama": "llama3-8b-vit-l/pt", "phi3": "phi3-mini-vit-l/pt"}
+"""LLM -> the recipe that holds the system prompt with which the published models were trained."""
 
 PT_RECIPE = "_parts/_pt.yaml"
 
@@ -93,7 +93,7 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     Raises:
         ConfigError: tokenizer or encoder cannot be loaded.
     """
-    prompt: Any = load_run(PROMPT_RECIPE).student
+    prompt: Any = load_run(PROMPT_RECIPES[published.llm]).student
     assert prompt is not None
     settings = published.student(encoder or str(published.config["mm_vision_tower"]), prompt.system_prompt)
     try:

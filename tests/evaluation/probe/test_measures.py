@@ -42,10 +42,11 @@ def test_what_all_images_share_earns_nothing():
     assert centered_cosine((own + mean).roll(1, 0), own + mean, mean).tolist() == pytest.approx([0.0, 0.0], abs=1e-4)
 
 
-def test_mean_iou_is_over_the_classes_in_either_map():
+def test_mean_iou_is_over_the_classes_in_the_exact_map():
     exact = torch.tensor([[0, 0], [1, 255]])
-    # Class 0: 1 of 2; class 1: 1 of 1; class 2, predicted where class 0 is: 0 of 1. The ignored pixel counts nowhere.
-    assert mean_iou(torch.tensor([[0, 2], [1, 7]]), exact) == pytest.approx((0.5 + 1 + 0) / 3)
+    # Class 0: 1 of 2; class 1: 1 of 1. Class 2 is not in the image, so it counts only as missing pixels of class 0, as
+    # in the published scorer. The ignored pixel counts nowhere.
+    assert mean_iou(torch.tensor([[0, 2], [1, 7]]), exact) == pytest.approx((0.5 + 1) / 2)
     assert mean_iou(exact, exact) == 1.0
 
 

@@ -206,7 +206,7 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
 
 
 def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
-    """COCO val2017: mean over images of the mean IoU over the classes in map or prediction; unlabeled pixels left out.
+    """COCO val2017: mean over images of the mean IoU over the classes in an image's map; unlabeled pixels left out.
 
     The prediction replaces OneFormer's last feature map. Its finer maps come from the image itself, so that even
     another image's prediction has a score: compare with that control.
@@ -233,11 +233,11 @@ def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
 
 
 def mean_iou(predicted_HW: Tensor, exact_HW: Tensor, ignored: int = 255) -> float:
-    """Intersection over union, averaged over the classes in either map; ``ignored`` pixels do not count."""
+    """Intersection over union, averaged over the classes in the exact map; ``ignored`` pixels do not count."""
     known = exact_HW != ignored
     ours, theirs = predicted_HW[known], exact_HW[known]
     shares = []
-    for number in torch.cat((ours, theirs)).unique().tolist():
+    for number in theirs.unique().tolist():
         union = ((ours == number) | (theirs == number)).sum()
         shares.append(float(((ours == number) & (theirs == number)).sum() / union))
     return sum(shares) / len(shares) if shares else 0.0
