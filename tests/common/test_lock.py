@@ -17,7 +17,7 @@ import pytest
 
 from visper.common.console import Console
 from visper.common.errors import ConfigError
-from visper.common.lock import HOLDER, LOCK, locked
+from visper.common.lock import HOLDER, LOCK, InUseError, locked, new_folder
 
 QUIET = Console(quiet=True)
 HOLDS = """
@@ -70,6 +70,23 @@ def test_nothing_is_left_of_a_lock_but_what_was_written_under_it(tmp_path: Path)
     with locked(tmp_path / "there", QUIET), locked(tmp_path / "kept", QUIET):
         (tmp_path / "kept" / "a").touch()
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"there", "kept", "kept/a"}
+
+
+def test_the_next_writer_of_a_new_folder_removes_what_killed_ones_left_of_it_alone(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from visper.common.lock import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as partial:\n"
+        "    partial.mkdir(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for name in ("out", "out", "out.1"):
+        killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    with new_folder(tmp_path / "out") as partial:
+        partial.mkdir()
+        with pytest.raises(InUseError), new_folder(tmp_path / "out"):
+            pass
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".out.1.")]
+    assert left == ["out"] and len(list(tmp_path.iterdir())) == 3, "out.1's lock and half are not out's to remove"
 
 
 def test_an_error_under_the_lock_releases_it(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from visper.data.rows import table
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.data.sets.catalog import row_files
-from visper.target_store.store import claim_store
+from visper.target_store.build import build_targets
+from visper.target_store.open import open_targets
 from visper.training import is_finished, run_pipeline, run_stage
 from visper.training.content import CONTENT, content_of, require_same_content
 from visper.training.output import claim_output
@@ -40,7 +41,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def content(run: Run) -> dict[str, str]:
-    return content_of(run, open_records(row_files(run.data), DropList()))
+    targets = open_targets(run.distillation, run.data.geometry.value, (0, 0, 0))
+    return content_of(run, open_records(row_files(run.data), DropList()), targets)
 
 
 def change_answer(folder: Path) -> None:
@@ -95,16 +97,28 @@ def test_the_stage_before_is_content(run: Run, tmp_path: Path) -> None:
         require_same_content(tmp_path, content(later))
 
 
-def test_stored_targets_built_again_in_another_dtype_are_refused(run: Run, tmp_path: Path) -> None:
-    assert run.distillation is not None
-    targets = {"targets": str(tmp_path / "targets")}
-    stored = run.model_copy(update={"distillation": run.distillation.model_copy(update=targets)})
-    claim_store(tmp_path / "targets", "float16")
-    (tmp_path / CONTENT).write_text(json.dumps(content(stored)))
+@pytest.mark.parametrize(
+    ("again", "name"),
+    [
+        ({"dtype": "int8"}, r"distillation\.targets '.*/targets/store\.json'"),
+        ({"teacher": "bfloat16"}, "the precision of the targets of 'depth', .* of 'gen', .* of 'seg'"),
+    ],
+)
+def test_stored_targets_built_again_otherwise_are_refused(
+    run: Run, tmp_path: Path, again: dict[str, str], name: str
+) -> None:
+    def stored(dtype: str = "float16", teacher: str = "float32") -> dict[str, str]:
+        assert run.distillation is not None
+        changes = {"targets": str(tmp_path / "targets"), "teacher_dtype": teacher}
+        changed = run.model_copy(update={"distillation": run.distillation.model_copy(update=changes)})
+        build_targets(changed, tmp_path / "targets", dtype, quiet=True)
+        return content(changed)
+
+    (tmp_path / CONTENT).write_text(json.dumps(stored()))
+    require_same_content(tmp_path, stored())
     shutil.rmtree(tmp_path / "targets")
-    claim_store(tmp_path / "targets", "int8")
-    with pytest.raises(ConfigError, match=r"began: distillation\.targets '.*/targets/store\.json'\."):
-        require_same_content(tmp_path, content(stored))
+    with pytest.raises(ConfigError, match=rf"began: {name}\. Restore it"):
+        require_same_content(tmp_path, stored(**again))
 
 
 def test_a_stage_finished_from_something_else_is_not_skipped(run: Run, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ it (filelock >= 3.30). ``.lock.json`` names the holder, for the error message th
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
-from visper.common.files import make_folder, write_text
+from visper.common.files import atomic_path, make_folder, remove_leftovers, write_text
 from visper.common.ranks import first_decides
 
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -81,6 +82,22 @@ def locked_by_first(folder: Path, console: Console) -> Iterator[None]:
     with ExitStack() as stack:
         first_decides(lambda: stack.enter_context(locked(folder, console)))
         yield
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """``atomic_path`` for a folder that is in no locked one: also removes what killed writers of ``path`` have left.
+
+    Raises:
+        InUseError: another process writes it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock, Console()):
+        remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.partial-*"))
+        with atomic_path(path) as partial:
+            yield partial
+    with suppress(OSError):
+        lock.rmdir()  # a killed writer's
 
 
 def _holder(folder: Path) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visper.common.errors import ConfigError
-from visper.common.files import atomic_path
+from visper.common.lock import new_folder
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import save_run
 from visper.model import TaskTokens, save_processor
@@ -68,7 +68,7 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
     report = Report(out, left_out={reason: len(names) for reason, names in unused.items()})
     if None in skeleton.heads:
         report.left_out["query matrices (task tokens are the means of their rows)"] = len(skeleton.heads[None])
-    with atomic_path(out) as partial:
+    with new_folder(out) as partial:
         partial.mkdir()
         heads = _write_model(partial / MODEL, weights, slots, skeleton, inside)
         report.written[MODEL] = len(skeleton.state)

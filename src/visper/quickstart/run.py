@@ -20,7 +20,8 @@ from rich.table import Table
 
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError, TrainingError
-from visper.common.files import atomic_path, write_text
+from visper.common.files import write_text
+from visper.common.lock import new_folder
 from visper.config import Run, Stage, load_run
 from visper.evaluation import Answered, Score, evaluate, read_questions, save_answers, scores
 from visper.evaluation.probe.curves import findings_table
@@ -156,7 +157,7 @@ def prepare_world(world: Path, seed: int, budget: Budget, console: Console) -> P
 def copy_bases(folder: Path) -> None:
     """Copies the shipped bases to where the recipes expect them, as ordinary model folders that users can inspect."""
     if not folder.exists():
-        with atomic_path(folder) as partial:
+        with new_folder(folder) as partial:
             shutil.copytree(BASES, partial)
 
 

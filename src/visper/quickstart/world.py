@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from visper.common.console import track
-from visper.common.files import atomic_path
+from visper.common.lock import new_folder
 from visper.quickstart import language
 from visper.quickstart.questions import Objects, Question, cheap_cues, count_turns, draw_questions
 from visper.quickstart.scenes import Scene, draw_scene
@@ -44,7 +44,7 @@ def write_world(folder: Path, *, seed: int, scenes: int, held_out: int, per_kind
     """
     if folder.exists():
         raise FileExistsError(f"'{folder}' exists: give the new world another folder, or remove it")
-    with atomic_path(folder) as beside:
+    with new_folder(folder) as beside:
         (beside / "images").mkdir(parents=True)
         known = write_split(beside, "train", seed, scenes)
         asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, held_out)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from visper.common.console import without_loading_bars
-from visper.common.files import atomic_path
+from visper.common.lock import new_folder
 from visper.model import load_student, save_student
 from visper.quickstart.tower import TowerConfig, TowerModel, TowerTeacher
 
@@ -145,5 +145,5 @@ def save_fed(start: str | Path, teachers: list[Path], folder: Path) -> None:
     projector.linear_1.weight[:, : narrow.in_features] = narrow.weight
     projector.linear_1.bias.copy_(narrow.bias)
     model.model.vision_tower, model.config.vision_config = tower, tower.config
-    with atomic_path(folder) as partial:
+    with new_folder(folder) as partial:
         save_student(student, partial)

@@ -15,8 +15,8 @@ import torch
 
 from visper.common.console import Console
 from visper.common.errors import ConfigError, TrainingError
-from visper.common.files import atomic_path, write_text
-from visper.common.lock import InUseError, locked
+from visper.common.files import write_text
+from visper.common.lock import InUseError, locked, new_folder
 from visper.config import load_run
 from visper.evaluation.probe.curves import averaged
 from visper.evaluation.probe.measures import Finding
@@ -160,7 +160,7 @@ def _prepare_tower(bases: Path) -> None:
         return
     images = np.stack([draw_scene(START_SEED, index).image for index in range(100)])
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
-    with atomic_path(bases / "tower") as partial:
+    with new_folder(bases / "tower") as partial:
         partial.mkdir()
         save_tower(bases / "encoder_contrastive", pixels, partial)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from visper.common.files import atomic_path
+from visper.common.lock import new_folder
 from visper.quickstart.questions import Objects, Question, draw_questions
 from visper.quickstart.world import (
     HELD_OUT_SERIES,
@@ -39,7 +39,7 @@ NEAREST_TEXT = "Which is closer to the camera ?"
 
 def write_study_world(folder: Path, seed: int, size: Size) -> None:
     """Writes the world atomically; the same arguments give the same files."""
-    with atomic_path(folder) as beside:
+    with new_folder(folder) as beside:
         (beside / "images").mkdir(parents=True)
         known = write_split(beside, "train", seed, size.more)
         asked = write_split(beside, "held_out", seed + HELD_OUT_SERIES, size.held_out)

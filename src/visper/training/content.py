@@ -7,7 +7,7 @@ run is not taken for the result of content that has changed since.
 - the images of ``SAMPLED`` evenly spaced rows, since reading all images of a large set takes minutes. This detects that
   all images were replaced, but rarely that a single one was;
 - the drop lists;
-- the dtype of stored targets, which may have been built again in another;
+- the dtype of stored targets, and the precision of their teachers: they may have been built again in another;
 - each local folder or file that weights are loaded from. The first process reads it at every start, at the speed of the
   disk; loading then reads it from the page cache.
 
@@ -35,6 +35,7 @@ from visper.data.rows.table import Records
 from visper.data.rows.table_digest import rows_digest
 from visper.data.sets.catalog import row_files
 from visper.model.student import student_place
+from visper.target_store.open import TargetStore
 from visper.target_store.store import STORE
 
 CONTENT = "content.json"
@@ -42,9 +43,11 @@ SAMPLED = 256
 _THREADS = 16
 
 
-def content_of(run: Run, records: Records) -> dict[str, str]:
+def content_of(run: Run, records: Records, targets: TargetStore | None) -> dict[str, str]:
     """The digests of all local content of the run, by the description that error messages use."""
-    return rows_content(records) | _parts_content(run)
+    stored = targets.tasks if targets is not None else {}
+    precisions = {f"the precision of the targets of '{task}'": own.teacher.precision for task, own in stored.items()}
+    return rows_content(records) | _parts_content(run) | precisions
 
 
 def _parts_content(run: Run) -> dict[str, str]:

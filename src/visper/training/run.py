@@ -117,7 +117,7 @@ def run_stage(
         data = build_data(run, student, teachers, targets, console)
         if run.stage is Stage.PT:
             require_images(data.dataset.records)
-        content = first_decides(lambda: content_of(run, data.dataset.records))
+        content = first_decides(lambda: content_of(run, data.dataset.records, targets))
         if checkpoint is not None:
             continue_rows(checkpoint, data)
             if not accept_changes:
@@ -360,7 +360,7 @@ def train(
         if trainer.stop.agreed and step < last:
             raise StoppedError(
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
-                "to continue, add --resume (visper pipeline: repeat the command)"
+                "to continue, repeat the command (visper train: with --resume)"
             )
     if evaluations is not None and evaluations.held_out.settings.use_best:
         measure = evaluations.held_out.settings.measure

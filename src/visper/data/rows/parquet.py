@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from visper.common.console import track
 from visper.common.errors import DataError
-from visper.common.files import atomic_path
+from visper.common.lock import new_folder
 from visper.data.checks.digests import contents_of
 from visper.data.rows.records import Drop, DropList, Record
 from visper.data.rows.table import Records
@@ -54,7 +54,7 @@ def write_parquet(
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     counts: list[int] = []
     column = "images" if (records.num_images > 1).any() else "image"
-    with atomic_path(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
+    with new_folder(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
         partial.mkdir(parents=True)
         good = _good_rows(threads, records, track(order, description="writing rows", quiet=quiet), drops, column)
         while group := list(islice(good, GROUP_ROWS)):
