@@ -117,7 +117,7 @@ def test_batched_answers_are_those_of_visper_evaluate_in_the_order_asked(module,
 def test_a_question_longer_than_the_positions_is_answered_empty(module, folder, caplog):
     documents = [{"text": "what is it? " * length, "images": []} for length in (1, 500)]
     _, said = asked(module, folder, 2, documents)
-    assert said[0] and said[1] == "" and "is not answered: the LLM has 4,096 positions" in caplog.text
+    assert said[0] and said[1] == "" and "is not answered: the LLM has 4096 positions" in caplog.text
 
 
 def test_answers_end_before_a_tasks_stop_text(module, folder):

@@ -87,8 +87,8 @@ class Session:
         inputs = row_inputs(processor, [record], [images]).to(model.device, model.dtype)
         (room,) = room_for_answers(self.student, inputs)
         if room < 1:
-            positions = room + inputs["input_ids"].shape[1]
-            raise DataError("too long", f"the conversation fills the model's {positions} positions: start a new one")
+            said = f"the conversation fills the model's {self.student.positions} positions: start a new one"
+            raise DataError("too long", said)
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = GREEDY
         if temperature > 0:

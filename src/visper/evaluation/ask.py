@@ -95,8 +95,7 @@ def load_to_ask(folder: str | Path) -> Student:
 
 def room_for_answers(student: Student, inputs: BatchFeature) -> list[int]:
     """The number of the LLM's positions that each prompt leaves for its answer; below 1 if the prompt is too long."""
-    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room: list[int] = (positions - inputs["attention_mask"].sum(1)).tolist()
+    room: list[int] = ((student.positions or sys.maxsize) - inputs["attention_mask"].sum(1)).tolist()
     return room
 
 
@@ -130,8 +129,7 @@ def answer(
         return [answer(student, [text], [own], max_new_tokens, generate)[0] for text, own in pairs]
     if min(room) < 1:
         tokens = inputs["input_ids"].shape[1]
-        positions = tokens + min(room)
-        logger.warning("%s", f"a question of {tokens:,} tokens is not answered: the LLM has {positions:,} positions")
+        logger.warning("a question of %d tokens is not answered: the LLM has %d positions", tokens, student.positions)
         return [None]
     inputs = inputs.to(student.model.device, student.model.dtype)
     length = min(max_new_tokens, *room)

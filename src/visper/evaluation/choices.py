@@ -10,17 +10,14 @@ from collections.abc import Mapping, Sequence
 LETTERS = string.ascii_uppercase
 ASK_FOR_LETTER = "Answer with the option's letter from the given choices directly."
 _IN_BRACKETS = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_OPENING, _CLOSING = r"[*`'\"‘“]", r"[*`'\"’”]"
-_NO_ARTICLE = r"(?=\s+(?:because|since|as|is)\b)"  # behind an A, which no noun follows
+_NO_ARTICLE = r"(?=[*`'\"’”]+(?!\w)|\s+(?:because|since|as|is)\b)"  # behind an A that is marked, or without a noun
 _MARKS = r"[\s*`'\"’”]*"  # behind a letter in bold, code or quotes: **B**, `B`, 'B'
 _FIRST = re.compile(rf"\A\W*(?:option\s+)?([A-Za-z]){_MARKS}(?:[).:,\]]|$)", re.IGNORECASE)
 _NAMED = re.compile(
     r"\b(?i:answer|option|choice)(?:\s+(?i:is))?[\s:=*`'\"‘“(\[-]*"
-    rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w)|(?<={_OPENING})(A)(?={_CLOSING})|(A){_NO_ARTICLE})"
+    rf"(?:([A-Za-z])(?={_MARKS}(?:[).:,;\]]|$))|([B-Z])\b(?!['’]\w)|(A){_NO_ARTICLE})"
 )
-_LETTER_THEN_TEXT = re.compile(
-    rf"\A\W*([B-Z])[*`'\"’”]*\s|\A\s*{_OPENING}+(A){_CLOSING}+\s|\A\W*(A)(?:\s+(?=[A-Z\d])|{_NO_ARTICLE})"
-)
+_LETTER_THEN_TEXT = re.compile(rf"\A\W*([B-Z])[*`'\"’”]*\s|\A\W*(A)(?:\s+(?=[A-Z\d])|{_NO_ARTICLE})")
 _ENDS = string.punctuation + " ‘’“”«»…。，、！？；：（）「」『』؟،؛¿¡"
 _NUMBER = re.compile(r"([-+]?)(?=\.?[0-9])([0-9]*)(?:\.([0-9]+))?")
 _NUMBERS_INSIDE = re.compile(rf"(?<![\w.]){_NUMBER.pattern}(?!\w|\.[0-9])")

@@ -57,12 +57,11 @@ def require_positions(student: Student, max_tokens: int) -> None:
     Raises:
         ConfigError: ``max_tokens`` is larger than the LLM's ``max_position_embeddings``.
     """
-    positions = getattr(student.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and max_tokens > positions:
+    if student.positions is not None and max_tokens > student.positions:
         raise ConfigError(
-            f"data.max_tokens is {max_tokens}, but the LLM has {positions} positions (max_position_embeddings in its "
-            f"config.json): set data.max_tokens={positions} or less, which cuts longer rows, or choose an LLM with a "
-            "longer context"
+            f"data.max_tokens is {max_tokens}, but the LLM has {student.positions} positions (max_position_embeddings "
+            f"in its config.json): set data.max_tokens={student.positions} or less, which cuts longer rows, or choose "
+            "an LLM with a longer context"
         )
 
 

@@ -68,6 +68,12 @@ class Student:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
+    def positions(self) -> int | None:
+        """The LLM's number of positions, beyond which its output is noise; None if its configuration sets none."""
+        found: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    @property
     def num_image_tokens(self) -> int:
         """Tokens per image; if they depend on the image's size, those of an image of nominal size."""
         if self.is_llava:

@@ -20,7 +20,7 @@ from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.common.ranks import first_decides, wait_for_all
-from visper.config import Engine, Launch, Run, Stage, save_run
+from visper.config import Run, Stage, save_run
 from visper.data.dataset import require_images
 from visper.data.images import background_of
 from visper.data.rows.records import DropList
@@ -65,7 +65,7 @@ from visper.training.parallel.deepspeed import (
     uses_zero,
     zero_settings,
 )
-from visper.training.parallel.fsdp import is_sharded, shard, unshard
+from visper.training.parallel.fsdp import is_sharded, shard, shares_weights, unshard
 from visper.training.parallel.join import join_processes
 from visper.training.recomputation import EstimateMemory, decide_recomputation
 from visper.training.resume import require_same_order
@@ -201,7 +201,7 @@ def build_student(run: Run, processes: PartialState, console: Console) -> Studen
     """
     if run.lora and run.lora.quantize:
         student = starting_student(run, **four_bits(run.start_from))
-    elif shares_weights(run.launch, processes):
+    elif shares_weights(run.launch, processes.num_processes):
         loaded: list[Student] = []
         first_decides(lambda: loaded.append(starting_student(run)))
         student = loaded[0] if loaded else starting_student(run, skeleton=True)
@@ -231,7 +231,7 @@ def build_model(
     run: Run, student: Student, teachers: Mapping[str, Teacher], processes: PartialState, console: Console
 ) -> TrainingModel:
     """Student and objective as one module, with its trainable parameters set, sharded or compiled as the run says."""
-    shares = shares_weights(run.launch, processes)
+    shares = shares_weights(run.launch, processes.num_processes)
     skeleton = shares and not processes.is_main_process
     with torch.device("meta") if skeleton else nullcontext():
         add_updates(run.lora, student)
@@ -266,11 +266,6 @@ def continue_training(run: Run, model: TrainingModel, student: Student, console:
     drawn = [task for task in student.task_token_ids if task not in continued]
     if run.stage is Stage.PT and drawn:
         announce(console, "task tokens", f"new for {', '.join(drawn)}: this stage does not keep those of the start")
-
-
-def shares_weights(launch: Launch, processes: PartialState) -> bool:
-    """Whether each process holds a share of the weights (``parallel.fsdp``)."""
-    return launch.engine is Engine.FSDP and processes.num_processes > 1
 
 
 def build_trainer(

@@ -1,6 +1,7 @@
 """What layers are scored by: values worked out by hand, on small sets in the published layout."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from visper.distillation.teachers.segment_maps import Segmentation
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.probe.curves import draw_curves, read_findings, save_findings
 from visper.evaluation.probe.measures import (
+    OTHER,
+    TEACHER,
+    TIES_WRONG,
     Finding,
     _class_map,
     centered_cosine,
@@ -154,6 +158,11 @@ def test_coco_compares_the_segments_with_the_panoptic_map(probed, tmp_path):
     for finding in coco_findings(load_pre_trained(probed / "out"), tmp_path):
         assert finding.name.startswith("seg/") and 0 <= finding.value <= 1
         assert set(finding.controls) == {"other image's prediction", "mean target", "teacher"}
+
+
+def test_a_score_without_ties_can_beat_its_controls():
+    finding = Finding("depth/1", "DA-2K", 0.8, {TIES_WRONG: 0.8, TEACHER: 0.9, OTHER: 0.5})
+    assert finding.beats_controls and not replace(finding, value=0.4).beats_controls
 
 
 @pytest.mark.parametrize("turned", [False, True])

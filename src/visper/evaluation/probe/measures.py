@@ -89,8 +89,10 @@ class Finding:
 
     @property
     def beats_controls(self) -> bool:
-        """Whether the value is better than every control except the teacher, which is the upper bound."""
-        others = [value for name, value in self.controls.items() if name != TEACHER]
+        """Whether the value is better than every control but two: the teacher, an upper bound, and its own value with
+        ties counted as wrong, which is equal where there are no ties.
+        """
+        others = [value for name, value in self.controls.items() if name not in (TEACHER, TIES_WRONG)]
         return all(self.value > other if self.higher else self.value < other for other in others)
 
 

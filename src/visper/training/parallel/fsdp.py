@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from visper.common.compat import is_partitioned
 from visper.common.errors import ConfigError
 from visper.common.ranks import first_decides, naming_lost_processes
+from visper.config import Engine, Launch
 from visper.training.module import TrainingModel
 
 
@@ -36,6 +37,11 @@ def check_replicas(replicas: int, processes: int) -> None:
             f"number of nodes, or to another divisor of {processes} that is smaller than it; to keep the full model on "
             "every process, use launch.engine=ddp"
         )
+
+
+def shares_weights(launch: Launch, processes: int) -> bool:
+    """Whether ``shard`` gives each of the processes a share of the weights."""
+    return launch.engine is Engine.FSDP and processes > 1
 
 
 def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -> float:
