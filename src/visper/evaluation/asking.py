@@ -98,7 +98,7 @@ class Answers:
         earlier = [row for row in self._earlier.values() if row.get("model") == self._model and row["key"] not in asked]
         write_text(self.file, lines([*own, *({**row, "earlier": True} for row in earlier)]))
         for part in self._parts():
-            part.unlink()
+            part.unlink(missing_ok=True)  # another command may have finished the same answers
 
     def _part(self, process: int) -> Path:
         assert self.file is not None
