@@ -124,9 +124,9 @@ def run_stage(
                 first_decides(lambda: require_same_content(output, content))
         if processes.is_main_process:
             claim_output(run, output, content)
-        evaluations = evaluation_callback(run, student, teachers, targets, data, evaluator, console)
-        trainer = build_trainer(run, model, data, teachers, processes, [*callbacks, *evaluations])
-        train(trainer, checkpoint, console, *evaluations)
+        evaluation = evaluation_callback(run, student, teachers, targets, data, evaluator, console)
+        trainer = build_trainer(run, model, data, teachers, processes, callbacks, evaluation)
+        train(trainer, checkpoint, console, evaluation)
         if processes.is_main_process:
             with naming_saved_weights(output):
                 finish(run, student, model, console)
@@ -274,16 +274,18 @@ def build_trainer(
     data: StageData,
     teachers: Mapping[str, Teacher],
     processes: PartialState,
-    callbacks: Sequence[TrainerCallback],
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluation: EvaluationCallback | None = None,
 ) -> StageTrainer:
     """The trainer with its callbacks.
 
     Call it after building the model: once the Trainer's arguments name ZeRO-3, transformers shards all models it loads.
     """
     output = Path(run.output)
-    of_evaluations = next(({MEASURED_ON: one.on} for one in callbacks if isinstance(one, EvaluationCallback)), {})
-    log = JsonlCallback(output / "log.jsonl", of_evaluations)
+    log = JsonlCallback(output / "log.jsonl", {MEASURED_ON: evaluation.on} if evaluation else {})
     watchers: list[TrainerCallback] = [log, console_callback(), *callbacks]
+    if evaluation is not None:
+        watchers.append(evaluation)
     board = None
     if "tensorboard" in run.logging.report_to and processes.is_main_process:
         board = tensorboard(output / "tensorboard")
@@ -292,10 +294,9 @@ def build_trainer(
     arguments = training_arguments(run, output, processes.num_processes, zero)
     trainer = StageTrainer(model, arguments, data, teachers, run, watchers)
     trainer.remove_callback(PrinterCallback)
-    for watcher in watchers:
-        if isinstance(watcher, EvaluationCallback):
-            watcher.trainer = trainer
-            watcher.log_images = partial(log_images, run.logging.report_to, board=getattr(board, "tb_writer", None))
+    if evaluation is not None:
+        evaluation.trainer = trainer
+        evaluation.log_images = partial(log_images, run.logging.report_to, board=getattr(board, "tb_writer", None))
     return trainer
 
 
@@ -307,14 +308,14 @@ def evaluation_callback(
     data: StageData,
     evaluator: Evaluator | None,
     console: Console,
-) -> list[EvaluationCallback]:
-    """The callback that evaluates while the run trains; an empty list without ``run.evaluation``."""
+) -> EvaluationCallback | None:
+    """The callback that evaluates while the run trains; None without ``run.evaluation``."""
     if run.evaluation is None:
-        return []
+        return None
     rows = held_out_rows(run, student, teachers, targets, data, console)
     held_out = HeldOut(run.evaluation, run.optimization, student, rows, evaluator)
     on = first_decides(lambda: held_out.measured_on(PartialState().num_processes))
-    return [EvaluationCallback(held_out, Path(run.output), on)]
+    return EvaluationCallback(held_out, Path(run.output), on)
 
 
 def continue_rows(checkpoint: Path, data: StageData) -> None:
@@ -329,7 +330,7 @@ def continue_rows(checkpoint: Path, data: StageData) -> None:
 
 
 def train(
-    trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluations: EvaluationCallback | None = None
+    trainer: StageTrainer, checkpoint: Path | None, console: Console, evaluation: EvaluationCallback | None = None
 ) -> None:
     """Trains to the end, from ``checkpoint`` if given; with ``use_best``, then loads the best checkpoint's weights.
 
@@ -357,9 +358,9 @@ def train(
                 f"told to stop: saved at step {step} of {last} in {trainer.output / 'checkpoints'}; "
                 "to continue, repeat the command (visper train: with --resume)"
             )
-    if evaluations is not None and evaluations.held_out.settings.use_best:
-        measure = evaluations.held_out.settings.measure
-        best = first_decides(lambda: best_checkpoint(trainer.output, measure, evaluations.on))
+    if evaluation is not None and evaluation.held_out.settings.use_best:
+        measure = evaluation.held_out.settings.measure
+        best = first_decides(lambda: best_checkpoint(trainer.output, measure, evaluation.on))
         trainer.restore(best)
         announce(console, "best", f"the finished model has the weights of {best.name}")
     model = trainer.accelerator.unwrap_model(trainer.model)
