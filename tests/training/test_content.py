@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from visper.common.errors import ConfigError
+from visper.common.files import write_text
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import Run
 from visper.data.rows import table
@@ -21,8 +22,9 @@ from visper.data.sets.catalog import row_files
 from visper.target_store.build import build_targets
 from visper.target_store.open import open_targets
 from visper.training import is_finished, run_pipeline, run_stage
+from visper.training import output as output_module
 from visper.training.content import CONTENT, content_of, require_same_content
-from visper.training.output import claim_output
+from visper.training.output import check_output, claim_output
 from visper.training.trainer import StageTrainer
 
 
@@ -170,6 +172,22 @@ def finished(run: Run) -> None:
     (Path(run.output) / "model").mkdir(parents=True)
     claim_output(run, Path(run.output), content(run))
     (Path(run.output) / "model" / "run.yaml").touch()
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_run_killed_while_it_claims_its_folder_may_begin_again(run: Run, monkeypatch, written: int) -> None:
+    output = Path(run.output)
+    output.mkdir()
+    left = iter(range(written))
+
+    def write(path: Path, text: str) -> None:
+        next(left)
+        write_text(path, text)
+
+    monkeypatch.setattr(output_module, "write_text", write)
+    with pytest.raises(StopIteration):
+        claim_output(run, output, content(run))
+    check_output(run, output, resume=False)
 
 
 @pytest.mark.parametrize("damaged", [None, "{", "[]"])

@@ -147,8 +147,8 @@ def claim_output(run: Run, output: Path, content: dict[str, str]) -> None:
     """Records this run as the owner of the locked folder, just before training; removes a killed run's leftovers."""
     remove_leftovers(output.iterdir())
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
+    write_text(output / RUN, run_text(run))  # first: without it, the rest is taken for somebody else's files
     write_text(output / CONTENT, json.dumps(content, indent=1))
-    write_text(output / RUN, run_text(run))
 
 
 def saved_run(output: Path) -> Run | None:
