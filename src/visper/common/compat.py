@@ -20,11 +20,11 @@ TRAINER_METHODS = (
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
 )
-"""Private methods of transformers' Trainer that ``training.trainer`` overrides (transformers 5.17 to 5.23)."""
+"""Private methods of transformers' Trainer that ``training.trainer`` overrides (transformers 5.17 to 5.24)."""
 
 
 def attention_of(model: Any) -> str | None:
-    """The name of the attention function that a transformers model uses (transformers 5.17 to 5.23).
+    """The name of the attention function that a transformers model uses (transformers 5.17 to 5.24).
 
     Setting it (``set_attn_implementation``) is public, reading it is not.
     """
@@ -37,7 +37,7 @@ def save_under_published_names(model: Any) -> None:
 
     ``from_pretrained`` records on the model how it renamed the weights, and ``save_pretrained`` undoes that. Without
     this record, CLIP's ``vision_tower.vision_model.`` prefix is missing from the saved names; vLLM and older
-    transformers expect it (transformers 5.17 to 5.23).
+    transformers expect it (transformers 5.17 to 5.24).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
 

@@ -221,7 +221,7 @@ class DistillationMixin(Trainer):
         """Loads the model's weights from a checkpoint that uses other parameter names than the model.
 
         transformers saves some models (LLaVA-OneVision, Qwen2.5-VL, InternVL, Gemma 3) under the parameter names of
-        older versions. Its Trainer does not translate them back (5.17 to 5.23): it would warn, resume from the
+        older versions. Its Trainer does not translate them back (5.17 to 5.24): it would warn, resume from the
         initial weights, and end with the last instead of the best ones.
         """
         names: set[str] = set()
