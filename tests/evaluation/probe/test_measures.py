@@ -215,7 +215,8 @@ def test_findings_are_read_back_and_drawn(tmp_path):
     save_findings(found, tmp_path / "probe.json")
     assert read_findings(tmp_path) == found
     draw_curves({"one": found, "two": found}, tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    shown = (tmp_path / "curves.svg").read_text()
+    assert "<!-- dotted: controls, shaded: 95 % interval over images -->" in shown
     with pytest.raises(ConfigError, match=r"curves\.what"):
         draw_curves({"one": found}, tmp_path / "curves.what")
     with pytest.raises(ConfigError, match="no scores of a probe"):
