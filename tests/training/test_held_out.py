@@ -333,6 +333,16 @@ def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
         make("run", evaluation)
 
 
+def test_a_source_without_a_measured_row_is_no_measure(make, held_out):
+    """Of 7 and 2 rows, a limit of 3 takes three of the first source."""
+    few = json.loads((held_out / "rows.json").read_text())[:2]
+    (held_out / "few.json").write_text(json.dumps(few))
+    sources = [{"json": str(held_out / f"{name}.json"), "images": str(held_out / "images")} for name in ("rows", "few")]
+    run = make("run", losses(held_out, best="ntp/few", limit=3) | {"loss_on": sources})
+    with pytest.raises(ConfigError, match=r"'ntp/few', which is not measured: .* loss, ntp, ntp/rows, depth"):
+        train(run)
+
+
 def test_faults_show_before_training(make, held_out):
     with pytest.raises(ConfigError, match="no benchmark 'mmstat': choose one of"):
         evaluator_of(make("run", {"benchmark": "mmstat"}))

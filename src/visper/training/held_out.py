@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -89,7 +90,10 @@ class HeldOut:
         values: list[str] = []
         if self.rows is not None:
             terms = () if model.objective is None else model.objective.term_names
-            values = ["loss", NTP, *(f"{NTP}/{name}" for name in self.rows.dataset.source_names), *terms]
+            order = np.array(self.measured_order(PartialState().num_processes))
+            shown = set(self.rows.dataset.records.select(order).part_numbers.tolist())
+            names = [name for number, name in enumerate(self.rows.dataset.source_names) if number in shown]
+            values = ["loss", NTP, *(f"{NTP}/{name}" for name in names), *terms]
         if self.evaluator is not None:
             values += self.evaluator.values
         measure = self.settings.measure.removeprefix(EVALUATED)
@@ -330,7 +334,7 @@ def _leave_out_unreadable(rows: StageData, limit: int, console: Console) -> None
         return
     drops = DropList(bad.values())
     drops.check(len(order), rows.drop_limit)
-    rows.dataset.records = records.select([row for row in order if row not in bad])
+    rows.dataset.records = records.select(np.array([row for row in order if row not in bad]))
     announce(console, "warning", f"{len(drops)} held-out rows cannot be read and are left out: {drops.counts()}")
 
 
