@@ -30,7 +30,7 @@ from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
 from visper.distillation.teachers.oneformer import OneFormerTeacher
-from visper.evaluation.intervals import grouped
+from visper.evaluation.intervals import grouped, wilson_grouped
 from visper.evaluation.predictions import PreTrained, layer_of, predict_images, task_of, teacher_targets
 from visper.evaluation.visualize import PROMPT
 
@@ -206,7 +206,8 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
         rules = {"": [by >= 0 for by in ahead], TIES_WRONG: [by > 0 for by in ahead]}
         return {rule: [float(a == b) for a, b in zip(said, closer, strict=True)] for rule, said in rules.items()}
 
-    return _decoded(found, files, "DA-2K", score, DepthAnythingTeacher)
+    # Wilson's, because a t-interval would have no width where all pairs are right.
+    return _decoded(found, files, "DA-2K", score, DepthAnythingTeacher, wilson_grouped)
 
 
 def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
@@ -258,6 +259,7 @@ def _decoded(
     measure: str,
     score: Score,
     kind: type[Teacher],
+    interval_of: Callable[[list[list[float]]], tuple[float, float] | None] = lambda images: grouped(images)[1],
 ) -> list[Finding]:
     """Mean scores of layers, for tasks with this kind of teacher; controls: its own, its mean, another image's."""
     tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
@@ -282,7 +284,7 @@ def _decoded(
             last = own
     result = []
     for name in last:
-        value, interval = grouped(scores[name])
+        value, interval = grouped(scores[name])[0], interval_of(scores[name])
         task = task_of(name)
         places = {rule: f"{name}/{rule}" for rule in (TIES_WRONG, OTHER)}
         places |= {control: f"{task}/{control}" for control in (MEAN, TEACHER)}
