@@ -63,7 +63,7 @@ def test_files_have_the_mode_of_any_new_file(made, tmp_path):
 
 def save_scores(model, name="realworldqa", share=0.5125, asked=765):
     column = Column("accuracy", share, (0.477, 0.548), asked)
-    result = Result(name, asked, 765, [column], [column], [], 0, 0, 0, Path())
+    result = Result(name, asked, 765, [column], [column], [column], [], 0, 0, 0, Path())
     save_results(model / "answers" / f"{name}.scores.json", [result], str(model))
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,19 @@ def test_a_map_is_judged_beside_a_guess_by_position_and_its_teacher(head, predic
         assert finding.higher == (head == "classes")
 
 
+def test_the_interval_of_a_share_of_pixels_is_over_scenes():
+    """Scenes of 1, 2 and 1 object pixels, of which 0, 2 and 1 are right: numpy's ratio estimator."""
+    shown = scenes([[1.0] * 2] * 3, [[0, 0], [1, 1], [2, 0]], [[True, False], [True, True], [True, False]])
+    drawn = F.one_hot(torch.tensor([[1, 0], [1, 1], [2, 1]])[:, None], 3).permute(0, 3, 1, 2)
+    teacher = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(head="classes")), decode_values=lambda v: v)
+    fit = scenes([[1.0] * 2] * 3, [[0, 1], [1, 1], [2, 2]], [[True, True]] * 3)
+    found = _drawn("seg/1", teacher, drawn, drawn, fit, shown)[1]
+    right, seen = np.array([0, 2, 1]), np.array([1, 2, 1])
+    error = np.sqrt(np.var(right - 0.75 * seen, ddof=1) / 3) / seen.mean()
+    half = 4.302653 * error
+    assert found.value == 0.75 and found.interval == pytest.approx((0.75 - half, 0.75 + half), rel=1e-5)
+
+
 def test_scores_on_a_world_say_how_many_scenes_it_had_to_judge(monkeypatch):
     targets = torch.randn(3, 5, 4)
     world = HeldOut([None] * 3, *[torch.ones(3, 1, 2)] * 3)
@@ -62,4 +76,4 @@ def test_scores_on_a_world_say_how_many_scenes_it_had_to_judge(monkeypatch):
     monkeypatch.setattr(probed, "sources_of", lambda *given: {"depth": lambda images: targets})
     monkeypatch.setattr(probed, "predict_images", lambda *given: {"depth/1": targets})
     (found,) = probed.world_findings(SimpleNamespace(run=None, model=None), "world", 300)
-    assert (found.images, found.value) == (3, pytest.approx(1.0))
+    assert (found.images, found.value, found.interval) == (3, pytest.approx(1.0), pytest.approx((1.0, 1.0), abs=1e-5))

@@ -68,6 +68,9 @@ def test_flops_are_those_counted_by_hand(model, packed, recomputed, frozen):
         model(**{name: batch[name] for name in FORWARD_KEYS & batch.keys()}, num_tokens=sizes.supervised)
     found = meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens)
     assert found == by_hand(model.student.get_output_embeddings().out_features, 6, frozen)
+    layer = 2 * WIDTH * WIDTH + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
+    again = 2 * LAYERS * layer * sum(TOKENS) + 4 * WIDTH * LAYERS * sum(n**2 for n in TOKENS)
+    assert meter.costs.recomputation(sizes.tokens, sizes.pairs) == again
 
 
 def test_flex_attention_is_counted_or_said_not_to_be(model, caplog, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +123,32 @@ def test_steps_that_are_evaluated_are_logged_too(make, held_out):
     run = make("run", losses(held_out, every=2))
     train(run)
     assert [entry["step"] for entry in computed(run.output)] == [1, 2, 3, 4]
+
+
+def test_the_time_of_an_evaluation_is_not_that_of_a_step(make, held_out, monkeypatch):
+    """Else the throughput of the line after it is that of both."""
+    measure, slow = HeldOut.measure, 2.0
+    monkeypatch.setattr(HeldOut, "measure", lambda *given: time.sleep(slow) or measure(*given))
+    run = make("run", losses(held_out))
+    train(run)
+    lines = map(json.loads, (Path(run.output) / "log.jsonl").read_text().splitlines())
+    assert 0 < max(line["step_s"] for line in lines if "step_s" in line) < slow
+
+
+def test_rows_that_cannot_be_read_are_left_out_and_named_or_too_many(make, held_out, tmp_path, capfd):
+    """Else they are missing from every mean: with one image left, the contrastive loss is zero."""
+    broken = shutil.copytree(held_out, tmp_path / "broken")
+    (broken / "images" / "2.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"1 of 7 rows \(14.3%\), allowed 1.0%: .* 'rows/2/2'"):
+        train(make("refused", losses(broken)))
+    found = train(make("run", losses(broken), data={"drop_limit": 0.2}))[4]
+    rows = [row for row in json.loads((held_out / "rows.json").read_text()) if row.get("image") != "2.png"]
+    (held_out / "good.json").write_text(json.dumps(rows))
+    good = [{"json": str(held_out / "good.json"), "images": str(held_out / "images")}]
+    only_good = train(make("good", losses(held_out) | {"loss_on": good}))[4]
+    assert {n: v for n, v in found.items() if "eval" in n} == {n: v for n, v in only_good.items() if "eval" in n}
+    shown = capfd.readouterr().out
+    assert "1 held-out rows cannot be read" in shown and "losses on 6 held-out rows" in shown
 
 
 def test_the_loss_is_the_mean_over_the_rows_however_they_are_split(make, held_out):
@@ -304,6 +331,16 @@ def test_images_that_are_trained_on_are_pointed_out_whatever_their_names(make, r
 def test_what_cannot_be_evaluated_is_refused(make, evaluation, message):
     with pytest.raises(ValueError, match=message):
         make("run", evaluation)
+
+
+def test_a_source_without_a_measured_row_is_no_measure(make, held_out):
+    """Of 7 and 2 rows, a limit of 3 takes three of the first source."""
+    few = json.loads((held_out / "rows.json").read_text())[:2]
+    (held_out / "few.json").write_text(json.dumps(few))
+    sources = [{"json": str(held_out / f"{name}.json"), "images": str(held_out / "images")} for name in ("rows", "few")]
+    run = make("run", losses(held_out, best="ntp/few", limit=3) | {"loss_on": sources})
+    with pytest.raises(ConfigError, match=r"'ntp/few', which is not measured: .* loss, ntp, ntp/rows, depth"):
+        train(run)
 
 
 def test_faults_show_before_training(make, held_out):

@@ -25,7 +25,7 @@ def run(
         str | None, typer.Option(help="recipe or run.yaml whose tasks name the teachers; default: the model's own")
     ] = None,
     rows: Annotated[Path | None, path_option(help="JSON rows; train only on the images that they name")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="train only on the first N images", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="train only on N images, evenly spaced", metavar="N")] = None,
     score: Annotated[
         list[str] | None,
         typer.Option(
@@ -33,7 +33,7 @@ def run(
         ),
     ] = None,
     score_limit: Annotated[
-        int | None, typer.Option(min=1, help="score only on the first N images", metavar="N")
+        int | None, typer.Option(min=1, help="score only on N images, evenly spaced", metavar="N")
     ] = None,
     root: Annotated[Path, path_option(help="folder of the data sets that --score names")] = Path("data"),
     beside: Annotated[list[Path] | None, path_option(help="folder of another probe to draw; repeatable")] = None,

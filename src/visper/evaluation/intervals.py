@@ -46,7 +46,7 @@ def wilson_grouped(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     share = right / total
     if len(groups) < 2 or not 0 < share < 1:
         return wilson(share * len(groups), len(groups))
-    variance = _variance(groups, share)
+    variance = _variance([sum(group) for group in groups], [len(group) for group in groups], share)
     alike = min(total, share * (1 - share) / variance) if variance else total
     return wilson(share * alike, alike, t_quantile(len(groups) - 1))
 
@@ -60,20 +60,24 @@ def grouped(groups: Sequence[Sequence[float]]) -> tuple[float, tuple[float, floa
     Raises:
         ValueError: there are no values.
     """
-    count = sum(map(len, groups))
-    if count == 0:
+    return of_sums([sum(group) for group in groups], [len(group) for group in groups])
+
+
+def of_sums(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, tuple[float, float] | None]:
+    """Like ``grouped``, from the sum and the number of values of each group, such as an image's pixels."""
+    if sum(counts) == 0:
         raise ValueError("a mean needs at least one value")
-    mean = sum(map(sum, groups)) / count
-    if len(groups) < 2:
+    mean = sum(sums) / sum(counts)
+    if len(sums) < 2:
         return mean, None
-    half = t_quantile(len(groups) - 1) * math.sqrt(_variance(groups, mean))
+    half = t_quantile(len(sums) - 1) * math.sqrt(_variance(sums, counts, mean))
     return mean, (mean - half, mean + half)
 
 
-def _variance(groups: Sequence[Sequence[float]], mean: float) -> float:
-    """The variance of the mean of all values, from the groups' sums."""
-    spread = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
-    return spread * len(groups) / (len(groups) - 1) / sum(map(len, groups)) ** 2
+def _variance(sums: Sequence[float], counts: Sequence[int], mean: float) -> float:
+    """The variance of the mean of all values, from the groups' sums and numbers of values."""
+    spread = sum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return spread * len(sums) / (len(sums) - 1) / sum(counts) ** 2
 
 
 def by_images(values: Iterable[float], images: Iterable[tuple[str, ...]]) -> list[list[float]]:

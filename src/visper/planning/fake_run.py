@@ -38,7 +38,7 @@ from visper.planning.row_statistics import RowLength, Rows
 from visper.training.assemble import build_training_model, set_trainable
 from visper.training.attention import choose_attention
 from visper.training.checkpoint import trainable_state
-from visper.training.flops import FlopMeter
+from visper.training.flops import Costs, FlopMeter
 from visper.training.lora import add_updates
 from visper.training.module import FORWARD_KEYS, TrainingModel
 from visper.training.stages import PartCount, count_parts
@@ -140,12 +140,22 @@ class FakeRun:
 
     def row_flops(self, rows: Rows) -> float:
         """Model FLOPs of an average row: one forward and one backward pass, without teachers."""
+        costs, sizes = self._average(rows)
+        return costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens) / 16
+
+    def recomputed_flops(self, rows: Rows) -> float:
+        """The further FLOPs of an average row if all layers of the LLM are recomputed."""
+        costs, sizes = self._average(rows)
+        return costs.recomputation(sizes.tokens, sizes.pairs) / 16
+
+    def _average(self, rows: Rows) -> tuple[Costs, Sizes]:
+        """What the model's FLOPs are made of, and the sizes of 16 average rows."""
         batch, sizes = fake_batch(rows.average_micro_batch(16), self.student, self.model, self.run, self.fake)
         if self._meter.costs is None:  # no step has been traced yet
             with KnownPositions(self.fake), autocast(self.run), self._watch(batch, sizes)():
                 self.model(**batch)
         assert self._meter.costs is not None
-        return self._meter.costs.flops(sizes.tokens, sizes.pairs, sizes.supervised, sizes.image_tokens) / 16
+        return self._meter.costs, sizes
 
     def _watch(self, batch: Mapping[str, Any], sizes: Sizes) -> Callable[[], AbstractContextManager[None]]:
         return partial(self._meter.watch, self.model, batch["input_ids"].numel(), sizes)

@@ -107,7 +107,7 @@ class Plan:
         """Duration of the run at ``ASSUMED_MFU``; None if the device's peak is not known."""
         if self.machine.peak is None:
             return None
-        recomputed = self.row_flops * self.settings.checkpointing / 3
+        recomputed = self.model.recomputed_flops(self.rows) * self.settings.checkpointing
         total = (self.step_flops + recomputed * self.run.optimization.global_batch) * self.steps
         return total / (self.machine.peak * ASSUMED_MFU * self.machine.processes)
 

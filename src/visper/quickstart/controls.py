@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from visper.distillation.alignment import pooled
+from visper.evaluation.intervals import of_sums
 from visper.evaluation.predictions import task_of
-from visper.evaluation.probe.measures import TEACHER, Finding, centered_cosine
+from visper.evaluation.probe.measures import OTHER_TARGET, TEACHER, Finding, centered_cosine
 from visper.quickstart.objective import Source
 from visper.quickstart.tower import TowerTeacher
 
@@ -79,8 +80,9 @@ def findings(
             measure = "cosine of Gram matrices without the mean target's"
             ours, fitted, own = (unit @ unit.mT for unit in (F.normalize(part, dim=-1) for part in (ours, fitted, own)))
         other, mean = own.roll(len(own) // 2, dims=0), fitted.mean(0)
-        cosine, control = (float(centered_cosine(ours, one, mean).mean()) for one in (own, other))
-        found.append(Finding(name, measure, cosine, {"another scene's target": control}, True))
+        cosines = [centered_cosine(ours, one, mean).tolist() for one in (own, other)]
+        (cosine, interval), (control, _) = (of_sums(each, [1] * len(each)) for each in cosines)
+        found.append(Finding(name, measure, cosine, {OTHER_TARGET: control}, True, interval))
         if task in teachers and values.shape == target_SNE.shape:
             found.extend(_drawn(name, teachers[task], values, target_SNE, fit, judged))
     return found
@@ -110,6 +112,9 @@ def _drawn(
     for where, mask, guess in places:
         maps = (ours, guess.expand_as(exact), ceiling)
         scores = ((m - exact).abs() / exact if head == "depth" else (m == exact).float() for m in maps)
-        value, blind, best = (float(score[mask].mean()) for score in scores)
-        found.append(Finding(name, f"{measure}, {where}", value, {control: blind, TEACHER: best}, head != "depth"))
+        counts = mask.flatten(1).sum(1).tolist()
+        sums = ((score * mask).flatten(1).sum(1).tolist() for score in scores)
+        (value, interval), (blind, _), (best, _) = (of_sums(own, counts) for own in sums)
+        controls = {control: blind, TEACHER: best}
+        found.append(Finding(name, f"{measure}, {where}", value, controls, head != "depth", interval))
     return found

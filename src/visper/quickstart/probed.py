@@ -10,6 +10,7 @@ from visper.config import Run, load_run
 from visper.data.checks.overlap import file_images, shared_images
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
+from visper.data.sampler import spread
 from visper.evaluation.predictions import PreTrained, load_pre_trained, predict_images
 from visper.evaluation.probe.curves import SCORES, read_findings, save_findings
 from visper.evaluation.probe.measures import (
@@ -86,7 +87,7 @@ def require_apart(rows: Path, images: Path, what: str, root: Path, limit: int | 
     elif (Path(what) / "held_out.npz").is_file():
         return
     else:
-        files = images_below(Path(what))[:limit]
+        files = spread(images_below(Path(what)), limit)
     shared = shared_images(file_images(files), open_records([(rows, images)], DropList()))
     if shared:
         name, same = next(iter(shared.values()))
@@ -109,7 +110,7 @@ def score_on(found: PreTrained, what: str, root: Path, limit: int | None = None)
     if (folder / "held_out.npz").is_file():
         scored = world_findings(found, folder, limit or JUDGED)
     else:
-        scored = cosine_findings(found, images_below(folder)[:limit])
+        scored = cosine_findings(found, spread(images_below(folder), limit))
     return [replace(one, of=str(folder.resolve())) for one in scored]
 
 

@@ -44,17 +44,23 @@ class Costs:
         pair: of the decoder's attention, per pair of tokens in a sample.
         answer: of the LLM's head, per supervised token.
         image_token: of encoder, projector and predictors, per image token; None until a batch with an image is seen.
+        recomputed: of one more forward pass through all of the decoder's layers except attention, per token.
     """
 
     token: float
     pair: float
     answer: float
     image_token: float | None
+    recomputed: float
 
     def flops(self, tokens: int, pairs: int, supervised: int, image_tokens: int) -> float:
         """The FLOPs of a batch with these counts (``data.collator.Sizes``)."""
         text = self.token * tokens + self.pair * pairs + self.answer * supervised
         return text + (self.image_token or 0.0) * image_tokens
+
+    def recomputation(self, tokens: int, pairs: int) -> float:
+        """The further FLOPs if all layers of the decoder are recomputed in the backward pass."""
+        return self.recomputed * tokens + self.pair / 3 * pairs
 
 
 class FlopMeter:
@@ -92,18 +98,20 @@ class FlopMeter:
             pair=3.0 * 4 * width * len(llm.layers),
             answer=2.0 * head.in_features * head.out_features * (3 if head.weight.requires_grad else 2),
             image_token=products.counts["image"] / sizes.image_tokens if sizes.image_tokens else None,
+            recomputed=float(int(products.forward["layers"]) * self._stands_for) / operated,
         )
 
 
 class Products:
     """FLOPs of all matrix products, including their gradients, by the ``region`` in which they are called.
 
-    The gradient of each factor that requires one costs as much as the product itself.
+    The gradient of each factor that requires one costs as much as the product itself; ``forward`` leaves gradients out.
     """
 
     def __init__(self, region: str = "") -> None:
         self.region = region
         self.counts = {"": 0.0, "llm": 0.0, "layers": 0.0, "image": 0.0}
+        self.forward = dict(self.counts)
 
     def count(self, operation: Any, args: Any, kwargs: Any) -> Any:
         """Runs ``operation`` and counts it."""
@@ -111,7 +119,9 @@ class Products:
         if self.region and kind in FORMULAS and (self.region not in DECODER or _is_linear(kind)):
             factors = args[1:3] if kind in BIAS_FIRST else args[:2]
             grads = sum(isinstance(f, Tensor) and f.requires_grad for f in factors) if torch.is_grad_enabled() else 0
-            self.counts[self.region] += FORMULAS[kind](*args, **kwargs, out_val=result) * (1 + grads)
+            flops = FORMULAS[kind](*args, **kwargs, out_val=result)
+            self.forward[self.region] += flops
+            self.counts[self.region] += flops * (1 + grads)
         return result
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -27,6 +28,7 @@ from visper.common.files import atomic_path, write_text
 from visper.common.ranks import first_decides
 from visper.config import EVALUATED, Evaluation, Optimization, Run
 from visper.data.checks.overlap import row_images, shared_images
+from visper.data.rows.records import Drop, DropList
 from visper.data.sampler import spread
 from visper.distillation import Teacher
 from visper.model import Student
@@ -36,6 +38,7 @@ from visper.training.best import BEST, MEASURED_ON, earlier_values, measured_on
 from visper.training.checkpoint import checkpoint_name
 from visper.training.global_batch import SourceSums
 from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
+from visper.training.monitor import REST
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import StageTrainer
@@ -87,7 +90,10 @@ class HeldOut:
         values: list[str] = []
         if self.rows is not None:
             terms = () if model.objective is None else model.objective.term_names
-            values = ["loss", NTP, *(f"{NTP}/{name}" for name in self.rows.dataset.source_names), *terms]
+            order = np.array(self.measured_order(PartialState().num_processes))
+            shown = set(self.rows.dataset.records.select(order).part_numbers.tolist())
+            names = [name for number, name in enumerate(self.rows.dataset.source_names) if number in shown]
+            values = ["loss", NTP, *(f"{NTP}/{name}" for name in names), *terms]
         if self.evaluator is not None:
             values += self.evaluator.values
         measure = self.settings.measure.removeprefix(EVALUATED)
@@ -114,7 +120,7 @@ class HeldOut:
         names = data.dataset.source_names
         sources = SourceSums(names) if names else None
         sums: dict[str, Tensor] = {}
-        tokens = images = 0
+        tokens = images = dropped = 0
         for start in range(0, len(order), batch):
             own = order[start : start + batch][accelerator.process_index :: accelerator.num_processes]
             micro = self.optimization.micro_batch
@@ -133,7 +139,10 @@ class HeldOut:
                 for name, term in outputs.items():
                     count = counts.supervised if name == NTP else counts.images
                     sums[name] = sums.get(name, torch.zeros_like(term)) + term * count
-            tokens, images = tokens + counts.supervised, images + counts.images
+            tokens, images, dropped = tokens + counts.supervised, images + counts.images, dropped + counts.dropped
+        if dropped:  # they could be read when the run began
+            text = f"{dropped} held-out rows cannot be read any more: the means are those of the others"
+            announce(Console(quiet=not accelerator.is_main_process), "warning", text)
         sums.pop("loss")
         terms_of = sorted(sums)
         totals = accelerator.reduce(torch.stack([sums[name].float() for name in terms_of]), "sum")
@@ -240,11 +249,14 @@ class EvaluationCallback(TrainerCallback):
         settings = self.held_out.settings
         if state.global_step % settings.every and state.global_step != state.max_steps:
             return
+        clock = self.trainer.monitor.clock
+        clock.mark(REST)
         values = self.held_out.measure(self.trainer)
         due = control.should_log
         self.trainer.log(dict(values))
         control.should_log = due  # logging clears it, which would suppress the step's own log line
         self._draw(state.global_step)
+        clock.mark(None)  # otherwise the next line's throughput is that of training and evaluation
         if self._take(values[settings.measure], state.global_step):
             control.should_save = True
 
@@ -301,10 +313,29 @@ def held_out_rows(
     plain = {"sources": settings.loss_on, "group_by_length": False, "join_conversations": False, "drop_list": ()}
     held_out = run.model_copy(update={"data": run.data.model_copy(update=plain)})
     rows = build_data(held_out, student, teachers, targets, Console(quiet=True))
+    _leave_out_unreadable(rows, settings.limit, console)
     _announce_rows(rows, settings, run.optimization.global_batch, console)
     if PartialState().is_main_process:
         _warn_of_shared(rows, trained, settings.limit, console)
     return rows
+
+
+def _leave_out_unreadable(rows: StageData, limit: int, console: Console) -> None:
+    """Leaves out the rows to measure that cannot be read: otherwise they would be missing from every mean.
+
+    Raises:
+        DataError: they are more than ``data.drop_limit`` of the rows to measure.
+    """
+    records = rows.dataset.records
+    order = spread(range(len(records)), limit)
+    read = ((row, rows.dataset[row]) for row in order)
+    bad = first_decides(lambda: {row: drop for row, drop in read if isinstance(drop, Drop)})
+    if not bad:
+        return
+    drops = DropList(bad.values())
+    drops.check(len(order), rows.drop_limit)
+    rows.dataset.records = records.select(np.array([row for row in order if row not in bad]))
+    announce(console, "warning", f"{len(drops)} held-out rows cannot be read and are left out: {drops.counts()}")
 
 
 def batch_sizes(rows: int, batch: int) -> list[int]:

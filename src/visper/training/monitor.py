@@ -63,18 +63,18 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._marks: list[tuple[str, Any]] = []
+        self._marks: list[tuple[str | None, Any]] = []
         self._last: Any = None
 
-    def mark(self, part: str) -> None:
-        """Attributes the time since the last mark to ``part``."""
+    def mark(self, part: str | None) -> None:
+        """Attributes the time since the last mark to ``part``; None leaves it out of all parts."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append((part, event))
             return
         now = time.perf_counter()
-        if self._last is not None:
+        if self._last is not None and part is not None:
             self._seconds[part] += now - self._last
         self._last = now
 
@@ -83,7 +83,7 @@ class StepClock:
         if self._marks:
             self._marks[-1][1].synchronize()
             for part, event in self._marks:
-                if self._last is not None:
+                if self._last is not None and part is not None:
                     self._seconds[part] += self._last.elapsed_time(event) / 1e3
                 self._last = event
             self._marks.clear()

@@ -120,10 +120,13 @@ def test_all_gives_the_papers_seven_columns_and_their_mean(root, asker, tmp_path
     theirs = next(line for line in shown.splitlines() if "OLA-VLM, Llama-3 ViT-L" in line).split()[3:]
     assert theirs == ["51.3", "74.2", "69.4", "54.3", "61.4", "39.5", "57.9", "56.6", "57.6"]
     assert "Qwen2.5-VL-7B (2026)" in shown
+    row = next(line for line in shown.splitlines() if "CV-Bench" in line)
+    assert [cell.strip() for cell in row.split("│")[4:6]] == ["37.5", "87.5"]  # published parser, constant
     assert "cv-bench: 5 asked, 0 not answered (image unreadable, or too long), 0 answers empty, 2 answers that" in shown
     save_results(tmp_path / "s.json", results, "owner/name")
     saved = json.loads((tmp_path / "s.json").read_text())
     assert saved["ok-vqa"]["scores"]["OK-VQA"]["score"] == pytest.approx(0.8) and "average" in saved
+    assert saved["ok-vqa"]["constant"] == {"OK-VQA": pytest.approx(0.5)}
 
 
 def test_a_limit_takes_rows_evenly_and_says_so(root, asker, capsys):

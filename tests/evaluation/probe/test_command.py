@@ -17,8 +17,8 @@ from visper.cli import app
 from visper.common.errors import ConfigError
 from visper.config import load_run
 from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, named_apart, read_findings, titles
-from visper.evaluation.probe.measures import Finding
-from visper.evaluation.probe.recipe import images_below, probe_run, teacher_targets_of
+from visper.evaluation.probe.measures import Finding, da2k_files
+from visper.evaluation.probe.recipe import images_below, probe_run, teacher_targets_of, write_rows
 from visper.training import run_stage
 
 SMALL = ["optimization.global_batch=4", "optimization.precision=float32", "data.workers=0"]
@@ -113,6 +113,19 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     }
     probe(probed, out, "--score", tmp_path / "held-out", "--score-limit", 2)
     assert read_findings(out)[: len(both)] == both
+
+
+def test_a_part_of_the_images_is_spread_over_all_of_them(tmp_path):
+    """Sorted by name, images are often sorted by content: DA-2K by kind of scene, other sets by class."""
+    names = [f"{kind}/{number}.png" for kind in ("aerial", "indoor", "water") for number in range(4)]
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    write_rows(tmp_path / "images", tmp_path / "rows.json", limit=3)
+    assert [row["image"] for row in json.loads((tmp_path / "rows.json").read_text())] == names[::4]
+    (tmp_path / "eval" / "DA-2K").mkdir(parents=True)
+    (tmp_path / "eval" / "DA-2K" / "annotations.json").write_text(json.dumps(dict.fromkeys(names, ())))
+    assert da2k_files(tmp_path, 3) == [tmp_path / "eval" / "DA-2K" / name for name in names[::4]]
 
 
 def test_images_are_the_files_that_rows_may_name(tmp_path):

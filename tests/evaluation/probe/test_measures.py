@@ -14,6 +14,7 @@ from visper.common.errors import ConfigError
 from visper.config import Geometry, load_run
 from visper.config import Student as StudentConfig
 from visper.distillation.teachers.segment_maps import Segmentation
+from visper.evaluation import wilson
 from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.probe.curves import draw_curves, read_findings, save_findings
 from visper.evaluation.probe.measures import (
@@ -136,7 +137,7 @@ def test_da2k_counts_the_pairs_whose_order_the_decoded_depth_has(probed, tmp_pat
     for finding in da2k_findings(found, tmp_path):
         assert finding.name.startswith("depth/") and finding.value in (0, 1 / 3, 2 / 3, 1)
         assert {"ties to the second point", "mean target", "teacher"} < set(finding.controls)
-        assert finding.interval is not None and finding.interval[0] <= finding.value <= finding.interval[1]
+        assert finding.interval == pytest.approx(wilson(3 * finding.value, 3))  # also has a width if all are right
     with pytest.raises(ConfigError, match="visper data prepare da-2k --root"):
         da2k_findings(found, tmp_path / "elsewhere")
 
@@ -186,7 +187,8 @@ def test_the_nearer_point_is_the_brighter_one_and_ties_go_to_the_first(probed, t
     monkeypatch.setattr(found.teachers["depth"], "decode", lambda values: near_at_the_right)
     for finding in da2k_findings(found, tmp_path):
         assert (finding.value, finding.controls["teacher"]) == (0.8, 0.8)
-        assert finding.controls["ties to the second point"] == 0.6 and finding.interval is None
+        assert finding.controls["ties to the second point"] == 0.6
+        assert finding.interval == wilson(0.8, 1)  # nothing says how alike the pairs of one image are
 
 
 def test_categories_are_classes_in_their_order(probed, tmp_path, monkeypatch):
@@ -215,7 +217,8 @@ def test_findings_are_read_back_and_drawn(tmp_path):
     save_findings(found, tmp_path / "probe.json")
     assert read_findings(tmp_path) == found
     draw_curves({"one": found, "two": found}, tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    shown = (tmp_path / "curves.svg").read_text()
+    assert "<!-- dotted: controls, shaded: 95 % interval over images -->" in shown
     with pytest.raises(ConfigError, match=r"curves\.what"):
         draw_curves({"one": found}, tmp_path / "curves.what")
     with pytest.raises(ConfigError, match="no scores of a probe"):

@@ -31,6 +31,7 @@ class Result:
     Attributes:
         columns: scores of the answers by our robust parser.
         published: scores of the same answers by the published parser.
+        constant: scores of always giving the most frequent right answer of a question's kind.
         blind: scores with other questions' images; empty without a blind control.
         read_otherwise: number of answers that the published parser reads differently.
         empty: number of answers without any text.
@@ -42,6 +43,7 @@ class Result:
     of: int
     columns: list[Column]
     published: list[Column]
+    constant: list[Column]
     blind: list[Column]
     read_otherwise: int
     empty: int
@@ -83,6 +85,7 @@ def run_benchmark(
         len(rows),
         benchmark.score(items, [reading.text for reading in read]),
         benchmark.score(items, [reading.published for reading in read]),
+        benchmark.score(items, constant_readings(benchmark, items)),
         benchmark.score(items, [reading.text for reading in read_blind]) if read_blind else [],
         sum(reading.text != reading.published for reading in read),
         sum(text is not None and not text.strip() for text in said),
@@ -135,13 +138,14 @@ def show_results(console: Console, results: Sequence[Result]) -> None:
     """Prints all scores with intervals, then a table with the published ones, then how the answers were read."""
     total = average(results)
     own = [*(column for result in results for column in result.columns), *([total] if total is not None else [])]
-    published = {column.name: column.value for result in results for column in result.published}
-    blind = {column.name: column.value for result in results for column in result.blind}
-    table = Table("score", "%", "95 % interval", "published parser", *(["blind"] if blind else []), "questions")
+    others_of = ("published", "constant", *(["blind"] if any(result.blind for result in results) else []))
+    beside_own = [{c.name: c.value for result in results for c in getattr(result, name)} for name in others_of]
+    table = Table("score", "%", "95 % interval", "published parser", *others_of[1:], "questions")
     for column in own:
         low, high = column.interval
-        cells = [f"{100 * column.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", _percent(published, column.name)]
-        table.add_row(column.name, *cells, *([_percent(blind, column.name)] if blind else []), str(column.total))
+        cells = [f"{100 * column.value:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+        cells += [_percent(shares, column.name) for shares in beside_own]
+        table.add_row(column.name, *cells, str(column.total))
     console.print(Text(f"protocol: {PROTOCOL} (its prompts and formulas)"))
     console.print(table)
     others: dict[str, Mapping[str, float | None]] = {
@@ -189,6 +193,7 @@ def save_results(file: Path, results: Sequence[Result], model: str) -> None:
                 c.name: {"score": c.value, "interval": c.interval, "questions": c.total} for c in result.columns
             },
             "published_parser": {c.name: c.value for c in result.published},
+            "constant": {c.name: c.value for c in result.constant},
             "blind": {c.name: c.value for c in result.blind},
         }
         for result in results

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from visper.common.errors import ConfigError
 from visper.common.files import atomic_path, write_text
-from visper.evaluation.probe.measures import OTHER, TIES_WRONG, Finding
+from visper.evaluation.probe.measures import OTHER, OTHER_TARGET, TIES_WRONG, Finding
 
 FORMATS = (".svg", ".png", ".pdf")
 COLUMNS = 3
@@ -137,6 +137,7 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (kind, title) in zip(axes[: len(panels)], panels.items(), strict=True):
+        named: set[str] = set()
         for model, found in probes.items():
             own = sorted((f for f in found if f.kind == kind), key=lambda f: f.layer)
             if not own:
@@ -148,15 +149,18 @@ def draw_curves(probes: Mapping[str, Sequence[Finding]], out: Path) -> None:
             axis.fill_between(layers, low, high, color=line.get_color(), alpha=0.2)
             for control in own[0].controls:
                 values = [f.controls[control] for f in own]
-                same = control not in (OTHER, TIES_WRONG)  # the same for all models, such as the teacher's score
+                same = control not in (OTHER, OTHER_TARGET, TIES_WRONG)  # for all models, such as the teacher's score
                 axis.plot(layers, values, linestyle=":", color="gray" if same else line.get_color(), linewidth=1)
-                if same and model == next(iter(probes)):
+                if control not in named:
                     axis.annotate(control, (layers[0], values[0]), fontsize=7, color="gray", va="bottom")
+                named.add(control)
         highers = {f.higher for found in probes.values() for f in found if f.kind == kind}
         better = "higher is better" if highers == {True} else "lower is better"
         axis.set(title=f"{kind[0]}: {title}", xlabel="layer", ylabel=better)
         axis.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    shaded = any(finding.interval for found in probes.values() for finding in found)
+    title = "dotted: controls" + (", shaded: 95 % interval over images" if shaded else "")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), title=title)
     with atomic_path(out) as partial:
         figure.savefig(partial, format=out.suffix.removeprefix("."), dpi=150)

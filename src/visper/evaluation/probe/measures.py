@@ -25,16 +25,18 @@ from visper.common.errors import ConfigError, DataError, counted
 from visper.common.files import read_json_object
 from visper.config import Geometry, Run
 from visper.data.images import arrange, background_of, open_image
+from visper.data.sampler import spread
 from visper.data.vlm import seen_geometry
 from visper.distillation import Teacher
 from visper.distillation.teachers.depth_anything import DepthAnythingTeacher
 from visper.distillation.teachers.oneformer import OneFormerTeacher
-from visper.evaluation.intervals import grouped
+from visper.evaluation.intervals import grouped, wilson_grouped
 from visper.evaluation.predictions import PreTrained, layer_of, predict_images, task_of, teacher_targets
 from visper.evaluation.visualize import PROMPT
 
 BATCH = 16
 TEACHER, OTHER, MEAN = "teacher", "other image's prediction", "mean target"
+OTHER_TARGET = "another scene's target"
 TIES_WRONG = "ties to the second point"
 MEAN_OF = 512
 """Number of images for the mean target whose map is scored as a control."""
@@ -160,17 +162,17 @@ def require_set(run: Run, name: str, root: Path) -> None:
 
 
 def da2k_files(root: Path, limit: int | None = None) -> list[Path]:
-    """The first ``limit`` images of DA-2K."""
+    """The images of DA-2K, at most ``limit``, evenly spaced: sorted by name, they are sorted by kind of scene."""
     folder = root / "eval" / "DA-2K"
     marks = read_json_object(folder / "annotations.json")
-    return [folder / name for name in sorted(marks)][:limit]
+    return [folder / name for name in spread(sorted(marks), limit)]
 
 
 def coco_files(root: Path, limit: int | None = None) -> list[Path]:
-    """The first ``limit`` images of COCO val2017 that have a panoptic map."""
+    """The images of COCO val2017 that have a panoptic map, at most ``limit``, evenly spaced."""
     table = read_json_object(root / "coco" / "annotations" / "panoptic_val2017.json")
     stems = sorted(Path(one["file_name"]).stem for one in table["annotations"])
-    return [root / "coco" / "val2017" / f"{stem}.jpg" for stem in stems][:limit]
+    return [root / "coco" / "val2017" / f"{stem}.jpg" for stem in spread(stems, limit)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def da2k_findings(found: PreTrained, root: Path, limit: int | None = None) -> li
         rules = {"": [by >= 0 for by in ahead], TIES_WRONG: [by > 0 for by in ahead]}
         return {rule: [float(a == b) for a, b in zip(said, closer, strict=True)] for rule, said in rules.items()}
 
-    return _decoded(found, files, "DA-2K", score, DepthAnythingTeacher)
+    # Wilson's, because a t-interval would have no width where all pairs are right.
+    return _decoded(found, files, "DA-2K", score, DepthAnythingTeacher, wilson_grouped)
 
 
 def coco_findings(found: PreTrained, root: Path, limit: int | None = None) -> list[Finding]:
@@ -256,10 +259,11 @@ def _decoded(
     measure: str,
     score: Score,
     kind: type[Teacher],
+    interval_of: Callable[[list[list[float]]], tuple[float, float] | None] = lambda images: grouped(images)[1],
 ) -> list[Finding]:
     """Mean scores of layers, for tasks with this kind of teacher; controls: its own, its mean, another image's."""
     tasks = [task for task, teacher in found.teachers.items() if isinstance(teacher, kind)]
-    means = _mean_targets(found, files[:MEAN_OF])
+    means = _mean_targets(found, spread(files, MEAN_OF))
     scores: dict[str, list[list[float]]] = {}
 
     def add(name: str, values: Tensor, seen: Image.Image, file: Path) -> None:
@@ -280,7 +284,7 @@ def _decoded(
             last = own
     result = []
     for name in last:
-        value, interval = grouped(scores[name])
+        value, interval = grouped(scores[name])[0], interval_of(scores[name])
         task = task_of(name)
         places = {rule: f"{name}/{rule}" for rule in (TIES_WRONG, OTHER)}
         places |= {control: f"{task}/{control}" for control in (MEAN, TEACHER)}

@@ -18,6 +18,7 @@ from visper.config import Position, Run, Target, load_run
 from visper.data.rows.formats import IMAGE_SUFFIXES
 from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
+from visper.data.sampler import spread
 from visper.evaluation.visualize import PROMPT
 from visper.model.hub import sizes_of
 from visper.model.student import student_place
@@ -124,7 +125,7 @@ def write_rows(
     Args:
         file: file of the rows; not written again if it has the same content.
         named_by: use only the images that the rows of this JSON file name, in their order.
-        limit: use only this many images, from the first.
+        limit: use only this many images, evenly spaced.
         fixed: whether heads have been trained on the rows in ``file``.
 
     Returns:
@@ -135,11 +136,11 @@ def write_rows(
     """
     turns = [{"from": "human", "value": f"<image>\n{PROMPT}"}, {"from": "gpt", "value": "."}]
     if named_by is None:
-        names = [each.relative_to(images).as_posix() for each in images_below(images)[:limit]]
+        names = [each.relative_to(images).as_posix() for each in spread(images_below(images), limit)]
     else:
         records = open_records([(named_by, images)], DropList())
         found = dict.fromkeys(shown.path for record in records for shown in record.images)
-        names = [Path(path).relative_to(images).as_posix() for path in list(found)[:limit]]
+        names = [Path(path).relative_to(images).as_posix() for path in spread(list(found), limit)]
     text = json.dumps([{"id": name, "image": name, "conversations": turns} for name in names])
     same = file.is_file() and file.read_text(encoding="utf-8") == text
     if fixed and not same:
