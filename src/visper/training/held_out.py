@@ -60,6 +60,8 @@ class Evaluator:
     draw: Draw | None = None
     values: Sequence[str] = ()
     """Names of the values that ``answer`` returns."""
+    asked: str = ""
+    """A digest of the questions, their right answers and the content of their images."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class HeldOut:
     def measured_on(self, processes: int) -> str:
         """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
         records = None if self.rows is None else self.rows.dataset.records
-        return measured_on(self.settings, records, self.measured_order(processes))
+        asked = "" if self.evaluator is None else self.evaluator.asked
+        return measured_on(self.settings, records, self.measured_order(processes), asked)
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator
