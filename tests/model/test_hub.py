@@ -157,6 +157,23 @@ def test_a_damaged_student_is_one_message(file, says, tmp_path, tiny_llm, tiny_e
             load(tmp_path / "model")
 
 
+def test_an_adapter_is_no_model(tmp_path, tiny_llm, tiny_encoder, cached):
+    """transformers would add its layers to the LLM, and the student's folder would lack the weights below them."""
+    adapter = shutil.copytree(tiny_llm, tmp_path / "stage" / "adapter")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/llm"}')
+    for load in (
+        load_student,
+        lambda folder: build_skeleton(StudentConfig(llm=str(folder), encoder=str(tiny_encoder))),
+    ):
+        with pytest.raises(ConfigError, match=r"is an adapter \(LoRA\), not a whole model: merge it into.*'owner/llm'"):
+            load(adapter)
+    shutil.copytree(tiny_llm, tmp_path / "stage" / "model")
+    with pytest.raises(ConfigError, match=rf"the whole model, with the adapter, is '{tmp_path / 'stage'}'"):
+        load_student(adapter)
+    with pytest.raises(ConfigError, match="'a/b' is an adapter"), loading("student.llm", "a/b"):
+        cached("adapter_config.json")
+
+
 def test_too_little_memory_is_not_damage():
     with pytest.raises(torch.OutOfMemoryError), loading("student.llm", "a/b"):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -28,7 +28,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from visper.common.cache import hub_cache_remedy
 from visper.common.errors import ConfigError, VisperError, first_line
+from visper.common.files import read_json_object
 
+ADAPTER = "adapter_config.json"
 WHOLE_ONLY = ".gitattributes"
 """A file of all repositories of the hub that no library loads: if it is cached, the whole repository was downloaded."""
 
@@ -49,9 +51,14 @@ UNREADABLE = (
 
 @contextlib.contextmanager
 def loading(part: str, name: str) -> Iterator[None]:
-    """Turns other libraries' errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy."""
+    """Turns other libraries' errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy.
+
+    Refuses an adapter (``refuse_adapter``): of a hub model, transformers has cached what it is when it is loaded.
+    """
+    refuse_adapter(name)
     try:
         yield
+        refuse_adapter(name)
     except (VisperError, torch.OutOfMemoryError):
         raise
     except OSError as error:
@@ -71,6 +78,24 @@ def loading(part: str, name: str) -> Iterator[None]:
             f"{part}: cannot load '{name}': {found}\nExpected the complete, undamaged files of one model, of a kind "
             "that this version of transformers knows: download or copy them again"
         ) from error
+
+
+def refuse_adapter(name: str) -> None:
+    """Refuses low-rank updates: transformers adds them to their model as more layers, which no saved student has.
+
+    Raises:
+        ConfigError: ``name`` is the folder or the cached hub id of an adapter; the message says where a model is.
+    """
+    place = Path(name)
+    found = place / ADAPTER if place.is_dir() or not _may_be_hub_id(name) else try_to_load_from_cache(name, ADAPTER)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return
+    if (place.parent / "model" / "config.json").is_file():  # of a stage
+        remedy = f"the whole model, with the adapter, is '{place.parent}'"
+    else:
+        base = read_json_object(Path(found)).get("base_model_name_or_path")
+        remedy = f"merge it into its model, '{base}' (peft's merge_and_unload), save the result, and name that"
+    raise ConfigError(f"'{name}' is an adapter (LoRA), not a whole model: {remedy}")
 
 
 def remedy(name: str, error: OSError) -> str:

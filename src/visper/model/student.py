@@ -29,7 +29,7 @@ from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
 from visper.model.card import write_card
-from visper.model.hub import loading, stored_file
+from visper.model.hub import loading, refuse_adapter, stored_file
 from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
 
@@ -225,6 +225,7 @@ def student_place(folder: str | Path) -> str:
         raise ConfigError(f"there is no folder '{folder}', and the name cannot be a hub id")
     if (place / "model" / "config.json").is_file():
         place = place / "model"
+    refuse_adapter(str(folder))
     if place.is_dir() and not (place / "config.json").is_file():
         raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
     return str(place) if place.is_dir() else str(folder)
