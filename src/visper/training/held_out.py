@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 from visper.common.files import atomic_path, write_text
 from visper.common.ranks import first_decides
 from visper.config import EVALUATED, Evaluation, Optimization, Run
@@ -36,12 +36,10 @@ from visper.training.best import BEST, MEASURED_ON, earlier_values, measured_on
 from visper.training.checkpoint import checkpoint_name
 from visper.training.global_batch import SourceSums
 from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
+from visper.training.output import DRAWINGS
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import StageTrainer
-
-DRAWINGS = "drawings"
-"""Folder in the run's output with one subfolder per evaluation, for drawn predictions."""
 
 Share = tuple[int, int]
 """Index of this process and number of processes that share the questions."""
@@ -234,8 +232,8 @@ class EvaluationCallback(TrainerCallback):
             announce(
                 Console(quiet=not self.trainer.is_world_process_zero()),
                 "evaluation",
-                f"{others} checkpoints were evaluated on other rows or questions than these: the best one is chosen "
-                "among new evaluations",
+                f"{counted(others, 'checkpoint')} evaluated on other rows or questions than these: the best one is "
+                "chosen among new evaluations",
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -333,5 +331,5 @@ def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Co
     shared = shared_images(row_images(held_out, spread(range(len(held_out)), limit)), many)
     if shared:
         name, same = next(iter(shared.values()))
-        text = f"{len(shared)} images of the held-out rows are trained on, such as {name} ({same})"
+        text = f"the run trains on {counted(len(shared), 'image')} of the held-out rows, such as {name} ({same})"
         announce(console, "warning", text)
