@@ -106,8 +106,15 @@ def test_a_question_longer_than_the_positions_is_not_answered_and_the_others_as_
     (alone,) = answer(student, [short], [[]], 16)
     used = model_inputs(student.processor, [long], [[]])["input_ids"].shape[1]
     monkeypatch.setattr(student.model.config.get_text_config(), "max_position_embeddings", used + 5)
-    said = answer(student, [short, longer, long], [[], [], []], 16)
-    assert said == [alone, None, *answer(student, [long], [[]], 5)]
+    batches = []
+
+    def generate(**inputs):
+        batches.append(len(inputs["input_ids"]))
+        return student.model.generate(**inputs)
+
+    said = answer(student, [short, longer, long, short, short], [[]] * 5, 16, generate)
+    assert said == [alone, None, *answer(student, [long], [[]], 5), alone, alone]
+    assert batches == [3, 1], "those that fit are asked together"
     answered = evaluate(student, [Question(text, ("red",)) for text in (short, longer)], Path())
     assert [row.said is None for row in answered] == [False, True] and scores(answered)[0].unanswered == 1
 

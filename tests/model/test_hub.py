@@ -1,15 +1,20 @@
 """What cannot be had names its id and the remedy; sizes of published bases need no network."""
 
+import json
+import shutil
+
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from tests import tiny
 from visper.common.errors import ConfigError
+from visper.config import Geometry, load_run, recipe_names
 from visper.config import Student as StudentConfig
-from visper.config import load_run, recipe_names
-from visper.model import build_skeleton, load_student
+from visper.model import build_skeleton, build_student, load_encoder, load_student
 from visper.model.hub import known_sizes, loading, sizes_of, stored_file, vocabulary_of
+from visper.model.student import load_processor, save_student
 
 
 class Response:
@@ -103,10 +108,75 @@ def test_a_missing_package_and_unasked_code_say_what_to_do():
         loading("student.encoder", "timm/x"),
     ):
         raise ImportError("needs timm")
-    with pytest.raises(ConfigError, match=r"student.trust_remote_code: true"), loading("student.llm", "a/b"):
+    with pytest.raises(ConfigError, match=r"'trust_remote_code: true' beside"), loading("student.llm", "a/b"):
         raise ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
-    with pytest.raises(ValueError, match=r"^another$"), loading("student.llm", "a/b"):
-        raise ValueError("another")
+
+
+DAMAGE = [
+    ("config.json", {}, "model_type"),
+    ("config.json", [], "model_type"),
+    ("config.json", {"model_type": "of-tomorrow"}, "does not recognize"),
+    ("config.json", {"model_type": "llama", "hidden_size": "x"}, "hidden_size"),
+    ("config.json", {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}, "mismatched"),
+    ("config.json", {"model_type": "llama", "num_attention_heads": 0}, "ZeroDivision"),
+    ("generation_config.json", [], "mapping"),
+    ("tokenizer.json", {}, "added_tokens"),
+    ("tokenizer.json", None, "Expecting"),
+    ("tokenizer_config.json", 3, "int"),
+    ("model.safetensors.index.json", {}, "weight_map"),
+    ("model.safetensors", None, "header"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "says"), DAMAGE)
+def test_a_damaged_base_model_is_one_message(file, content, says, tmp_path, tiny_llm, tiny_encoder):
+    folder = shutil.copytree(tiny_llm, tmp_path / "llm")
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text("" if content is None else json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"student.llm: cannot load '{folder}': .*{says}"):
+        build_student(StudentConfig(llm=str(folder), encoder=str(tiny_encoder)), Geometry.PAD)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3", "{"])
+def test_a_damaged_preprocessor_configuration_is_named(content, tmp_path, tiny_encoder):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    (folder / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot read its preprocessor_config\.json"):
+        load_encoder(str(folder))
+
+
+@pytest.mark.parametrize(("file", "says"), [("config.json", "int"), ("tokenizer.json", "int")])
+def test_a_damaged_student_is_one_message(file, says, tmp_path, tiny_llm, tiny_encoder):
+    student = build_student(StudentConfig(llm=str(tiny_llm), encoder=str(tiny_encoder)), Geometry.PAD)
+    save_student(student, tmp_path / "model")
+    (tmp_path / "model" / "manifest.json").unlink()
+    (tmp_path / "model" / file).write_text("3")
+    for load in (load_student, load_processor):
+        with pytest.raises(ConfigError, match=rf"student: cannot load '{tmp_path / 'model'}': .*{says}"):
+            load(tmp_path / "model")
+
+
+def test_an_adapter_is_no_model(tmp_path, tiny_llm, tiny_encoder, cached):
+    """transformers would add its layers to the LLM, and the student's folder would lack the weights below them."""
+    adapter = shutil.copytree(tiny_llm, tmp_path / "stage" / "adapter")
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/llm"}')
+    for load in (
+        load_student,
+        lambda folder: build_skeleton(StudentConfig(llm=str(folder), encoder=str(tiny_encoder))),
+    ):
+        with pytest.raises(ConfigError, match=r"is an adapter \(LoRA\), not a whole model: merge it into.*'owner/llm'"):
+            load(adapter)
+    shutil.copytree(tiny_llm, tmp_path / "stage" / "model")
+    with pytest.raises(ConfigError, match=rf"the whole model, with the adapter, is '{tmp_path / 'stage'}'"):
+        load_student(adapter)
+    with pytest.raises(ConfigError, match="'a/b' is an adapter"), loading("student.llm", "a/b"):
+        cached("adapter_config.json")
+
+
+def test_too_little_memory_is_not_damage():
+    with pytest.raises(torch.OutOfMemoryError), loading("student.llm", "a/b"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_code_of_a_folder_is_run_only_where_the_recipe_says_so(tmp_path, tiny_encoder):

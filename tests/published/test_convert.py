@@ -280,6 +280,40 @@ def test_half_downloaded_settings_are_named(pt, tmp_path, file, content):
         convert_published(str(tmp_path / "source"), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"num_task_tokens": None}),
+        ("config.json", {"num_hidden_layers": 2}),
+        ("config.json", {"image_depth": {}}),
+        ("config.json", {"mm_vision_select_layer": []}),
+        ("tokenizer.json", []),
+        ("tokenizer_config.json", 3),
+        ("generation_config.json", []),
+        ("special_tokens_map.json", "x"),
+        ("chat_template.jinja", "{% for m in %}"),
+        ("chat_template.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}"),
+    ],
+)
+def test_damaged_settings_are_one_message(pt, tmp_path, file, content):
+    source = shutil.copytree(pt[0], tmp_path / "source")
+    content = {**pt[1], **content} if file == "config.json" else content
+    (source / file).write_text(content if file.endswith("jinja") else json.dumps(content))
+    with pytest.raises(ConfigError, match=r"cannot load|section 'image_depth'|chat template"):
+        convert_published(str(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_sampling_that_are_never_read_are_left_out(pt, tmp_path):
+    """As Vicuna has them, without do_sample; transformers refuses to save them beside changed settings."""
+    source = shutil.copytree(pt[0], tmp_path / "source")
+    (source / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}')
+    convert_published(str(source), tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text())
+    assert not saved.keys() & {"temperature", "top_p"} and 2 in saved["eos_token_id"]
+
+
 def test_complete_or_absent(pt, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")

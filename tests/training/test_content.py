@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.common.test_files import leftover
 from visper.common.errors import ConfigError
 from visper.common.files import write_text
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
@@ -188,6 +189,15 @@ def test_a_run_killed_while_it_claims_its_folder_may_begin_again(run: Run, monke
     with pytest.raises(StopIteration):
         claim_output(run, output, content(run))
     check_output(run, output, resume=False)
+
+
+def test_the_leftovers_of_a_killed_run_go_when_it_is_claimed_again(run: Run) -> None:
+    places = [Path(run.output) / "log.jsonl", Path(run.output) / "drawings" / "step_000002" / "1.png"]
+    places[1].parent.mkdir(parents=True)
+    for place in places:
+        leftover(place).touch()
+    claim_output(run, Path(run.output), content(run))
+    assert not any(leftover(place).exists() for place in places)
 
 
 @pytest.mark.parametrize("damaged", [None, "{", "[]"])

@@ -313,7 +313,9 @@ def test_images_that_are_trained_on_are_pointed_out_whatever_their_names(make, r
     shutil.copy(rows / "images" / "7.png", copied / "images" / "2.png")
     train(make("run", losses(copied)))
     shown = capfd.readouterr().out.replace("\n", " ")
-    assert f"1 images of the held-out rows are trained on, such as {copied}/images/2.png ({rows}/images/7.png)" in shown
+    assert (
+        f"the run trains on 1 image of the held-out rows, such as {copied}/images/2.png ({rows}/images/7.png)" in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_values_on_other_rows_are_never_compared(make, held_out, capfd):
     found = train(run, resume=True)
     best = json.loads((Path(run.output) / BEST).read_text())
     assert best["step"] > 3 and best["value"] == min(found[step]["eval/loss"] for step in (4, 5, 6))
-    assert "were evaluated on other rows or questions than these" in capfd.readouterr().out
+    assert "evaluated on other rows or questions than these" in capfd.readouterr().out
     assert len({entry["measured_on"] for entry in found.values()}) == 2
     assert best_checkpoint(Path(run.output), "eval/loss", found[6]["measured_on"]).name == best["checkpoint"]
     with pytest.raises(TrainingError, match=r"chosen on other rows or questions than 'evaluation' names now"):
@@ -396,14 +398,21 @@ def test_values_on_other_rows_are_never_compared(make, held_out, capfd):
 
 def test_what_was_measured_depends_on_what_the_best_value_reads(make, held_out, tmp_path):
     def on(**changes):
-        settings = make("run", asking(held_out, **changes)).evaluation
+        run = make("run", asking(held_out, **changes))
         rows = open_records([(held_out / "rows.json", held_out / "images")], DropList())
-        return measured_on(settings, rows, spread(range(len(rows)), settings.limit))
+        order = spread(range(len(rows)), run.evaluation.limit)
+        return measured_on(run.evaluation, rows, order, evaluator_of(run).asked)
 
-    assert on() == on(every=5, draw=1) != on(limit=3) and on() != on(max_new_tokens=4)
-    assert on(best="loss") == on(best="ntp", max_new_tokens=4, questions="others.json") != on(best="loss", limit=3)
-    (tmp_path / "questions.json").write_text("[]")
-    assert on() != on(questions=str(tmp_path / "questions.json"))
+    moved = shutil.copytree(held_out, tmp_path / "moved")
+    elsewhere = {"questions": str(moved / "questions.json"), "images": str(moved / "images")}
+    assert on() == on(every=5, draw=1) == on(**elsewhere) != on(limit=3) and on() != on(max_new_tokens=4)
+    assert on(best="loss") == on(best="ntp", max_new_tokens=4, **elsewhere) != on(best="loss", limit=3)
+    questions = json.loads((moved / "questions.json").read_text())
+    (moved / "questions.json").write_text(json.dumps([{**questions[0], "answer": "another"}, *questions[1:]]))
+    assert on() != on(**elsewhere)
+    (moved / "questions.json").write_text(json.dumps(questions))
+    Image.new("RGB", (8, 8)).save(moved / "images" / "0.png")
+    assert on() != on(**elsewhere)
 
 
 def test_a_falling_weight_is_not_an_improvement(make, held_out):

@@ -657,7 +657,7 @@ def test_a_run_says_how_many_rows_have_images_and_which_look_as_if_they_had(make
     run_stage(make("ift", data={"sources": [source], "workers": 0}, optimization={"max_steps": 1}))
     shown = " ".join(capsys.readouterr().out.split())
     assert "7 of 7 rows; 2 with images, 5 without" in shown
-    assert "warning 2 rows of 'rows' have no 'image', but 'img' looks like one and is not read" in shown
+    assert "warning 2 rows of 'rows' without 'image', whose 'img' looks like one and is not read" in shown
 
 
 def test_pt_refuses_rows_of_which_none_shows_an_image(make, tmp_path):
@@ -919,6 +919,17 @@ def test_a_resumed_run_logs_and_saves_as_often_as_it_says_now(make, monkeypatch)
     assert [line["step"] for line in logs_of(run) if "ntp" in line] == [1, 3, 4, 5, 6, 7, 8]
     saved = sorted(path.name for path in (Path(run.output) / "checkpoints").glob("checkpoint-*"))
     assert saved == [f"checkpoint-{step}" for step in range(2, 9)]
+
+
+def test_the_last_step_is_logged_whatever_the_interval(make):
+    run = make("ift", logging={"every": 3}, optimization={"max_steps": 5})
+    run_stage(run)
+    logs = [line for line in logs_of(run) if "ntp" in line]
+    assert [line["step"] for line in logs] == [1, 3, 5] and all("grad_norm_llm" in line for line in logs)
+    each = make("ift", name="each", optimization={"max_steps": 5})
+    run_stage(each)
+    single = {line["step"]: line["ntp"] for line in logs_of(each) if "ntp" in line}
+    assert logs[-1]["ntp"] == pytest.approx((single[4] + single[5]) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("compiler", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])

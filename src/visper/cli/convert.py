@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from visper.common.console import Console
+from visper.common.errors import counted
 
 NAME = "convert"
 
@@ -25,7 +26,7 @@ def run(
     report = convert_published(source, output, encoder)
     console = Console(soft_wrap=True)
     for folder, count in report.written.items():
-        console.print(f"{folder}: {count} parameters")
+        console.print(f"{folder}: {counted(count, 'parameter')}")
     for reason, count in report.left_out.items():
         console.print(f"left out: {count}, {reason}")
     for note in report.notes:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
 from visper.common.errors import DataError
-from visper.common.files import place_of
+from visper.common.files import atomic_path, place_of, remove_leftovers
 
 FOLDER = ".visper"
 VARIABLE = "VISPER_CACHE"
 _BLOCKS, _BLOCK = 16, 1 << 16
+_DAY_S = 86_400.0
 
 
 def cache_folder(beside: Path) -> Path:
@@ -41,6 +43,15 @@ def cache_folder(beside: Path) -> Path:
     raise DataError(
         "no place for the cache", f"{tried} cannot be written: set the variable {VARIABLE} to a writable folder"
     )
+
+
+@contextmanager
+def cache_file(place: Path) -> Iterator[Path]:
+    """``atomic_path`` in a cache, which several processes may write without a lock; also removes what writers killed
+    more than a day ago have left there."""
+    remove_leftovers(place.parent.glob(".*.partial-*"), older_than=_DAY_S)
+    with atomic_path(place) as partial:
+        yield partial
 
 
 def hub_cache_remedy(error: OSError) -> str:

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -178,7 +179,7 @@ def is_leftover(path: Path) -> bool:
     return _LEFTOVER.fullmatch(path.name) is not None
 
 
-def remove_leftovers(found: Iterable[Path]) -> None:
+def remove_leftovers(found: Iterable[Path], older_than: float = 0) -> None:
     """Removes the temporary files of killed writers of this host; restores a folder whose replacement never arrived.
 
     The caller must hold the lock that guards these paths: a process id would not identify a process in another
@@ -186,16 +187,26 @@ def remove_leftovers(found: Iterable[Path]) -> None:
 
     Args:
         found: paths, for example from ``glob``; those that are not leftovers of this host are ignored.
+        older_than: seconds since the last write after which its writer is dead, where no lock guards the paths.
     """
     for leftover in list(found):
         match = _LEFTOVER.fullmatch(leftover.name)
         if match is None or match["host"] != socket.gethostname():
+            continue
+        if older_than and not _is_older(leftover, older_than):
             continue
         place = leftover.with_name(match["name"])
         if match["kind"] == "old" and not os.path.lexists(place):
             leftover.rename(place)
         else:
             _remove(leftover)
+
+
+def _is_older(path: Path, seconds: float) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > seconds
+    except FileNotFoundError:  # its writer has finished
+        return False
 
 
 def inside(folder: str | Path, name: str) -> Path:

@@ -162,6 +162,22 @@ class ConversationEncoder:
             raise DataError("image tokens", f"the chat template shows {found} images: expected {expected}")
         return self._expand_images(ids, labels)
 
+    def moves_images(self, record: Record) -> bool:
+        """Whether the template shows images elsewhere among the texts, such as all of a turn's before its text.
+
+        Raises:
+            DataError: the template rejects the conversation.
+        """
+        _, turns = _texts(record)
+        given = "".join(form for _, form in turns).split(_TEXT)
+        shown = (literal.count(self.processor.image_token) for literal in self._skeleton(turns, asks=False).literals)
+        return list(map(len, given)) != list(shown)
+
+    def _skeleton(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
+        if (turns, asks) not in self._skeletons:
+            self._skeletons[turns, asks] = self._render(turns, asks)
+        return self._skeletons[turns, asks]
+
     def _render(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
         """The template's text around the texts of the turns, which are given by role and form (see ``_texts``)."""
         literals, speakers = self._literals(turns, asks, "{}")
@@ -210,9 +226,7 @@ class ConversationEncoder:
     def _fill(self, record: Record, asks: bool, blocks: Sequence[str] = ()) -> _Filled:
         """The conversation's text; ``blocks``, if given, replace the template's image tokens."""
         texts, turns = _texts(record)
-        if (turns, asks) not in self._skeletons:
-            self._skeletons[turns, asks] = self._render(turns, asks)
-        skeleton = self._skeletons[turns, asks]
+        skeleton = self._skeleton(turns, asks)
         literals = _with_blocks(skeleton.literals, self.processor.image_token, blocks) if blocks else skeleton.literals
         parts = [literals[0]]
         at = len(literals[0])

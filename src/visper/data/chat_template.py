@@ -159,9 +159,17 @@ def default_template(owner: Any, name: str) -> str:
 
 def _question(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     messages = [{"role": "user", "content": "."}]
-    return str(
-        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-    )
+    return _rendered(tokenizer, messages, chat_template=template, add_generation_prompt=True)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except TemplateError as error:
+        raise ConfigError(
+            f"the chat template of the tokenizer '{tokenizer.name_or_path}' rejects a question and its answer "
+            f"({error}): correct it in chat_template.jinja in a copy of the tokenizer's folder"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -301,11 +309,10 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special token that the tokenizer's chat template writes after an answer.
 
     Raises:
-        ValueError: the template writes none there.
+        ConfigError: the template writes none there, or rejects the conversation.
     """
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL.format(0)}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert isinstance(rendered, str)
+    rendered = _rendered(tokenizer, messages)
     return find_end_of_turn(rendered.rsplit(SENTINEL.format(0), 1)[-1], special_pattern(tokenizer)).group()
 
 
@@ -321,10 +328,10 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_end_of_turn(tail: str, special: re.Pattern[str]) -> re.Match[str]:
-    """The first special token in the text that a template writes after an answer. Raises ValueError if none."""
+    """The first special token in the text that a template writes after an answer. Raises ConfigError if none."""
     found = special.search(tail)
     if found is None:
-        raise ValueError(
+        raise ConfigError(
             f"the chat template writes no special token after an answer (but {tail[:40]!r}), so the model could not "
             "learn to stop: use the template of an instruct version, or mark its end-of-turn token as special"
         )

@@ -124,9 +124,14 @@ def answer(
     inputs = model_inputs(student.processor, prompts, images)
     room = room_for_answers(student, inputs)
     if min(room) < max_new_tokens and len(prompts) > 1:
-        # One by one, because the room of one question must not shorten the answers to others.
-        pairs = zip(prompts, images, strict=True)
-        return [answer(student, [text], [own], max_new_tokens, generate)[0] for text, own in pairs]
+        # Those without enough room one by one, because their room must not shorten the answers to others.
+        tight = [[number] for number, left in enumerate(room) if left < max_new_tokens]
+        together = [number for number, left in enumerate(room) if left >= max_new_tokens]
+        said: dict[int, str | None] = {}
+        for group in filter(None, [together, *tight]):
+            own = [prompts[number] for number in group], [images[number] for number in group]
+            said.update(zip(group, answer(student, *own, max_new_tokens, generate), strict=True))
+        return [said[number] for number in range(len(prompts))]
     if min(room) < 1:
         tokens = inputs["input_ids"].shape[1]
         logger.warning("a question of %d tokens is not answered: the LLM has %d positions", tokens, student.positions)

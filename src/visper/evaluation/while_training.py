@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
+from visper.common.cache import key
 from visper.common.errors import ConfigError, DataError
 from visper.config import Run
 from visper.data.sampler import spread
@@ -20,7 +21,7 @@ from visper.evaluation.benchmarks.run import constant_readings, reading_of
 from visper.evaluation.image_sources import ImageSource
 from visper.evaluation.predictions import PreTrained
 from visper.evaluation.question_files import open_questions
-from visper.evaluation.questions import by_content, judge
+from visper.evaluation.questions import Question, by_content, judge
 from visper.evaluation.scores import EVERYTHING, scores
 from visper.evaluation.visualize import first_images, look
 from visper.model import Student
@@ -36,6 +37,7 @@ class WhileTraining:
     """Asks the same questions each time, and scores them as ``visper evaluate`` does.
 
     Args:
+        asked: the questions or rows of the prompts, with their right answers.
         blind: also ask each prompt with other prompts' images; the accuracy is the value ``blind``.
 
     Raises:
@@ -43,9 +45,11 @@ class WhileTraining:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], images: ImageSource, max_new_tokens: int, score: Scorer, blind: bool
+        self, asked: Sequence[Question | Item], images: ImageSource, max_new_tokens: int, score: Scorer, blind: bool
     ) -> None:
+        prompts = [one.prompt if isinstance(one, Question) else one.shown for one in asked]
         require_askable(prompts, images)
+        self.digest = key(*map(repr, asked), *(images.digest(name) for own in prompts for name in own.images))
         self._num_seen = len(prompts)
         control = blinded(prompts) if blind else []
         if control is None:
@@ -83,7 +87,8 @@ def evaluator_of(run: Run) -> Evaluator | None:
         return None
     asked = _asked(run)
     values = () if asked is None else tuple(asked.score([None] * len(asked.prompts)))
-    return Evaluator(asked, _drawn(run) if run.evaluation.draw else None, values)
+    digest = "" if asked is None else asked.digest
+    return Evaluator(asked, _drawn(run) if run.evaluation.draw else None, values, digest)
 
 
 def _drawn(run: Run) -> Draw:
@@ -117,18 +122,15 @@ def _asked(run: Run) -> WhileTraining | None:
             kinds = {f"accuracy/{row.kind}": row.accuracy for row in table if row.kind != EVERYTHING}
             return {"accuracy": table[-1].accuracy, "constant": table[-1].constant / table[-1].total, **kinds}
 
-        prompts = [question.prompt for question in questions]
-        return WhileTraining(prompts, images, settings.max_new_tokens, of_questions, settings.blind)
+        return WhileTraining(questions, images, settings.max_new_tokens, of_questions, settings.blind)
     if settings.benchmark not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise ConfigError(f"evaluation.benchmark: no benchmark '{settings.benchmark}': choose one of {known}")
     benchmark = BENCHMARKS[settings.benchmark]
     rows, images = benchmark.rows(Path(run.data.root))
     items = spread(rows, settings.limit)
-
-    prompts = [item.shown for item in items]
     score = _scorer(benchmark, items, len(rows))
-    return WhileTraining(prompts, images, benchmark.max_new_tokens, score, settings.blind)
+    return WhileTraining(items, images, benchmark.max_new_tokens, score, settings.blind)
 
 
 def _scorer(benchmark: Benchmark, items: Sequence[Item], num_rows: int) -> Scorer:

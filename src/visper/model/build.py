@@ -33,7 +33,7 @@ from visper.data.images import build_image_processor
 from visper.model.encoders import Encoder, load_encoder
 from visper.model.hub import Vocabulary, loading, sizes_of, vocabulary_of
 from visper.model.logits import plain_head
-from visper.model.student import ANSWERING_SIDE, Student
+from visper.model.student import ANSWERING_SIDE, Student, suppress
 from visper.model.task_tokens import task_token_names
 from visper.model.words import add_words, move_apart, set_to_mean
 
@@ -260,5 +260,5 @@ def _generation_config(
     ends = {token for token in (*known, tokenizer.eos_token_id, turn_end) if token is not None}
     base.eos_token_id = sorted(ends)
     base.pad_token_id = tokenizer.pad_token_id
-    base.suppress_tokens = sorted(silent_ids)
+    suppress(base, silent_ids)
     return base

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from visper.common.errors import ConfigError, first_line
 from visper.data.normalization import Color, normalization_of
-from visper.model.hub import loading, sizes_of, stored_file
+from visper.model.hub import UNREADABLE, loading, sizes_of, stored_file
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _normalization(name: str, model: PreTrainedModel, **options: Any) -> tuple[C
         return mean, std, size
     try:
         processor = AutoImageProcessor.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, *UNREADABLE) as error:
         for file in ("preprocessor_config.json", "processor_config.json"):
             if stored_file(name, file, options.get("revision")) is not None:
                 raise ConfigError(f"encoder '{name}': cannot read its {file}: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -18,37 +19,83 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from visper.common.cache import hub_cache_remedy
-from visper.common.errors import ConfigError, first_line
+from visper.common.errors import ConfigError, VisperError, first_line
+from visper.common.files import read_json_object
 
+ADAPTER = "adapter_config.json"
 WHOLE_ONLY = ".gitattributes"
 """A file of all repositories of the hub that no library loads: if it is cached, the whole repository was downloaded."""
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    StrictDataclassError,
+    SafetensorError,
+    TemplateError,
+)
+"""What transformers raises, besides OSError, when files are damaged or describe a model that it does not know."""
 
 
 @contextlib.contextmanager
 def loading(part: str, name: str) -> Iterator[None]:
-    """Turns errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy.
+    """Turns other libraries' errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy.
 
-    ValueErrors that are not about ``trust_remote_code`` (such as a layer that does not exist) pass unchanged.
+    Refuses an adapter (``refuse_adapter``): of a hub model, transformers has cached what it is when it is loaded.
     """
+    refuse_adapter(name)
     try:
         yield
+        refuse_adapter(name)
+    except (VisperError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
         raise ConfigError(f"{part}: cannot load '{name}': {remedy(name, error)}") from error
     except ImportError as error:
         extra = "pip install 'visper-lm[timm]', or a newer timm" if "timm" in str(error) else "install what it names"
         raise ConfigError(f"{part}: cannot load '{name}': {first_line(error)} Remedy: {extra}") from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
+    except UNREADABLE as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{part}: '{name}' contains its own code, which is not run without permission: read it, then set "
+                "'trust_remote_code: true' beside its name in the recipe"
+            ) from error
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        found = kind + " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{part}: '{name}' contains its own code, which is not run without permission: read it, then set "
-            "'student.trust_remote_code: true' in the recipe"
+            f"{part}: cannot load '{name}': {found}\nExpected the complete, undamaged files of one model, of a kind "
+            "that this version of transformers knows: download or copy them again"
         ) from error
+
+
+def refuse_adapter(name: str) -> None:
+    """Refuses low-rank updates: transformers adds them to their model as more layers, which no saved student has.
+
+    Raises:
+        ConfigError: ``name`` is the folder or the cached hub id of an adapter; the message says where a model is.
+    """
+    place = Path(name)
+    found = place / ADAPTER if place.is_dir() or not _may_be_hub_id(name) else try_to_load_from_cache(name, ADAPTER)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return
+    if (place.parent / "model" / "config.json").is_file():  # of a stage
+        remedy = f"the whole model, with the adapter, is '{place.parent}'"
+    else:
+        base = read_json_object(Path(found)).get("base_model_name_or_path")
+        remedy = f"merge it into its model, '{base}' (peft's merge_and_unload), save the result, and name that"
+    raise ConfigError(f"'{name}' is an adapter (LoRA), not a whole model: {remedy}")
 
 
 def remedy(name: str, error: OSError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -11,31 +11,33 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from visper.common.console import without_loading_bars
-from visper.common.errors import ConfigError, first_line
+from visper.common.errors import ConfigError
 from visper.common.files import read_json_object
 from visper.common.manifest import require_undamaged, write_manifest
 from visper.data.image_places import knows_places
 from visper.data.vlm import NOMINAL_SIZE, ModelInputs, encoder_for
 from visper.model.card import write_card
-from visper.model.hub import remedy, stored_file
+from visper.model.hub import loading, refuse_adapter, stored_file
 from visper.model.known import require_known
 from visper.model.task_tokens import random_rows
 
 STUDENT_FILE = "student.json"
 ANSWERING_SIDE = "left"
 """The tokenizer's padding side: answers continue a prompt at its right end. The training collator pads on the right."""
+SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generation that are read only with ``do_sample``."""
 
 
 @dataclass
@@ -104,6 +106,17 @@ class Student:
         return [*image, *(token for ids in self.task_token_ids.values() for token in ids)]
 
 
+def suppress(generation: GenerationConfig, tokens: Iterable[int]) -> None:
+    """Lets a model never generate ``tokens``.
+
+    Also removes settings of sampling that its generation ignores, because it does not sample (as in Vicuna's):
+    transformers refuses to save changed settings that have them.
+    """
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), *tokens})
+    if not generation.do_sample:
+        generation.update(**dict.fromkeys(SAMPLING))
+
+
 @without_loading_bars()
 def save_student(student: Student, folder: Path) -> None:
     """Writes the model into ``folder``, which must not exist yet. Not atomic: see ``files.atomic_path``.
@@ -152,14 +165,12 @@ def load_student(
     source = student_place(folder)
     if options.get("device_map") != "meta":
         require_undamaged(Path(source))
-    try:
+    with loading("student", str(folder)):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if not isinstance(config, LlavaConfig):
             require_known(str(folder), config)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, revision=revision, **options)
         processor = _load_processor(source, revision)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot load a student from '{folder}': {_reason(folder, error)}") from error
     names, word_ids = read_added_tokens(source, revision)
     ids = {task: processor.tokenizer.convert_tokens_to_ids(tokens) for task, tokens in names.items()}
     return Student(model.eval(), processor, ids, word_ids)
@@ -190,15 +201,8 @@ def load_processor(folder: str | Path, revision: str | None = None) -> Any:
     Raises:
         ConfigError: there is no such folder, or it holds no model.
     """
-    try:
+    with loading("student", str(folder)):
         return _load_processor(student_place(folder), revision)
-    except OSError as error:
-        raise ConfigError(f"cannot load a processor from '{folder}': {_reason(folder, error)}") from error
-
-
-def _reason(folder: str | Path, error: Exception) -> str:
-    """For a hub id, why it cannot be loaded, and what to do; for a folder, only why."""
-    return remedy(str(folder), error) if isinstance(error, OSError) else first_line(error)
 
 
 def _load_processor(source: str, revision: str | None) -> Any:
@@ -221,6 +225,7 @@ def student_place(folder: str | Path) -> str:
         raise ConfigError(f"there is no folder '{folder}', and the name cannot be a hub id")
     if (place / "model" / "config.json").is_file():
         place = place / "model"
+    refuse_adapter(str(folder))
     if place.is_dir() and not (place / "config.json").is_file():
         raise ConfigError(f"'{folder}' holds no model: expected config.json there or in its folder 'model'")
     return str(place) if place.is_dir() else str(folder)

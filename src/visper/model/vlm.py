@@ -15,7 +15,7 @@ from visper.data.chat_template import answering_template, behind_images, default
 from visper.model.hub import loading
 from visper.model.known import require_known
 from visper.model.parts import PROJECTOR, parameters_of
-from visper.model.student import ANSWERING_SIDE, Student
+from visper.model.student import ANSWERING_SIDE, Student, suppress
 from visper.model.task_tokens import task_token_names
 from visper.model.words import set_to_mean
 
@@ -71,8 +71,7 @@ def _make_room(student: Student) -> None:
     if max(new) >= size:
         model.resize_token_embeddings(max(new) + 1, mean_resizing=False)
     set_to_mean((model.get_input_embeddings(), model.get_output_embeddings()), new, min(size, *new))
-    kept = model.generation_config.suppress_tokens or []
-    model.generation_config.suppress_tokens = sorted({*kept, *new})
+    suppress(model.generation_config, new)
 
 
 def build_vlm_processor(config: VlmStudent) -> Any:

@@ -32,6 +32,7 @@ from visper.config import Run, explain, load_run, read_recipe
 from visper.data.normalization import normalization_of
 from visper.distillation import EmbeddingDistillation
 from visper.model import Encoder, Student, assemble_student, load_encoder
+from visper.model.hub import UNREADABLE
 from visper.published.config import Published
 from visper.published.names import (
     DISTILLATION,
@@ -98,7 +99,7 @@ def converted_skeleton(published: Published, output: Path, encoder: str | None, 
     settings = published.student(encoder or str(published.config["mm_vision_tower"]), prompt.system_prompt)
     try:
         loaded = _encoder(settings.encoder, settings.feature_layer, settings.image_size, encoder_inside)
-    except (OSError, ValueError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigError(
             f"cannot load the image encoder '{settings.encoder}': {first_line(error)} Give the folder of that encoder "
             "as --encoder" + ("; its configuration is enough" if encoder_inside else "")
@@ -161,7 +162,7 @@ def _tokenizer(published: Published, llm_config: PreTrainedConfig) -> PreTrained
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             published.folder, config=llm_config, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ImportError, *UNREADABLE) as error:
         raise ConfigError(
             f"cannot load the tokenizer in '{published.folder}': {first_line(error)} Copy the base LLM's tokenizer "
             "files there"

@@ -24,6 +24,7 @@ from visper.common.lock import new_folder
 from visper.common.manifest import WEIGHTS_ONLY, write_manifest
 from visper.config import save_run
 from visper.model import TaskTokens, save_processor
+from visper.model.hub import loading
 from visper.published.config import read_published
 from visper.published.names import (
     DISTILLATION,
@@ -59,11 +60,12 @@ def convert_published(source: str, output: str | Path, encoder: str | None = Non
     if out.exists():
         raise ConfigError(f"'{out}' exists: give a new folder, or remove it")
     folder = fetch(source)
-    weights = Weights.of(folder)
-    published = read_published(folder, weights.shapes)
-    inside = any(name.startswith(PUBLISHED_TOWER) for name in weights.shapes)
-    skeleton = converted_skeleton(published, out, encoder, inside)
-    slots = skeleton.slots()
+    with loading("published checkpoint", source):
+        weights = Weights.of(folder)
+        inside = any(name.startswith(PUBLISHED_TOWER) for name in weights.shapes)
+        published = read_published(folder, weights.shapes)
+        skeleton = converted_skeleton(published, out, encoder, inside)
+        slots = skeleton.slots()
     unused = account(weights.shapes, slots, folder, tower_elsewhere=not inside)
     report = Report(out, left_out={reason: len(names) for reason, names in unused.items()})
     if None in skeleton.heads:

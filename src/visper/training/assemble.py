@@ -12,7 +12,7 @@ from transformers import LlavaConfig
 
 from visper.common.compat import merge_in_one_precision
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 from visper.config import Distillation, Optimization, Position, Stage, load_run
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, TargetSpec, check_head_fits, query_rows
 from visper.model import AddedWords, Student, TaskTokens, initial_queries
@@ -181,7 +181,9 @@ def set_trainable(model: TrainingModel, stage: Stage, optimization: Optimization
     """Sets what is trainable by the stage's table, logs the counts, and casts frozen parts to the run's precision."""
     unused = choose_trainable(model, stage, optimization, lora)
     if unused:
-        announce(console, "frozen", f"{len(unused)} encoder parameters after the layer that the projector reads")
+        announce(
+            console, "frozen", f"{counted(len(unused), 'encoder parameter')} after the layer that the projector reads"
+        )
     for count in count_parts(model):
         if count.total:
             rate = f" at {learning_rate_of(optimization, count.part):g}" if count.trainable else ""

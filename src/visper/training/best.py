@@ -12,7 +12,7 @@ from pathlib import Path
 
 from visper.common.cache import key
 from visper.common.errors import TrainingError
-from visper.common.manifest import digest_of, find_damage
+from visper.common.manifest import find_damage
 from visper.config import Evaluation
 from visper.data.rows.table import Records
 from visper.training.checkpoint import FOLDER, checkpoint_name
@@ -25,13 +25,15 @@ MEASURED_ON = "measured_on"
 """Name of the digest in ``log.jsonl`` and ``best.json``."""
 
 
-def measured_on(settings: Evaluation, rows: Records | None, order: Sequence[int]) -> str:
-    """A digest of the rows, or of the questions, that the value ``settings.measure`` is measured on: the rows ``order``
-    of ``rows``, those of ``loss_on``."""
+def measured_on(settings: Evaluation, rows: Records | None, order: Sequence[int], asked: str) -> str:
+    """A digest of the rows, or of the questions, that the value ``settings.measure`` is measured on.
+
+    Args:
+        rows, order: the rows of ``loss_on``, and which of them are measured.
+        asked: ``held_out.Evaluator.asked``.
+    """
     if settings.higher_is_better:
-        asked = [settings.questions, settings.images, settings.benchmark, settings.limit, settings.max_new_tokens]
-        file = Path(settings.questions or "")
-        return key(*map(str, asked), digest_of(file) if file.is_file() else "")
+        return key(str(settings.benchmark), settings.limit, settings.max_new_tokens, asked)
     assert rows is not None, "a loss is measured on rows"
     chosen = rows.rows[list(order)]
     return key(*rows_content(rows).values(), chosen.tobytes())

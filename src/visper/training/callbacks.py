@@ -74,6 +74,10 @@ class LoopCallback(TrainerCallback):
         """Called right after the optimizer step, before the schedule, logs and checkpoints."""
         self.clock().mark(OPTIMIZER)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is logged too."""
+        control.should_log |= state.global_step == state.max_steps
+
 
 def console_callback() -> TrainerCallback:
     """On a terminal, a progress bar with a line per log; in a file or pipe, only the lines."""

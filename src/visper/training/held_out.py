@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from visper.common.console import Console, announce
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, counted
 from visper.common.files import atomic_path, write_text
 from visper.common.ranks import first_decides
 from visper.config import EVALUATED, Evaluation, Optimization, Run
@@ -39,12 +39,10 @@ from visper.training.checkpoint import checkpoint_name
 from visper.training.global_batch import SourceSums
 from visper.training.module import FORWARD_KEYS, NTP, TOKEN_LOSSES, TrainingModel
 from visper.training.monitor import REST
+from visper.training.output import DRAWINGS
 from visper.training.parallel.fsdp import reshard
 from visper.training.stage_data import StageData, build_data
 from visper.training.trainer import StageTrainer
-
-DRAWINGS = "drawings"
-"""Folder in the run's output with one subfolder per evaluation, for drawn predictions."""
 
 Share = tuple[int, int]
 """Index of this process and number of processes that share the questions."""
@@ -63,6 +61,8 @@ class Evaluator:
     draw: Draw | None = None
     values: Sequence[str] = ()
     """Names of the values that ``answer`` returns."""
+    asked: str = ""
+    """A digest of the questions, their right answers and the content of their images."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ class HeldOut:
     def measured_on(self, processes: int) -> str:
         """A digest of what ``evaluation.best`` is measured on, see ``best.measured_on``."""
         records = None if self.rows is None else self.rows.dataset.records
-        return measured_on(self.settings, records, self.measured_order(processes))
+        asked = "" if self.evaluator is None else self.evaluator.asked
+        return measured_on(self.settings, records, self.measured_order(processes), asked)
 
     def _accuracies(self, trainer: StageTrainer, model: TrainingModel, answer: Answer) -> dict[str, float]:
         accelerator = trainer.accelerator
@@ -240,8 +241,8 @@ class EvaluationCallback(TrainerCallback):
             announce(
                 Console(quiet=not self.trainer.is_world_process_zero()),
                 "evaluation",
-                f"{others} checkpoints were evaluated on other rows or questions than these: the best one is chosen "
-                "among new evaluations",
+                f"{counted(others, 'checkpoint')} evaluated on other rows or questions than these: the best one is "
+                "chosen among new evaluations",
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -361,5 +362,5 @@ def _warn_of_shared(rows: StageData, trained: StageData, limit: int, console: Co
     shared = shared_images(row_images(held_out, spread(range(len(held_out)), limit)), many)
     if shared:
         name, same = next(iter(shared.values()))
-        text = f"{len(shared)} images of the held-out rows are trained on, such as {name} ({same})"
+        text = f"the run trains on {counted(len(shared), 'image')} of the held-out rows, such as {name} ({same})"
         announce(console, "warning", text)

@@ -59,6 +59,8 @@ SHOWN = 5
 """Maximum number of differing keys named in a message."""
 LOG = "log.jsonl"
 """The log file; its first line is written after the first step."""
+DRAWINGS = "drawings"
+"""Folder in the output with one subfolder per evaluation, for drawn predictions."""
 LOG_SUFFIXES = (".log", ".out", ".err")
 """Suffixes of files to which the shell may redirect the run's output, in the folder, before the run starts."""
 
@@ -145,7 +147,7 @@ def check_output(run: Run, output: Path, resume: bool) -> None:
 
 def claim_output(run: Run, output: Path, content: dict[str, str]) -> None:
     """Records this run as the owner of the locked folder, just before training; removes a killed run's leftovers."""
-    remove_leftovers(output.iterdir())
+    remove_leftovers([*output.iterdir(), *(output / DRAWINGS).glob("*/.*")])
     shutil.rmtree(output / FOLDER / STAGING, ignore_errors=True)
     write_text(output / RUN, run_text(run))  # first: without it, the rest is taken for somebody else's files
     write_text(output / CONTENT, json.dumps(content, indent=1))

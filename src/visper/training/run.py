@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from visper.common.console import Console, announce
-from visper.common.errors import StoppedError
+from visper.common.errors import StoppedError, counted
 from visper.common.files import atomic_path
 from visper.common.gpus import explaining_full_memory
 from visper.common.lock import locked_by_first
@@ -262,7 +262,7 @@ def continue_training(run: Run, model: TrainingModel, student: Student, console:
     if run.distillation is not None:
         continued = continue_objective(model, run.distillation, run.start_from)
         new = len(run.distillation.tasks) - len(continued)
-        announce(console, "heads", f"{len(continued)} tasks continue from {run.start_from}, {new} are new")
+        announce(console, "heads", f"of {counted(len(continued), 'task')} from {run.start_from}, {new} new")
     drawn = [task for task in student.task_token_ids if task not in continued]
     if run.stage is Stage.PT and drawn:
         announce(console, "task tokens", f"new for {', '.join(drawn)}: this stage does not keep those of the start")

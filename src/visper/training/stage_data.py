@@ -12,6 +12,7 @@ from visper.common.errors import DataError
 from visper.common.ranks import first_decides, first_goes_first
 from visper.config import Data, Run
 from visper.data.chat import ConversationEncoder
+from visper.data.checks.moved_images import moved_images
 from visper.data.checks.unknown_words import unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.collator import Collator, Preprocess, Sample
@@ -78,7 +79,7 @@ def build_data(
     encoder = encoder_for(student.processor, settings.max_tokens)
     records, found, total = _surveyed_rows(settings, encoder, drops, console)
     _require_rows(settings, records, drops, total)
-    for warning in unread_images(records):
+    for warning in [*unread_images(records), *moved_images(records, found, encoder)]:
         announce(console, "warning", warning)
     unknown = unknown_words(records, found, encoder).check(settings.unknown_limit)
     if unknown is not None:

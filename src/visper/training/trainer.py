@@ -155,7 +155,7 @@ class StageTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             step = self.state.global_step + 1
-            if step == 1 or step % self.args.logging_steps == 0:
+            if step in (1, self.state.max_steps) or step % self.args.logging_steps == 0:
                 self.monitor.norms(self._bare())
         self.monitor.clock.mark(BACKWARD)
         return loss.nan_to_num(0.0, 0.0, 0.0) if self._skips else loss  # the Trainer's own sum would stay NaN

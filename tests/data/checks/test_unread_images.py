@@ -75,10 +75,10 @@ def test_every_kind_of_source_is_warned_of(tmp_path: Path, kind: str) -> None:
     records = open_records([given], DropList())
     assert len(records) == 3 and not records.has_image.any()
     (warning,) = unread_images(records)
-    assert warning.startswith("2 rows of 'rows' have no 'image', but 'img' looks like one")
+    assert warning.startswith("2 rows of 'rows' without 'image', whose 'img' looks like one")
     assert "columns: {image: img}" in warning
     (left,) = unread_images(records.select(records.rows == 1))
-    assert left.startswith("1 rows of 'rows'") and "rows/1/" in left
+    assert left.startswith("1 row of 'rows' ") and "rows/1/" in left
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet"])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.common.test_files import leftover
 from tests.conftest import outside
 from tests.data.rows.test_records import read_records, row, survey
 from tests.data.test_chat import CHATML, make_processor
@@ -100,6 +102,18 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     open_table(file)
     monkeypatch.setattr(table, "read_rows", lambda file: pytest.fail("read again"))
     assert len(open_table(file)) == 1
+
+
+def test_what_writers_killed_long_ago_have_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    """No lock guards a cache, so a young file may be another process's."""
+    file = write(tmp_path / "rows.json", [row("Q", "A")])
+    cache = cache_folder(tmp_path)
+    old, young = (leftover(cache / f"rows.json-{name}.arrow") for name in ("old", "young"))
+    for place, age in ((old, 100_000), (young, 0)):
+        place.touch()
+        os.utime(place, (time.time() - age,) * 2)
+    open_table(file)
+    assert not old.exists() and young.exists()
 
 
 def test_a_file_read_under_two_columns_keeps_both_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,5 +193,5 @@ def test_code_of_a_models_own_is_not_run_unasked(dino_folder, tmp_path, monkeypa
     (folder / "theirs.py").write_text("raise RuntimeError('run')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         build_teacher("features", folder)
-    with pytest.raises(RuntimeError, match="run"):
+    with pytest.raises(ValueError, match=r"own': run"):
         build_teacher("features", folder, trust_remote_code=True)

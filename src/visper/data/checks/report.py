@@ -23,6 +23,7 @@ from visper.common.errors import DataError
 from visper.common.files import OUTSIDE, atomic_path, write_text
 from visper.config.data import MAX_PIXELS
 from visper.data.checks.image_files import Verdict, look, look_at_all, look_at_embedded, verdicts_file
+from visper.data.checks.moved_images import moved_images
 from visper.data.checks.unknown_words import UnknownWords, unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.normalize import reencode
@@ -177,6 +178,7 @@ def check(
 
         found = measure(records, encoder, quiet)
         report.unknown = unknown_words(records, found, encoder, None)
+        report.warnings += moved_images(records, found, encoder)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
         source, sample_id = source_of(next(iter(names[row]), None)), f"{name}/{row}/{table.value('id', row)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from visper.common.errors import counted
 from visper.data.rows.table import Records
 
 
@@ -21,8 +22,8 @@ def unread_images(records: Records) -> list[str]:
             own = rows[keys == key]
             first = part.table.record(int(own[0]), part.name, None).id
             warnings.append(
-                f"{len(own)} rows of '{part.name}' have no 'image', but '{key}' looks like one and is not read: they "
-                f"are trained as text (first: {first}). Rename it, or map it in data.sources with columns: "
+                f"{counted(len(own), 'row')} of '{part.name}' without 'image', whose '{key}' looks like one and is not "
+                f"read, will be trained as text (first: {first}). Rename it, or map it in data.sources with columns: "
                 f"{{image: {key}}}"
             )
     return warnings

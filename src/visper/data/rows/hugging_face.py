@@ -24,6 +24,7 @@ from visper.common.errors import DataError
 from visper.common.files import place_of
 from visper.config import Source
 from visper.data.rows.formats import FIELDS, MEDIA_KEYS, OBJECTS, Embedded, NotEmbedded
+from visper.data.rows.json_rows import CONVERSATIONS
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
 _IMAGE_FIELDS = ("image", "images")
@@ -133,7 +134,7 @@ def _columns_of(found: Any, source: Source) -> dict[str, str]:
     own_names = {field: field for field in (*FIELDS, *MEDIA_KEYS, OBJECTS) if field in found.column_names}
     used = {field: own for field, own in own_names.items() if own not in columns.values()} | dict(columns)
     captions = "text" in used and any(field in used for field in _IMAGE_FIELDS)
-    if absent or not (captions or used.keys() & {"conversations", "messages", "texts"}):
+    if absent or not (captions or used.keys() & CONVERSATIONS):
         lacking = f"'columns' names {absent}, but" if absent else "its columns do not fit a format of rows:"
         raise DataError(
             "unknown columns",

@@ -31,7 +31,9 @@ _OTHER_FORMATS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file itself (`git lfs pull`)",
     b"<": "an HTML or XML page: download the file again",
 }
-_CONVERSATION, _SHOWN_KEYS = {"conversations", "messages", "texts"}, 8
+CONVERSATIONS = {"conversations", "messages", "texts"}
+"""Keys of a row that hold a conversation, one for each format."""
+_SHOWN_KEYS = 8
 _space = re.compile(r"[ \t\n\r]*").match
 _LONGEST_NUMBER = 4000  # digits; Python refuses to parse integers of more than 4300
 
@@ -153,7 +155,7 @@ def _remedy(value: Any) -> str:
     if not isinstance(value, dict):
         return "; check that this is the file of the rows"
     lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
-    if lists and not _CONVERSATION & value.keys():
+    if lists and not CONVERSATIONS & value.keys():
         return f". If the rows are the list under {lists[0]!r}, write only this list to a file"
     if value and all(isinstance(inner, dict) for inner in value.values()):
         return ". If its values are the rows, write them as a list, without the keys"

@@ -17,9 +17,8 @@ import pyarrow as pa
 import tokenizers
 import transformers
 
-from visper.common.cache import code_key, key
+from visper.common.cache import cache_file, code_key, key
 from visper.common.errors import DataError
-from visper.common.files import atomic_path
 from visper.common.parallel import in_order
 from visper.data import chat, chat_template, vlm
 from visper.data.chat import ConversationEncoder
@@ -102,7 +101,7 @@ def _kept(part: Part, encoder: ConversationEncoder, quiet: bool) -> pa.Table:
         at[good.rows] = np.arange(len(good))
         whole = measured.take(pa.array(at, mask=at < 0))  # null for bad rows
         with (
-            atomic_path(place) as partial,
+            cache_file(place) as partial,
             pa.OSFile(str(partial), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
         ):

@@ -19,10 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from visper.common.cache import FOLDER, cache_folder, code_key, identity, key
+from visper.common.cache import FOLDER, cache_file, cache_folder, code_key, identity, key
 from visper.common.console import printable, track
 from visper.common.errors import DataError
-from visper.common.files import atomic_path
 from visper.data.rows import formats, json_rows
 from visper.data.rows.formats import parse, unread_image
 from visper.data.rows.json_rows import read_rows
@@ -182,7 +181,7 @@ def write_table(rows: Iterable[dict[str, Any]], place: Path) -> None:
     """Writes rows of ``SCHEMA`` to ``place``, atomically; an error that ``rows`` raises discards them."""
     cells = iter(rows)
     with (
-        atomic_path(place) as partial,
+        cache_file(place) as partial,
         pa.OSFile(str(partial), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
     ):

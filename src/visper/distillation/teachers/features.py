@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 
 from visper.distillation.teachers.base import TargetSpec, Teacher
 from visper.distillation.teachers.pretrained import divided, load_complete, squashed_as_trained
-from visper.model.hub import sizes_of
+from visper.model.hub import loading, sizes_of
 
 
 class FeaturesTeacher(Teacher):
@@ -38,7 +38,8 @@ class FeaturesTeacher(Teacher):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
+        with loading("teacher", str(model)):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, revision=revision)
         config = getattr(config, "vision_config", config)
         self.encoder = load_complete(
             AutoModel, model, config=config, trust_remote_code=trust_remote_code, revision=revision

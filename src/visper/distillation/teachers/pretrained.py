@@ -8,6 +8,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from visper.common.errors import ConfigError, counted
 from visper.data.normalization import normalization_of
 from visper.distillation.teachers.base import SquashedImage
+from visper.model.hub import loading
 
 
 def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any) -> SquashedImage:
@@ -38,7 +39,8 @@ def squashed_as_trained(model: str | Path, size: tuple[int, int], **options: Any
 
 def load_complete(kind: Any, model: str | Path, **options: Any) -> Any:
     """``kind.from_pretrained(model)``. Raises ValueError if weights are missing: no part of a teacher may be random."""
-    found, info = kind.from_pretrained(model, output_loading_info=True, **options)
+    with loading("teacher", str(model)):
+        found, info = kind.from_pretrained(model, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(
