@@ -88,8 +88,8 @@ class Unpacker:
         """Whether needed members of a download may be absent or old, judged without opening its archives."""
         places = [item.folder / str(origin.path) for origin in item.download.sources if origin.is_local]
         if len(places) == len(item.download.sources):  # else another source may be taken
-            here = next((place for place in places if place.exists()), None)
-            if here is not None and self._is_other(item.download, here):
+            taken = next((place for place in places if place.exists()), None)
+            if taken is not None and self._is_other(item.download, taken):
                 return True
         listed = self._listed(item.download)
         for unpack in item.download.unpack:
@@ -114,7 +114,8 @@ class Unpacker:
             DataError: the archive is unsafe, broken or has an unexpected layout, or the disk is full.
         """
         download = item.download
-        changed, old = self._is_other(download, path), set()
+        changed = self._is_other(download, path)
+        old: set[str] = set()
         members = list_members(path, [unpack.inner for unpack in download.unpack if unpack.inner])
         todo: dict[Member, list[str]] = {}
         for unpack in download.unpack:
