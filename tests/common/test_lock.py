@@ -72,6 +72,20 @@ def test_nothing_is_left_of_a_lock_but_what_was_written_under_it(tmp_path: Path)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"there", "kept", "kept/a"}
 
 
+def test_the_next_holder_removes_what_one_killed_as_it_began_has_left(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from visper.common import files, lock\n"
+        "from visper.common.console import Console\n"
+        "files._take_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "lock.locked(Path(sys.argv[1]), Console()).__enter__()"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL and any(".json.partial-" in file.name for file in tmp_path.iterdir())
+    with locked(tmp_path, QUIET):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_next_writer_of_a_new_folder_removes_what_killed_ones_left_of_it_alone(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from visper.common.lock import new_folder\n"

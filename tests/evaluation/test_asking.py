@@ -195,6 +195,13 @@ def test_an_answer_in_another_precision_is_not_met(asked, images, tmp_path, monk
     assert len(asked) == 2
 
 
+def test_an_answer_by_another_version_of_the_code_is_not_met(asked, images, tmp_path, monkeypatch):
+    for release in ("5.0", "5.1", "5.1"):
+        monkeypatch.setattr(asking, "version", lambda package, release=release: release)
+        Asker(str(images.folder)).ask(PROMPTS[:1], images, tmp_path / "a.jsonl", 4)
+    assert len(asked) == 2
+
+
 def test_shares_are_disjoint_and_complete_also_where_some_is_answered(student, images, tmp_path):
     file = tmp_path / "a.jsonl"
     ask_all(lambda: student, PROMPTS[3:7], Answers(file, images, "m", 2))

@@ -231,6 +231,17 @@ def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps
     assert Path(run.output).exists() and not left.exists() and seconds.cpu["pt"] < 1e6
 
 
+def test_a_finished_stage_of_unknown_cost_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_cells, "is_finished", lambda _: True)
+    trained = []
+    monkeypatch.setattr(study_cells, "run_stage", trained.append)
+    seconds = Stopwatch(tmp_path / "seconds.json")  # a process killed before it wrote them
+    run = pre_training(Cell(tmp_path, ARMS[NOTHING], 3, FAST), {})
+    for _ in range(2):
+        train_whole(run, seconds, "pt", QUIET)
+    assert trained == [run] and "pt" in seconds.cpu
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--arm better: expected some of nothing"):
         study(tmp_path, [0], FAST, QUIET, ["better"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     settings["distillation"] = tiny.distillation()
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights.bin").write_bytes(b"0")
+    (tmp_path / "own_loss.py").write_text("def mine(p, target, mask):\n    return (p - target).abs().mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_loss", raising=False)  # another test's
+    settings["distillation"]["tasks"]["gen"]["loss"] = {"own_loss:mine": 1.0}
     settings["distillation"]["tasks"]["seg"]["target"]["model"] = str(tmp_path / "teacher")
     settings["logging"]["save_every"] = 2
     return Run.model_validate(settings)
@@ -69,6 +74,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "the LLM": (lambda folder: change_weights(folder / "llm"), "student.llm '.*/llm'"),
     "the encoder": (lambda folder: change_weights(folder / "encoder"), "student.encoder '.*/encoder'"),
     "a teacher": (lambda folder: (folder / "teacher" / "weights.bin").write_bytes(b"1"), "the teacher of 'seg' '.*'"),
+    "the code of a loss": (lambda folder: (folder / "own_loss.py").write_text(""), "the code of 'own_loss:mine'"),
     "a new file of a teacher": (lambda folder: (folder / "teacher" / "a").touch(), "the teacher of 'seg' '.*'"),
 }
 

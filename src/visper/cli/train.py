@@ -13,7 +13,7 @@ def run(
     overrides: Annotated[list[str] | None, typer.Argument(help="changes, such as optimization.lr=1e-4")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue from the newest undamaged checkpoint")] = False,
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="resume even if rows, images or weights have changed")
+        bool, typer.Option("--accept-changes", help="resume even if rows, images, weights or own code have changed")
     ] = False,
 ) -> None:
     """Train one stage.

@@ -90,17 +90,23 @@ def identity(file: Path) -> str:
         DataError: the file does not exist.
     """
     try:
-        found = file.stat()
-        with file.open("rb") as content:
-            step = max(_BLOCK, (found.st_size - _BLOCK) // (_BLOCKS - 1))
-            blocks = []
-            for start in range(0, found.st_size, step):
-                content.seek(start)
-                blocks.append(content.read(_BLOCK))
+        found, content = file.stat(), sample(file)
     except IsADirectoryError as error:
         raise DataError("not a file", f"'{file}' is a folder: name a conversation file (.json or .jsonl)") from error
     except FileNotFoundError as error:
         raise DataError(
             "no such file", f"{place_of(file)}: expected a conversation file (.json or .jsonl); check 'data.sources'"
         ) from error
-    return key(str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, *blocks)
+    return key(str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, content)
+
+
+def sample(file: Path) -> str:
+    """A key of the file's size and a megabyte of content sampled over it (all of a small one), wherever it is."""
+    size = file.stat().st_size
+    step = max(_BLOCK, (size - _BLOCK) // (_BLOCKS - 1))
+    blocks = []
+    with file.open("rb") as content:
+        for start in range(0, size, step):
+            content.seek(start)
+            blocks.append(content.read(_BLOCK))
+    return key(size, *blocks)

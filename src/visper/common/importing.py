@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from visper.common.errors import ConfigError
@@ -31,3 +33,12 @@ def import_named(place: str) -> Any:
         hint = f": did you mean '{near[0]}'?" if near else ": check the name after the colon"
         raise ConfigError(f"module '{module_name}' has no '{name}'{hint}")
     return getattr(module, name)
+
+
+def source_of(place: str) -> Path | None:
+    """The file of the module in "module:name"; None if there is none, as for a notebook or an absent module."""
+    try:
+        found = find_spec(place.split(":", 1)[0])
+    except (ModuleNotFoundError, ValueError):  # its package is not here; ``__main__`` may have no spec
+        return None
+    return None if found is None or found.origin is None or not found.has_location else Path(found.origin)

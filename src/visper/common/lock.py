@@ -66,6 +66,7 @@ def locked(folder: Path, console: Console, wait: bool = False) -> Iterator[None]
             console, "warning", f"the file system of '{folder}' has no locks ({error}): do not start a second process"
         )
     try:
+        remove_leftovers(folder.glob(f".{HOLDER}.partial-*"))  # of a holder that was killed as it began
         since = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
         write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}))
         yield

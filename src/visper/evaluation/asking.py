@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from visper.model.card import CARD
 from visper.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
+CODE = ("visper-lm", "transformers")
+"""Packages whose other versions may answer otherwise."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Answers:
 
     Args:
         file: file of all answers, written at the end. Until then, answers are appended to ``FILE.part-PROCESS``.
-        model: identity of the model and of its precision.
+        model: identity of the model, of its precision and of the code that runs it.
     """
 
     def __init__(
@@ -237,7 +240,7 @@ class Asker:
         self._student: Student | None = None
         if not Path(model).is_dir():
             self.student()  # the commit of a hub model is known after its download
-        self._key = key(model_key(model), str(precision()))
+        self._key = key(model_key(model), str(precision()), *map(version, CODE))
 
     def student(self) -> Student:
         """The loaded model."""

@@ -165,12 +165,12 @@ def _objective(recipe: str, bases: Path, weight: float | None) -> dict[str, Any]
 
 
 def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> None:
-    """Trains a stage from its first step unless it is finished.
+    """Trains a stage from its first step unless it is finished and its time is known.
 
     An interrupted one is not resumed: arms of equal compute need the processor seconds of all steps, and a stage takes
-    minutes.
+    minutes. A process may also have been killed after it finished the stage, before it wrote the seconds.
     """
-    if is_finished(run):
+    if is_finished(run) and part in seconds.finished:
         return
     shutil.rmtree(run.output, ignore_errors=True)
     announce(console, "train", str(run.output))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from visper.common.cache import key
 from visper.common.errors import ConfigError
+from visper.common.importing import source_of
 from visper.common.manifest import content_digest
 from visper.config import Target, Task
 from visper.config.kinds import TEACHERS
@@ -102,11 +102,10 @@ def revision_of(model: str, wanted: str | None = None) -> str | None:
 def _code_of(kind: str) -> str | None:
     if ":" not in kind:
         return None
-    module = kind.split(":", 1)[0]
-    if module == "__main__":  # a script or a notebook, which also changes when the teacher does not
+    if kind.startswith("__main__:"):  # a script or a notebook, which also changes when the teacher does not
         raise ConfigError(
             f"teacher kind '{kind}': stored targets are found by the source of its module: move the class from the "
             "script or notebook to a module"
         )
-    found = find_spec(module)
-    return None if found is None or found.origin is None else key(Path(found.origin).read_bytes())
+    found = source_of(kind)
+    return None if found is None else key(found.read_bytes())

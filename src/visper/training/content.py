@@ -1,5 +1,5 @@
-"""Digests of a run's rows, images and initial weights, so that a resume with changed content is refused, and a finished
-run is not taken for the result of content that has changed since.
+"""Digests of a run's rows, images, own code and initial weights, so that a resume with changed content is refused, and
+a finished run is not taken for the result of content that has changed since.
 
 ``content.json`` in the output folder holds digests of
 
@@ -8,6 +8,7 @@ run is not taken for the result of content that has changed since.
   all images were replaced, but rarely that a single one was;
 - the drop lists;
 - the dtype of stored targets, and the precision of their teachers: they may have been built again in another;
+- the modules of teachers, heads and losses of the user's own, without what they import;
 - each local folder or file that weights are loaded from. The first process reads it at every start, at the speed of the
   disk; loading then reads it from the page cache.
 
@@ -26,6 +27,7 @@ import numpy as np
 import xxhash
 
 from visper.common.errors import ConfigError, DataError
+from visper.common.importing import source_of
 from visper.common.manifest import content_digest
 from visper.config import Run
 from visper.data.checks.digests import contents_of
@@ -51,8 +53,9 @@ def content_of(run: Run, records: Records, targets: TargetStore | None) -> dict[
 
 
 def _parts_content(run: Run) -> dict[str, str]:
-    places = [(what, Path(name)) for what, name in _parts(run)]
-    return {f"{what} '{place}'": content_digest(place) for what, place in places if place.exists()}
+    places = [(f"{what} '{Path(name)}'", Path(name)) for what, name in _parts(run)]
+    places += [(f"the code of '{kind}'", file) for kind in _own_kinds(run) if (file := source_of(kind)) is not None]
+    return {what: content_digest(place) for what, place in places if place.exists()}
 
 
 def rows_content(records: Records, images_lost: bool = True) -> dict[str, str]:
@@ -98,7 +101,7 @@ def require_finished_with(run: Run) -> None:
     if changed:
         raise ConfigError(
             f"'{output}' holds this run, finished, but changed since it began: {', '.join(changed)}. Remove '{output}' "
-            "to train again, choose another output, or restore what changed"
+            "to train again, choose another output, restore what changed, or train a later stage alone (visper train)"
         )
 
 
@@ -139,6 +142,13 @@ def _parts(run: Run) -> Iterator[tuple[str, str]]:
     for task, settings in (run.distillation.tasks if run.distillation else {}).items():
         if settings.target.model is not None:
             yield f"the teacher of '{task}'", settings.target.model
+
+
+def _own_kinds(run: Run) -> Iterator[str]:
+    """The teachers, heads and losses of the user's own, as "module:name"."""
+    for task in run.distillation.tasks.values() if run.distillation else ():
+        kinds = (task.target.kind, task.head.kind, *task.loss)
+        yield from (kind for kind in kinds if ":" in kind and not kind.startswith("visper."))
 
 
 def _digest_of_images(contents: Sequence[bytes | None]) -> str:

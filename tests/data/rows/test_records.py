@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from visper.common.console import printable
 from visper.common.errors import DataError
 from visper.data.chat import ConversationEncoder
 from visper.data.dataset import keep_good, lost_images
+from visper.data.rows import formats
 from visper.data.rows.formats import parse_row
 from visper.data.rows.json_rows import read_rows
 from visper.data.rows.lengths import Lengths, measure
@@ -30,7 +33,9 @@ def read_records(sources: Sequence[tuple[Path, Path]], drops: DropList) -> list[
         for index, content in enumerate(read_rows(file)):
             sample_id = f"{name}/{index}/{own_id(content)}"
             try:
-                records.append(parse_row(content, sample_id, images))
+                record = parse_row(content, sample_id, images)
+                shown = "" if own_id(content) or not record.images else printable(formats.parse(content).images[0].path)
+                records.append(replace(record, id=sample_id + shown))
             except DataError as error:
                 drops.add(sample_id, error.reason, error.detail)
     return records

@@ -254,6 +254,20 @@ def test_a_drop_list_of_other_data_is_refused(tmp_path: Path, sample_id: str) ->
         open_records(mixed(tmp_path), DropList(agreed=[Drop(sample_id, "gone")]))
 
 
+@pytest.mark.parametrize("dropped", [2, 5])
+def test_a_drop_list_of_rows_without_ids_that_have_moved_is_refused(tmp_path: Path, dropped: int) -> None:
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A."}]
+    rows: list[Any] = [{"image": f"{number}.png", "conversations": turns} for number in range(8)]
+    rows[5] = {"image": "5.png", "conversations": "not a conversation"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sources = [(tmp_path / "rows.json", tmp_path)]
+    listed = [Drop(open_table(tmp_path / "rows.json").sample_id(dropped, "rows"), "bad")]
+    assert len(open_records(sources, DropList(agreed=listed))) == (7 if dropped == 5 else 6)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(DataError, match="1 of its 1 rows are not in the run's sources"):
+        open_records(sources, DropList(agreed=listed))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"id": 1}'])
 def test_a_file_that_is_no_drop_list_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "d.jsonl").write_text(content)

@@ -286,6 +286,53 @@ def test_a_set_of_ones_own_comes_from_this_disk(tmp_path, root, pack):
     assert bring(file, root).fetched == ["mine/rows.jsonl"] and "mine/images/c.jpg" in tree(root)
 
 
+def two_images(folder: Path, source: dict) -> Path:
+    unpack = [{"to": "mine"}]
+    downloads = [
+        {"file": "rows.json", "sources": [{"path": "rows.json"}]},
+        {"file": "pack", "sources": [source], "unpack": unpack},
+    ]
+    return own_set(folder, {"rows": [{"json": "rows.json", "images": "mine"}], "downloads": downloads})
+
+
+@pytest.mark.parametrize("pack", ["folder", "zip"])
+def test_images_of_an_archive_of_ones_own_that_was_made_again_are_replaced(tmp_path, root, pack):
+    def make(first: int, *names: str) -> None:
+        (tmp_path / "rows.json").write_bytes(rows(*names))
+        files = {name: image(first + number) for number, name in enumerate(names)}
+        if pack == "zip":
+            (tmp_path / "pack").write_bytes(zipped(files))
+            return
+        (tmp_path / "pack").mkdir(exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / "pack" / name).write_bytes(content)
+
+    make(1, "a.jpg", "b.jpg")
+    file = two_images(tmp_path, {"path": "pack"})
+    bring(file, root)
+    make(101, "a.jpg", "b.jpg")
+    assert bring(file, root).unpacked == 2 and (root / "mine/a.jpg").read_bytes() == image(101)
+    make(201, "a.jpg", "b.jpg", "c.jpg")
+    assert bring(file, root).unpacked == 3 and (root / "mine/b.jpg").read_bytes() == image(202)
+    assert bring(file, root).nothing_done
+
+
+def test_images_of_a_changed_archive_that_is_trusted_are_all_of_its_new_state(shelf, tmp_path, root):
+    file = two_images(tmp_path, {"url": shelf.put("/pack", zipped({"a.jpg": image(1), "b.jpg": image(2)}))})
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))
+    bring(file, root, drop_archives=True)
+    shelf.put("/pack", zipped({"a.jpg": image(101), "b.jpg": image(102)}))
+    (root / "mine/a.jpg").unlink()
+    with pytest.raises(DataError, match=r"has changed\. To trust the new one, remove its entry"):
+        bring(file, root)
+    lock = root / "visper-data.lock.json"
+    content = json.loads(lock.read_text())
+    del content["files"]["pack"]
+    lock.write_text(json.dumps(content))
+    assert bring(file, root).unpacked == 2
+    assert [(root / f"mine/{name}.jpg").read_bytes() for name in "ab"] == [image(101), image(102)]
+
+
 def test_rows_may_lie_in_the_archive_of_the_images(tmp_path, root):
     (tmp_path / "all.zip").write_bytes(
         zipped({"rows.json": rows("images/a.jpg"), "images/a.jpg": image(1), "images/b.jpg": b""})

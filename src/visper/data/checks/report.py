@@ -181,7 +181,7 @@ def check(
         report.warnings += moved_images(records, found, encoder)
     seen: set[str] = set()
     for index, row in enumerate(records.rows.tolist()):
-        source, sample_id = source_of(next(iter(names[row]), None)), f"{name}/{row}/{table.value('id', row)}"
+        source, sample_id = source_of(next(iter(names[row]), None)), table.sample_id(row, name)
         report.note(source, "rows")
         for what in _oddities(table, row, names[row], seen):
             report.note(source, what, sample_id)

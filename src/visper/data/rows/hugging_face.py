@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from visper.common.cache import cache_folder, code_key, identity
+from visper.common.cache import cache_folder, code_key, identity, key, sample
 from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import place_of
@@ -76,8 +76,9 @@ def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[
     import datasets
 
     with _loading(what, "; are all of them Parquet files of one schema?", quiet):
+        state = key(*(sample(Path(file)) for file in files))  # `datasets` itself compares only path and date
         return datasets.load_dataset(
-            "parquet", data_files=list(map(glob.escape, files)), split="train", columns=columns
+            "parquet", state, data_files=list(map(glob.escape, files)), split="train", columns=columns
         )
 
 

@@ -143,7 +143,7 @@ def unsupervised(answers: Iterable[str]) -> tuple[str, str] | None:
 
 
 def own_id(row: Any) -> str:
-    """The row's own id with control characters escaped; logs and drop lists name a row ``source/index/own id``."""
+    """The row's own id with control characters escaped; empty if it has none."""
     found = row.get("id") if isinstance(row, dict) else None
     return "" if found is None else printable(str(found))
 

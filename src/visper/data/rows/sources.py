@@ -50,10 +50,10 @@ def _agreed_rows(records: Records, drops: DropList) -> npt.NDArray[np.int64]:
     by_name = {part.name: (part.table, int(start)) for part, start in zip(records.parts, records.starts, strict=False)}
     found, strange = [], []
     for sample_id in drops.agreed:
-        name, row, own = [*sample_id.split("/", 2), "", ""][:3]
+        name, row = [*sample_id.split("/", 2), ""][:2]
         table, start = by_name.get(name, (None, 0))
         known = table is not None and row.isdecimal() and int(row) < len(table)
-        if table is None or not known or table.value("id", int(row)) != own:
+        if table is None or not known or table.sample_id(int(row), name) != sample_id:
             strange.append(sample_id)
         else:
             found.append(start + int(row))

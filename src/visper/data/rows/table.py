@@ -81,7 +81,14 @@ class RecordTable:
         shown = self.images(row)
         if images is not None:
             shown = tuple(replace(image, path=str(images / image.path)) for image in shown)
-        return Record(f"{name}/{row}/{self.value('id', row)}", turns, shown)
+        return Record(self.sample_id(row, name), turns, shown)
+
+    def sample_id(self, row: int, name: str) -> str:
+        """The row as logs and drop lists name it: source, number, and its own id or, without one, its first image.
+
+        By the last part, a drop list of rows that have moved since is recognized.
+        """
+        return f"{name}/{row}/{self.value('id', row) or printable(self.value('image', row) or '')}"
 
     def images(self, row: int) -> tuple[ShownImage, ...]:
         """The images of a row, with paths as in the file."""
@@ -126,8 +133,7 @@ class RecordTable:
     def drops(self, name: str) -> Iterator[Drop]:
         """The bad rows. ``name`` is the name of the source."""
         for row in np.flatnonzero(self._flags(pc.is_valid(self.column("reason")))).tolist():
-            own, reason, detail = (self.value(column, row) for column in ("id", "reason", "detail"))
-            yield Drop(f"{name}/{row}/{own}", reason, detail)
+            yield Drop(self.sample_id(row, name), self.value("reason", row), self.value("detail", row))
 
     @staticmethod
     def _flags(values: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

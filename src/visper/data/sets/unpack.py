@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from visper.common.cache import key
 from visper.common.errors import DataError
 from visper.common.files import inside, write_text
 from visper.data.normalize import make_canonical
@@ -84,7 +85,12 @@ class Unpacker:
         """Paths that count as absent, although they exist, until they are written again."""
 
     def lacks(self, item: Request) -> bool:
-        """Whether needed members of a download may be absent, judged without opening its archives."""
+        """Whether needed members of a download may be absent or old, judged without opening its archives."""
+        places = [item.folder / str(origin.path) for origin in item.download.sources if origin.is_local]
+        if len(places) == len(item.download.sources):  # else another source may be taken
+            taken = next((place for place in places if place.exists()), None)
+            if taken is not None and self._is_other(item.download, taken):
+                return True
         listed = self._listed(item.download)
         for unpack in item.download.unpack:
             if listed is not None:
@@ -101,10 +107,15 @@ class Unpacker:
     def unpack(self, item: Request, path: Path) -> None:
         """Unpacks the needed and absent members of an archive or folder to their places.
 
+        If it has changed since it was unpacked, those that are there are removed first, so that after a kill, too, old
+        and new ones are not mixed.
+
         Raises:
             DataError: the archive is unsafe, broken or has an unexpected layout, or the disk is full.
         """
         download = item.download
+        changed = self._is_other(download, path)
+        old: set[str] = set()
         members = list_members(path, [unpack.inner for unpack in download.unpack if unpack.inner])
         todo: dict[Member, list[str]] = {}
         for unpack in download.unpack:
@@ -120,9 +131,13 @@ class Unpacker:
             for place in needed:
                 if place.split("/")[0].casefold() in RESERVED:
                     raise DataError("unsafe archive", f"'{path}': '{place}' is reserved for downloads")
-            for place in self._absent(needed):
+            there = set(here) - absent(self.root, here) if changed else set()
+            for place in self._absent(needed) | there:
                 inside(self.root, place)
                 todo.setdefault(here[place], []).append(place)
+            old |= there
+        for place in old:
+            (self.root / place).unlink()
         self._list(download, path, members)
         if todo:
             self._write(path, todo)
@@ -163,24 +178,38 @@ class Unpacker:
         return absent(self.root, names) | (names & self.again)
 
     def _list(self, download: Download, path: Path, members: list[Member]) -> None:
-        """Saves an archive's list of members, for use after the archive is deleted."""
+        """Saves an archive's list of members, for use after the archive is deleted or has changed."""
+        file, identity = self._identity(download, path)
+        text = json.dumps({"sha256": identity, "members": [(m.name, m.size, m.inner) for m in members]})
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
+
+    def _is_other(self, download: Download, path: Path) -> bool:
+        """Whether another state of an archive or folder was unpacked before."""
+        file, identity = self._identity(download, path)
+        return self._listing(file).get("sha256", identity) != identity
+
+    def _identity(self, download: Download, path: Path) -> tuple[Path, str]:
+        """The file of an archive's list of members, and the SHA-256 or, for a local one, a key of sizes and dates."""
         for name, entry in self.lockfile.parts(download.file).items():
             if self.root / ARCHIVES / name == path:
-                listing = {"sha256": entry.sha256, "members": [(m.name, m.size, m.inner) for m in members]}
-                text = json.dumps(listing)
-                file = self._list_file(name)
-                if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                    write_text(file, text)
+                return self._list_file(name), entry.sha256
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        found = (f"{file.relative_to(path)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        return self._list_file(f"{download.file}.local"), key(*found)
 
     def _listed(self, download: Download) -> list[list[Member]] | None:
         found = []
         for name, entry in self.lockfile.parts(download.file).items():
-            file = self._list_file(name)
-            listing: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+            listing = self._listing(self._list_file(name))
             if listing.get("sha256") != entry.sha256:
                 return None
             found.append([Member(*member) for member in listing["members"]])
         return found or None
+
+    @staticmethod
+    def _listing(file: Path) -> dict[str, Any]:
+        return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
     def _list_file(self, name: str) -> Path:
         return self.root / STATE / MEMBERS / f"{name}.json"
