@@ -301,7 +301,7 @@ def end_of_turn_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special token that the tokenizer's chat template writes after an answer.
 
     Raises:
-        ValueError: the template writes none there.
+        ConfigError: the template writes none there.
     """
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL.format(0)}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -321,10 +321,10 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_end_of_turn(tail: str, special: re.Pattern[str]) -> re.Match[str]:
-    """The first special token in the text that a template writes after an answer. Raises ValueError if none."""
+    """The first special token in the text that a template writes after an answer. Raises ConfigError if none."""
     found = special.search(tail)
     if found is None:
-        raise ValueError(
+        raise ConfigError(
             f"the chat template writes no special token after an answer (but {tail[:40]!r}), so the model could not "
             "learn to stop: use the template of an instruct version, or mark its end-of-turn token as special"
         )
