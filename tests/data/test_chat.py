@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import LlavaProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
-from visper.common.errors import DataError
+from visper.common.errors import ConfigError, DataError
 from visper.data.chat import IGNORED, ConversationEncoder, Encoded
 from visper.data.chat_template import end_of_turn_token, student_template
 from visper.data.images import build_image_processor
@@ -196,7 +196,7 @@ def test_a_system_turn_that_the_template_does_not_take_makes_the_row_bad(name: s
 
 
 def test_a_template_without_end_of_turn_is_refused() -> None:
-    with pytest.raises(ValueError, match="no special token after an answer"):
+    with pytest.raises(ConfigError, match="no special token after an answer"):
         end_of_turn_token(make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"))
 
 
