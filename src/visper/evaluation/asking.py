@@ -7,16 +7,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+import visper
 from visper.common.cache import identity, key
 from visper.common.console import Console, announce, printable
 from visper.common.errors import ConfigError, DataError, StoppedError, counted
@@ -28,8 +29,6 @@ from visper.model.card import CARD
 from visper.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
-CODE = ("visper-lm", "transformers")
-"""Packages whose other versions may answer otherwise."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ class Asker:
         self._student: Student | None = None
         if not Path(model).is_dir():
             self.student()  # the commit of a hub model is known after its download
-        self._key = key(model_key(model), str(precision()), *map(version, CODE))
+        self._key = key(model_key(model), str(precision()), visper.__version__, transformers.__version__)
 
     def student(self) -> Student:
         """The loaded model."""
