@@ -266,7 +266,8 @@ def save_result(result: Result) -> None:
         "chance": CHANCE,
         "cheap_cues": result.cues,
         "predictions": [
-            {"layer": f.name, "measure": f.measure, "value": f.value, "controls": f.controls} for f in result.findings
+            {"layer": f.name, "measure": f.measure, "value": f.value, "interval": f.interval, "controls": f.controls}
+            for f in result.findings
         ],
         "seconds": result.seconds,
         "cpu_seconds": result.cpu_seconds,
