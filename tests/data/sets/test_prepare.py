@@ -328,6 +328,15 @@ def test_what_came_from_a_source_that_a_set_no_longer_names_is_not_taken_for_its
     assert bring(file, root).nothing_done, "a mirror"
 
 
+def test_another_revision_is_another_source(shelf, tmp_path, root):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg"))
+    shelf.put(HUB.format("me/mine") + "pack", zipped({"a.jpg": image(1)}))
+    source = {"hub": "me/mine", "path": "pack"}
+    bring(two_images(tmp_path, source), root)
+    with pytest.raises(DataError, match=r"prepared from hub:me/mine/pack, but .* now names hub:me/mine@v2/pack"):
+        bring(two_images(tmp_path, {**source, "revision": "v2"}), root)
+
+
 def test_images_of_a_changed_archive_that_is_trusted_are_all_of_its_new_state(shelf, tmp_path, root):
     file = two_images(tmp_path, {"url": shelf.put("/pack", zipped({"a.jpg": image(1), "b.jpg": image(2)}))})
     (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))
