@@ -275,13 +275,16 @@ def test_rows_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypat
     assert [record.turns[1].text for record in opened(source)[0]] == ["3", "3", "2", "2"]
 
 
-def test_a_parquet_file_that_changed_and_kept_its_date_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "rows.parquet"
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_a_file_that_changed_and_kept_its_date_is_read_again(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "set" / "rows.parquet"
+    file.parent.mkdir()
+    source = Source(parquet=str(file)) if kind == "parquet" else Source(hf=str(file.parent))
     for answer in ("one", "two"):
         turns = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": answer}]
         pq.write_table(pa.table({"messages": [turns]}), file)
         os.utime(file, (1_700_000_000, 1_700_000_000))  # as unpacked from an archive of fixed dates
-        assert open_records([Source(parquet=str(file))], DropList())[0].turns[1].text == answer
+        assert open_records([source], DropList())[0].turns[1].text == answer
 
 
 def test_plain_json_does_not_import_datasets() -> None:

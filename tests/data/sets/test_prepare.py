@@ -317,6 +317,40 @@ def test_images_of_an_archive_of_ones_own_that_was_made_again_are_replaced(tmp_p
     assert bring(file, root).nothing_done
 
 
+def test_a_changed_archive_removes_no_download(tmp_path, root):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg"))
+    (tmp_path / "pack").write_bytes(zipped({"mine/a.jpg": image(1)}))
+    file = two_images(tmp_path, {"path": "pack"})
+    file.write_text(file.read_text().replace("to: mine", "to: ''"))
+    bring(file, root)
+    (root / "archives").mkdir()
+    (root / "archives/other.zip").write_bytes(b"another set's")
+    (tmp_path / "pack").write_bytes(zipped({"mine/a.jpg": image(2), "archives/other.zip": b""}))
+    with pytest.raises(DataError, match=r"'archives/other\.zip' is reserved for downloads"):
+        bring(file, root)
+    assert (root / "archives/other.zip").read_bytes() == b"another set's" and (root / "mine/a.jpg").is_file()
+
+
+def test_what_came_from_a_source_that_a_set_no_longer_names_is_not_taken_for_its_file(shelf, tmp_path, root):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg"))
+    first, second = (shelf.put(f"/{number}.zip", zipped({"a.jpg": image(number)})) for number in (1, 2))
+    bring(two_images(tmp_path, {"url": first}), root)
+    with pytest.raises(DataError, match=r"pack: prepared from http://.*/1.zip, but .* now names http://.*/2.zip"):
+        bring(two_images(tmp_path, {"url": second}), root)
+    file = two_images(tmp_path, {"url": second})
+    file.write_text(file.read_text().replace("- url: ", f"- url: {first}\n  - url: ", 1))
+    assert bring(file, root).nothing_done, "a mirror"
+
+
+def test_another_revision_is_another_source(shelf, tmp_path, root):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg"))
+    shelf.put(HUB.format("me/mine") + "pack", zipped({"a.jpg": image(1)}))
+    source = {"hub": "me/mine", "path": "pack"}
+    bring(two_images(tmp_path, source), root)
+    with pytest.raises(DataError, match=r"prepared from hub:me/mine/pack, but .* now names hub:me/mine@v2/pack"):
+        bring(two_images(tmp_path, {**source, "revision": "v2"}), root)
+
+
 def test_images_of_a_changed_archive_that_is_trusted_are_all_of_its_new_state(shelf, tmp_path, root):
     file = two_images(tmp_path, {"url": shelf.put("/pack", zipped({"a.jpg": image(1), "b.jpg": image(2)}))})
     (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))

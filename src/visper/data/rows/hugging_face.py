@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from visper.common.console import track
 from visper.common.errors import DataError
 from visper.common.files import place_of
 from visper.config import Source
-from visper.data.rows.formats import FIELDS, MEDIA_KEYS, OBJECTS, Embedded, NotEmbedded
+from visper.data.rows.formats import FIELDS, IMAGE_SUFFIXES, MEDIA_KEYS, OBJECTS, Embedded, NotEmbedded
 from visper.data.rows.json_rows import CONVERSATIONS
 from visper.data.rows.table import Part, RecordTable, cells, table_key, write_table
 
@@ -53,7 +53,8 @@ def open_hub(source: Source, name: str, quiet: bool) -> Part:
         if (saved / "state.json").is_file():
             found = datasets.load_from_disk(str(saved))
         else:
-            found = datasets.load_dataset(source.place, source.subset, split=split, revision=revision)
+            cache = _cache_of(_tables_below(folder)) if folder.exists() else None
+            found = datasets.load_dataset(source.place, source.subset, split=split, revision=revision, cache_dir=cache)
     return _as_part(found, source, name, quiet)
 
 
@@ -76,10 +77,23 @@ def load_parquet(files: list[str], what: str, quiet: bool = True, columns: list[
     import datasets
 
     with _loading(what, "; are all of them Parquet files of one schema?", quiet):
-        state = key(*(sample(Path(file)) for file in files))  # `datasets` itself compares only path and date
-        return datasets.load_dataset(
-            "parquet", state, data_files=list(map(glob.escape, files)), split="train", columns=columns
-        )
+        cache, escaped = _cache_of(map(Path, files)), list(map(glob.escape, files))
+        return datasets.load_dataset("parquet", data_files=escaped, split="train", columns=columns, cache_dir=cache)
+
+
+def _cache_of(files: Iterable[Path]) -> str:
+    """The folder for the Arrow copy of files of this content; `datasets` itself compares only their paths and dates."""
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / key(*map(sample, files)))
+
+
+def _tables_below(folder: Path) -> Iterator[Path]:
+    """The files of a data set that may hold rows."""
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if not hidden and file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file():
+            yield file
 
 
 @contextmanager

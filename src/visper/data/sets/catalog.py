@@ -74,6 +74,11 @@ class Origin(Section):
         """Whether it is on this machine."""
         return self.url is None and self.hub is None
 
+    @property
+    def repository(self) -> str:
+        """The hub's repository, with its revision unless that is the newest."""
+        return str(self.hub) + ("" if self.revision == "main" else f"@{self.revision}")
+
 
 class Unpack(Section):
     """A rule for unpacking: which members of an archive go where."""
@@ -123,7 +128,7 @@ class Download(Section):
     def labels(self) -> list[str]:
         """The sources as shown to users."""
         return [
-            origin.url or (f"hub:{origin.hub}/{origin.path}" if origin.hub else str(origin.path))
+            origin.url or (f"hub:{origin.repository}/{origin.path}" if origin.hub else str(origin.path))
             for origin in self.sources
         ]
 

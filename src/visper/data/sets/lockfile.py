@@ -50,6 +50,10 @@ class Lockfile:
         """The recorded identities of a file from all sources."""
         return [Entry(**found) for found in self._data["files"].get(name, {}).values()]
 
+    def sources(self, name: str) -> list[str]:
+        """The recorded sources of a file."""
+        return list(self._data["files"].get(name, {}))
+
     def record(self, name: str, source: str, entry: Entry) -> None:
         """Records a file's identity."""
         with self._guard:

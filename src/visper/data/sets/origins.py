@@ -49,7 +49,7 @@ def _on_hub(download: Download, origin: Origin, published: Remote) -> list[Remot
             remote = replace(
                 published,
                 name=download.name_of(file.rfilename),
-                source=f"hub:{repository}/{file.rfilename}",
+                source=f"hub:{origin.repository}/{file.rfilename}",
                 url=hf_hub_url(repository, file.rfilename, **place),
                 headers=headers,
                 bytes=published.bytes or file.size,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
+from fnmatch import fnmatchcase
 from heapq import nlargest
 from itertools import chain
 from pathlib import Path
@@ -177,15 +178,27 @@ class _Preparation:
         return not self._at_hand(item.download) or any(o.is_local for o in item.download.sources)
 
     def _other_identity(self, download: Download) -> str | None:
-        """How the recorded identity differs from the one in the set's description; None if it does not."""
+        """How the recorded identity differs from the one in the set's description; None if it does not.
+
+        Without a published hash, the content of a source that was not recorded is unknown.
+        """
+        named = [without_queries(label) for label in download.labels]
         for name, entry in self.lockfile.parts(download.file).items():
             found = {"sha256": entry.sha256, "bytes": entry.bytes}
-            for key, published in (("sha256", download.sha256), ("bytes", download.exact_bytes)):
-                if published is not None and published != found[key]:
-                    return (
-                        f"prepared from a file of {key} {found[key]}, but the set's description now says {published}: "
-                        f"choose another --root, or remove '{name}' from {LOCKFILE} and its files under the root"
-                    )
+            differences = [
+                f"a file of {key} {found[key]}, but the set's description now says {published}"
+                for key, published in (("sha256", download.sha256), ("bytes", download.exact_bytes))
+                if published is not None and published != found[key]
+            ]
+            before = self.lockfile.sources(name)
+            known = any(one in (FOUND, label) or fnmatchcase(one, label) for one in before for label in named)
+            if before and not (known or download.sha256 or download.md5):
+                differences.append(f"{before[0]}, but the set's description now names {named[0]}")
+            if differences:
+                return (
+                    f"prepared from {differences[0]}: choose another --root, or remove '{name}' from {LOCKFILE} and "
+                    "its files under the root"
+                )
         return None
 
     def _at_hand(self, download: Download) -> list[Path]:
