@@ -1,4 +1,4 @@
-"""A table of GPUs (peak FLOPs per second, memory), and the error raised when GPU memory is full."""
+"""A table of GPUs (peak FLOPs per second, memory), the choice of attention, and the error when GPU memory is full."""
 
 from __future__ import annotations
 
@@ -87,6 +87,17 @@ def memory_of(device: torch.device) -> float:
 
     found, own = gpu_at(device), float(torch.cuda.get_device_properties(device).total_memory)
     return min(own, found.memory_gb * 1e9) if found else own
+
+
+def avoid_plans_by_shape() -> None:
+    """Keeps cuDNN out of torch's attention: for every new shape it plans on the host for tens of milliseconds.
+
+    Torch tries it first on H100, H200 and B200 if it is newer than 9.15, as with torch 2.11. But the lengths of samples
+    and growing answers are always new here. Flash attention, which torch tries next, plans nothing.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager
