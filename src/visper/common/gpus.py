@@ -24,8 +24,10 @@ class Gpu:
 
 GPUS: dict[str, Gpu] = {
     "B200": Gpu(2250e12, 180),
+    "H200 NVL": Gpu(835e12, 141),
     "H200": Gpu(989e12, 141),
     "H100 PCIe": Gpu(756e12, 80),
+    "H100 NVL": Gpu(835e12, 94),
     "H100": Gpu(989e12, 80),
     "A100 40GB": Gpu(312e12, 40),
     "A100": Gpu(312e12, 80),
