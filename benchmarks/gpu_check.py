@@ -222,6 +222,10 @@ def run_part(options: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    else:  # parts that time steps do not join processes, which does this
+        from visper.common.gpus import avoid_plans_by_shape
+
+        avoid_plans_by_shape()
     start = time.monotonic()
     try:
         found, failed = PARTS[options.part](options), False

@@ -103,6 +103,8 @@ def test_a_share_is_planned_at_least_as_traced(stage, tmp_path, tiny_llm, tiny_e
 
 def test_a_gpu_is_found_by_its_name_or_the_drivers_and_one_of_unknown_kind_by_its_memory():
     assert gpus.find_gpu("h100 pcie") == gpus.GPUS["H100 PCIe"]
+    assert gpus.find_gpu("NVIDIA H100 80GB HBM3") == gpus.find_gpu("NVIDIA H100") == gpus.GPUS["H100"]
+    assert gpus.find_gpu("NVIDIA H100 NVL") == gpus.GPUS["H100 NVL"]
     assert gpus.find_gpu("NVIDIA A100-SXM4-40GB") == gpus.GPUS["A100 40GB"]
     assert gpus.find_gpu("RTX 40900", 12) == gpus.Gpu(None, 12)
     with pytest.raises(ConfigError, match=r"'RTX 40900' is not in the table: use one of B200.*--gpu-memory GB"):

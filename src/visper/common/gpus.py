@@ -1,4 +1,4 @@
-"""A table of GPUs (peak FLOPs per second, memory), and the error raised when GPU memory is full."""
+"""A table of GPUs (peak FLOPs per second, memory), the choice of attention, and the error when GPU memory is full."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Gpu:
 
 GPUS: dict[str, Gpu] = {
     "B200": Gpu(2250e12, 180),
+    "H200 NVL": Gpu(835e12, 141),
     "H200": Gpu(989e12, 141),
     "H100 PCIe": Gpu(756e12, 80),
+    "H100 NVL": Gpu(835e12, 94),
     "H100": Gpu(989e12, 80),
     "A100 40GB": Gpu(312e12, 40),
     "A100": Gpu(312e12, 80),
@@ -87,6 +89,17 @@ def memory_of(device: torch.device) -> float:
 
     found, own = gpu_at(device), float(torch.cuda.get_device_properties(device).total_memory)
     return min(own, found.memory_gb * 1e9) if found else own
+
+
+def avoid_plans_by_shape() -> None:
+    """Keeps cuDNN out of torch's attention: for every new shape it plans on the host for tens of milliseconds.
+
+    Torch tries it first on H100, H200 and B200 if it is newer than 9.15, as with torch 2.11. But the lengths of samples
+    and growing answers are always new here. Flash attention, which torch tries next, plans nothing.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager

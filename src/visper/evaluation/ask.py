@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature
 
+from visper.common.gpus import avoid_plans_by_shape
 from visper.data.decoding import to_rgb
 from visper.data.images import student_pixels
 from visper.data.rows.formats import parse_row
@@ -89,6 +90,7 @@ def load_to_ask(folder: str | Path) -> Student:
     """Loads a student for inference, on this process's GPU, or on the CPU if there is none."""
     student = load_student(folder, precision())
     if torch.cuda.is_available():
+        avoid_plans_by_shape()
         student.model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
     return student
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from visper.common.errors import ConfigError
+from visper.common.gpus import avoid_plans_by_shape
 from visper.common.ranks import require_gpu_each, require_nccl
 from visper.config import Launch
 from visper.training.parallel.deepspeed import uses_zero, zero_state
@@ -27,6 +28,7 @@ def join_processes(launch: Launch) -> PartialState:
     on_gpu = torch.cuda.is_available()
     if on_gpu:  # TF32: the Trainer sets only torch's new flag, and torch 2.9's inductor cannot read the old one then
         torch.set_float32_matmul_precision("high")
+        avoid_plans_by_shape()
     processes = zero_state(timeout) if uses_zero(launch) else PartialState(cpu=not on_gpu, timeout=timeout)
     count = torch.cuda.device_count()
     if processes.num_processes == 1 and count > 1:
