@@ -147,7 +147,8 @@ def variants(options: argparse.Namespace) -> dict[str, Any]:
 
     on_gpu = device_of(options) == "cuda"
     table = {"packed, sdpa": case()}
-    if on_gpu:  # no backward pass on a CPU
+    if on_gpu:  # flex attention has no backward pass on a CPU
+        table["packed, sdpa, cuDNN allowed"] = with_cudnn(case())
         table["packed, flex_attention"] = case(attention="flex_attention")
         table["packed, flex_attention, compiled"] = case(attention="flex_attention", compiled=True)
     table["padded, sdpa, compiled"] = case(packed=False, compiled=True)  # not compiled: part ift
@@ -161,6 +162,22 @@ def variants(options: argparse.Namespace) -> dict[str, Any]:
     if on_gpu and importlib.util.find_spec("flash_attn") is not None:
         table["packed, flash_attention_2"] = case(attention="flash_attention_2")
     return cases(options, table)
+
+
+def with_cudnn(case: Case) -> Case:
+    """The case with cuDNN among torch's kernels for attention, which training leaves out (``avoid_plans_by_shape``)."""
+    import torch
+
+    from visper.common.gpus import avoid_plans_by_shape
+
+    def run(size: int) -> dict[str, Any]:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        try:
+            return case(size)
+        finally:
+            avoid_plans_by_shape()
+
+    return run
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
