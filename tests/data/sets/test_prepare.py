@@ -317,6 +317,34 @@ def test_images_of_an_archive_of_ones_own_that_was_made_again_are_replaced(tmp_p
     assert bring(file, root).nothing_done
 
 
+def test_images_of_ones_own_that_are_in_their_place_are_kept_when_one_is_added(tmp_path):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.jpg").write_bytes(image(1))
+    file = two_images(tmp_path, {"path": "mine"})
+    assert bring(file, tmp_path).absent == ["mine/b.jpg"]
+    (tmp_path / "mine/b.jpg").write_bytes(image(2))
+    assert bring(file, tmp_path).nothing_done
+    assert [(tmp_path / f"mine/{name}.jpg").read_bytes() for name in "ab"] == [image(1), image(2)]
+
+
+def test_a_changed_archive_does_not_replace_the_lock_file(tmp_path, root):
+    def make(files: dict) -> None:
+        (tmp_path / "pack").write_bytes(zipped({"a.jpg": image(1), **files}))
+
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg"))
+    downloads = [
+        {"file": "rows.json", "sources": [{"path": "rows.json"}]},
+        {"file": "pack", "sources": [{"path": "pack"}], "unpack": [{"to": ""}]},
+    ]
+    file = own_set(tmp_path, {"rows": [{"json": "rows.json"}], "downloads": downloads})
+    make({})
+    bring(file, root)
+    make({"visper-data.lock.json": b"{}"})
+    with pytest.raises(DataError, match="'visper-data.lock.json' is reserved for downloads"):
+        bring(file, root)
+
+
 def test_images_of_a_changed_archive_that_is_trusted_are_all_of_its_new_state(shelf, tmp_path, root):
     file = two_images(tmp_path, {"url": shelf.put("/pack", zipped({"a.jpg": image(1), "b.jpg": image(2)}))})
     (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))

@@ -128,10 +128,12 @@ class Unpacker:
                     f"'{path}' contains none of the files that rows name under '{unpack.to}/'; it would unpack, for "
                     f"example, {sorted(here)[:3]}",
                 )
-            for place in needed:
+            there = set(here) - absent(self.root, here) if changed else set()
+            if path.is_dir():  # which may itself be where its files belong
+                there = {place for place in there if not (path / here[place].name).samefile(self.root / place)}
+            for place in needed | there:
                 if place.split("/")[0].casefold() in RESERVED:
                     raise DataError("unsafe archive", f"'{path}': '{place}' is reserved for downloads")
-            there = set(here) - absent(self.root, here) if changed else set()
             for place in self._absent(needed) | there:
                 inside(self.root, place)
                 todo.setdefault(here[place], []).append(place)
