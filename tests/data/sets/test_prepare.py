@@ -341,7 +341,7 @@ def test_a_changed_archive_does_not_replace_the_lock_file(tmp_path, root):
     make({})
     bring(file, root)
     make({"visper-data.lock.json": b"{}"})
-    with pytest.raises(DataError, match="'visper-data.lock.json' is reserved for downloads"):
+    with pytest.raises(DataError, match=r"'visper-data\.lock\.json' is reserved for downloads"):
         bring(file, root)
 
 
