@@ -268,10 +268,10 @@ def test_a_layer_beyond_the_encoder_is_refused(tiny_encoder):
             load_encoder(str(tiny_encoder), feature_layer=layer)
 
 
-def test_settings_of_sampling_that_an_llm_never_reads_do_not_stop_saving(tmp_path, tiny_llm, tiny_encoder):
+def test_settings_of_generation_that_an_llm_never_reads_do_not_stop_saving(tmp_path, tiny_llm, tiny_encoder):
     """As Vicuna has them, without do_sample; transformers refuses to save them beside changed settings."""
     folder = shutil.copytree(tiny_llm, tmp_path / "llm")
-    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}')
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "length_penalty": 0.8}')
     student = build_student(StudentConfig(llm=str(folder), encoder=str(tiny_encoder)), Geometry.SQUASH)
     save_student(student, tmp_path / "saved")
     assert load_student(tmp_path / "saved").model.generation_config.temperature is None

@@ -148,7 +148,7 @@ def test_rows_that_cannot_be_read_are_left_out_and_named_or_too_many(make, held_
     only_good = train(make("good", losses(held_out) | {"loss_on": good}))[4]
     assert {n: v for n, v in found.items() if "eval" in n} == {n: v for n, v in only_good.items() if "eval" in n}
     shown = capfd.readouterr().out
-    assert "1 held-out rows cannot be read" in shown and "losses on 6 held-out rows" in shown
+    assert "left out 1 held-out row: " in shown and "losses on 6 held-out rows" in shown
 
 
 def test_the_loss_is_the_mean_over_the_rows_however_they_are_split(make, held_out):

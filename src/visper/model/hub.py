@@ -53,7 +53,7 @@ UNREADABLE = (
 def loading(part: str, name: str) -> Iterator[None]:
     """Turns other libraries' errors while loading ``name`` into a ConfigError with ``part``, the name and a remedy.
 
-    Refuses an adapter (``refuse_adapter``): of a hub model, transformers has cached what it is when it is loaded.
+    Refuses an adapter (``refuse_adapter``), also afterwards: only then is a hub model in the cache.
     """
     refuse_adapter(name)
     try:

@@ -38,6 +38,8 @@ ANSWERING_SIDE = "left"
 """The tokenizer's padding side: answers continue a prompt at its right end. The training collator pads on the right."""
 SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generation that are read only with ``do_sample``."""
+BEAMS = ("early_stopping", "length_penalty")
+"""Settings of generation that are read only with several ``num_beams``."""
 
 
 @dataclass
@@ -109,12 +111,12 @@ class Student:
 def suppress(generation: GenerationConfig, tokens: Iterable[int]) -> None:
     """Lets a model never generate ``tokens``.
 
-    Also removes settings of sampling that its generation ignores, because it does not sample (as in Vicuna's):
-    transformers refuses to save changed settings that have them.
+    Also removes settings that its generation never reads, such as the temperature of Vicuna, which does not
+    sample: transformers refuses to save changed settings that have them.
     """
     generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), *tokens})
-    if not generation.do_sample:
-        generation.update(**dict.fromkeys(SAMPLING))
+    ignored = (*(() if generation.do_sample else SAMPLING), *(() if (generation.num_beams or 1) > 1 else BEAMS))
+    generation.update(**dict.fromkeys(ignored))
 
 
 @without_loading_bars()

@@ -140,8 +140,8 @@ class HeldOut:
                     count = counts.supervised if name == NTP else counts.images
                     sums[name] = sums.get(name, torch.zeros_like(term)) + term * count
             tokens, images, dropped = tokens + counts.supervised, images + counts.images, dropped + counts.dropped
-        if dropped:  # they could be read when the run began
-            text = f"{dropped} held-out rows cannot be read any more: the means are those of the others"
+        if dropped:
+            text = f"the means leave out {counted(dropped, 'held-out row')} that could be read when the run began"
             announce(Console(quiet=not accelerator.is_main_process), "warning", text)
         sums.pop("loss")
         terms_of = sorted(sums)
@@ -336,7 +336,7 @@ def _leave_out_unreadable(rows: StageData, limit: int, console: Console) -> None
     drops = DropList(bad.values())
     drops.check(len(order), rows.drop_limit)
     rows.dataset.records = records.select(np.array([row for row in order if row not in bad]))
-    announce(console, "warning", f"{len(drops)} held-out rows cannot be read and are left out: {drops.counts()}")
+    announce(console, "warning", f"left out {counted(len(bad), 'held-out row')}: {drops.counts()}")
 
 
 def batch_sizes(rows: int, batch: int) -> list[int]:

@@ -274,8 +274,8 @@ def build_trainer(
     data: StageData,
     teachers: Mapping[str, Teacher],
     processes: PartialState,
-    callbacks: Sequence[TrainerCallback] = (),
-    evaluation: EvaluationCallback | None = None,
+    callbacks: Sequence[TrainerCallback],
+    evaluation: EvaluationCallback | None,
 ) -> StageTrainer:
     """The trainer with its callbacks.
 

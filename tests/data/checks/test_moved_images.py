@@ -39,7 +39,7 @@ def warnings_of(family: str, given: list[Source]) -> list[str]:
 def test_images_that_the_template_moves_are_counted_in_each_source(tmp_path: Path) -> None:
     given = sources(tmp_path, first=FIRST, inside=[*FIRST, *INSIDE])
     (warning,) = warnings_of("llava_onevision", given)
-    assert warning.startswith("3 conversations of 'inside' have images inside the text") and "inside/4/" in warning
+    assert "inside the text of 3 conversations of 'inside' (" in warning and "inside/4/" in warning
     (part,) = open_parts(given[1:])
     found = check("inside", part, encoder_for(PROCESSORS["llava_onevision"]()), quiet=True, workers=1)
     assert found.warnings == [warning]

@@ -351,6 +351,17 @@ def test_another_revision_is_another_source(shelf, tmp_path, root):
         bring(two_images(tmp_path, {**source, "revision": "v2"}), root)
 
 
+def test_images_of_ones_own_that_are_in_their_place_are_kept_when_one_is_added(tmp_path):
+    (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.jpg").write_bytes(image(1))
+    file = two_images(tmp_path, {"path": "mine"})
+    assert bring(file, tmp_path).absent == ["mine/b.jpg"]
+    (tmp_path / "mine/b.jpg").write_bytes(image(2))
+    assert bring(file, tmp_path).nothing_done
+    assert [(tmp_path / f"mine/{name}.jpg").read_bytes() for name in "ab"] == [image(1), image(2)]
+
+
 def test_images_of_a_changed_archive_that_is_trusted_are_all_of_its_new_state(shelf, tmp_path, root):
     file = two_images(tmp_path, {"url": shelf.put("/pack", zipped({"a.jpg": image(1), "b.jpg": image(2)}))})
     (tmp_path / "rows.json").write_bytes(rows("a.jpg", "b.jpg"))

@@ -35,9 +35,8 @@ def moved_images(records: Records, found: Lengths, encoder: ConversationEncoder)
         if encoder.moves_images(records[index]):
             moved.setdefault(records.source(index), []).append(index)
     return [
-        f"{counted(len(rows), 'conversation')} of '{records.parts[source].name}' have images inside the text of a "
-        f"turn, and the student's chat template shows them elsewhere (first: {records[rows[0]].id}): a text that "
-        "refers to their places loses its sense. Choose a student whose template keeps them, or put the images first "
-        "in the rows"
+        f"the student's chat template moves images inside the text of {counted(len(rows), 'conversation')} of "
+        f"'{records.parts[source].name}' (first: {records[rows[0]].id}): a text that refers to their places loses its "
+        "sense. Choose a student whose template keeps them, or put the images first in the rows"
         for source, rows in moved.items()
     ]

@@ -129,6 +129,8 @@ class Unpacker:
                     f"example, {sorted(here)[:3]}",
                 )
             there = set(here) - absent(self.root, here) if changed else set()
+            if path.is_dir():  # which may itself be where its files belong
+                there = {place for place in there if not (path / here[place].name).samefile(self.root / place)}
             for place in needed | there:
                 if place.split("/")[0].casefold() in RESERVED:
                     raise DataError("unsafe archive", f"'{path}': '{place}' is reserved for downloads")
