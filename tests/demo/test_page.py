@@ -28,6 +28,8 @@ from visper.evaluation.predictions import load_pre_trained
 from visper.quickstart.run import Budget, copy_bases, prepare_world, stage_runs
 from visper.training import run_stage
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )

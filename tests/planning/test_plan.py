@@ -248,6 +248,7 @@ def test_the_students_own_targets_are_planned_without_a_teacher(target, tmp_path
     assert not any("targets" in name for name in one.disk)
 
 
+@pytest.mark.slow
 def test_what_is_sent_and_held_by_hand(run):
     def planned(**launch):
         return Plan(run.model_copy(update={"launch": run.launch.model_copy(update=launch)}), Machine(4, 80e9))

@@ -44,6 +44,7 @@ def test_no_more_is_recomputed_than_fits(run, monkeypatch):
         assert share == expected and why.startswith(f"{share:g} of the layers: estimated peak")
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_everything_is_recomputed_with_a_warning_that_names_a_change(run, monkeypatch, caplog):
     gpu(monkeypatch, peak(run, 1.0) - 1)
     assert least_recomputation(run, 1)[0] == 1.0
@@ -79,6 +80,7 @@ def test_a_model_that_cannot_be_traced_still_trains(run, monkeypatch):
     assert least_recomputation(run, 1) == (1.0, "all layers: memory cannot be estimated (TypeError: unexpected tensor)")
 
 
+@pytest.mark.slow
 def test_a_plan_decides_as_training_does(run):
     none = peak(run, 0.0)
     assert Plan(run, Machine(1, none / USABLE + 1)).settings.checkpointing == 0.0

@@ -76,6 +76,7 @@ def test_a_tower_gives_standardized_states_and_places(tmp_path):
     assert load_encoder(str(tmp_path / "tower"), -1).num_tokens == 64
 
 
+@pytest.mark.slow
 def test_the_fed_student_reads_the_teachers_tokens_and_begins_where_the_others_do(tmp_path):
     prepare_start(tmp_path, FAST, QUIET)
     plain, fed = (load_student(tmp_path / name).model.eval() for name in ("start", "start_fed"))

@@ -67,6 +67,7 @@ def test_losses_and_gradients_are_those_of_layers_as_they_are(model, recomputed)
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_a_few_graphs_serve_all_layers_and_batches_of_any_shape(model):  # noqa: F811
     graphs = Graphs()
     compile_parts(model, graphs)

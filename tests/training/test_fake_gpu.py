@@ -138,6 +138,7 @@ def test_a_micro_batch_stays_on_its_gpu_and_reads_nothing_from_it(
             assert {term.device for term in terms.values()} == {GPU}
 
 
+@pytest.mark.slow
 @STAGES
 def test_a_step_leaves_gradients_and_weights_on_its_gpu_and_reads_nothing_from_it(
     stage, changes, gpu_with_backward, tmp_path, tiny_llm, tiny_encoder

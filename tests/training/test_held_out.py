@@ -125,6 +125,7 @@ def test_steps_that_are_evaluated_are_logged_too(make, held_out):
     assert [entry["step"] for entry in computed(run.output)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_time_of_an_evaluation_is_not_that_of_a_step(make, held_out, monkeypatch):
     """Else the throughput of the line after it is that of both."""
     measure, slow = HeldOut.measure, 2.0

@@ -85,6 +85,7 @@ def test_joined_conversations_wait_no_more(tmp_path, tiny_llm, tiny_encoder):
     assert_one_a_step(waits_of(settings))
 
 
+@pytest.mark.slow
 def test_stored_targets_wait_no_more(tmp_path, tiny_llm, tiny_encoder):
     settings = settings_of(tmp_path, "pt", tiny_llm, tiny_encoder)
     build_targets(Run.model_validate(settings), tmp_path / "targets")

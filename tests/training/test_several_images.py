@@ -49,6 +49,7 @@ def train(tiny_llm, tiny_encoder, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pt", "vpt", "ift"])
 def test_any_split_gives_the_losses_and_weights_of_any_other_packed_or_padded(train, stage):
     (first_logs, first), *others = [

@@ -56,6 +56,7 @@ class StopAfterTwo(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_probe_resumes_bit_for_bit_and_does_not_depend_on_the_split(probed, tmp_path):  # noqa: F811
     straight = trained(probed, tmp_path / "straight", 4)
     trained(probed, tmp_path / "stopped", 4, [StopAfterTwo()])
@@ -95,6 +96,7 @@ def test_a_set_whose_teacher_is_not_probed_is_refused_before_training(probed, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  # noqa: F811
     images, out = tiny.write_rows(tmp_path / "scored", images=4, seed=7) / "images", tmp_path / "out"
     probe(probed, out, "--score", images, "--score-limit", 3)
