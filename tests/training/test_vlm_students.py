@@ -342,9 +342,15 @@ def test_a_bound_of_logits_counts_where_the_model_applies_it(folders):
     plain = model.forward
     model.forward = lambda **inputs: bounded(plain(**inputs), 0.5)
     assert logit_cap(model) == 0.5
-    model.config.text_config.final_logit_softcapping = None
+    model.config.text_config.final_logit_softcapping = 30.0
+    model.forward = lambda **inputs: bounded(plain(**inputs), 30.0)
+    assert logit_cap(model) == 30.0, "logits so small that the cap hardly changes them"
+    model.forward = lambda **inputs: bounded(plain(**inputs), 0.5)
     with pytest.raises(ConfigError, match="does more to its logits"):
         logit_cap(model)
+    model.config.text_config.final_logit_softcapping = 0.5
+    model.bfloat16().forward = lambda **inputs: bounded(plain(**inputs), 0.5)
+    assert logit_cap(model) == 0.5
 
 
 def bounded(output: Any, cap: float) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from visper.common.errors import ConfigError
@@ -128,12 +129,27 @@ def _views(processor: Any, shown: Shown) -> Tensor:
     return torch.cat((view, torch.full((shown.tokens - len(view), 2), float("nan"))))
 
 
+def _pooled_patches(processor: Any, shown: Shown) -> Tensor:
+    """Gemma 4: one grid, each token a square of pooled patches."""
+    images = processor.image_processor
+    side = images.patch_size * images.pooling_kernel_size
+    height, width = get_aspect_ratio_preserving_size(
+        shown.size[1],
+        shown.size[0],
+        images.patch_size,
+        images.max_soft_tokens * images.pooling_kernel_size**2,
+        images.pooling_kernel_size,
+    )
+    return cell_centers(height // side, width // side)
+
+
 _RULES: dict[tuple[str, str], Callable[[Any, Shown], Tensor]] = {
     ("merge_size", "video_processor"): _merged_patches,
     ("max_patches", "end_image_token_id"): _tiles_and_view,
     ("image_grid_pinpoints", "vision_aspect_ratio"): _view_and_lines,
     ("max_image_size", "image_seq_len"): _split_and_view,
     ("do_pan_and_scan", "image_seq_length"): _views,
+    ("max_soft_tokens", "image_seq_length"): _pooled_patches,
 }
 """An attribute of the image processor and one of the processor that together identify a family -> the places of its
 tokens. The first alone does not: LLaVA-NeXT, Aya Vision, Aria and Ovis2 cut images in the same way but order their

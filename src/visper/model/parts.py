@@ -17,13 +17,16 @@ PLACES: tuple[tuple[str, str], ...] = (
     ("model.visual.", "vision."),
     ("model.multi_modal_projector.", "projector."),
     ("model.connector.", "projector."),
+    ("model.embed_vision.", "projector."),
     ("model.image_newline", "projector.image_newline"),
     ("model.language_model.", "llm."),
     ("model.text_model.", "llm."),
     ("lm_head.", "llm.lm_head."),
+    ("model.audio_tower.", "audio."),
+    ("model.embed_audio.", "audio."),
 )
-"""Prefix of a parameter's name -> prefix of its part name; the first match counts. To support other names, add lines
-here."""
+"""Prefix of a parameter's name -> prefix of its part name; the first match counts. No stage trains the audio part. To
+support other names, add lines here."""
 
 
 def part_of(parameter: str) -> str | None:
