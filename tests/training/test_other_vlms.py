@@ -9,9 +9,9 @@ import torch
 import transformers as t
 from PIL import Image
 
-from tests.distillation.vlms import PATCHES, QWEN_VISION, ROPE, TEXT, VISION, WIDTH
+from tests.distillation.vlms import MODELS, PATCHES, QWEN_VISION, ROPE, TEXT, VISION, WIDTH
 from tests.training.test_vlm_students import batch_of, changes_by_distance, image_of, question, run_of
-from tests.vlms import CHATML, qwen_processor, save_made, tokenizer_with
+from tests.vlms import CHATML, IDS, PROCESSORS, qwen_processor, save_made, tokenizer_with
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
 from visper.data.vlm import ModelInputs, encoder_for
@@ -111,7 +111,12 @@ def paligemma() -> Made:
     return config, processor, {"image_token_id": "<image>"}
 
 
-PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_5, glm4v, idefics3)
+def gemma4() -> Made:
+    made: Any = MODELS["gemma4"][0]()
+    return made.config, PROCESSORS["gemma4"](), IDS["gemma4"]
+
+
+PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_5, glm4v, idefics3, gemma4)
 NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision)
 
 
@@ -129,6 +134,17 @@ def test_max_pixels_is_an_images_area(made):
         limit_pixels(processor, limit)
         (grid,) = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")["image_grid_thw"]
         assert int(grid.prod()) * 16 == expected
+
+
+def test_gemma_4_has_the_most_tokens_that_max_pixels_allows():
+    processor = gemma4()[1]
+    for limit, expected in ((1120, 70), (9000, 560), (99999, 1120)):  # tokens of 4 x 4 pixels
+        limit_pixels(processor, limit)
+        assert processor.image_processor.max_soft_tokens == expected
+        made = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")
+        assert 0.85 * expected < int(made["num_soft_tokens_per_image"][0]) <= expected
+    with pytest.raises(ConfigError, match="at least 1120 pixels"):
+        limit_pixels(processor, 1119)
 
 
 @pytest.fixture(scope="module")

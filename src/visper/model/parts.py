@@ -63,6 +63,7 @@ ENCODED: Mapping[str, Encoded] = {
     "internvl": _LINEAR,
     "smolvlm": Encoded("model.connector.modality_projection", lambda module: int(module.proj.in_features)),
     "gemma3": Encoded("model.multi_modal_projector.mm_soft_emb_norm", lambda module: len(module.weight)),
+    "gemma4": Encoded("model.embed_vision", lambda module: int(module.embedding_projection.in_features)),
     "qwen3_vl": Encoded("model.visual.merger", lambda module: int(module.hidden_size)),
 }
 """Model type -> the module that reads encoder features in the order of the image tokens. LLaVA-OneVision and Qwen2.5-VL
