@@ -11,7 +11,7 @@ from torch import nn
 from tests.distillation.vlms import MODELS
 from tests.tiny import byte_tokenizer
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3")
+FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "gemma4")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -42,6 +42,12 @@ _GEMMA = (
     "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_GEMMA_4 = (
+    "{{ bos_token }}{% for message in messages %}<|turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '\n\n<|image|>\n\n' }}{% else %}{{ part['text'] | trim }}{% endif %}"
+    "{% endfor %}<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n{% endif %}"
 )
 
 
@@ -112,6 +118,18 @@ def _gemma3() -> Any:
     return t.Gemma3Processor(images, tokenizer, chat_template=_GEMMA, image_seq_length=4)
 
 
+def _gemma4() -> Any:
+    named = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    named |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    return t.Gemma4Processor(
+        t.Gemma4AudioFeatureExtractor(),
+        t.Gemma4ImageProcessor(patch_size=2, pooling_kernel_size=2, max_soft_tokens=70),
+        tokenizer_with(["<|turn>", "<turn|>", "<|video|>"], named),
+        t.Gemma4VideoProcessor(),
+        chat_template=_GEMMA_4,
+    )
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava_onevision": _onevision,
     "qwen2_5_vl": lambda: qwen_processor(t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
@@ -119,6 +137,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "internvl": _internvl,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 IDS = {
     "llava_onevision": {"image_token_id": "<image>", "video_token_id": "<video>"},
@@ -126,6 +145,8 @@ IDS = {
     "smolvlm": {"image_token_id": "<image>"},
     "gemma3": {"image_token_id": "<image_soft_token>", "boi_token_id": "<start_of_image>"}
     | {"eoi_token_id": "<end_of_image>"},
+    "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"}
+    | {"audio_token_id": "<|audio|>", "video_token_id": "<|video|>"},
 } | {
     family: {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     | {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -146,7 +167,7 @@ def save_made(folder: Path, config: Any, processor: Any, ids: dict[str, str]) ->
     torch.manual_seed(0)
     for name, token in ids.items():
         setattr(config, name, processor.tokenizer.convert_tokens_to_ids(token))
-    config.text_config.vocab_size = len(processor.tokenizer)
+    config.text_config.vocab_size = config.text_config.vocab_size_per_layer_input = len(processor.tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config.text_config, name, getattr(processor.tokenizer, name))
     model: Any = t.AutoModelForImageTextToText.from_config(config)

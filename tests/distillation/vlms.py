@@ -77,6 +77,26 @@ def gemma3() -> nn.Module:
     return t.Gemma3ForConditionalGeneration(config)
 
 
+def gemma4() -> nn.Module:
+    """With per-layer embeddings and an audio encoder, like the published E2B and E4B."""
+    vision = {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 2}
+    layers = ["sliding_attention", "full_attention", "full_attention"]
+    text = {**TEXT, "global_head_dim": 8, "layer_types": layers, "num_kv_shared_layers": 1}
+    text |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 99, "final_logit_softcapping": 30.0}
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": WIDTH}
+    config = t.Gemma4Config(
+        vision_config={**vision, "position_embedding_size": 99},
+        text_config=text,
+        audio_config={**audio, "subsampling_conv_channels": [4, 4]},
+        image_token_id=IMAGE,
+        boi_token_id=92,
+        eoi_token_id=93,
+        video_token_id=91,
+        audio_token_id=94,
+    )
+    return t.Gemma4ForConditionalGeneration(config)
+
+
 def qwen2_5_vl() -> nn.Module:
     vision = {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]}
     return t.Qwen2_5_VLForConditionalGeneration(
@@ -109,6 +129,14 @@ def grids_of_two_sizes() -> dict[str, Tensor]:
     }
 
 
+def patches_of_two_sizes() -> dict[str, Tensor]:
+    """Gemma 4: pictures of 4 x 4 and 8 x 4 patches, padded to one length."""
+    places = torch.full((2, 32, 2), -1)
+    places[0, :16] = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+    places[1] = torch.cartesian_prod(torch.arange(4), torch.arange(8)).flip(-1)
+    return {"pixel_values": torch.rand(2, 32, 3 * 2 * 2), "image_position_ids": places}
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], tuple[int, int]]] = {
     "llava": (llava, lambda: squares(2), (16, 16)),
     # 16 of the base view, then the tiles' rows with a token behind each.
@@ -116,6 +144,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
     "internvl": (internvl, lambda: squares(3), (4, 8)),  # the second picture is two tiles
     "smolvlm": (smolvlm, lambda: {"pixel_values": torch.randn(2, 1, 3, 16, 16)}, (4, 4)),
     "gemma3": (gemma3, lambda: squares(2), (4, 4)),
+    "gemma4": (gemma4, patches_of_two_sizes, (4, 8)),
     "qwen2_5_vl": (qwen2_5_vl, grids_of_two_sizes, (4, 8)),
     "qwen3_vl": (qwen3_vl, grids_of_two_sizes, (4, 8)),
 }
@@ -134,6 +163,6 @@ def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, **pixels()}
     if family == "gemma3":
         batch["token_type_ids"] = (ids == IMAGE).long()
-    if family.startswith("qwen"):
+    if family.startswith("qwen") or family == "gemma4":
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     return make(), batch

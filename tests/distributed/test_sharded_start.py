@@ -32,8 +32,8 @@ def start(recipe):
     model = build_model(run, student, teachers, processes, QUIET)
     tensors = full_tensors(model.named_parameters(remove_duplicate=False), keep=True)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    answers = student.model.generation_config.to_dict()
-    return read, {**tensors, **dict(model.named_buffers())}, trainable, answers
+    settings = model.logit_cap, student.model.generation_config.to_dict()
+    return read, {**tensors, **dict(model.named_buffers())}, trainable, settings
 
 
 def _start_all(rank, port, recipes, folder):
@@ -55,18 +55,19 @@ def test_only_the_first_process_reads_weights_and_all_start_with_those_of_one_pr
         "a model of its own": make("ift", "vlm", **fsdp),
     }
     settings = yaml.safe_load(recipes["a model of its own"].read_text())
-    settings["student"] = {"vlm": str(save_vlm(tmp_path / "qwen", "qwen3_vl"))}
+    settings["student"] = {"vlm": str(save_vlm(tmp_path / "gemma", "gemma4"))}
     recipes["a model of its own"].write_text(yaml.safe_dump(settings))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_start_all, (port, recipes, str(tmp_path)), nprocs=2)
     for name, recipe in recipes.items():
-        everything, expected, trainable, answers = start(recipe)
+        everything, expected, trainable, settings = start(recipe)
         found = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
         assert [read for read, *_ in found] == [everything, 0], name
-        for _, tensors, also_trainable, also_answers in found:
-            assert (also_trainable, also_answers) == (trainable, answers), name
+        assert settings[0] == (30.0 if name == "a model of its own" else None), "its logits are capped"
+        for _, tensors, also_trainable, also_settings in found:
+            assert (also_trainable, also_settings) == (trainable, settings), name
             assert tensors.keys() == expected.keys(), name
             for tensor, value in expected.items():
                 assert tensors[tensor].dtype == value.dtype and torch.equal(tensors[tensor], value), (name, tensor)

@@ -9,9 +9,9 @@ import torch
 import transformers as t
 from PIL import Image
 
-from tests.distillation.vlms import PATCHES, QWEN_VISION, ROPE, TEXT, VISION, WIDTH
+from tests.distillation.vlms import MODELS, PATCHES, QWEN_VISION, ROPE, TEXT, VISION, WIDTH
 from tests.training.test_vlm_students import batch_of, changes_by_distance, image_of, question, run_of
-from tests.vlms import CHATML, qwen_processor, save_made, tokenizer_with
+from tests.vlms import CHATML, IDS, PROCESSORS, qwen_processor, save_made, tokenizer_with
 from visper.common.errors import ConfigError
 from visper.config import VlmStudent
 from visper.data.vlm import ModelInputs, encoder_for
@@ -101,6 +101,42 @@ def aya_vision() -> Made:
     return config, processor, {"image_token_id": "<|IMG_PATCH|>"}
 
 
+def qwen3_vl_moe() -> Made:
+    text = {**TEXT, **ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    vision = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = t.Qwen3VLMoeConfig(vision_config=vision, text_config=text)
+    return config, qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor), PADS
+
+
+def mistral3() -> Made:
+    processor = t.PixtralProcessor(
+        t.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4}),
+        tokenizer_with([*MARKS, "[IMG]", "[IMG_BREAK]", "[IMG_END]"]),
+        patch_size=4,
+        spatial_merge_size=2,
+        chat_template=CHATML.replace("IMAGE", "[IMG]"),
+    )
+    vision = {"model_type": "pixtral", **VISION, "head_dim": 6, "image_size": 32, "patch_size": 4}
+    config = t.Mistral3Config(vision_config=vision, text_config={"model_type": "mistral", **TEXT})
+    return config, processor, {"image_token_id": "[IMG]"}
+
+
+def lfm2_vl() -> Made:
+    cells = [f"<|img_row_{row}_col_{column}|>" for row in (1, 2, 3) for column in (1, 2, 3)]
+    marks = ["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
+    sizes = {"encoder_patch_size": 4, "tile_size": 16, "max_image_tokens": 16, "min_image_tokens": 4}
+    processor = t.Lfm2VlProcessor(
+        t.Lfm2VlImageProcessor(**sizes, max_num_patches=64),
+        tokenizer_with([*MARKS, *marks, *cells]),
+        chat_template=CHATML.replace("IMAGE", "<image>"),
+    )
+    vision = {"model_type": "siglip2_vision_model", **VISION, "patch_size": 4, "num_patches": 64}
+    text = {"model_type": "lfm2", **TEXT, "layer_types": ["conv", "full_attention", "conv"]}
+    del text["head_dim"]
+    config = t.Lfm2VlConfig(vision_config={**vision, "vision_use_head": False}, text_config=text)
+    return config, processor, {"image_token_id": "<image>"}
+
+
 def paligemma() -> Made:
     images = t.SiglipImageProcessor(size={"height": 16, "width": 16})
     images.image_seq_length = 16
@@ -111,8 +147,13 @@ def paligemma() -> Made:
     return config, processor, {"image_token_id": "<image>"}
 
 
-PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_5, glm4v, idefics3)
-NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision)
+def gemma4() -> Made:
+    made: Any = MODELS["gemma4"][0]()
+    return made.config, PROCESSORS["gemma4"](), IDS["gemma4"]
+
+
+PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_vl_moe, qwen3_5, glm4v, idefics3, mistral3, gemma4)
+NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision, lfm2_vl)
 
 
 def test_a_processor_that_is_called_in_another_way_is_refused_not_its_image():
@@ -129,6 +170,17 @@ def test_max_pixels_is_an_images_area(made):
         limit_pixels(processor, limit)
         (grid,) = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")["image_grid_thw"]
         assert int(grid.prod()) * 16 == expected
+
+
+def test_gemma_4_has_the_most_tokens_that_max_pixels_allows():
+    processor = gemma4()[1]
+    for limit, expected in ((1120, 70), (9000, 560), (99999, 1120)):  # tokens of 4 x 4 pixels
+        limit_pixels(processor, limit)
+        assert processor.image_processor.max_soft_tokens == expected
+        made = processor.image_processor([Image.new("RGB", (200, 150))], return_tensors="pt")
+        assert 0.85 * expected < int(made["num_soft_tokens_per_image"][0]) <= expected
+    with pytest.raises(ConfigError, match="at least 1120 pixels"):
+        limit_pixels(processor, 1119)
 
 
 @pytest.fixture(scope="module")

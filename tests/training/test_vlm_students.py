@@ -125,7 +125,9 @@ def test_rows_have_the_ids_that_the_models_own_processor_makes(family, folders, 
         assert len(encoded.image_tokens) == len(images)
         assert sum(encoded.image_tokens) == encoded.input_ids.count(encoder.image_token_id)
         supervised = [token for token in encoded.labels if token != -100]
-        end = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>"}.get(family, "<|im_end|>")
+        end = {"smolvlm": "<end_of_utterance>", "gemma3": "<end_of_turn>", "gemma4": "<turn|>"}.get(
+            family, "<|im_end|>"
+        )
         # SmolVLM's prompt ends before the space that its template writes before an answer.
         assert processor.tokenizer.decode(supervised) == " " * (family == "smolvlm") + row.turns[1].text + end
 
@@ -180,7 +182,7 @@ def test_the_loss_is_the_models_own(family, folders, rows):
     assert torch.allclose(loss, own, rtol=3e-7, atol=0)
 
 
-PACKED = tuple(family for family in FAMILIES if family != "gemma3")
+PACKED = tuple(family for family in FAMILIES if not family.startswith("gemma"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -342,9 +344,15 @@ def test_a_bound_of_logits_counts_where_the_model_applies_it(folders):
     plain = model.forward
     model.forward = lambda **inputs: bounded(plain(**inputs), 0.5)
     assert logit_cap(model) == 0.5
-    model.config.text_config.final_logit_softcapping = None
+    model.config.text_config.final_logit_softcapping = 30.0
+    model.forward = lambda **inputs: bounded(plain(**inputs), 30.0)
+    assert logit_cap(model) == 30.0, "logits so small that the cap hardly changes them"
+    model.forward = lambda **inputs: bounded(plain(**inputs), 0.5)
     with pytest.raises(ConfigError, match="does more to its logits"):
         logit_cap(model)
+    model.config.text_config.final_logit_softcapping = 0.5
+    model.bfloat16().forward = lambda **inputs: bounded(plain(**inputs), 0.5)
+    assert logit_cap(model) == 0.5
 
 
 def bounded(output: Any, cap: float) -> Any:
@@ -379,7 +387,7 @@ def costs_of(model: TrainingModel, batch: dict[str, Any], sizes: Any) -> Any:
     return meter.costs
 
 
-PLANNED = dict(zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt"), strict=True))
+PLANNED = dict(zip(FAMILIES, ("pt", "ift", "vpt", "ift", "vpt", "vpt", "ift"), strict=True))
 
 
 @training_every_family
@@ -528,7 +536,8 @@ def changes_by_distance(student: Any, size: tuple[int, int]) -> Iterator[tuple[t
         yield change, (places - torch.tensor(((column + 0.5) / 4, (row + 0.5) / 4))).abs().amax(1)
 
 
-@every_family
+# Gemma 4's small tokens mix much in its encoder: ``test_other_vlms`` tests its places without the encoder's attention.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma4"])
 @pytest.mark.parametrize("size", [(64, 32), (48, 64)])
 def test_an_image_token_lies_where_its_feature_changes_with_the_image(family, size, folders):
     student = build_vlm(VlmStudent(vlm=str(folders[family])))
@@ -569,6 +578,8 @@ def through_the_projector(family: str, model: Any, encoded: torch.Tensor) -> tor
     if family == "gemma3":
         projector = own.multi_modal_projector
         made: torch.Tensor = projector.mm_soft_emb_norm(encoded) @ projector.mm_input_projection_weight
+    elif family == "gemma4":
+        made = own.embed_vision(encoded)
     elif family == "smolvlm":
         made = own.connector.modality_projection(encoded)
     elif family == "qwen3_vl":
@@ -578,7 +589,7 @@ def through_the_projector(family: str, model: Any, encoded: torch.Tensor) -> tor
     return made
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "gemma3", "gemma4"])
 def test_the_encoders_output_is_a_target_in_the_order_of_the_tokens(family, folders, rows):
     student = build_vlm(VlmStudent(vlm=str(folders[family])))
     distillation = Distillation.model_validate({"tasks": {"own": OWN_ENCODER}})

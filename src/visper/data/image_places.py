@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from math import isqrt, sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.gemma4.image_processing_gemma4 import get_aspect_ratio_preserving_size
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.pixtral.image_processing_pixtral import get_resize_output_image_size
 
 from visper.common.errors import ConfigError
 from visper.data.images import cell_centers, visible_places
@@ -128,12 +131,37 @@ def _views(processor: Any, shown: Shown) -> Tensor:
     return torch.cat((view, torch.full((shown.tokens - len(view), 2), float("nan"))))
 
 
+def _pooled_patches(processor: Any, shown: Shown) -> Tensor:
+    """Gemma 4: one grid, each token a square of pooled patches."""
+    images = processor.image_processor
+    side = images.patch_size * images.pooling_kernel_size
+    height, width = get_aspect_ratio_preserving_size(
+        shown.size[1],
+        shown.size[0],
+        images.patch_size,
+        images.max_soft_tokens * images.pooling_kernel_size**2,
+        images.pooling_kernel_size,
+    )
+    return cell_centers(height // side, width // side)
+
+
+def _lines_of_patches(processor: Any, shown: Shown) -> Tensor:
+    """Mistral 3: one grid, each token a square of patches; its lines end in tokens of another kind."""
+    side = processor.patch_size * processor.spatial_merge_size
+    longest = processor.image_processor.size["longest_edge"]
+    blank = np.empty((shown.size[1], shown.size[0], 3), np.uint8)
+    height, width = get_resize_output_image_size(blank, longest, side)
+    return cell_centers(height // side, width // side)
+
+
 _RULES: dict[tuple[str, str], Callable[[Any, Shown], Tensor]] = {
     ("merge_size", "video_processor"): _merged_patches,
     ("max_patches", "end_image_token_id"): _tiles_and_view,
     ("image_grid_pinpoints", "vision_aspect_ratio"): _view_and_lines,
     ("max_image_size", "image_seq_len"): _split_and_view,
     ("do_pan_and_scan", "image_seq_length"): _views,
+    ("max_soft_tokens", "image_seq_length"): _pooled_patches,
+    ("patch_size", "image_break_token"): _lines_of_patches,
 }
 """An attribute of the image processor and one of the processor that together identify a family -> the places of its
 tokens. The first alone does not: LLaVA-NeXT, Aya Vision, Aria and Ovis2 cut images in the same way but order their

@@ -69,12 +69,17 @@ def logit_cap(model: Any) -> float | None:
         return None
     ids = torch.tensor([[token for token in range(8) if token != model.config.image_token_id][:3]], device=model.device)
     states = model.model(input_ids=ids).last_hidden_state
-    expected, plain = model(input_ids=ids).logits.float(), model.get_output_embeddings()(states).float()
+    logits = model(input_ids=ids).logits
+    expected, plain = logits.float(), model.get_output_embeddings()(states).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    for bound in (None, cap):
-        found = plain if bound is None else bound * torch.tanh(plain / bound)
-        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
-            return bound
+    bounded: dict[float | None, torch.Tensor] = {None: plain}
+    if cap is not None:
+        bounded[cap] = cap * torch.tanh(plain / cap)
+    # The closer one: small logits are nearly equal with and without a cap.
+    best = min(bounded, key=lambda bound: float((bounded[bound] - expected).abs().max()))
+    tolerance = max(1e-3, 8 * torch.finfo(logits.dtype).eps)  # the model bounds them in its own precision
+    if torch.allclose(bounded[best], expected, rtol=tolerance, atol=tolerance):
+        return best
     raise ConfigError(
         f"{type(model).__name__} cannot be trained: it does more to its logits than its output layer and "
         "'final_logit_softcapping' do"

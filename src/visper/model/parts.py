@@ -17,13 +17,16 @@ PLACES: tuple[tuple[str, str], ...] = (
     ("model.visual.", "vision."),
     ("model.multi_modal_projector.", "projector."),
     ("model.connector.", "projector."),
+    ("model.embed_vision.", "projector."),
     ("model.image_newline", "projector.image_newline"),
     ("model.language_model.", "llm."),
     ("model.text_model.", "llm."),
     ("lm_head.", "llm.lm_head."),
+    ("model.audio_tower.", "audio."),
+    ("model.embed_audio.", "audio."),
 )
-"""Prefix of a parameter's name -> prefix of its part name; the first match counts. To support other names, add lines
-here."""
+"""Prefix of a parameter's name -> prefix of its part name; the first match counts. No stage trains the audio part. To
+support other names, add lines here."""
 
 
 def part_of(parameter: str) -> str | None:
@@ -60,6 +63,7 @@ ENCODED: Mapping[str, Encoded] = {
     "internvl": _LINEAR,
     "smolvlm": Encoded("model.connector.modality_projection", lambda module: int(module.proj.in_features)),
     "gemma3": Encoded("model.multi_modal_projector.mm_soft_emb_norm", lambda module: len(module.weight)),
+    "gemma4": Encoded("model.embed_vision", lambda module: int(module.embedding_projection.in_features)),
     "qwen3_vl": Encoded("model.visual.merger", lambda module: int(module.hidden_size)),
 }
 """Model type -> the module that reads encoder features in the order of the image tokens. LLaVA-OneVision and Qwen2.5-VL

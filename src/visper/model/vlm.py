@@ -70,7 +70,12 @@ def _make_room(student: Student) -> None:
     size = len(model.get_input_embeddings().weight)
     if max(new) >= size:
         model.resize_token_embeddings(max(new) + 1, mean_resizing=False)
-    set_to_mean((model.get_input_embeddings(), model.get_output_embeddings()), new, min(size, *new))
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if getattr(
+        model.config.get_text_config(), "hidden_size_per_layer_input", None
+    ):  # Gemma 4's have some of each layer
+        embeddings.append(model.get_per_layer_input_embeddings())
+    set_to_mean(embeddings, new, min(size, *new))
     suppress(model.generation_config, new)
 
 
@@ -110,10 +115,9 @@ def limit_pixels(processor: Any, max_pixels: int) -> None:
         if getattr(images, attribute, None) is not None:
             limit(images, max_pixels)
             return
-    raise ConfigError(
-        f"student.max_pixels={max_pixels}: {type(images).__name__} makes every image the same size ({images.size}): "
-        "remove max_pixels"
-    )
+    fixed = getattr(images.size, "height", None) is not None
+    reason = f"makes every image the same size ({images.size})" if fixed else "has no limit that is known here"
+    raise ConfigError(f"student.max_pixels={max_pixels}: {type(images).__name__} {reason}: remove max_pixels")
 
 
 def _limit_area(images: Any, max_pixels: int) -> None:
@@ -150,6 +154,17 @@ def _limit_side(images: Any, max_pixels: int) -> None:
     images.size = type(images.size)(longest_edge=math.isqrt(max_pixels) // tile * tile)
 
 
+def _limit_tokens(images: Any, max_pixels: int) -> None:
+    """Gemma 4: one of a list of numbers of tokens, each a square of patches; images are enlarged to it, too."""
+    token = (images.patch_size * images.pooling_kernel_size) ** 2
+    _require(max_pixels, _GEMMA_4_TOKENS[0] * token)
+    images.max_soft_tokens = max(count for count in _GEMMA_4_TOKENS if count * token <= max_pixels)
+
+
+_GEMMA_4_TOKENS = (70, 140, 280, 560, 1120)
+"""The numbers that its image processor accepts."""
+
+
 def _require(max_pixels: int, smallest: int) -> None:
     if max_pixels < smallest:
         raise ConfigError(
@@ -162,5 +177,6 @@ _LIMITS: dict[str, Callable[[Any, int], None]] = {
     "max_patches": _limit_tiles,
     "image_grid_pinpoints": _limit_pinpoints,
     "max_image_size": _limit_side,
+    "max_soft_tokens": _limit_tokens,
 }
 """Attribute that only one kind of image processor has -> the function that limits its image sizes."""
