@@ -82,6 +82,9 @@ class ConversationEncoder:
         max_tokens: longest row. Only text is cut, from the end; images and their task tokens are kept.
     """
 
+    of_any_size = True
+    """Whether an image has the same number of tokens whatever its size."""
+
     def __init__(self, processor: Any, max_tokens: int = sys.maxsize) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -108,7 +111,8 @@ class ConversationEncoder:
         """The record's ids and labels, with one image token per image feature.
 
         Args:
-            sizes: width and height of each image, for students that read images at their own resolution.
+            sizes: width and height of each image, for students that read images at their own resolution. Without them,
+                such a row is neither cut nor refused for its length: its images may be smaller than assumed.
 
         Raises:
             DataError: the template rejects the conversation, the images alone exceed ``max_tokens``, or no token is
@@ -117,7 +121,7 @@ class ConversationEncoder:
         ids, labels, blocks = self._tokens(record, False, sizes)
         image_tokens = tuple(ids[start:end].count(self.image_token_id) for start, end in blocks)
         truncated = len(ids) > self.max_tokens
-        if truncated:
+        if truncated and (sizes is not None or self.of_any_size or not record.images):
             ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
         if labels.count(IGNORED) == len(labels):
             empty = unsupervised(turn.text for turn in record.turns if turn.role == "assistant")
