@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlavaProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
@@ -285,6 +285,16 @@ def test_a_shown_sample_marks_the_answers_and_collapses_the_image() -> None:
     assert "<image> x 4 <|depth_1|>" in text.plain
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert green == ["A cat.<|im_end|>"]
+
+
+def test_spaces_that_a_tokenizer_cuts_off_its_spans_are_supervised() -> None:
+    """As GPT-NeoX's does, and those trained as in the documentation of tokenizers."""
+    processor = make_processor(CHATML)
+    trimming = processors.Sequence([processors.ByteLevel(trim_offsets=True)])
+    processor.tokenizer.backend_tokenizer.post_processor = trimming
+    answer = "two  <|im_end|>   words "
+    encoded = ConversationEncoder(processor, 500).encode(record("What?", answer))
+    assert supervised(processor.tokenizer, encoded) == [answer + "<|im_end|>"]
 
 
 def sentencepiece_tokenizer(prefix: str, rstrip: bool) -> PreTrainedTokenizerFast:

@@ -15,15 +15,17 @@ from tests.conftest import outside
 from tests.data.rows.test_records import survey
 from tests.data.test_chat import CHATML, make_processor
 from tests.records import records_of
+from tests.vlms import PROCESSORS
 from visper.common.errors import DataError
 from visper.data.chat import IGNORED, ConversationEncoder
 from visper.data.collator import Batch, Collator, Sample
 from visper.data.dataset import ConversationDataset, require_images
 from visper.data.images import squashed, with_geometry
-from visper.data.rows.records import Drop, DropList, Record, Turn
+from visper.data.rows.records import Drop, DropList, Record, ShownImage, Turn
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 from visper.data.sampler import RowSampler
+from visper.data.vlm import encoder_for
 
 
 def small_pixels(image: torch.Tensor) -> torch.Tensor:
@@ -187,3 +189,18 @@ def test_rows_without_any_image_are_refused_where_images_are_trained(records: Re
     require_images(records)
     with pytest.raises(DataError, match="none of the 2 rows has an image"):
         require_images(records.select(np.array([1, 4])))
+
+
+@pytest.mark.parametrize(("size", "fits"), [((8, 8), True), ((640, 480), False)])
+def test_a_row_is_too_long_only_by_the_true_sizes_of_its_images(
+    size: tuple[int, int], fits: bool, tmp_path: Path
+) -> None:
+    """The check before the first step does not open images: it takes each as 640 x 480 pixels."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    shown = tuple(ShownImage(str(tmp_path / "a.png"), 0) for _ in range(8))
+    row = Record("r", (Turn("user", "Which is it?"), Turn("assistant", "None.")), shown)
+    encoder = encoder_for(PROCESSORS["qwen3_vl"](), 100)
+    records, found = survey(records_of(tmp_path, [row]), encoder, DropList())
+    assert found.lengths.tolist() == [100] and found.truncated.all()
+    item = ConversationDataset(records, encoder)[0]
+    assert isinstance(item, Sample) if fits else isinstance(item, Drop) and item.reason == "images longer than a row"

@@ -58,13 +58,15 @@ WORDS = [
     "ASSISTANT: Yes",
     "\n\nYes",
     "\nYes",
+    "Yes\n\n",
 ]
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", *MARKERS, "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def byte_level() -> Tokenizer:
+def byte_level(words: bool = True) -> Tokenizer:
+    """``words``: it splits texts into words first, so no token has a newline and a letter."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(WORDS * 50, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
@@ -81,7 +83,7 @@ def sentencepiece() -> Tokenizer:
     return made
 
 
-TOKENIZERS = {"byte-level": byte_level(), "sentencepiece": sentencepiece()}
+TOKENIZERS = {"byte-level": byte_level(), "no words": byte_level(words=False), "sentencepiece": sentencepiece()}
 
 
 def make_processor(template: str, tokenizer: str) -> LlavaProcessor:
@@ -121,6 +123,10 @@ def test_all_behind_the_prompt_is_trained_and_nothing_before(name: str, tokenize
     assert set(row.labels[: len(prompt)]) == {IGNORED} == {*own[len(trained) :]} | {IGNORED}
     assert processor.tokenizer.decode(trained, skip_special_tokens=True).strip() == answer.strip()
     assert processor.tokenizer.decode(trained[-1:]) in ("</s>", *SPECIAL)
+    if tokenizer != "sentencepiece":
+        messages = [{"role": "user", "content": "What is it?\n"}, {"role": "assistant", "content": answer}]
+        rendered = processor.apply_chat_template(messages, tokenize=False)
+        assert processor.tokenizer.decode(row.input_ids, skip_special_tokens=False) == rendered
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

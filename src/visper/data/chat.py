@@ -24,6 +24,7 @@ from visper.data.chat_template import (
     SENTINELS,
     find_end_of_turn,
     generation_prompt,
+    keep_spaces,
     lacks_first_token,
     special_pattern,
     stripped_by,
@@ -81,10 +82,14 @@ class ConversationEncoder:
         max_tokens: longest row. Only text is cut, from the end; images and their task tokens are kept.
     """
 
+    of_any_size = True
+    """Whether an image has the same number of tokens whatever its size."""
+
     def __init__(self, processor: Any, max_tokens: int = sys.maxsize) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_tokens = max_tokens
+        keep_spaces(self.tokenizer.backend_tokenizer.post_processor)
         self._special = special_pattern(self.tokenizer)
         self._unknown_id = _unknown_id(self.tokenizer)
         self._special_ids = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
@@ -106,7 +111,8 @@ class ConversationEncoder:
         """The record's ids and labels, with one image token per image feature.
 
         Args:
-            sizes: width and height of each image, for students that read images at their own resolution.
+            sizes: width and height of each image, for students that read images at their own resolution. Without them,
+                such a row is neither cut nor refused for its length: its images may be smaller than assumed.
 
         Raises:
             DataError: the template rejects the conversation, the images alone exceed ``max_tokens``, or no token is
@@ -115,7 +121,7 @@ class ConversationEncoder:
         ids, labels, blocks = self._tokens(record, False, sizes)
         image_tokens = tuple(ids[start:end].count(self.image_token_id) for start, end in blocks)
         truncated = len(ids) > self.max_tokens
-        if truncated:
+        if truncated and (sizes is not None or self.of_any_size or not record.images):
             ids, labels = _truncate(ids, labels, blocks, self.max_tokens)
         if labels.count(IGNORED) == len(labels):
             empty = unsupervised(turn.text for turn in record.turns if turn.role == "assistant")
@@ -249,21 +255,30 @@ class ConversationEncoder:
         return _Filled("".join(parts), answers, asked, cuts)
 
     def _label(self, filled: _Filled) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """Ids, labels and character spans; no token joins a prompt to the answer's first word."""
-        ids, offsets = self._tokenize(filled.text, filled.cuts)
+        """Ids, labels and character spans; a prompt has the tokens that it has alone, without its answer."""
+        text, cuts = filled.text, filled.cuts
+        ids, offsets = self._tokenize(text, cuts)
         begins = [start for start, _ in offsets]
         before = ((place, bisect_left(begins, place) - 1) for place in filled.asked)
-        crossed = [place for place, token in before if token >= 0 and offsets[token][1] > place]
-        if crossed:
-            ids, offsets = self._tokenize(filled.text, sorted({*filled.cuts, *crossed}))
+        # A token joins the prompt to the answer's first word, or splits the whitespace before it, as GPT-2's does.
+        changed = [
+            place
+            for place, token in before
+            if token >= 0 and (offsets[token][1] > place or text[begins[token] - 1 : place].isspace())
+        ]
+        if changed:
+            ids, offsets = self._tokenize(text, sorted({*cuts, *changed}))
         return ids, supervise(ids, offsets, filled.answers), offsets
 
     def _tokenize(self, text: str, cuts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans ``(start, end)`` in ``text``."""
         ids, offsets = self._piece(text[: cuts[0]] if cuts else text, lacks_first_token(self.tokenizer, text))
         for start, end in pairwise([*cuts, len(text)]):
-            # SentencePiece puts a space before a text: tokenize after a newline, then remove its tokens.
+            # SentencePiece puts a space before a text: tokenize after a newline, then remove its tokens. A few
+            # tokenizers have tokens of a newline and a word.
             more, spans = self._piece("\n" + text[start:end], False)
+            if any(first < 1 < last for first, last in spans):
+                more, spans = self._piece("\0" + text[start:end], False)
             own = [i for i, (first, last) in enumerate(spans) if last > max(first, 1)]
             ids += [more[i] for i in own]
             offsets += [(max(spans[i][0] - 1, 0) + start, spans[i][1] - 1 + start) for i in own]

@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -344,6 +345,17 @@ def lacks_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     transformers' processors use the same rule at inference, and training must match it.
     """
     return not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
+
+
+def keep_spaces(post_processor: Any) -> None:
+    """Lets the character spans of a tokenizer's tokens include their spaces.
+
+    The post-processor of GPT-NeoX's tokenizers and many others, by default, cuts them off, so that tokens of spaces
+    would be empty, and lost. It does not change the ids.
+    """
+    for step in post_processor if isinstance(post_processor, processors.Sequence) else [post_processor]:
+        if getattr(step, "trim_offsets", False):
+            step.trim_offsets = False
 
 
 def behind_images(template: str, text: str) -> str:

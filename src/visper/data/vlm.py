@@ -50,6 +50,8 @@ class VlmEncoder(ConversationEncoder):
             tokenizer makes other tokens.
     """
 
+    of_any_size = False
+
     def _read_image_tokens(self) -> tuple[int, int]:
         """The id of the token that image features replace, and its number for an image of ``NOMINAL_SIZE``."""
         if not getattr(self.processor, "chat_template", None) or not getattr(self.processor, "image_token", None):

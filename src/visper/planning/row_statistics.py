@@ -177,7 +177,8 @@ def _encoded(encoder: ConversationEncoder, record: Record) -> RowLength | None:
     except DataError:
         return None
     supervised = sum(label != IGNORED for label in encoded.labels)
-    return RowLength(len(encoded.input_ids), supervised, len(record.images))
+    length = min(len(encoded.input_ids), encoder.max_tokens)
+    return RowLength(length, min(supervised, length), len(record.images))
 
 
 def _estimated(record: Record, block: int, most: int) -> RowLength:

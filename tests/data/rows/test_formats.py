@@ -184,6 +184,15 @@ def test_swapped_turns_are_recognized_where_they_would_show() -> None:
         parse({"messages": [system, *({"role": who, "content": "A"} for who in ("assistant", "user"))]})
 
 
+@pytest.mark.parametrize("answer", ["<image>\nA cat.", "A cat. <image>"])
+def test_the_tag_of_the_rows_image_is_not_trained_as_an_answer(answer: str) -> None:
+    with pytest.raises(DataError, match="tag in an answer"):
+        parse({"image": "a.jpg", "text": answer})
+    with pytest.raises(DataError, match="tag in an answer"):
+        parse(row("What?", answer, image="a.jpg"))
+    assert parse(row("<image>\nWhat?", answer, image="a.jpg")).turns[1].text == answer
+
+
 def test_a_conversation_may_begin_with_the_model() -> None:
     turns = [{"from": "gpt", "value": "Hello"}, *row("<image>\nWhat?", "A cat.")["conversations"]]
     assert [turn.text for turn in parse({"image": "a.jpg", "conversations": turns}).turns] == ["What?", "A cat."]

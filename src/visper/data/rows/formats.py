@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -112,6 +112,7 @@ def parse(row: Any) -> Parsed:
         _refuse_unseen_media(turns, sum(map(len, parts)), _remedy(row))
         return Parsed(tuple(turns), (), len(places))
     if len(listed) == 1 and not places:
+        _refuse_tags_in_answers(turn.text for turn in turns if turn.role == "assistant")
         first = next(i for i, turn in enumerate(turns) if turn.role == "user")
         return Parsed(tuple(turns), (ShownImage(_file_name(listed[0]), first),), 0)
     if len(listed) != nameless:
@@ -159,6 +160,7 @@ def _conversation(row: Mapping[str, Any]) -> tuple[list[Turn], list[list[Part]]]
     if said is None and isinstance(row.get("text"), str):
         if not (row.get("image") or row.get("images")):
             raise DataError("no image", f"the row is a caption ('text') without an image{_remedy(row)}")
+        _refuse_tags_in_answers([row["text"]])
         question = [{"type": "image"}, {"type": "text", "text": CAPTION_QUESTION}]
         said = [{"role": "user", "content": question}, {"role": "assistant", "content": row["text"]}]
     if not isinstance(said, list) or not said:
@@ -242,6 +244,13 @@ def _refuse_unseen_media(turns: list[Turn], parts: int, remedy: str) -> None:
     for turn in turns:
         if turn.role == "user" and (_SHOWS_MEDIA.match(turn.text) or _IMAGE_IN_TEXT.search(turn.text)):
             raise DataError("media without a file", f"no 'image' or 'images' for the tag in {turn.text[:60]!r}{remedy}")
+
+
+def _refuse_tags_in_answers(answers: Iterable[str]) -> None:
+    """Refuses a tag at the start or end of an answer of a row whose questions have none."""
+    tagged = next(filter(_SHOWS_MEDIA.match, answers), None)
+    if tagged is not None:
+        raise DataError("tag in an answer", f"{tagged[:60]!r} would be trained as text: only a question shows an image")
 
 
 def unread_image(row: Mapping[str, Any]) -> str | None:

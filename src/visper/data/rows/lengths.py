@@ -126,4 +126,5 @@ class _Encode:
         except DataError as error:
             return 0, False, 0, 0, error.reason, error.detail
         counts = encoded.num_text, encoded.num_unknown
-        return len(encoded.input_ids), encoded.truncated, *counts, None, None
+        length = min(len(encoded.input_ids), self.encoder.max_tokens)
+        return length, encoded.truncated, *counts, None, None
