@@ -39,7 +39,7 @@ from visper.evaluation.ask import as_row
 from visper.evaluation.predictions import load_pre_trained, predict_images
 from visper.evaluation.visualize import SIDE, look
 from visper.model import load_processor, load_student, save_student
-from visper.model.known import logit_cap
+from visper.model.logits import logit_cap
 from visper.model.parts import parameters_of, part_of
 from visper.model.start import starting_processor, starting_student
 from visper.model.vlm import build_vlm, build_vlm_processor

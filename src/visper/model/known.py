@@ -1,4 +1,4 @@
-"""Checks whether an image-text-to-text model of transformers can be trained: its parts, packing and logits."""
+"""Checks whether an image-text-to-text model of transformers can be trained: its parts, and packing."""
 
 from __future__ import annotations
 
@@ -52,35 +52,3 @@ def require_packable(config: PreTrainedConfig) -> None:
             f"optimization.packing is not supported by models of type '{config.model_type}', only by "
             f"{', '.join(sorted(PACKABLE))}: set it to false, and data.group_by_length to true"
         )
-
-
-@torch.no_grad()
-def logit_cap(model: Any) -> float | None:
-    """The model's ``final_logit_softcapping``; None if it has none or ignores it.
-
-    The training loss calls the output layer directly, for supervised positions only. So this function checks that the
-    model's own logits equal those of the output layer, with or without the cap: some classes ignore the cap in their
-    configuration.
-
-    Raises:
-        ConfigError: the model's logits equal neither.
-    """
-    if model.device.type == "meta":
-        return None
-    ids = torch.tensor([[token for token in range(8) if token != model.config.image_token_id][:3]], device=model.device)
-    states = model.model(input_ids=ids).last_hidden_state
-    logits = model(input_ids=ids).logits
-    expected, plain = logits.float(), model.get_output_embeddings()(states).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    bounded: dict[float | None, torch.Tensor] = {None: plain}
-    if cap is not None:
-        bounded[cap] = cap * torch.tanh(plain / cap)
-    # The closer one: small logits are nearly equal with and without a cap.
-    best = min(bounded, key=lambda bound: float((bounded[bound] - expected).abs().max()))
-    tolerance = max(1e-3, 8 * torch.finfo(logits.dtype).eps)  # the model bounds them in its own precision
-    if torch.allclose(bounded[best], expected, rtol=tolerance, atol=tolerance):
-        return best
-    raise ConfigError(
-        f"{type(model).__name__} cannot be trained: it does more to its logits than its output layer and "
-        "'final_logit_softcapping' do"
-    )

@@ -1,14 +1,18 @@
-"""What an LLM does to its logits beside its output layer. A LLaVA does nothing else, so that layer must do all of it.
+"""What a model does to its logits beside its output layer.
 
-Granite and Cohere multiply their logits by a constant, MiniCPM3 its last hidden states: the student's output layer gets
-this factor. Gemma 2 and others cap their logits, which no linear layer can do: they are refused.
+Granite and Cohere multiply their logits by a constant, MiniCPM3 its last hidden states. A LLaVA does nothing else than
+its output layer, which therefore gets this factor. Gemma 2 and others cap their logits, which no linear layer can do:
+they are refused as a LLaVA's LLM. The training loss applies the cap of a complete model (``student.vlm``).
+
+All of this is found by running the model's own code with a decoder and an output layer that return fixed values: no
+weight is read, so that models on the meta device, and every process of a sharded run, give the same result.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +55,50 @@ def plain_head(llm: PreTrainedModel) -> Any:
     return own
 
 
-def _factor(llm: PreTrainedModel) -> float:
-    """What the LLM multiplies its last hidden states and its output layer's outputs by, together.
+def logit_cap(model: Any) -> float | None:
+    """The ``final_logit_softcapping`` of an image-text-to-text model; None if it has none or ignores it.
 
-    Found by running the LLM's own code with a decoder and an output layer that return fixed values: no weight is read.
+    The training loss calls the output layer directly, for supervised positions only, and needs to know.
+
+    Raises:
+        ConfigError: the model does something else to its logits.
     """
-    name = type(llm).__name__
+    found = _around_head(model, model.model)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if _ratio(found.given, found.states) == 1:
+        if _ratio(found.logits, found.outputs) == 1:
+            return None
+        if cap is not None and torch.allclose(found.logits, cap * torch.tanh(found.outputs / cap), rtol=1e-5):
+            return float(cap)
+    raise ConfigError(
+        f"{type(model).__name__} cannot be trained: it does more to its logits than its output layer and "
+        "'final_logit_softcapping' do"
+    )
+
+
+def _factor(llm: PreTrainedModel) -> float:
+    """What the LLM multiplies its last hidden states and its output layer's outputs by, together."""
+    found = _around_head(llm, llm.get_decoder())
+    before, after = _ratio(found.given, found.states), _ratio(found.logits, found.outputs)
+    if before is None or after is None:
+        raise ConfigError(
+            f"student.llm: {type(llm).__name__} does more to its logits than multiply them by a constant (such as "
+            f"final_logit_softcapping), which LlavaForConditionalGeneration would leave out: {USABLE}"
+        )
+    return before * after
+
+
+class _Passed(NamedTuple):
+    """Fixed values, and what the model makes of them: ``states`` from the decoder are ``given`` to the output layer,
+    whose ``outputs`` become the ``logits``."""
+
+    states: Tensor
+    given: Tensor
+    outputs: Tensor
+    logits: Tensor
+
+
+def _around_head(model: Any, decoder: Any) -> _Passed:
     # The caller may be building a model on the meta device.
     states, outputs = (torch.linspace(-end, end, 8, device="cpu").expand(1, 1, 8) for end in (1, 60))
     received: list[Tensor] = []
@@ -65,30 +107,24 @@ def _factor(llm: PreTrainedModel) -> float:
         received.append(given)
         return outputs.clone()
 
-    def decoder(*_: Any, **__: Any) -> _States:
+    def decode(*_: Any, **__: Any) -> _States:
         return _States(last_hidden_state=states.clone())
 
     try:
         with (
             torch.no_grad(),
             torch.device("cpu"),
-            _running(llm.get_decoder(), decoder),
-            _running(llm.get_output_embeddings(), head),
+            _running(decoder, decode),
+            _running(model.get_output_embeddings(), head),
         ):
-            logits = llm(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+            logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits.float()
         (given,) = received
-        before, after = _ratio(given, states), _ratio(logits, outputs)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"student.llm: cannot find out how {name} computes its logits ({type(error).__name__}: {error}), so a "
-            f"LLaVA might compute others: {USABLE}"
+            f"cannot find out how {type(model).__name__} computes its logits ({type(error).__name__}: {error}), so "
+            f"that others might be trained: {USABLE}"
         ) from error
-    if before is None or after is None:
-        raise ConfigError(
-            f"student.llm: {name} does more to its logits than multiply them by a constant (such as "
-            f"final_logit_softcapping), which LlavaForConditionalGeneration would leave out: {USABLE}"
-        )
-    return before * after
+    return _Passed(states, given, outputs, logits)
 
 
 def _ratio(found: Tensor, of: Tensor) -> float | None:
@@ -96,7 +132,7 @@ def _ratio(found: Tensor, of: Tensor) -> float | None:
     if found.shape != of.shape:
         return None
     ratio = float(found.flatten()[-1] / of.flatten()[-1])
-    return ratio if torch.allclose(found.float(), ratio * of, rtol=1e-5) else None
+    return ratio if torch.allclose(found, ratio * of, rtol=1e-5) else None
 
 
 class _States(BaseModelOutputWithPast):

@@ -26,7 +26,7 @@ from visper.data.collator import supervised_places
 from visper.data.images import normalized_pixels
 from visper.distillation import EmbeddingDistillation, HiddenStateTap, InputTap, Reading, Targets, TokenLayout
 from visper.model import AddedWords, Student, TaskTokens
-from visper.model.known import logit_cap
+from visper.model.logits import logit_cap
 from visper.model.parts import ENCODED, PROJECTOR, VISION, parameters_of
 from visper.training.attention import forwarding, own_positions, packing_arguments, padded_arguments
 from visper.training.next_token import next_token_loss

@@ -48,8 +48,7 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     """Shards the first process's ``model`` over all processes, in place.
 
     The other processes may hold the model on the meta device, so that only the first one needs memory for all weights.
-    They receive weights and buffers, the cap of the logits, which weights show, and for each parameter its precision
-    and whether it is trainable.
+    They receive weights and buffers, and for each parameter its precision and whether it is trainable.
 
     Args:
         replicas: number of copies of the model, each sharded over consecutive ranks (those of a node are consecutive).
@@ -59,9 +58,7 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
         The share of the weights that this process holds.
     """
     first = dist.get_rank() == 0
-    described, model.logit_cap = first_decides(
-        lambda: ({n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}, model.logit_cap)
-    )
+    described = first_decides(lambda: {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()})
     apply_types(model, described)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
