@@ -117,7 +117,7 @@ def quickstart(
             continue
         with seconds(stage):
             monitor = PredictionMonitor(out / "monitored", judged.images, steps)
-            run_stage(run, resume=True, callbacks=[monitor] if stage == supervised else [])
+            run_stage(run, resume=True, callbacks=[monitor] if stage == supervised else [], followed=True)
     with seconds("questions"):
         answered = ask_everything(out, runs, world)
     found: list[Finding] = []
