@@ -163,7 +163,7 @@ def _open_outputs(
 
 
 def _describe(task: str, folder: Path, teacher: StoredTeacher) -> None:
-    if not (folder / TEACHER).is_file():
+    if not any(folder.glob("*.safetensors")):
         teacher.write(folder)
         return
     begun = StoredTeacher.read(folder).precision
