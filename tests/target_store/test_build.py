@@ -200,6 +200,15 @@ def test_a_build_that_failed_before_its_first_target_fixes_no_precision(make, tm
     assert {StoredTeacher.read(file.parent).precision for file in tmp_path.glob(f"store/*/{TEACHER}")} == {"bfloat16"}
 
 
+def test_missing_images_are_no_complete_store(make, rows, tmp_path):
+    """The store does not hold all images if the disk with the images was not mounted."""
+    (rows / "images").rename(rows / "elsewhere")
+    message = r"7 of 9 rows \(77\.8%\), allowed 50\.0%: missing image 7; .*images/0\.png'"
+    for size_only in (True, False):
+        with pytest.raises(DataError, match=message):
+            build_targets(make("build"), tmp_path / "store", size_only=size_only, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
