@@ -327,7 +327,7 @@ def test_a_disk_that_fills_while_the_results_are_written_loses_no_step(make, mon
         raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr("visper.training.run.save_student", full)
-    with pytest.raises(TrainingError, match=r"No space left on device.*The last checkpoint in.*add --resume"):
+    with pytest.raises(TrainingError, match=r"No space left on device.*The last checkpoint in.*with --resume"):
         run_stage(run)
     assert not (tmp_path / "pt" / "model").exists()
     monkeypatch.undo()

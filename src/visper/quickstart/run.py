@@ -158,7 +158,13 @@ def copy_bases(folder: Path) -> None:
     """Copies the shipped bases to where the recipes expect them, as ordinary model folders that users can inspect."""
     if not folder.exists():
         with new_folder(folder) as partial:
-            shutil.copytree(BASES, partial)
+            partial.mkdir()
+            for source in sorted(BASES.rglob("*")):  # unlike copytree, whose error lists every file, stops at the first
+                place = partial / source.relative_to(BASES)
+                if source.is_dir():
+                    place.mkdir()
+                else:
+                    shutil.copyfile(source, place)
 
 
 def stage_runs(
