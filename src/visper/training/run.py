@@ -91,18 +91,14 @@ def run_stage(
         evaluator: asks questions and draws predictions as ``run.evaluation`` says (``evaluation.while_training``).
         recomputation: decides ``gradient_checkpointing: auto`` on a GPU (``planning.recomputation``); without it,
             all layers are recomputed there.
-        followed: whether the caller goes on when the stage is finished, such as with the next stage. If a signal came
-            too late to stop this one, StoppedError then ends it.
+        followed: the caller goes on afterwards: raise StoppedError also if a signal came too late to stop the stage.
 
     Raises:
         ConfigError: the run cannot be trained, or its output folder holds another run or is in use.
         DataError: too many bad rows.
-        StoppedError: a signal stopped the run, which has saved a checkpoint; or see ``followed``.
+        StoppedError: a signal stopped the run early; it has saved a checkpoint. Or see ``followed``.
     """
-    row_files(run.data)  # missing data, trackers and compilers are reported before anything is loaded
-    require_trackers(run.logging.report_to, run.logging.project)
-    require_compiler(run)
-    require_evaluator(run.evaluation, evaluator)
+    require_parts(run, evaluator)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -181,6 +177,14 @@ def _check_stages(runs: Sequence[Run]) -> list[bool]:
                 starting_processor(run)
         made.add(Path(run.output).resolve())
     return finished
+
+
+def require_parts(run: Run, evaluator: Evaluator | None) -> None:
+    """Reports missing data, trackers, compilers or evaluators before anything is loaded."""
+    row_files(run.data)
+    require_trackers(run.logging.report_to, run.logging.project)
+    require_compiler(run)
+    require_evaluator(run.evaluation, evaluator)
 
 
 def open_output(run: Run, resume: bool) -> Run:
