@@ -1,6 +1,8 @@
 """Written files and folders are complete or absent, even if writers are killed or write at the same time."""
 
+import errno
 import os
+import re
 import resource
 import signal
 import socket
@@ -236,3 +238,13 @@ def test_the_folder_may_be_relative_or_the_root(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(DataError):
             inside("images", "../a.jpg")
     assert inside("/", str(tmp_path / "a.jpg")) == tmp_path / "a.jpg"
+
+
+def test_an_error_on_a_read_only_disk_names_the_file_not_its_temporary_name(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    for operation in ("unlink", "write_text"):  # removing what does not exist is refused there, too
+        monkeypatch.setattr(Path, operation, refuse)
+    with pytest.raises(OSError, match=re.escape(f"'{tmp_path / 'file'}'")):
+        write_text(tmp_path / "file", "text")

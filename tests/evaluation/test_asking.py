@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from dataclasses import replace
 
 import pytest
@@ -223,15 +224,16 @@ def test_only_a_launchers_environment_makes_a_share(monkeypatch):
     assert asking.own_share() == (1, 8)
 
 
-def test_told_to_stop_it_says_what_is_kept(student, images, tmp_path, monkeypatch):
-    class Told(asking.StopRequest):
-        def on_signals(self):
-            self.asked = True
-            return super().on_signals()
+@pytest.mark.parametrize("batch", [4, 16])
+def test_told_to_stop_it_ends_after_the_batch_also_after_the_last_one(batch, student, images, tmp_path):
+    def told():
+        signal.raise_signal(signal.SIGTERM)
+        return student
 
-    monkeypatch.setattr(asking, "StopRequest", Told)
-    with pytest.raises(StoppedError, match="0 of 16 questions were answered; run the same command again"):
-        ask_all(lambda: student, PROMPTS, Answers(tmp_path / "a.jsonl", images, "m", 2))
+    answers = Answers(tmp_path / "a.jsonl", images, "m", 2)
+    with pytest.raises(StoppedError, match=f"{batch} of 16 questions answered; to go on, repeat the command"):
+        ask_all(told, PROMPTS, answers, batch)
+    ask_all(lambda: student, PROMPTS, Answers(tmp_path / "a.jsonl", images, "m", 2))
 
 
 def test_an_unreadable_image_is_asked_again_once_it_is_mended(student, images, tmp_path, caplog):

@@ -22,10 +22,11 @@ from visper.model import load_student
 from visper.model.encoders import load_encoder
 from visper.quickstart import BASES
 from visper.quickstart.language import DEPTHS
-from visper.quickstart.questions import draw_questions
+from visper.quickstart.questions import KINDS, draw_questions
 from visper.quickstart.run import Stopwatch
 from visper.quickstart.scenes import draw_scene
 from visper.quickstart.tower import TowerTeacher
+from visper.quickstart.world import HELD_OUT_SERIES
 from visper.study import cells as study_cells
 from visper.study import run as study_run
 from visper.study.arms import ARMS, FAST, FEEDING, FULL, NOTHING, PUBLISHED
@@ -55,6 +56,12 @@ def test_fewer_labels_are_among_more(objects):
     assert few == more[: len(few)] and len(few) < len(more)
     asked = sum(len(row["conversations"]) // 2 for row in few)
     assert 10 <= asked < 30
+
+
+def test_a_fast_study_asks_questions_of_every_kind_with_every_default_seed():
+    for seed in range(1, 6):
+        scenes = [draw_scene(seed + HELD_OUT_SERIES, index).objects for index in range(FAST.held_out)]
+        assert {one.kind for one in draw_questions(scenes, seed + HELD_OUT_SERIES, FAST.per_kind)} == set(KINDS)
 
 
 def test_shuffled_targets_are_those_of_the_image_before():

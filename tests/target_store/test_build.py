@@ -1,5 +1,6 @@
 """A target store: what it makes of a run, and that training cannot tell it from the teachers."""
 
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from visper.data.rows.records import DropList
 from visper.data.rows.sources import open_records
 from visper.target_store import plan as planning
 from visper.target_store.build import build_targets
-from visper.target_store.store import TEACHER
+from visper.target_store.store import TEACHER, StoredTeacher
 from visper.training import run_stage
 from visper.training.trainer import StageTrainer
 
@@ -182,6 +183,30 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(make, t
     with pytest.raises(ConfigError, match=r"take 2\.84 kB, but '.*' has 1\.00 kB free: .*--dtype int8"):
         build_targets(make("build"), tmp_path / "store", quiet=True)
     assert not [part for part in (tmp_path / "store").iterdir() if part.is_dir()]
+    monkeypatch.undo()
+    build_targets(make("build"), tmp_path / "store", "int8", quiet=True)  # as the message advises
+
+
+def test_a_build_that_failed_before_its_first_target_fixes_no_precision(make, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "full")
+
+    run = make("build")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
+        patched.setattr("visper.target_store.build.write_part", full)
+        build_targets(run, tmp_path / "store", quiet=True)
+    half = run.distillation.model_copy(update={"teacher_dtype": "bfloat16"})
+    build_targets(run.model_copy(update={"distillation": half}), tmp_path / "store", quiet=True)
+    assert {StoredTeacher.read(file.parent).precision for file in tmp_path.glob(f"store/*/{TEACHER}")} == {"bfloat16"}
+
+
+def test_missing_images_are_no_complete_store(make, rows, tmp_path):
+    """The store does not hold all images if the disk with the images was not mounted."""
+    (rows / "images").rename(rows / "elsewhere")
+    message = r"7 of 9 rows \(77\.8%\), allowed 50\.0%: missing image 7; .*images/0\.png'"
+    for size_only in (True, False):
+        with pytest.raises(DataError, match=message):
+            build_targets(make("build"), tmp_path / "store", size_only=size_only, quiet=True)
 
 
 @pytest.mark.parametrize(

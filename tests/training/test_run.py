@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditio
 from tests import tiny
 from tests.checkpoints import tensors_of
 from visper.common.console import Console
-from visper.common.errors import ConfigError, DataError, TrainingError
+from visper.common.errors import ConfigError, DataError, StoppedError, TrainingError
 from visper.common.lock import HOLDER, LOCK, locked
 from visper.common.manifest import write_manifest
 from visper.config import Run, load_run
@@ -24,6 +25,7 @@ from visper.model import load_student
 from visper.training import NonFiniteLossError, run_pipeline, run_stage
 from visper.training.checkpoint import STATE
 from visper.training.checkpoint_writer import ShardWriter
+from visper.training.stopping import StopRequest
 from visper.training.trainer import StageTrainer
 
 
@@ -325,7 +327,7 @@ def test_a_disk_that_fills_while_the_results_are_written_loses_no_step(make, mon
         raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr("visper.training.run.save_student", full)
-    with pytest.raises(TrainingError, match=r"No space left on device.*The last checkpoint in.*add --resume"):
+    with pytest.raises(TrainingError, match=r"No space left on device.*The last checkpoint in.*with --resume"):
         run_stage(run)
     assert not (tmp_path / "pt" / "model").exists()
     monkeypatch.undo()
@@ -507,6 +509,20 @@ def test_pipeline_skips_what_is_finished(make, capsys):
     capsys.readouterr()
     run_pipeline([run])
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_pipeline_told_to_stop_in_the_last_step_of_a_stage_ends_after_that_stage(make, tmp_path, monkeypatch):
+    def told(self, args, state, control, **_):
+        if state.global_step == state.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(StopRequest, "on_step_end", told)
+    stages = [make("pt"), make("ift", start="pt")]
+    with pytest.raises(StoppedError, match=r"pt' is finished; to go on, repeat the command"):
+        run_pipeline(stages)
+    assert not (tmp_path / "ift").exists()
+    run_pipeline(stages)
+    assert (tmp_path / "ift" / "model").exists(), "nothing follows the last stage, so it just ends"
 
 
 def test_a_pipeline_of_no_stages_is_refused():

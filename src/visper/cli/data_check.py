@@ -140,6 +140,7 @@ def shard(
 
     Example: `visper data shard llava-665k --root data --out shards/mix665k`
     """
+    from visper.config import Data
     from visper.data.checks.unread_images import unread_images
     from visper.data.rows.parquet import write_parquet
     from visper.data.rows.records import DropList
@@ -150,7 +151,8 @@ def shard(
     records = open_records(sources_of(what, images, root), drops, quiet=False)
     for warning in unread_images(records):
         Console().print(f"warning: {warning}", highlight=False)
-    counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False)
+    limit = Data.model_fields["drop_limit"].default
+    counts = write_parquet(records, out, drops, file_mb << 20, seed, quiet=False, drop_limit=limit)
     Console().print(
         f"{counted(sum(counts), 'row')} in {counted(len(counts), 'file')}: {out}; left out: {drops.counts() or 0}"
     )

@@ -65,7 +65,7 @@ def run(
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, out, score or [], root, beside or [], plot if draws else None)
     if not _write_rows(settings, out, images, rows, limit, score or [], root, score_limit):
-        _train(settings, recipe)
+        _train(settings, recipe, followed=draws)
     if score:
         _score(out, score, root, score_limit)
     if draws:
@@ -126,14 +126,14 @@ def _write_rows(
     return finished
 
 
-def _train(settings: "Run", recipe: Path) -> None:
+def _train(settings: "Run", recipe: Path, followed: bool) -> None:
     from visper.common.files import write_text
     from visper.config import run_text
     from visper.training import run_stage, start_processes
 
     write_text(recipe, run_text(settings))
     if not start_processes(settings.launch, ["train", str(recipe), "--resume"], REMEDY):
-        run_stage(settings, resume=True)
+        run_stage(settings, resume=True, followed=followed)
 
 
 def _score(out: Path, score: list[str], root: Path, limit: int | None) -> None:

@@ -53,7 +53,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         flush(partial)
         _take_place(partial, path)
     except BaseException as error:
-        _remove(partial)
+        if os.path.lexists(partial):  # on a read-only disk, removing even what does not exist is an error
+            _remove(partial)
         named = _naming(path, partial, error)
         if named is not None:
             raise named from error

@@ -172,11 +172,13 @@ def ask_all(
     with torch.inference_mode(), bars as progress, stop.on_signals():
         bar = progress.add_task("asking", total=len(todo))
         for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
-            if stop.asked:
-                raise StoppedError(f"{progress.tasks[0].completed:.0f} of {len(todo)} questions were answered; run the "
-                                   "same command again to ask the others")  # fmt: skip
             answers.add(ask_batch(student, batch, answers.images, answers.max_new_tokens))
             progress.advance(bar, len(batch))
+            if stop.asked:
+                raise StoppedError(
+                    f"told to stop: {progress.tasks[0].completed:.0f} of {counted(len(todo), 'question')} answered; to "
+                    "go on, repeat the command"
+                )
 
 
 def ask_batch(

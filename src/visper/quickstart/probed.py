@@ -54,7 +54,7 @@ def probe_world(model: Path, world: Path, bases: Path, judged: int, length: str,
         targets = {t: own.model_copy(update={"model": str(bases / f"teacher_{t}")}) for t, own in targets.items()}
         run = probe_run(model, out, targets, rows, world / "images", (*TRAINING, length))
         if not is_finished(run):
-            run_stage(run, resume=True)
+            run_stage(run, resume=True, followed=True)
         save_findings(score_on(load_pre_trained(out), str(world), world, judged), out / SCORES)
     return read_findings(out)
 

@@ -117,7 +117,7 @@ def quickstart(
             continue
         with seconds(stage):
             monitor = PredictionMonitor(out / "monitored", judged.images, steps)
-            run_stage(run, resume=True, callbacks=[monitor] if stage == supervised else [])
+            run_stage(run, resume=True, callbacks=[monitor] if stage == supervised else [], followed=True)
     with seconds("questions"):
         answered = ask_everything(out, runs, world)
     found: list[Finding] = []
@@ -158,7 +158,13 @@ def copy_bases(folder: Path) -> None:
     """Copies the shipped bases to where the recipes expect them, as ordinary model folders that users can inspect."""
     if not folder.exists():
         with new_folder(folder) as partial:
-            shutil.copytree(BASES, partial)
+            partial.mkdir()
+            for source in sorted(BASES.rglob("*")):  # unlike copytree, whose error lists every file, stops at the first
+                place = partial / source.relative_to(BASES)
+                if source.is_dir():
+                    place.mkdir()
+                else:
+                    shutil.copyfile(source, place)
 
 
 def stage_runs(

@@ -175,7 +175,7 @@ def train_whole(run: Run, seconds: Stopwatch, part: str, console: Console) -> No
     shutil.rmtree(run.output, ignore_errors=True)
     announce(console, "train", str(run.output))
     with seconds(part, resumes=False):
-        run_stage(run)
+        run_stage(run, followed=True)
 
 
 def _ask(cell: Cell, model: Path) -> dict[str, list[int]]:

@@ -40,7 +40,7 @@ from visper.model.start import starting_processor
 from visper.target_store.fingerprint import Fingerprint, fingerprints
 from visper.target_store.plan import BuildPlan, TargetPart, announce_plan, plan_build, refuse_full_disk
 from visper.target_store.quantize import TargetCodec
-from visper.target_store.store import TEACHER, StoredTeacher, claim_store, folder_of, read_dtype, write_part
+from visper.target_store.store import StoredTeacher, claim_store, folder_of, read_dtype, write_part
 
 DEFAULT_DTYPE = "float16"
 
@@ -75,7 +75,7 @@ def build_targets(
 
     def shared_plan() -> BuildPlan:
         """The plan, made and printed by the first process and shared with all."""
-        plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet))
+        plan = first_decides(lambda: plan_build(records, out, made_by, codecs, console.quiet, run.data.drop_limit))
         announce_plan(plan, codecs, out, console)
         return plan
 
@@ -163,7 +163,7 @@ def _open_outputs(
 
 
 def _describe(task: str, folder: Path, teacher: StoredTeacher) -> None:
-    if not (folder / TEACHER).is_file():
+    if not any(folder.glob("*.safetensors")):
         teacher.write(folder)
         return
     begun = StoredTeacher.read(folder).precision

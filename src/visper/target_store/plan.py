@@ -18,6 +18,7 @@ from visper.common.cache import key
 from visper.common.console import Console, announce
 from visper.common.errors import ConfigError
 from visper.data.checks.digests import digests_of
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.table import Records
 from visper.target_store.fingerprint import Fingerprint
 from visper.target_store.quantize import TargetCodec
@@ -63,15 +64,27 @@ def plan_build(
     made_by: Mapping[str, Fingerprint],
     codecs: Mapping[str, TargetCodec],
     quiet: bool,
+    drop_limit: float,
 ) -> BuildPlan:
     """Compares the run's images with the store. Images that lack targets of the same tasks share parts, in row order.
 
     Args:
         made_by: task -> fingerprint of its teacher.
         codecs: task -> codec of its targets.
+        drop_limit: largest accepted share of rows with an image file that does not exist, as in training.
+
+    Raises:
+        DataError: it is larger, for example because a disk is not mounted.
     """
     first_place: dict[bytes, tuple[int, int]] = {}
-    for place, own in digests_of(records, quiet).items():
+    digests = digests_of(records, quiet)
+    lost = (
+        Drop(records[row].id, "missing image", f"'{records[row].images[number].path}': expected a file")
+        for (row, number), own in digests.items()
+        if own is None
+    )
+    DropList(lost).check(len(records), drop_limit)
+    for place, own in digests.items():
         if own is not None:
             first_place.setdefault(own, place)
     missing: dict[bytes, list[str]] = defaultdict(list)

@@ -238,19 +238,20 @@ def read_dtype(store: Path) -> str | None:
 
 
 def claim_store(store: Path, dtype: str) -> None:
-    """Creates a store of ``dtype``; does nothing if ``store`` is one already.
+    """Creates a store of ``dtype``; does nothing if ``store`` is one already. One without targets takes the new dtype.
 
     Raises:
-        ConfigError: it has another dtype, or the folder holds something else.
+        ConfigError: it has targets of another dtype, or the folder holds something else.
     """
     found = read_dtype(store)
-    if found is None:
-        others = [file.name for file in store.iterdir() if not file.name.startswith(".")] if store.exists() else []
-        if others:
-            raise ConfigError(f"'{store}' has files such as {others[:3]} and no target store: choose a new folder")
-        write_text(store / STORE, json.dumps({"format": FORMAT, "dtype": dtype}) + "\n")
-    elif found != dtype:
+    if found == dtype:
+        return
+    if found is not None and any(store.glob("*/*.safetensors")):
         raise ConfigError(f"'{store}' has targets in {found}, not {dtype}: choose another folder, or --dtype {found}")
+    others = [file.name for file in store.iterdir() if not file.name.startswith(".")] if store.exists() else []
+    if found is None and others:
+        raise ConfigError(f"'{store}' has files such as {others[:3]} and no target store: choose a new folder")
+    write_text(store / STORE, json.dumps({"format": FORMAT, "dtype": dtype}) + "\n")
 
 
 def folder_of(store: Path, fingerprint: Fingerprint) -> Path:

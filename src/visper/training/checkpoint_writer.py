@@ -126,7 +126,7 @@ class CheckpointWriter:
             if error is not None:
                 raise TrainingError(
                     f"'{self._name}' could not be written ({_reason(error)}); earlier checkpoints are unchanged: free "
-                    "some space or choose another disk, then add --resume"
+                    "some space, then repeat the command (visper train: with --resume)"
                 ) from error
 
         first_decides(tell)

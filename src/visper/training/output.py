@@ -184,7 +184,8 @@ def naming_saved_weights(output: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"the run has trained to its end, but its results could not be written ({error}). The last checkpoint in "
-            f"'{output / FOLDER}' has its weights: free some space, then add --resume, which only writes the results"
+            f"'{output / FOLDER}' has its weights: free some space, then repeat the command (visper train: "
+            "with --resume), which only writes the results"
         ) from error
 
 

@@ -15,6 +15,7 @@ import torch
 from visper.common.cache import key
 from visper.common.errors import ConfigError
 from visper.data.rows.records import DropList
+from visper.training.output import DROPPED
 from visper.training.stage_data import StageData
 
 ORDER = "order.json"
@@ -36,6 +37,17 @@ def order_of(data: StageData) -> dict[str, Any]:
 def write_order(folder: Path, data: StageData) -> None:
     """Writes ``order.json`` into a checkpoint that is being written."""
     (folder / ORDER).write_text(json.dumps(order_of(data), indent=1), encoding="utf-8")
+
+
+def continue_rows(checkpoint: Path, data: StageData) -> None:
+    """Drops from ``data`` the rows that were found bad before the checkpoint; later ones may be good by now.
+
+    Raises:
+        ConfigError: the checkpoint was written with other rows or in another order.
+    """
+    require_same_order(checkpoint, data)
+    before = DropList.read(checkpoint / DROPPED)
+    data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 
 def require_same_order(checkpoint: Path, data: StageData) -> None:

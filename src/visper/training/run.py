@@ -23,7 +23,6 @@ from visper.common.ranks import first_decides, wait_for_all
 from visper.config import Run, Stage, save_run
 from visper.data.dataset import require_images
 from visper.data.images import background_of
-from visper.data.rows.records import DropList
 from visper.data.sets.catalog import row_files
 from visper.distillation import Teacher
 from visper.distillation.teachers.tasks import build_teachers, specs_of
@@ -68,7 +67,7 @@ from visper.training.parallel.deepspeed import (
 from visper.training.parallel.fsdp import is_sharded, shard, shares_weights, unshard
 from visper.training.parallel.join import join_processes
 from visper.training.recomputation import EstimateMemory, decide_recomputation
-from visper.training.resume import require_same_order
+from visper.training.resume import continue_rows
 from visper.training.stage_data import StageData, build_data
 from visper.training.trackers import log_images, require_trackers, tensorboard
 from visper.training.trainer import StageTrainer
@@ -81,6 +80,7 @@ def run_stage(
     accept_changes: bool = False,
     evaluator: Evaluator | None = None,
     recomputation: EstimateMemory | None = None,
+    followed: bool = False,
 ) -> Path:
     """Trains one stage and returns the folder of the finished student.
 
@@ -91,16 +91,14 @@ def run_stage(
         evaluator: asks questions and draws predictions as ``run.evaluation`` says (``evaluation.while_training``).
         recomputation: decides ``gradient_checkpointing: auto`` on a GPU (``planning.recomputation``); without it,
             all layers are recomputed there.
+        followed: the caller goes on afterwards: raise StoppedError also if a signal came too late to stop the stage.
 
     Raises:
         ConfigError: the run cannot be trained, or its output folder holds another run or is in use.
         DataError: too many bad rows.
-        StoppedError: a signal stopped the run early; it has saved a checkpoint.
+        StoppedError: a signal stopped the run early; it has saved a checkpoint. Or see ``followed``.
     """
-    row_files(run.data)  # missing data, trackers and compilers are reported before anything is loaded
-    require_trackers(run.logging.report_to, run.logging.project)
-    require_compiler(run)
-    require_evaluator(run.evaluation, evaluator)
+    require_parts(run, evaluator)
     processes = join_processes(run.launch)
     console = Console(quiet=not processes.is_main_process)
     output = Path(run.output)
@@ -132,6 +130,8 @@ def run_stage(
                 finish(run, student, model, console)
             announce(console, "saved", f"{output}/model")
         wait_for_all()
+    if followed:
+        trainer.stop.end_after(output)
     return output / "model"
 
 
@@ -154,7 +154,8 @@ def run_pipeline(
         if finished[number] and (all(finished[:number]) or first_decides(partial(is_finished, run))):
             announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
-        run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation)
+        followed = number + 1 < len(runs)
+        run_stage(run, True, evaluator=evaluator_of(run), recomputation=recomputation, followed=followed)
 
 
 def _check_stages(runs: Sequence[Run]) -> list[bool]:
@@ -176,6 +177,14 @@ def _check_stages(runs: Sequence[Run]) -> list[bool]:
                 starting_processor(run)
         made.add(Path(run.output).resolve())
     return finished
+
+
+def require_parts(run: Run, evaluator: Evaluator | None) -> None:
+    """Reports missing data, trackers, compilers or evaluators before anything is loaded."""
+    row_files(run.data)
+    require_trackers(run.logging.report_to, run.logging.project)
+    require_compiler(run)
+    require_evaluator(run.evaluation, evaluator)
 
 
 def open_output(run: Run, resume: bool) -> Run:
@@ -316,17 +325,6 @@ def evaluation_callback(
     held_out = HeldOut(run.evaluation, run.optimization, student, rows, evaluator)
     on = first_decides(lambda: held_out.measured_on(PartialState().num_processes))
     return EvaluationCallback(held_out, Path(run.output), on)
-
-
-def continue_rows(checkpoint: Path, data: StageData) -> None:
-    """Drops from ``data`` the rows that were found bad before the checkpoint; later ones may be good by now.
-
-    Raises:
-        ConfigError: the checkpoint was written with other rows or in another order.
-    """
-    require_same_order(checkpoint, data)
-    before = DropList.read(checkpoint / DROPPED)
-    data.drops.extend(drop for drop in before if drop.sample_id not in data.drops.agreed)
 
 
 def train(

@@ -6,10 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from visper.common.errors import StoppedError
 from visper.common.parallel import end_with_parent, heed_only_parent, keep_freed_memory
 
 
@@ -28,6 +31,15 @@ class StopRequest(TrainerCallback):
         """Requests a line for the steps since the last log, a checkpoint and the end of training."""
         if self.agreed:
             control.should_log = control.should_save = control.should_training_stop = True
+
+    def end_after(self, output: Path) -> None:
+        """Ends the command after a stage that a signal came too late to stop. Every process must call.
+
+        Raises:
+            StoppedError: some process was told to stop; the stage in ``output`` is finished.
+        """
+        if any(gather_object([self.asked])):
+            raise StoppedError(f"told to stop: '{output}' is finished; to go on, repeat the command")
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

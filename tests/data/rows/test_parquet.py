@@ -117,6 +117,9 @@ def test_rows_without_an_image_file_are_left_out_and_named(rows: Path, tmp_path:
     drops = DropList()
     assert sum(write_parquet(from_files(rows), tmp_path / "out", drops)) == 2 * GROUP_ROWS + 18
     assert drops.counts() == {"missing image": 1, "empty image file": 1}
+    with pytest.raises(DataError, match=r"2 of 220 rows \(0\.9%\), allowed 0\.5%: .*, then --drop-list FILE"):
+        write_parquet(from_files(rows), tmp_path / "fewer", DropList(), drop_limit=0.005)
+    assert not (tmp_path / "fewer").exists()
 
 
 def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,18 @@ from visper.data.rows.table import Records
 FILE_BYTES = 256 << 20
 GROUP_ROWS = 100
 """Rows per row group, the unit that readers load; the hub uses this number for images."""
+LEAVE_OUT = "leave the rows out: `visper data check ... --drop FILE`, then --drop-list FILE"
 _THREADS = 16
 
 
 def write_parquet(
-    records: Records, out: Path, drops: DropList, file_bytes: int = FILE_BYTES, seed: int = 0, quiet: bool = True
+    records: Records,
+    out: Path,
+    drops: DropList,
+    file_bytes: int = FILE_BYTES,
+    seed: int = 0,
+    quiet: bool = True,
+    drop_limit: float = 1.0,
 ) -> list[int]:
     """Writes records and their images into the folder ``out``, in an order shuffled by ``seed``.
 
@@ -42,17 +49,19 @@ def write_parquet(
         out: a new folder; it appears only when it is complete.
         drops: rows with a missing or empty image file are added to it.
         file_bytes: approximate bytes of images per file.
+        drop_limit: largest accepted share of rows in ``drops``; training does not see that they are missing.
 
     Returns:
         The number of rows in each file.
 
     Raises:
-        DataError: ``out`` exists, or no row can be written.
+        DataError: ``out`` exists, or too many rows cannot be written.
     """
     if out.exists():
         raise DataError("folder exists", f"'{out}' exists: remove it, or choose another folder")
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     counts: list[int] = []
+    total = len(records) + len(drops)
     column = "images" if (records.num_images > 1).any() else "image"
     with new_folder(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
         partial.mkdir(parents=True)
@@ -60,8 +69,7 @@ def write_parquet(
         while group := list(islice(good, GROUP_ROWS)):
             file = partial / f"{len(counts):05d}.parquet"
             counts.append(_write_file(file, _schema(column), group, good, file_bytes))
-        if not counts:
-            raise DataError("no rows", f"none of the {len(records)} rows could be written: {drops.counts()}")
+        drops.check(total, drop_limit, LEAVE_OUT)
     return counts
 
 

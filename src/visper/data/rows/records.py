@@ -109,12 +109,13 @@ class DropList:
                 "not a drop list", f"'{path}': expected lines of sample_id, reason and detail: {error}"
             ) from error
 
-    def check(self, total: int, limit: float) -> None:
+    def check(self, total: int, limit: float, else_do: str = "raise 'data.drop_limit'") -> None:
         """Refuses a run that would lose too many rows.
 
         Args:
             total: number of rows, good and bad.
             limit: largest accepted share of bad rows, 0 to 1.
+            else_do: what to do other than to repair the data, for the message.
 
         Raises:
             DataError: the share of bad rows is above ``limit``, or no good row is left.
@@ -124,7 +125,7 @@ class DropList:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.counts().items())
         first = next(iter(self))
         left = "" if len(self) < total else "; no row is left to train on, whatever the limit"
-        remedy = "Repair the data or raise 'data.drop_limit'" if len(self) < total else "Repair the data"
+        remedy = f"Repair the data or {else_do}" if len(self) < total else "Repair the data"
         raise DataError(
             "too many bad rows",
             f"{len(self)} of {total} rows ({len(self) / total:.1%}), allowed {limit:.1%}: {reasons}; the first is "
