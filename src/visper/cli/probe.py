@@ -8,6 +8,7 @@ import typer
 from visper.cli.arguments import parse_file, path_option, require_other_files
 from visper.common.console import Console
 from visper.common.errors import ConfigError
+from visper.common.lock import locked
 
 if TYPE_CHECKING:
     from visper.config import Run
@@ -64,8 +65,10 @@ def run(
     drawn = named_apart([out, *(beside or [])])
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, out, score or [], root, beside or [], plot if draws else None)
-    if not _write_rows(settings, out, images, rows, limit, score or [], root, score_limit):
-        _train(settings, recipe, followed=draws)
+    # Rows and recipe lie beside ``out``, where the lock that training holds does not protect them.
+    with locked(out.with_name(f".{out.name}.lock"), Console()):
+        if not _write_rows(settings, out, images, rows, limit, score or [], root, score_limit):
+            _train(settings, recipe, followed=draws)
     if score:
         _score(out, score, root, score_limit)
     if draws:

@@ -14,11 +14,13 @@ from tests import tiny
 from tests.evaluation.probe.test_measures import probed  # noqa: F401 - a fixture
 from tests.vlms import save_vlm
 from visper.cli import app
+from visper.common.console import Console
 from visper.common.errors import ConfigError
+from visper.common.lock import InUseError, locked
 from visper.config import load_run
 from visper.evaluation.probe.curves import SCORES, add_findings, draw_curves, named_apart, read_findings, titles
 from visper.evaluation.probe.measures import Finding, da2k_files
-from visper.evaluation.probe.recipe import images_below, probe_run, teacher_targets_of, write_rows
+from visper.evaluation.probe.recipe import images_below, probe_run, rows_file, teacher_targets_of, write_rows
 from visper.training import run_stage
 
 SMALL = ["optimization.global_batch=4", "optimization.precision=float32", "data.workers=0"]
@@ -115,6 +117,13 @@ def test_a_finished_probe_keeps_its_images_and_adds_scores(probed, tmp_path):  #
     }
     probe(probed, out, "--score", tmp_path / "held-out", "--score-limit", 2)
     assert read_findings(out)[: len(both)] == both
+
+
+def test_two_commands_for_one_probe_do_not_exchange_their_images(probed, tmp_path):  # noqa: F811
+    out = tmp_path / "probe"
+    with locked(tmp_path / ".probe.lock", Console(quiet=True)), pytest.raises(InUseError, match="is in use by process"):
+        probe(probed, out, "--limit", "2")
+    assert not rows_file(out).exists()
 
 
 def test_a_part_of_the_images_is_spread_over_all_of_them(tmp_path):
