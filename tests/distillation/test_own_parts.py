@@ -8,7 +8,7 @@ from tests import tiny
 from tests.vlms import save_vlm
 from visper.common.errors import ConfigError
 from visper.config import Distillation, Head, Position, Stage, VlmStudent
-from visper.distillation import DistilledTask, Targets, TargetSpec, TokenHead
+from visper.distillation import DistilledTask, Targets, TargetSpec, TokenHead, own_parts
 from visper.distillation.layout import TokenLayout
 from visper.distillation.objective import EmbeddingDistillation
 from visper.distillation.teachers import SquashedImage, Teacher, build_teacher
@@ -46,6 +46,14 @@ class OneToken(Own):
 class Pair(Own):
     def forward(self, states):
         return super().forward(states), None
+
+
+class AcrossImages(Own):
+    """Attention between images, as torch's own unless it is told ``batch_first=True``."""
+
+    def forward(self, states):
+        made = super().forward(states).transpose(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(made, made, made).transpose(0, 1)
 
 
 class Detached(Own):
@@ -113,6 +121,11 @@ def per_token(predicted, target, mask=None):
     return (predicted - target).abs().mean(-1)
 
 
+def contrastive(predicted, target, mask=None):
+    logits = predicted.flatten(1) @ target.flatten(1).T
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
+
+
 def without_mask(predicted, target):
     return own_loss(predicted, target)
 
@@ -143,6 +156,7 @@ def test_right_parts_are_built_as_without_the_trial():
         ({"head": "OneChannel"}, r"makes \(2, 3, 1\) of states \(2, 3, 8\): expected \(2, 3, 3\)"),
         ({"head": "OneToken"}, r"makes \(2, 1, 3\) of states \(2, 3, 8\): expected \(2, 3, 3\)"),
         ({"head": "Pair"}, "head .*Pair' cannot be used .*'tuple' object"),
+        ({"head": "AcrossImages"}, "head .*AcrossImages' reads the states of other images: .*batch_first=True"),
         ({"head": "Detached"}, "head .*Detached' gives a result without gradient"),
         ({"head": "Broken", "counts": (16,)}, "head .*Broken' cannot be used .*shapes cannot be multiplied"),
         ({"head": "Silent", "counts": (16,)}, "head .*Silent' cannot be used .*missing the required .forward"),
@@ -153,6 +167,7 @@ def test_right_parts_are_built_as_without_the_trial():
         ({"loss": "in_numpy"}, "loss .*in_numpy' cannot be used .*'numpy.ndarray' object"),
         ({"loss": "scalar"}, r"loss .*scalar' returns shape \(\) for 2 images: return one number for each image"),
         ({"loss": "per_token"}, r"returns shape \(2, 4\) for 2 images"),
+        ({"loss": "contrastive"}, "loss .*contrastive' gives an image another number beside other images"),
         ({"loss": "without_mask"}, "cannot be used .*takes 2 positional arguments but 3 were given"),
         ({"loss": "LossModule"}, "loss .*LossModule' cannot be used"),
         ({"loss": {f"{HERE}:own_loss": 1.0, "elsewhere:own_loss": 1.0}}, "share a name in the log"),
@@ -226,12 +241,20 @@ def test_a_head_for_the_one_size_of_the_data_is_built_for_a_model_of_any_sizes(t
     build_training_model(student, Stage.IFT, settings, {"own": TARGET})
 
 
-def terms_of(loss, image_tokens):
+class AcrossStates(Own):
+    """Attention between an image's states."""
+
+    def forward(self, states):
+        made = super().forward(states)
+        return torch.nn.functional.scaled_dot_product_attention(made, made, made)
+
+
+def terms_of(loss, image_tokens, head="Own"):
     """Of two rows with an image each; targets are mapped onto the image tokens."""
     count = max(image_tokens)
     ids = torch.tensor([[9] * tokens + [1] * (count - tokens) for tokens in image_tokens])
     layout = TokenLayout.from_ids(ids, None, 9, {}, places=torch.full((sum(image_tokens), 2), 0.5))
-    objective = build(loss=loss)
+    objective = build(head, loss)
     targets = torch.zeros(2, 4, 3)
     given = {"own": Targets(targets, targets, torch.arange(2))}
     return objective({1: torch.randn(2, count, 8)}, objective.read(layout), {}, given, 2)
@@ -246,6 +269,13 @@ def test_a_loss_without_mask_is_refused_where_some_tokens_do_not_count():
             terms_of(loss, (4, 3))
 
 
+def test_a_head_that_reads_several_states_is_refused_where_some_of_them_are_padding():
+    terms_of("masked_loss", (4, 4), "AcrossStates")
+    terms_of("masked_loss", (4, 3), "ForEachPlace")
+    with pytest.raises(ConfigError, match="AcrossStates' reads several states of an image"):
+        terms_of("masked_loss", (4, 3), "AcrossStates")
+
+
 def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
     torch.manual_seed(3)
     build(loss="masked_loss")
@@ -256,7 +286,8 @@ def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
 
 
 @pytest.mark.skipif(torch.__version__ < "2.11", reason="as in test_fake_gpu")
-def test_a_head_is_tried_on_the_device_where_it_is_built():
+def test_a_head_is_tried_on_the_device_where_it_is_built(monkeypatch):
+    monkeypatch.setattr(own_parts, "_close", lambda one, other: True)  # fake tensors have no values
     with FakeTensorMode(), torch.device("cuda:0"):
         build(loss={"mse": 1.0}, counts=(16,))
 
@@ -324,6 +355,14 @@ class OneForAll(Right):
         return super().encode(pixels)[:1]
 
 
+class Joint(Right):
+    """As a network that reads the frames of a clip together."""
+
+    def encode(self, pixels):
+        made = super().encode(pixels)
+        return made - made.mean(0)
+
+
 class Arrays(Right):
     def encode(self, pixels):
         return super().encode(pixels).numpy()
@@ -340,6 +379,7 @@ class AnySize(Right):
     [
         ("OtherShape", r"gave targets of shape \(2, 8, 4\), but its spec says \(2, 4, 8\)"),
         ("OneForAll", r"gave targets of shape \(1, 4, 8\), but its spec says \(2, 4, 8\)"),
+        ("Joint", "an image's target depends on the other images of its batch"),
         ("Arrays", "fails on a test image .*'numpy.ndarray' object"),
         ("AnySize", "fails on a test image .*equal size"),
     ],

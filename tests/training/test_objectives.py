@@ -25,7 +25,7 @@ from visper.evaluation.predictions import load_pre_trained
 from visper.evaluation.visualize import SIDE, look
 from visper.model import build_student
 from visper.training import run_stage
-from visper.training.assemble import build_training_model, choose_trainable, set_trainable
+from visper.training.assemble import build_training_model, choose_trainable, continue_objective, set_trainable
 from visper.training.attention import separate_samples
 from visper.training.checkpoint import trainable_state
 from visper.training.module import FORWARD_KEYS
@@ -401,6 +401,27 @@ def test_heads_of_a_task_of_similar_name_do_not_go_on_with_it(make, tmp_path):
     for name, weights in pt.items():
         if name.endswith("weight"):
             assert torch.allclose(ift[name], weights, atol=1e-6) == ("depth_metric" not in name), name
+
+
+class Named(TokenHead):
+    """A linear layer of a name that the user may change."""
+
+    part = "layer"
+
+    def __init__(self, llm_width, target):
+        super().__init__()
+        setattr(self, self.part, torch.nn.Linear(llm_width, target.width))
+
+    def forward(self, states):
+        return getattr(self, self.part)(states)
+
+
+def test_a_head_whose_code_has_changed_does_not_go_on(make, student, tmp_path, monkeypatch):
+    own = objective(head=f"{__name__}:Named")
+    run_stage(make("pt", "pt", own))
+    assert continue_objective(model_of(student, own), own, str(tmp_path / "pt")) == ["depth"]
+    monkeypatch.setattr(Named, "part", "renamed")
+    assert continue_objective(model_of(student, own), own, str(tmp_path / "pt")) == []
 
 
 class Centered(TokenHead):

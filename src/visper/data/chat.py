@@ -179,6 +179,15 @@ class ConversationEncoder:
         shown = (literal.count(self.processor.image_token) for literal in self._skeleton(turns, asks=False).literals)
         return list(map(len, given)) != list(shown)
 
+    def shows_behind_images(self, record: Record, token: str) -> bool:
+        """Whether the template writes ``token`` behind each image, before the next one.
+
+        Raises:
+            DataError: the template rejects the conversation.
+        """
+        shown = "".join(self._skeleton(_texts(record)[1], asks=False).literals)
+        return all(token in behind for behind in shown.split(self.processor.image_token)[1:])
+
     def _skeleton(self, turns: tuple[tuple[str, str], ...], asks: bool) -> _Skeleton:
         if (turns, asks) not in self._skeletons:
             self._skeletons[turns, asks] = self._render(turns, asks)

@@ -81,7 +81,7 @@ class EmbeddingDistillation(nn.Module):
         self.text_keys = text_keys
         self.recompute = False
         """Whether to recompute heads in the backward pass; their activations are as large as the LLM's."""
-        self._without_mask: set[str] = set()
+        self._need_all: set[str] = set()
         self.predictors = nn.ModuleDict()
         for name, task in tasks.items():
             for layer in task.tapped:
@@ -89,7 +89,7 @@ class EmbeddingDistillation(nn.Module):
                     head = build_head(task.head, llm_width, task.target, task.at)
                     self.predictors[task.head_name(name, layer)] = head
                     if layer == task.tapped[0]:
-                        self._without_mask |= try_own_parts(name, task, head, self._losses, llm_width, counts)
+                        self._need_all |= try_own_parts(name, task, head, self._losses, llm_width, counts)
         scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
         # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
@@ -149,12 +149,7 @@ class EmbeddingDistillation(nn.Module):
             else:
                 given, target = None, _own_target(task, reading.positions, hidden, encoded_TE)
             pool, mask = self._common_pool(task, given, reading), _loss_mask(task, reading)
-            ignoring = self._without_mask & task.loss.keys()
-            if ignoring and mask is not None and not mask.all():
-                raise ConfigError(
-                    f"task '{name}': loss '{min(ignoring)}' ignores its mask, but not all tokens of this batch count: "
-                    "leave out those where the mask is False (docs/extending.md has an example)"
-                )
+            self._require_all(name, task, reading, mask)
             predicted = self._predicted(name, hidden, queries, reading)
             for layer in task.tapped:
                 for kind in task.loss:
@@ -165,6 +160,21 @@ class EmbeddingDistillation(nn.Module):
                         value = self._losses[kind](predicted[layer], target, mask)
                     terms[_term(name, layer, kind)] = value.sum() / num_images
         return terms
+
+    def _require_all(self, name: str, task: DistilledTask, reading: Reading, mask: Tensor | None) -> None:
+        """Raises ConfigError if an own part that needs every token gets images that lack some."""
+        ignoring = self._need_all & task.loss.keys()
+        if ignoring and mask is not None and not mask.all():
+            raise ConfigError(
+                f"task '{name}': loss '{min(ignoring)}' ignores its mask, but not all tokens of this batch count: "
+                "leave out those where the mask is False (docs/extending.md has an example)"
+            )
+        if task.head.kind in self._need_all and reading.positions.mask is not None:
+            raise ConfigError(
+                f"task '{name}': a prediction of head '{task.head.kind}' reads several states of an image, and cannot "
+                "know which are padding, but the images of this batch have different numbers of tokens: predict from "
+                "each state alone, or use images of one size"
+            )
 
     def read(self, layout: TokenLayout) -> dict[str, Reading]:
         """The positions that each task reads in a batch: ``readings`` of ``forward``."""

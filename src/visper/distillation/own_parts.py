@@ -1,7 +1,8 @@
 """Tries a user's own head and losses ("module:name") when the objective is built, before the first step.
 
 A prediction of one channel or of one token would otherwise be compared with the complete target by broadcasting, the
-mean of a loss over images would be divided by their number once more, and one without gradient would teach nothing.
+mean of a loss over images would be divided by their number once more, one without gradient would teach nothing, and
+one that mixes images would depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ def try_own_parts(
         counts: the numbers of states that heads get, if they are known.
 
     Returns:
-        The own losses that ignore their mask, which is right only where every token counts.
+        The own parts that need every token: losses that ignore their mask, and a head that reads several states, since
+        it cannot know which are padding.
 
     Raises:
-        ValueError: a part cannot be called so, or its result has the wrong shape or no gradient.
+        ValueError: a part cannot be called so, its result has the wrong shape or no gradient, or it mixes images.
     """
     with torch.device("cpu"):  # also where models are built on the meta device, without values
-        predicted = _width(name, task, head, llm_width, counts) or task.target.width
-        own = [kind for kind in task.loss if kind not in LOSSES]
-        return {k for k in own if not _reads_mask(f"task '{name}': loss '{k}'", losses[k], task, predicted)}
+        width, mixes = _tried_head(name, task, head, llm_width, counts)
+        predicted, own = width or task.target.width, [kind for kind in task.loss if kind not in LOSSES]
+        ignoring = {k for k in own if not _reads_mask(f"task '{name}': loss '{k}'", losses[k], task, predicted)}
+        return ignoring | ({task.head.kind} if mixes else set())
 
 
 def _reads_mask(what: str, loss: Loss, task: DistilledTask, predicted: int) -> bool:
@@ -49,31 +52,41 @@ def _reads_mask(what: str, loss: Loss, task: DistilledTask, predicted: int) -> b
     values, target = _random(IMAGES, tokens, predicted), _random(IMAGES, tokens, width, seed=1)
     mask = torch.arange(tokens).expand(IMAGES, -1) >= (tokens > 1)  # all but the first token, if there are others
     others = values.where(mask[..., None], 10.0)
-    found = [
-        _made(what, loss, *given) for given in ((values, target, None), (values, target, mask), (others, target, mask))
-    ]
+    twice = values[[0, 0]], target[[0, 0]]
+    given = (values, target, None), (values, target, mask), (others, target, mask), (*twice, mask)
+    found = [_made(what, loss, *one) for one in given]
     for made in found:
         if made.shape != (IMAGES,):
             shape = tuple(made.shape)
             raise ValueError(f"{what} returns shape {shape} for {IMAGES} images: return one number for each image")
+    if not _close(found[1][0], found[3][0]):
+        raise ValueError(
+            f"{what} gives an image another number beside other images, so that it would depend on how the batch is "
+            "split: compare only embeddings of the same image; info_nce compares images, over the global batch"
+        )
     return torch.allclose(found[1], found[2], equal_nan=True)
 
 
-def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, counts: Collection[int]) -> int | None:
-    """The width of an own head's predictions; None if it may accept only numbers of states that are not known.
+def _tried_head(
+    name: str, task: DistilledTask, head: nn.Module, llm_width: int, counts: Collection[int]
+) -> tuple[int | None, bool]:
+    """The width of an own head's predictions, and whether one of them reads several states.
 
-    Its number of states depends on the student, and it may have a parameter or a grid for each.
+    The width is None if the head may accept only numbers of states that are not known: their number depends on the
+    student, and the head may have a parameter or a grid for each.
     """
     failed: ValueError | None = None
     devices = [own.device for own in (*head.parameters(), *head.buffers())] or [torch.device("cpu")]
     if task.head.kind in HEADS or torch.device("meta") in devices:
-        return None
+        return None, False
     what, width = f"task '{name}': head '{task.head.kind}'", task.target.width
     for states in (STATES, task.target.tokens, *counts):
-        given = _random(IMAGES, states, llm_width).to(devices[0])
+        given = _random(IMAGES, states, llm_width)
+        last_changed = torch.cat((given[:, :-1], _random(IMAGES, 1, llm_width, seed=2)), 1)
+        tries = [one.to(devices[0]) for one in (given, given[[0, 0]], last_changed)]
         try:
             with devices[0]:
-                found = tuple(_made(what, head.eval(), given).shape)
+                made, twice, changed = (_made(what, head.eval(), one) for one in tries)
         except ValueError as error:
             if isinstance(error.__cause__, (IndexError, RuntimeError)):
                 failed = error
@@ -81,6 +94,7 @@ def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, coun
             raise
         finally:
             head.train()
+        found = tuple(made.shape)
         # Gram and own losses may compare embeddings of different widths, but an own one may repeat a single channel.
         others = set(task.loss) - {"gram"}
         fixed = bool(others & LOSSES.keys()) or (bool(others) and found[-1:] == (1,))
@@ -89,10 +103,19 @@ def _width(name: str, task: DistilledTask, head: nn.Module, llm_width: int, coun
                 f"{what} makes {found} of states {tuple(given.shape)}: expected {(IMAGES, states, width)}, one "
                 "embedding of the target's width for each state"
             )
-        return found[2]
+        if not _close(made[0], twice[0]):
+            raise ValueError(
+                f"{what} reads the states of other images: they have the shape images x states x channels, for which "
+                "torch's attention needs batch_first=True"
+            )
+        return found[2], not _close(made[:, :-1], changed[:, :-1])
     if failed is not None and counts:
         raise failed
-    return None
+    return None, False
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

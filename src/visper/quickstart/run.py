@@ -102,7 +102,11 @@ def quickstart(
     """
     console = console or Console()
     if objective is not None:
-        scaled_objective(objective, BASES)  # refuses other recipes before the world is rendered
+        _, section, _ = scaled_objective(objective, BASES)  # refuses other recipes before the world is rendered
+        places = {name: task["target"]["model"] for name, task in section["tasks"].items()}
+        replaced = [f"{Path(place).name} for '{name}'" for name, place in places.items() if place is not None]
+        if replaced:
+            announce(console, "teachers", f"not the recipe's, but the quickstart's own: {', '.join(replaced)}")
     seconds = Stopwatch(out / "seconds.json")
     with seconds("world"):
         world = prepare_world(out / "world", seed, budget, console)

@@ -136,12 +136,18 @@ def continue_objective(model: TrainingModel, distillation: Distillation, start_f
         if old is None or (old.target, old.head, old.at, old.layers) != (task.target, task.head, task.at, task.layers):
             continue
         heads = tuple(f"objective.predictors.{head}." for head in model.objective.tasks[name].head_names(name))
+        if _shapes(weights, heads) != _shapes(state, heads):  # the code of the user's own head or teacher has changed
+            continue
         others = (f"objective.logit_scales.{name}", f"task_tokens.queries.{name}")
         saved = {n: t for n, t in weights.items() if n.startswith(heads) or n in others}
         found |= {n: t for n, t in saved.items() if n in state and state[n].shape == t.shape}
         continued.append(name)
     model.load_state_dict(found, strict=False)
     return continued
+
+
+def _shapes(weights: Mapping[str, torch.Tensor], heads: tuple[str, ...]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items() if name.startswith(heads)}
 
 
 def choose_trainable(model: TrainingModel, stage: Stage, optimization: Optimization, lora: bool = False) -> list[str]:

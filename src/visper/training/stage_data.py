@@ -12,7 +12,7 @@ from visper.common.errors import DataError
 from visper.common.ranks import first_decides, first_goes_first
 from visper.config import Data, Run
 from visper.data.chat import ConversationEncoder
-from visper.data.checks.moved_images import moved_images
+from visper.data.checks.moved_images import moved_images, require_task_tokens
 from visper.data.checks.unknown_words import unknown_words
 from visper.data.checks.unread_images import unread_images
 from visper.data.collator import Collator, Preprocess, Sample
@@ -72,7 +72,7 @@ def build_data(
 
     Raises:
         DataError: a source is missing, the share of bad rows exceeds ``data.drop_limit``, or the share of words that
-            the tokenizer does not know exceeds ``data.unknown_limit``.
+            the tokenizer does not know exceeds ``data.unknown_limit``, or images lack task tokens that a task reads.
     """
     settings = run.data
     drops = DropList(agreed=(drop for file in settings.drop_list for drop in DropList.read(Path(file))))
@@ -81,6 +81,10 @@ def build_data(
     _require_rows(settings, records, drops, total)
     for warning in [*unread_images(records), *moved_images(records, found, encoder)]:
         announce(console, "warning", warning)
+    read = run.distillation.at_task_tokens if run.distillation else []
+    if read:
+        first = student.task_token_ids[read[0]][0]
+        require_task_tokens(records, found, encoder, student.processor.tokenizer.convert_ids_to_tokens(first))
     unknown = unknown_words(records, found, encoder).check(settings.unknown_limit)
     if unknown is not None:
         announce(console, "warning", unknown)

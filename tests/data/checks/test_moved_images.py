@@ -8,8 +8,10 @@ import pytest
 
 from tests.data.rows.test_records import row
 from tests.vlms import FAMILIES, PROCESSORS
+from visper.common.errors import DataError
 from visper.config import Source
-from visper.data.checks.moved_images import moved_images
+from visper.data.chat_template import behind_images
+from visper.data.checks.moved_images import moved_images, require_task_tokens
 from visper.data.checks.report import check
 from visper.data.rows.lengths import measure
 from visper.data.rows.parts import open_parts
@@ -48,3 +50,22 @@ def test_images_that_the_template_moves_are_counted_in_each_source(tmp_path: Pat
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_images_that_stay_in_their_places_are_not(family: str, tmp_path: Path) -> None:
     assert warnings_of(family, sources(tmp_path, inside=[*FIRST, *INSIDE])) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_without_task_tokens_of_their_own_are_refused(family: str, tmp_path: Path) -> None:
+    processor = PROCESSORS[family]()
+    processor.tokenizer.add_tokens(["<depth>"], special_tokens=True)
+    processor.chat_template = behind_images(processor.chat_template, "<depth>")
+    encoder = encoder_for(processor)
+
+    def require(**questions: list[str]) -> None:
+        records = open_records(sources(tmp_path, **questions), DropList())
+        require_task_tokens(records, measure(records, encoder, quiet=True), encoder, "<depth>")
+
+    require(single=FIRST[1:])
+    if family != "llava_onevision":
+        require(several=[*FIRST, *INSIDE])
+        return
+    with pytest.raises(DataError, match=r"behind the last, in 5 conversations \(first: several/0/"):
+        require(several=[*FIRST, *INSIDE])

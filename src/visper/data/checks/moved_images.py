@@ -1,4 +1,4 @@
-"""Rows whose images the student's chat template shows elsewhere than the rows do."""
+"""Rows whose images the student's chat template shows elsewhere than the rows do, or without task tokens."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def moved_images(records: Records, found: Lengths, encoder: ConversationEncoder)
         "sense. Choose a student whose template keeps them, or put the images first in the rows"
         for source, rows in moved.items()
     ]
+
+
+def require_task_tokens(records: Records, found: Lengths, encoder: ConversationEncoder, token: str) -> None:
+    """Checks that the template writes task tokens, of which ``token`` is the first, behind each image.
+
+    Raises:
+        DataError: some conversations have several images before the first task token.
+    """
+    with suppress(DataError):  # the template takes no such conversation
+        if encoder.shows_behind_images(_INSIDE, token):
+            return
+    several = np.flatnonzero((records.num_images > 1) & (found.lengths > 0)).tolist()
+    without = [index for index in several if not encoder.shows_behind_images(records[index], token)]
+    if without:
+        raise DataError(
+            "images without task tokens",
+            f"the student's chat template shows the images of a turn one after another, and task tokens only behind "
+            f"the last, in {counted(len(without), 'conversation')} (first: {records[without[0]].id}): set 'at' of the "
+            "tasks to image_tokens, or leave these rows out",
+        )

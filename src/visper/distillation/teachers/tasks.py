@@ -70,14 +70,20 @@ def _try(teacher: Teacher) -> None:
     """Runs a teacher of the user's own on two images of different shapes.
 
     Raises:
-        ValueError: it fails, or its targets are not of its spec's shape.
+        ValueError: it fails, its targets are not of its spec's shape, or they depend on the batch.
     """
     gray = Image.linear_gradient("L").convert("RGB")
     try:
-        teacher(teacher.see([gray.resize((64, 48)), gray.resize((48, 64))]))
+        seen = teacher.see([gray.resize((64, 48)), gray.rotate(90).point(lambda level: level // 4).resize((48, 64))])
+        target, twice = teacher(seen)[0].float(), teacher(seen[[0, 0]])[0].float()
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"it fails on a test image (docs/teachers.md has an example): {what}") from error
+    if (target - twice).norm() > 0.01 * target.norm():  # more than rounding in half precision
+        raise ValueError(
+            "an image's target depends on the other images of its batch, which change with its size: encode each "
+            "image alone, or compute joint targets beforehand (docs/targets.md)"
+        )
 
 
 def specs_of(teachers: Mapping[str, Teacher]) -> dict[str, TargetSpec]:
