@@ -57,6 +57,9 @@ def test_signals_at_random_moments_change_nothing(processes, tmp_path, tiny_llm,
             sent.append((chance.choice((signal.SIGKILL, signal.SIGTERM)), chance.random() < 0.5))
             ended = attacked.run(*sent[-1], after=chance.uniform(0.3, 1.0) * took)
             assert ended in (0, 143, -signal.SIGKILL, -signal.SIGTERM), (number, sent, attacked.said[-3000:])
-        assert attacked.run() == 0, (number, sent, attacked.said[-3000:])
+            if ended == 0:  # it was faster than alone, and the signal too late
+                break
+        if ended != 0:
+            assert attacked.run() == 0, (number, sent, attacked.said[-3000:])
         assert not differences(expected, result(attacked.output)), (number, sent)
         shutil.rmtree(attacked.output)

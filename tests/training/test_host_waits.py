@@ -76,6 +76,8 @@ def assert_one_a_step(found):
 )
 def test_a_step_waits_once(stage, optimization, tmp_path, tiny_llm, tiny_encoder):
     found = waits_of(settings_of(tmp_path, stage, tiny_llm, tiny_encoder, **optimization))
+    if "attention" in optimization:  # for an eager mask, older versions of transformers (5.17) copy a constant
+        found = {place: count for place, count in found.items() if not place.startswith("masking_utils.py")}
     assert_one_a_step(found)
 
 
