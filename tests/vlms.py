@@ -11,7 +11,17 @@ from torch import nn
 from tests.distillation.vlms import MODELS
 from tests.tiny import byte_tokenizer
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "gemma3", "gemma4")
+FAMILIES = (
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "internvl",
+    "smolvlm",
+    "mistral3",
+    "gemma3",
+    "gemma4",
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -130,12 +140,24 @@ def _gemma4() -> Any:
     )
 
 
+def _mistral3() -> Any:
+    return t.PixtralProcessor(
+        t.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4}),
+        tokenizer_with(["<|im_start|>", "<|im_end|>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]),
+        patch_size=4,
+        spatial_merge_size=2,
+        chat_template=CHATML.replace("IMAGE", "[IMG]"),
+    )
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava_onevision": _onevision,
     "qwen2_5_vl": lambda: qwen_processor(t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
     "qwen3_vl": lambda: qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
     "internvl": _internvl,
     "smolvlm": _smolvlm,
+    "qwen3_5": lambda: qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
+    "mistral3": _mistral3,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
 }
@@ -145,12 +167,13 @@ IDS = {
     "smolvlm": {"image_token_id": "<image>"},
     "gemma3": {"image_token_id": "<image_soft_token>", "boi_token_id": "<start_of_image>"}
     | {"eoi_token_id": "<end_of_image>"},
+    "mistral3": {"image_token_id": "[IMG]"},
     "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"}
     | {"audio_token_id": "<|audio|>", "video_token_id": "<|video|>"},
 } | {
     family: {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     | {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-    for family in ("qwen2_5_vl", "qwen3_vl")
+    for family in ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 }
 """What each family's configuration names by id."""
 

@@ -111,6 +111,22 @@ def qwen3_vl() -> nn.Module:
     )
 
 
+def qwen3_5() -> nn.Module:
+    text: dict[str, Any] = {**TEXT, **ROPE, "layer_types": ["linear_attention"] * 2 + ["full_attention"]}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text["rope_parameters"] = {**ROPE["rope_parameters"], "partial_rotary_factor": 1.0}
+    vision = {**QWEN_VISION, "num_position_embeddings": 16}
+    return t.Qwen3_5ForConditionalGeneration(t.Qwen3_5Config(vision_config=vision, text_config=text, **QWEN_IDS))
+
+
+def mistral3() -> nn.Module:
+    vision = {"model_type": "pixtral", **VISION, "head_dim": 6, "image_size": 32, "patch_size": 4}
+    text = {"model_type": "mistral", **TEXT}
+    config = t.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    return t.Mistral3ForConditionalGeneration(config)
+
+
 def squares(count: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(count, 3, 16, 16)}
 
@@ -137,6 +153,11 @@ def patches_of_two_sizes() -> dict[str, Tensor]:
     return {"pixel_values": torch.rand(2, 32, 3 * 2 * 2), "image_position_ids": places}
 
 
+def padded_to_one_size() -> dict[str, Tensor]:
+    """Mistral 3: pictures of 16 x 16 and 16 x 32 pixels."""
+    return {"pixel_values": torch.randn(2, 3, 16, 32), "image_sizes": torch.tensor([[16, 16], [16, 32]])}
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], tuple[int, int]]] = {
     "llava": (llava, lambda: squares(2), (16, 16)),
     # 16 of the base view, then the tiles' rows with a token behind each.
@@ -147,6 +168,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
     "gemma4": (gemma4, patches_of_two_sizes, (4, 8)),
     "qwen2_5_vl": (qwen2_5_vl, grids_of_two_sizes, (4, 8)),
     "qwen3_vl": (qwen3_vl, grids_of_two_sizes, (4, 8)),
+    "qwen3_5": (qwen3_5, grids_of_two_sizes, (4, 8)),
+    "mistral3": (mistral3, padded_to_one_size, (4, 8)),
 }
 """Family -> its model, the pixels of two pictures as its processor gives them, and their image tokens."""
 

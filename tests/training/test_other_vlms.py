@@ -32,15 +32,6 @@ def qwen2_vl() -> Made:
     return config, qwen_processor(t.Qwen2VLProcessor, t.Qwen2VLVideoProcessor), PADS
 
 
-def qwen3_5() -> Made:
-    text: dict[str, Any] = {**TEXT, "layer_types": ["linear_attention"] * 2 + ["full_attention"]}
-    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
-    text["rope_parameters"] = {**ROPE["rope_parameters"], "partial_rotary_factor": 1.0}
-    config = t.Qwen3_5Config(vision_config={**QWEN_VISION, "num_position_embeddings": 16}, text_config=text)
-    return config, qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor), PADS
-
-
 def glm4v() -> Made:
     ids = {"image_token_id": "<|image|>", "image_start_token_id": "<|begin_of_image|>"}
     ids |= {"image_end_token_id": "<|end_of_image|>"}
@@ -108,19 +99,6 @@ def qwen3_vl_moe() -> Made:
     return config, qwen_processor(t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor), PADS
 
 
-def mistral3() -> Made:
-    processor = t.PixtralProcessor(
-        t.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 4, "width": 4}),
-        tokenizer_with([*MARKS, "[IMG]", "[IMG_BREAK]", "[IMG_END]"]),
-        patch_size=4,
-        spatial_merge_size=2,
-        chat_template=CHATML.replace("IMAGE", "[IMG]"),
-    )
-    vision = {"model_type": "pixtral", **VISION, "head_dim": 6, "image_size": 32, "patch_size": 4}
-    config = t.Mistral3Config(vision_config=vision, text_config={"model_type": "mistral", **TEXT})
-    return config, processor, {"image_token_id": "[IMG]"}
-
-
 def lfm2_vl() -> Made:
     cells = [f"<|img_row_{row}_col_{column}|>" for row in (1, 2, 3) for column in (1, 2, 3)]
     marks = ["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
@@ -152,7 +130,7 @@ def gemma4() -> Made:
     return made.config, PROCESSORS["gemma4"](), IDS["gemma4"]
 
 
-PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_vl_moe, qwen3_5, glm4v, idefics3, mistral3, gemma4)
+PLACED: tuple[Callable[[], Made], ...] = (qwen2_vl, qwen3_vl_moe, glm4v, idefics3, gemma4)
 NOT_PLACED: tuple[Callable[[], Made], ...] = (llava_next, aya_vision, lfm2_vl)
 
 
@@ -163,7 +141,7 @@ def test_a_processor_that_is_called_in_another_way_is_refused_not_its_image():
         encoder_for(t.GotOcr2Processor(images, tokenizer, chat_template=CHATML.replace("IMAGE", "<imgpad>")))
 
 
-@pytest.mark.parametrize("made", [qwen2_vl, qwen3_5, glm4v], ids=lambda made: made.__name__)
+@pytest.mark.parametrize("made", [qwen2_vl, glm4v], ids=lambda made: made.__name__)
 def test_max_pixels_is_an_images_area(made):
     processor = made()[1]
     for limit, expected in ((512, 384), (4096, 3456)):  # cells of 8 x 8 pixels

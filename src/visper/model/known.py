@@ -36,7 +36,7 @@ def require_known(name: str, config: PreTrainedConfig, trust_remote_code: bool =
         )
 
 
-PACKABLE = frozenset(("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"))
+PACKABLE = frozenset(("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "mistral3"))
 """Model types whose loss has been tested to be the same in packed rows. Not Gemma 3: its image tokens attend to later
 ones."""
 

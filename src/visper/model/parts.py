@@ -58,13 +58,16 @@ class Encoded(NamedTuple):
 
 
 _LINEAR = Encoded("model.multi_modal_projector", lambda module: int(module.linear_1.in_features))
+_MERGER = Encoded("model.visual.merger", lambda module: int(module.hidden_size))
 ENCODED: Mapping[str, Encoded] = {
     "llava": _LINEAR,
     "internvl": _LINEAR,
     "smolvlm": Encoded("model.connector.modality_projection", lambda module: int(module.proj.in_features)),
     "gemma3": Encoded("model.multi_modal_projector.mm_soft_emb_norm", lambda module: len(module.weight)),
     "gemma4": Encoded("model.embed_vision", lambda module: int(module.embedding_projection.in_features)),
-    "qwen3_vl": Encoded("model.visual.merger", lambda module: int(module.hidden_size)),
+    "qwen3_vl": _MERGER,
+    "qwen3_5": _MERGER,
 }
-"""Model type -> the module that reads encoder features in the order of the image tokens. LLaVA-OneVision and Qwen2.5-VL
-have none: the former drops, adds and merges tokens after its projector, the latter reorders them by windows before."""
+"""Model type -> the module that reads encoder features in the order of the image tokens. LLaVA-OneVision, Qwen2.5-VL
+and Mistral 3 have none: the first drops, adds and merges tokens after its projector, Qwen2.5-VL reorders them by
+windows before it, Mistral 3 in it."""
