@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 from PIL import Image
 
-from tests.training.test_other_vlms import mistral3
+from tests.vlms import PROCESSORS
 from visper.data.image_places import Shown, places_of
 
 
@@ -23,7 +23,7 @@ def test_ovis2_which_shows_the_view_first_is_not_taken_for_internvl():
 
 
 def test_an_image_of_three_lines_is_not_taken_for_one_of_three_channels() -> None:
-    processor = mistral3()[1]
+    processor = PROCESSORS["mistral3"]()
     image = processor.tokenizer.convert_tokens_to_ids("[IMG]")
     made = processor(images=[Image.new("RGB", (64, 3))], text="[IMG]")["input_ids"]
     places = places_of(processor, Shown((64, 3), int((made == image).sum())))
