@@ -1,5 +1,8 @@
 from types import SimpleNamespace
 
+from PIL import Image
+
+from tests.vlms import PROCESSORS
 from visper.data.image_places import Shown, places_of
 
 
@@ -17,3 +20,11 @@ def test_ovis2_which_shows_the_view_first_is_not_taken_for_internvl():
     images = SimpleNamespace(max_patches=4, min_patches=1, size={"height": 8, "width": 8})
     ovis = SimpleNamespace(image_processor=images, image_seq_length=4, image_token="<image>", image_token_id=3)
     assert places_of(ovis, Shown((16, 8), 12, alone=True)) is None
+
+
+def test_an_image_of_three_lines_is_not_taken_for_one_of_three_channels() -> None:
+    processor = PROCESSORS["mistral3"]()
+    image = processor.tokenizer.convert_tokens_to_ids("[IMG]")
+    made = processor(images=[Image.new("RGB", (64, 3))], text="[IMG]")["input_ids"]
+    places = places_of(processor, Shown((64, 3), int((made == image).sum())))
+    assert places.tolist() == [[0.125, 0.5], [0.375, 0.5], [0.625, 0.5], [0.875, 0.5]]

@@ -1,5 +1,6 @@
 """A user's own heads, losses and teachers that would train the wrong thing, or end in the first step, are refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -276,6 +277,16 @@ def test_a_head_that_reads_several_states_is_refused_where_some_of_them_are_padd
         terms_of("masked_loss", (4, 3), "AcrossStates")
 
 
+def sampled_by_numpy(predicted, target, mask=None):
+    """Compares along a random direction, with numbers that torch's seed does not decide."""
+    direction = torch.from_numpy(np.random.default_rng().standard_normal((predicted.shape[-1], 1))).float()
+    return masked_loss(predicted @ direction, target @ direction, mask)
+
+
+def test_a_loss_with_random_numbers_of_its_own_is_not_taken_for_one_that_mixes_images():
+    build(loss="sampled_by_numpy")
+
+
 def test_trying_a_part_that_samples_leaves_the_runs_random_numbers():
     torch.manual_seed(3)
     build(loss="masked_loss")
@@ -363,6 +374,13 @@ class Joint(Right):
         return made - made.mean(0)
 
 
+class Noisy(Right):
+    """As features of a diffusion model, whose images get noise."""
+
+    def encode(self, pixels):
+        return super().encode(pixels + torch.randn_like(pixels))
+
+
 class Arrays(Right):
     def encode(self, pixels):
         return super().encode(pixels).numpy()
@@ -389,6 +407,7 @@ def test_a_teacher_that_breaks_its_spec_is_refused_before_the_rows_are_read(kind
         target = {"kind": f"{HERE}:{name}", "model": "none", "grid": 2}
         return Distillation.model_validate({"tasks": {"own": {"target": target, "layers": [1]}}})
 
-    assert build_teachers(settings("Right"), "float32")["own"].spec == TargetSpec(4, 8, (2, 2))
+    for right in ("Right", "Noisy"):
+        assert build_teachers(settings(right), "float32")["own"].spec == TargetSpec(4, 8, (2, 2))
     with pytest.raises(ConfigError, match=f"task 'own': cannot load .*{message}"):
         build_teachers(settings(kind), "float32")

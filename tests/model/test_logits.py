@@ -13,6 +13,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlavaForConditionalGeneration,
+    MambaConfig,
     PhiConfig,
     RecurrentGemmaConfig,
     VaultGemmaConfig,
@@ -173,3 +174,8 @@ def test_an_llm_that_computes_its_logits_in_another_way_is_refused():
 
     with pytest.raises(ConfigError, match=r"cannot find out how Twice computes its logits \(ValueError"):
         plain_head(Twice(llm_of(PLAIN["llama"])))
+
+
+def test_a_model_that_casts_its_states_before_the_output_layer_has_plain_logits():
+    llm = llm_of(MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4)).bfloat16()
+    assert plain_head(llm) is llm.get_output_embeddings()

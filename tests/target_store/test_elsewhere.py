@@ -37,7 +37,7 @@ def test_joint_targets_of_images_are_those_that_training_reads(tmp_path, monkeyp
     run = my_targets.load_run(run_file)
     with pytest.raises(DataError, match="1 images of task 'scene' are not in"):
         run_stage(run)
-    my_targets.store(run_file, "scene", dict(zip(images, targets, strict=True)), tmp_path / "store", "float32")
+    my_targets.store(run_file, "scene", dict(zip(images, targets, strict=True)), str(tmp_path / "store"), "float32")
 
     expected = {image_id(image.read_bytes()): target for image, target in zip(images, targets, strict=True)}
     read = {}

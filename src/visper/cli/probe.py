@@ -66,7 +66,7 @@ def run(
     settings = _settings(model, teachers, tasks, out, images, overrides or [])
     _check(settings, out, score or [], root, beside or [], plot if draws else None)
     # Rows and recipe lie beside ``out``, where the lock that training holds does not protect them.
-    with locked(out.with_name(f".{out.name}.lock"), Console()):
+    with locked(out.parent / f".{out.name}.lock", Console()):
         if not _write_rows(settings, out, images, rows, limit, score or [], root, score_limit):
             _train(settings, recipe, followed=draws)
     if score:

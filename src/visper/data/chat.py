@@ -28,6 +28,7 @@ from visper.data.chat_template import (
     lacks_first_token,
     special_pattern,
     stripped_by,
+    with_blocks,
 )
 from visper.data.images import output_size
 from visper.data.rows.records import Record, is_supervised, unsupervised
@@ -242,7 +243,7 @@ class ConversationEncoder:
         """The conversation's text; ``blocks``, if given, replace the template's image tokens."""
         texts, turns = _texts(record)
         skeleton = self._skeleton(turns, asks)
-        literals = _with_blocks(skeleton.literals, self.processor.image_token, blocks) if blocks else skeleton.literals
+        literals = with_blocks(skeleton.literals, self.processor.image_token, blocks) if blocks else skeleton.literals
         parts = [literals[0]]
         at = len(literals[0])
         answers, asked, cuts = [], [], []
@@ -312,16 +313,6 @@ class ConversationEncoder:
             labels = [*labels[:at], *[IGNORED] * more, *labels[at:]]
             blocks.append((at, behind + more))
         return ids, labels, blocks
-
-
-def _with_blocks(literals: list[str], image_token: str, blocks: Sequence[str]) -> list[str]:
-    """The template's literals with each image token replaced by its block, in order."""
-    pieces = [literal.split(image_token) for literal in literals]
-    shown = sum(len(parts) - 1 for parts in pieces)
-    if shown != len(blocks):
-        raise DataError("image tokens", f"the chat template shows {shown} images: expected {len(blocks)}")
-    texts = iter(blocks)
-    return [parts[0] + "".join(next(texts) + part for part in parts[1:]) for parts in pieces]
 
 
 def _unknown_id(tokenizer: Any) -> int | None:

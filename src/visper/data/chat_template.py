@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from visper.common.errors import ConfigError
+from visper.common.errors import ConfigError, DataError
 
 SENTINEL = "\ue000{}\ue001"
 """Placeholder for the text with this number in a rendered conversation."""
@@ -356,6 +356,20 @@ def keep_spaces(post_processor: Any) -> None:
     for step in post_processor if isinstance(post_processor, processors.Sequence) else [post_processor]:
         if getattr(step, "trim_offsets", False):
             step.trim_offsets = False
+
+
+def with_blocks(literals: list[str], image_token: str, blocks: Sequence[str]) -> list[str]:
+    """A rendered template's literals with each image token replaced by its block, in order.
+
+    Raises:
+        DataError: there is not one block for each image token.
+    """
+    pieces = [literal.split(image_token) for literal in literals]
+    shown = sum(len(parts) - 1 for parts in pieces)
+    if shown != len(blocks):
+        raise DataError("image tokens", f"the chat template shows {shown} images: expected {len(blocks)}")
+    texts = iter(blocks)
+    return [parts[0] + "".join(next(texts) + part for part in parts[1:]) for parts in pieces]
 
 
 def behind_images(template: str, text: str) -> str:

@@ -149,7 +149,7 @@ def _lines_of_patches(processor: Any, shown: Shown) -> Tensor:
     """Mistral 3: one grid, each token a square of patches; its lines end in tokens of another kind."""
     side = processor.patch_size * processor.spatial_merge_size
     longest = processor.image_processor.size["longest_edge"]
-    blank = np.empty((shown.size[1], shown.size[0], 3), np.uint8)
+    blank = np.empty((3, shown.size[1], shown.size[0]), np.uint8)
     height, width = get_resize_output_image_size(blank, longest, side)
     return cell_centers(height // side, width // side)
 

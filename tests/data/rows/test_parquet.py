@@ -19,7 +19,7 @@ from visper.data.checks.digests import contents_of
 from visper.data.collator import Sample
 from visper.data.dataset import ConversationDataset
 from visper.data.rows.parquet import GROUP_ROWS, write_parquet
-from visper.data.rows.records import DropList
+from visper.data.rows.records import Drop, DropList
 from visper.data.rows.sources import open_records
 from visper.data.rows.table import Records
 
@@ -120,6 +120,14 @@ def test_rows_without_an_image_file_are_left_out_and_named(rows: Path, tmp_path:
     with pytest.raises(DataError, match=r"2 of 220 rows \(0\.9%\), allowed 0\.5%: .*, then --drop-list FILE"):
         write_parquet(from_files(rows), tmp_path / "fewer", DropList(), drop_limit=0.005)
     assert not (tmp_path / "fewer").exists()
+
+
+def test_rows_that_are_too_bad_to_write_are_refused_before_any_image_is_read(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visper.data.rows.parquet._row", None)
+    with pytest.raises(DataError, match="too many bad rows"):
+        write_parquet(from_files(rows), tmp_path / "out", DropList([Drop("one", "no answer", "")]), drop_limit=0.001)
 
 
 def test_an_interrupted_writing_leaves_nothing(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,12 @@ def test_two_commands_for_one_probe_do_not_exchange_their_images(probed, tmp_pat
     with locked(tmp_path / ".probe.lock", Console(quiet=True)), pytest.raises(InUseError, match="is in use by process"):
         probe(probed, out, "--limit", "2")
     assert not rows_file(out).exists()
+
+
+def test_a_probe_needs_a_folder_of_its_own(probed, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"output '.' exists, is not empty .*: choose another output"):
+        probe(probed, Path(), "--limit", "2")
 
 
 def test_a_part_of_the_images_is_spread_over_all_of_them(tmp_path):

@@ -62,6 +62,7 @@ def write_parquet(
     order = np.random.default_rng(seed).permutation(len(records)).tolist()
     counts: list[int] = []
     total = len(records) + len(drops)
+    drops.check(total, drop_limit, LEAVE_OUT)  # before hours of writing
     column = "images" if (records.num_images > 1).any() else "image"
     with new_folder(out) as partial, ThreadPoolExecutor(_THREADS) as threads:
         partial.mkdir(parents=True)
