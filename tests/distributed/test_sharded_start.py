@@ -18,6 +18,7 @@ from visper.training.parallel.fsdp import full_tensors
 from visper.training.parallel.join import join_processes
 from visper.training.run import build_model, build_student, build_targets
 
+ACROSS_STATES = "tests.distillation.test_own_parts:AcrossStates"
 QUIET = Console(quiet=True)
 
 
@@ -32,7 +33,8 @@ def start(recipe):
     model = build_model(run, student, teachers, processes, QUIET)
     tensors = full_tensors(model.named_parameters(remove_duplicate=False), keep=True)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    settings = model.logit_cap, student.model.generation_config.to_dict()
+    needs = model.objective.need_all if model.objective else set()
+    settings = model.logit_cap, needs, student.model.generation_config.to_dict()
     return read, {**tensors, **dict(model.named_buffers())}, trainable, settings
 
 
@@ -55,6 +57,8 @@ def test_only_the_first_process_reads_weights_and_all_start_with_those_of_one_pr
         "a model of its own": make("ift", "vlm", **fsdp),
     }
     settings = yaml.safe_load(recipes["a model of its own"].read_text())
+    own = {"target": {"kind": "projector"}, "at": "image_tokens", "layers": [1], "loss": {"gram": 1.0}}
+    settings["distillation"] = {"tasks": {"own": {**own, "head": {"kind": ACROSS_STATES}}}}
     settings["student"] = {"vlm": str(save_vlm(tmp_path / "gemma", "gemma4"))}
     recipes["a model of its own"].write_text(yaml.safe_dump(settings))
     with socket.socket() as probe:
@@ -65,7 +69,7 @@ def test_only_the_first_process_reads_weights_and_all_start_with_those_of_one_pr
         everything, expected, trainable, settings = start(recipe)
         found = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
         assert [read for read, *_ in found] == [everything, 0], name
-        assert settings[0] == (30.0 if name == "a model of its own" else None), "its logits are capped"
+        assert settings[:2] == ((30.0, {ACROSS_STATES}) if name == "a model of its own" else (None, set()))
         for _, tensors, also_trainable, also_settings in found:
             assert (also_trainable, also_settings) == (trainable, settings), name
             assert tensors.keys() == expected.keys(), name

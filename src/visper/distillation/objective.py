@@ -81,7 +81,8 @@ class EmbeddingDistillation(nn.Module):
         self.text_keys = text_keys
         self.recompute = False
         """Whether to recompute heads in the backward pass; their activations are as large as the LLM's."""
-        self._need_all: set[str] = set()
+        self.need_all: set[str] = set()
+        """The user's own losses and heads that need every token of every image, see ``own_parts``."""
         self.predictors = nn.ModuleDict()
         for name, task in tasks.items():
             for layer in task.tapped:
@@ -89,7 +90,7 @@ class EmbeddingDistillation(nn.Module):
                     head = build_head(task.head, llm_width, task.target, task.at)
                     self.predictors[task.head_name(name, layer)] = head
                     if layer == task.tapped[0]:
-                        self._need_all |= try_own_parts(name, task, head, self._losses, llm_width, counts)
+                        self.need_all |= try_own_parts(name, task, head, self._losses, llm_width, counts)
         scaled = [name for name, task in tasks.items() if CONTRASTIVE in task.loss]
         # One element, not a scalar: FSDP2 shards a parameter along its first dimension.
         self.logit_scales = nn.ParameterDict(
@@ -163,13 +164,13 @@ class EmbeddingDistillation(nn.Module):
 
     def _require_all(self, name: str, task: DistilledTask, reading: Reading, mask: Tensor | None) -> None:
         """Raises ConfigError if an own part that needs every token gets images that lack some."""
-        ignoring = self._need_all & task.loss.keys()
+        ignoring = self.need_all & task.loss.keys()
         if ignoring and mask is not None and not mask.all():
             raise ConfigError(
                 f"task '{name}': loss '{min(ignoring)}' ignores its mask, but not all tokens of this batch count: "
                 "leave out those where the mask is False (docs/extending.md has an example)"
             )
-        if task.head.kind in self._need_all and reading.positions.mask is not None:
+        if task.head.kind in self.need_all and reading.positions.mask is not None:
             raise ConfigError(
                 f"task '{name}': a prediction of head '{task.head.kind}' reads several states of an image, and cannot "
                 "know which are padding, but the images of this batch have different numbers of tokens: predict from "

@@ -71,8 +71,13 @@ def _make_room(student: Student) -> None:
     if max(new) >= size:
         model.resize_token_embeddings(max(new) + 1, mean_resizing=False)
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    # Each layer of a small Gemma 4 has embeddings of its own.
+    # Each layer of a small Gemma 4 has embeddings of its own. Those of Gemma 3n cannot be resized.
     if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None):
+        if not hasattr(model, "get_per_layer_input_embeddings"):
+            raise ConfigError(
+                f"student.task_tokens: a {model.config.model_type} has embeddings of each layer, which cannot get rows "
+                "for new tokens: remove task_tokens, and set the tasks' 'at' to image_tokens"
+            )
         embeddings.append(model.get_per_layer_input_embeddings())
     set_to_mean(embeddings, new, min(size, *new))
     suppress(model.generation_config, new)

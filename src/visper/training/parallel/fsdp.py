@@ -60,6 +60,8 @@ def shard(model: TrainingModel, processes: int, replicas: int, bfloat16: bool) -
     first = dist.get_rank() == 0
     described = first_decides(lambda: {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()})
     apply_types(model, described)
+    if (objective := model.objective) is not None:  # heads of the user's own are tried where they have weights
+        objective.need_all = first_decides(lambda: objective.need_all)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if replicas == 1:
