@@ -230,7 +230,7 @@ def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps
     run = pre_training(Cell(tmp_path, ARMS[NOTHING], 3, FAST), {})
     left = Path(run.output) / "checkpoints"
     left.mkdir(parents=True)
-    monkeypatch.setattr(study_cells, "run_stage", lambda run: Path(run.output).mkdir())
+    monkeypatch.setattr(study_cells, "run_stage", lambda run, followed: Path(run.output).mkdir())
     seconds = Stopwatch(tmp_path / "seconds.json")
     with pytest.raises(KeyboardInterrupt), seconds("pt"):
         seconds.cpu["pt"] = 1e6
@@ -242,7 +242,7 @@ def test_an_interrupted_stage_begins_again_so_that_its_cost_is_that_of_all_steps
 def test_a_finished_stage_of_unknown_cost_is_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study_cells, "is_finished", lambda _: True)
     trained = []
-    monkeypatch.setattr(study_cells, "run_stage", trained.append)
+    monkeypatch.setattr(study_cells, "run_stage", lambda run, followed: trained.append(run))
     seconds = Stopwatch(tmp_path / "seconds.json")  # a process killed before it wrote them
     run = pre_training(Cell(tmp_path, ARMS[NOTHING], 3, FAST), {})
     for _ in range(2):
