@@ -155,7 +155,7 @@ def run_pipeline(
             announce(Console(quiet=not processes.is_main_process), "finished", f"{run.name}: {run.output}")
             continue
         followed = number + 1 < len(runs)
-        run_stage(run, True, evaluator=evaluator_of(run), recomputation=recomputation, followed=followed)
+        run_stage(run, resume=True, evaluator=evaluator_of(run), recomputation=recomputation, followed=followed)
 
 
 def _check_stages(runs: Sequence[Run]) -> list[bool]:
